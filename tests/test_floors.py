@@ -1,0 +1,121 @@
+"""A module imports from lower floors only, or from the `base` of its own folder. Siblings stay strangers."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "x_transformers"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+
+# From the ground up. A row is a floor, or a step inside of one; a name covers what lies under it, and the
+# longest name that fits decides. What is named nowhere is a training objective.
+HOUSE = (
+    ("F0", ["errors", "ops", "float32"]),
+    ("F1", ["options.schema", "call", "loading"]),
+    ("F1", ["options"]),
+    ("F2", ["cache", "norms"]),
+    ("F2", ["intermediates"]),
+    ("F3", ["attention"]),
+    ("F4", ["attend"]),
+    ("F5", ["attention.catalog", "feedforward.activations"]),
+    ("F5", ["attention.attention", "feedforward"]),
+    ("F6", ["layers"]),
+    ("F6", ["layers.branch"]),
+    ("F6", ["layers.catalog"]),
+    ("F6", ["layers.plan"]),
+    ("F6", ["layers.layers"]),
+    ("F6", ["layers.pool"]),
+    ("F7", ["models.embeddings", "models.frame"]),
+    ("F7", ["models"]),
+    ("F7", ["models.transformer", "models.vision"]),
+    ("F7", ["models.encoder_decoder"]),
+    ("F8", ["decoding"]),
+    ("F8", ["decoding.step"]),
+    ("F8", ["decoding.loop"]),
+    ("F8", ["decoding.beam", "decoding.contrastive"]),
+    ("F9", ["*"]),
+    ("F10", ["checkpoints"]),
+    ("roof", ["x_transformers", ""]),
+)
+STEP = {name: step for step, (_, names) in enumerate(HOUSE) for name in names}
+
+
+def step_of(module: str) -> int:
+    parts = module.split(".")
+    covering = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((STEP[name] for name in covering if name in STEP), STEP["*"])
+
+
+def imports(path: Path, package: list[str], modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and module, relative to the package, of each import from the package itself."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = [PACKAGE, *package][: len(package) + 2 - node.level] if node.level else []
+            source = [*start, *(node.module.split(".") if node.module else [])]
+            found = [[*source, alias.name] for alias in node.names]
+        else:
+            continue
+        for head, *rest in found:
+            if head == PACKAGE:  # the last name may be a module or something that a module defines
+                name = ".".join(rest)
+                yield node.lineno, name if name in modules else ".".join(rest[:-1])
+
+
+def label(module: str) -> str:
+    return f"{module or PACKAGE} ({HOUSE[step_of(module)][0]})"
+
+
+def violations(root: Path) -> list[str]:
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+
+    faults = []
+    for module, path in modules.items():
+        package = list(path.relative_to(root).parent.parts)
+        bases = {".".join([*package[:depth], "base"]) for depth in range(1, len(package) + 1)} - {module}
+        for line, target in sorted(set(imports(path, package, set(modules)))):
+            inside = path.name == "__init__.py" and target.startswith(f"{module}." if module else "")
+            rise = step_of(target) - step_of(module)
+            if rise > 0 or (rise == 0 and not inside and target not in bases):
+                where = f"{path.relative_to(root.parent).as_posix()}:{line}"
+                faults.append(f"{where}: {label(module)} imports {label(target)}")
+    return faults
+
+
+def test_imports_go_down() -> None:
+    faults = violations(ROOT)
+    assert not faults, "\n".join(["imports must go down:", *faults])
+
+
+def test_faults_are_seen(tmp_path: Path) -> None:
+    root = tmp_path / PACKAGE
+    files = {
+        "ops.py": "import torch\nfrom x_transformers import attend",
+        "attention/base.py": "from x_transformers.ops import l2norm",
+        "attention/masks.py": "from .base import Mask\nfrom .projections import Plain",
+        "attention/projections.py": "def f():\n    from x_transformers.attention.attention import Attention",
+        "attention/scores/__init__.py": "from .alibi import Alibi",
+        "attention/scores/alibi.py": "from ..base import ScoreMod\nfrom ...norms import LayerNorm",
+        "attention/attention.py": "import x_transformers.attend",
+        "attend.py": "from x_transformers import Decoder",
+        "norms.py": "",
+        "dpo.py": "from x_transformers.checkpoints.reading import read",
+        "checkpoints/reading.py": "",
+        "__init__.py": "from x_transformers.x_transformers import Decoder",
+        "x_transformers.py": "",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert violations(root) == [
+        "x_transformers/attend.py:1: attend (F4) imports x_transformers (roof)",
+        "x_transformers/attention/masks.py:2: attention.masks (F3) imports attention.projections (F3)",
+        "x_transformers/attention/projections.py:2: "
+        "attention.projections (F3) imports attention.attention (F5)",
+        "x_transformers/dpo.py:1: dpo (F9) imports checkpoints.reading (F10)",
+        "x_transformers/ops.py:2: ops (F0) imports attend (F4)",
+    ]

@@ -1,0 +1,100 @@
+"""The core: choose a backend for what the parts need, and weigh."""
+
+from __future__ import annotations
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.explicit import Explicit
+from x_transformers.attention.backends.flex import Flex
+from x_transformers.attention.backends.sdpa import SDPA
+from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.errors import ConfigError
+
+
+class Core:
+    """Weighs values by scores, with the fastest backend that can host what was asked.
+
+    Args:
+        needs: what the parts of this attention need, whatever the call.
+        scale: factor of `q k^T`.
+        flash: None picks the fastest backend; True demands a fused one; False never fuses.
+        kernels: which of PyTorch's kernels SDPA may use.
+        because: for the messages, which keyword brought each need.
+
+    Raises:
+        ConfigError: if a fused kernel is demanded and no fused backend, on any device, can host the parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        needs: Needs,
+        scale: float,
+        flash: bool | None = None,
+        kernels: dict[str, bool] | None = None,
+        because: dict[Needs, str] | None = None,
+    ) -> None:
+        self.needs, self.scale, self.flash = needs, scale, flash
+        self.explicit = Explicit()
+        self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
+        self.because = because or {}
+        self._warned: set[str] = set()
+        if flash and all(backend.lacks(needs) for backend in self.fused):
+            culprits = [name for flag, name in self.because.items() if any(b.lacks(flag) for b in self.fused)]
+            raise ConfigError(
+                f"`flash = True` demands a fused kernel, but "
+                f"{'; '.join(str(b.lacks(needs)) for b in self.fused)}. "
+                f"Drop {' or '.join(culprits) or 'the option that needs it'}, or leave `flash` at None."
+            )
+
+    def choose(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
+        """The backend for this pass, and why it is the one."""
+        if self.flash is False:
+            return self.explicit, "`flash = False`"
+        if Needs.SCORES in needs:
+            return self.explicit, "the scores were asked for"
+        reasons = []
+        for backend in self.fused:
+            reason = backend.lacks(needs) or backend.refuses(situation, needs)
+            if reason is None and backend.name == "flex" and situation.device == "cpu" and not self.flash:
+                reason = "flex is no faster than explicit on a CPU"
+            if reason is None:
+                return backend, "; ".join(reasons) or "fused, and hosts every part"
+            reasons.append(reason)
+        return self.explicit, "; ".join(reasons)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Visibility,
+        *,
+        scores: tuple[BoundScore, ...] = (),
+        sink: Tensor | None = None,
+        dropout: float = 0.0,
+        capture: bool = False,
+        memo: dict | None = None,
+    ) -> Weighed:
+        """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`."""
+        needs = self.needs if dropout > 0 else self.needs & ~Needs.DROPOUT
+        for score in scores:
+            needs |= score.needs
+        if capture:
+            needs |= Needs.SCORES
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        situation = Situation(q.device.type, q.dtype, grad, torch.compiler.is_compiling())
+        backend, why = self.choose(situation, needs)
+        if self.flash and not backend.fused and not capture:
+            self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
+        return backend.attend(
+            Request(q, k, v, self.scale, visible, scores, sink, dropout, capture, {} if memo is None else memo)
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)

@@ -1,0 +1,1 @@
+"""Everything between x and attention's output."""

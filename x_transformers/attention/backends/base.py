@@ -1,0 +1,106 @@
+"""What a backend is told, what it answers, and what it is asked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.ops import pad_left
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where and how a pass runs, as far as a kernel may care."""
+
+    device: str
+    dtype: torch.dtype
+    grad: bool
+    compiling: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One weighing: `out = softmax(scale * q k^T, modified and masked) v`.
+
+    Attributes:
+        q: `(b, h, i, d)`. k: `(b, g, P + j, d)`. v: `(b, g, P + j, e)`; query head `q` reads `q // (h // g)`.
+        scores: modifications in pipeline order.
+        sink: `(h,)` learned logits that join the softmax, or None.
+        dropout: probability, 0 in evaluation.
+        memo: results that the layers of one pass share.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    visible: Visibility
+    scores: tuple[BoundScore, ...] = ()
+    sink: Tensor | None = None
+    dropout: float = 0.0
+    capture: bool = False
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Weighed:
+    """`out` `(b, h, i, e)`, and the scores if they were asked for."""
+
+    out: Tensor
+    similarities: Tensor | None = None
+    logits: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class Backend(ABC):
+    """A way of weighing."""
+
+    name: str
+    fused: bool
+    provides: Needs
+
+    def lacks(self, needs: Needs) -> str | None:
+        """Why the parts themselves can never be hosted here, or None."""
+        missing = needs & ~self.provides
+        if not missing:
+            return None
+        words = ", ".join(NEEDS_IN_WORDS[flag] for flag in Needs if flag in missing)
+        return f"{self.name} cannot host {words}"
+
+    @abstractmethod
+    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+        """Why this device, dtype or mode is refused although the parts would fit, or None."""
+
+    @abstractmethod
+    def attend(self, request: Request) -> Weighed:
+        """Weigh the values."""
+
+
+NEEDS_IN_WORDS = {
+    Needs.MASK: "a mask",
+    Needs.BIAS: "a bias on the scores",
+    Needs.POINTWISE: "a function of single scores",
+    Needs.SINK: "a learned sink",
+    Needs.DROPOUT: "dropout of attention weights",
+    Needs.SCORES: "handing out the scores",
+}
+
+
+def additive_bias(request: Request) -> Tensor | None:
+    """The sum of all biases in closed form, `(1|b, 1|h, i, P + j)`; one sum serves every layer that shares them."""
+    biases = [score for score in request.scores if score.needs is Needs.BIAS]
+    if not biases:
+        return None
+    rule = ("additive_bias", request.visible.prefix, *(id(bias) for bias in biases))
+    if rule not in request.memo:
+        total = biases[0].dense
+        for bias in biases[1:]:
+            total = total + bias.dense
+        # the objects stay in the memo, so that their ids stay theirs
+        request.memo[rule] = pad_left(total, request.visible.prefix, 0.0), biases
+    return request.memo[rule][0]

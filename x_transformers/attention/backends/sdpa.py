@@ -1,0 +1,83 @@
+"""PyTorch's scaled_dot_product_attention: fused on every device, for masks and biases that are tensors."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed, additive_bias
+from x_transformers.attention.base import Needs
+from x_transformers.errors import ConfigError
+
+KERNELS = {
+    "enable_flash": SDPBackend.FLASH_ATTENTION,
+    "enable_math": SDPBackend.MATH,
+    "enable_mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "enable_cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+class SDPA(Backend):
+    """Fused softmax attention.
+
+    Args:
+        kernels: which of PyTorch's kernels may be used, `{"enable_flash": bool, ...}`; None leaves it to PyTorch.
+    """
+
+    name = "sdpa"
+    fused = True
+    provides = Needs.MASK | Needs.BIAS | Needs.DROPOUT
+
+    def __init__(self, kernels: dict[str, bool] | None = None) -> None:
+        unknown = sorted(set(kernels or {}) - set(KERNELS))
+        if unknown:
+            raise ConfigError(f"`attend_sdp_kwargs` names {unknown}; it takes {sorted(KERNELS)}.")
+        defaults = dict.fromkeys(("enable_flash", "enable_math", "enable_mem_efficient"), True)
+        wanted = kernels is not None and {**defaults, **kernels} != defaults
+        self.kernels = [KERNELS[name] for name, on in {**defaults, **(kernels or {})}.items() if on] if wanted else None
+
+    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+        return None
+
+    def attend(self, request: Request) -> Weighed:
+        visible = request.visible
+        mask = _mask(request)
+        with self._kernels():
+            out = F.scaled_dot_product_attention(
+                request.q,
+                request.k,
+                request.v,
+                attn_mask=mask,
+                dropout_p=request.dropout,
+                is_causal=visible.is_causal and mask is None,
+                scale=request.scale,
+                enable_gqa=request.k.shape[1] != request.q.shape[1],
+            )
+        return Weighed(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
+
+    def _kernels(self) -> Any:
+        return sdpa_kernel(self.kernels) if self.kernels is not None else nullcontext()
+
+
+def _mask(request: Request) -> Tensor | None:
+    """One tensor for visibility and biases. Rows that see nothing look at everything here, and are zeroed after."""
+    visible = request.visible
+    bias = additive_bias(request)
+    rule = ("sdpa_mask", id(visible), id(bias), request.q.dtype)
+    if rule not in request.memo:
+        seen = visible.mask
+        if seen is None and visible.is_causal and bias is not None:
+            i, j = request.q.shape[-2], request.k.shape[-2]
+            seen = torch.ones(i, j, dtype=torch.bool, device=request.q.device).tril(j - i)
+        if seen is not None and visible.dead is not None:
+            seen = seen | visible.dead
+        if bias is not None:
+            bias = bias.to(request.q.dtype)
+            bias = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+        request.memo[rule] = (seen if bias is None else bias), visible
+    return request.memo[rule][0]

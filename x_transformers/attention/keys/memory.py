@@ -1,0 +1,57 @@
+"""Learned memory keys and values, beside those of the tokens (1907.01470)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.base import AttentionShape, KeyMod
+from x_transformers.options.schema import Feature, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    num_mem_kv: int = opt(0, "learned keys and values that every query sees")
+
+    def __post_init__(self) -> None:
+        require(self.num_mem_kv >= 0, f"`num_mem_kv` is {self.num_mem_kv}; it must be at least 0.")
+
+
+class MemoryKeyValues(KeyMod):
+    """`k <- [mem_k, k]`, `v <- [mem_v, v]`, with parameters `(g, M, d)` and `(g, M, e)`, drawn from N(0, 1).
+
+    They have no position, and of the norms they pass only the unit-length one.
+    """
+
+    def __init__(self, shape: AttentionShape, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.keys = nn.Parameter(torch.randn(shape.kv_heads, count, shape.dim_head))
+        self.values = nn.Parameter(torch.randn(shape.kv_heads, count, shape.value_dim_head))
+
+    def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        keys = normalize(self.keys.unsqueeze(0)).to(k.dtype).expand(k.shape[0], -1, -1, -1)
+        values = self.values.to(v.dtype).expand(v.shape[0], -1, -1, -1)
+        return torch.cat((keys, k), dim=-2), torch.cat((values, v), dim=-2)
+
+
+def build(options: MemoryOptions, shape: AttentionShape, **_: Any) -> MemoryKeyValues:
+    """The part for one attention."""
+    return MemoryKeyValues(shape, options.num_mem_kv)
+
+
+FEATURE = Feature(
+    name="memory_kv",
+    group="attn",
+    slot="keys",
+    options=MemoryOptions,
+    enabled=lambda options: options.num_mem_kv > 0,
+    build=build,
+    summary="learned keys and values beside those of the tokens",
+    paper="1907.01470",
+    examples=({"attn_num_mem_kv": 3},),
+)

@@ -1,0 +1,78 @@
+"""Visibility as functions of slots: causal, window, padding, and the caller's mask, built once a pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import Visibility
+from x_transformers.call import Call, Span
+from x_transformers.errors import ShapeError
+from x_transformers.ops import pad_left
+
+
+def visibility(call: Call, keys: Span, *, causal: bool, own: bool, window: int | None, prefix: int) -> Visibility:
+    """Which of `keys` the queries of this pass see.
+
+    A key is seen iff it is live, and (causal) its slot is not behind the query's, and (window `w`) the query's slot
+    is at most `w` behind it, and the caller's `attn_mask` holds. The `prefix` keys in front are always seen.
+
+    Args:
+        call: the pass.
+        keys: the keys without the prefix.
+        causal: whether slots behind the query are hidden.
+        own: the keys are the tokens' own (self-attention); a context has slots of its own.
+        window: how far back a query sees.
+        prefix: keys in front that are no tokens.
+    """
+    rule = (id(keys), causal, own, window, prefix)
+    if rule not in call.memo:
+        call.memo[rule] = _build(call, keys, causal, own, window, prefix)
+    return call.memo[rule]
+
+
+def _build(call: Call, keys: Span, causal: bool, own: bool, window: int | None, prefix: int) -> Visibility:
+    attn_mask = call.attn_mask if own else None
+    # recurrent memory lies before every query, so only keys of the pass itself can be hidden by causality
+    hides = causal and not (own and call.newest)
+    if keys.live is None and attn_mask is None and window is None:
+        if not hides:
+            return Visibility(None, False, None, prefix)
+        if own and call.aligned and len(keys) == len(call.query) and prefix == 0:
+            return Visibility(None, True, None, 0)
+
+    seen: Tensor | None = None
+    if hides:
+        seen = keys.index <= call.query.index.unsqueeze(-1)
+    if window is not None:
+        distance = call.query.slot.unsqueeze(-1) - keys.slot.unsqueeze(-2)
+        near = (distance <= window).unsqueeze(1)
+        seen = near if seen is None else near & seen
+    if keys.live is not None:
+        live = keys.live[:, None, None, :]
+        seen = live if seen is None else live & seen
+    if attn_mask is not None:
+        given = _fit(attn_mask, len(call.query), len(keys), "attn_mask")
+        given = pad_left(given, len(keys) - given.shape[-1], True)
+        seen = given if seen is None else given & seen
+    assert seen is not None
+    seen = seen[(None,) * (4 - seen.ndim)].expand(-1, -1, len(call.query), -1)
+    seen = pad_left(seen, prefix, True)
+    may_be_dead = prefix == 0 and (keys.live is not None or attn_mask is not None)
+    dead = ~seen.any(dim=-1, keepdim=True) if may_be_dead else None
+    return Visibility(seen, False, dead, prefix)
+
+
+def _fit(mask: Tensor, queries: int, keys: int, name: str) -> Tensor:
+    """The caller's pairwise tensor with four axes; three mean heads."""
+    if not 2 <= mask.ndim <= 4 or mask.shape[-2] not in (1, queries) or mask.shape[-1] > keys:
+        raise ShapeError(
+            f"`{name}` has shape {tuple(mask.shape)}; it must be (i, j), (h, i, j) or (b, h, i, j) with {queries} "
+            f"queries and at most {keys} keys."
+        )
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def causal_mask(i: int, j: int, device: torch.device | None = None) -> Tensor:
+    """`(i, j)` bool, True where a key is *hidden*: bottom-right aligned causality."""
+    return torch.ones(i, j, dtype=torch.bool, device=device).triu(j - i + 1)

@@ -1,0 +1,111 @@
+"""From inputs to heads: queries, keys and values by one linear map each, with shared (grouped) key/value heads.
+
+Grouped heads (2305.13245; one head: 1911.02150): query head `q` reads key/value head `q // (heads // kv_heads)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from x_transformers.ops import split_heads
+from x_transformers.options.schema import Feature, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    dim_head: int = opt(64, "width of a head")
+    value_dim_head: int | None = opt(None, "width of a head's values; default `dim_head`")
+
+    def __post_init__(self) -> None:
+        require(self.dim_head >= 1, f"`dim_head` is {self.dim_head}; it must be at least 1.")
+        require(
+            self.value_dim_head is None or self.value_dim_head >= 1,
+            f"`value_dim_head` is {self.value_dim_head}; it must be at least 1.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedOptions:
+    kv_heads: int | None = opt(None, "key/value heads, shared by groups of query heads; default as many as heads")
+    one_kv_head: bool = opt(False, "a single key/value head")
+
+    def __post_init__(self) -> None:
+        require(
+            not self.one_kv_head or self.kv_heads is None,
+            "`one_kv_head` and `kv_heads` both set the number of key/value heads; keep one of them.",
+        )
+
+    def count(self, heads: int) -> int:
+        """Key/value heads for `heads` query heads."""
+        kv_heads = 1 if self.one_kv_head else self.kv_heads if self.kv_heads is not None else heads
+        require(
+            kv_heads >= 1 and heads % kv_heads == 0,
+            f"`kv_heads` is {kv_heads}; it must divide the {heads} heads.",
+        )
+        return kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions:
+    dim_context: int | None = opt(None, "width of the context that cross-attention reads; default `dim`")
+
+
+class Projections(nn.Module):
+    """`q = W_q x`, `k = W_k s`, `v = W_v s`, without biases, split into heads.
+
+    Args:
+        dim: width of x.
+        dim_context: width of the source s of keys and values.
+        heads, kv_heads: query heads; key/value heads.
+        dim_head, value_dim_head: widths of a head.
+    """
+
+    def __init__(
+        self, *, dim: int, dim_context: int, heads: int, kv_heads: int, dim_head: int, value_dim_head: int
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.k = nn.Linear(dim_context, kv_heads * dim_head, bias=False)
+        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=False)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """`(b, i, D) -> (b, h, i, d)`."""
+        return split_heads(self.q(x), self.heads)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """`(b, j, Dc) -> (b, g, j, d), (b, g, j, e)`."""
+        return split_heads(self.k(source), self.kv_heads), split_heads(self.v(source), self.kv_heads)
+
+
+HEADS = Feature(
+    name="heads",
+    group="attn",
+    slot="projection",
+    options=HeadOptions,
+    summary="widths of the heads",
+    paper="1706.03762",
+    examples=({"attn_value_dim_head": 12},),
+)
+
+GROUPED = Feature(
+    name="grouped_heads",
+    group="attn",
+    slot="projection",
+    options=GroupedOptions,
+    enabled=lambda options: options.one_kv_head or options.kv_heads is not None,
+    summary="query heads that share keys and values",
+    paper="2305.13245",
+    examples=({"attn_kv_heads": 2}, {"attn_one_kv_head": True}),
+)
+
+CONTEXT = Feature(
+    name="context",
+    group="attn",
+    slot="projection",
+    options=ContextOptions,
+    enabled=lambda options: options.dim_context is not None,
+    summary="width of the context of cross-attention",
+)

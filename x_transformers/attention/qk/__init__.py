@@ -1,0 +1,1 @@
+"""What happens to queries and keys between their projection and the scores."""

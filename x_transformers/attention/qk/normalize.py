@@ -1,0 +1,132 @@
+"""QK norms: unit length (2010.04245), and RMSNorm per head (2302.05442)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.base import AttentionShape, QKNorm
+from x_transformers.errors import ConfigError
+from x_transformers.ops import l2norm
+from x_transformers.options.schema import Feature, opt, require
+
+
+class MultiheadRMSNorm(nn.Module):
+    """`x / |x| * sqrt(d) * (gamma + 1)` over the last axis of `(b, heads, n, d)`, a gain for each head."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return l2norm(x) * self.scale * (self.gamma + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitNormOptions:
+    qk_norm: bool = opt(False, "queries and keys have unit length; the logit scale becomes `qk_norm_scale`")
+    qk_norm_groups: int = opt(1, "normalise that many equal parts of a head apart")
+    qk_norm_scale: float = opt(10, "logit scale")
+    qk_norm_dim_scale: bool = opt(False, "learned scale per feature in place of `qk_norm_scale`")
+
+
+class QKUnitNorm(QKNorm):
+    """`q <- q / |q|`, `k <- k / |k|`, in `groups` parts.
+
+    Without a learned scale the logits are multiplied by `scale`; with one, queries and keys are multiplied by learned
+    vectors (initially `d ** 0.25`) and the usual `1 / sqrt(d)` stays.
+
+    Raises:
+        ConfigError: if the groups do not divide a head, or leave parts of fewer than 3 features.
+    """
+
+    def __init__(self, shape: AttentionShape, groups: int, scale: float, dim_scale: bool) -> None:
+        super().__init__()
+        d = shape.dim_head
+        if groups < 1 or d % groups or d // groups <= 2:
+            raise ConfigError(
+                f"`qk_norm_groups` is {groups}; it must divide `dim_head` = {d} into parts of at least 3 features."
+            )
+        self.groups = groups
+        self.scale = None if dim_scale else scale
+        self.q_scale = nn.Parameter(torch.full((shape.heads, 1, d), d**0.25)) if dim_scale else None
+        self.k_scale = nn.Parameter(torch.full((shape.kv_heads, 1, d), d**0.25)) if dim_scale else None
+
+    def normalize_q(self, q: Tensor) -> Tensor:
+        q = l2norm(q, self.groups)
+        return q if self.q_scale is None else q * self.q_scale
+
+    def normalize_k(self, k: Tensor) -> Tensor:
+        k = l2norm(k, self.groups)
+        return k if self.k_scale is None else k * self.k_scale
+
+    def normalize_memory(self, k: Tensor) -> Tensor:
+        return self.normalize_k(k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSNormOptions:
+    qk_rmsnorm: bool = opt(False, "RMSNorm with a gain for each head on queries and keys")
+    k_rmsnorm: bool = opt(False, "the same on keys alone")
+
+    def __post_init__(self) -> None:
+        require(not (self.qk_rmsnorm and self.k_rmsnorm), "`qk_rmsnorm` already normalises the keys; drop `k_rmsnorm`.")
+
+
+class QKRMSNorm(QKNorm):
+    """`MultiheadRMSNorm` on keys, and on queries unless `keys_only`. Learned memory keys pass by."""
+
+    def __init__(self, shape: AttentionShape, keys_only: bool) -> None:
+        super().__init__()
+        self.q_norm = None if keys_only else MultiheadRMSNorm(shape.dim_head, shape.heads)
+        self.k_norm = MultiheadRMSNorm(shape.dim_head, shape.kv_heads)
+
+    def normalize_q(self, q: Tensor) -> Tensor:
+        return q if self.q_norm is None else self.q_norm(q)
+
+    def normalize_k(self, k: Tensor) -> Tensor:
+        return self.k_norm(k)
+
+
+def build_unit(options: UnitNormOptions, shape: AttentionShape, **_: Any) -> QKUnitNorm:
+    """The part for one attention."""
+    return QKUnitNorm(shape, options.qk_norm_groups, options.qk_norm_scale, options.qk_norm_dim_scale)
+
+
+def build_rms(options: RMSNormOptions, shape: AttentionShape, **_: Any) -> QKRMSNorm:
+    """The part for one attention."""
+    return QKRMSNorm(shape, keys_only=options.k_rmsnorm)
+
+
+UNIT = Feature(
+    name="qk_norm",
+    group="attn",
+    slot="qk_norm",
+    options=UnitNormOptions,
+    enabled=lambda options: options.qk_norm,
+    build=build_unit,
+    idle=lambda options: ("qk_norm_scale",) if options.qk_norm_dim_scale else (),
+    summary="queries and keys of unit length",
+    paper="2010.04245",
+    examples=(
+        {"attn_qk_norm": True},
+        {"attn_qk_norm": True, "attn_qk_norm_groups": 2, "attn_qk_norm_scale": 4.0},
+        {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True},
+    ),
+)
+
+RMS = Feature(
+    name="qk_rmsnorm",
+    group="attn",
+    slot="qk_norm",
+    options=RMSNormOptions,
+    enabled=lambda options: options.qk_rmsnorm or options.k_rmsnorm,
+    build=build_rms,
+    summary="RMSNorm per head on queries and keys",
+    paper="2302.05442",
+    examples=({"attn_qk_rmsnorm": True}, {"attn_k_rmsnorm": True}),
+)

@@ -1,0 +1,108 @@
+"""ALiBi: a penalty that grows linearly with distance, with a fixed slope for each head (2108.12409)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import BoundScore
+from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.call import Span
+from x_transformers.errors import ConfigError
+from x_transformers.float32 import KeepsFloat32
+from x_transformers.loading import ReadsReference
+from x_transformers.options.schema import Feature, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlibiOptions:
+    alibi_pos_bias: bool = opt(False, "add -|distance| * slope to the scores")
+    alibi_num_heads: int | None = opt(None, "only the first k heads get the bias; default all")
+
+
+class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
+    """`bias[h, i, j] = -|i - j| * slope[h]`.
+
+    For `k` heads, a power of two, the slopes are `2 ** (-8 (t + 1) / k)`; otherwise those of the largest power of two
+    below, followed by every second slope of the next one. Heads beyond `k` get 0.
+
+    Args:
+        heads: heads with a bias, k.
+        total_heads: heads in all; default k.
+        slopes: `k` slopes in place of the standard ones.
+
+    Raises:
+        ConfigError: if k exceeds the heads there are, or `slopes` does not hold k numbers.
+    """
+
+    slopes: Tensor
+
+    def __init__(
+        self, heads: int, total_heads: int | None = None, slopes: Sequence[float] | None = None, **_: Any
+    ) -> None:
+        super().__init__()
+        total_heads = heads if total_heads is None else total_heads
+        if not 1 <= heads <= total_heads:
+            raise ConfigError(f"`alibi_num_heads` is {heads}; it must lie between 1 and the {total_heads} heads.")
+        given = alibi_slopes(heads) if slopes is None else [float(slope) for slope in slopes]
+        if len(given) != heads:
+            raise ConfigError(f"`slopes` holds {len(given)} numbers; ALiBi with {heads} heads needs {heads}.")
+        padded = [*given, *[0.0] * (total_heads - heads)]
+        # saved, since reading a checkpoint may reorder the heads
+        self.register_buffer("slopes", torch.tensor(padded, dtype=torch.float32))
+
+    def bias(self, distance: Tensor) -> Tensor:
+        return -distance.abs().unsqueeze(-3) * self.slopes[:, None, None]
+
+    def bind(self, query: Span, keys: Span) -> BoundScore:
+        bound = super().bind(query, keys)
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            row_q = query.pos[b if query.pos.shape[0] > 1 else 0, q]
+            row_k = keys.pos[b if keys.pos.shape[0] > 1 else 0, k]
+            return score - (row_q - row_k).abs() * self.slopes[h]
+
+        bound.at = at
+        return bound
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        # the reference does not save slopes
+        state.setdefault(f"{prefix}slopes", self.slopes.clone())
+
+    def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
+        state[f"{prefix}slopes"] = self.slopes[order.to(self.slopes.device)]
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """The standard slopes for `heads` heads."""
+
+    def power_of_two(count: int) -> list[float]:
+        return [2 ** (-8 * (t + 1) / count) for t in range(count)]
+
+    below = 2 ** math.floor(math.log2(heads))
+    return power_of_two(below) + power_of_two(2 * below)[::2][: heads - below]
+
+
+def build(options: AlibiOptions, *, heads: int, kwargs: dict[str, Any], **_: Any) -> AlibiPositionalBias:
+    """The part for a stack of `heads` heads."""
+    biased = heads if options.alibi_num_heads is None else options.alibi_num_heads
+    return AlibiPositionalBias(biased, heads, **kwargs)
+
+
+FEATURE = Feature(
+    name="alibi",
+    group="stack",
+    slot="score",
+    choice="relative position bias",
+    options=AlibiOptions,
+    enabled=lambda options: options.alibi_pos_bias,
+    build=build,
+    summary="linear distance penalty on the scores",
+    paper="2108.12409",
+    examples=({"alibi_pos_bias": True}, {"alibi_pos_bias": True, "alibi_num_heads": 2}),
+)

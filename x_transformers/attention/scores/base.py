@@ -1,0 +1,49 @@
+"""Biases that depend on the distance between two positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage
+from x_transformers.call import Span
+
+
+class DistanceBias(ScoreMod):
+    """Adds a function of `position of query - position of key` to the scores, apart for each head."""
+
+    needs = Needs.BIAS
+    stage = Stage.BIAS
+
+    def bias(self, distance: Tensor) -> Tensor:
+        """`(..., i, j)` integer distances to `(..., h, i, j)` biases."""
+        raise NotImplementedError
+
+    def forward(self, i: int, j: int) -> Tensor:
+        """`(h, i, j)` bias of the last `i` of `j` tokens."""
+        places = torch.arange(j, device=self.device)
+        return self.bias(places[j - i :, None] - places)
+
+    def forward_custom_pos(self, pos_i: Tensor, pos_j: Tensor | None = None) -> Tensor:
+        """Bias between positions `(n,)` or `(b, n)`: `(h, i, j)` or `(b, h, i, j)`."""
+        pos_j = pos_i if pos_j is None else pos_j
+        return self.bias(pos_i.unsqueeze(-1) - pos_j.unsqueeze(-2))
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in (*self.parameters(), *self.buffers()))
+
+    def bind(self, query: Span, keys: Span) -> BoundScore:
+        def dense() -> Tensor:
+            return self.bias(query.pos.unsqueeze(-1) - keys.pos.unsqueeze(-2))
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            table = bound.dense
+            return score + table[b if table.shape[0] > 1 else 0, h, q, k]
+
+        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=dense)
+        return bound
+
+    def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
+        """Reorder the heads of this module's entries in a state dict, in place."""
+        raise NotImplementedError

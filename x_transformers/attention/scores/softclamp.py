@@ -1,0 +1,67 @@
+"""Soft-clamped logits: bounded by a tanh before the softmax, as in Gemma 2 (2408.00118)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage
+from x_transformers.call import Span
+from x_transformers.errors import ConfigError
+from x_transformers.ops import softclamp
+from x_transformers.options.schema import Feature, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftclampOptions:
+    softclamp_logits: bool = opt(False, "bound the logits by c * tanh(logits / c), behind biases and before masks")
+    logit_softclamp_value: float = opt(50.0, "the bound c")
+
+
+class SoftclampLogits(ScoreMod):
+    """`score <- c * tanh(score / c)`.
+
+    Args:
+        value: the bound c.
+
+    Raises:
+        ConfigError: if the bound is not positive.
+    """
+
+    needs = Needs.POINTWISE
+    stage = Stage.CLAMP
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        if value <= 0:
+            raise ConfigError(f"`logit_softclamp_value` is {value}; it must be positive.")
+        self.value = value
+
+    def bind(self, query: Span, keys: Span) -> BoundScore:
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return torch.tanh(score / self.value) * self.value
+
+        return BoundScore(
+            needs=self.needs, stage=self.stage, at=at, pointwise=lambda scores: softclamp(scores, self.value)
+        )
+
+
+def build(options: SoftclampOptions, **_: Any) -> SoftclampLogits:
+    """The part for one attention."""
+    return SoftclampLogits(options.logit_softclamp_value)
+
+
+FEATURE = Feature(
+    name="softclamp_logits",
+    group="attn",
+    slot="score",
+    options=SoftclampOptions,
+    enabled=lambda options: options.softclamp_logits,
+    build=build,
+    summary="logits bounded by a tanh",
+    paper="2408.00118",
+    examples=({"attn_softclamp_logits": True, "attn_logit_softclamp_value": 2.0},),
+)

@@ -1,0 +1,103 @@
+"""T5's relative position bias: a learned number for each head and each logarithmic bucket of distance (1910.10683)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.errors import ConfigError
+from x_transformers.options.schema import Feature, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Options:
+    rel_pos_bias: bool = opt(False, "T5's bucketed relative position bias")
+    rel_pos_num_buckets: int = opt(32, "buckets of distance")
+    rel_pos_max_distance: int = opt(128, "distances from here on share the last bucket")
+
+
+class RelativePositionBias(DistanceBias):
+    """`bias[h, i, j] = scale * table[bucket(i - j), h]`.
+
+    Half of the buckets are exact distances, the others grow logarithmically up to `max_distance`. A causal stack has
+    one set of buckets for the past; a bidirectional one has a set for each direction.
+
+    Args:
+        scale: factor on the table, `sqrt(dim_head)` in a stack.
+        causal: buckets for the past only.
+        num_buckets: rows of the table.
+        max_distance: where the last bucket begins.
+        heads: columns of the table.
+
+    Raises:
+        ConfigError: if there are too few buckets, or more than `max_distance`.
+    """
+
+    def __init__(
+        self, scale: float, causal: bool = False, num_buckets: int = 32, max_distance: int = 128, heads: int = 8
+    ) -> None:
+        super().__init__()
+        least = 2 if causal else 4
+        if not least <= num_buckets <= max_distance:
+            raise ConfigError(
+                f"`rel_pos_num_buckets` is {num_buckets}; it must lie between {least} and `rel_pos_max_distance`, "
+                f"which is {max_distance}."
+            )
+        self.scale, self.causal = scale, causal
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        per_pair = self.relative_attention_bias(self.bucket(distance))
+        return per_pair.movedim(-1, -3) * self.scale
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Bucket of `position of query - position of key`."""
+        buckets, offset = self.num_buckets, 0
+        if self.causal:
+            distance = distance.clamp(min=0)
+        else:
+            buckets //= 2
+            offset = (distance < 0).long() * buckets
+            distance = distance.abs()
+        exact = buckets // 2
+        far = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact) * (buckets - exact)
+        far = (exact + far.long()).clamp(max=buckets - 1)
+        return torch.where(distance < exact, distance, far) + offset
+
+    def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
+        key = f"{prefix}relative_attention_bias.weight"
+        state[key] = state[key][:, order]
+
+
+def build(
+    options: T5Options, *, heads: int, dim_head: int, causal: bool, kwargs: dict[str, Any], **_: Any
+) -> RelativePositionBias:
+    """The part for a stack."""
+    return RelativePositionBias(
+        scale=dim_head**0.5,
+        causal=causal,
+        num_buckets=options.rel_pos_num_buckets,
+        max_distance=options.rel_pos_max_distance,
+        heads=heads,
+        **kwargs,
+    )
+
+
+FEATURE = Feature(
+    name="t5_bias",
+    group="stack",
+    slot="score",
+    choice="relative position bias",
+    options=T5Options,
+    enabled=lambda options: options.rel_pos_bias,
+    build=build,
+    summary="learned bias by bucket of distance",
+    paper="1910.10683",
+    examples=({"rel_pos_bias": True, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},),
+)

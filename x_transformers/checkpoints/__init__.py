@@ -1,0 +1,1 @@
+"""Files: models with their configuration, and training runs that can be resumed."""

@@ -1,0 +1,1 @@
+"""The feedforward: wider, an activation, back."""

@@ -1,0 +1,149 @@
+"""Feedforward, plain or gated: `W' act(W x)` (1706.03762), `W' (W1 x * act(W2 x))` (2002.05202)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.errors import Faults
+from x_transformers.feedforward import activations
+from x_transformers.loading import ReadsReference, rename
+from x_transformers.norms import LayerNorm
+from x_transformers.options.configured import Configured
+from x_transformers.options.schema import Feature, Schema, opt, require
+from x_transformers.options.signatures import parameter, show_keywords
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardOptions:
+    dim_out: int | None = opt(None, "width of the output; default `dim`")
+    mult: float = opt(4, "inner width is int(dim * mult)")
+    dropout: float = opt(0.0, "dropout behind the activation")
+    sublayer_dropout: float = opt(0.0, "dropout of the output")
+    no_bias: bool = opt(False, "linear maps without biases; the gated input keeps its own (2204.02311)")
+    zero_init_output: bool = opt(False, "the output map starts at zero")
+    output_proj_depth: int | None = opt(None, "std of the output map is (2 * fan_in * depth) ** -0.5 (2402.00838)")
+
+    def __post_init__(self) -> None:
+        require(self.mult > 0, f"`mult` is {self.mult}; it must be positive.")
+        for name in ("dropout", "sublayer_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLUOptions:
+    glu: bool = opt(False, "gated: up(x) * act(gate(x))")
+    glu_mult_bias: bool = opt(False, "with a learned factor for each inner channel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostActNormOptions:
+    post_act_ln: bool = opt(False, "LayerNorm behind the activation")
+
+
+FEATURES = (
+    Feature(
+        name="feedforward",
+        group="ff",
+        slot="feedforward",
+        options=FeedForwardOptions,
+        summary="widths, dropouts and initialisation of the feedforward",
+        examples=({"ff_mult": 2}, {"ff_no_bias": True}, {"ff_dropout": 0.1, "ff_sublayer_dropout": 0.1}),
+    ),
+    Feature(
+        name="glu",
+        group="ff",
+        slot="feedforward",
+        options=GLUOptions,
+        enabled=lambda options: options.glu,
+        summary="gated feedforward",
+        paper="2002.05202",
+        examples=({"ff_glu": True}, {"ff_glu": True, "ff_swish": True}, {"ff_glu": True, "ff_glu_mult_bias": True}),
+    ),
+    activations.FEATURE,
+    Feature(
+        name="post_act_ln",
+        group="ff",
+        slot="feedforward",
+        options=PostActNormOptions,
+        enabled=lambda options: options.post_act_ln,
+        summary="LayerNorm behind the activation",
+        paper="2110.09456",
+        examples=({"ff_post_act_ln": True},),
+    ),
+)
+
+SCHEMA = Schema(FEATURES)
+
+
+class FeedForward(Configured, ReadsReference):
+    """`down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
+
+    Args:
+        dim: width of the input.
+        dim_out: width of the output; default `dim`.
+        mult: inner width is `int(dim * mult)`.
+
+    Raises:
+        ConfigError: listing every unknown keyword and bad value.
+    """
+
+    def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **options: Any) -> None:
+        super().__init__()
+        faults = Faults()
+        parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        faults.raise_if_any("FeedForward")
+        core, glu = parsed["feedforward"], parsed["glu"]
+        inner = int(dim * core.mult)
+        self.features = tuple(feature.name for feature in parsed.enabled())
+        self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
+        # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do
+        self.up = nn.Linear(dim, 2 * inner if glu.glu else inner, bias=glu.glu or not core.no_bias)
+        self.activation = parsed["activation"].activation()
+        self.gate_scale = nn.Parameter(torch.ones(inner)) if glu.glu and glu.glu_mult_bias else None
+        self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
+        self.down = nn.Linear(inner, dim if core.dim_out is None else core.dim_out, bias=not core.no_bias)
+        if core.zero_init_output:
+            for parameter_ in self.down.parameters():
+                nn.init.zeros_(parameter_)
+        elif core.output_proj_depth is not None:
+            nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim) -> (..., dim_out)`."""
+        x = self.up(x)
+        if self.glu:
+            up, gate = x.chunk(2, dim=-1)
+            x = up * self.activation(gate)
+            if self.gate_scale is not None:
+                x = x * self.gate_scale
+        else:
+            x = self.activation(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        x = self.down(x)
+        return F.dropout(x, self.sublayer_dropout, self.training) if self.sublayer_dropout else x
+
+    def muon_parameters(self) -> Iterator[Tensor]:
+        """The weights of the linear maps, which Muon may orthogonalise."""
+        yield from (self.up.weight, self.down.weight)
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        into = "ff.0.proj" if self.glu else "ff.0.0"
+        back = "ff.3" if self.norm is not None else "ff.2"
+        for name in ("weight", "bias"):
+            rename(state, f"{prefix}{into}.{name}", f"{prefix}up.{name}")
+            rename(state, f"{prefix}{back}.{name}", f"{prefix}down.{name}")
+        rename(state, f"{prefix}ff.0.mult_bias", f"{prefix}gate_scale")
+        rename(state, f"{prefix}ff.1.gamma", f"{prefix}norm.gamma")
+
+
+show_keywords(FeedForward, [(SCHEMA, "")], [parameter("dim", positional=True)])

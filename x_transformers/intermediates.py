@@ -1,0 +1,106 @@
+"""What a caller asked to see of a forward pass, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from x_transformers.cache import Entry, KVCache
+
+
+@dataclass(eq=False)
+class Intermediates:
+    """One executed attention.
+
+    Attributes:
+        qk_similarities: `(b, h, i, j)` scaled scores, before biases and masks.
+        pre_softmax_attn: logits, with every bias, clamp and mask.
+        post_softmax_attn: weights, before dropout.
+        values: this layer's projected values, `(b, g, j, e)`, before any mixing.
+        layer_type: "a" for self-attention, "c" for cross-attention.
+
+    The first three are None unless scores were captured.
+    """
+
+    qk_similarities: Tensor | None = None
+    pre_softmax_attn: Tensor | None = None
+    post_softmax_attn: Tensor | None = None
+    values: Tensor | None = None
+    layer_type: str | None = None
+    entry: Entry | None = None
+
+    @property
+    def cached_kv(self) -> tuple[Tensor | None, ...] | None:
+        """The sublayer's cached streams: keys as they were after rotation, values as they are weighed.
+
+        Assigning a pair of the same streams writes through to the cache.
+        """
+        if self.entry is None:
+            return None
+        streams = self.entry.grown or self.entry.states
+        return tuple(streams.values()) if streams else None
+
+    @cached_kv.setter
+    def cached_kv(self, value: tuple[Tensor | None, ...]) -> None:
+        assert self.entry is not None, "there is no cache behind this record"
+        streams = self.entry.grown or self.entry.states
+        for name, stream in zip(list(streams), value, strict=True):
+            if stream is not None:
+                streams[name] = stream
+
+    def to_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn
+
+
+@dataclass(eq=False)
+class LayerIntermediates:
+    """One forward pass of a stack or a model; also what a later call takes as `cache`.
+
+    Attributes:
+        hiddens: the stream at the entry of every executed self-attention.
+        layer_hiddens: the branch input of every executed sublayer, then the stream behind the last one.
+        last_hidden: the stack's output.
+        attn_intermediates: one record per executed attention, self and cross in order.
+        cache: the key/value cache behind this pass, if one was kept.
+    """
+
+    hiddens: list[Tensor] | None = None
+    last_hidden: Tensor | None = None
+    attn_intermediates: list[Intermediates] | None = None
+    layer_hiddens: list[Tensor] | None = None
+    memory_inputs: list[Tensor] | None = None
+    mems: list[Tensor] | None = None
+    last_layer_hiddens: Tensor | None = None
+    initial_embeds: Tensor | None = None
+    memory_tokens: Tensor | None = None
+    attn_z_loss: Tensor | None = None
+    logit_entropies: Any = None
+    cache: KVCache | None = None
+
+    @property
+    def cache_length(self) -> int | Tensor:
+        """Slots held so far: an int, or a device scalar for a static cache."""
+        if self.cache is None:
+            return 0
+        return getattr(self.cache, "filled", self.cache.length)
+
+    def __copy__(self) -> LayerIntermediates:
+        """A shallow copy whose attention records and cache can be changed apart from the original's."""
+        twin = LayerIntermediates(**self.__dict__)
+        twin.cache = self.cache.begin(0) if self.cache is not None else None
+        if self.attn_intermediates is not None:
+            twin.attn_intermediates = [copy.copy(record) for record in self.attn_intermediates]
+            _rewire(self, twin)
+        return twin
+
+
+def _rewire(old: LayerIntermediates, new: LayerIntermediates) -> None:
+    """Point the copied records at the copied cache's entries."""
+    if old.cache is None or new.cache is None or new.attn_intermediates is None:
+        return
+    twins = {id(a): b for a, b in zip(old.cache.entries, new.cache.entries, strict=True)}
+    for record in new.attn_intermediates:
+        record.entry = twins.get(id(record.entry), record.entry)

@@ -1,0 +1,1 @@
+"""Stacks: from options to layers, and the order in which a layer works."""

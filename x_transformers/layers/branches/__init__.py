@@ -1,0 +1,1 @@
+"""What may stand between a sublayer and the residual stream."""

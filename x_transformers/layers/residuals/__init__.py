@@ -1,0 +1,1 @@
+"""How a sublayer reads the residual stream and writes to it."""

@@ -1,0 +1,73 @@
+"""The residual connection, with an optional learned or constant factor on the stream (2110.09456)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.call import Call
+from x_transformers.layers.residuals.base import ResidualConnection
+from x_transformers.loading import ReadsReference, rename
+from x_transformers.options.schema import Feature, Rule, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleOptions:
+    scale_residual: bool | float = opt(
+        False, "a learned factor per channel on the stream; a number c also multiplies sublayer outputs by c"
+    )
+    scale_residual_constant: float = opt(1.0, "constant factor on the stream, plain residual only")
+
+    @property
+    def learned(self) -> bool:
+        """A number other than 0 switches the learned factor on too, as old checkpoints expect."""
+        return bool(self.scale_residual)
+
+    @property
+    def output_scale(self) -> float:
+        """The factor on sublayer outputs."""
+        return 1.0 if isinstance(self.scale_residual, bool) else float(self.scale_residual)
+
+
+class Residual(ReadsReference, ResidualConnection):
+    """`out + residual * scale * constant`.
+
+    Args:
+        dim: width.
+        scale_residual: with a learned `scale` per channel, initially 1.
+        scale_residual_constant: the constant.
+    """
+
+    def __init__(self, dim: int, scale_residual: bool = False, scale_residual_constant: float = 1.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim)) if scale_residual else None
+        self.constant = scale_residual_constant
+
+    def write(self, out: Tensor, kept: Tensor, call: Call | None = None) -> Tensor:
+        if self.scale is not None:
+            kept = kept * self.scale
+        return out + kept if self.constant == 1 else out + kept * self.constant
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        rename(state, f"{prefix}residual_scale", f"{prefix}scale")
+
+
+SCALE = Feature(
+    name="residual_scale",
+    group="stack",
+    slot="residual options",
+    options=ScaleOptions,
+    enabled=lambda options: options.learned or options.scale_residual_constant != 1,
+    summary="factors on the residual stream",
+    paper="2110.09456",
+    refuses=(
+        Rule(
+            when=lambda o: o["residual_scale"].scale_residual_constant != 1 and o.on("gate_residual"),
+            why="`scale_residual_constant` belongs to the plain residual; drop it or `gate_residual`.",
+        ),
+    ),
+    examples=({"scale_residual": True}, {"scale_residual": 0.5}, {"scale_residual_constant": 0.8}),
+)

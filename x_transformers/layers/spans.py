@@ -1,0 +1,100 @@
+"""Where the tokens of one pass stand: slots, positions and liveness, from what a caller says of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.attention import check_mask
+from x_transformers.cache import KVCache
+from x_transformers.call import Span
+from x_transformers.errors import ShapeError
+
+
+def lay_out(
+    batch: int,
+    n: int,
+    device: torch.device,
+    *,
+    cache: KVCache | None,
+    mask: Tensor | None = None,
+    kv_mask: Tensor | None = None,
+    seq_start_pos: Tensor | None = None,
+    places: Tensor | None = None,
+    pos: Tensor | None = None,
+) -> tuple[Span, Span]:
+    """The queries of this pass, and every key that is there.
+
+    Args:
+        batch, n: rows and new tokens.
+        cache: a cache already begun for this pass, or None.
+        mask, kv_mask: `(b, all tokens so far)` bool; hidden tokens keep their slots.
+        seq_start_pos: `(b,)` tokens of left padding, which have no slots of their own.
+        places: `(b, all tokens so far)` bool; False has no slot of its own (the general form of left padding).
+        pos: `(n,)`, `(b, n)` or all tokens so far: positions for encodings.
+
+    Raises:
+        ShapeError: if an argument covers another number of tokens.
+    """
+    if cache is None:
+        q_index = k_index = torch.arange(n, device=device)
+    else:
+        q_index, k_index = cache.new_index(n, device), cache.key_index(device)
+    total = n if cache is None else (None if cache.is_static else cache.length)
+
+    live: Tensor | None = None
+    for given, name in ((mask, "mask"), (kv_mask, "self_attn_kv_mask")):
+        if given is not None:
+            full = check_mask(given, batch, given.shape[-1] if total is None else total, name)
+            held = _at(full, k_index, fill=True)
+            live = held if live is None else live & held
+
+    q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
+    padded: Tensor | None = None
+    if places is not None:
+        order = (places.long().cumsum(dim=-1) - 1).clamp(min=0)
+        padded = _at(places, k_index, fill=True)
+        k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
+    elif seq_start_pos is not None:
+        if seq_start_pos.shape != (batch,):
+            raise ShapeError(
+                f"`seq_start_pos` has shape {tuple(seq_start_pos.shape)}; it must be ({batch},): the number of padding "
+                "tokens on the left of each row."
+            )
+        start = seq_start_pos.unsqueeze(-1)
+        padded = k_slot >= start
+        k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
+    if padded is not None:
+        live = padded if live is None else live & padded
+
+    q_pos, k_pos = q_slot, k_slot
+    contiguous = padded is None and (cache is None or not cache.dropped)
+    if pos is not None:
+        pos = _check_pos(pos, batch, n, total)
+        contiguous = False
+    if cache is not None and (pos is not None or cache.positions is not None):
+        k_pos = cache.place(None if pos is None else pos[:, -n:], k_slot)
+        q_pos, contiguous = _at(cache.positions if cache.positions is not None else k_pos, q_index, fill=0), False
+    elif pos is not None:
+        q_pos = k_pos = pos[:, -n:]
+
+    q_live = None if live is None or cache is not None else live
+    query = Span(q_index, q_slot, q_pos, q_live, contiguous)
+    return query, Span(k_index, k_slot, k_pos, live, contiguous)
+
+
+def _at(t: Tensor, index: Tensor, fill: int | bool) -> Tensor:
+    """Columns `index` of `(b, m)`; columns that a static cache has beyond m are `fill`."""
+    return F.pad(t, (0, 1), value=fill)[:, index.clamp(max=t.shape[-1])]
+
+
+def _check_pos(pos: Tensor, batch: int, n: int, total: int | None) -> Tensor:
+    pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
+    allowed = {n} if total is None else {n, total}
+    if pos.ndim != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] not in allowed or pos.is_floating_point():
+        raise ShapeError(
+            f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; it must hold integer positions for "
+            f"{' or '.join(str(count) for count in sorted(allowed))} tokens."
+        )
+    return pos.long()

@@ -1,0 +1,1 @@
+"""Models: embeddings, frame, a stack, heads."""

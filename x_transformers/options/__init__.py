@@ -1,0 +1,1 @@
+"""Keywords: flat outside, typed inside."""

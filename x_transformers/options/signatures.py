@@ -1,0 +1,26 @@
+"""Signatures and docstrings of classes whose keywords come from a schema."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from x_transformers.options.schema import Schema
+
+
+def show_keywords(cls: type, schemas: Iterable[tuple[Schema, str]], leading: Iterable[inspect.Parameter]) -> None:
+    """Give `cls` the signature and the documentation of every keyword, for `help` and completion."""
+    schemas = list(schemas)
+    parameters: list[inspect.Parameter] = list(leading)
+    for schema, prefix in schemas:
+        parameters += schema.parameters(prefix)
+    cls.__signature__ = inspect.Signature(parameters)
+    described = "\n".join(schema.describe(prefix) for schema, prefix in schemas)
+    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nKeywords, by feature:\n\n{described}\n"
+
+
+def parameter(name: str, default: Any = inspect.Parameter.empty, *, positional: bool = False) -> inspect.Parameter:
+    """A parameter that no feature owns."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default)

@@ -1,0 +1,53 @@
+"""The reference's import path. Everything here lives elsewhere."""
+
+from x_transformers.attention.attention import Attention
+from x_transformers.attention.qk.normalize import MultiheadRMSNorm
+from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.scores.alibi import AlibiPositionalBias
+from x_transformers.attention.scores.dynamic import DynamicPositionBias
+from x_transformers.attention.scores.t5 import RelativePositionBias
+from x_transformers.feedforward.activations import ReluSquared
+from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.intermediates import LayerIntermediates
+from x_transformers.layers.layers import AttentionLayers, CrossAttender, Decoder, Encoder
+from x_transformers.layers.residuals.gated import GRUGating
+from x_transformers.layers.residuals.plain import Residual
+from x_transformers.models.embeddings import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding, TokenEmbedding
+from x_transformers.models.heads import LinearNoBias
+from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.norms import LayerNorm, RMSNorm, ScaleNorm, SimpleRMSNorm
+from x_transformers.ops import l2norm, log, masked_mean, max_neg_value, softclamp
+from x_transformers.options.per_layer import layer_schedule
+
+__all__ = [
+    "AbsolutePositionalEmbedding",
+    "AlibiPositionalBias",
+    "Attention",
+    "AttentionLayers",
+    "CrossAttender",
+    "Decoder",
+    "DynamicPositionBias",
+    "Encoder",
+    "FeedForward",
+    "GRUGating",
+    "LayerIntermediates",
+    "LayerNorm",
+    "LinearNoBias",
+    "MultiheadRMSNorm",
+    "RMSNorm",
+    "RelativePositionBias",
+    "ReluSquared",
+    "Residual",
+    "RotaryEmbedding",
+    "ScaleNorm",
+    "ScaledSinusoidalEmbedding",
+    "SimpleRMSNorm",
+    "TokenEmbedding",
+    "TransformerWrapper",
+    "l2norm",
+    "layer_schedule",
+    "log",
+    "masked_mean",
+    "max_neg_value",
+    "softclamp",
+]
