@@ -1,0 +1,141 @@
+"""The measuring stick: the plainest fast GPT in bare PyTorch, without a line of the library.
+
+Learned absolute positions, pre-LayerNorm, one fused projection for queries, keys and values, SDPA, a GELU
+feedforward of four times the width, an untied head. Decoding follows gpt-fast (a static cache: buffers of a
+fixed size, written by index, so that every step has the same shapes and compiles to one graph).
+
+Shapes: `b` batch, `n` sequence, `h` heads, `d` head dim, `D` model dim, `S` context, `v` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Cache = list[tuple[Tensor, Tensor]]
+"""For each layer the keys and the values, each `[b, h, S, d]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The size of a model; `bias` adds biases to projections and norms."""
+
+    vocab: int = 256
+    context: int = 256
+    layers: int = 6
+    heads: int = 6
+    dim: int = 384
+    bias: bool = False
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + feedforward(norm(x))`."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        D, bias = shape.dim, shape.bias
+        self.heads = shape.heads
+        self.attn_norm = nn.LayerNorm(D, bias=bias)
+        self.qkv = nn.Linear(D, 3 * D, bias=bias)
+        self.out = nn.Linear(D, D, bias=bias)
+        self.ff_norm = nn.LayerNorm(D, bias=bias)
+        self.up = nn.Linear(D, 4 * D, bias=bias)
+        self.down = nn.Linear(4 * D, D, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: tuple[Tensor, Tensor] | None = None,
+        position: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`x [b, n, D]`; with a cache, its keys and values at the slots `position [n]` are written first.
+
+        With a `mask` (one decoding step) the queries read the whole cache, else causally what `x` itself brings.
+        """
+        b, n, D = x.shape
+        q, k, v = self.qkv(self.attn_norm(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache[0].index_copy_(2, position, k)
+            cache[1].index_copy_(2, position, v)
+        if mask is None:
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            seen = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+        x = x + self.out(seen.transpose(1, 2).reshape(b, n, D))
+        return x + self.down(F.gelu(self.up(self.ff_norm(x))))
+
+
+class BareGPT(nn.Module):
+    """Tokens `[b, n]` to logits `[b, n, v]`, or to the mean cross-entropy where targets `[b, n]` are given."""
+
+    future: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.token_emb = nn.Embedding(shape.vocab, shape.dim)
+        self.pos_emb = nn.Embedding(shape.context, shape.dim)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.dim, bias=shape.bias)
+        self.head = nn.Linear(shape.dim, shape.vocab, bias=False)
+        # one row for each position: 0 where a query may look, -inf in its future
+        future = torch.full((shape.context, shape.context), float("-inf")).triu(1)
+        self.register_buffer("future", future, persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("out.weight", "down.weight"))  # into the residual stream, 2 a layer
+                nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if writes else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """One pass over whole sequences, as in training."""
+        x = self.token_emb(tokens) + self.pos_emb.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Buffers for a whole context, in the weights' dtype and on their device."""
+        size = (batch, self.shape.heads, self.shape.context, self.shape.dim // self.shape.heads)
+        new = self.token_emb.weight.new_zeros
+        return [(new(size), new(size)) for _ in self.blocks]
+
+    def prefill(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Read a prompt `[b, n]` into an empty cache; logits `[b, v]` of the token after it."""
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_emb(tokens) + self.pos_emb(position)
+        for block, entry in zip(self.blocks, cache, strict=True):
+            x = block(x, entry, position)
+        return self.head(self.norm(x[:, -1]))
+
+    def decode_one(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """One token `[b]` at `position [1]` (a tensor, so that no step recompiles); logits `[b, v]`."""
+        x = self.token_emb(token[:, None]) + self.pos_emb(position)
+        mask = self.future[position]
+        for block, entry in zip(self.blocks, cache, strict=True):
+            x = block(x, entry, position, mask)
+        return self.head(self.norm(x[:, -1]))
+
+
+@torch.inference_mode()
+def generate(
+    model: BareGPT, prompt: Tensor, length: int, decode_one: Callable[[Tensor, Tensor, Cache], Tensor] | None = None
+) -> Tensor:
+    """Greedily continue `prompt [b, n]` by `length` tokens `[b, length]`; `decode_one` may be a compiled one."""
+    step = decode_one or model.decode_one
+    cache = model.empty_cache(prompt.shape[0])
+    tokens = [model.prefill(prompt, cache).argmax(-1)]
+    position = torch.tensor([prompt.shape[1]], device=prompt.device)
+    while len(tokens) < length:
+        tokens.append(step(tokens[-1], position, cache).argmax(-1))
+        position = position + 1
+    return torch.stack(tokens, 1)
