@@ -34,6 +34,7 @@ HOUSE = (
     ("F8", ["decoding.loop"]),
     ("F8", ["decoding.beam", "decoding.contrastive"]),
     ("F9", ["*"]),
+    ("F10", ["checkpoints.files"]),
     ("F10", ["checkpoints"]),
     ("roof", ["x_transformers", ""]),
 )

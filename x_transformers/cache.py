@@ -96,6 +96,11 @@ class KVCache:
         self.positions: Tensor | None = None
         self.prefix_mask: Tensor | None = None
 
+    @property
+    def started(self) -> bool:
+        """Whether a pass has gone through it."""
+        return self.length > 0
+
     def begin(self, count: int) -> KVCache:
         """A cache for one pass over `count` new slots. The one it came from stays as it was."""
         twin = copy.copy(self)
@@ -205,6 +210,10 @@ class StaticCache(KVCache):
                 for name, (heads, width) in shapes.items()
             }
             self.entries.append(StaticEntry(buffers, self.places))
+
+    @property
+    def started(self) -> bool:
+        return self.used
 
     def begin(self, count: int) -> StaticCache:
         """Point every entry at the next `count` places. The buffers are shared with the cache it came from."""

@@ -41,6 +41,7 @@ class BoundScore:
         stage: its place in the pipeline; lower comes first.
         at: `(score, b, h, q, k) -> score`, the signature that FlexAttention takes; `k` counts real keys.
         dense: for a bias, makes its closed form `(1|b, 1|h, i, j)`; computed once a pass, shared by the layers.
+        at_reads_dense: `at` looks up the closed form, which must then be there before a kernel traces `at`.
         pointwise: for a pointwise function, the same on whole tensors of scores.
     """
 
@@ -51,9 +52,11 @@ class BoundScore:
         stage: float,
         at: ScoreFunction,
         dense: Callable[[], Tensor] | None = None,
+        at_reads_dense: bool = False,
         pointwise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.needs, self.stage, self.at = needs, stage, at
+        self.at_reads_dense = at_reads_dense
         self.pointwise = pointwise
         self.make_dense, self._dense = dense, None
 

@@ -272,6 +272,8 @@ class AttentionLayers(Configured, ReadsReference):
             explicit = return_hiddens and cache is None and self._may_show_scores()
             capture = Capture(scores=explicit, hiddens=return_hiddens)
 
+        if attn_bias is not None and kv is not None and kv.is_static and not kv.fresh:
+            _check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
         query, keys = lay_out(
             batch,
             n,
@@ -526,6 +528,15 @@ def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tens
             "tokens with `input_not_include_cache = True`."
         )
     return x[:, x.shape[1] - age :]
+
+
+def _check_covers_places(bias: Tensor, capacity: int) -> None:
+    """Raise unless a bias has a column for each place of a static cache, which cannot be told otherwise."""
+    if bias.shape[-1] != capacity:
+        raise ShapeError(
+            f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for each of "
+            f"its {capacity} places, prefix slots included."
+        )
 
 
 def _holds_context(cache: LayerIntermediates | KVCache) -> bool:

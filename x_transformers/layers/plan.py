@@ -10,7 +10,7 @@ from x_transformers.errors import Faults, did_you_mean
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.planned import is_planned
 from x_transformers.options.per_layer import distribute
-from x_transformers.options.schema import Options, Surroundings
+from x_transformers.options.schema import Options, Surroundings, accepts
 
 SUPPLIED = {
     "attn_heads": "`heads`",
@@ -134,11 +134,14 @@ def _route(given: Mapping[str, Any], faults: Faults) -> dict[str, dict[str, Any]
 
 
 def _cross(groups: Mapping[str, Mapping[str, Any]], self_layers: int) -> dict[str, Any]:
-    """Cross-attention's keywords: those of self-attention that make sense there, under its own."""
+    """Cross-attention's keywords: those of self-attention that make sense there, under its own.
+
+    A value for each self-attention layer is theirs alone; without such layers, it is meant for cross-attention.
+    """
     inherited = {}
     for keyword, value in groups["attn"].items():
-        per_layer = isinstance(value, (tuple, list)) and len(value) == self_layers
-        if not per_layer and not ATTENTION.owner[keyword].self_attention_only:
+        per_layer = isinstance(value, (tuple, list)) and not accepts(ATTENTION.hints[keyword], tuple(value))
+        if not (per_layer and self_layers) and not ATTENTION.owner[keyword].self_attention_only:
             inherited[keyword] = value
     return {**inherited, **groups["cross"]}
 

@@ -57,11 +57,7 @@ def lay_out(
         padded = _at(places, k_index, fill=True)
         k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
     elif seq_start_pos is not None:
-        if seq_start_pos.shape != (batch,):
-            raise ShapeError(
-                f"`seq_start_pos` has shape {tuple(seq_start_pos.shape)}; it must be ({batch},): the number of padding "
-                "tokens on the left of each row."
-            )
+        check_start(seq_start_pos, batch)
         start = seq_start_pos.unsqueeze(-1)
         padded = k_slot >= start
         k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
@@ -82,6 +78,15 @@ def lay_out(
     q_live = None if live is None or cache is not None else live
     query = Span(q_index, q_slot, q_pos, q_live, contiguous)
     return query, Span(k_index, k_slot, k_pos, live, contiguous)
+
+
+def check_start(start: Tensor, batch: int) -> None:
+    """Raise unless `seq_start_pos` holds a number of tokens for each row."""
+    if start.shape != (batch,) or start.is_floating_point():
+        raise ShapeError(
+            f"`seq_start_pos` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be ({batch},): the "
+            "number of padding tokens on the left of each row."
+        )
 
 
 def _at(t: Tensor, index: Tensor, fill: int | bool) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.errors import InputError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -43,41 +45,45 @@ class Frame:
     """The internal columns of one pass, new and old.
 
     Attributes:
-        columns: `(N,)` for each internal column so far, its item, or -1 for memory.
-        new: how many of them, the last ones, this pass runs.
-        places: `(b, N)` bool, False where a column is nothing in a row; None if every column is something in each.
+        columns: `(N,)` for each internal column so far, its item, or -1 - item for memory in front of that item.
         memory: `(N,)` for each column, which memory token it is, or -1.
+        new: how many of them, the last ones, this pass runs.
+        first: the first new item.
+        at: where new items, and new memory tokens, stand among the new columns.
+        places: `(b, N)` bool, False where a column is nothing in a row; None if every column is something in each.
     """
 
     columns: Tensor
     memory: Tensor
     new: int
+    first: int
+    at: tuple[Tensor, Tensor]
     places: Tensor | None
 
     def keep(self, t: Tensor) -> Tensor:
         """The columns of new items of `(b, new, D)`."""
-        return t[:, self.columns[-self.new :] >= 0]
+        return t[:, self.at[0]]
 
     def keep_memory(self, t: Tensor, count: int) -> Tensor:
         """The columns of new memory tokens, `(b * groups, count, D)`."""
-        picked = t[:, self.columns[-self.new :] < 0]
-        return picked.reshape(-1, count, t.shape[-1])
+        return t[:, self.at[1]].reshape(-1, count, t.shape[-1])
 
     def fill(self, items: Tensor, memory: Tensor) -> Tensor:
         """Put new items `(b, n, D)` and memory tokens `(M, D)` in their columns: `(b, new, D)`."""
         columns, which = self.columns[-self.new :], self.memory[-self.new :]
-        is_memory = columns < 0
-        first = columns[~is_memory][0]
-        picked = items[:, (columns - first).clamp(min=0)]
-        return torch.where(is_memory[:, None], memory.to(items.dtype)[which.clamp(min=0)], picked)
+        picked = items[:, (columns - self.first).clamp(min=0)]
+        return torch.where(columns[:, None] < 0, memory.to(items.dtype)[which.clamp(min=0)], picked)
 
-    def spread(self, t: Tensor, value: float | bool, dims: tuple[int, ...] = (-1,)) -> Tensor:
-        """Carry a tensor over items to columns along the given axes; memory columns get `value`."""
-        for dim in dims:
-            index = torch.where(self.columns < 0, t.shape[dim], self.columns)
-            padding = [0, 0] * (-dim - 1) + [0, 1]
-            t = F.pad(t, padding, value=value).index_select(dim, index)
-        return t
+    def spread(self, t: Tensor, value: float | bool) -> Tensor:
+        """Carry the last axis of a tensor from items to columns; memory columns get `value`."""
+        index = torch.where(self.columns < 0, t.shape[-1], self.columns)
+        return F.pad(t, (0, 1), value=value).index_select(-1, index)
+
+    def spread_new(self, t: Tensor, value: float | bool) -> Tensor:
+        """Carry the last but one axis of a tensor from new items to new columns; memory rows get `value`."""
+        columns = self.columns[-self.new :]
+        index = torch.where(columns < 0, t.shape[-2], columns - self.first)
+        return F.pad(t, (0, 0, 0, 1), value=value).index_select(-2, index)
 
 
 def interspersed(
@@ -94,16 +100,21 @@ def interspersed(
         device: of the tensors.
     """
     assert layout.every is not None
-    own = torch.arange(items, device=device)
-    opens = (own % layout.every == 0).unsqueeze(0)
+    opened = [item % layout.every == 0 for item in range(items)]
+    opens: Tensor | None = None
     live: Tensor | None = None
     if start is not None:
+        if torch.compiler.is_compiling():
+            raise InputError(
+                "interspersed memory tokens of left-padded rows stand where the padding ends, which a compiled graph "
+                "cannot know; pad on the right, or put memory tokens in front alone."
+            )
         # a row's own count of items: padding tokens, behind the prepended ones, do not count
-        own = torch.where(own < prepended, own, own - start.unsqueeze(-1))
         token = torch.arange(items, device=device) - prepended
+        own = torch.where(token < 0, token + prepended, token + prepended - start.unsqueeze(-1))
         live = (token < 0) | (token >= start.unsqueeze(-1))
         opens = live & (own % layout.every == 0)
-    opened = opens.any(dim=0).tolist()
+        opened = opens.any(dim=0).tolist()
     columns: list[int] = []
     memory: list[int] = []
     first_new = 0
@@ -117,8 +128,10 @@ def interspersed(
         memory.append(-1)
     where = torch.tensor(columns, device=device)
     places = None
-    if start is not None:
+    if opens is not None and live is not None:
         owner = torch.where(where < 0, -1 - where, where)
-        assert live is not None
         places = torch.where(where < 0, opens[:, owner], live[:, owner])
-    return Frame(where, torch.tensor(memory, device=device), len(columns) - first_new, places)
+    new = columns[first_new:]
+    at_items = torch.tensor([at for at, item in enumerate(new) if item >= 0], dtype=torch.long, device=device)
+    at_memory = torch.tensor([at for at, item in enumerate(new) if item < 0], dtype=torch.long, device=device)
+    return Frame(where, torch.tensor(memory, device=device), len(new), old, (at_items, at_memory), places)

@@ -17,6 +17,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.intermediates import LayerIntermediates
 from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.layers.spans import check_start
 from x_transformers.loading import ReadsReference
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
@@ -257,11 +258,13 @@ class TransformerWrapper(Configured, ReadsReference):
         if cache is not None:
             self._check_cache(kv, cache)
         only_new = self.input_not_include_cache if input_not_include_cache is None else input_not_include_cache
-        if prepend_embeds is not None and kv is not None and (kv.tokens or kv.length):
+        if prepend_embeds is not None and kv is not None and kv.started:
             prepend_embeds = prepend_mask = None  # part of the cache already
         x = self._ids(x, prepend_embeds)
-        tokens = _Tokens.of(x, kv, prepend_embeds, only_new, cache_age)
+        tokens = _Tokens.of(x, kv, prepend_embeds, only_new, cache_age, self.layout)
         per_token = {"mask": mask, "self_attn_kv_mask": self_attn_kv_mask}
+        if seq_start_pos is not None:
+            check_start(seq_start_pos, x.shape[0])
 
         embeds, stack_pos = self._embed(tokens, pos, seq_start_pos, embed_ids, sum_embeds, transform_token_embeds)
         if prepend_embeds is not None:
@@ -398,7 +401,7 @@ class TransformerWrapper(Configured, ReadsReference):
         plain = 0
         if self.layout.every is not None and self.memory_tokens is not None:
             old = 0 if tokens.kv is None else tokens.kv.tokens
-            prepended = tokens.prepended if tokens.kv is None or not old else tokens.kv.prefix
+            prepended = tokens.prepended if tokens.kv is None or not old else tokens.kv.prepended
             frame = interspersed(self.layout, old + x.shape[1], old, prepended, seq_start_pos, x.device)
             x = frame.fill(x, self.memory_tokens)
         elif self.memory_tokens is not None and tokens.starts:
@@ -450,32 +453,40 @@ class _Tokens:
 
     @classmethod
     def of(
-        cls, x: Tensor, kv: KVCache | None, prepend_embeds: Tensor | None, only_new: bool, age: int | None
+        cls,
+        x: Tensor,
+        kv: KVCache | None,
+        prepend_embeds: Tensor | None,
+        only_new: bool,
+        age: int | None,
+        layout: Layout,
     ) -> _Tokens:
         prepended = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         if kv is None:
             return cls(x, 0, prepended, None)
         n = x.shape[1]
+        held = kv.tokens - kv.prepended
+        first: int | Tensor = held
         if kv.is_static:
             if not only_new:
                 raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
-            first: int | Tensor = kv.filled - kv.prefix if kv.used else 0  # type: ignore[attr-defined]
-            return cls(x if age is None else x[:, n - age :], first, prepended, kv)
-        first = kv.tokens - kv.prepended
-        new = n if only_new else n - first
+            if layout.every is None and kv.started:
+                # counted on the device: slots and tokens grow alike, and a compiled step sees no number change
+                first = kv.filled - kv.prefix  # type: ignore[attr-defined]
+        new = n if only_new else n - held
         age = new if age is None else age
         if not 0 <= age <= max(new, 0) or (age == 0 and not prepended):
             raise InputError(
-                f"{age} tokens are to run (`cache_age`), but x has {n} tokens and the cache holds {first}; run between "
+                f"{age} tokens are to run (`cache_age`), but x has {n} tokens and the cache holds {held}; run between "
                 "1 and the number of tokens that are not cached. Pass the whole sequence, or the new tokens with "
                 "`input_not_include_cache = True`."
             )
-        return cls(x[:, n - age :], first + new - age, prepended, kv)
+        return cls(x[:, n - age :], first + (new - age) if new > age else first, prepended, kv)
 
     @property
     def starts(self) -> bool:
         """Nothing is cached before these tokens."""
-        return self.kv is None or (not self.kv.used if self.kv.is_static else self.kv.length == 0)  # type: ignore[attr-defined]
+        return self.kv is None or not self.kv.started
 
     def newest(self, t: Tensor, dim: int) -> Tensor:
         """The part of a per-token tensor that speaks of the new tokens."""
@@ -502,6 +513,12 @@ class _Framing:
         kv = self.tokens.kv
         return self.memory + self.tokens.prepended if self.tokens.starts or kv is None else kv.prefix
 
+    @property
+    def _prepended(self) -> int:
+        """Prepended embeddings of this pass or of the first one."""
+        kv = self.tokens.kv
+        return self.tokens.prepended if self.tokens.starts or kv is None else kv.prepended
+
     def unframe(self, t: Tensor) -> Tensor:
         """Cut memory off `(b, internal, D)`."""
         if self.frame is not None:
@@ -520,7 +537,7 @@ class _Framing:
         old = self.tokens.kv
         if self.tokens.starts:
             kv.prepended = self.tokens.prepended
-            kv.prefix = self.tokens.prepended if self.frame is not None else self.before
+            kv.prefix = self.layout.slots(self.tokens.prepended) if self.frame is not None else self.before
             kv.prefix_mask = self._prefix_mask()
         if not kv.is_static or self.frame is not None:
             new = self.tokens.ids.shape[1] + self.tokens.prepended
@@ -582,37 +599,38 @@ class _Framing:
             t = check_mask(t, batch, count, name)
         else:
             t = t.expand(batch, -1)
-        prepended = self.tokens.prepended if self.tokens.starts or kv is None else kv.prepended
-        width = prepended if self.frame is not None else self.before
+        width = self._prepended if self.frame is not None else self.before
         front = t.new_full((batch, width), value) if prefix is None else prefix
         t = torch.cat((front, t), dim=-1)
         return t if self.frame is None else self.frame.spread(t, value)
 
     def _pairs(self, t: Tensor | None, value: float | bool) -> Tensor | None:
+        """A tensor over new tokens (or one row for all of them) and tokens so far."""
         if t is None:
             return None
-        internal = self.x.shape[1]
-        if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != self.tokens.ids.shape[1]:
+        internal, new = self.x.shape[1], self.tokens.ids.shape[1]
+        if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != new:
             return t
-        width = self.tokens.prepended if self.frame is not None else self.before
-        rows = 0 if t.shape[-2] == 1 else width
-        t = F.pad(t, (width, 0, rows, 0), value=value)
+        in_front, in_this_pass = self.before, self.memory + self.tokens.prepended
+        if self.frame is not None:
+            in_front, in_this_pass = self._prepended, self.tokens.prepended
+        one_row = t.shape[-2] == 1
+        t = F.pad(t, (in_front, 0, 0 if one_row else in_this_pass, 0), value=value)
         if self.frame is None:
             return t
-        return self.frame.spread(t, value, (-1,) if t.shape[-2] == 1 else (-2, -1))
+        t = self.frame.spread(t, value)
+        return t if one_row else self.frame.spread_new(t, value)
 
     def _positions(self, pos: Tensor | None) -> Tensor | None:
         """Internal positions: the prefix counts from 0, tokens stand behind it."""
         if pos is None:
             return None
         pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
-        kv = self.tokens.kv
         if self.frame is None:
             width = self.memory + self.tokens.prepended
             front = torch.arange(width, device=pos.device).expand(pos.shape[0], -1)
             return torch.cat((front, pos + self.before), dim=-1)
-        prepended = self.tokens.prepended if self.tokens.starts or kv is None else kv.prepended
-        item = pos + prepended
+        item = pos + self._prepended
         if self.tokens.prepended:
             front = torch.arange(self.tokens.prepended, device=pos.device).expand(pos.shape[0], -1)
             item = torch.cat((front, item), dim=-1)

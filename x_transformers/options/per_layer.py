@@ -16,8 +16,10 @@ def distribute(
     """Split keywords into one set for each of `count` layers.
 
     A tuple (or list) of length `count` is distributed; every other value goes to each layer. A tuple that is not
-    itself a value of its keyword and has another length is a fault.
+    itself a value of its keyword and has another length is a fault. Without layers of the kind there is nothing to do.
     """
+    if count == 0:
+        return []
     layers: list[dict[str, Any]] = [{} for _ in range(count)]
     for keyword, value in given.items():
         value = tuple(value) if isinstance(value, list) else value

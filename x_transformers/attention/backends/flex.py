@@ -38,16 +38,18 @@ class Flex(Backend):
         run: Callable[..., Any] = flex_attention
         if request.q.is_cuda and not torch.compiler.is_compiling():
             run = _compiled(flex_attention)
-        out, lse = run(
+        result = run(
             request.q,
             request.k,
             request.v,
             score_mod=_score_mod(request),
             scale=request.scale,
             enable_gqa=request.k.shape[1] != request.q.shape[1],
-            return_lse=True,
+            **({} if request.sink is None else _return_lse()),
         )
+        out = result
         if request.sink is not None:
+            out, lse = result[0], getattr(result[1], "lse", result[1])
             out = out * torch.sigmoid(lse - request.sink[None, :, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
         dead = request.visible.dead
         return Weighed(out if dead is None else out.masked_fill(dead, 0.0))
@@ -56,6 +58,9 @@ class Flex(Backend):
 def _score_mod(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """All modifications and the mask as one function; the prefix keys are outside of every bias."""
     visible, prefix = request.visible, request.visible.prefix
+    for bound in request.scores:
+        if bound.at_reads_dense:
+            _ = bound.dense
     mask = None
     if visible.mask is not None:
         b, h = request.q.shape[:2]
@@ -76,6 +81,15 @@ def _score_mod(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor, Te
         return score
 
     return score_mod
+
+
+def _return_lse() -> dict[str, Any]:
+    """The argument that asks for the log-sum-exp; PyTorch 2.9 renamed it."""
+    from torch.nn.attention import flex_attention
+
+    if hasattr(flex_attention, "AuxRequest"):
+        return {"return_aux": flex_attention.AuxRequest(lse=True)}
+    return {"return_lse": True}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore
-from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError
 from x_transformers.float32 import KeepsFloat32
@@ -52,9 +52,9 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
         given = alibi_slopes(heads) if slopes is None else [float(slope) for slope in slopes]
         if len(given) != heads:
             raise ConfigError(f"`slopes` holds {len(given)} numbers; ALiBi with {heads} heads needs {heads}.")
-        padded = [*given, *[0.0] * (total_heads - heads)]
+        self.standard = (*given, *[0.0] * (total_heads - heads))
         # saved, since reading a checkpoint may reorder the heads
-        self.register_buffer("slopes", torch.tensor(padded, dtype=torch.float32))
+        self.register_buffer("slopes", torch.tensor(self.standard, dtype=torch.float32))
 
     def bias(self, distance: Tensor) -> Tensor:
         return -distance.abs().unsqueeze(-3) * self.slopes[:, None, None]
@@ -67,15 +67,20 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
             row_k = keys.pos[b if keys.pos.shape[0] > 1 else 0, k]
             return score - (row_q - row_k).abs() * self.slopes[h]
 
-        bound.at = at
+        bound.at, bound.at_reads_dense = at, False
         return bound
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         # the reference does not save slopes
-        state.setdefault(f"{prefix}slopes", self.slopes.clone())
+        state.setdefault(f"{prefix}slopes", self._standard_slopes())
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        state[f"{prefix}slopes"] = self.slopes[order.to(self.slopes.device)]
+        # not the buffer's own, which an earlier checkpoint may have reordered
+        slopes = self._standard_slopes()
+        state[f"{prefix}slopes"] = slopes[order.to(slopes.device)]
+
+    def _standard_slopes(self) -> Tensor:
+        return torch.tensor(self.standard, dtype=torch.float32, device=self.slopes.device)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -91,7 +96,7 @@ def alibi_slopes(heads: int) -> list[float]:
 def build(options: AlibiOptions, *, heads: int, kwargs: dict[str, Any], **_: Any) -> AlibiPositionalBias:
     """The part for a stack of `heads` heads."""
     biased = heads if options.alibi_num_heads is None else options.alibi_num_heads
-    return AlibiPositionalBias(biased, heads, **kwargs)
+    return build_bias(AlibiPositionalBias, kwargs, heads=biased, total_heads=heads)
 
 
 FEATURE = Feature(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage
 from x_transformers.call import Span
+from x_transformers.errors import ConfigError, did_you_mean
+
+Bias = TypeVar("Bias", bound="DistanceBias")
 
 
 class DistanceBias(ScoreMod):
@@ -41,9 +48,26 @@ class DistanceBias(ScoreMod):
             table = bound.dense
             return score + table[b if table.shape[0] > 1 else 0, h, q, k]
 
-        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=dense)
+        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=dense, at_reads_dense=True)
         return bound
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
         """Reorder the heads of this module's entries in a state dict, in place."""
         raise NotImplementedError
+
+
+def build_bias(cls: type[Bias], kwargs: Mapping[str, Any], **given: Any) -> Bias:
+    """A bias module from what the stack knows and the user's `rel_pos_kwargs`.
+
+    Raises:
+        ConfigError: if those name something that the module does not take, or that has a keyword of its own.
+    """
+    parameters = inspect.signature(cls).parameters.values()
+    free = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in given]
+    for name in kwargs:
+        if name not in free:
+            raise ConfigError(
+                f"`rel_pos_kwargs` holds `{name}`; {cls.__name__} takes {', '.join(free) or 'nothing'} there."
+                f"{did_you_mean(name, free)}"
+            )
+    return cls(**given, **kwargs)

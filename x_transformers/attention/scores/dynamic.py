@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.base import BoundScore
-from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError
 from x_transformers.options.schema import Feature, opt
@@ -94,13 +94,14 @@ class DynamicPositionBias(DistanceBias):
 
 def build(options: DynamicOptions, *, dim: int, heads: int, kwargs: dict[str, Any], **_: Any) -> DynamicPositionBias:
     """The part for a stack of width `dim`."""
-    return DynamicPositionBias(
-        dim // 4,
+    return build_bias(
+        DynamicPositionBias,
+        kwargs,
+        dim=dim // 4,
         heads=heads,
         depth=options.dynamic_pos_bias_mlp_depth,
         log_distance=options.dynamic_pos_bias_log_distance,
         norm=options.dynamic_pos_bias_norm,
-        **kwargs,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.errors import ConfigError
 from x_transformers.options.schema import Feature, opt
 
@@ -79,13 +79,14 @@ def build(
     options: T5Options, *, heads: int, dim_head: int, causal: bool, kwargs: dict[str, Any], **_: Any
 ) -> RelativePositionBias:
     """The part for a stack."""
-    return RelativePositionBias(
+    return build_bias(
+        RelativePositionBias,
+        kwargs,
         scale=dim_head**0.5,
         causal=causal,
         num_buckets=options.rel_pos_num_buckets,
         max_distance=options.rel_pos_max_distance,
         heads=heads,
-        **kwargs,
     )
 
 

@@ -1,0 +1,219 @@
+"""Backends agree with the explicit one, forward and gradient, and each feature runs on the kernel that is expected."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from catalogue import BASE, CASES, Case, call, cases, close, name_of, tokens
+from promises import LENGTH, arguments
+from torch import Tensor
+
+from x_transformers import Attention, Decoder, TransformerWrapper
+from x_transformers.attend import Core
+from x_transformers.attention.backends.base import Backend, Situation
+from x_transformers.attention.backends.flex import Flex
+from x_transformers.attention.base import Needs
+from x_transformers.call import Span
+from x_transformers.errors import ConfigError
+
+# Which kernel serves a feature: on a CPU and on CUDA; None is the default of `attn_flash`, True demands a fused one.
+SDPA = {"cpu": "sdpa", "cpu, training": "sdpa", "cuda": "sdpa", "cuda, training": "sdpa"}
+FLEX = {"cpu": "explicit", "cpu, training": "explicit", "cuda": "flex", "cuda, training": "flex"}
+FLEX_DEMANDED = {"cpu": "flex", "cpu, training": "explicit", "cuda": "flex", "cuda, training": "flex"}
+NONE = dict.fromkeys(SDPA, "explicit")
+EXPECTED = {"learned_sink-1": FLEX, "softclamp_logits-1": FLEX, "backend-2": NONE}
+DEFAULT = {name: table for name, table in EXPECTED.items() if name != "backend-2"}
+DEMANDED = {"learned_sink-1": FLEX_DEMANDED, "softclamp_logits-1": FLEX_DEMANDED}
+
+GROUPED = next(case for case in CASES if case.keywords.get("attn_kv_heads"))
+
+SITUATIONS = {
+    "cpu": Situation("cpu", torch.float32, grad=False),
+    "cpu, training": Situation("cpu", torch.float32, grad=True),
+    "cuda": Situation("cuda", torch.bfloat16, grad=False),
+    "cuda, training": Situation("cuda", torch.bfloat16, grad=True),
+}
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The names of the backends that run inside the block."""
+    used: set[str] = set()
+    choose = Core.choose
+
+    def watching(self: Core, situation: Situation, needs: Needs) -> tuple[Backend, str]:
+        backend, why = choose(self, situation, needs)
+        used.add(backend.name)
+        return backend, why
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Core, "choose", watching)
+        yield used
+
+
+def chosen(model: TransformerWrapper, situation: Situation) -> set[str]:
+    """Names of the backends that the model's attentions choose when they are trained or run."""
+    names = set()
+    for branch in model.attn_layers.branches("a", "c"):
+        core = branch.attention.core
+        needs = core.needs if situation.grad else core.needs & ~Needs.DROPOUT
+        names.add(core.choose(situation, needs | Needs.MASK | Needs.BIAS)[0].name)
+    return names
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_the_kernel_is_the_expected_one(case: Case) -> None:
+    for flash, table in ((None, EXPECTED), (True, DEMANDED), (False, {})):
+        if "attn_flash" in case.keywords and flash is not None:
+            continue
+        model = case.build("cross", **({} if flash is None else {"attn_flash": flash}))
+        expected = NONE if flash is False else table.get(case.name, SDPA)
+        for name, situation in SITUATIONS.items():
+            assert chosen(model, situation) == {expected[name]}, (name, flash)
+
+
+def twins(case: Case, stack: str, *flash: bool | None) -> list[TransformerWrapper]:
+    """The same weights under several values of `attn_flash`."""
+    models = [case.build(stack, attn_flash=value) for value in flash]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    return models
+
+
+@pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross"), ids=name_of)
+def test_forward_and_gradient(stack: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    explicit, fused = twins(case, stack, False, None)
+    ids, mask = tokens(3, LENGTH), torch.arange(LENGTH) < torch.tensor([[LENGTH], [6], [0]])
+    for given in ({}, {"mask": mask}):
+        outputs = []
+        for model in (explicit, fused):
+            model.zero_grad()
+            with watched(monkeypatch) as used:
+                out = call(model, ids, **given)
+            assert used == {"explicit" if model is explicit else DEFAULT.get(case.name, SDPA)["cpu, training"]}
+            out.square().mean().backward()
+            outputs.append(out)
+        close(outputs[1], outputs[0])
+        for (name, one), two in zip(explicit.named_parameters(), fused.parameters(), strict=True):
+            if one.grad is not None or two.grad is not None:
+                torch.testing.assert_close(two.grad, one.grad, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("stack", "case"), cases("decoder"), ids=name_of)
+@torch.no_grad()
+def test_every_way_to_call(stack: str, case: Case) -> None:
+    explicit, fused = twins(case, stack, False, None)
+    ids = tokens(2, LENGTH)
+    for given in arguments(explicit, 2, LENGTH, rows=2).values():
+        close(call(fused, ids, **given), call(explicit, ids, **given))
+
+
+FLEX_ON_CPU = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+
+
+@FLEX_ON_CPU
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in DEMANDED], ids=name_of)
+def test_a_fused_kernel_that_is_demanded(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex runs where it can; on a CPU it has no backward pass, and another takes over with a warning."""
+    explicit, flex = twins(case, "decoder", False, True)
+    ids = tokens(2, LENGTH)
+    with torch.no_grad(), watched(monkeypatch) as used:
+        close(call(flex, ids), call(explicit, ids))
+    assert used == {"explicit", "flex"}
+    with watched(monkeypatch) as used:
+        close(call(flex, ids), call(explicit, ids))
+    assert used == {"explicit"}
+
+
+SCORED = [case for case in CASES if case.features and case.features[0].slot in ("score", "mask", "keys", "sink")]
+
+
+@FLEX_ON_CPU
+@pytest.mark.parametrize("case", [*SCORED, GROUPED], ids=name_of)
+@torch.no_grad()
+def test_score_functions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention takes scores one by one; made to serve everything, it agrees in the ways to call."""
+    explicit, flex = twins(case, "decoder", False, True)
+    for branch in flex.attn_layers.branches("a"):
+        branch.attention.core.fused = (Flex(),)
+    ids, ways = tokens(2, LENGTH), arguments(explicit, 2, LENGTH, rows=2)
+    for way in ("plain", "both_masks", "left_padding", "packed", "attn_bias"):
+        with watched(monkeypatch) as used:
+            got = call(flex, ids, **ways[way])
+        assert used == {"flex"}
+        close(got, call(explicit, ids, **ways[way]))
+
+
+def spans() -> dict[str, tuple[Span, Span]]:
+    """Queries and keys in several states of affairs."""
+
+    def span(pos: Tensor, contiguous: bool = False) -> Span:
+        index = torch.arange(pos.shape[-1])
+        return Span(index, index[None], pos, None, contiguous)
+
+    keys = torch.arange(9)[None]
+    return {
+        "one pass": (span(keys, contiguous=True), span(keys, contiguous=True)),
+        "a step": (span(keys[:, 6:], contiguous=True), span(keys, contiguous=True)),
+        "packed": (span(keys % 4), span(keys % 4)),
+        "rows of their own": (span(torch.randint(0, 20, (2, 3))), span(torch.randint(0, 20, (2, 9)))),
+    }
+
+
+BIASES = [case for case in CASES if case.features and case.features[0].choice == "relative position bias"]
+
+
+@pytest.mark.parametrize("case", BIASES, ids=name_of)
+@pytest.mark.parametrize("how", spans())
+@pytest.mark.parametrize("stack", ["decoder", "encoder"])
+@torch.no_grad()
+def test_both_forms_of_a_bias(case: Case, how: str, stack: str) -> None:
+    """Its closed form and its function of single scores are equal."""
+    query, keys = spans()[how]
+    bias = case.build(stack).attn_layers.rel_pos
+    bound = bias.bind(query, keys)
+    b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 4, len(query), len(keys))), indexing="ij")
+    assert bound.needs is Needs.BIAS
+    close(bound.at(torch.zeros(b.shape), b, h, q, k), bound.dense.expand(b.shape))
+    distance = query.pos[:, :, None] - keys.pos[:, None]
+    close(bound.dense, bias.bias(distance))
+
+
+@torch.no_grad()
+def test_both_forms_of_a_clamp() -> None:
+    model = BASE.build(attn_softclamp_logits=True, attn_logit_softclamp_value=2.0)
+    bound = next(iter(model.attn_layers.branches("a")[0].attention.scores)).bind(*spans()["one pass"])
+    scores = torch.randn(2, 4, 9, 9) * 5
+    index = torch.zeros((), dtype=torch.long)
+    close(bound.at(scores, index, index, index, index), bound.pointwise(scores))
+    assert bound.pointwise(scores).abs().max() <= 2
+
+
+def test_what_no_fused_kernel_hosts_is_refused_only_when_demanded() -> None:
+    keywords = {"attn_softclamp_logits": True, "attn_dropout": 0.1}
+    BASE.build(**keywords)
+    with pytest.raises(ConfigError, match=r"(?s)demands a fused kernel.*dropout.*Drop.*softclamp_logits"):
+        BASE.build(**keywords, attn_flash=True)
+
+
+def test_scores_need_the_explicit_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BASE.build()
+    ids = tokens(1, 4)
+    with watched(monkeypatch) as used:
+        _, record = model(ids, return_intermediates=True)
+    assert used == {"explicit"}
+    assert record.attn_intermediates[0].post_softmax_attn.shape == (1, 4, 4, 4)
+    with watched(monkeypatch) as used:
+        model(ids, cache=record, input_not_include_cache=True, return_intermediates=True)
+    assert used == {"sdpa"}
+
+
+def test_kernels_of_sdpa_are_named() -> None:
+    keywords = {"dim": 16, "depth": 1, "heads": 2, "attn_attend_sdp_kwargs": {"enable_flashy": True}}
+    with pytest.raises(ConfigError, match="enable_flashy"):
+        Decoder(**keywords)
+    x = torch.randn(1, 3, 16)
+    one, two = Attention(16, heads=2), Attention(16, heads=2, attend_sdp_kwargs={"enable_flash": False})
+    two.load_state_dict(one.state_dict())
+    close(two(x), one(x))

@@ -1,0 +1,61 @@
+"""Key/value heads: with one, some or all of them every promise is kept, and they mean shared heads."""
+
+import pytest
+import torch
+from catalogue import BASE, CASES, HEADS, Case, call, cases, close, name_of, tokens
+from promises import decodes, decodes_ragged, keeps_the_past, learns, pads
+
+from x_transformers import TransformerWrapper
+from x_transformers.errors import ConfigError
+
+NOT_GROUPED = {"rotary-3": "`rotate_num_heads` needs as many kv heads as heads"}
+
+
+def grouped(case: Case, kv_heads: int, stack: str = "decoder") -> TransformerWrapper | None:
+    """The case with that many kv heads; None where it is refused, as listed."""
+    number = {"attn_kv_heads": kv_heads, "attn_one_kv_head": False}
+    if case.name in NOT_GROUPED and kv_heads != HEADS:
+        with pytest.raises(ConfigError, match=NOT_GROUPED[case.name]):
+            case.build(stack, **number)
+        return None
+    return case.build(stack, **number)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+def test_promises(case: Case, kv_heads: int) -> None:
+    model = grouped(case, kv_heads)
+    if model is not None:
+        keeps_the_past(model)
+        decodes(model, static=False)
+        decodes(model, static=True)
+        decodes_ragged(model, static=False)
+        pads(model, left=False)
+        learns(model, case.without_gradient())
+
+
+@pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross"), ids=name_of)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@torch.no_grad()
+def test_shared_heads_are_equal_heads(stack: str, case: Case, kv_heads: int) -> None:
+    """A model with shared heads equals one whose heads hold copies of them: query head h reads h // (heads / g)."""
+    model = grouped(case, kv_heads, stack)
+    if model is None:
+        return
+    twin = case.build(stack, attn_kv_heads=HEADS, attn_one_kv_head=False)
+    state, wanted = model.state_dict(), twin.state_dict()
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            axis = next(i for i, (a, b) in enumerate(zip(tensor.shape, wanted[name].shape, strict=True)) if a != b)
+            split = tensor.unflatten(axis, (kv_heads, -1)).repeat_interleave(HEADS // kv_heads, dim=axis)
+            state[name] = split.flatten(axis, axis + 1)
+    twin.load_state_dict(state)
+    ids = tokens(2, 8)
+    close(call(model, ids), call(twin, ids))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="kv_heads` is 3; it must divide the 4 heads"):
+        BASE.build(attn_kv_heads=3)
+    with pytest.raises(ConfigError, match="keep one of them"):
+        BASE.build(attn_kv_heads=2, attn_one_kv_head=True)

@@ -1,0 +1,101 @@
+"""Recurrent memory: two segments joined through memories are one pass, where positions are relative."""
+
+import pytest
+import torch
+from catalogue import BASE, Case, call, cases, close, decode, name_of, static_cache, tokens
+from promises import another
+
+from x_transformers import TransformerWrapper
+
+SEGMENT, MEMORY = 5, 16
+DECODERS = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="memories"), ids=name_of)
+
+
+def recurrent(case: Case, stack: str) -> TransformerWrapper:
+    return case.build(stack, use_abs_pos_emb=False, max_mem_len=MEMORY, shift_mem_down=0)
+
+
+@DECODERS
+@torch.no_grad()
+def test_segments_are_one_pass(stack: str, case: Case) -> None:
+    model = recurrent(case, stack)
+    ids = tokens(2, 3 * SEGMENT)
+    wanted, mems, outputs = call(model, ids), None, []
+    for segment in ids.split(SEGMENT, dim=1):
+        out, mems = call(model, segment, mems=mems, return_mems=True)
+        outputs.append(out)
+    close(torch.cat(outputs, dim=1), wanted)
+    assert [tuple(mem.shape) for mem in mems] == [(2, 3 * SEGMENT, 16)] * 2
+
+
+@DECODERS
+@torch.no_grad()
+def test_masked_memory_is_masked_past(stack: str, case: Case) -> None:
+    """What `mem_masks` hides is hidden as it would be in one pass, and does not matter."""
+    model = recurrent(case, stack)
+    ids, shown = tokens(2, 2 * SEGMENT), torch.rand(2, SEGMENT) > 0.4
+    shown[:, 0] = True
+    first, second = ids.split(SEGMENT, dim=1)
+    everything = torch.cat((shown, torch.ones(2, SEGMENT, dtype=torch.bool)), dim=1)
+    wanted = call(model, ids, mask=everything)[:, SEGMENT:]
+    outputs = []
+    for past in (first, torch.where(shown, first, another(first))):
+        _, mems = call(model, past, mask=shown, return_mems=True)
+        outputs.append(call(model, second, mems=mems, mem_masks=[shown, shown]))
+    close(outputs[0], wanted)
+    close(outputs[1], wanted)
+
+
+@DECODERS
+@torch.no_grad()
+def test_decoding_behind_a_memory(stack: str, case: Case) -> None:
+    model = recurrent(case, stack)
+    first, second = tokens(2, SEGMENT), tokens(2, SEGMENT)
+    _, mems = call(model, first, return_mems=True)
+    wanted = call(model, second, mems=mems)
+    for cache in (None, static_cache(model, 2, SEGMENT + 1)):
+        close(decode(model, second, (2, 1, 2), cache=cache, mems=mems), wanted)
+
+
+@torch.no_grad()
+def test_memory_is_cut_to_its_length_and_detached() -> None:
+    model = BASE.build(max_mem_len=3, rotary_pos_emb=True)
+    ids = tokens(1, 4)
+    with torch.enable_grad():
+        _, one = model(ids, return_mems=True)
+        assert not one[0].requires_grad
+        _, kept = model(ids, return_mems=True, detach_mems=False)
+        assert kept[0].requires_grad
+    _, two = model(tokens(1, 2), mems=one, return_mems=True)
+    assert one[0].shape == two[0].shape == (1, 3, 16)
+    close(two[0][:, :1], one[0][:, 2:])
+
+
+@torch.no_grad()
+def test_memory_can_be_shifted_down() -> None:
+    """Layer i reads the memory of layer i + shift."""
+    keywords = {"max_mem_len": MEMORY, "use_abs_pos_emb": False, "rel_pos_bias": True}
+    plain, shifted = BASE.build(**keywords), BASE.build(**keywords, shift_mem_down=1)
+    shifted.load_state_dict(plain.state_dict())
+    _, mems = plain(tokens(2, SEGMENT), return_mems=True)
+    ids = tokens(2, SEGMENT)
+    close(shifted(ids, mems=mems), plain(ids, mems=mems[::-1]))
+
+
+@torch.no_grad()
+def test_some_layers_may_have_none() -> None:
+    model = BASE.build(max_mem_len=MEMORY, alibi_pos_bias=True, use_abs_pos_emb=False)
+    ids, mem = tokens(2, SEGMENT), torch.randn(2, 3, 16)
+    close(model(ids, mems=[None, None]), model(ids))
+    close(model(ids, mems=[mem[:, :0], None]), model(ids))
+    assert not torch.allclose(model(ids, mems=[None, mem]), model(ids))
+    hidden = torch.zeros(2, 3, dtype=torch.bool)
+    close(model(ids, mems=[mem, mem], mem_masks=[hidden, hidden]), model(ids))
+
+
+@torch.no_grad()
+def test_an_encoder_reads_memory_too() -> None:
+    model = BASE.build("encoder", max_mem_len=MEMORY, use_abs_pos_emb=False)
+    ids, mem = tokens(2, SEGMENT), torch.randn(2, 3, 16)
+    close(model(ids, mems=[mem, mem]), model(ids, mems=[mem.flip(1), mem.flip(1)]))
+    assert not torch.allclose(model(ids, mems=[mem, mem]), model(ids))

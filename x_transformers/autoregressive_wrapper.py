@@ -1,0 +1,397 @@
+"""Next-token training and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.decoding.caches import CacheChoice, modify_cached_kv
+from x_transformers.decoding.filters import (
+    FILTER_LOGITS_FN,
+    contrastive_decode_fn,
+    find_filter,
+    min_p,
+    top_a,
+    top_k,
+    top_p,
+)
+from x_transformers.decoding.loop import (
+    Decoding,
+    eval_decorator,
+    evaluating,
+    make_reader,
+    pair_amateurs,
+    with_progress,
+)
+from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
+from x_transformers.decoding.sampling import chooser, gumbel_noise, gumbel_sample
+from x_transformers.decoding.step import Sequences, Step, compiled_advance
+from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.loading import ReadsReference
+from x_transformers.models.embeddings import check_ids
+from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.options.configured import Configured
+
+__all__ = [
+    "FILTER_LOGITS_FN",
+    "AutoregressiveWrapper",
+    "align_right",
+    "contrastive_decode_fn",
+    "eval_decorator",
+    "gumbel_noise",
+    "gumbel_sample",
+    "min_p",
+    "modify_cached_kv",
+    "pad_at_dim",
+    "top_a",
+    "top_k",
+    "top_p",
+]
+
+
+class AutoregressiveWrapper(Configured, ReadsReference):
+    """A model that is trained to predict the next token, and generates by predicting it again and again.
+
+    Args:
+        net: the model.
+        ignore_index: label that does not count in the loss.
+        pad_value: id put where `ignore_index` stood, before shorter prompts, and behind a row's end token.
+        mask_prob: fraction of the keys that is hidden in the loss pass (2210.13432), in [0, 1).
+        add_attn_z_loss: add the z-loss of attention; its weight is the model's `attn_z_loss_weight`.
+        next_embed_loss_weight, looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of
+            heads that the model must have.
+
+    Raises:
+        ConfigError: if the model has several heads or none, or an option is out of range or without effect.
+    """
+
+    def __init__(
+        self,
+        net: TransformerWrapper,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        mask_prob: float = 0.0,
+        add_attn_z_loss: bool = False,
+        next_embed_loss_weight: float = 0.1,
+        looped_loss_threshold_exit: float = 0.05,
+        looped_loss_slope: float = 50,
+        looped_exit_loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, TransformerWrapper):
+            raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
+        if net.has_multiple_heads or net.to_logits is None:
+            heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
+            raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
+        if not 0 <= mask_prob < 1:
+            raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
+        _refuse_without_head(
+            "`add_continuous_pred_head`",
+            net.add_continuous_pred_head,
+            next_embed_loss_weight=(next_embed_loss_weight, 0.1),
+        )
+        _refuse_without_head(
+            "`looped`",
+            net.looped,
+            looped_loss_threshold_exit=(looped_loss_threshold_exit, 0.05),
+            looped_loss_slope=(looped_loss_slope, 50),
+            looped_exit_loss_weight=(looped_exit_loss_weight, 1.0),
+        )
+        self.net = net
+        self.ignore_index, self.pad_value = ignore_index, pad_value
+        self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
+        self._steps: dict[Any, Step] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # compiled steps belong to this object and this process
+        return {**self.__dict__, "_steps": {}}
+
+    @property
+    def max_seq_len(self) -> int:
+        """The model's own."""
+        return self.net.max_seq_len
+
+    # training
+
+    def forward(
+        self,
+        x: Tensor,
+        return_outputs: bool = False,
+        prepend_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
+
+        Args:
+            x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
+            return_outputs: also return `(logits, intermediates)`, logits `(b, n - 1, v)`.
+            prepend_embeds: `(b, p, E)` embeddings before the tokens; nothing is predicted at their places.
+            lens: `(b,)` valid tokens of each row, from the left.
+            kwargs: of the model's pass.
+
+        Returns:
+            A scalar; zero, attached to the graph, if there is no valid target.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        _check_loss_input(x, lens, kwargs)
+        kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
+        x = x.long()  # bytes could not hold `ignore_index`
+        if lens is not None:
+            behind = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
+            x = x.masked_fill(behind, self.ignore_index)
+        shown = x.masked_fill(x == self.ignore_index, self.pad_value)
+        if self.mask_prob > 0:
+            kept = self._drop_keys(shown)
+            given = kwargs.get("self_attn_kv_mask")
+            kwargs["self_attn_kv_mask"] = kept if given is None else kept & given.bool()
+        out = self.net(
+            shown,
+            prepend_embeds=prepend_embeds,
+            return_intermediates=return_outputs,
+            return_attn_z_loss=self.add_attn_z_loss,
+            **kwargs,
+        )
+        logits, record = out if return_outputs or self.add_attn_z_loss else (out, None)
+
+        p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        loss = self._cross_entropy(logits, F.pad(x[:, 1:], (p, 1), value=self.ignore_index))
+        if self.add_attn_z_loss:
+            assert record is not None
+            loss = loss + record.attn_z_loss
+        return (loss, (logits[:, p:-1], record)) if return_outputs else loss
+
+    def _drop_keys(self, x: Tensor) -> Tensor:
+        """`(b, n)` bool, False at random tokens that no query sees; the first token always stays."""
+        noise = torch.randn(x.shape, device=x.device)
+        noise[:, 0] = -torch.finfo(noise.dtype).max
+        count = min(int(x.shape[1] * self.mask_prob), x.shape[1] - 1)
+        hidden = noise.topk(count, dim=-1).indices
+        return torch.ones_like(x, dtype=torch.bool).scatter_(1, hidden, False)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy."""
+        fn = F.nll_loss if self.net.output_is_log_prob else F.cross_entropy
+        try:
+            each = fn(logits.flatten(0, 1), labels.flatten(), ignore_index=self.ignore_index, reduction="none")
+        except IndexError as error:  # on a CPU; elsewhere labels are not looked at
+            raise TokenRangeError(
+                f"targets run up to {int(labels.max())}, but the model gives logits for {logits.shape[-1]} tokens."
+            ) from error
+        count = (labels != self.ignore_index).sum().clamp(min=1)
+        return each.sum(dtype=torch.promote_types(each.dtype, torch.float32)) / count
+
+    # generation
+
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        restrict_to_max_seq_len: bool = True,
+        amateur_model: nn.Module | Sequence[nn.Module] | None = None,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        cache_kv: bool = True,
+        return_intermediates: bool = False,
+        *,
+        cache: CacheChoice = "dynamic",
+        compile: bool | Mapping[str, Any] = False,
+        progress: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
+
+        Each step: logits of the last position, contrasted with the amateurs'; the most likely token at temperature
+        0, otherwise a draw from `softmax(filter(logits / temperature))`.
+
+        Args:
+            prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
+            seq_len: tokens to generate.
+            eos_token: what ends a row; `pad_value`s follow. When all rows have ended, generation does.
+            temperature: 0 or higher.
+            prompt_lens: `(...)` how many ids of each row of `prompts`, from the left, are its prompt.
+            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
+            restrict_to_max_seq_len: the model sees only its last `max_seq_len` tokens. With a cache this is a
+                rolling one, whose keys were computed with more past than the window holds.
+            amateur_model: one or more weaker models to contrast with (2210.15097).
+            filter_kwargs: keywords of the filter.
+            contrastive_decode_kwargs: `alpha` and `beta` of `contrastive_decode_fn`, for all amateurs or for each.
+            cache_kv: keep keys and values. False runs the whole sequence at each step.
+            return_intermediates: also return the record of the last pass (None without a cache).
+            cache: "dynamic"; "static" (fixed buffers, allocated once); or a cache or record of the prompts' first
+                tokens, which are then not read again. The cache given stays as it is.
+            compile: compile the step of one token, once for this model, to a full graph over a static cache. May be a
+                dict of options for `torch.compile`.
+            progress: show a bar.
+            kwargs: of the model's passes. `mask` covers the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
+                and generated tokens (`embed_ids` may be functions of the ids so far).
+
+        Returns:
+            The new tokens, `(..., m)`, m at most `seq_len`; with `return_intermediates`, `(tokens, record)`.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        decoding, read, models = self._begin(
+            prompts,
+            seq_len,
+            eos_token,
+            temperature=temperature,
+            prompt_lens=prompt_lens,
+            filter_logits_fn=filter_logits_fn,
+            restrict_to_max_seq_len=restrict_to_max_seq_len,
+            amateur_model=amateur_model,
+            filter_kwargs=filter_kwargs,
+            contrastive_decode_kwargs=contrastive_decode_kwargs,
+            cache_kv=cache_kv,
+            cache=cache,
+            compile=compile,
+            **kwargs,
+        )
+        steps = decoding.run(seq_len, eos_token, self.pad_value)
+        with torch.inference_mode(), evaluating(self, *models):
+            new = list(with_progress(steps, seq_len) if progress else steps)
+        # outside of inference mode: tokens that training may use
+        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
+        tokens = tokens.reshape(*read.lead, tokens.shape[1])
+        return (tokens, decoding.expert.record) if return_intermediates else tokens
+
+    def stream(
+        self, prompts: Tensor | Sequence[Tensor], seq_len: int, eos_token: int | None = None, **options: Any
+    ) -> Iterator[Tensor]:
+        """The tokens of `generate`, `(...)` each, as they come; the model is in evaluation mode until the last one.
+
+        Args:
+            prompts, seq_len, eos_token: as in `generate`.
+            options: as in `generate`, but for `return_intermediates` and `progress`.
+
+        Raises:
+            InputError: at once, with what was given and what is needed.
+        """
+        decoding, read, models = self._begin(prompts, seq_len, eos_token, **options)
+
+        steps = torch.inference_mode()(decoding.run)(seq_len, eos_token, self.pad_value)
+
+        def tokens() -> Iterator[Tensor]:
+            with evaluating(self, *models):
+                for token in steps:
+                    yield token.clone().reshape(read.lead)
+
+        return tokens()
+
+    def _begin(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        seq_len: int,
+        eos_token: int | None,
+        *,
+        temperature: float = 1.0,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        restrict_to_max_seq_len: bool = True,
+        amateur_model: nn.Module | Sequence[nn.Module] | None = None,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        cache_kv: bool = True,
+        cache: CacheChoice = "dynamic",
+        compile: bool | Mapping[str, Any] = False,
+        **kwargs: Any,
+    ) -> tuple[Decoding, Prompts, list[nn.Module]]:
+        """Check everything; the decoding, the prompts as they were read, and the models beside this one."""
+        net = self.net
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
+            raise InputError(f"`seq_len` is {seq_len!r}; it is how many tokens to generate, a whole number, 0 or more.")
+        if eos_token is not None and not 0 <= eos_token < net.num_tokens:
+            raise InputError(f"`eos_token` is {eos_token}; the vocabulary runs from 0 to {net.num_tokens - 1}.")
+        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {})
+        read = read_prompts(
+            prompts,
+            prompt_lens,
+            self.pad_value,
+            net.num_tokens,
+            may_be_empty=kwargs.get("prepend_embeds") is not None,
+        )
+        amateurs = pair_amateurs(_nets(amateur_model), contrastive_decode_kwargs or {}, net.num_tokens)
+        step = None
+        if compile is not False:
+            step = self._compiled_step(compile, read, kwargs)
+            cache = "static" if cache == "dynamic" else cache
+        expert = make_reader(
+            net,
+            read,
+            seq_len,
+            kwargs,
+            cache=cache,
+            cache_kv=cache_kv,
+            restrict_to_max_seq_len=restrict_to_max_seq_len,
+            step=step,
+        )
+        contrasted = [
+            (
+                make_reader(
+                    amateur, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
+                ),
+                contrast,
+            )
+            for amateur, contrast in amateurs
+        ]
+        decoding = Decoding(Sequences(read.tokens, read.start), expert, choose, net.num_tokens, contrasted)
+        return decoding, read, [amateur for amateur, _ in amateurs]
+
+    def _compiled_step(self, options: bool | Mapping[str, Any], read: Prompts, kwargs: Mapping[str, Any]) -> Step:
+        """The compiled step for calls of this structure, made when first asked for."""
+        given = dict(options) if isinstance(options, Mapping) else {}
+        key = (
+            repr(sorted(given.items())),
+            read.lens is None,
+            *sorted(name for name in kwargs if kwargs[name] is not None),
+        )
+        if key not in self._steps:
+            self._steps[key] = compiled_advance(**given)
+        return self._steps[key]
+
+
+def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    """The amateurs as a list, and without the wrapper that one was trained in."""
+    if amateurs is None:
+        return []
+    listed = [amateurs] if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList) else amateurs
+    return [model.net if isinstance(model, AutoregressiveWrapper) else model for model in listed]
+
+
+def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float]) -> None:
+    for name, (value, default) in weights.items():
+        if value != default and not present:
+            raise ConfigError(f"`{name}` is {value}, but `net` has no such head ({head}); drop it.")
+
+
+def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    check_ids(x)
+    if x.shape[1] == 0:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
+    for name in kwargs:
+        if name.startswith("return_") or name == "cache":
+            raise InputError(f"`{name}` cannot be given to the loss; use `return_outputs`, or call the net itself.")
+    if lens is None:
+        return
+    if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.dtype is torch.bool:
+        raise ShapeError(
+            f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers, "
+            "the valid tokens of each row."
+        )
+    if (
+        lens.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and bool(((lens < 0) | (lens > x.shape[1])).any())
+    ):
+        raise InputError(f"`lens` holds {lens.tolist()}; the rows have {x.shape[1]} tokens.")

@@ -1,0 +1,1 @@
+"""Decoding: filters of logits, sampling, prompts, one step, the loop."""

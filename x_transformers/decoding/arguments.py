@@ -1,0 +1,124 @@
+"""What the caller gave beside the prompts, for passes over a sequence that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.errors import InputError
+
+_REFUSED = {
+    "seq_start_pos": "give `prompt_lens`, or the prompts as a list",
+    "cache_age": "new tokens are counted here",
+    "input_not_include_cache": "the net is fed whatever it needs",
+    "attn_mask": "it covers a fixed number of tokens; give `mask` or `self_attn_kv_mask`",
+    "attn_bias": "it covers a fixed number of tokens; build a position bias into the stack",
+}
+
+EmbedIds = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]]
+"""Name -> ids, or a function of the tokens; each of the ids may be such a function, too."""
+
+
+class Arguments:
+    """Keyword arguments of a net's passes.
+
+    Masks cover the prompts and go on with True. What else speaks of single tokens must speak of the coming ones, too:
+    `pos`, `sum_embeds` and `embed_ids` cover the final length, or `embed_ids` are functions of the tokens so far.
+    Everything else is the same in each pass.
+
+    Args:
+        kwargs: as the caller gave them.
+        width: columns of the caller's prompts.
+        final: tokens that will be read in all.
+        align: moves a mask `(b, width)` as the prompts were moved, or None if they were not.
+
+    Raises:
+        InputError: naming an argument that cannot go on, and what to give instead.
+    """
+
+    def __init__(
+        self, kwargs: Mapping[str, Any], width: int, final: int, align: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        _check_names(kwargs)
+        self.constant = {name: value for name, value in kwargs.items() if value is not None}
+        self.constant.pop("excise_prepend_embeds", None)  # what stands behind the last token is the same
+        self.masks: dict[str, Tensor] = {}
+        for name in ("mask", "self_attn_kv_mask"):
+            if name in self.constant:
+                mask = _check_mask(self.constant.pop(name), width, name)
+                self.masks[name] = mask if align is None else align(mask)
+        self.covering: dict[str, Tensor] = {}
+        for name in ("pos", "sum_embeds"):
+            if name in self.constant:
+                t = self.constant.pop(name)
+                _check_covers(name, t, _token_axis(t), final, align is None)
+                self.covering[name] = t
+        self.embed_ids: EmbedIds = self.constant.pop("embed_ids", {})
+        if isinstance(self.embed_ids, Mapping):
+            for name, ids in self.embed_ids.items():
+                if isinstance(ids, Tensor):
+                    _check_covers(f"embed_ids[{name!r}]", ids, -1, final, align is None)
+
+    def at(
+        self, length: int, tokens: Callable[[], Tensor], *, first: int, new: int, keep_masks: bool = False
+    ) -> dict[str, Any]:
+        """The arguments of a pass.
+
+        Args:
+            length: tokens so far.
+            tokens: gives them, `(b, length)`.
+            first: the first of them that the net has read or reads.
+            new: how many it reads.
+            keep_masks: let them end with the prompt, as a static cache allows.
+        """
+        arguments = dict(self.constant)
+        for name, mask in self.masks.items():
+            grown = 0 if keep_masks else length - mask.shape[1]
+            arguments[name] = (F.pad(mask, (0, grown), value=True) if grown else mask)[:, first:]
+        for name, t in self.covering.items():
+            arguments[name] = t.narrow(_token_axis(t), length - new, new).contiguous()
+        if self.embed_ids:
+            given = self.embed_ids if isinstance(self.embed_ids, Mapping) else self.embed_ids(tokens())
+            ids = {name: t if isinstance(t, Tensor) else t(tokens()) for name, t in given.items()}
+            arguments["embed_ids"] = {name: t[:, length - new : length].contiguous() for name, t in ids.items()}
+        return arguments
+
+    def forget_prepended(self) -> None:
+        """Prepended embeddings are in the cache now."""
+        for name in ("prepend_embeds", "prepend_mask"):
+            self.constant.pop(name, None)
+
+
+def _token_axis(t: Tensor) -> int:
+    """Embeddings `(..., n, E)` are floating, positions `(..., n)` are not."""
+    return -2 if t.is_floating_point() else -1
+
+
+def _check_names(kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name in _REFUSED:
+            raise InputError(f"`{name}` cannot be given to generation: {_REFUSED[name]}.")
+        if name.startswith("return_"):
+            raise InputError(f"`{name}` cannot be given to generation, which returns tokens; call the net itself.")
+
+
+def _check_mask(mask: Tensor, width: int, name: str) -> Tensor:
+    if mask.ndim != 2 or mask.shape[1] != width:
+        raise InputError(
+            f"`{name}` has shape {tuple(mask.shape)}; it must have a value for each of the prompts' {width} columns. "
+            "Generated tokens are always valid."
+        )
+    return mask.bool()
+
+
+def _check_covers(name: str, t: Tensor, axis: int, final: int, one_length: bool) -> None:
+    if not one_length:
+        raise InputError(f"`{name}` cannot follow prompts of different lengths; `embed_ids` may be functions of ids.")
+    if t.shape[axis] < final:
+        raise InputError(
+            f"`{name}` has shape {tuple(t.shape)}; it must cover the {final} tokens that are read, generated ones "
+            "included. `embed_ids` may also be functions of the ids so far."
+        )

@@ -1,0 +1,189 @@
+"""The loop: read, contrast, choose, append; until the length or the end token is reached."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from x_transformers.decoding.arguments import Arguments
+from x_transformers.decoding.caches import CacheChoice, first_cache, window_of
+from x_transformers.decoding.filters import contrastive_decode_fn
+from x_transformers.decoding.prompts import Prompts
+from x_transformers.decoding.sampling import Choose, check_keywords
+from x_transformers.decoding.step import Cached, Reader, Rerun, Sequences, Step
+from x_transformers.errors import InputError
+from x_transformers.models.transformer import TransformerWrapper
+
+Contrast = Callable[[Tensor, Tensor], Tensor]
+"""The expert's and an amateur's logits to new ones."""
+
+
+class Decoding:
+    """A batch that is being continued.
+
+    Args:
+        sequences: the tokens so far.
+        expert: whose expectations count.
+        amateurs: whose expectations are contrasted with it, in turn, and how.
+        choose: logits `(b, v)` to tokens `(b, 1)`.
+        vocabulary: ids that can be read again.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        expert: Reader,
+        choose: Choose,
+        vocabulary: int,
+        amateurs: Sequence[tuple[Reader, Contrast]] = (),
+    ) -> None:
+        self.sequences, self.expert, self.amateurs = sequences, expert, amateurs
+        self.choose, self.vocabulary = choose, vocabulary
+
+    def step(self) -> Tensor:
+        """Choose and append the next tokens, `(b, 1)`."""
+        logits = self.expert.read(self.sequences)[:, -1]
+        if logits.shape[-1] > self.vocabulary:
+            raise InputError(
+                f"the model gives logits for {logits.shape[-1]} tokens, but embeds {self.vocabulary}; what it "
+                "generates could not be read again. Make `logits_dim` and `num_tokens` agree."
+            )
+        for amateur, contrast in self.amateurs:
+            logits = contrast(logits, amateur.read(self.sequences)[:, -1])
+        token = self.choose(logits)
+        self.sequences.append(token)
+        return token
+
+    def run(self, seq_len: int, eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
+        """At most `seq_len` steps; behind a row's end token come `pad_value`s, and nothing behind the last row's."""
+        done: Tensor | None = None
+        for _ in range(seq_len):
+            token = self.step()
+            if eos_token is None:
+                yield token
+                continue
+            ends = token == eos_token
+            yield token if done is None else token.masked_fill(done, pad_value)
+            done = ends if done is None else done | ends
+            if done.all():
+                return
+
+
+def make_reader(
+    net: TransformerWrapper,
+    prompts: Prompts,
+    seq_len: int,
+    kwargs: Mapping[str, Any],
+    *,
+    cache: CacheChoice = "dynamic",
+    cache_kv: bool = True,
+    restrict_to_max_seq_len: bool = True,
+    step: Step | None = None,
+) -> Reader:
+    """A reader of the prompts and of what follows them.
+
+    Args:
+        net: the model.
+        prompts: what it begins with.
+        seq_len: how many tokens follow; the last one is not read.
+        kwargs: arguments of its passes.
+        cache: "dynamic", "static", or a cache of the prompts' first tokens.
+        cache_kv: False reads everything again at each step.
+        restrict_to_max_seq_len: the net sees at most its `max_seq_len` tokens.
+        step: how a static cache reads one token, if not by an ordinary pass.
+
+    Raises:
+        InputError: if the cache, the length, the arguments, the step and the model do not fit each other.
+    """
+    total = prompts.tokens.shape[1] + max(seq_len, 1) - 1
+    align = None if prompts.lens is None else partial(prompts.align, value=False)
+    arguments = Arguments(kwargs, prompts.width, total, align)
+    caching = cache_kv and net.can_cache_kv
+    if not caching and cache != "dynamic":
+        why = "only a causal model can use one" if cache_kv else "`cache_kv = False` switches it off"
+        raise InputError(f"a certain cache is asked for (by `cache` or `compile`), but {why}; drop one of them.")
+    if step is not None and net.layout.every is not None:
+        raise InputError(
+            "interspersed memory tokens make steps of different lengths, which cannot be compiled; drop `compile`."
+        )
+    window = window_of(net, total, caching=caching, restrict=restrict_to_max_seq_len)
+    if not caching:
+        return Rerun(net, arguments, window)
+    embeds = kwargs.get("prepend_embeds")
+    prepended = 0 if embeds is None else embeds.shape[1]
+    kv, held = first_cache(net, prompts.tokens, prompts.start, total, cache=cache, prepended=prepended, window=window)
+    if step is not None and not kv.is_static:
+        raise InputError(
+            "steps compile over a static cache, and the one given is dynamic; drop `compile`, or give none."
+        )
+    return Cached(net, arguments, kv, held, window, step)
+
+
+def pair_amateurs(
+    amateurs: Sequence[nn.Module], kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]], vocabulary: int
+) -> list[tuple[TransformerWrapper, Contrast]]:
+    """The amateurs, each with its contrast; one set of keywords serves all of them.
+
+    Raises:
+        InputError: if the numbers differ, or an amateur is no model of the same vocabulary.
+    """
+    contrasts = [kwargs] * len(amateurs) if isinstance(kwargs, Mapping) else list(kwargs)
+    if len(contrasts) != len(amateurs):
+        raise InputError(
+            f"there are {len(amateurs)} amateurs and {len(contrasts)} `contrastive_decode_kwargs`; give one for all, "
+            "or one for each."
+        )
+    pairs: list[tuple[TransformerWrapper, Contrast]] = []
+    for net, contrast in zip(amateurs, contrasts, strict=True):
+        if not isinstance(net, TransformerWrapper):
+            raise InputError(f"an amateur is a {type(net).__name__}; it must be a TransformerWrapper.")
+        if net.num_tokens != vocabulary:
+            raise InputError(f"an amateur has a vocabulary of {net.num_tokens}, the model one of {vocabulary}.")
+        check_keywords(contrastive_decode_fn, contrast, "contrastive_decode_kwargs", arguments=2)
+        pairs.append((net, partial(contrastive_decode_fn, **contrast)))
+    return pairs
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode; behind it every submodule has the mode it had, whatever happened."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def eval_decorator(fn: Method) -> Method:
+    """A method that runs in evaluation mode, and leaves its module's modes as they were."""
+
+    @functools.wraps(fn)
+    def inner(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with evaluating(self):
+            return fn(self, *args, **kwargs)
+
+    return inner  # type: ignore[return-value]
+
+
+def with_progress(steps: Iterator[Tensor], total: int) -> Iterator[Tensor]:
+    """The same, with a bar.
+
+    Raises:
+        InputError: if tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise InputError("`progress = True` needs tqdm: `pip install tqdm`, or drop `progress`.") from None
+    return iter(tqdm(steps, total=total, unit="token"))

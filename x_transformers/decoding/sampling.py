@@ -1,0 +1,83 @@
+"""Choosing a token from logits."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.errors import InputError
+from x_transformers.ops import log
+
+Choose = Callable[[Tensor], Tensor]
+"""`(b, v)` logits to `(b, 1)` tokens."""
+
+
+def chooser(temperature: float, filter_fn: Callable[..., Tensor], filter_kwargs: Mapping[str, Any]) -> Choose:
+    """How one token is chosen: the most likely one at temperature 0, otherwise a draw.
+
+    Raises:
+        InputError: if the temperature is negative or not finite, or the filter does not take `filter_kwargs`.
+    """
+    if not 0 <= temperature < math.inf:
+        raise InputError(
+            f"`temperature` is {temperature}; it must be finite and not negative. 0 takes the most likely token."
+        )
+    check_keywords(filter_fn, filter_kwargs, "filter_kwargs", arguments=1)
+    if temperature == 0:
+        return most_likely
+    return partial(draw, temperature=temperature, filter_fn=partial(filter_fn, **filter_kwargs))
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """`(b, 1)` the token with the largest logit, the first of several."""
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+def draw(logits: Tensor, temperature: float, filter_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`(b, 1)` a token drawn from `softmax(filter(logits / temperature))`.
+
+    The temperature comes first: a filter by probability must see the probabilities that are drawn from.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits / temperature
+    probs = filter_fn(logits).softmax(dim=-1)
+    # `multinomial` refuses NaN, for which an accelerator would have to be waited for
+    return torch.multinomial(probs, 1) if probs.device.type == "cpu" else exponential_race(probs)
+
+
+def exponential_race(probs: Tensor) -> Tensor:
+    """`(b, 1)` what `torch.multinomial(probs, 1)` draws from the same generator, without looking at the numbers.
+
+    `argmax(p / q)` with `q` from Exp(1): the first of independent clocks that tick at the rates p.
+    """
+    return (probs / torch.empty_like(probs).exponential_(1)).argmax(dim=-1, keepdim=True)
+
+
+def gumbel_noise(t: Tensor) -> Tensor:
+    """`-ln(-ln(u))` with `u` uniform in (0, 1), of t's shape; `argmax(logits + noise)` is a draw from the softmax."""
+    return -log(-log(torch.rand_like(t)))
+
+
+def gumbel_sample(logits: Tensor, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
+    """`(...)` tokens drawn from `softmax(logits / temperature)` over the last axis of `(..., v)`."""
+    return (logits / max(temperature, eps) + gumbel_noise(logits)).argmax(dim=-1)
+
+
+def check_keywords(fn: Callable[..., Tensor], keywords: Mapping[str, Any], name: str, arguments: int) -> None:
+    """Raise an `InputError` unless `fn` takes `keywords` behind so many positional arguments."""
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # a builtin that does not tell
+        return
+    try:
+        signature.bind(*(None,) * arguments, **keywords)
+    except TypeError as error:
+        called = getattr(fn, "__name__", type(fn).__name__)
+        raise InputError(f"`{name}` do not fit {called}{signature}: {error}.") from None

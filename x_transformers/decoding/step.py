@@ -1,0 +1,197 @@
+"""One step: a net reads the tokens that it has not read yet, and says what it expects behind them.
+
+`Sequences` holds the tokens, a `Reader` one net with whatever it remembers of them. Sampling, beams and speculation
+differ in which tokens they append, not in how they are read.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.cache import KVCache, StaticCache
+from x_transformers.decoding.arguments import Arguments
+from x_transformers.decoding.caches import slots_of_newest
+from x_transformers.intermediates import LayerIntermediates
+from x_transformers.models.transformer import TransformerWrapper
+
+Step = Callable[[TransformerWrapper, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
+"""See `advance`."""
+
+
+class Sequences:
+    """The tokens so far, `(b, n)`, and growing.
+
+    Args:
+        tokens: `(b, n)` to begin with.
+        start: `(b,)` tokens of left padding of each row, or None.
+    """
+
+    def __init__(self, tokens: Tensor, start: Tensor | None = None) -> None:
+        self.parts, self.length, self.start = [tokens], tokens.shape[1], start
+
+    def tokens(self) -> Tensor:
+        """All of them."""
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts, dim=-1)]
+        return self.parts[0]
+
+    def append(self, tokens: Tensor) -> None:
+        """`(b, k)` more."""
+        self.parts.append(tokens)
+        self.length += tokens.shape[1]
+
+    def newest(self, count: int) -> Tensor:
+        """The last `count` columns."""
+        last = self.parts[-1]
+        return last if last.shape[1] == count else self.tokens()[:, self.length - count :]
+
+    def start_behind(self, dropped: int) -> Tensor | None:
+        """`(b,)` left padding when the first `dropped` columns are not looked at."""
+        return self.start if self.start is None or not dropped else (self.start - dropped).clamp(min=0)
+
+
+class Reader(ABC):
+    """One net, and what it remembers.
+
+    Attributes:
+        record: of the last pass, if there is a cache.
+    """
+
+    record: LayerIntermediates | None
+
+    @abstractmethod
+    def read(self, sequences: Sequences) -> Tensor:
+        """Read what is new: logits `(b, m, v)`, of which the last stand behind the newest token."""
+
+
+class Rerun(Reader):
+    """Reads everything again each time, or what lies in the window.
+
+    Args:
+        net: the model.
+        arguments: of its passes.
+        window: tokens that it may see, or None.
+    """
+
+    def __init__(self, net: TransformerWrapper, arguments: Arguments, window: int | None) -> None:
+        self.net, self.arguments, self.window, self.record = net, arguments, window, None
+
+    def read(self, sequences: Sequences) -> Tensor:
+        length = sequences.length
+        seen = length if self.window is None else min(length, self.window)
+        first = length - seen
+        arguments = self.arguments.at(length, sequences.tokens, first=first, new=seen)
+        return self.net(sequences.newest(seen), seq_start_pos=sequences.start_behind(first), **arguments)
+
+
+class Cached(Reader):
+    """Reads new tokens alone; keys and values of the others are cached.
+
+    Args:
+        net: the model.
+        arguments: of its passes.
+        cache: what was read before; left as it is.
+        held: how many tokens that is.
+        window: tokens that the net may see, new ones included, or None.
+        step: reads single tokens with a static cache, as `advance` does; default an ordinary pass.
+    """
+
+    def __init__(
+        self,
+        net: TransformerWrapper,
+        arguments: Arguments,
+        cache: KVCache,
+        held: int = 0,
+        window: int | None = None,
+        step: Step | None = None,
+    ) -> None:
+        self.net, self.arguments, self.window, self.step, self.record = net, arguments, window, step, None
+        self.cache = cache.begin(0)
+        self.first, self.length = 0, held
+
+    def read(self, sequences: Sequences) -> Tensor:
+        if self.window is not None:
+            self._make_room(self.window, sequences)
+        new = sequences.length - self.length
+        self.length = sequences.length
+        start = sequences.start_behind(self.first)
+        keep_masks = self.cache.is_static and self.net.layout.every is None
+        arguments = self.arguments.at(self.length, sequences.tokens, first=self.first, new=new, keep_masks=keep_masks)
+        if self.step is not None and self.record is not None and new == 1:
+            return self.step(self.net, sequences.newest(1), self.cache, start, arguments)
+        logits, record = _pass(self.net, sequences.newest(new), self.cache, start, arguments)
+        self.record = record if self.step is None else settled(record)
+        assert self.record.cache is not None
+        self.cache = self.record.cache
+        self.arguments.forget_prepended()
+        return logits
+
+    def _make_room(self, window: int, sequences: Sequences) -> None:
+        """Leave out what lies before the window: of the prompts, if nothing is read yet, or of the cache."""
+        if not self.cache.started:
+            self.first = self.length = max(sequences.length - window, 0)
+            return
+        keep = max(window - (sequences.length - self.length), 0)
+        if self.length - self.first > keep:
+            start, device = sequences.start_behind(self.first), sequences.parts[0].device
+            self.cache.crop(slots_of_newest(self.net, self.cache, keep, start, device))
+
+
+def advance(
+    net: TransformerWrapper, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
+) -> Tensor:
+    """Read `token (b, 1)` into a settled static cache, in place, and give logits `(b, 1, v)`.
+
+    The cache is the same object at every step, and nothing of it changes but the values of its tensors: this is what
+    makes the step a function that compiles once.
+    """
+    assert isinstance(cache, StaticCache)
+    logits, record = _pass(net, token, cache, start, arguments)
+    after = record.cache
+    assert isinstance(after, StaticCache)
+    cache.filled.copy_(after.filled)
+    if cache.positions is not None and after.positions is not None:
+        cache.positions.copy_(after.positions)
+    for held, now in zip(cache.entries, after.entries, strict=True):
+        for name, state in now.states.items():
+            if state is not held.states[name]:
+                held.states[name].copy_(state)
+    return logits
+
+
+def settled(record: LayerIntermediates) -> LayerIntermediates:
+    """A record whose cache `advance` may write to: no other cache has its states and counters."""
+    twin = copy.copy(LayerIntermediates(attn_intermediates=record.attn_intermediates, cache=record.cache))
+    assert twin.cache is not None
+    for entry in twin.cache.entries:
+        entry.states = {name: state.clone() for name, state in entry.states.items()}
+    if twin.cache.positions is not None:
+        twin.cache.positions = twin.cache.positions.clone()
+    return twin
+
+
+def compiled_advance(**options: Any) -> Step:
+    """`advance`, compiled to a full graph with the given options of `torch.compile`."""
+    # graphs are kept, and their number is limited, for each code object; other models' graphs belong to copies of it
+    own = FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
+    return torch.compile(own, **{"fullgraph": True, **options})
+
+
+def _pass(
+    net: TransformerWrapper, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any
+) -> tuple[Tensor, LayerIntermediates]:
+    return net(
+        tokens,
+        cache=cache,
+        input_not_include_cache=True,
+        return_intermediates=True,
+        seq_start_pos=start,
+        **arguments,
+    )
