@@ -7,6 +7,7 @@ slots, never about shapes: prefill, chunked prefill and single-token decoding di
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,21 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
+class Carry:
+    """What sublayers leave for later ones: a value that goes from one to the next, never a module's state.
+
+    Attributes:
+        values: the first executed attention's own values, `(b, g, j, e)`, apart for "a" and "c".
+        scores: the latest attention's logits, `(b, h, i, j)`, apart for "a" and "c".
+        history: `(b, n, D)` branch inputs of every executed sublayer so far.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    history: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class LayerCall:
     """What one executed sublayer gets beside its input.
 
@@ -110,6 +126,10 @@ class LayerCall:
         memory: `(b, m, D)` recurrent memory, normalised as the input was.
         context: `(b, n, Dc)` source of keys and values of cross-attention.
         entry: the sublayer's streams in the cache, or None.
+        carry: what earlier sublayers left.
+        condition: `(b, 1|n, c)` what adaptive norms and scales read.
+        injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
+        deep_embed: `(b, n, D)` factor of a feedforward's output.
     """
 
     call: Call
@@ -120,3 +140,12 @@ class LayerCall:
     memory: Tensor | None = None
     context: Tensor | None = None
     entry: Any = None
+    carry: Carry = field(default_factory=Carry)
+    condition: Tensor | None = None
+    injection: Tensor | None = None
+    deep_embed: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the sublayer is: "a" for self-attention, "c" for cross-attention."""
+        return "a" if self.context is None else "c"

@@ -33,7 +33,17 @@ class ScaleNormOptions:
     use_scalenorm: bool = opt(False, "ScaleNorm in place of LayerNorm")
 
 
-class LayerNorm(nn.Module):
+class Norm(nn.Module):
+    """The contract: `forward(x, condition=None)`. Plain norms ignore the condition; adaptive ones need it."""
+
+    adaptive = False
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Normalise over the last axis."""
+        raise NotImplementedError
+
+
+class LayerNorm(Norm):
     """`(x - mean) / sqrt(var + 1e-5) * (gamma + offset)`, without a bias (1607.06450).
 
     Args:
@@ -41,17 +51,17 @@ class LayerNorm(nn.Module):
         unit_offset: store the gain less one.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
         super().__init__()
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         gamma = self.gamma + 1 if self.unit_offset else self.gamma
         return F.layer_norm(x, x.shape[-1:], gamma)
 
 
-class RMSNorm(ReadsReference):
+class RMSNorm(ReadsReference, Norm):
     """`x / |x| * sqrt(d) * (gamma + offset)` (1910.07467).
 
     Args:
@@ -59,12 +69,12 @@ class RMSNorm(ReadsReference):
         unit_offset: store the gain less one.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
         super().__init__()
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         gamma = self.gamma + 1 if self.unit_offset else self.gamma
         return F.rms_norm(x, x.shape[-1:], gamma, eps=_TINY)
 
@@ -72,17 +82,17 @@ class RMSNorm(ReadsReference):
         rename(state, f"{prefix}g", f"{prefix}gamma")
 
 
-class SimpleRMSNorm(nn.Module):
+class SimpleRMSNorm(Norm):
     """`x / |x| * sqrt(d)`, without parameters (2307.14995)."""
 
     def __init__(self, dim: int, **_: Any) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=_TINY)
 
 
-class ScaleNorm(ReadsReference):
+class ScaleNorm(ReadsReference, Norm):
     """`x / |x| * sqrt(d) * (gamma + offset)` with a single gain (1910.05895).
 
     Args:
@@ -90,12 +100,12 @@ class ScaleNorm(ReadsReference):
         unit_offset: store the gain less one.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
         super().__init__()
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((1,), 1.0 - unit_offset))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         gamma = self.gamma + 1 if self.unit_offset else self.gamma
         return F.rms_norm(x, x.shape[-1:], eps=_TINY) * gamma
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,13 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attend import Core
-from x_transformers.attention.base import AttentionShape, BoundScore, KeyMod, Needs, QKNorm, ScoreMod, Stage
+from x_transformers.attention.backends.base import Weighed
+from x_transformers.attention.base import (
+    AttentionShape,
+    BoundScore,
+    KeyMod,
+    Needs,
+    QKNorm,
+    RowMod,
+    ScoreMod,
+    Stage,
+    ValueMod,
+    Weighting,
+    WeightMod,
+)
 from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.masks import visibility
 from x_transformers.attention.projections import Projections
 from x_transformers.cache import Entry, KVCache, Shape
-from x_transformers.call import Call, Capture, LayerCall, Span
+from x_transformers.call import Call, Capture, Carry, LayerCall, Span
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError
 from x_transformers.intermediates import Intermediates
 from x_transformers.loading import ReadsReference, rename
@@ -81,6 +95,8 @@ class Attention(Configured, ReadsReference):
         self.dropout, self.sublayer_dropout = dropout.dropout, dropout.sublayer_dropout
         self.max_attend_past = parsed["window"].max_attend_past
         self.features = tuple(feature.name for feature in parsed.enabled())
+        # set by a stack whose later layers read what this one leaves
+        self.leaves_values = self.leaves_scores = False
 
         with faults.catching():
             self.projections = Projections(
@@ -96,27 +112,31 @@ class Attention(Configured, ReadsReference):
         self.keys: Parts[KeyMod] = _build("keys", parsed, shape, faults)
         sinks: Parts[LearnedSink] = _build("sink", parsed, shape, faults)
         self.sink = next(iter(sinks), None)
+        self.rows: Parts[RowMod] = _build("row", parsed, shape, faults)
+        self.weighting: Parts[Weighting] = _build("weighting", parsed, shape, faults)
+        self.weights: Parts[WeightMod] = _build("weights", parsed, shape, faults)
+        self.values: Parts[ValueMod] = _build("values", parsed, shape, faults)
         self.out = _output(shape, dim if out.dim_out is None else out.dim_out, out, faults)
         with faults.catching():
-            self.core = self._core(parsed["backend"])
+            switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
+            self.core = self._core(parsed["backend"], switches)
         faults.raise_if_any("Attention")
 
-    def _core(self, options: Any) -> Core:
-        because = {}
+    def _core(self, options: Any, switches: Mapping[str, str]) -> Core:
+        """The core for what the parts need. Messages name the keyword that switched each part on."""
+        because: dict[Needs, list[str]] = {}
+        groups: tuple[Parts[Any], ...] = (self.scores, self.rows, self.weighting, self.weights)
+        for name, part in (item for parts in groups for item in parts.items()):
+            needs: Any = part.needs
+            because.setdefault(needs, []).append(switches[name])
         if self.sink is not None:
-            because[Needs.SINK] = "`head_learned_sink`"
-        for mod in self.scores:
-            if mod.needs is Needs.POINTWISE:
-                because[Needs.POINTWISE] = "`softclamp_logits`"
+            because[Needs.SINK] = [switches["learned_sink"]]
         if self.dropout > 0:
-            because[Needs.DROPOUT] = "`dropout`"
-        needs = Needs.NOTHING
-        for flag in because:
-            needs |= flag
+            because[Needs.DROPOUT] = ["`dropout`"]
         scale = self.shape.dim_head**-0.5
         for norm in self.qk_norms:
             scale = norm.scale if norm.scale is not None else scale
-        return Core(needs=needs, scale=scale, flash=options.flash, kernels=options.attend_sdp_kwargs, because=because)
+        return Core(because=because, scale=scale, flash=options.flash, kernels=options.attend_sdp_kwargs)
 
     # what other code reads
 
@@ -157,7 +177,7 @@ class Attention(Configured, ReadsReference):
 
     # the way of the data
 
-    def run(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Intermediates | None]:
+    def run(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Intermediates | None, Carry]:
         """Attend as one sublayer of a pass.
 
         Args:
@@ -165,10 +185,12 @@ class Attention(Configured, ReadsReference):
             layer: the keys, their positions, and what else this sublayer gets.
 
         Returns:
-            `(b, n, Do)`, and a record if scores or a cache were asked for.
+            `(b, n, Do)`, a record if scores or a cache were asked for, and what later sublayers may read.
         """
-        q = self.projections.queries(x)
-        k, v, raw = self._keys_values(x, q, layer)
+        # three views of the stream, where the residual connection makes them, are the inputs of q, k and v
+        xq, xk, xv = (x, x, x) if x.ndim == 3 else x.unbind(0)
+        q = self.projections.queries(xq)
+        k, v, raw = self._keys_values(xq, xk, xv, layer)
         for norm in self.qk_norms:
             q = norm.normalize_q(q)
         if layer.context is None:
@@ -179,6 +201,8 @@ class Attention(Configured, ReadsReference):
         for mod in self.keys:
             k, v = mod.extend(k, v, self._normalize_memory)
             prefix += mod.count
+        for mod in self.values:
+            v = mod.weigh(v)
 
         call = layer.call
         visible = visibility(
@@ -194,44 +218,67 @@ class Attention(Configured, ReadsReference):
             k,
             v,
             visible,
-            scores=self._scores(layer),
+            scores=self._scores(xq, layer),
             sink=None if self.sink is None else self.sink.logits,
+            rows=tuple(self.rows),
+            weighting=next(iter(self.weighting), None),
+            weights=tuple(self.weights),
+            layer=layer,
             dropout=self.dropout if self.training else 0.0,
-            capture=call.capture.scores,
+            capture=call.capture.scores or self.leaves_scores,
             memo=call.memo,
         )
+        out = weighed.out
+        for mod in self.values:
+            out = mod.after(out, xq, raw[..., raw.shape[-2] - xq.shape[-2] :, :], layer)
+        weighed.out = out
         out = self.out(merge_heads(weighed.out))
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
         if call.row_mask is not None:
             out = out.masked_fill(~call.row_mask.unsqueeze(-1), 0.0)
+        carry = self._leave(raw, weighed, layer)
         if layer.entry is None and not call.capture.scores:
-            return out, None
+            return out, None, carry
         record = Intermediates(
             qk_similarities=weighed.similarities,
             pre_softmax_attn=weighed.logits,
             post_softmax_attn=weighed.weights,
             values=raw,
-            layer_type="a" if layer.context is None else "c",
+            layer_type=layer.kind,
             entry=layer.entry,
         )
-        return out, record
+        return out, record, carry
 
-    def _keys_values(self, x: Tensor, q: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+    def _leave(self, raw: Tensor, weighed: Weighed, layer: LayerCall) -> Carry:
+        """What later sublayers may read: the first values and the latest scores of this kind, if anybody will."""
+        carry = layer.carry
+        if self.leaves_values and layer.kind not in carry.values:
+            carry = replace(carry, values={**carry.values, layer.kind: raw})
+        if self.leaves_scores and weighed.logits is not None:
+            carry = replace(carry, scores={**carry.scores, layer.kind: weighed.logits})
+        return carry
+
+    def _keys_values(self, xq: Tensor, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised keys, values, and the values as they were projected."""
-        source = x if layer.memory is None else torch.cat((layer.memory, x), dim=-2)
         if layer.context is not None:
-            source = layer.context
+            xk = xv = layer.context
             held = None if layer.entry is None else (layer.entry.get("k"), layer.entry.get("v"))
             if held is not None and held[0] is not None and held[1] is not None:
                 return held[0], held[1], held[1]
-        k, v = self.projections.keys_values(source)
+        elif layer.memory is not None:
+            mk, mv = (layer.memory, layer.memory) if layer.memory.ndim == 3 else layer.memory.unbind(0)
+            xk, xv = torch.cat((mk, xk), dim=-2), torch.cat((mv, xv), dim=-2)
+        k, raw = self.projections.keys_values(xk, xv)
         for norm in self.qk_norms:
             k = norm.normalize_k(k)
+        v = raw
+        for mod in self.values:
+            v = mod.project(v, xq, layer)
         if layer.context is not None and layer.entry is not None:
             layer.entry.put("k", k)
             layer.entry.put("v", v)
-        return k, v, v
+        return k, v, raw
 
     def _cached(self, k: Tensor, v: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
         """Put the new keys behind the cached ones. Recurrent memory stays in front and is not kept."""
@@ -249,15 +296,12 @@ class Attention(Configured, ReadsReference):
             k = norm.normalize_memory(k)
         return k
 
-    def _scores(self, layer: LayerCall) -> tuple[Any, ...]:
+    def _scores(self, x: Tensor, layer: LayerCall) -> tuple[BoundScore, ...]:
         """Score modifications of the stack and of this layer, in pipeline order."""
-        if layer.context is not None:
-            bound: list[Any] = []
-        else:
-            bound = list(layer.biases)
+        bound: list[BoundScore] = [] if layer.context is not None else list(layer.biases)
         if not len(self.scores):
             return tuple(bound)
-        bound += [mod.bind(layer.call.query, layer.keys) for mod in self.scores]
+        bound += [mod.bind_layer(x, layer) for mod in self.scores]
         return tuple(sorted(bound, key=lambda score: score.stage))
 
     # the reference's call form
@@ -331,7 +375,7 @@ class Attention(Configured, ReadsReference):
         if attn_bias is not None:
             biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
         layer = LayerCall(call=call, keys=keys, fresh=keys, biases=biases, memory=mem, context=context, entry=entry)
-        out, record = self.run(x, layer)
+        out, record, _ = self.run(x, layer)
         if not return_intermediates:
             return out
         return out, record if record is not None else Intermediates(layer_type="a")

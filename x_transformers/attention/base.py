@@ -28,6 +28,12 @@ class Needs(enum.Flag):
     """Drop attention weights at random."""
     SCORES = enum.auto()
     """Hand out the scores and weights."""
+    ROWS = enum.auto()
+    """Change whole rows of logits."""
+    WEIGHTING = enum.auto()
+    """Turn logits into weights by anything but a softmax."""
+    WEIGHTS = enum.auto()
+    """Change weights."""
 
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -67,10 +73,23 @@ class BoundScore:
 
 
 class Stage:
-    """Places in the score pipeline."""
+    """Places in the pipeline from scores to weights. Logits stand in order up to the weighting, weights behind it."""
 
+    RESIDUAL = 1.0
+    PRODUCT = 3.0
+    MIX = 4.0
     BIAS = 4.5
     CLAMP = 5.0
+    SIGN = 6.0
+    MASK = 7.0
+    CONTEXTUAL = 8.0
+    SELECTIVE = 9.0
+    WEIGHTING = 11.0
+    DELTA = 12.0
+    RESIGN = 13.0
+    DROPOUT = 14.0
+    MIX_WEIGHTS = 15.0
+    MULTIPLY = 16.0
 
 
 class ScoreMod(nn.Module):
@@ -82,6 +101,83 @@ class ScoreMod(nn.Module):
     def bind(self, query: Span, keys: Span) -> BoundScore:
         """Bind to the tokens of one pass."""
         raise NotImplementedError
+
+    def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
+        """Bind inside of one sublayer, whose (query) input `(b, n, D)` may matter."""
+        return self.bind(layer.call.query, layer.keys)
+
+
+WeightFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class After:
+    """Something to be done to the weights `(b, h, i, j)` (without the sink's column), at its stage."""
+
+    stage: float
+    apply: WeightFunction
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a row modification may look at.
+
+    Attributes:
+        q: `(b, h, i, d)` queries as they were weighed.
+        mask: which keys are seen, broadcastable to the logits, or None for all of them.
+        prefix: keys in front that are no tokens.
+        layer: the sublayer's call.
+    """
+
+    q: Tensor
+    mask: Tensor | None
+    prefix: int
+    layer: LayerCall
+
+
+class RowMod(nn.Module):
+    """Changes whole rows of logits `(b, h, i, j)`; may leave something to be done to the weights."""
+
+    needs = Needs.ROWS
+    stage: float
+
+    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+        raise NotImplementedError
+
+
+class Weighting(nn.Module):
+    """Turns masked logits `(b, h, i, j)` into weights of the same shape."""
+
+    needs = Needs.WEIGHTING
+
+    def forward(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class WeightMod(nn.Module):
+    """Changes weights `(b, h, i, j)`."""
+
+    needs = Needs.WEIGHTS
+    stage: float
+
+    def forward(self, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ValueMod(nn.Module):
+    """Acts on values before they are weighed, or on what comes out."""
+
+    def project(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
+        """Projected values `(b, g, n, e)` before they are cached; x is the (query) input `(b, n, D)`."""
+        return v
+
+    def weigh(self, v: Tensor) -> Tensor:
+        """All values, `(b, g, j, e)`, cached and memory ones included."""
+        return v
+
+    def after(self, out: Tensor, x: Tensor, values: Tensor, layer: LayerCall) -> Tensor:
+        """Attention's output `(b, h, n, e)`; `values` are the new tokens' own as projected, `(b, g, n, e)`."""
+        return out
 
 
 class QKTransform(nn.Module):
@@ -153,6 +249,7 @@ class Visibility:
 
 
 __all__ = [
+    "After",
     "AttentionShape",
     "BoundScore",
     "KeyMod",
@@ -160,8 +257,13 @@ __all__ = [
     "Needs",
     "QKNorm",
     "QKTransform",
+    "RowMod",
+    "Rows",
     "ScoreMod",
     "Span",
     "Stage",
+    "ValueMod",
     "Visibility",
+    "WeightMod",
+    "Weighting",
 ]

@@ -75,9 +75,9 @@ class Projections(nn.Module):
         """`(b, i, D) -> (b, h, i, d)`."""
         return split_heads(self.q(x), self.heads)
 
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """`(b, j, Dc) -> (b, g, j, d), (b, g, j, e)`."""
-        return split_heads(self.k(source), self.kv_heads), split_heads(self.v(source), self.kv_heads)
+    def keys_values(self, xk: Tensor, xv: Tensor) -> tuple[Tensor, Tensor]:
+        """`(b, j, Dc), (b, j, Dc) -> (b, g, j, d), (b, g, j, e)`."""
+        return split_heads(self.k(xk), self.kv_heads), split_heads(self.v(xv), self.kv_heads)
 
 
 HEADS = Feature(

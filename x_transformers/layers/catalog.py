@@ -10,18 +10,19 @@ from x_transformers.attention.qk import rotary
 from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.feedforward import feedforward
 from x_transformers.layers import structure
-from x_transformers.layers.branches import dropout, layer_scale, norm_placement
+from x_transformers.layers.branches import dropout, norm_placement, scale, shift
 from x_transformers.layers.residuals import gated, plain
 from x_transformers.options.schema import Schema
 
 STACK_FEATURES = (
-    structure.STRUCTURE,
+    *structure.FEATURES,
     structure.STACK,
     *norms.FEATURES,
     norm_placement.FEATURE,
     plain.SCALE,
     gated.FEATURE,
-    layer_scale.FEATURE,
+    scale.FEATURE,
+    shift.FEATURE,
     dropout.LAYER_DROPOUT,
     dropout.CONTEXT_DROPOUT,
     rotary.FEATURE,

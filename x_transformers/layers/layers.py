@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,20 +20,23 @@ from x_transformers.attention.attention import (
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.scores.base import DistanceBias
 from x_transformers.cache import KVCache, Shape, StaticCache
-from x_transformers.call import Call, Capture, LayerCall, Span
+from x_transformers.call import Call, Capture, Carry, LayerCall, Span
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import Branch, Passed
 from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.branches.shift import ShiftTokens
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
 from x_transformers.layers.plan import SCHEMAS, LayerPlan, StackPlan, make_plan
-from x_transformers.layers.residuals.plain import Residual
+from x_transformers.layers.residuals.base import Place
+from x_transformers.layers.residuals.plain import plain_residual
 from x_transformers.layers.spans import lay_out
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.norms import LayerNorm
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import Options
 from x_transformers.options.signatures import parameter, show_keywords
 
 
@@ -68,7 +71,8 @@ class AttentionLayers(Configured, ReadsReference):
             raise ConfigError(f"{type(self).__name__}: `dim` is {dim!r}; it must be a positive whole number.")
         plan = make_plan(type(self).__name__, {"depth": depth, "heads": heads, **keywords})
         options, structure = plan.options, plan.options["structure"]
-        self.dim, self.depth, self.causal = dim, structure.depth, causal
+        self.dim, self.depth, self.causal = dim, plan.sequence.depth, causal
+        self.sequence = plan.sequence
         self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
         self.layer_types = tuple(layer.kind for layer in plan.layers)
         self.features = tuple(feature.name for feature in options.enabled())
@@ -103,27 +107,27 @@ class AttentionLayers(Configured, ReadsReference):
         else:
             heads = options["structure"].heads
             fn = Attention(dim, heads=heads, causal=self.causal and layer.kind == "a", **layer.keywords)
-        placement, scale = options["norm_placement"], options["residual_scale"]
-        layer_scale = options["layerscale"]
-        offset = options["norm"].norm_add_unit_offset
-        skip = options["layer_dropout"].layer_dropout
-        chosen = options.enabled("residual")
-        if chosen:
-            assert chosen[0].build is not None
-            residual = chosen[0].build(dim, scale_residual=scale.learned)
-        else:
-            residual = Residual(dim, scale.learned, scale.scale_residual_constant)
-        gain = options.enabled("branch scale")
+        placement, factors = options["norm_placement"], options["residual_scale"]
+        place = Place(dim=dim, index=index, kind=layer.kind, causal=self.causal, options=options)
+        output_scale = factors.output_scale
+        if layer.kind == "f" and options["macaron"].macaron:
+            output_scale *= 0.5
+        skip, shift = (
+            _each(value, index)
+            for value in (options["layer_dropout"].layer_dropout, options["shift_tokens"].shift_tokens)
+        )
         return Branch(
             layer.kind,
             fn,
-            residual,
+            _one(options, "residual", place) or plain_residual(place),
+            reader=_one(options, "reader", place),
             norm=norm(dim) if placement.before else None,
+            shift=ShiftTokens(shift, dim, self.causal) if shift else None,
             output_norm=norm(dim) if placement.sandwich_norm else None,
             stream_norm=norm(dim) if placement.behind else None,
-            layer_scale=gain[0].build(dim, layer_scale.layerscale_init_value, offset) if gain else None,  # type: ignore[misc]
-            output_scale=scale.output_scale,
-            dropout=skip[index] if isinstance(skip, tuple) else skip,
+            scale=_one(options, "branch scale", place),
+            output_scale=output_scale,
+            dropout=skip,
         )
 
     def _build_positions(self, plan: StackPlan) -> None:
@@ -164,8 +168,10 @@ class AttentionLayers(Configured, ReadsReference):
         return next(iter(self.branches("a", "c"))).attention.shape.dim_head
 
     def cache_streams(self) -> list[dict[str, Shape]]:
-        """The growing streams of each attention sublayer, in the order of execution."""
-        return [b.attention.cache_streams() if b.kind == "a" else {} for b in self.branches("a", "c")]
+        """The growing streams of each sublayer, in the order of execution."""
+        branches = self.branches("a", "c", "f")
+        run = [branches[index] for index in self.sequence.order]
+        return [b.attention.cache_streams() if b.kind == "a" else {} for b in run]
 
     def static_cache(
         self, batch: int, capacity: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -311,22 +317,22 @@ class AttentionLayers(Configured, ReadsReference):
         seen = _Seen(call.capture)
         memories, memory_masks = list(mems or ()), list(mem_masks or ())
         shared: dict[int, SharedParts] = {}
-        executed = 0
-        for branch in self.branches("a", "c", "f"):
-            memory = memory_mask = entry = None
+        carry = Carry()
+        branches = self.branches("a", "c", "f")
+        for executed, index in enumerate(self.sequence.order):
+            branch = branches[index]
+            memory = memory_mask = None
             if branch.kind == "a":
                 memory = memories.pop(0) if memories else None
                 memory_mask = memory_masks.pop(0) if memory_masks else None
-            if branch.kind != "f":
-                entry = None if kv is None else kv.entry(executed)
-                executed += 1
+            entry = None if kv is None else kv.entry(executed)
             if branch.kind == "c":
                 layer = self._cross_call(call, context, context_mask, entry)
             else:
                 layer = self._self_call(call, memory, memory_mask, entry, shared, x)
-            passed = branch(x, layer)
+            passed = branch(x, replace(layer, carry=carry))
             seen.add(branch.kind, x, passed)
-            x = passed.stream
+            x, carry = passed.stream, passed.carry
 
         stream = x
         if self.final_norm is not None:
@@ -370,7 +376,7 @@ class AttentionLayers(Configured, ReadsReference):
             count = memory.shape[1]
             if memory_mask is not None:
                 memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
-            keys, fresh = keys.behind(count, memory_mask, batch), fresh.behind(count, None, batch)
+            keys, fresh = keys.behind(count, memory_mask, batch), fresh.behind(count, memory_mask, batch)
         rotations, biases = (), ()
         if self.rotary_pos_emb is not None:
             rotations = ((self.rotary_pos_emb, self.rotary_pos_emb.tables(call.query, fresh)),)
@@ -489,7 +495,7 @@ class _Seen:
             self.inputs.append(passed.branch_input)
         if kind == "a" and (self.capture.hiddens or self.capture.memories):
             self.streams.append(stream)
-            self.memory_inputs.append(passed.branch_input)
+            self.memory_inputs.append(passed.memory_input)
         if passed.record is not None:
             self.records.append(passed.record)
 
@@ -504,12 +510,26 @@ class _Seen:
         )
 
 
+def _one(options: Options, slot: str, place: Place) -> Any:
+    """The part that a slot's feature builds for one sublayer, or None if no feature of the slot is on."""
+    chosen = options.enabled(slot)
+    if not chosen:
+        return None
+    assert chosen[0].build is not None
+    return chosen[0].build(options[chosen[0].name], place)
+
+
+def _each(value: Any, index: int) -> Any:
+    """One sublayer's value of an option that may be one value or a tuple of them."""
+    return value[index] if isinstance(value, tuple) else value
+
+
 def _norm_of(plan: StackPlan) -> Any:
     """A maker of the chosen norm, by width."""
     offset = plan.options["norm"].norm_add_unit_offset
     chosen = plan.options.enabled("norm")
-    build = chosen[0].build if chosen else LayerNorm
-    return lambda dim: build(dim, unit_offset=offset)  # type: ignore[misc]
+    build: Any = chosen[0].build if chosen else LayerNorm
+    return lambda dim: build(dim, unit_offset=offset, options=plan.options)
 
 
 def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tensor:

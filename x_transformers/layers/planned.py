@@ -10,14 +10,14 @@ def _words(text: str) -> frozenset[str]:
 STACK = _words(
     """
     adaptive_condition_mlp adaptive_condition_mlp_expansion add_value_residual attn_aggregated_residual_kwargs
-    attn_aggregated_residuals cross_residual_attn custom_layers depth_scale_residual dim_condition
+    attn_aggregated_residuals cross_residual_attn  depth_scale_residual dim_condition
     dynamic_tanh_init_alpha gated_multi_residual hyper_conn_reference_mix hyper_conn_sinkhorn_iters
-    integrate_layers layer_integrate_use_softmax layers_execute_order learned_reinject_input_gate
-    learned_value_residual_mix macaron mv_split_residual num_residual_streams only_attn orthog_residual
-    par_ratio polar_bias_uniform_init polar_pos_emb qkv_receive_diff_residuals reinject_input resi_dual
-    resi_dual_scale residual_attn residual_fn_kwargs sandwich_coef shift_tokens softclamp_output
+    integrate_layers layer_integrate_use_softmax  learned_reinject_input_gate
+    learned_value_residual_mix  mv_split_residual num_residual_streams  orthog_residual
+     polar_bias_uniform_init polar_pos_emb qkv_receive_diff_residuals reinject_input resi_dual
+    resi_dual_scale residual_attn residual_fn_kwargs   softclamp_output
     softclamp_output_value unet_skips use_adaptive_layernorm use_adaptive_layerscale use_adaptive_rmsnorm
-    use_derf use_dynamic_tanh weight_tie_layers zero_init_branch_output
+    use_derf use_dynamic_tanh  zero_init_branch_output
     """
 )
 

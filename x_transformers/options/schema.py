@@ -90,6 +90,10 @@ class Options:
         """The features that are on, in the order of the catalogue."""
         return [f for f in self.schema.features.values() if self.on(f.name) and slot in (None, f.slot)]
 
+    def switch(self, feature: Feature) -> str:
+        """The keyword by which a user switched a feature on, in backquotes, else the feature's name."""
+        return _switches(feature, self, "")
+
     def chosen(self, slot: str) -> Feature:
         """The one feature that is on in a slot where exactly one must be."""
         (feature,) = self.enabled(slot)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
 from x_transformers.ops import pad_left
 
 
@@ -31,6 +31,8 @@ class Request:
         q: `(b, h, i, d)`. k: `(b, g, P + j, d)`. v: `(b, g, P + j, e)`; query head `q` reads `q // (h // g)`.
         scores: modifications in pipeline order.
         sink: `(h,)` learned logits that join the softmax, or None.
+        rows, weighting, weights: what only the explicit backend hosts; no weighting means softmax.
+        layer: the sublayer's call, for row modifications.
         dropout: probability, 0 in evaluation.
         memo: results that the layers of one pass share.
     """
@@ -42,6 +44,10 @@ class Request:
     visible: Visibility
     scores: tuple[BoundScore, ...] = ()
     sink: Tensor | None = None
+    rows: tuple[RowMod, ...] = ()
+    weighting: Weighting | None = None
+    weights: tuple[WeightMod, ...] = ()
+    layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -88,6 +94,9 @@ NEEDS_IN_WORDS = {
     Needs.SINK: "a learned sink",
     Needs.DROPOUT: "dropout of attention weights",
     Needs.SCORES: "handing out the scores",
+    Needs.ROWS: "a function of whole rows of logits",
+    Needs.WEIGHTING: "another weighting than softmax",
+    Needs.WEIGHTS: "a change of the weights",
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import Call
-from x_transformers.layers.residuals.base import ResidualConnection
+from x_transformers.call import LayerCall
+from x_transformers.layers.residuals.base import Place, ResidualConnection
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt
 
@@ -46,13 +46,19 @@ class Residual(ReadsReference, ResidualConnection):
         self.scale = nn.Parameter(torch.ones(dim)) if scale_residual else None
         self.constant = scale_residual_constant
 
-    def write(self, out: Tensor, kept: Tensor, call: Call | None = None) -> Tensor:
+    def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         if self.scale is not None:
             kept = kept * self.scale
         return out + kept if self.constant == 1 else out + kept * self.constant
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
+
+
+def plain_residual(place: Place) -> Residual:
+    """The part for one sublayer, unless another residual connection is chosen."""
+    options = place.options["residual_scale"]
+    return Residual(place.dim, options.learned, options.scale_residual_constant)
 
 
 SCALE = Feature(

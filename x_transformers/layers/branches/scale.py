@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from x_transformers.layers.residuals.base import Place
 from x_transformers.options.schema import Feature, opt
 
 
@@ -16,7 +17,16 @@ class LayerScaleOptions:
     layerscale_init_value: float = opt(0.0, "its initial value")
 
 
-class LayerScaleGain(nn.Module):
+class OutputScale(nn.Module):
+    """The contract of a learned factor on a sublayer's output; adaptive ones read the condition."""
+
+    adaptive = False
+
+    def forward(self, out: Tensor, condition: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class LayerScaleGain(OutputScale):
     """`out * (gamma + offset)`.
 
     Args:
@@ -30,8 +40,14 @@ class LayerScaleGain(nn.Module):
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((dim,), init_value - unit_offset))
 
-    def forward(self, out: Tensor) -> Tensor:
+    def forward(self, out: Tensor, condition: Tensor | None = None) -> Tensor:
         return out * (self.gamma + 1 if self.unit_offset else self.gamma)
+
+
+def build(options: LayerScaleOptions, place: Place) -> LayerScaleGain:
+    """The part for one sublayer."""
+    offset = place.options["norm"].norm_add_unit_offset
+    return LayerScaleGain(place.dim, options.layerscale_init_value, offset)
 
 
 FEATURE = Feature(
@@ -41,7 +57,7 @@ FEATURE = Feature(
     choice="branch scale",
     options=LayerScaleOptions,
     enabled=lambda options: options.use_layerscale,
-    build=LayerScaleGain,
+    build=build,
     summary="a learned factor per channel on sublayer outputs",
     paper="2103.17239",
     examples=({"use_layerscale": True, "layerscale_init_value": 0.1},),
