@@ -1,4 +1,4 @@
-"""The core: choose a backend for what the parts need, and weigh."""
+"""The core: choose a backend for what the parts need, and weigh. Beside it, helpers of attention under public names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,27 @@ from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
 from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.attention.masks import causal_mask as create_causal_mask
+from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
+from x_transformers.attention.scores.selective import selective_attn
+from x_transformers.attention.weights.hard import log_prob_from_hard_attend
+from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError
+from x_transformers.intermediates import Intermediates
+from x_transformers.ops import l1norm, one_hot_straight_through, softclamp
+
+__all__ = [
+    "Core",
+    "Intermediates",
+    "create_causal_mask",
+    "l1norm",
+    "log_prob_from_hard_attend",
+    "one_hot_straight_through",
+    "onnx_create_causal_mask",
+    "selective_attn",
+    "softclamp",
+    "sparse_topk_attn",
+]
 
 
 class Core:
@@ -86,8 +106,8 @@ class Core:
     ) -> Weighed:
         """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`; `parts` are fields of a `Request`."""
         needs = self.needs if dropout > 0 else self.needs & ~Needs.DROPOUT
-        for score in scores:
-            needs |= score.needs
+        for part in (*scores, *parts.get("rows", ()), *parts.get("weights", ())):
+            needs |= part.needs
         if capture:
             needs |= Needs.SCORES
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from x_transformers.cache import Shape
 from x_transformers.call import LayerCall, Span
+from x_transformers.ops import reorder_heads
 
 
 class Needs(enum.Flag):
@@ -92,7 +94,32 @@ class Stage:
     MULTIPLY = 16.0
 
 
-class ScoreMod(nn.Module):
+class Part(nn.Module):
+    """What every part of the way from scores to weights may declare of itself.
+
+    Attributes:
+        reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops one,
+            and a name that ends with a dot stands for all below it.
+        per_head: this part's entries that run over query heads, and along which axes.
+        one_way: the part is made for causal attention, so that no call may lift causality.
+    """
+
+    reference: ClassVar[Mapping[str, str | None]] = {}
+    per_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    one_way = False
+
+    def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
+        """The streams beside keys and values that this part grows with the sequence."""
+        return {}
+
+    def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
+        """Reorder the query heads of this part's entries in a state dict, in place."""
+        for name, axes in self.per_head.items():
+            for axis in axes if prefix + name in state else ():
+                state[prefix + name] = reorder_heads(state[prefix + name], axis, order)
+
+
+class ScoreMod(Part):
     """Changes one score. `needs` and `stage` are what backends and the pipeline read."""
 
     needs: Needs
@@ -135,26 +162,43 @@ class Rows:
     layer: LayerCall
 
 
-class RowMod(nn.Module):
+class RowMod(Part):
     """Changes whole rows of logits `(b, h, i, j)`; may leave something to be done to the weights."""
 
     needs = Needs.ROWS
     stage: float
 
+    def sink(self, logits: Tensor) -> Tensor:
+        """What becomes of the learned sink's logits `(h,)` beside these rows."""
+        return logits
+
     def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         raise NotImplementedError
 
 
-class Weighting(nn.Module):
-    """Turns masked logits `(b, h, i, j)` into weights of the same shape."""
+class Weighting(Part):
+    """Turns logits `(b, h, i, j)` into weights of the same shape.
+
+    Attributes:
+        across_queries: a query's weights depend on the other queries. The logits then come unmasked; otherwise those
+            of hidden keys hold the most negative number.
+    """
 
     needs = Needs.WEIGHTING
+    across_queries = False
 
-    def forward(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+        """Weigh.
+
+        Args:
+            logits: `(b, h, i, j)`.
+            mask: which keys are seen, broadcastable to the logits; None for all of them.
+            live: `(b, i)` which queries others may know of; None for all of them.
+        """
         raise NotImplementedError
 
 
-class WeightMod(nn.Module):
+class WeightMod(Part):
     """Changes weights `(b, h, i, j)`."""
 
     needs = Needs.WEIGHTS
@@ -164,8 +208,31 @@ class WeightMod(nn.Module):
         raise NotImplementedError
 
 
-class ValueMod(nn.Module):
-    """Acts on values before they are weighed, or on what comes out."""
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a value modification may look at behind the weighing.
+
+    Attributes:
+        x: `(b, n, D)` the (query) input.
+        values: `(b, g, n, e)` the new tokens' own values as projected; in cross-attention, the context's.
+        dead: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is no such query.
+        layer: the sublayer's call.
+    """
+
+    x: Tensor
+    values: Tensor
+    dead: Tensor | None
+    layer: LayerCall
+
+
+class ValueMod(Part):
+    """Acts on values before they are weighed, or on what comes out.
+
+    Attributes:
+        outer: `after` comes behind what a caller adds to the heads' outputs (`o_delta`).
+    """
+
+    outer = False
 
     def project(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
         """Projected values `(b, g, n, e)` before they are cached; x is the (query) input `(b, n, D)`."""
@@ -175,13 +242,33 @@ class ValueMod(nn.Module):
         """All values, `(b, g, j, e)`, cached and memory ones included."""
         return v
 
-    def after(self, out: Tensor, x: Tensor, values: Tensor, layer: LayerCall) -> Tensor:
-        """Attention's output `(b, h, n, e)`; `values` are the new tokens' own as projected, `(b, g, n, e)`."""
+    def after(self, out: Tensor, seen: Seen) -> Tensor:
+        """Attention's output `(b, h, n, e)` to `(b, h, n, out_width(e))`."""
         return out
+
+    def out_width(self, width: int) -> int:
+        """Features of a head that `after` gives for `width` of them."""
+        return width
+
+    def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
+        """The columns of the reference's output projection, `(Do, h * out_width)`, in the order of our features."""
+        return weight
+
+
+class Metric(nn.Module):
+    """Another likeness of queries and keys than their product, as the product of wider ones. The last to touch them."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`q (b, h, i, d)`, `k (b, g, j, d)`, every key included, to the same with other features."""
+        raise NotImplementedError
 
 
 class QKTransform(nn.Module):
     """Transforms queries and keys by their positions. Keys are cached behind it and are never transformed again."""
+
+    def width(self, dim_head: int) -> int:
+        """Features of a transformed key of `dim_head` features."""
+        return dim_head
 
     def tables(self, query: Span, keys: Span) -> Any:
         """What depends on positions alone; computed once a pass."""
@@ -213,6 +300,8 @@ class KeyMod(nn.Module):
     """Puts keys and values that are no tokens in front of the others; every query sees them."""
 
     count: int
+    nothing: bool = False
+    """Its values are zero whatever is done to those of others; it joins behind `ValueMod.weigh`."""
 
     def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """`k (b, g, j, d)`, `v (b, g, j, e)` to the same with `count` more on the left."""
@@ -254,12 +343,15 @@ __all__ = [
     "BoundScore",
     "KeyMod",
     "LayerCall",
+    "Metric",
     "Needs",
+    "Part",
     "QKNorm",
     "QKTransform",
     "RowMod",
     "Rows",
     "ScoreMod",
+    "Seen",
     "Span",
     "Stage",
     "ValueMod",

@@ -89,6 +89,12 @@ class Branch(ReadsReference):
         """The function of this sublayer."""
         return self.feedforward if self.kind == "f" else self.attention
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The running states that this sublayer keeps in causal passes."""
+        shifted = ("shift",) if self.shift is not None and self.shift.causal else ()
+        return (*shifted, *self.residual.running)
+
     def forward(self, stream: Tensor, layer: LayerCall) -> Passed:
         """One sublayer.
 
@@ -105,11 +111,12 @@ class Branch(ReadsReference):
             x = self.reader(x, carry.history)
         if layer.injection is not None:
             x = x + layer.injection
+        # three views are remembered whole: keys and values read two of them, gates and shifts the first
         memory_input = x
         x, layer = self._prepare(x, layer)
         record = None
         if self.kind == "f":
-            out = self.feedforward(x) if layer.deep_embed is None else self.feedforward(x) * layer.deep_embed
+            out = self.feedforward(x, layer.deep_embed)
         else:
             out, record, carry = self.attention.run(x, replace(layer, carry=carry))
         if self.scale is not None:
@@ -131,6 +138,9 @@ class Branch(ReadsReference):
     def _prepare(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
         """Norm and shift, of the input and of the recurrent memory before it."""
         memory = layer.memory
+        if memory is not None and memory.ndim < x.ndim:
+            # one memory for all three views
+            memory = memory.expand(x.shape[0], *memory.shape)
         if self.norm is not None:
             x = self.norm(x, layer.condition)
             memory = None if memory is None else self.norm(memory, layer.condition)

@@ -17,6 +17,8 @@ SUPPLIED = {
     "attn_heads": "`heads`",
     "attn_causal": "an Encoder or a Decoder",
     "attn_dim": "`dim`",
+    "attn_learned_value_residual_mix": "`learned_value_residual_mix`",
+    "cross_attn_learned_value_residual_mix": "`add_value_residual`, which mixes by 1/2 there",
     "attn_dim_out": "`dim`",
     "ff_dim_out": "`dim`",
     "ff_dim": "`dim`",
@@ -93,13 +95,15 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     warnings = STACK.without_effect(options, groups["stack"])
     for layer in layers:
         schema, prefix = SCHEMAS[layer.kind]
-        surroundings = Surroundings((options, layer.options) if layer.kind != "c" else (layer.options,))
-        schema.check_rules(layer.options, surroundings, faults)
+        surroundings = Surroundings((options, layer.options) if layer.kind != "c" else (layer.options,), layer.kind)
+        schema.check_rules(layer.options, surroundings, faults, prefix)
         if layer.kind == "a":
             STACK.check_rules(options, surroundings, faults)
         warnings += schema.without_effect(layer.options, layer.keywords, prefix)
+        warnings += schema.unwise(layer.options, surroundings)
     if not counts["a"]:
         STACK.check_rules(options, Surroundings((options,)), faults)
+    warnings += STACK.unwise(options, Surroundings((options,)))
     faults.raise_if_any(name)
     return StackPlan(options, tuple(layers), sequence, tuple(dict.fromkeys(warnings)))
 

@@ -50,8 +50,8 @@ def lay_out(
             full = check_mask(given, batch, given.shape[-1] if total is None else total, name)
             held = _at(full, k_index, fill=True)
             live = held if live is None else live & held
-            if given is mask:
-                q_live = _at(full, q_index, fill=True)
+            own = _at(full, q_index, fill=True)
+            q_live = own if q_live is None else q_live & own
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
     padded: Tensor | None = None
@@ -84,7 +84,7 @@ def lay_out(
     elif pos is not None:
         q_pos = k_pos = pos[:, -n:]
 
-    query = Span(q_index, q_slot, q_pos, q_live, contiguous)
+    query = Span(q_index, q_slot, q_pos, q_live, contiguous, q_padded)
     return query, Span(k_index, k_slot, k_pos, live, contiguous)
 
 

@@ -32,6 +32,7 @@ class Request:
         scores: modifications in pipeline order.
         sink: `(h,)` learned logits that join the softmax, or None.
         rows, weighting, weights: what only the explicit backend hosts; no weighting means softmax.
+        plain_q: the queries before another metric than the product changed them, for row modifications.
         layer: the sublayer's call, for row modifications.
         dropout: probability, 0 in evaluation.
         memo: results that the layers of one pass share.
@@ -47,6 +48,7 @@ class Request:
     rows: tuple[RowMod, ...] = ()
     weighting: Weighting | None = None
     weights: tuple[WeightMod, ...] = ()
+    plain_q: Tensor | None = None
     layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
@@ -55,12 +57,19 @@ class Request:
 
 @dataclass(eq=False)
 class Weighed:
-    """`out` `(b, h, i, e)`, and the scores if they were asked for."""
+    """`out` `(b, h, i, e)`, and the scores if they were asked for.
+
+    Attributes:
+        similarities: scaled scores, before biases and masks.
+        logits, weights: with a learned sink, its column stands in front.
+        plain: the logits without it, and 0 where a key is hidden.
+    """
 
     out: Tensor
     similarities: Tensor | None = None
     logits: Tensor | None = None
     weights: Tensor | None = None
+    plain: Tensor | None = None
 
 
 class Backend(ABC):

@@ -1,4 +1,6 @@
-"""LayerScale: a learned factor per channel on the output of each sublayer (2103.17239)."""
+"""LayerScale: a learned factor per channel on the output of each sublayer (2103.17239), or one that a condition sets
+(2212.09748).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.layers.residuals.base import Place
+from x_transformers.norms import checked_condition
 from x_transformers.options.schema import Feature, opt
 
 
@@ -15,6 +18,11 @@ from x_transformers.options.schema import Feature, opt
 class LayerScaleOptions:
     use_layerscale: bool = opt(False, "a learned factor per channel on sublayer outputs")
     layerscale_init_value: float = opt(0.0, "its initial value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveLayerScaleOptions:
+    use_adaptive_layerscale: bool = opt(False, "a factor per channel on sublayer outputs, set by `condition`")
 
 
 class OutputScale(nn.Module):
@@ -44,6 +52,27 @@ class LayerScaleGain(OutputScale):
         return out * (self.gamma + 1 if self.unit_offset else self.gamma)
 
 
+class AdaptiveGain(OutputScale):
+    """`out * sigmoid(W condition + e)`, with W zero and e = -2 at first.
+
+    Args:
+        dim: width.
+        dim_condition: width of the condition; default `dim`.
+        init_bias_value: initial e.
+    """
+
+    adaptive = True
+
+    def __init__(self, dim: int, dim_condition: int | None = None, init_bias_value: float = -2.0) -> None:
+        super().__init__()
+        self.to_gamma = nn.Linear(dim if dim_condition is None else dim_condition, dim)
+        nn.init.zeros_(self.to_gamma.weight)
+        nn.init.constant_(self.to_gamma.bias, init_bias_value)
+
+    def forward(self, out: Tensor, condition: Tensor | None = None) -> Tensor:
+        return out * self.to_gamma(checked_condition(condition, self.to_gamma.in_features)).sigmoid()
+
+
 def build(options: LayerScaleOptions, place: Place) -> LayerScaleGain:
     """The part for one sublayer."""
     offset = place.options["norm"].norm_add_unit_offset
@@ -61,4 +90,26 @@ FEATURE = Feature(
     summary="a learned factor per channel on sublayer outputs",
     paper="2103.17239",
     examples=({"use_layerscale": True, "layerscale_init_value": 0.1},),
+)
+
+
+def build_adaptive(options: AdaptiveLayerScaleOptions, place: Place) -> AdaptiveGain:
+    """The part for one sublayer."""
+    return AdaptiveGain(place.dim, place.options["condition"].width(place.dim))
+
+
+ADAPTIVE = Feature(
+    name="adaptive_layerscale",
+    group="stack",
+    slot="branch scale",
+    choice="branch scale",
+    options=AdaptiveLayerScaleOptions,
+    enabled=lambda options: options.use_adaptive_layerscale,
+    build=build_adaptive,
+    summary="a factor per channel on sublayer outputs, set by `condition`",
+    paper="2212.09748",
+    examples=(
+        {"use_adaptive_layerscale": True},
+        {"use_adaptive_layerscale": True, "use_adaptive_rmsnorm": True, "dim_condition": 6},
+    ),
 )

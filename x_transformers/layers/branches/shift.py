@@ -51,23 +51,30 @@ class ShiftTokens(nn.Module):
         live = layer.fresh.live if memory is not None else layer.call.query.live
         own = None if live is None else live[:, -x.shape[-2] :]
         visible = _only(x, own)
-        before = None if layer.entry is None or not self.causal else layer.entry.get("shift")
+        # rows stand first in a cache, also where there are three views
+        before = None if layer.states is None or not self.causal else layer.states.get("shift")
+        before = before if before is None or before.ndim == 3 else before.transpose(0, 1)
         if before is None and memory is not None:
             before = _only(memory, None if live is None else live[:, : memory.shape[-2]])
-        if layer.entry is not None and self.causal:
-            layer.entry.put("shift", self._newest(visible, before))
+        past = 0 if before is None else before.shape[-2]
+        moved = visible if before is None else torch.cat((before, visible), dim=-2)
+        rows = None if layer.call.query.placed is None else Rows.of(layer.call.query.placed, past)
+        if layer.states is not None and self.causal:
+            newest = self._newest(moved, rows)
+            layer.states.put("shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
         if memory is not None:
             hidden = _only(memory, None if live is None else live[:, : memory.shape[-2]])
             memory = self._shift(memory, hidden if self.causal else torch.cat((hidden, visible), dim=-2), 0)
-        moved = visible if before is None else torch.cat((before, visible), dim=-2)
-        return self._shift(x, moved, moved.shape[-2] - x.shape[-2]), memory
+        return self._shift(x, moved, past, rows), memory
 
-    def _newest(self, x: Tensor, before: Tensor | None) -> Tensor:
+    def _newest(self, whole: Tensor, rows: Rows | None) -> Tensor:
         """The last k inputs, for the cache; zeros where there are fewer."""
-        whole = x if before is None else torch.cat((before, x), dim=-2)
+        if rows is not None:
+            places = rows.count - self.amount + torch.arange(self.amount, device=whole.device)
+            return rows.take(whole, places)
         return F.pad(whole, (0, 0, max(self.amount - whole.shape[-2], 0), 0))[..., -self.amount :, :]
 
-    def _shift(self, t: Tensor, source: Tensor, start: int) -> Tensor:
+    def _shift(self, t: Tensor, source: Tensor, start: int, rows: Rows | None = None) -> Tensor:
         """`t` with each slice but the unmoved ones taken from `source`, of which `t` is the part from `start` on."""
         n, m = t.shape[-2], source.shape[-2]
         pieces = []
@@ -76,9 +83,41 @@ class ShiftTokens(nn.Module):
             if amount == 0:
                 pieces.append(t[..., columns])
                 continue
+            if rows is not None:
+                pieces.append(rows.take(source[..., columns], rows.order[:, start:] - amount))
+                continue
             amount = max(min(amount, m), -m)
             pieces.append(F.pad(source[..., columns], (0, 0, amount, -amount))[..., start : start + n, :])
         return torch.cat((*pieces, t[..., self.width * len(self.shifts) :]), dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Tokens of rows with padding between or before them, which their neighbours do not notice.
+
+    Attributes:
+        columns: `(b, T)` where the row's tokens stand, in order; padding behind them.
+        order: `(b, T)` for each column, the number of its token.
+        count: `(b, 1)` tokens of the row.
+    """
+
+    columns: Tensor
+    order: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, placed: Tensor, past: int) -> Rows:
+        """From `(b, n)`, which columns are tokens, behind `past` columns that all are."""
+        placed = F.pad(placed, (past, 0), value=True)
+        columns = (~placed).to(torch.uint8).argsort(dim=-1, stable=True)
+        return cls(columns, placed.cumsum(dim=-1) - 1, placed.sum(dim=-1, keepdim=True))
+
+    def take(self, t: Tensor, number: Tensor) -> Tensor:
+        """Tokens by number, `(b, m)`, out of `(..., b, T, w)`; zeros where there is none."""
+        there = (number >= 0) & (number < self.count)
+        index = self.columns.gather(-1, number.clamp(0, self.columns.shape[-1] - 1)).unsqueeze(-1)
+        taken = t.gather(-2, index.expand(*t.shape[:-2], -1, t.shape[-1]))
+        return taken.masked_fill(~there.unsqueeze(-1), 0.0)
 
 
 def _only(t: Tensor, live: Tensor | None) -> Tensor:

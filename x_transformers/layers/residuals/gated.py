@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import Place, ResidualConnection
+from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.options.schema import Feature, opt
 
@@ -44,6 +44,7 @@ class GRUGating(ReadsReference, ResidualConnection):
 
 def build(options: GateOptions, place: Place) -> GRUGating:
     """The part for one sublayer."""
+    own_keywords(place, ())
     return GRUGating(place.dim, place.options["residual_scale"].learned)
 
 
