@@ -3,20 +3,32 @@
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.feedforward.feedforward import FeedForward
-from x_transformers.layers.layers import AttentionLayers, CrossAttender, Decoder, Encoder
+from x_transformers.layers.layers import (
+    AttentionLayers,
+    CrossAttender,
+    Decoder,
+    Encoder,
+    PrefixDecoder,
+    TransformerBlock,
+)
+from x_transformers.layers.pool import AttentionPool
 from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.norms import RMSNorm
+from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
 
 __all__ = [
+    "AdaptiveRMSNorm",
     "Attention",
     "AttentionLayers",
+    "AttentionPool",
     "AutoregressiveWrapper",
     "CrossAttender",
     "Decoder",
     "Encoder",
     "FeedForward",
+    "PrefixDecoder",
     "RMSNorm",
+    "TransformerBlock",
     "TransformerWrapper",
     "layer_schedule",
 ]

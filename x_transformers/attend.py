@@ -1,6 +1,9 @@
-"""The core: choose a backend for what the parts need, and weigh."""
+"""The core: choose a backend for what the parts need, and weigh. Beside it, helpers of attention under public names."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from loguru import logger
@@ -11,18 +14,37 @@ from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
 from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.attention.masks import causal_mask as create_causal_mask
+from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
+from x_transformers.attention.scores.selective import selective_attn
+from x_transformers.attention.weights.hard import log_prob_from_hard_attend
+from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError
+from x_transformers.intermediates import Intermediates
+from x_transformers.ops import l1norm, one_hot_straight_through, softclamp
+
+__all__ = [
+    "Core",
+    "Intermediates",
+    "create_causal_mask",
+    "l1norm",
+    "log_prob_from_hard_attend",
+    "one_hot_straight_through",
+    "onnx_create_causal_mask",
+    "selective_attn",
+    "softclamp",
+    "sparse_topk_attn",
+]
 
 
 class Core:
     """Weighs values by scores, with the fastest backend that can host what was asked.
 
     Args:
-        needs: what the parts of this attention need, whatever the call.
+        because: what the parts of this attention need, whatever the call, and which keywords brought each need.
         scale: factor of `q k^T`.
         flash: None picks the fastest backend; True demands a fused one; False never fuses.
         kernels: which of PyTorch's kernels SDPA may use.
-        because: for the messages, which keyword brought each need.
 
     Raises:
         ConfigError: if a fused kernel is demanded and no fused backend, on any device, can host the parts.
@@ -31,23 +53,26 @@ class Core:
     def __init__(
         self,
         *,
-        needs: Needs,
+        because: Mapping[Needs, list[str]],
         scale: float,
         flash: bool | None = None,
         kernels: dict[str, bool] | None = None,
-        because: dict[Needs, str] | None = None,
     ) -> None:
-        self.needs, self.scale, self.flash = needs, scale, flash
+        self.needs = Needs.NOTHING
+        for need in because:
+            self.needs |= need
+        self.scale, self.flash = scale, flash
         self.explicit = Explicit()
         self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
-        self.because = because or {}
         self._warned: set[str] = set()
-        if flash and all(backend.lacks(needs) for backend in self.fused):
-            culprits = [name for flag, name in self.because.items() if any(b.lacks(flag) for b in self.fused)]
+        lacks = [backend.lacks(self.needs) for backend in self.fused]
+        if flash and all(lacks):
+            culprits = [
+                name for need, names in because.items() if any(b.lacks(need) for b in self.fused) for name in names
+            ]
             raise ConfigError(
-                f"`flash = True` demands a fused kernel, but "
-                f"{'; '.join(str(b.lacks(needs)) for b in self.fused)}. "
-                f"Drop {' or '.join(culprits) or 'the option that needs it'}, or leave `flash` at None."
+                f"`flash = True` demands a fused kernel, but {'; '.join(str(lack) for lack in lacks)}. "
+                f"Drop {' or '.join(culprits)}, or leave `flash` at None."
             )
 
     def choose(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
@@ -74,15 +99,15 @@ class Core:
         visible: Visibility,
         *,
         scores: tuple[BoundScore, ...] = (),
-        sink: Tensor | None = None,
+        memo: dict[Any, Any] | None = None,
         dropout: float = 0.0,
         capture: bool = False,
-        memo: dict | None = None,
+        **parts: Any,
     ) -> Weighed:
-        """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`."""
+        """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`; `parts` are fields of a `Request`."""
         needs = self.needs if dropout > 0 else self.needs & ~Needs.DROPOUT
-        for score in scores:
-            needs |= score.needs
+        for part in (*scores, *parts.get("rows", ()), *parts.get("weights", ())):
+            needs |= part.needs
         if capture:
             needs |= Needs.SCORES
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -90,8 +115,9 @@ class Core:
         backend, why = self.choose(situation, needs)
         if self.flash and not backend.fused and not capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
+        memo = {} if memo is None else memo
         return backend.attend(
-            Request(q, k, v, self.scale, visible, scores, sink, dropout, capture, {} if memo is None else memo)
+            Request(q, k, v, self.scale, visible, scores, dropout=dropout, capture=capture, memo=memo, **parts)
         )
 
     def _warn_once(self, message: str) -> None:

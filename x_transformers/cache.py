@@ -15,7 +15,8 @@ from torch import Tensor
 
 from x_transformers.errors import InputError
 
-Shape = tuple[int, int]
+Shape = tuple[int, int] | tuple[int, int, torch.dtype]
+"""Heads and width of a stream, and the least dtype that keeps it exact, where the model's may be too narrow."""
 
 
 class Entry:
@@ -30,6 +31,10 @@ class Entry:
         past = self.grown.get(name)
         self.grown[name] = new if past is None else torch.cat((past, new), dim=-2)
         return self.grown[name]
+
+    def rewrite(self, name: str, whole: Tensor) -> None:
+        """Replace all that `grow` returned, for what new tokens change about old ones."""
+        self.grown[name] = whole
 
     def get(self, name: str) -> Tensor | None:
         """A running state, or None before it was put."""
@@ -67,6 +72,17 @@ class StaticEntry(Entry):
         buffer.index_copy_(-2, self.index, new.to(buffer.dtype))
         return new if self.fresh else buffer
 
+    def put(self, name: str, value: Tensor) -> None:
+        # a slice of a longer pass has other strides than a step's own state, and each would be compiled for
+        self.states[name] = value.clone(memory_format=torch.contiguous_format)
+
+    def rewrite(self, name: str, whole: Tensor) -> None:
+        buffer = self.grown[name]
+        if self.fresh:
+            buffer.index_copy_(-2, self.index, whole.to(buffer.dtype))
+        else:
+            buffer.copy_(whole)
+
 
 class KVCache:
     """A cache that concatenates: any length, any shape, nothing to plan.
@@ -81,6 +97,7 @@ class KVCache:
         prepended: how many of them are prepended embeddings.
         positions: `(1|b, slots)` if a caller gave positions of his own, else None.
         prefix_mask: `(b, prefix)` which prefix slots are valid, or None for all.
+        order: the built sublayers whose streams the entries hold, in the order of execution; None before a pass.
     """
 
     is_static = False
@@ -95,6 +112,7 @@ class KVCache:
         self.prepended: int = 0
         self.positions: Tensor | None = None
         self.prefix_mask: Tensor | None = None
+        self.order: tuple[int, ...] | None = None
 
     @property
     def started(self) -> bool:
@@ -179,7 +197,7 @@ class StaticCache(KVCache):
     """A cache of fixed buffers: no allocation and no change of shape from step to step, so steps compile once.
 
     Args:
-        streams: for each executed sublayer, `{stream: (heads, width)}`.
+        streams: for each executed sublayer, `{stream: (heads, width)}`, or `(heads, width, least dtype)`.
         batch: rows.
         capacity: slots, memory tokens and other prefix slots included.
 
@@ -206,8 +224,8 @@ class StaticCache(KVCache):
         self.used = False
         for shapes in streams:
             buffers = {
-                name: torch.zeros(batch, heads, capacity, width, device=device, dtype=dtype)
-                for name, (heads, width) in shapes.items()
+                name: torch.zeros(batch, heads, capacity, width, device=device, dtype=_at_least(dtype, least))
+                for name, (heads, width, *least) in shapes.items()
             }
             self.entries.append(StaticEntry(buffers, self.places))
 
@@ -266,3 +284,8 @@ class StaticCache(KVCache):
         for entry in self.entries:
             entry.states.clear()
         return self
+
+
+def _at_least(dtype: torch.dtype | None, least: Sequence[torch.dtype]) -> torch.dtype | None:
+    """The cache's dtype, or the wider one that a stream asks for."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), least[0]) if least else dtype

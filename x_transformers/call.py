@@ -7,6 +7,7 @@ slots, never about shapes: prefill, chunked prefill and single-token decoding di
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class Span:
         pos: `(1|b, n)` positions for encodings.
         live: `(b, n)` bool; False is a place that nobody may see (padding). None: every place is live.
         contiguous: positions are consecutive and the same for every row, so that distances are few.
+        placed: `(b, n)` bool; False has no slot of its own, so that its neighbours follow each other. None: all have.
     """
 
     index: Tensor
@@ -31,9 +33,19 @@ class Span:
     pos: Tensor
     live: Tensor | None = None
     contiguous: bool = False
+    placed: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.shape[-1]
+
+    def live_at(self, index: Tensor) -> Tensor | None:
+        """`(b, m)` liveness of the tokens that arrived at `(m,)` places; None if every place is live."""
+        return None if self.live is None else self.live[:, torch.searchsorted(self.index, index)]
+
+    def first(self, count: int) -> Span:
+        """The first `count` tokens."""
+        live = None if self.live is None else self.live[:, :count]
+        return Span(self.index[:count], self.slot[:, :count], self.pos[:, :count], live, self.contiguous)
 
     def behind(self, count: int, live: Tensor | None, batch: int) -> Span:
         """This span with `count` tokens of recurrent memory before it, at places -count ... -1."""
@@ -96,20 +108,79 @@ class Call:
     capture: Capture = Capture()
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> Tensor | None:
+        """`(b, n)` bool, which of the tokens of this pass others may see; None if all.
+
+        What a token hands on to others by other ways than as a key must not come from a hidden one.
+        """
+        return self.keys.live_at(self.query.index)
+
+    def tables(self, transform: Any, keys: Span) -> Any:
+        """What a query/key transform reads of the positions of these keys; the layers of one pass share it."""
+        rule = ("tables", id(transform), id(keys))
+        if rule not in self.memo:
+            # both stay in the memo, so that their ids stay theirs
+            self.memo[rule] = transform.tables(self.query, keys), transform, keys
+        return self.memo[rule][0]
+
+
+@dataclass(frozen=True, eq=False)
+class Carry:
+    """What sublayers leave for later ones: a value that goes from one to the next, never a module's state.
+
+    Attributes:
+        values: the first executed attention's own values, `(b, g, j, e)`, apart for "a" and "c".
+        scores: the latest attention's logits, `(b, h, i, P + j)`, 0 where a key is hidden, and P, the keys in front
+            that are no tokens; apart for "a" and "c".
+        history: `(b, n, D)` branch inputs of every executed sublayer so far.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+    history: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Deltas:
+    """What a caller adds inside of one attention.
+
+    Attributes:
+        q, k, v: `(b, n, features)` added behind the projections, over all that is projected in this pass.
+        out: `(b, n, h * e)` added to the heads' outputs, before gates on them.
+        attn: broadcastable to `(b, h, i, P + j)`, added to the weights; fewer columns stand on the right.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    out: Tensor | None = None
+    attn: Tensor | None = None
+
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """What one executed sublayer gets beside its input.
+    """What one executed sublayer gets beside its input. (Defaults that are objects would break full graphs.)
 
     Attributes:
         call: the pass it belongs to.
         keys: every key that is there: recurrent memory, cached, new; for cross-attention, the context.
         fresh: the keys that are projected in this pass: recurrent memory and new; or the context.
-        rotations: query/key transforms of the stack, bound to `query` and `fresh`.
+        rotations: query/key transforms.
         biases: score modifications of the stack, bound to `query` and `keys`.
         memory: `(b, m, D)` recurrent memory, normalised as the input was.
         context: `(b, n, Dc)` source of keys and values of cross-attention.
         entry: the sublayer's streams in the cache, or None.
+        states: where the sublayer gets and puts its running states: the cache, or what one segment leaves for the
+            next beside its recurrent memory; None if nothing comes before or after.
+        carry: what earlier sublayers left.
+        condition: `(b, 1|n, c)` what adaptive norms and scales read.
+        injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
+        deep_embed: `(b, n, D)` factor of a feedforward's output.
+        additional: keys and values that stand in front, `(b, g', A, d)` and `(b, g', A, e)`, and are used as they are.
+        additional_mask: `(b, A)` bool, which of them are seen.
+        kv_residual: `(b, m, Dc)` added to the source of keys and values.
+        deltas: what a caller adds inside.
     """
 
     call: Call
@@ -120,3 +191,28 @@ class LayerCall:
     memory: Tensor | None = None
     context: Tensor | None = None
     entry: Any = None
+    states: Any = None
+    carry: Carry = field(kw_only=True)
+    condition: Tensor | None = None
+    injection: Tensor | None = None
+    deep_embed: Tensor | None = None
+    additional: tuple[Tensor, Tensor] | None = None
+    additional_mask: Tensor | None = None
+    kv_residual: Tensor | None = None
+    deltas: Deltas = field(kw_only=True)
+
+    def behind_memory(self, x: Tensor) -> Tensor:
+        """`(b, m + n, D)`: the (query) inputs of every key of this pass, recurrent memory in front."""
+        if self.memory is None:
+            return x
+        return torch.cat((self.memory if self.memory.ndim == 3 else self.memory[0], x), dim=-2)
+
+    @property
+    def fresh_live(self) -> Tensor | None:
+        """`(b, m)` bool, which of the tokens of `fresh` others may see; None if all."""
+        return self.keys.live_at(self.fresh.index)
+
+    @property
+    def kind(self) -> str:
+        """What the sublayer is: "a" for self-attention, "c" for cross-attention."""
+        return "a" if self.context is None else "c"

@@ -21,6 +21,9 @@ class Intermediates:
         post_softmax_attn: weights, before dropout.
         values: this layer's projected values, `(b, g, j, e)`, before any mixing.
         layer_type: "a" for self-attention, "c" for cross-attention.
+        layer_index: which of the stack's built sublayers it was.
+        own_kv: keys before rotation, and values, of a pass without a cached past, for another model to read.
+        log_probs: `(b, h, i)` log-probability of the key that each query weighs most, if asked for.
 
     The first three are None unless scores were captured.
     """
@@ -30,6 +33,9 @@ class Intermediates:
     post_softmax_attn: Tensor | None = None
     values: Tensor | None = None
     layer_type: str | None = None
+    layer_index: int | None = None
+    own_kv: tuple[Tensor, Tensor] | None = None
+    log_probs: Tensor | None = None
     entry: Entry | None = None
 
     @property
@@ -39,7 +45,7 @@ class Intermediates:
         Assigning a pair of the same streams writes through to the cache.
         """
         if self.entry is None:
-            return None
+            return self.own_kv
         streams = self.entry.grown or self.entry.states
         return tuple(streams.values()) if streams else None
 
@@ -62,8 +68,11 @@ class LayerIntermediates:
     Attributes:
         hiddens: the stream at the entry of every executed self-attention.
         layer_hiddens: the branch input of every executed sublayer, then the stream behind the last one.
+        block_hiddens: the stream behind each block; the last entry is the stack's output.
         last_hidden: the stack's output.
         attn_intermediates: one record per executed attention, self and cross in order.
+        memory_inputs: what keys and values of each self-attention were computed from, before the norm.
+        memory_states: running states of sublayers (shifted tokens, means), which the next segment takes behind them.
         cache: the key/value cache behind this pass, if one was kept.
     """
 
@@ -71,7 +80,9 @@ class LayerIntermediates:
     last_hidden: Tensor | None = None
     attn_intermediates: list[Intermediates] | None = None
     layer_hiddens: list[Tensor] | None = None
+    block_hiddens: list[Tensor] | None = None
     memory_inputs: list[Tensor] | None = None
+    memory_states: list[Tensor] | None = None
     mems: list[Tensor] | None = None
     last_layer_hiddens: Tensor | None = None
     initial_embeds: Tensor | None = None
@@ -93,6 +104,7 @@ class LayerIntermediates:
         twin.cache = self.cache.begin(0) if self.cache is not None else None
         if self.attn_intermediates is not None:
             twin.attn_intermediates = [copy.copy(record) for record in self.attn_intermediates]
+            twin.block_hiddens = None if self.block_hiddens is None else list(self.block_hiddens)
             _rewire(self, twin)
         return twin
 

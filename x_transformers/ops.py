@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,11 @@ def l2norm(t: Tensor, groups: int = 1) -> Tensor:
     if groups == 1:
         return F.normalize(t, dim=-1)
     return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
+
+
+def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
+    """`t / max(|t|_1, eps)` over an axis."""
+    return F.normalize(t, p=1, dim=dim, eps=eps)
 
 
 def softclamp(t: Tensor, value: float) -> Tensor:
@@ -50,6 +57,37 @@ def expand_kv_heads(t: Tensor, heads: int) -> Tensor:
     return t if g == heads else t.repeat_interleave(heads // g, dim=-3)
 
 
+def reference_head_order(heads: int, kv_heads: int) -> Tensor | None:
+    """Where our query heads stand in the reference, which tiles (`h % g`); None if the orders are the same."""
+    if kv_heads in (1, heads):
+        return None
+    return torch.arange(heads).reshape(heads // kv_heads, kv_heads).T.flatten()
+
+
+def reorder_heads(t: Tensor, dim: int, order: Tensor) -> Tensor:
+    """`t` with the heads, of equal width along axis `dim`, in another order."""
+    width = t.shape[dim] // len(order)
+    rows = (order[:, None] * width + torch.arange(width)).flatten()
+    return t.index_select(dim, rows.to(t.device))
+
+
+def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the widest of their dtypes."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """`t`, in float32 if its dtype is narrower."""
+    return t if t.dtype is torch.float64 else t.float()
+
+
+def project_away(x: Tensor, y: Tensor) -> Tensor:
+    """The part of `x` that is orthogonal to `y` over the last axis: `x - <x, u> u` with `u = y / |y|`; x's dtype."""
+    wide, unit = at_least_float32(x), l2norm(at_least_float32(y))
+    return (wide - (wide * unit).sum(dim=-1, keepdim=True) * unit).to(x.dtype)
+
+
 def masked_mean(t: Tensor, mask: Tensor | None, dim: int = 1) -> Tensor:
     """Mean over axis `dim` of the places where `mask` holds; an axis without any gives zeros.
 
@@ -61,3 +99,20 @@ def masked_mean(t: Tensor, mask: Tensor | None, dim: int = 1) -> Tensor:
         return t.mean(dim=dim)
     mask = mask.reshape(*mask.shape, *(1,) * (t.ndim - mask.ndim))
     return (t * mask).sum(dim=dim) / mask.sum(dim=dim).clamp(min=1)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard`, exactly, with the gradient of `soft`."""
+    return hard.detach() + (soft - soft.detach())
+
+
+def one_hot_straight_through(logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """A one where `logits` are largest (the first of equals), with the gradient of `softmax(logits / temperature)`."""
+    soft = (at_least_float32(logits) / temperature).softmax(dim=dim)
+    hard = torch.zeros_like(soft).scatter(dim, logits.argmax(dim=dim, keepdim=True), 1.0)
+    return straight_through(hard, soft).to(logits.dtype)
+
+
+def mix_heads(t: Tensor, weight: Tensor) -> Tensor:
+    """`out[b, o] = sum_h weight[o, h] t[b, h]` for `t (b, h, i, j)` and `weight (h, h, 1, 1)`."""
+    return torch.einsum("oh,bhij->boij", weight.flatten(1).to(t.dtype), t)

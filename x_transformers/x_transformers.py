@@ -6,34 +6,68 @@ from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.alibi import AlibiPositionalBias
 from x_transformers.attention.scores.dynamic import DynamicPositionBias
 from x_transformers.attention.scores.t5 import RelativePositionBias
-from x_transformers.feedforward.activations import ReluSquared
+from x_transformers.feedforward.activations import ReluSquared, SoLU
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import LayerIntermediates
-from x_transformers.layers.layers import AttentionLayers, CrossAttender, Decoder, Encoder
+from x_transformers.layers.depth.aggregated import AttentionResidual
+from x_transformers.layers.depth.lime import DynamicLIMe
+from x_transformers.layers.layers import (
+    AttentionLayers,
+    CrossAttender,
+    Decoder,
+    Encoder,
+    PrefixDecoder,
+    TransformerBlock,
+)
+from x_transformers.layers.pool import AttentionPool
 from x_transformers.layers.residuals.gated import GRUGating
+from x_transformers.layers.residuals.mv_split import MVSplitResidualUpdate
+from x_transformers.layers.residuals.orthogonal import OrthogonalResidualUpdate
 from x_transformers.layers.residuals.plain import Residual
+from x_transformers.layers.residuals.streams import GatedMultiResidual, HyperConnection, sinkhorn
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding, TokenEmbedding
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.norms import LayerNorm, RMSNorm, ScaleNorm, SimpleRMSNorm
+from x_transformers.norms import (
+    AdaptiveLayerNorm,
+    AdaptiveRMSNorm,
+    Derf,
+    DynamicTanh,
+    LayerNorm,
+    RMSNorm,
+    ScaleNorm,
+    SimpleRMSNorm,
+)
 from x_transformers.ops import l2norm, log, masked_mean, max_neg_value, softclamp
 from x_transformers.options.per_layer import layer_schedule
 
 __all__ = [
     "AbsolutePositionalEmbedding",
+    "AdaptiveLayerNorm",
+    "AdaptiveRMSNorm",
     "AlibiPositionalBias",
     "Attention",
     "AttentionLayers",
+    "AttentionPool",
+    "AttentionResidual",
     "CrossAttender",
     "Decoder",
+    "Derf",
+    "DynamicLIMe",
     "DynamicPositionBias",
+    "DynamicTanh",
     "Encoder",
     "FeedForward",
     "GRUGating",
+    "GatedMultiResidual",
+    "HyperConnection",
     "LayerIntermediates",
     "LayerNorm",
     "LinearNoBias",
+    "MVSplitResidualUpdate",
     "MultiheadRMSNorm",
+    "OrthogonalResidualUpdate",
+    "PrefixDecoder",
     "RMSNorm",
     "RelativePositionBias",
     "ReluSquared",
@@ -42,12 +76,15 @@ __all__ = [
     "ScaleNorm",
     "ScaledSinusoidalEmbedding",
     "SimpleRMSNorm",
+    "SoLU",
     "TokenEmbedding",
+    "TransformerBlock",
     "TransformerWrapper",
     "l2norm",
     "layer_schedule",
     "log",
     "masked_mean",
     "max_neg_value",
+    "sinkhorn",
     "softclamp",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,28 +12,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attend import Core
-from x_transformers.attention.base import AttentionShape, BoundScore, KeyMod, Needs, QKNorm, ScoreMod, Stage
+from x_transformers.attention.backends.base import Weighed
+from x_transformers.attention.base import (
+    AttentionShape,
+    BoundScore,
+    KeyMod,
+    Metric,
+    Needs,
+    Part,
+    QKNorm,
+    QKTransform,
+    RowMod,
+    ScoreMod,
+    Seen,
+    Stage,
+    ValueMod,
+    Weighting,
+    WeightMod,
+)
 from x_transformers.attention.catalog import SCHEMA
+from x_transformers.attention.clip import clip_factors, clip_heads
+from x_transformers.attention.keys.additional import join_additional
 from x_transformers.attention.keys.sink import LearnedSink
+from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
 from x_transformers.attention.masks import visibility
+from x_transformers.attention.output import build_output
 from x_transformers.attention.projections import Projections
+from x_transformers.attention.qk.given import GivenPolar, GivenRotation, Pair
+from x_transformers.attention.scores.residual import ResidualScores
+from x_transformers.attention.values.residual import ValueMix, mix_values
+from x_transformers.attention.weights.delta import given_delta
 from x_transformers.cache import Entry, KVCache, Shape
-from x_transformers.call import Call, Capture, LayerCall, Span
+from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError
 from x_transformers.intermediates import Intermediates
-from x_transformers.loading import ReadsReference, rename
-from x_transformers.ops import merge_heads
+from x_transformers.loading import ReadsReference, rename, rename_prefix
+from x_transformers.ops import max_neg_value, merge_heads, reference_head_order, split_heads, widest
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
-Part = TypeVar("Part", bound=nn.Module)
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class Parts(nn.ModuleDict, Generic[Part]):
+class Parts(nn.ModuleDict, Generic[Kind]):
     """The parts of one slot, by feature, in the order of the catalogue."""
 
-    def __iter__(self) -> Iterator[Part]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Kind]:  # type: ignore[override]
         return iter(self._modules.values())  # type: ignore[arg-type]
+
+
+def _sources(xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
+    """What keys and values are projected from, recurrent memory in front."""
+    if layer.context is not None:
+        xk = xv = layer.context
+    if layer.kv_residual is not None:
+        xk, xv = xk + layer.kv_residual, xv + layer.kv_residual
+    if layer.memory is not None:
+        mk, mv = (layer.memory, layer.memory) if layer.memory.ndim == 3 else layer.memory[-2:].unbind(0)
+        xk, xv = torch.cat((mk, xk), dim=-2), torch.cat((mv, xv), dim=-2)
+    return xk, xv
+
+
+def _grow(name: str, t: Tensor, layer: LayerCall) -> Tensor:
+    """Put what is new behind what is cached. Recurrent memory stays in front and is not kept."""
+    if layer.entry is None:
+        return t
+    m = 0 if layer.memory is None else layer.memory.shape[-2]
+    whole = layer.entry.grow(name, t[..., m:, :])
+    return torch.cat((t[..., :m, :], whole), dim=-2) if m else whole
 
 
 class Attention(Configured, ReadsReference):
@@ -81,12 +129,23 @@ class Attention(Configured, ReadsReference):
         self.dropout, self.sublayer_dropout = dropout.dropout, dropout.sublayer_dropout
         self.max_attend_past = parsed["window"].max_attend_past
         self.features = tuple(feature.name for feature in parsed.enabled())
+        # set by a stack whose later layers read what this one leaves
+        self.leaves_values = self.leaves_scores = False
+        self.residual = ResidualScores()
 
         with faults.catching():
+            self.dim_context = source = dim if dim_context is None else dim_context
+            latent = parsed["latent"]
+            self.subheads = latent.latent_rope_subheads
+            self.latent_q = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
+            self.latent_kv = None
+            if latent.use_latent_kv:
+                self.latent_kv = LatentKeysValues(shape, source, latent.dim_latent_kv, self.subheads or 0)
             self.projections = Projections(
-                dim=dim,
-                dim_context=dim if dim_context is None else dim_context,
+                dim=latent.dim_latent_q if latent.use_latent_q else dim,
+                dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
                 heads=heads,
+                key_heads=shape.kv_heads - (self.subheads or 0),
                 kv_heads=shape.kv_heads,
                 dim_head=shape.dim_head,
                 value_dim_head=shape.value_dim_head,
@@ -94,29 +153,39 @@ class Attention(Configured, ReadsReference):
         self.qk_norms: Parts[QKNorm] = _build("qk_norm", parsed, shape, faults)
         self.scores: Parts[ScoreMod] = _build("score", parsed, shape, faults)
         self.keys: Parts[KeyMod] = _build("keys", parsed, shape, faults)
+        self.metrics: Parts[Metric] = _build("metric", parsed, shape, faults)
         sinks: Parts[LearnedSink] = _build("sink", parsed, shape, faults)
         self.sink = next(iter(sinks), None)
-        self.out = _output(shape, dim if out.dim_out is None else out.dim_out, out, faults)
+        self.rows: Parts[RowMod] = _build("row", parsed, shape, faults)
+        self.weighting: Parts[Weighting] = _build("weighting", parsed, shape, faults)
+        self.weights: Parts[WeightMod] = _build("weights", parsed, shape, faults)
+        self.values: Parts[ValueMod] = _build("values", parsed, shape, faults)
+        self.value_mix = ValueMix(shape) if parsed.on("value_mix") else None
+        width = shape.value_dim_head
+        for mod in self.values:
+            width = mod.out_width(width)
         with faults.catching():
-            self.core = self._core(parsed["backend"])
+            self.out = build_output(shape, shape.heads * width, out, gated=parsed.on("on_attn"))
+        with faults.catching():
+            self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
+            self.core = self._core(parsed["backend"], self.switches)
         faults.raise_if_any("Attention")
 
-    def _core(self, options: Any) -> Core:
-        because = {}
+    def _core(self, options: Any, switches: Mapping[str, str]) -> Core:
+        """The core for what the parts need. Messages name the keyword that switched each part on."""
+        because: dict[Needs, list[str]] = {}
+        groups: tuple[Parts[Any], ...] = (self.scores, self.rows, self.weighting, self.weights)
+        for name, part in (item for parts in groups for item in parts.items()):
+            needs: Any = part.needs
+            because.setdefault(needs, []).append(switches[name])
         if self.sink is not None:
-            because[Needs.SINK] = "`head_learned_sink`"
-        for mod in self.scores:
-            if mod.needs is Needs.POINTWISE:
-                because[Needs.POINTWISE] = "`softclamp_logits`"
+            because[Needs.SINK] = [switches["learned_sink"]]
         if self.dropout > 0:
-            because[Needs.DROPOUT] = "`dropout`"
-        needs = Needs.NOTHING
-        for flag in because:
-            needs |= flag
+            because[Needs.DROPOUT] = ["`dropout`"]
         scale = self.shape.dim_head**-0.5
         for norm in self.qk_norms:
             scale = norm.scale if norm.scale is not None else scale
-        return Core(needs=needs, scale=scale, flash=options.flash, kernels=options.attend_sdp_kwargs, because=because)
+        return Core(because=because, scale=scale, flash=options.flash, kernels=options.attend_sdp_kwargs)
 
     # what other code reads
 
@@ -137,7 +206,7 @@ class Attention(Configured, ReadsReference):
         return self.projections.q
 
     @property
-    def to_k(self) -> nn.Module:
+    def to_k(self) -> nn.Module | None:
         return self.projections.k
 
     @property
@@ -148,16 +217,103 @@ class Attention(Configured, ReadsReference):
     def to_out(self) -> nn.Module:
         return self.out
 
-    def cache_streams(self) -> dict[str, Shape]:
-        """The streams that grow with the sequence: `{name: (heads, width)}`."""
-        return {
-            "k": (self.shape.kv_heads, self.shape.dim_head),
-            "v": (self.shape.kv_heads, self.shape.value_dim_head),
+    def cache_streams(self, rotations: Sequence[QKTransform] = ()) -> dict[str, Shape]:
+        """The streams that grow with the sequence: `{name: (heads, width)}`, under the stack's query/key transforms."""
+        shape, width = self.shape, self.shape.dim_head
+        for transform in rotations:
+            width = transform.width(width)
+        streams: dict[str, Shape] = {"k": (shape.kv_heads, width), "v": (shape.kv_heads, shape.value_dim_head)}
+        if self.latent_kv is not None:
+            streams = self.latent_kv.cache_streams()
+            if self.value_mix is not None:
+                streams["value_mix"] = (shape.kv_heads, 1)
+        for part in self.parts().values():
+            streams.update(part.cache_streams(self.shape))
+        return streams
+
+    def parts(self) -> dict[str, Part]:
+        """The parts that may declare streams, entries of checkpoints and causality, by their path below this module."""
+        slots: dict[str, Any] = {
+            "scores": self.scores,
+            "rows": self.rows,
+            "weighting": self.weighting,
+            "weights": self.weights,
+            "values": self.values,
         }
+        return {f"{slot}.{name}": part for slot, parts in slots.items() for name, part in parts.items()}
+
+    @property
+    def one_way(self) -> list[str]:
+        """The keywords that need causality at every call."""
+        return [self.switches[path.split(".")[1]] for path, part in self.parts().items() if part.one_way]
+
+    @property
+    def across_queries(self) -> bool:
+        """Whether what a query gets depends on the other queries."""
+        return any(weighting.across_queries for weighting in self.weighting)
+
+    def share_scores(self) -> None:
+        """Leave the logits for later attentions.
+
+        Raises:
+            ConfigError: if a fused kernel is demanded, which hands out none.
+        """
+        if self.core.flash:
+            raise ConfigError(
+                "`flash = True` demands a fused kernel, which keeps its scores to itself, but residual attention hands "
+                "them on; leave `flash` at None, or drop residual attention."
+            )
+        self.leaves_scores = True
+        # whatever the call, the scores are asked for
+        self.core.needs |= Needs.SCORES
+
+    def check_causality(self, causal: bool, cached: bool = False) -> None:
+        """Raise an `InputError` if the parts cannot do with this causality, or with a cache."""
+        if not causal and self.one_way:
+            raise InputError(f"{self.one_way[0]} was built for causal attention; `causal = False` makes no sense with it.")
+        if (causal or cached) and self.across_queries:
+            raise InputError(
+                "`inverted_attention` normalises over all queries, so that it can be neither causal nor cached."
+            )
+
+    def muon_parameters(self) -> Iterator[Tensor]:
+        """What Muon may orthogonalise: the value and output matrices (2502.16982)."""
+        yield from self.projections.v.parameters()
+        yield from self.out.parameters()
+
+    def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
+        """Shrink query and key weights in place, so that no logit of those given exceeds tau (2507.20534).
+
+        A head whose largest logit is `m > tau` gets all its logits multiplied by `tau / m`. Query/key norms undo the
+        change, except for a scale that they learn.
+
+        Args:
+            pre_softmax_attn: `(b, h, i, j)` logits, or the record that holds them.
+            tau: the bound, > 0.
+
+        Raises:
+            InputError: if the record holds no logits, or tau is not positive.
+        """
+        logits = pre_softmax_attn
+        if isinstance(logits, Intermediates):
+            logits = logits.pre_softmax_attn
+        if logits is None:
+            raise InputError(
+                "`qk_clip_` reads logits, and this record holds none, since a fused kernel or a cache made it; run the "
+                "pass without a cache, with `return_intermediates = True` and `flash` at None or False."
+            )
+        if tau <= 0:
+            raise InputError(f"`tau` is {tau}; it must be positive.")
+        if logits.ndim != 4 or logits.shape[1] != self.heads:
+            raise ShapeError(f"the logits have shape {tuple(logits.shape)}; they must be (b, {self.heads}, i, j).")
+        if self.sink is not None:
+            logits = logits[..., 1:]
+        keys = (self.projections.k, None if self.latent_kv is None else self.latent_kv.sub_keys)
+        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads)
 
     # the way of the data
 
-    def run(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Intermediates | None]:
+    def run(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Intermediates | None, Carry]:
         """Attend as one sublayer of a pass.
 
         Args:
@@ -165,20 +321,19 @@ class Attention(Configured, ReadsReference):
             layer: the keys, their positions, and what else this sublayer gets.
 
         Returns:
-            `(b, n, Do)`, and a record if scores or a cache were asked for.
+            `(b, n, Do)`, a record if scores or a cache were asked for, and what later sublayers may read.
         """
-        q = self.projections.queries(x)
-        k, v, raw = self._keys_values(x, q, layer)
+        # three views of the stream, where the residual connection makes them, are the inputs of q, k and v
+        xq, xk, xv = (x, x, x) if x.ndim == 3 else x.unbind(0)
+        q = self.projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
         for norm in self.qk_norms:
             q = norm.normalize_q(q)
-        if layer.context is None:
-            for transform, tables in layer.rotations:
-                q, k = transform.apply_tables(q, k, tables)
-            k, v = self._cached(k, v, layer)
-        prefix = 0
-        for mod in self.keys:
-            k, v = mod.extend(k, v, self._normalize_memory)
-            prefix += mod.count
+        q, k, v, raw, own_kv = self._keys_values(q, (xq, xk, xv), layer)
+        k, v = self._extend(k, v, layer)
+        dtype, plain_q = q.dtype, q
+        for metric in self.metrics:
+            q, k = metric(q, k)
+        q, k, v = widest(q, k, v)
 
         call = layer.call
         visible = visibility(
@@ -187,78 +342,184 @@ class Attention(Configured, ReadsReference):
             causal=call.causal if layer.context is None else self.causal,
             own=layer.context is None,
             window=self.max_attend_past,
-            prefix=prefix,
+            prefix=self._prefix(layer),
+            shown=self._shown(layer),
         )
-        weighed = self.core(
-            q,
-            k,
-            v,
-            visible,
-            scores=self._scores(layer),
-            sink=None if self.sink is None else self.sink.logits,
-            dropout=self.dropout if self.training else 0.0,
-            capture=call.capture.scores,
-            memo=call.memo,
-        )
-        out = self.out(merge_heads(weighed.out))
+        # parts that need float32 have widened q, k and v; autocast would narrow them again
+        with torch.autocast(q.device.type, enabled=False) if q.dtype != dtype else nullcontext():
+            weighed = self.core(
+                q,
+                k,
+                v,
+                visible,
+                plain_q=plain_q,
+                scores=self._scores(xq, layer),
+                sink=None if self.sink is None else self.sink.logits,
+                rows=self._row_mods(layer),
+                weighting=next(iter(self.weighting), None),
+                weights=(*self.weights, *given_delta(layer.deltas.attn)),
+                layer=layer,
+                dropout=self.dropout if self.training else 0.0,
+                capture=call.capture.scores or self.leaves_scores,
+                memo=call.memo,
+            )
+        out = self.out(merge_heads(self._behind(weighed.out, xq, raw, visible.dead, layer).to(dtype)))
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
         if call.row_mask is not None:
             out = out.masked_fill(~call.row_mask.unsqueeze(-1), 0.0)
-        if layer.entry is None and not call.capture.scores:
-            return out, None
+        carry = self._leave(raw, weighed, layer)
+        if layer.entry is None and not (call.capture.scores or call.capture.hiddens):
+            return out, None, carry
         record = Intermediates(
             qk_similarities=weighed.similarities,
             pre_softmax_attn=weighed.logits,
             post_softmax_attn=weighed.weights,
             values=raw,
-            layer_type="a" if layer.context is None else "c",
+            layer_type=layer.kind,
             entry=layer.entry,
+            own_kv=own_kv if call.aligned and (call.capture.hiddens or call.capture.scores) else None,
         )
-        return out, record
+        return out, record, carry
 
-    def _keys_values(self, x: Tensor, q: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised keys, values, and the values as they were projected."""
-        source = x if layer.memory is None else torch.cat((layer.memory, x), dim=-2)
-        if layer.context is not None:
-            source = layer.context
-            held = None if layer.entry is None else (layer.entry.get("k"), layer.entry.get("v"))
-            if held is not None and held[0] is not None and held[1] is not None:
-                return held[0], held[1], held[1]
-        k, v = self.projections.keys_values(source)
+    def _leave(self, raw: Tensor, weighed: Weighed, layer: LayerCall) -> Carry:
+        """What later sublayers may read: the first values and the latest scores of this kind, if anybody will."""
+        carry = layer.carry
+        if self.leaves_values and layer.kind not in carry.values:
+            carry = replace(carry, values={**carry.values, layer.kind: raw})
+        if self.leaves_scores and weighed.plain is not None:
+            carry = replace(carry, scores={**carry.scores, layer.kind: (weighed.plain, self._prefix(layer))})
+        return carry
+
+    def _keys_values(
+        self, q: Tensor, views: tuple[Tensor, Tensor, Tensor], layer: LayerCall
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Queries, keys and values of everything that is there, rotated; the values as they were projected; and keys
+        and values without recurrent memory, unrotated.
+        """
+        held = self._held(layer)
+        if held is not None:
+            k, v = held
+            q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
+            return q, k, v, v, None
+        xq, xk, xv = views
+        own, span, streams = layer.context is None, layer.fresh, {}
+        xk, xv = _sources(xk, xv, layer)
+        if self.latent_kv is not None:
+            streams = self.latent_kv(xk)
+            if own:
+                # what is cached is projected and rotated anew in every pass
+                streams, span = {name: _grow(name, t, layer) for name, t in streams.items()}, layer.keys
+            xk = xv = streams["latent"].squeeze(1)
+        k, raw = self.projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
+        k = join_sub_keys(k, streams)
         for norm in self.qk_norms:
             k = norm.normalize_k(k)
-        if layer.context is not None and layer.entry is not None:
+        v = self._mixed(raw, xq, layer)
+        for mod in self.values:
+            v = mod.project(v, xq, layer)
+        m = 0 if layer.memory is None else layer.memory.shape[-2]
+        fresh = k[..., m:, :], v[..., m:, :]
+        q, k = self._rotate(q, k, layer, span)
+        if own and self.latent_kv is None:
+            k, v = _grow("k", k, layer), _grow("v", v, layer)
+        elif not own and layer.entry is not None:
             layer.entry.put("k", k)
             layer.entry.put("v", v)
-        return k, v, v
+        return q, k, v, raw, fresh
 
-    def _cached(self, k: Tensor, v: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
-        """Put the new keys behind the cached ones. Recurrent memory stays in front and is not kept."""
-        if layer.entry is None:
-            return k, v
-        m = 0 if layer.memory is None else layer.memory.shape[-2]
-        k_all, v_all = layer.entry.grow("k", k[..., m:, :]), layer.entry.grow("v", v[..., m:, :])
-        if m:
-            k_all = torch.cat((k[..., :m, :], k_all), dim=-2)
-            v_all = torch.cat((v[..., :m, :], v_all), dim=-2)
-        return k_all, v_all
+    def _held(self, layer: LayerCall) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a context that an earlier pass has read."""
+        if layer.context is None or layer.entry is None:
+            return None
+        k, v = layer.entry.get("k"), layer.entry.get("v")
+        return None if k is None or v is None else (k, v)
+
+    def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
+        """Transform by positions: every head, or the last ones, whose keys do not come from a latent."""
+        for transform in layer.rotations:
+            tables = layer.call.tables(transform, keys)
+            if self.subheads is None:
+                q, k = transform.apply_tables(q, k, tables)
+                continue
+            still_q, still_k = self.heads - self.subheads * self.heads // self.kv_heads, self.kv_heads - self.subheads
+            turned_q, turned_k = transform.apply_tables(q[:, still_q:], k[:, still_k:], tables)
+            q, k = torch.cat((q[:, :still_q], turned_q), dim=1), torch.cat((k[:, :still_k], turned_k), dim=1)
+        return q, k
+
+    def _mixed(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
+        """Values with those of the first layer of this kind mixed in, if it left any."""
+        first = layer.carry.values.get(layer.kind)
+        if first is None:
+            return v
+        if self.value_mix is None:
+            return mix_values(v, first, 0.5)
+        if layer.context is not None:
+            raise InputError(
+                "`learned_value_residual_mix` weighs a token's own values, and in cross-attention tokens have none; "
+                "drop it there."
+            )
+        share = self.value_mix(layer.behind_memory(x))
+        # values of cached tokens are projected anew from their latents, and so need the weights of then
+        return mix_values(v, first, share if self.latent_kv is None else _grow("value_mix", share, layer))
+
+    def _behind(self, out: Tensor, x: Tensor, raw: Tensor, dead: Tensor | None, layer: LayerCall) -> Tensor:
+        """What is done to the heads' outputs."""
+        n = x.shape[-2]
+        own = raw[..., raw.shape[-2] - n :, :]
+        if self.latent_kv is not None and layer.context is None:
+            own = raw.index_select(-2, torch.searchsorted(layer.keys.index, layer.call.query.index))
+        seen = Seen(x, own, dead, layer)
+        for mod in self.values:
+            out = out if mod.outer else mod.after(out, seen)
+        if layer.deltas.out is not None:
+            out = out + split_heads(layer.deltas.out, self.heads).to(out.dtype)
+        for mod in self.values:
+            out = mod.after(out, seen) if mod.outer else out
+        return out
+
+    def _prefix(self, layer: LayerCall) -> int:
+        """How many keys stand in front that are no tokens."""
+        return sum(mod.count for mod in self.keys) + (0 if layer.additional is None else layer.additional[0].shape[-2])
+
+    def _shown(self, layer: LayerCall) -> Tensor | None:
+        """`(b, P)` bool, which of them are seen; None if all are."""
+        if layer.additional is None or layer.additional_mask is None:
+            return None
+        before = sum(mod.count for mod in self.keys if mod.nothing)
+        behind = self._prefix(layer) - before - layer.additional_mask.shape[-1]
+        return F.pad(layer.additional_mask, (before, behind), value=True)
+
+    def _extend(self, k: Tensor, v: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
+        """Put the keys that are no tokens in front: nothing, given ones, learned ones; and ready the values."""
+        for mod in self.keys:
+            if not mod.nothing:
+                k, v = mod.extend(k, v, self._normalize_memory)
+        if layer.additional is not None:
+            k, v = join_additional(k, v, *layer.additional, heads=self.heads)
+        for mod in self.values:
+            v = mod.weigh(v)
+        for mod in self.keys:
+            if mod.nothing:
+                k, v = mod.extend(k, v, self._normalize_memory)
+        return k, v
 
     def _normalize_memory(self, k: Tensor) -> Tensor:
         for norm in self.qk_norms:
             k = norm.normalize_memory(k)
         return k
 
-    def _scores(self, layer: LayerCall) -> tuple[Any, ...]:
+    def _scores(self, x: Tensor, layer: LayerCall) -> tuple[BoundScore, ...]:
         """Score modifications of the stack and of this layer, in pipeline order."""
-        if layer.context is not None:
-            bound: list[Any] = []
-        else:
-            bound = list(layer.biases)
+        bound: list[BoundScore] = [] if layer.context is not None else list(layer.biases)
         if not len(self.scores):
             return tuple(bound)
-        bound += [mod.bind(layer.call.query, layer.keys) for mod in self.scores]
+        bound += [mod.bind_layer(x, layer) for mod in self.scores]
         return tuple(sorted(bound, key=lambda score: score.stage))
+
+    def _row_mods(self, layer: LayerCall) -> tuple[RowMod, ...]:
+        """Row modifications of this layer, and the scores of the one before it."""
+        return (*self.rows, self.residual) if layer.kind in layer.carry.scores else tuple(self.rows)
 
     # the reference's call form
 
@@ -272,11 +533,24 @@ class Attention(Configured, ReadsReference):
         rel_pos: ScoreMod | None = None,
         attn_bias: Tensor | None = None,
         pos: Tensor | None = None,
+        prev_attn: Tensor | None = None,
         mem: Tensor | None = None,
         mem_mask: Tensor | None = None,
         return_intermediates: bool = False,
         cache: Intermediates | None = None,
         causal: bool | None = None,
+        rotary_pos_emb: Pair | None = None,
+        context_rotary_pos_emb: Pair | None = None,
+        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        value_residual: Tensor | None = None,
+        additional_key_values: tuple[Tensor, Tensor] | None = None,
+        additional_key_value_mask: Tensor | None = None,
+        kv_input_residual: Tensor | None = None,
+        q_delta: Tensor | None = None,
+        k_delta: Tensor | None = None,
+        v_delta: Tensor | None = None,
+        o_delta: Tensor | None = None,
+        attn_delta: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Intermediates]:
         """Attend outside of a stack.
 
@@ -290,36 +564,53 @@ class Attention(Configured, ReadsReference):
             rel_pos: a bias module, for example `AlibiPositionalBias`.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits.
             pos: `(n,)` or `(b, n)` positions for `rel_pos`.
+            prev_attn: `(b, h, i, every key)` logits of an earlier attention, added to the scores.
             mem, mem_mask: `(b, l, D)` recurrent memory before x, and its `(b, l)` mask.
             return_intermediates: also return the record, which a later call takes as `cache`.
             causal: overrides the constructor for this call.
+            rotary_pos_emb, context_rotary_pos_emb: angles `(1|b, N, r)` and a factor of them, what a
+                `RotaryEmbedding` returns, for every key, recurrent memory and cached ones included; with a context,
+                for the queries, and for the context.
+            polar_pos_emb: angles `(1|b, N, d)` and a bias `(h, 1, d)`, what a `PolarEmbedding` returns.
+            value_residual: `(b, g, new keys, e)` values of an earlier attention, to be mixed in.
+            additional_key_values: keys `(b, g', A, d)` and values `(b, g', A, e)` that are used as they are.
+            additional_key_value_mask: `(b, A)` bool, valid ones.
+            kv_input_residual: broadcastable to the source of keys and values, and added to it.
+            q_delta, k_delta, v_delta: added behind the projections, to their flat features.
+            o_delta: `(b, n, h * e)`, added to the heads' outputs.
+            attn_delta: broadcastable to `(b, h, i, every key)`, added to the weights, also of hidden keys.
 
         Raises:
+            InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
         check_input(x, self.shape.dim)
         batch, n = x.shape[:2]
         causal = self.causal if causal is None else causal
+        self.check_causality(causal, cached=cache is not None)
+        rotations = _given_rotations(rotary_pos_emb, context_rotary_pos_emb, polar_pos_emb, context is not None)
         kv, entry = _standalone_cache(cache, n, return_intermediates and (causal or context is not None))
         index = torch.arange(kv.length - n, kv.length, device=x.device)
         places = torch.arange(kv.length, device=x.device)
         live = None if mask is None else check_mask(mask, batch, len(places), "mask")
         row = places.unsqueeze(0) if pos is None else (pos if pos.ndim == 2 else pos.unsqueeze(0))
         query = Span(index, places[None, -n:], row[:, -n:], None if live is None else live[:, -n:])
-        keys = Span(places, places[None], row, live)
+        own = keys = Span(places, places[None], row, live)
         if context is not None:
-            m = context.shape[1]
+            held = None if entry is None else entry.get("k")
+            m = context.shape[1] if held is None else held.shape[-2]
             where = torch.arange(m, device=x.device)
             keys = Span(where, where[None], where[None], None)
             if context_mask is not None:
                 keys = Span(where, where[None], where[None], check_mask(context_mask, batch, m, "context_mask"))
         elif context_mask is not None:
-            keys = Span(keys.index, keys.slot, keys.pos, check_mask(context_mask, batch, len(keys), "context_mask"))
+            own = keys = replace(keys, live=check_mask(context_mask, batch, len(keys), "context_mask"))
+        fresh = query if context is None else keys
         if mem is not None:
-            keys = keys.behind(mem.shape[1], mem_mask, batch)
+            keys, fresh = (span.behind(mem.shape[1], mem_mask, batch) for span in (keys, fresh))
         call = Call(
             query=query,
-            keys=keys,
+            keys=own,
             causal=causal,
             aligned=kv.length == n,
             newest=n == 1,
@@ -330,8 +621,32 @@ class Attention(Configured, ReadsReference):
         biases = () if rel_pos is None else (rel_pos.bind(query, keys),)
         if attn_bias is not None:
             biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
-        layer = LayerCall(call=call, keys=keys, fresh=keys, biases=biases, memory=mem, context=context, entry=entry)
-        out, record = self.run(x, layer)
+        kind = "a" if context is None else "c"
+        carry = Carry(values={} if value_residual is None else {kind: value_residual})
+        if additional_key_value_mask is not None and additional_key_values is not None:
+            additional_key_value_mask = check_mask(
+                additional_key_value_mask, batch, additional_key_values[0].shape[-2], "additional_key_value_mask"
+            )
+        if prev_attn is not None:
+            more = 0 if additional_key_values is None else additional_key_values[0].shape[-2]
+            previous = _without_hidden(prev_attn, sum(mod.count for mod in self.keys) + more + len(keys))
+            carry = replace(carry, scores={kind: (previous, previous.shape[-1] - len(keys))})
+        layer = LayerCall(
+            call=call,
+            keys=keys,
+            fresh=fresh,
+            biases=biases,
+            memory=mem,
+            context=context,
+            entry=entry,
+            carry=carry,
+            rotations=rotations,
+            additional=additional_key_values,
+            additional_mask=additional_key_value_mask,
+            kv_residual=kv_input_residual,
+            deltas=Deltas(q_delta, k_delta, v_delta, o_delta, attn_delta),
+        )
+        out, record, _ = self.run(x, layer)
         if not return_intermediates:
             return out
         return out, record if record is not None else Intermediates(layer_type="a")
@@ -343,22 +658,46 @@ class Attention(Configured, ReadsReference):
             return
         for old, new in _REFERENCE.items():
             rename(state, prefix + old, prefix + new)
+        if self.projections.k is None:
+            state.pop(f"{prefix}projections.k.weight", None)  # it has no rows
+        parts = self.parts()
+        for path, part in parts.items():
+            for old, own in part.reference.items():
+                if own is None:
+                    state.pop(prefix + old, None)
+                elif old.endswith("."):
+                    rename_prefix(state, prefix + old, f"{prefix}{path}.{own}")
+                else:
+                    rename(state, prefix + old, f"{prefix}{path}.{own}")
+        for mod in self.values:
+            for name in ("out.weight", "out.projection.weight"):
+                if prefix + name in state:
+                    state[prefix + name] = mod.translate_columns(state[prefix + name], self.shape.heads)
         order = reference_head_order(self.shape.heads, self.shape.kv_heads)
         if order is None:
             return
         permute = _permute_heads(state, prefix, order, self.shape.heads)
         permute("projections.q.weight", 0)
         permute("out.weight", 1)
+        permute("out.projection.weight", 1)
         permute("qk_norms.qk_norm.q_scale", 0)
         permute("qk_norms.qk_rmsnorm.q_norm.gamma", 0)
         permute("sink.logits", 0)
+        for path, part in parts.items():
+            part.permute_heads(state, f"{prefix}{path}.", order)
 
 
 _REFERENCE = {
     "to_q.weight": "projections.q.weight",
+    "to_latent_q.weight": "latent_q.weight",
+    "to_latent_kv.weight": "latent_kv.project.weight",
+    "to_rotateable_k.weight": "latent_kv.sub_keys.weight",
     "to_k.weight": "projections.k.weight",
     "to_v.weight": "projections.v.weight",
     "to_out.weight": "out.weight",
+    "to_out.0.weight": "out.projection.weight",
+    "to_value_residual_mix.0.weight": "value_mix.project.weight",
+    "to_value_residual_mix.0.bias": "value_mix.project.bias",
     "qk_norm_q_scale": "qk_norms.qk_norm.q_scale",
     "qk_norm_k_scale": "qk_norms.qk_norm.k_scale",
     "q_rmsnorm.gamma": "qk_norms.qk_rmsnorm.q_norm.gamma",
@@ -367,13 +706,6 @@ _REFERENCE = {
     "mem_v": "keys.memory_kv.values",
     "attend.head_attn_sink": "sink.logits",
 }
-
-
-def reference_head_order(heads: int, kv_heads: int) -> Tensor | None:
-    """Where our query heads stand in the reference, which tiles (`h % g`); None if the orders are the same."""
-    if kv_heads in (1, heads):
-        return None
-    return torch.arange(heads).reshape(heads // kv_heads, kv_heads).T.flatten()
 
 
 def _permute_heads(state: dict[str, Any], prefix: str, order: Tensor, heads: int) -> Any:
@@ -397,24 +729,18 @@ def _build(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -> Par
     return Parts(parts)
 
 
-def _output(shape: AttentionShape, dim_out: int, options: Any, faults: Faults) -> nn.Module:
-    """The output projection, or the identity where it would be useless and is not asked for."""
-    width = shape.heads * shape.value_dim_head
-    project = options.project_out
-    if project is None:
-        project = shape.heads > 1 or shape.dim != dim_out or width != dim_out
-    if not project:
-        if width != dim_out:
-            faults.add(f"`project_out = False` leaves the output at width {width}, but {dim_out} is asked for.")
-        if options.zero_init_output or options.output_proj_depth is not None:
-            faults.add("there is no output projection to initialise; set `project_out = True`.")
-        return nn.Identity()
-    out = nn.Linear(width, dim_out, bias=False)
-    if options.zero_init_output:
-        nn.init.zeros_(out.weight)
-    elif options.output_proj_depth is not None:
-        nn.init.normal_(out.weight, std=(2 * width * options.output_proj_depth) ** -0.5)
-    return out
+def _without_hidden(logits: Tensor, keys: int) -> Tensor:
+    """An earlier attention's logits without a sink's column, and with 0 where they were hidden.
+
+    Raises:
+        ShapeError: if they do not cover the keys.
+    """
+    if logits.ndim != 4 or logits.shape[-1] not in (keys, keys + 1):
+        raise ShapeError(
+            f"`prev_attn` has shape {tuple(logits.shape)}; it must be (b, h, i, {keys}), or have a sink's column more."
+        )
+    logits = logits[..., -keys:]
+    return logits.masked_fill(logits <= max_neg_value(logits) / 2, 0.0)
 
 
 def bind_attn_bias(bias: Tensor, queries: int, keys: int) -> Any:
@@ -452,13 +778,32 @@ def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
     return mask.bool().expand(batch, -1)
 
 
+def _given_rotations(
+    rotary: Pair | None, of_context: Pair | None, polar: tuple[Tensor, Tensor] | None, crosses: bool
+) -> tuple[QKTransform, ...]:
+    """The transforms that a caller's pairs mean."""
+    if rotary is not None and polar is not None:
+        raise InputError("`rotary_pos_emb` and `polar_pos_emb` both turn queries and keys; pass one of them.")
+    if crosses and (rotary is None) != (of_context is None):
+        raise InputError(
+            "with a context, `rotary_pos_emb` turns the queries and `context_rotary_pos_emb` the keys; pass both."
+        )
+    if of_context is not None and not crosses:
+        raise InputError("`context_rotary_pos_emb` turns the keys of a `context`; there is none.")
+    if polar is not None:
+        if crosses:
+            raise InputError("`polar_pos_emb` needs the positions of keys, and those of a context are not given.")
+        return (GivenPolar(*polar),)
+    return () if rotary is None else (GivenRotation(rotary, of_context),)
+
+
 def _standalone_cache(cache: Intermediates | None, n: int, keep: bool) -> tuple[KVCache, Entry | None]:
     kv = KVCache()
     if cache is not None:
         if cache.entry is None:
             raise InputError("the record given as `cache` holds no keys; it must come from `return_intermediates`.")
         kv.entries = [cache.entry]
-        stream = cache.entry.grown.get("k")
+        stream = next(iter(cache.entry.grown.values()), None)
         kv.length = 0 if stream is None else stream.shape[-2]
         keep = True
     kv = kv.begin(n)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from x_transformers.cache import Shape
 from x_transformers.call import LayerCall, Span
+from x_transformers.ops import reorder_heads
 
 
 class Needs(enum.Flag):
@@ -28,6 +30,12 @@ class Needs(enum.Flag):
     """Drop attention weights at random."""
     SCORES = enum.auto()
     """Hand out the scores and weights."""
+    ROWS = enum.auto()
+    """Change whole rows of logits."""
+    WEIGHTING = enum.auto()
+    """Turn logits into weights by anything but a softmax."""
+    WEIGHTS = enum.auto()
+    """Change weights."""
 
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -70,13 +78,51 @@ class BoundScore:
 
 
 class Stage:
-    """Places in the score pipeline."""
+    """Places in the pipeline from scores to weights. Logits stand in order up to the weighting, weights behind it."""
 
+    RESIDUAL = 1.0
+    PRODUCT = 3.0
+    MIX = 4.0
     BIAS = 4.5
     CLAMP = 5.0
+    SIGN = 6.0
+    MASK = 7.0
+    CONTEXTUAL = 8.0
+    SELECTIVE = 9.0
+    WEIGHTING = 11.0
+    DELTA = 12.0
+    RESIGN = 13.0
+    DROPOUT = 14.0
+    MIX_WEIGHTS = 15.0
+    MULTIPLY = 16.0
 
 
-class ScoreMod(nn.Module):
+class Part(nn.Module):
+    """What every part of the way from scores to weights may declare of itself.
+
+    Attributes:
+        reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops one,
+            and a name that ends with a dot stands for all below it.
+        per_head: this part's entries that run over query heads, and along which axes.
+        one_way: the part is made for causal attention, so that no call may lift causality.
+    """
+
+    reference: ClassVar[Mapping[str, str | None]] = {}
+    per_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    one_way = False
+
+    def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
+        """The streams beside keys and values that this part grows with the sequence."""
+        return {}
+
+    def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
+        """Reorder the query heads of this part's entries in a state dict, in place."""
+        for name, axes in self.per_head.items():
+            for axis in axes if prefix + name in state else ():
+                state[prefix + name] = reorder_heads(state[prefix + name], axis, order)
+
+
+class ScoreMod(Part):
     """Changes one score. `needs` and `stage` are what backends and the pipeline read."""
 
     needs: Needs
@@ -86,9 +132,146 @@ class ScoreMod(nn.Module):
         """Bind to the tokens of one pass."""
         raise NotImplementedError
 
+    def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
+        """Bind inside of one sublayer, whose (query) input `(b, n, D)` may matter."""
+        return self.bind(layer.call.query, layer.keys)
+
+
+WeightFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class After:
+    """Something to be done to the weights `(b, h, i, j)` (without the sink's column), at its stage."""
+
+    stage: float
+    apply: WeightFunction
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a row modification may look at.
+
+    Attributes:
+        q: `(b, h, i, d)` queries as they were weighed.
+        mask: which keys are seen, broadcastable to the logits, or None for all of them.
+        prefix: keys in front that are no tokens.
+        layer: the sublayer's call.
+    """
+
+    q: Tensor
+    mask: Tensor | None
+    prefix: int
+    layer: LayerCall
+
+
+class RowMod(Part):
+    """Changes whole rows of logits `(b, h, i, j)`; may leave something to be done to the weights."""
+
+    needs = Needs.ROWS
+    stage: float
+
+    def sink(self, logits: Tensor) -> Tensor:
+        """What becomes of the learned sink's logits `(h,)` beside these rows."""
+        return logits
+
+    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+        raise NotImplementedError
+
+
+class Weighting(Part):
+    """Turns logits `(b, h, i, j)` into weights of the same shape.
+
+    Attributes:
+        across_queries: a query's weights depend on the other queries. The logits then come unmasked; otherwise those
+            of hidden keys hold the most negative number.
+    """
+
+    needs = Needs.WEIGHTING
+    across_queries = False
+
+    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+        """Weigh.
+
+        Args:
+            logits: `(b, h, i, j)`.
+            mask: which keys are seen, broadcastable to the logits; None for all of them.
+            live: `(b, i)` which queries others may know of; None for all of them.
+        """
+        raise NotImplementedError
+
+
+class WeightMod(Part):
+    """Changes weights `(b, h, i, j)`."""
+
+    needs = Needs.WEIGHTS
+    stage: float
+
+    def forward(self, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a value modification may look at behind the weighing.
+
+    Attributes:
+        x: `(b, n, D)` the (query) input.
+        values: `(b, g, n, e)` the new tokens' own values as projected; in cross-attention, the context's.
+        dead: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is no such query.
+        layer: the sublayer's call.
+    """
+
+    x: Tensor
+    values: Tensor
+    dead: Tensor | None
+    layer: LayerCall
+
+
+class ValueMod(Part):
+    """Acts on values before they are weighed, or on what comes out.
+
+    Attributes:
+        outer: `after` comes behind what a caller adds to the heads' outputs (`o_delta`).
+    """
+
+    outer = False
+
+    def project(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
+        """Projected values `(b, g, n, e)` before they are cached; x is the (query) input `(b, n, D)`."""
+        return v
+
+    def weigh(self, v: Tensor) -> Tensor:
+        """All values, `(b, g, j, e)`, cached and memory ones included."""
+        return v
+
+    def after(self, out: Tensor, seen: Seen) -> Tensor:
+        """Attention's output `(b, h, n, e)` to `(b, h, n, out_width(e))`."""
+        return out
+
+    def out_width(self, width: int) -> int:
+        """Features of a head that `after` gives for `width` of them."""
+        return width
+
+    def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
+        """The columns of the reference's output projection, `(Do, h * out_width)`, in the order of our features."""
+        return weight
+
+
+class Metric(nn.Module):
+    """Another likeness of queries and keys than their product, as the product of wider ones. The last to touch them."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`q (b, h, i, d)`, `k (b, g, j, d)`, every key included, to the same with other features."""
+        raise NotImplementedError
+
 
 class QKTransform(nn.Module):
     """Transforms queries and keys by their positions. Keys are cached behind it and are never transformed again."""
+
+    def width(self, dim_head: int) -> int:
+        """Features of a transformed key of `dim_head` features."""
+        return dim_head
 
     def tables(self, query: Span, keys: Span) -> Any:
         """What depends on positions alone; computed once a pass."""
@@ -120,6 +303,8 @@ class KeyMod(nn.Module):
     """Puts keys and values that are no tokens in front of the others; every query sees them."""
 
     count: int
+    nothing: bool = False
+    """Its values are zero whatever is done to those of others; it joins behind `ValueMod.weigh`."""
 
     def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """`k (b, g, j, d)`, `v (b, g, j, e)` to the same with `count` more on the left."""
@@ -156,15 +341,24 @@ class Visibility:
 
 
 __all__ = [
+    "After",
     "AttentionShape",
     "BoundScore",
     "KeyMod",
     "LayerCall",
+    "Metric",
     "Needs",
+    "Part",
     "QKNorm",
     "QKTransform",
+    "RowMod",
+    "Rows",
     "ScoreMod",
+    "Seen",
     "Span",
     "Stage",
+    "ValueMod",
     "Visibility",
+    "WeightMod",
+    "Weighting",
 ]

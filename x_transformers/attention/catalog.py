@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from x_transformers.attention import latent
 from x_transformers.attention.keys import memory, sink, zero
+from x_transformers.attention.output import ON_ATTN, OUTPUT
 from x_transformers.attention.projections import CONTEXT, GROUPED, HEADS
-from x_transformers.attention.qk import normalize
-from x_transformers.attention.scores import softclamp
+from x_transformers.attention.qk import l2_distance, normalize
+from x_transformers.attention.scores import (
+    cog,
+    cope,
+    forgetting,
+    relative_projection,
+    selective,
+    softclamp,
+    talking_heads,
+)
+from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
+from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
 from x_transformers.options.schema import Feature, Schema, opt, require
 
 
@@ -36,14 +48,6 @@ class DropoutOptions:
         for name in ("dropout", "sublayer_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    dim_out: int | None = opt(None, "width of the output; default `dim`")
-    project_out: bool | None = opt(None, "force or forbid the output projection; default: there unless it is useless")
-    zero_init_output: bool = opt(False, "the output projection starts at zero")
-    output_proj_depth: int | None = opt(None, "its standard deviation is (2 * fan_in * depth) ** -0.5 (2402.00838)")
 
 
 BACKEND = Feature(
@@ -78,14 +82,6 @@ DROPOUT = Feature(
     examples=({"attn_dropout": 0.1, "attn_sublayer_dropout": 0.1},),
 )
 
-OUTPUT = Feature(
-    name="attention_output",
-    group="attn",
-    slot="output",
-    options=OutputOptions,
-    summary="the output projection",
-)
-
 FEATURES = (
     HEADS,
     GROUPED,
@@ -98,8 +94,31 @@ FEATURES = (
     sink.FEATURE,
     WINDOW,
     softclamp.FEATURE,
+    forgetting.FEATURE,
+    relative_projection.FEATURE,
+    *talking_heads.FEATURES,
+    cog.FEATURE,
+    cope.FEATURE,
+    selective.FEATURE,
+    sigmoid.FEATURE,
+    topk.FEATURE,
+    hard.FEATURE,
+    gumbel.FEATURE,
+    custom.FEATURE,
+    inverted.FEATURE,
     DROPOUT,
+    latent.FEATURE,
+    l2_distance.FEATURE,
+    residual.MIX,
+    rmsnorm.FEATURE,
+    laser.FEATURE,
+    head_scale.FEATURE,
+    gates.HEAD_GATE,
+    hybrid.FEATURE,
+    gates.GATES,
+    orthogonal.FEATURE,
     OUTPUT,
+    ON_ATTN,
 )
 
 SCHEMA = Schema(FEATURES)

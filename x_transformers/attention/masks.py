@@ -11,11 +11,20 @@ from x_transformers.errors import ShapeError
 from x_transformers.ops import pad_left
 
 
-def visibility(call: Call, keys: Span, *, causal: bool, own: bool, window: int | None, prefix: int) -> Visibility:
+def visibility(
+    call: Call,
+    keys: Span,
+    *,
+    causal: bool,
+    own: bool,
+    window: int | None,
+    prefix: int,
+    shown: Tensor | None = None,
+) -> Visibility:
     """Which of `keys` the queries of this pass see.
 
     A key is seen iff it is live, and (causal) its slot is not behind the query's, and (window `w`) the query's slot
-    is at most `w` behind it, and the caller's `attn_mask` holds. The `prefix` keys in front are always seen.
+    is at most `w` behind it, and the caller's `attn_mask` holds. The `prefix` keys in front are seen by every query.
 
     Args:
         call: the pass.
@@ -24,18 +33,22 @@ def visibility(call: Call, keys: Span, *, causal: bool, own: bool, window: int |
         own: the keys are the tokens' own (self-attention); a context has slots of its own.
         window: how far back a query sees.
         prefix: keys in front that are no tokens.
+        shown: `(b, P)` bool, which of those are seen; None for all.
     """
-    rule = (id(keys), causal, own, window, prefix)
+    rule = (id(keys), causal, own, window, prefix, id(shown))
     if rule not in call.memo:
-        call.memo[rule] = _build(call, keys, causal, own, window, prefix)
-    return call.memo[rule]
+        # the tensor stays in the memo, so that its id stays its own
+        call.memo[rule] = _build(call, keys, causal, own, window, prefix, shown), shown
+    return call.memo[rule][0]
 
 
-def _build(call: Call, keys: Span, causal: bool, own: bool, window: int | None, prefix: int) -> Visibility:
+def _build(
+    call: Call, keys: Span, causal: bool, own: bool, window: int | None, prefix: int, shown: Tensor | None
+) -> Visibility:
     attn_mask = call.attn_mask if own else None
     # recurrent memory lies before every query, so only keys of the pass itself can be hidden by causality
     hides = causal and not (own and call.newest)
-    if keys.live is None and attn_mask is None and window is None:
+    if keys.live is None and attn_mask is None and window is None and shown is None:
         if not hides:
             return Visibility(None, False, None, prefix)
         if own and call.aligned and len(keys) == len(call.query) and prefix == 0:
@@ -55,10 +68,15 @@ def _build(call: Call, keys: Span, causal: bool, own: bool, window: int | None, 
         given = _fit(attn_mask, len(call.query), len(keys), "attn_mask")
         given = pad_left(given, len(keys) - given.shape[-1], True)
         seen = given if seen is None else given & seen
-    assert seen is not None
+    if seen is None:
+        seen = torch.ones(1, len(keys), dtype=torch.bool, device=keys.index.device)
     seen = seen[(None,) * (4 - seen.ndim)].expand(-1, -1, len(call.query), -1)
-    seen = pad_left(seen, prefix, True)
-    may_be_dead = prefix == 0 and (keys.live is not None or attn_mask is not None)
+    if shown is None:
+        seen = pad_left(seen, prefix, True)
+    else:
+        front = shown[:, None, None, :].expand(-1, *seen.shape[1:3], -1)
+        seen = torch.cat((front, seen.expand(len(front), -1, -1, -1)), dim=-1)
+    may_be_dead = (prefix == 0 or shown is not None) and (keys.live is not None or attn_mask is not None)
     dead = ~seen.any(dim=-1, keepdim=True) if may_be_dead else None
     return Visibility(seen, False, dead, prefix)
 

@@ -59,25 +59,41 @@ class Projections(nn.Module):
         dim: width of x.
         dim_context: width of the source s of keys and values.
         heads, kv_heads: query heads; key/value heads.
+        key_heads: of the key/value heads, how many get their keys here; without any, there is no such map.
         dim_head, value_dim_head: widths of a head.
     """
 
     def __init__(
-        self, *, dim: int, dim_context: int, heads: int, kv_heads: int, dim_head: int, value_dim_head: int
+        self,
+        *,
+        dim: int,
+        dim_context: int,
+        heads: int,
+        kv_heads: int,
+        key_heads: int,
+        dim_head: int,
+        value_dim_head: int,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.key_heads = heads, kv_heads, key_heads
         self.q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.k = nn.Linear(dim_context, kv_heads * dim_head, bias=False)
+        self.k = nn.Linear(dim_context, key_heads * dim_head, bias=False) if key_heads else None
         self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=False)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """`(b, i, D) -> (b, h, i, d)`."""
-        return split_heads(self.q(x), self.heads)
+    def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """`(b, i, D) -> (b, h, i, d)`; the delta is added to the flat features."""
+        return split_heads(_plus(self.q(x), delta), self.heads)
 
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """`(b, j, Dc) -> (b, g, j, d), (b, g, j, e)`."""
-        return split_heads(self.k(source), self.kv_heads), split_heads(self.v(source), self.kv_heads)
+    def keys_values(
+        self, xk: Tensor, xv: Tensor, delta_k: Tensor | None = None, delta_v: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """`(b, j, Dc), (b, j, Dc) -> (b, g, j, d), (b, g, j, e)`; no keys where there is no map for them."""
+        k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
+        return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
+
+
+def _plus(t: Tensor, delta: Tensor | None) -> Tensor:
+    return t if delta is None else t + delta
 
 
 HEADS = Feature(

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import Faults
-from x_transformers.feedforward import activations
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.feedforward import activations, softclamp
+from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.loading import ReadsReference, rename, rename_prefix
 from x_transformers.norms import LayerNorm
+from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, opt, require
 from x_transformers.options.signatures import parameter, show_keywords
@@ -67,6 +69,7 @@ FEATURES = (
         examples=({"ff_glu": True}, {"ff_glu": True, "ff_swish": True}, {"ff_glu": True, "ff_glu_mult_bias": True}),
     ),
     activations.FEATURE,
+    softclamp.FEATURE,
     Feature(
         name="post_act_ln",
         group="ff",
@@ -105,7 +108,13 @@ class FeedForward(Configured, ReadsReference):
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do
         self.up = nn.Linear(dim, 2 * inner if glu.glu else inner, bias=glu.glu or not core.no_bias)
-        self.activation = parsed["activation"].activation()
+        self.activation = parsed["activation"].activation(inner)
+        bounds = parsed["ff_softclamp"]
+        self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
+        if not glu.glu:
+            self.bound = bounds.softclamp_value
+        elif bounds.glu_softclamp:
+            self.activation = BoundedGate(self.activation, bounds.glu_gate_softclamp_value)
         self.gate_scale = nn.Parameter(torch.ones(inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down = nn.Linear(inner, dim if core.dim_out is None else core.dim_out, bias=not core.no_bias)
@@ -115,30 +124,35 @@ class FeedForward(Configured, ReadsReference):
         elif core.output_proj_depth is not None:
             nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim) -> (..., dim_out)`."""
+    def forward(self, x: Tensor, deep_embed: Tensor | None = None) -> Tensor:
+        """`(..., dim) -> (..., dim_out)`, times `deep_embed` if there is one."""
         x = self.up(x)
         if self.glu:
             up, gate = x.chunk(2, dim=-1)
+            up = up if self.bound is None else clamp(up, self.bound)
             x = up * self.activation(gate)
             if self.gate_scale is not None:
                 x = x * self.gate_scale
         else:
-            x = self.activation(x)
+            x = self.activation(x if self.bound is None else clamp(x, self.bound))
         if self.norm is not None:
             x = self.norm(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         x = self.down(x)
-        return F.dropout(x, self.sublayer_dropout, self.training) if self.sublayer_dropout else x
+        if self.sublayer_dropout:
+            x = F.dropout(x, self.sublayer_dropout, self.training)
+        return x if deep_embed is None else x * deep_embed
 
     def muon_parameters(self) -> Iterator[Tensor]:
-        """The weights of the linear maps, which Muon may orthogonalise."""
-        yield from (self.up.weight, self.down.weight)
+        """The weights of the linear maps, which Muon may orthogonalise, those of a custom activation included."""
+        yield from (module.weight for module in self.modules() if isinstance(module, nn.Linear))
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         into = "ff.0.proj" if self.glu else "ff.0.0"
         back = "ff.3" if self.norm is not None else "ff.2"
+        inside = "act" if self.glu else "1" if self.bound is None else "2"
+        rename_prefix(state, f"{prefix}ff.0.{inside}.", f"{prefix}activation.")
         for name in ("weight", "bias"):
             rename(state, f"{prefix}{into}.{name}", f"{prefix}up.{name}")
             rename(state, f"{prefix}{back}.{name}", f"{prefix}down.{name}")

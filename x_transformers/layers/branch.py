@@ -7,24 +7,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.attention.attention import Attention
-from x_transformers.call import LayerCall
+from x_transformers.call import Carry, LayerCall
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
+from x_transformers.layers.branches.scale import OutputScale
+from x_transformers.layers.branches.shift import ShiftTokens
+from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import ResidualConnection
-from x_transformers.loading import ReadsReference, rename_prefix
+from x_transformers.loading import ReadsReference, rename, rename_prefix
+from x_transformers.norms import Norm
 
 
 @dataclass(frozen=True, eq=False)
 class Passed:
-    """What a sublayer leaves behind: the stream, its input before the norm, and attention's record."""
+    """What a sublayer leaves behind.
+
+    Attributes:
+        stream: the residual stream.
+        branch_input: what the residual connection gave the sublayer.
+        memory_input: what keys and values were computed from, before the norm: the next segment's recurrent memory.
+        record: attention's record, if one was asked for.
+        carry: what later sublayers may read.
+    """
 
     stream: Tensor
     branch_input: Tensor
+    memory_input: Tensor
     record: Intermediates | None
+    carry: Carry
 
 
 class Branch(ReadsReference):
@@ -34,10 +48,12 @@ class Branch(ReadsReference):
         kind: which of them.
         fn: the function.
         residual: how the stream is read and written.
+        reader: a mix of earlier branch inputs in place of the own one.
         norm: before the function.
-        output_norm: on its output.
+        shift: moves features between neighbouring tokens, behind the norm.
+        output_norm: on the function's output.
         stream_norm: on the stream, behind the residual.
-        layer_scale: learned factor on the output.
+        scale: learned factor on the output.
         output_scale: constant factor on the output.
         dropout: probability of skipping the sublayer in training.
     """
@@ -48,21 +64,24 @@ class Branch(ReadsReference):
         fn: Attention | FeedForward,
         residual: ResidualConnection,
         *,
-        norm: nn.Module | None,
-        output_norm: nn.Module | None,
-        stream_norm: nn.Module | None,
-        layer_scale: nn.Module | None,
+        reader: DepthReader | None,
+        norm: Norm | None,
+        shift: ShiftTokens | None,
+        output_norm: Norm | None,
+        stream_norm: Norm | None,
+        scale: OutputScale | None,
         output_scale: float,
         dropout: float,
     ) -> None:
         super().__init__()
         self.kind = kind
+        self.reader, self.shift = reader, shift
         self.norm, self.output_norm, self.stream_norm = norm, output_norm, stream_norm
         if isinstance(fn, Attention):
             self.attention = fn
         else:
             self.feedforward = fn
-        self.layer_scale, self.output_scale, self.dropout = layer_scale, output_scale, dropout
+        self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
         self.residual = residual
 
     @property
@@ -70,47 +89,76 @@ class Branch(ReadsReference):
         """The function of this sublayer."""
         return self.feedforward if self.kind == "f" else self.attention
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The running states that this sublayer keeps in causal passes."""
+        shifted = ("shift",) if self.shift is not None and self.shift.causal else ()
+        return (*shifted, *self.residual.running)
+
     def forward(self, stream: Tensor, layer: LayerCall) -> Passed:
         """One sublayer.
 
         Args:
-            stream: `(b, n, D)`.
+            stream: `(b, n, D)`, or `(b, n, s, D)` where the residual connection keeps several streams.
             layer: what this sublayer gets beside it. Its memory is raw; it passes the norm here.
         """
         before = stream
         x, kept = self.residual.read(stream)
         branch_input = x
-        if self.norm is not None:
-            x = self.norm(x)
-            if layer.memory is not None:
-                layer = replace(layer, memory=self.norm(layer.memory))
+        carry = layer.carry
+        if self.reader is not None:
+            carry = replace(carry, history=(*carry.history, branch_input))
+            x = self.reader(x, carry.history)
+        if layer.injection is not None:
+            x = x + layer.injection
+        # three views are remembered whole: keys and values read two of them, gates and shifts the first
+        memory_input = x
+        x, layer = self._prepare(x, layer)
         record = None
         if self.kind == "f":
-            out = self.feedforward(x)
+            out = self.feedforward(x, layer.deep_embed)
         else:
-            out, record = self.attention.run(x, layer)
-        if self.layer_scale is not None:
-            out = self.layer_scale(out)
+            out, record, carry = self.attention.run(x, replace(layer, carry=carry))
+        if self.scale is not None:
+            out = self.scale(out, layer.condition)
         if self.output_scale != 1:
             out = out * self.output_scale
         if self.output_norm is not None:
-            out = self.output_norm(out)
-        stream = self.residual.write(out, kept, layer.call)
+            out = self.output_norm(out, layer.condition)
+        stream = self.residual.write(out, kept, layer)
         if self.stream_norm is not None:
-            stream = self.stream_norm(stream)
+            condition = layer.condition
+            if condition is not None and stream.ndim == 4:
+                condition = condition.unsqueeze(-2)
+            stream = self.stream_norm(stream, condition)
         if self.dropout and self.training:
             stream = drop_layer(before, stream, self.dropout)
-        return Passed(stream, branch_input, record)
+        return Passed(stream, branch_input, memory_input, record, carry)
+
+    def _prepare(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
+        """Norm and shift, of the input and of the recurrent memory before it."""
+        memory = layer.memory
+        if memory is not None and memory.ndim < x.ndim:
+            # one memory for all three views
+            memory = memory.expand(x.shape[0], *memory.shape)
+        if self.norm is not None:
+            x = self.norm(x, layer.condition)
+            memory = None if memory is None else self.norm(memory, layer.condition)
+        if self.shift is not None:
+            x, memory = self.shift(x, memory, layer)
+        return x, layer if memory is layer.memory else replace(layer, memory=memory)
 
     def translate_reference(self, state: dict, prefix: str) -> None:
         # the reference numbers the parts: 0 norms, 1 the function inside of its wrappers, 2 the residual
         for slot, name in enumerate(("norm", "output_norm", "stream_norm")):
             rename_prefix(state, f"{prefix}0.{slot}.", f"{prefix}{name}.")
         rename_prefix(state, f"{prefix}2.", f"{prefix}residual.")
+        # each wrapper of the reference adds an `fn.`; only the learned scale among them has keys of its own
         inside = f"{prefix}1."
-        if self.output_scale != 1:
-            rename_prefix(state, f"{inside}fn.", inside)
-        if self.layer_scale is not None and f"{inside}gamma" in state:
-            state[f"{prefix}layer_scale.gamma"] = state.pop(f"{inside}gamma")
+        for name in ("gamma", "to_gamma.weight", "to_gamma.bias"):
+            for depth in ("", "fn."):
+                if self.scale is not None:
+                    rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
+        while any(key.startswith(f"{inside}fn.") for key in state):
             rename_prefix(state, f"{inside}fn.", inside)
         rename_prefix(state, inside, f"{prefix}{'feedforward' if self.kind == 'f' else 'attention'}.")

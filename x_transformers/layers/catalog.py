@@ -6,25 +6,47 @@ from __future__ import annotations
 
 from x_transformers import norms
 from x_transformers.attention import catalog as attention
-from x_transformers.attention.qk import rotary
+from x_transformers.attention.qk import polar, rotary
 from x_transformers.attention.scores import alibi, dynamic, t5
+from x_transformers.attention.scores import residual as residual_scores
+from x_transformers.attention.values import residual as value_residual
 from x_transformers.feedforward import feedforward
-from x_transformers.layers import structure
-from x_transformers.layers.branches import dropout, layer_scale, norm_placement
-from x_transformers.layers.residuals import gated, plain
+from x_transformers.layers import conditioning, output, structure, unet, views
+from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
+from x_transformers.layers.depth import aggregated, lime
+from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, plain, resi_dual, streams
 from x_transformers.options.schema import Schema
 
 STACK_FEATURES = (
-    structure.STRUCTURE,
+    *structure.FEATURES,
     structure.STACK,
     *norms.FEATURES,
     norm_placement.FEATURE,
     plain.SCALE,
+    base.KEYWORDS,
     gated.FEATURE,
-    layer_scale.FEATURE,
+    orthogonal.FEATURE,
+    mv_split.FEATURE,
+    streams.FEATURE,
+    resi_dual.FEATURE,
+    views.FEATURE,
+    aggregated.FEATURE,
+    lime.FEATURE,
+    lime.WEIGHTS,
+    unet.FEATURE,
+    conditioning.FEATURE,
+    scale.FEATURE,
+    scale.ADAPTIVE,
+    output_init.DEPTH_SCALE,
+    output_init.ZERO_INIT,
+    output.FEATURE,
+    shift.FEATURE,
     dropout.LAYER_DROPOUT,
     dropout.CONTEXT_DROPOUT,
+    value_residual.FEATURE,
+    residual_scores.FEATURE,
     rotary.FEATURE,
+    polar.FEATURE,
     alibi.FEATURE,
     t5.FEATURE,
     dynamic.FEATURE,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,25 +15,39 @@ from x_transformers.attention.attention import (
     bind_attn_bias,
     check_input,
     check_mask,
-    reference_head_order,
 )
 from x_transformers.attention.base import QKTransform, ScoreMod
+from x_transformers.attention.qk.given import GivenPolar, GivenRotation
+from x_transformers.attention.qk.polar import PolarEmbedding
+from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.base import DistanceBias
-from x_transformers.cache import KVCache, Shape, StaticCache
-from x_transformers.call import Call, Capture, LayerCall, Span
+from x_transformers.attention.weights.hard import log_prob_from_hard_attend
+from x_transformers.cache import Entry, KVCache, Shape, StaticCache
+from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import Intermediates, LayerIntermediates
+from x_transformers.layers.additional import deal_pairs, deal_residuals
 from x_transformers.layers.branch import Branch, Passed
 from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.branches.norm_placement import norm_places
+from x_transformers.layers.branches.output_init import output_keywords, output_scale
+from x_transformers.layers.branches.shift import ShiftTokens
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
+from x_transformers.layers.conditioning import build_condition, build_injection, newest
 from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
 from x_transformers.layers.plan import SCHEMAS, LayerPlan, StackPlan, make_plan
-from x_transformers.layers.residuals.plain import Residual
+from x_transformers.layers.residuals.base import Place
+from x_transformers.layers.residuals.plain import plain_residual
+from x_transformers.layers.sequence import Repeat, check_order, repeated
 from x_transformers.layers.spans import lay_out
-from x_transformers.loading import ReadsReference, rename
-from x_transformers.norms import LayerNorm
+from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
+from x_transformers.layers.views import residual_views
+from x_transformers.loading import ReadsReference, rename, rename_prefix
+from x_transformers.norms import ADAPTIVE, LayerNorm
+from x_transformers.ops import reference_head_order, softclamp
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import Options
 from x_transformers.options.signatures import parameter, show_keywords
 
 
@@ -45,6 +59,35 @@ class SharedParts:
     fresh: Span
     rotations: tuple[Any, ...]
     biases: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What a caller gives to a pass beside tokens, keys and masks.
+
+    Attributes:
+        order: the built sublayers, in the order of execution.
+        condition: `(b, 1|n, c)` what adaptive norms and scales read.
+        injection: `(b, 1|n, D)` added to each sublayer's input.
+        deep_embeds: `(b, n, L, D)` factors of the outputs of the first L executed feedforwards.
+        transform: `(block, stream) -> stream` at the entry of each executed block but the first.
+        rotations: query/key transforms of self-attention.
+        context_pos: `(1|b, m)` positions of the context, or None where cross-attention does not rotate.
+        additional: keys and values for each executed self-attention.
+        additional_mask: `(b, A)` which of them are seen.
+        kv_residuals: for "a" and "c", what is added to the source of keys and values of each such layer.
+    """
+
+    order: tuple[int, ...]
+    condition: Tensor | None = None
+    injection: Tensor | None = None
+    deep_embeds: Tensor | None = None
+    transform: Callable[[int, Tensor], Tensor] | None = None
+    rotations: tuple[QKTransform, ...] = ()
+    context_pos: Tensor | None = None
+    additional: tuple[tuple[Tensor, Tensor] | None, ...] = ()
+    additional_mask: Tensor | None = None
+    kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
 
 
 class AttentionLayers(Configured, ReadsReference):
@@ -60,6 +103,9 @@ class AttentionLayers(Configured, ReadsReference):
         ConfigError: listing every unknown keyword, bad value and conflict of the call.
     """
 
+    looks_back = False
+    """Tokens see their past although the stack is not causal; what mixes neighbours looks back alone."""
+
     def __init__(
         self, dim: int, depth: int | None = None, heads: int = 8, causal: bool = False, **keywords: Any
     ) -> None:
@@ -68,7 +114,8 @@ class AttentionLayers(Configured, ReadsReference):
             raise ConfigError(f"{type(self).__name__}: `dim` is {dim!r}; it must be a positive whole number.")
         plan = make_plan(type(self).__name__, {"depth": depth, "heads": heads, **keywords})
         options, structure = plan.options, plan.options["structure"]
-        self.dim, self.depth, self.causal = dim, structure.depth, causal
+        self.dim, self.depth, self.causal = dim, plan.sequence.depth, causal
+        self.sequence = plan.sequence
         self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
         self.layer_types = tuple(layer.kind for layer in plan.layers)
         self.features = tuple(feature.name for feature in options.enabled())
@@ -80,51 +127,93 @@ class AttentionLayers(Configured, ReadsReference):
             schema, prefix = SCHEMAS[layer.kind]
             with faults.catching(lambda message, schema=schema, prefix=prefix: schema.in_full(message, prefix)):
                 self.layers.append(self._branch(plan, layer, index, norm))
+        if options.on("value_residual"):
+            _check_value_residual(self, faults)
         self.rotary_pos_emb: QKTransform | None = None
+        self.polar_pos_emb: QKTransform | None = None
         self.rel_pos: ScoreMod | None = None
         if plan.of("a"):
             with faults.catching():
                 self._build_positions(plan)
+        with faults.catching():
+            self._build_surroundings(plan)
         faults.raise_if_any(type(self).__name__)
-        placement = options["norm_placement"]
-        self.final_norm = norm(dim) if placement.final else None
+        self.final_norm = norm(dim) if norm_places(options).final else None
         self.context_dropout = options["context_dropout"].cross_attn_tokens_dropout
+        # what cross-attentions hand on must be about the same keys
+        self.one_context = options.on("value_residual") or options["residual_scores"].cross_residual_attn
         asked = options["stack"].disable_abs_pos_emb
-        self.disable_abs_pos_emb = asked if asked is not None else options.on("rotary") or options.on("t5_bias")
+        self.disable_abs_pos_emb = (
+            asked if asked is not None else any(options.on(name) for name in ("rotary", "polar", "t5_bias"))
+        )
         if options["stack"].verbose:
             for sentence in (*plan.warnings, *_unwise(self)):
                 logger.warning(f"{type(self).__name__}: {sentence}")
 
     def _branch(self, plan: StackPlan, layer: LayerPlan, index: int, norm: Any) -> Branch:
         options, dim = plan.options, self.dim
+        keywords = {**layer.keywords, **output_keywords(options, index // self.sequence.block + 1)}
         fn: Attention | FeedForward
         if layer.kind == "f":
-            fn = FeedForward(dim, **layer.keywords)
+            fn = FeedForward(dim, **keywords)
         else:
             heads = options["structure"].heads
-            fn = Attention(dim, heads=heads, causal=self.causal and layer.kind == "a", **layer.keywords)
-        placement, scale = options["norm_placement"], options["residual_scale"]
-        layer_scale = options["layerscale"]
-        offset = options["norm"].norm_add_unit_offset
-        skip = options["layer_dropout"].layer_dropout
-        chosen = options.enabled("residual")
-        if chosen:
-            assert chosen[0].build is not None
-            residual = chosen[0].build(dim, scale_residual=scale.learned)
-        else:
-            residual = Residual(dim, scale.learned, scale.scale_residual_constant)
-        gain = options.enabled("branch scale")
+            keywords |= _value_residual(plan, layer, index)
+            fn = Attention(dim, heads=heads, causal=self.causal and layer.kind == "a", **keywords)
+            fn.leaves_values = options.on("value_residual")
+            if options["residual_scores"].shared(layer.kind):
+                fn.share_scores()
+            if (self.causal or self.looks_back) and fn.across_queries:
+                raise ConfigError(
+                    "`inverted_attention` normalises over the queries, so that in a causal stack earlier tokens would "
+                    "see later ones; use an Encoder or a CrossAttender, or drop it."
+                )
+        where, factor = norm_places(options), output_scale(options)
+        if layer.kind == "f" and options["macaron"].macaron:
+            factor *= 0.5
+        place = Place(
+            dim=dim,
+            index=index,
+            kind=layer.kind,
+            causal=self.causal,
+            options=options,
+            first=layer.kind not in self.layer_types[:index],
+            views=residual_views(options, layer.kind),
+            norm=norm,
+        )
+        skip, shift = (
+            _each(value, index)
+            for value in (options["layer_dropout"].layer_dropout, options["shift_tokens"].shift_tokens)
+        )
         return Branch(
             layer.kind,
             fn,
-            residual,
-            norm=norm(dim) if placement.before else None,
-            output_norm=norm(dim) if placement.sandwich_norm else None,
-            stream_norm=norm(dim) if placement.behind else None,
-            layer_scale=gain[0].build(dim, layer_scale.layerscale_init_value, offset) if gain else None,  # type: ignore[misc]
-            output_scale=scale.output_scale,
-            dropout=skip[index] if isinstance(skip, tuple) else skip,
+            _one(options, "residual", place) or plain_residual(place),
+            reader=_one(options, "reader", place),
+            norm=norm(dim) if where.before else None,
+            shift=ShiftTokens(shift, dim, self.causal or self.looks_back) if shift else None,
+            output_norm=norm(dim) if where.output else None,
+            stream_norm=norm(dim) if where.behind else None,
+            scale=_one(options, "branch scale", place),
+            output_scale=factor,
+            dropout=skip,
         )
+
+    def _build_surroundings(self, plan: StackPlan) -> None:
+        """What stands before, between and behind the layers."""
+        options = plan.options
+        self.frame = self.layers[0].residual.frame() if len(self.layers) else None  # type: ignore[union-attr]
+        self.injection = build_injection(options["reinject_input"], self.dim) if options.on("reinject_input") else None
+        self.need_condition = any(options.on(name) for name in ADAPTIVE)
+        self.dim_condition = options["condition"].given_width(self.dim)
+        self.condition_mlp = build_condition(options, self.dim) if self.need_condition else None
+        self.skip_sources = skip_sources(self.sequence) if options.on("unet_skips") else {}
+        self.skip_combines = nn.ModuleDict({str(index): ConcatCombine(self.dim) for index in self.skip_sources})
+        clamp = options["softclamp_output"]
+        self.output_clamp = clamp.softclamp_output_value if clamp.softclamp_output else None
+        self.num_residual_streams = options["residual_streams"].num_residual_streams
+        self.reference_mix = options["residual_streams"].hyper_conn_reference_mix
+        self.runs_in_order = options.on("lime")
 
     def _build_positions(self, plan: StackPlan) -> None:
         """The position parts that all self-attention layers share."""
@@ -139,12 +228,17 @@ class AttentionLayers(Configured, ReadsReference):
             "kv_heads": {branch.attention.kv_heads for branch in self.branches("a")},
             "kwargs": plan.options["stack"].rel_pos_kwargs,
         }
-        for slot, name in (("qk", "rotary_pos_emb"), ("score", "rel_pos")):
+        for slot, name in (("qk", "rotary_pos_emb"), ("polar qk", "polar_pos_emb"), ("score", "rel_pos")):
             for feature in plan.options.enabled(slot):
                 assert feature.build is not None
                 setattr(self, name, feature.build(plan.options[feature.name], **surroundings))
 
     # what other code reads
+
+    @property
+    def rotations(self) -> tuple[QKTransform, ...]:
+        """The transforms of queries and keys by position."""
+        return tuple(t for t in (self.rotary_pos_emb, self.polar_pos_emb) if t is not None)
 
     def branches(self, *kinds: str) -> list[Branch]:
         """The sublayers of the given kinds, in order."""
@@ -164,8 +258,10 @@ class AttentionLayers(Configured, ReadsReference):
         return next(iter(self.branches("a", "c"))).attention.shape.dim_head
 
     def cache_streams(self) -> list[dict[str, Shape]]:
-        """The growing streams of each attention sublayer, in the order of execution."""
-        return [b.attention.cache_streams() if b.kind == "a" else {} for b in self.branches("a", "c")]
+        """The growing streams of each sublayer, in the order of execution."""
+        branches = self.branches("a", "c", "f")
+        run = [branches[index] for index in self.sequence.order]
+        return [b.attention.cache_streams(self.rotations) if b.kind == "a" else {} for b in run]
 
     def static_cache(
         self, batch: int, capacity: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -173,7 +269,9 @@ class AttentionLayers(Configured, ReadsReference):
         """A cache of fixed buffers for `capacity` tokens."""
         self._refuse_cache_unless_causal()
         like = next(self.parameters())
-        return StaticCache(self.cache_streams(), batch, capacity, device or like.device, dtype or like.dtype)
+        cache = StaticCache(self.cache_streams(), batch, capacity, device or like.device, dtype or like.dtype)
+        cache.order = self.sequence.order
+        return cache
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """What Muon may orthogonalise: value, output and feedforward matrices (2502.16982)."""
@@ -181,8 +279,27 @@ class AttentionLayers(Configured, ReadsReference):
             if branch.kind == "f":
                 yield from branch.feedforward.muon_parameters()
             else:
-                yield from branch.attention.projections.v.parameters()
-                yield from branch.attention.out.parameters()
+                yield from branch.attention.muon_parameters()
+
+    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
+        """Clip every attention's logits, see `Attention.qk_clip_`; a layer that ran twice by the larger ones.
+
+        Raises:
+            InputError: if the pass recorded no logits.
+        """
+        records: dict[int, list[Intermediates]] = {}
+        for record in intermediates.attn_intermediates or ():
+            if record.layer_index is not None:
+                records.setdefault(record.layer_index, []).append(record)
+        if not records:
+            raise InputError("there are no records of attention here; run the pass with `return_hiddens = True`.")
+        branches = self.branches("a", "c", "f")
+        for index, ran in records.items():
+            logits = [record.pre_softmax_attn for record in ran if record.pre_softmax_attn is not None]
+            most = [t.amax(dim=(0, 2, 3))[None, :, None, None] for t in logits]
+            branches[index].attention.qk_clip_(
+                torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], tau
+            )
 
     def explain(
         self,
@@ -226,12 +343,29 @@ class AttentionLayers(Configured, ReadsReference):
         input_not_include_cache: bool = False,
         cache_age: int | None = None,
         return_hiddens: bool = False,
+        return_gumbel_log_probs: bool = False,
         pos: Tensor | None = None,
         attn_bias: Tensor | None = None,
         causal: bool | None = None,
+        condition: Tensor | None = None,
+        in_attn_cond: Tensor | None = None,
+        deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None,
+        layers_execute_order: Sequence[int] | None = None,
+        repeat_blocks: Sequence[Repeat] | Repeat | None = None,
+        transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+        rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
+        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        context_pos: Tensor | None = None,
+        self_attn_additional_kv: LayerIntermediates | Sequence[tuple[Tensor, Tensor]] | None = None,
+        additional_kv_mask: Tensor | None = None,
+        detach_additional_kv: bool = False,
+        route_additional_kv_to_top: bool = True,
+        self_attn_kv_residuals: Tensor | None = None,
+        cross_attn_kv_residuals: Tensor | None = None,
         *,
         places: Tensor | None = None,
         capture: Capture | None = None,
+        pairs: Callable[[Span, Span], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
 
@@ -243,16 +377,39 @@ class AttentionLayers(Configured, ReadsReference):
             context_mask: `(b, m)` bool.
             attn_mask: `(i, j)`, `(h, i, j)` or `(b, h, i, j)` bool, True where a query may see a key.
             self_attn_kv_mask: as `mask`, for keys alone.
-            mems: a `(b, l, D)` recurrent memory (or None) for each self-attention layer; mem_masks: `(b, l)` bool.
+            mems: a `(b, l, D)` recurrent memory (or None) for each self-attention layer, then the earlier segment's
+                `memory_states`, if it left any; mem_masks: `(b, l)` bool.
             seq_start_pos: `(b,)` tokens of left padding of each row.
             cache: what an earlier pass with `return_hiddens` returned, or a cache.
             cache_age: run only that many tokens of x; default all that are not cached.
             return_hiddens: also return the intermediates.
+            return_gumbel_log_probs: the same, with `log_probs` of the key that each query weighs most, for training
+                hard attention by its log-probabilities.
             pos: integer positions for encodings, of the new or of all tokens. They never change who sees whom.
             attn_bias: broadcastable to `(b, h, i, j)`.
             causal: overrides the constructor for this pass.
+            condition: `(b, c)` or `(b, n, c)`, for adaptive norms and scales. Here and below, a tensor over tokens
+                may cover the new ones or all; the last ones are read.
+            in_attn_cond: `(b, D)` or `(b, n, D)`, added to every sublayer's input.
+            deep_embeds_and_ids: a table `(V, L, D)` and ids `(b, n)`; the t-th executed feedforward's output is
+                multiplied by `table[ids, t]`, if t < L.
+            layers_execute_order: indices of built sublayers, in place of the constructor's order.
+            repeat_blocks: `(block, times)` or `((first, last), times)`, or several of them: blocks to run repeatedly.
+            transform_block_inputs: `(block, stream) -> stream` at the entry of every executed block but the first,
+                counted from 1, or a function of the stream for each block number. Streams are `(b * s, n, D)`.
+            rotary_pos_emb: angles `(1|b, N, r)` of every key and a factor of them, in place of the stack's.
+            polar_pos_emb: angles `(1|b, N, d)` of every key and a bias `(h, 1, d)`, in place of the stack's.
+            context_pos: `(m,)` or `(b, m)` positions of the context; cross-attention then rotates too.
+            self_attn_additional_kv: keys `(b, g', A, d)` and values `(b, g', A, e)` for each executed self-attention,
+                which see them beside their own; or the record of another model's pass. To be passed at every step.
+            additional_kv_mask: `(b, A)` bool, valid ones.
+            detach_additional_kv: no gradient goes into them.
+            route_additional_kv_to_top: the last pairs go to the last layers; else the first ones to the first.
+            self_attn_kv_residuals: added to what keys and values of self-attention are made of: `(b, n, D)` in the
+                first layer, or `(L, b, n, D)` in the first L; cross_attn_kv_residuals: the same for the context.
             places: `(b, all tokens so far)` bool, False for slots that are no tokens of their row (wrappers).
             capture: what to keep for the caller; default everything with `return_hiddens` and without a cache.
+            pairs: makes a further `attn_mask` from queries and keys.
 
         Raises:
             InputError: if arguments do not fit the stack or each other.
@@ -264,13 +421,26 @@ class AttentionLayers(Configured, ReadsReference):
             x = _new_tokens(x, kv, input_not_include_cache, cache_age)
         batch, n = x.shape[:2]
         causal = self.causal if causal is None else causal
+        order = self.order_of(layers_execute_order, repeat_blocks)
         if kv is not None:
             kv = kv.begin(n)
         elif return_hiddens and self.can_cache_kv and causal:
             kv = KVCache().begin(n)
+        if kv is not None:
+            if kv.order not in (None, order):
+                raise InputError(f"the cache was filled by layers {kv.order}, but layers {order} are to run; keep one.")
+            kv.order = order
+        if condition is not None and condition.ndim == 3 and condition.shape[1] > 1 and mems:
+            raise InputError(
+                "`mems` with a `condition` for each token: nobody knows the memory's. Pass (b, c), or no `mems`."
+            )
         if capture is None:
             explicit = return_hiddens and cache is None and self._may_show_scores()
             capture = Capture(scores=explicit, hiddens=return_hiddens)
+        if return_gumbel_log_probs:
+            if not self._may_show_scores():
+                raise InputError("log-probabilities need scores, but `attn_flash = True` keeps none; leave it at None.")
+            return_hiddens, capture = True, replace(capture, scores=True)
 
         if attn_bias is not None and kv is not None and kv.is_static and not kv.fresh:
             _check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
@@ -286,6 +456,8 @@ class AttentionLayers(Configured, ReadsReference):
             pos=pos,
         )
         fresh = kv is None or kv.fresh
+        if pairs is not None:
+            attn_mask = pairs(query, keys) if attn_mask is None else pairs(query, keys) & attn_mask
         call = Call(
             query=query,
             keys=keys,
@@ -297,7 +469,71 @@ class AttentionLayers(Configured, ReadsReference):
             attn_bias=attn_bias,
             capture=capture,
         )
-        return self._run(x, call, kv, context, context_mask, mems, mem_masks, return_hiddens)
+        extras = Extras(
+            order=order,
+            condition=self._condition(condition, batch, n),
+            injection=self._injection(in_attn_cond, x),
+            deep_embeds=None if deep_embeds_and_ids is None else _deep_embeds(*deep_embeds_and_ids, x),
+            transform=_block_transform(transform_block_inputs),
+            rotations=self._rotations(rotary_pos_emb, polar_pos_emb, kv),
+            context_pos=None if context_pos is None else self._check_context_pos(context_pos),
+            additional=tuple(
+                deal_pairs(
+                    self_attn_additional_kv,
+                    sum(self.layer_types[index] == "a" for index in order),
+                    to_top=route_additional_kv_to_top,
+                    detach=detach_additional_kv,
+                )
+            ),
+            additional_mask=additional_kv_mask,
+            kv_residuals={
+                kind: deal_residuals(given, sum(self.layer_types[index] == kind for index in order), name)
+                for kind, given, name in (
+                    ("a", self_attn_kv_residuals, "self_attn_kv_residuals"),
+                    ("c", cross_attn_kv_residuals, "cross_attn_kv_residuals"),
+                )
+            },
+        )
+        result = self._run(x, call, kv, context, context_mask, mems, mem_masks, return_hiddens, extras)
+        if return_gumbel_log_probs:
+            for record in result[1].attn_intermediates or []:  # type: ignore[union-attr]
+                record.log_probs = log_prob_from_hard_attend(record)
+        return result
+
+    def order_of(self, given: Sequence[int] | None, repeats: Sequence[Repeat] | Repeat | None) -> tuple[int, ...]:
+        """The order of execution of one pass."""
+        if given is None and repeats is None:
+            return self.sequence.order
+        if given is not None and repeats is not None:
+            raise InputError("`repeat_blocks` and `layers_execute_order` both say what runs; pass one of them.")
+        try:
+            order = repeated(repeats, self.sequence) if repeats is not None else None
+            order = check_order(given, len(self.layers)) if order is None else order
+            check_sources(order, self.skip_sources)
+        except ConfigError as error:
+            raise InputError(str(error)) from None
+        if self.runs_in_order and order != tuple(range(len(order))):
+            raise InputError(
+                f"layers {order} are to run, but with `integrate_layers` they must run in order, each once, since "
+                "there is one weight for each earlier layer."
+            )
+        return order
+
+    def _condition(self, given: Tensor | None, batch: int, n: int) -> Tensor | None:
+        """What adaptive parts read, `(b, 1|n, c)`."""
+        if given is None and not self.need_condition:
+            return None
+        if given is None or not self.need_condition:
+            needs = f"needs `condition`, (b, {self.dim_condition})" if self.need_condition else "reads no `condition`"
+            raise InputError(f"this stack {needs}: adaptive norms and layer scales are what reads one.")
+        condition = newest(given, batch, n, self.dim_condition, "condition")
+        return condition if self.condition_mlp is None else self.condition_mlp(condition)
+
+    def _injection(self, given: Tensor | None, x: Tensor) -> Tensor | None:
+        """What is added to every sublayer's input, `(b, 1|n, D)`."""
+        if given is not None:
+            given = newest(given, x.shape[0], x.shape[1], self.dim, "in_attn_cond")
+        return given if self.injection is None else self.injection(x, given)
 
     def _run(
         self,
@@ -309,33 +545,103 @@ class AttentionLayers(Configured, ReadsReference):
         mems: Sequence[Tensor | None] | None,
         mem_masks: Sequence[Tensor | None] | None,
         return_hiddens: bool,
+        extras: Extras,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         seen = _Seen(call.capture)
-        memories, memory_masks = list(mems or ()), list(mem_masks or ())
+        attentions = sum(self.layer_types[index] == "a" for index in extras.order)
+        memories, states = list(mems or ())[:attentions], list(mems or ())[attentions:]
+        memory_masks = list(mem_masks or ())
         shared: dict[int, SharedParts] = {}
-        executed = 0
-        for branch in self.branches("a", "c", "f"):
-            memory = memory_mask = entry = None
+        carry = Carry()
+        branches = self.branches("a", "c", "f")
+        x = x if self.frame is None else self.frame.expand(x)
+        sources, skips = set(self.skip_sources.values()), {}
+        counts = dict.fromkeys("acf", 0)
+        for executed, index in enumerate(extras.order):
+            branch = branches[index]
+            block, inside = divmod(executed, self.sequence.block)
+            if extras.transform is not None and block > 0 and inside == 0:
+                x = _unfolded(extras.transform(block + 1, _folded(x)), x)
+            if executed in sources:
+                skips[executed] = x
+            if index in self.skip_sources:
+                x = self.skip_combines[str(index)](x, skips[self.skip_sources[index]])
+            memory = memory_mask = None
             if branch.kind == "a":
                 memory = memories.pop(0) if memories else None
                 memory_mask = memory_masks.pop(0) if memory_masks else None
-            if branch.kind != "f":
-                entry = None if kv is None else kv.entry(executed)
-                executed += 1
+            entry = None if kv is None else kv.entry(executed)
             if branch.kind == "c":
                 layer = self._cross_call(call, context, context_mask, entry)
             else:
                 layer = self._self_call(call, memory, memory_mask, entry, shared, x)
+            deep_embed = None
+            if branch.kind == "f" and extras.deep_embeds is not None and counts["f"] < extras.deep_embeds.shape[2]:
+                deep_embed = extras.deep_embeds[:, :, counts["f"]]
+            keeps = call.causal and (bool(states) or seen.keeps_states)
+            layer = self._given(layer, extras, counts[branch.kind])
+            counts[branch.kind] += 1
+            layer = replace(
+                layer,
+                states=_running_states(branch.running, entry, states, keeps),
+                carry=carry,
+                condition=extras.condition,
+                injection=extras.injection,
+                deep_embed=deep_embed,
+            )
             passed = branch(x, layer)
-            seen.add(branch.kind, x, passed)
-            x = passed.stream
+            if passed.record is not None:
+                passed.record.layer_index = index
+            seen.add_states(layer.states, branch.running)
+            seen.add(branch.kind, x, passed, ends_block=inside == self.sequence.block - 1)
+            x, carry = passed.stream, passed.carry
 
         stream = x
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+        x = self._finish(x, extras.condition)
         if not return_hiddens:
             return x
         return x, seen.intermediates(stream, x, kv)
+
+    def _given(self, layer: LayerCall, extras: Extras, count: int) -> LayerCall:
+        """The call of the so-manyth attention of its kind, with what the caller gives to it."""
+        residuals = extras.kv_residuals.get(layer.kind, ())
+        residual = residuals[count] if count < len(residuals) else None
+        if layer.context is not None:
+            return self._rotated_context(replace(layer, kv_residual=residual), extras.context_pos)
+        n, name = len(layer.call.query), "self_attn_kv_residuals"
+        additional = extras.additional[count] if count < len(extras.additional) else None
+        mask = extras.additional_mask
+        if additional is not None and mask is not None:
+            mask = check_mask(mask, additional[0].shape[0], additional[0].shape[-2], "additional_kv_mask")
+        return replace(
+            layer,
+            rotations=extras.rotations,
+            additional=additional,
+            additional_mask=mask,
+            kv_residual=None if residual is None else newest(residual, len(residual), n, self.dim, name),
+        )
+
+    def _rotated_context(self, layer: LayerCall, pos: Tensor | None) -> LayerCall:
+        """Cross-attention that rotates, if the context's positions were given, at this step or an earlier one."""
+        if layer.entry is not None:
+            if pos is not None and layer.entry.get("k") is None:
+                layer.entry.put("context_pos", pos.expand(layer.context.shape[0], -1))  # type: ignore[union-attr]
+            pos = layer.entry.get("context_pos")
+        if pos is None:
+            return layer
+        if pos.shape[-1] != len(layer.keys):
+            raise ShapeError(f"`context_pos` has {pos.shape[-1]} positions, but the context {len(layer.keys)} tokens.")
+        assert isinstance(self.rotary_pos_emb, RotaryEmbedding)
+        queries, keys = (self.rotary_pos_emb.forward(each) for each in (layer.call.query.pos, pos))
+        return replace(layer, rotations=(GivenRotation(queries, keys),))
+
+    def _finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """From the stream behind the last layer to the output."""
+        if self.output_clamp is not None:
+            x = softclamp(x, self.output_clamp)
+        if self.frame is not None:
+            x = self.frame.collapse(x, condition)
+        return x if self.final_norm is None else self.final_norm(x, condition)
 
     def _self_call(
         self,
@@ -346,10 +652,10 @@ class AttentionLayers(Configured, ReadsReference):
         shared: dict[int, SharedParts],
         x: Tensor,
     ) -> LayerCall:
-        if memory is not None and memory.shape[1] == 0:
+        if memory is not None and memory.shape[-2] == 0:
             memory = None
         rule = -1 if memory is None and memory_mask is None else id(memory_mask) if memory_mask is not None else 0
-        rule = rule if memory is None else hash((rule, memory.shape[1]))
+        rule = rule if memory is None else hash((rule, memory.shape[-2]))
         if rule not in shared:
             shared[rule] = self._bind(call, memory, memory_mask, x.shape[0])
         parts = shared[rule]
@@ -361,26 +667,26 @@ class AttentionLayers(Configured, ReadsReference):
             biases=parts.biases,
             memory=memory,
             entry=entry,
+            carry=Carry(),
+            deltas=Deltas(),
         )
 
     def _bind(self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int) -> SharedParts:
         """Bind the stack's position parts to one key axis."""
         keys, fresh = call.keys, call.query
         if memory is not None:
-            if memory.ndim != 3 or memory.shape[0] != batch or memory.shape[2] != self.dim:
+            if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != self.dim:
                 raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {self.dim}).")
-            count = memory.shape[1]
+            count = memory.shape[-2]
             if memory_mask is not None:
                 memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
-            keys, fresh = keys.behind(count, memory_mask, batch), fresh.behind(count, None, batch)
-        rotations, biases = (), ()
-        if self.rotary_pos_emb is not None:
-            rotations = ((self.rotary_pos_emb, self.rotary_pos_emb.tables(call.query, fresh)),)
+            keys, fresh = keys.behind(count, memory_mask, batch), fresh.behind(count, memory_mask, batch)
+        biases = ()
         if self.rel_pos is not None:
             biases = (self.rel_pos.bind(call.query, keys),)
         if call.attn_bias is not None:
             biases = (*biases, bind_attn_bias(call.attn_bias, len(call.query), len(keys)))
-        return SharedParts(keys, fresh, rotations, biases)
+        return SharedParts(keys, fresh, self.rotations, biases)
 
     def _cross_call(self, call: Call, context: Tensor | None, context_mask: Tensor | None, entry: Any) -> LayerCall:
         held = None if entry is None else entry.get("k")
@@ -388,7 +694,7 @@ class AttentionLayers(Configured, ReadsReference):
         if held is None:
             assert context is not None
             if self.context_dropout and self.training:
-                source, context_mask, _ = drop_context(context, context_mask, self.context_dropout)
+                source, context_mask = self._drop_context(context, context_mask, call)
         length = held.shape[-2] if held is not None else source.shape[1]  # type: ignore[union-attr]
         batch = held.shape[0] if held is not None else source.shape[0]  # type: ignore[union-attr]
         rule = ("context", length, id(context_mask))
@@ -400,9 +706,38 @@ class AttentionLayers(Configured, ReadsReference):
         keys = call.memo[rule][0]
         if source is None:
             source = call.query.index.new_empty(0)
-        return LayerCall(call=call, keys=keys, fresh=keys, context=source, entry=entry)
+        return LayerCall(
+            call=call, keys=keys, fresh=keys, context=source, entry=entry, carry=Carry(), deltas=Deltas()
+        )
+
+    def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+        """A random part of the context and its mask: another one for each sublayer, unless they share what they saw."""
+        if self.one_context and "dropped context" in call.memo:
+            return call.memo["dropped context"]
+        kept, mask, _ = drop_context(context, mask, self.context_dropout)
+        call.memo["dropped context"] = kept, mask
+        return kept, mask
 
     # checks
+
+    def _rotations(self, rotary: Any, polar: Any, kv: KVCache | None) -> tuple[QKTransform, ...]:
+        """The transforms of self-attention: what a caller gives, in place of the stack's own."""
+        if rotary is not None and polar is not None:
+            raise InputError("`rotary_pos_emb` and `polar_pos_emb` both turn queries and keys; pass one of them.")
+        if polar is not None and self.polar_pos_emb is None and kv is not None and kv.is_static:
+            raise InputError("`polar_pos_emb` makes keys wider than the static cache has room for; use a dynamic one.")
+        if polar is not None:
+            return (GivenPolar(*polar),)
+        return self.rotations if rotary is None else (GivenRotation(rotary),)
+
+    def _check_context_pos(self, pos: Tensor) -> Tensor:
+        if not self.cross_attend or not isinstance(self.rotary_pos_emb, RotaryEmbedding):
+            raise InputError(
+                "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
+            )
+        if self.context_dropout and self.training:
+            raise InputError("`context_pos` and `cross_attn_tokens_dropout` do not go together in training; drop one.")
+        return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
     def _check_call(self, context: Tensor | None, causal: bool | None, cache: Any, attn_mask: Tensor | None) -> None:
         if cache is not None:
@@ -419,6 +754,8 @@ class AttentionLayers(Configured, ReadsReference):
         if context is not None and context.ndim != 3:
             raise ShapeError(f"`context` has shape {tuple(context.shape)}; it must be (b, m, width).")
         if causal is not None and causal != self.causal:
+            for branch in self.branches("a", "c"):
+                branch.attention.check_causality(causal)
             if getattr(self.rel_pos, "causal", causal) != causal:
                 raise InputError("the T5 bias was built for one direction; `causal` cannot be overridden with it.")
             if cache is not None:
@@ -434,9 +771,25 @@ class AttentionLayers(Configured, ReadsReference):
     # checkpoints
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        for index in range(len(self.layers)):
+            rename_prefix(state, f"{prefix}layer_integrators.{index}.", f"{prefix}layers.{index}.reader.")
+        rename(state, f"{prefix}adaptive_mlp.0.weight", f"{prefix}condition_mlp.proj.weight")
+        rename(state, f"{prefix}stream_emb", f"{prefix}frame.emb")
+        rename(state, f"{prefix}reinject_input_proj.weight", f"{prefix}injection.proj.weight")
+        rename(state, f"{prefix}learned_reinject_input_gate.weight", f"{prefix}injection.gate.weight")
+        if not self.reference_mix and any(key.endswith(".2.static_alpha") for key in state):
+            logger.warning(
+                "these weights were trained with streams that mix by a matrix of ones; build the stack with "
+                "`hyper_conn_reference_mix = True` to get the same outputs."
+            )
         is_reference = any(key.startswith((f"{prefix}layers.0.0.", f"{prefix}layers.0.1.")) for key in state)
         rename(state, f"{prefix}final_norm.g", f"{prefix}final_norm.gamma")
-        if not is_reference or not isinstance(self.rel_pos, DistanceBias):
+        shared = [
+            (part, f"{prefix}{name}.")
+            for name, part in (("rel_pos", self.rel_pos), ("polar_pos_emb", self.polar_pos_emb))
+            if isinstance(part, (DistanceBias, PolarEmbedding))
+        ]
+        if not is_reference or not shared:
             return
         orders = {(b.attention.heads, b.attention.kv_heads) for b in self.branches("a")}
         permuted = [order for pair in orders if (order := reference_head_order(*pair)) is not None]
@@ -444,10 +797,11 @@ class AttentionLayers(Configured, ReadsReference):
             return
         if len(orders) > 1:
             raise StateDictError(
-                "the position bias is shared by layers of different `attn_kv_heads`, whose heads stand in different "
+                "the positions are shared by layers of different `attn_kv_heads`, whose heads stand in different "
                 "orders in the reference; such a checkpoint cannot be read."
             )
-        self.rel_pos.permute_heads(state, f"{prefix}rel_pos.", permuted[0])
+        for part, path in shared:
+            part.permute_heads(state, path, permuted[0])
 
 
 class Encoder(AttentionLayers):
@@ -476,6 +830,55 @@ class CrossAttender(AttentionLayers):
         super().__init__(cross_attend=True, only_cross=True, **_with_dim(self, keywords))
 
 
+class PrefixDecoder(AttentionLayers):
+    """A causal stack in which every token also sees a prefix of the sequence (1910.10683).
+
+    It is built without causality and masks every pass, so it keeps no cache.
+    """
+
+    looks_back = True
+
+    def __init__(self, **keywords: Any) -> None:
+        _refuse_causal(keywords, "a PrefixDecoder is causal behind its prefix", "a Decoder")
+        if keywords.get("mv_split_residual"):
+            raise ConfigError(
+                "PrefixDecoder: `mv_split_residual` takes means over the sequence, which would show the future to "
+                "tokens behind the prefix; drop it, or build a Decoder."
+            )
+        super().__init__(causal=False, **_with_dim(self, keywords))
+
+    def forward(
+        self, x: Tensor, *args: Any, prefix_attn_len: int | Tensor | None = None, **arguments: Any
+    ) -> Tensor | tuple[Tensor, LayerIntermediates]:
+        """Run the stack; see `AttentionLayers.forward` for the other arguments.
+
+        Args:
+            x: `(b, n, D)`.
+            prefix_attn_len: how many slots from each row's first one on are seen by all, for every row or `(b,)`.
+                Memory tokens and prepended embeddings count, padding on the left does not.
+        """
+        if isinstance(prefix_attn_len, Tensor) and prefix_attn_len.shape not in ((), (x.shape[0],)):
+            raise ShapeError(
+                f"`prefix_attn_len` has shape {tuple(prefix_attn_len.shape)}; it must be a number or ({x.shape[0]},)."
+            )
+
+        def pairs(query: Span, keys: Span) -> Tensor:
+            seen = (keys.index <= query.index.unsqueeze(-1))[None, None]
+            if prefix_attn_len is None:
+                return seen
+            length = torch.as_tensor(prefix_attn_len, device=x.device).reshape(-1, 1, 1, 1)
+            return seen | (keys.slot[:, None, None] < length)
+
+        return super().forward(x, *args, pairs=pairs, **arguments)
+
+
+class TransformerBlock(AttentionLayers):
+    """One block, without a final norm, for use inside of other models; see `AttentionLayers` for its arguments."""
+
+    def __init__(self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **keywords: Any) -> None:
+        super().__init__(dim=dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **keywords)
+
+
 class _Seen:
     """Collects what the caller asked to see."""
 
@@ -484,34 +887,134 @@ class _Seen:
         self.streams: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.memory_inputs: list[Tensor] = []
+        self.states: list[Tensor] = []
+        self.blocks: list[Tensor] = []
         self.records: list[Intermediates] = []
 
-    def add(self, kind: str, stream: Tensor, passed: Passed) -> None:
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the running states are kept for a next segment."""
+        return self.capture.memories or self.capture.hiddens
+
+    def add(self, kind: str, stream: Tensor, passed: Passed, ends_block: bool) -> None:
         if self.capture.hiddens:
             self.inputs.append(passed.branch_input)
+            if ends_block:
+                self.blocks.append(_folded(passed.stream))
         if kind == "a" and (self.capture.hiddens or self.capture.memories):
-            self.streams.append(stream)
-            self.memory_inputs.append(passed.branch_input)
+            self.streams.append(_folded(stream))
+            self.memory_inputs.append(passed.memory_input)
         if passed.record is not None:
             self.records.append(passed.record)
+
+    def add_states(self, states: Any, names: Sequence[str]) -> None:
+        if self.keeps_states and states is not None:
+            self.states += [states.get(name) for name in names]
 
     def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
         return LayerIntermediates(
             hiddens=self.streams,
             last_hidden=out,
             attn_intermediates=self.records,
-            layer_hiddens=[*self.inputs, stream] if self.capture.hiddens else None,
+            layer_hiddens=[*self.inputs, _folded(stream)] if self.capture.hiddens else None,
+            block_hiddens=[*self.blocks[:-1], out] if self.capture.hiddens else None,
             memory_inputs=self.memory_inputs,
+            memory_states=self.states,
             cache=kv,
         )
+
+
+def _running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor], keeps: bool) -> Entry | None:
+    """Where a sublayer keeps its running states: the cache, or a place of their own if there is something to keep.
+
+    Args:
+        names: the states. entry: the sublayer's streams in the cache.
+        left: what the segment before left for this sublayer and later ones; the own ones are taken off.
+        keeps: whether states come in or go out without a cache.
+    """
+    if entry is None and names and keeps:
+        entry = Entry()
+    for name in names if left else ():
+        state = left.pop(0)
+        if entry is not None and entry.get(name) is None:
+            entry.put(name, state)
+    return entry
+
+
+def _folded(stream: Tensor) -> Tensor:
+    """`(b, n, s, D)` as callers see streams: `(b * s, n, D)`."""
+    return stream if stream.ndim == 3 else stream.transpose(1, 2).flatten(0, 1)
+
+
+def _unfolded(stream: Tensor, like: Tensor) -> Tensor:
+    """The way back, to the axes of `like`."""
+    return stream if like.ndim == 3 else stream.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+
+
+BlockTransform = Callable[[int, Tensor], Tensor]
+
+
+def _block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None) -> BlockTransform | None:
+    """One function of block number and stream, from what a caller may give."""
+    if given is None or callable(given):
+        return given
+    functions = dict(given)
+    return lambda block, stream: functions[block](stream) if block in functions else stream
+
+
+def _deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+    """`(b, n, L, D)` factors of the new tokens from a table `(V, L, D)` and ids that cover at least them.
+
+    An id of -1 stands for a slot that is no token; its factors are 1.
+    """
+    batch, n, dim = x.shape
+    if table.ndim != 3 or table.shape[-1] != dim or ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < n:
+        raise ShapeError(
+            f"`deep_embeds_and_ids` has shapes {tuple(table.shape)} and {tuple(ids.shape)}; they must be (V, L, {dim}) "
+            f"and ({batch}, n) for the {n} tokens."
+        )
+    ids = ids[:, ids.shape[1] - n :, None, None]
+    return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
+
+
+def _one(options: Options, slot: str, place: Place) -> Any:
+    """The part that a slot's feature builds for one sublayer, or None if no feature of the slot is on."""
+    chosen = options.enabled(slot)
+    if not chosen:
+        return None
+    assert chosen[0].build is not None
+    return chosen[0].build(options[chosen[0].name], place)
+
+
+def _value_residual(plan: StackPlan, layer: LayerPlan, index: int) -> dict[str, bool]:
+    """The keyword of a self-attention that learns how much of the first one's values it takes: all but the first."""
+    first = next((at for at, each in enumerate(plan.layers) if each.kind == "a"), None)
+    learned = plan.options.on("value_residual") and plan.options["value_residual"].learned_value_residual_mix
+    return {"learned_value_residual_mix": True} if learned and layer.kind == "a" and index != first else {}
+
+
+def _check_value_residual(stack: AttentionLayers, faults: Faults) -> None:
+    """Values of one layer can be mixed into another's only if they are alike."""
+    for kind in "ac":
+        layers = [branch.attention for branch in stack.branches(kind)]
+        if len({(fn.kv_heads, fn.shape.value_dim_head, fn.latent_kv is None) for fn in layers}) > 1:
+            faults.add(
+                "`add_value_residual` mixes the first layer's values into those of others, but `attn_kv_heads`, "
+                "`attn_value_dim_head` or `attn_use_latent_kv` differ between layers; give one value."
+            )
+
+
+def _each(value: Any, index: int) -> Any:
+    """One sublayer's value of an option that may be one value or a tuple of them."""
+    return value[index] if isinstance(value, tuple) else value
 
 
 def _norm_of(plan: StackPlan) -> Any:
     """A maker of the chosen norm, by width."""
     offset = plan.options["norm"].norm_add_unit_offset
     chosen = plan.options.enabled("norm")
-    build = chosen[0].build if chosen else LayerNorm
-    return lambda dim: build(dim, unit_offset=offset)  # type: ignore[misc]
+    build: Any = chosen[0].build if chosen else LayerNorm
+    return lambda dim: build(dim, unit_offset=offset, options=plan.options)
 
 
 def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tensor:
@@ -562,9 +1065,9 @@ def _with_dim(stack: AttentionLayers, keywords: dict[str, Any]) -> dict[str, Any
     return keywords
 
 
-for _class in (AttentionLayers, Encoder, Decoder, CrossAttender):
-    _leading = [parameter("dim", positional=_class is AttentionLayers)]
-    if _class in (AttentionLayers, CrossAttender):
+for _class in (AttentionLayers, Encoder, Decoder, PrefixDecoder, CrossAttender, TransformerBlock):
+    _leading = [parameter("dim", positional=_class in (AttentionLayers, TransformerBlock))]
+    if _class in (AttentionLayers, CrossAttender, TransformerBlock):
         _leading.append(parameter("causal", False))
     show_keywords(
         _class, [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")], _leading

@@ -9,6 +9,7 @@ from typing import Any
 from x_transformers.errors import Faults, did_you_mean
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.planned import is_planned
+from x_transformers.layers.sequence import LayerSequence, layer_sequence
 from x_transformers.options.per_layer import distribute
 from x_transformers.options.schema import Options, Surroundings, accepts
 
@@ -16,6 +17,8 @@ SUPPLIED = {
     "attn_heads": "`heads`",
     "attn_causal": "an Encoder or a Decoder",
     "attn_dim": "`dim`",
+    "attn_learned_value_residual_mix": "`learned_value_residual_mix`",
+    "cross_attn_learned_value_residual_mix": "`add_value_residual`, which mixes by 1/2 there",
     "attn_dim_out": "`dim`",
     "ff_dim_out": "`dim`",
     "ff_dim": "`dim`",
@@ -42,6 +45,7 @@ class StackPlan:
 
     options: Options
     layers: tuple[LayerPlan, ...]
+    sequence: LayerSequence
     warnings: tuple[str, ...]
 
     def of(self, kind: str) -> list[LayerPlan]:
@@ -58,16 +62,21 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     faults = Faults()
     groups = _route(given, faults)
     options = STACK.parse(groups["stack"], faults)
-    structure = options["structure"]
-    if given.get("depth") is None:
-        faults.add("`depth` is missing: the number of blocks.")
-    kinds = layer_kinds(structure)
+    sequence = LayerSequence((), (), 1, 0, True)
+    with faults.catching():
+        sequence = layer_sequence(options)
+    kinds = sequence.kinds
     counts = {kind: kinds.count(kind) for kind in "acf"}
     if not counts["c"] and groups["cross"]:
         faults.add(f"`cross_attn_{next(iter(groups['cross']))}` needs `cross_attend = True`.")
     if "dim_context" in groups["attn"] and counts["a"]:
         faults.add("`attn_dim_context` belongs to cross-attention; write `cross_attn_dim_context`.")
-    _check_layer_dropout(options["layer_dropout"].layer_dropout, len(kinds), faults)
+    for keyword, value in (
+        ("layer_dropout", options["layer_dropout"].layer_dropout),
+        ("shift_tokens", options["shift_tokens"].shift_tokens),
+    ):
+        if isinstance(value, tuple) and len(value) != len(kinds):
+            faults.add(f"`{keyword}` holds {len(value)} values, but there are {len(kinds)} sublayers.")
 
     keywords = {
         "a": distribute(groups["attn"], counts["a"], ATTENTION, faults, "attn_", "self-attention"),
@@ -86,23 +95,17 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     warnings = STACK.without_effect(options, groups["stack"])
     for layer in layers:
         schema, prefix = SCHEMAS[layer.kind]
-        surroundings = Surroundings((options, layer.options) if layer.kind != "c" else (layer.options,))
-        schema.check_rules(layer.options, surroundings, faults)
+        surroundings = Surroundings((options, layer.options) if layer.kind != "c" else (layer.options,), layer.kind)
+        schema.check_rules(layer.options, surroundings, faults, prefix)
         if layer.kind == "a":
             STACK.check_rules(options, surroundings, faults)
         warnings += schema.without_effect(layer.options, layer.keywords, prefix)
+        warnings += schema.unwise(layer.options, surroundings)
     if not counts["a"]:
         STACK.check_rules(options, Surroundings((options,)), faults)
+    warnings += STACK.unwise(options, Surroundings((options,)))
     faults.raise_if_any(name)
-    return StackPlan(options, tuple(layers), tuple(dict.fromkeys(warnings)))
-
-
-def layer_kinds(structure: Any) -> tuple[str, ...]:
-    """The sublayers of a stack: blocks of "a f", "a c f" or "c f"."""
-    block = ("a", "c", "f") if structure.cross_attend else ("a", "f")
-    if structure.only_cross:
-        block = block[1:]
-    return block * (structure.depth or 0)
+    return StackPlan(options, tuple(layers), sequence, tuple(dict.fromkeys(warnings)))
 
 
 def _route(given: Mapping[str, Any], faults: Faults) -> dict[str, dict[str, Any]]:
@@ -144,8 +147,3 @@ def _cross(groups: Mapping[str, Mapping[str, Any]], self_layers: int) -> dict[st
         if not (per_layer and self_layers) and not ATTENTION.owner[keyword].self_attention_only:
             inherited[keyword] = value
     return {**inherited, **groups["cross"]}
-
-
-def _check_layer_dropout(value: Any, layers: int, faults: Faults) -> None:
-    if isinstance(value, tuple) and len(value) != layers:
-        faults.add(f"`layer_dropout` holds {len(value)} probabilities, but there are {layers} sublayers.")

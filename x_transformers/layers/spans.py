@@ -44,25 +44,30 @@ def lay_out(
     total = n if cache is None else (None if cache.is_static else cache.length)
 
     live: Tensor | None = None
+    q_live: Tensor | None = None
     for given, name in ((mask, "mask"), (kv_mask, "self_attn_kv_mask")):
         if given is not None:
             full = check_mask(given, batch, given.shape[-1] if total is None else total, name)
             held = _at(full, k_index, fill=True)
             live = held if live is None else live & held
+            own = _at(full, q_index, fill=True)
+            q_live = own if q_live is None else q_live & own
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
     padded: Tensor | None = None
+    q_padded: Tensor | None = None
     if places is not None:
         order = (places.long().cumsum(dim=-1) - 1).clamp(min=0)
-        padded = _at(places, k_index, fill=True)
+        padded, q_padded = _at(places, k_index, fill=True), _at(places, q_index, fill=True)
         k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
     elif seq_start_pos is not None:
         check_start(seq_start_pos, batch)
         start = seq_start_pos.unsqueeze(-1)
-        padded = k_slot >= start
+        padded, q_padded = k_slot >= start, q_slot >= start
         k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
     if padded is not None:
         live = padded if live is None else live & padded
+        q_live = q_padded if q_live is None or q_padded is None else q_live & q_padded
 
     q_pos, k_pos = q_slot, k_slot
     contiguous = padded is None and (cache is None or not cache.dropped)
@@ -75,8 +80,7 @@ def lay_out(
     elif pos is not None:
         q_pos = k_pos = pos[:, -n:]
 
-    q_live = None if live is None or cache is not None else live
-    query = Span(q_index, q_slot, q_pos, q_live, contiguous)
+    query = Span(q_index, q_slot, q_pos, q_live, contiguous, q_padded)
     return query, Span(k_index, k_slot, k_pos, live, contiguous)
 
 

@@ -14,6 +14,7 @@ class StructureOptions:
     heads: int = opt(8, "query heads of every attention")
     cross_attend: bool = opt(False, "a cross-attention in each block; a forward pass then needs `context`")
     only_cross: bool = opt(False, "with `cross_attend`: no self-attention")
+    only_attn: bool = opt(False, "no feedforwards")
 
     def __post_init__(self) -> None:
         require(self.depth is None or self.depth >= 1, f"`depth` is {self.depth}; it must be at least 1.")
@@ -22,6 +23,36 @@ class StructureOptions:
             self.cross_attend or not self.only_cross,
             "`only_cross` drops self-attention beside cross-attention; it needs `cross_attend = True`.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MacaronOptions:
+    macaron: bool = opt(False, "a feedforward before and one behind attention, each with factor 1/2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TyingOptions:
+    weight_tie_layers: bool = opt(False, "one block that runs `depth` times")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderOptions:
+    layers_execute_order: tuple[int, ...] | None = opt(None, "indices of built sublayers in the order of execution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomOptions:
+    custom_layers: tuple[str, ...] | str | None = opt(None, "sublayers by code: a, c and f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandwichOptions:
+    sandwich_coef: int | None = opt(None, "k attentions first and k feedforwards last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParOptions:
+    par_ratio: int | None = opt(None, "attention in the first two thirds only, one for every so many sublayers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +69,91 @@ STRUCTURE = Feature(
     options=StructureOptions,
     summary="blocks of attention and feedforward",
     paper="1706.03762",
-    examples=({"cross_attend": True},),
+    examples=({"cross_attend": True}, {"only_attn": True}),
 )
+
+MACARON = Feature(
+    name="macaron",
+    group="stack",
+    slot="structure",
+    options=MacaronOptions,
+    enabled=lambda options: options.macaron,
+    summary="half a feedforward on each side of attention",
+    paper="1906.02762",
+    examples=({"macaron": True},),
+)
+
+TYING = Feature(
+    name="weight_tying",
+    group="stack",
+    slot="structure",
+    options=TyingOptions,
+    enabled=lambda options: options.weight_tie_layers,
+    summary="one block that runs `depth` times",
+    paper="1909.11942",
+    refuses=tuple(
+        Rule(
+            when=lambda o, other=other: o.on(other),
+            why=f"`weight_tie_layers` repeats one block, but `{keyword}` asks for another list of layers; keep one.",
+        )
+        for other, keyword in (
+            ("custom_layers", "custom_layers"),
+            ("par", "par_ratio"),
+            ("sandwich_order", "sandwich_coef"),
+            ("execute_order", "layers_execute_order"),
+        )
+    ),
+    examples=({"weight_tie_layers": True},),
+)
+
+EXECUTE_ORDER = Feature(
+    name="execute_order",
+    group="stack",
+    slot="structure",
+    options=OrderOptions,
+    enabled=lambda options: options.layers_execute_order is not None,
+    summary="sublayers in another order, or several times",
+    paper="2107.10342",
+    examples=({"layers_execute_order": (0, 1, 0, 1, 2, 3)},),
+    exempt={"gradients": r"layers\.[45]\.: sublayers that do not run"},
+)
+
+CUSTOM = Feature(
+    name="custom_layers",
+    group="stack",
+    slot="structure",
+    choice="order of layers",
+    options=CustomOptions,
+    enabled=lambda options: options.custom_layers is not None,
+    summary="an explicit list of sublayers",
+    examples=({"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},),
+)
+
+SANDWICH_ORDER = Feature(
+    name="sandwich_order",
+    group="stack",
+    slot="structure",
+    choice="order of layers",
+    options=SandwichOptions,
+    enabled=lambda options: options.sandwich_coef is not None,
+    summary="attentions first, feedforwards last",
+    paper="1911.03864",
+    examples=({"sandwich_coef": 1},),
+)
+
+PAR = Feature(
+    name="par",
+    group="stack",
+    slot="structure",
+    choice="order of layers",
+    options=ParOptions,
+    enabled=lambda options: options.par_ratio is not None,
+    summary="few attentions, in the first two thirds",
+    paper="2009.04534",
+    examples=({"par_ratio": 2},),
+)
+
+FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, SANDWICH_ORDER, PAR)
 
 STACK = Feature(
     name="stack",

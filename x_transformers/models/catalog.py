@@ -68,5 +68,11 @@ FEATURES = (
         {"max_mem_len": 16, "shift_mem_down": 1},
         paper="1901.02860",
     ),
+    _feature(
+        "ff_deep_embed",
+        "each token scales the outputs of feedforwards",
+        {"ff_deep_embed": True},
+        {"ff_deep_embed": True, "macaron": True},
+    ),
     _feature("logits_dim", "logits of another width than the vocabulary", {"logits_dim": 7}),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +61,8 @@ class TransformerWrapper(Configured, ReadsReference):
         token_emb: this module in place of a new `TokenEmbedding`; its weights are left alone.
         to_logits: this module in place of a new head.
         input_not_include_cache: default of the argument of a pass.
+        ff_deep_embed: each token has a learned factor per channel on the output of each of the first `depth`
+            feedforwards that run.
 
     Raises:
         ConfigError: with the keyword, its value and what to change.
@@ -92,6 +95,7 @@ class TransformerWrapper(Configured, ReadsReference):
         token_emb: nn.Module | None = None,
         to_logits: nn.Module | None = None,
         input_not_include_cache: bool = False,
+        ff_deep_embed: bool = False,
     ) -> None:
         super().__init__()
         _check_options(locals())
@@ -131,6 +135,7 @@ class TransformerWrapper(Configured, ReadsReference):
                 width = num_tokens if logits_dim is None else logits_dim
                 self.to_logits = to_logits if to_logits is not None else LinearNoBias(dim, width)
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if num_memory_tokens else None
+        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, attn_layers.depth, dim)) if ff_deep_embed else None
 
     def init_(self) -> None:
         """Draw the token embeddings anew (and positions, where rows are normalised)."""
@@ -161,6 +166,10 @@ class TransformerWrapper(Configured, ReadsReference):
     def muon_parameters(self) -> Iterator[Tensor]:
         """What Muon may orthogonalise; see `AttentionLayers.muon_parameters`."""
         yield from self.attn_layers.muon_parameters()
+
+    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
+        """Bound attention's logits by shrinking weights in place; see `AttentionLayers.attn_qk_clip_`."""
+        self.attn_layers.attn_qk_clip_(intermediates, tau)
 
     def explain(
         self,
@@ -243,7 +252,10 @@ class TransformerWrapper(Configured, ReadsReference):
             seq_start_pos: `(b,)` tokens of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
             attn_mask, attn_bias, self_attn_kv_mask: of the stack, over tokens; slots around them are always seen.
-            kwargs: of the stack: `context`, `context_mask`, `causal`.
+            kwargs: of the stack: `context`, `context_mask`, `causal`, `condition`, `transform_block_inputs` and others.
+                Those over tokens do not speak of memory tokens and prepended embeddings, which get zeros. What
+                `transform_block_inputs` holds for block 1 is applied to the token embeddings, unless
+                `transform_token_embeds` is given.
 
         Raises:
             InputError: with what was given and what is needed.
@@ -266,6 +278,8 @@ class TransformerWrapper(Configured, ReadsReference):
         if seq_start_pos is not None:
             check_start(seq_start_pos, x.shape[0])
 
+        if transform_token_embeds is None:
+            transform_token_embeds = _first_block(kwargs.get("transform_block_inputs"))
         embeds, stack_pos = self._embed(tokens, pos, seq_start_pos, embed_ids, sum_embeds, transform_token_embeds)
         if prepend_embeds is not None:
             embeds = torch.cat((self._check_prepended(prepend_embeds, x.shape[0]), embeds), dim=1)
@@ -276,6 +290,7 @@ class TransformerWrapper(Configured, ReadsReference):
             embeds = self.project_emb(embeds)
         framing = self._frame(embeds, tokens, seq_start_pos, prepend_mask)
 
+        return_intermediates = return_intermediates or bool(kwargs.get("return_gumbel_log_probs"))
         want_record = return_intermediates or return_attn or return_attn_z_loss or return_logit_entropies
         want_scores = return_attn or return_attn_z_loss
         if want_scores and not self.attn_layers._may_show_scores():
@@ -287,9 +302,11 @@ class TransformerWrapper(Configured, ReadsReference):
         )
         keep = want_record or return_mems or kv is not None
         if self.shift_mem_down and mems is not None:
-            shift = self.shift_mem_down % max(len(mems), 1)
-            mems = [*mems[shift:], *mems[:shift]]
+            mems = self._moved_down(mems, kwargs)
         stack_args = framing.stack_arguments(per_token, attn_mask, attn_bias, seq_start_pos, stack_pos)
+        if self.ff_deep_embed is not None and kwargs.get("deep_embeds_and_ids") is None:
+            kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, tokens.ids)
+        kwargs = framing.over_columns(kwargs)
         out = self.attn_layers(
             framing.x,
             mems=mems,
@@ -409,18 +426,28 @@ class TransformerWrapper(Configured, ReadsReference):
             x = torch.cat((self.memory_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         return _Framing(x, tokens, self.layout, frame, plain, prepend_mask)
 
+    def _moved_down(self, mems: Sequence[Tensor | None], arguments: Mapping[str, Any]) -> list[Tensor | None]:
+        """Memories of attention as their layers read them: from `shift_mem_down` layers above. States stay."""
+        stack = self.attn_layers
+        order = stack.order_of(arguments.get("layers_execute_order"), arguments.get("repeat_blocks"))
+        attentions = sum(stack.layer_types[index] == "a" for index in order)
+        own, states = list(mems)[:attentions], list(mems)[attentions:]
+        shift = self.shift_mem_down % max(len(own), 1)
+        return [*own[shift:], *own[:shift], *states]
+
     def _new_memories(
         self, record: LayerIntermediates, mems: Sequence[Tensor | None] | None, detach: bool
     ) -> list[Tensor]:
         inputs = record.memory_inputs or []
-        old = list(mems or [])
+        old = list(mems or [])[: len(inputs)]
         old += [None] * (len(inputs) - len(old))
         new = []
         for past, hidden in zip(old, inputs, strict=False):
             whole = hidden if past is None else torch.cat((past, hidden), dim=-2)
-            kept = whole[:, max(whole.shape[1] - self.max_mem_len, 0) :]
-            new.append(kept.detach() if detach else kept)
-        return new
+            kept = whole[..., max(whole.shape[-2] - self.max_mem_len, 0) :, :]
+            new.append(kept)
+        new += record.memory_states or []
+        return [kept.detach() if detach else kept for kept in new]
 
     def _auxiliary(
         self, record: LayerIntermediates, logits: Any, entropies: bool, z_loss: bool, weight: float | None
@@ -583,6 +610,30 @@ class _Framing:
             arguments["places"] = (token < 0) | (token >= seq_start_pos.unsqueeze(-1))
         return arguments
 
+    def over_columns(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Features and ids over tokens, for the columns of this pass; others than tokens get zeros, and the id -1."""
+        moved = dict(arguments)
+        for name in ("condition", "in_attn_cond"):
+            t = moved.get(name)
+            if t is not None and t.ndim == 3 and t.shape[1] > 1:
+                moved[name] = self._spread_features(t, 0.0)
+        residual = moved.get("self_attn_kv_residuals")
+        if residual is not None:
+            each = [self._spread_features(t, 0.0) for t in (residual if residual.ndim == 4 else residual[None])]
+            moved["self_attn_kv_residuals"] = torch.stack(each) if residual.ndim == 4 else each[0]
+        deep = moved.get("deep_embeds_and_ids")
+        if deep is not None:
+            table, ids = deep
+            moved["deep_embeds_and_ids"] = table, self._spread_features(ids.unsqueeze(-1), -1).squeeze(-1)
+        return moved
+
+    def _spread_features(self, t: Tensor, value: float) -> Tensor:
+        """`(b, tokens, w)` to `(b, columns, w)`."""
+        t = F.pad(self.tokens.newest(t, 1), (0, 0, self.tokens.prepended, 0), value=value)
+        if self.frame is None:
+            return F.pad(t, (0, 0, self.memory, 0), value=value)
+        return self.frame.fill(t, t.new_full((self.layout.memory, t.shape[-1]), value))
+
     def _token_count(self) -> int:
         """Tokens so far, or as many as a static cache has room for."""
         kv = self.tokens.kv
@@ -642,6 +693,13 @@ class _Framing:
         return torch.where(columns < 0, slots - self.layout.memory + which, slots)
 
 
+def _first_block(given: Any) -> Any:
+    """The function by which `transform_block_inputs` changes the embeddings, at the entry of block 1, or None."""
+    if given is None:
+        return None
+    return functools.partial(given, 1) if callable(given) else given.get(1)
+
+
 def _results(out: Any, record: LayerIntermediates | None, *, mems: bool, intermediates: bool, attn: bool) -> Any:
     """The result with what was asked for beside it; intermediates carry the memories too."""
     if intermediates:
@@ -675,6 +733,13 @@ def _check_options(given: dict[str, Any]) -> None:
             )
         if not layers.causal:
             raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
+    if given["ff_deep_embed"]:
+        run = sum(layers.layer_types[index] == "f" for index in layers.sequence.order)
+        if run < layers.depth:
+            raise ConfigError(
+                f"`ff_deep_embed` has factors for {layers.depth} feedforwards, as many as `depth`, but the stack runs "
+                f"{run}; drop it, or let every block have one."
+            )
     if given["tie_embedding"]:
         for name in ("logits_dim", "to_logits"):
             if given[name] is not None and given[name] != given["num_tokens"]:

@@ -52,6 +52,7 @@ class Feature:
         build: makes the part; its arguments are the business of the slot.
         self_attention_only: `cross_attn_` does not inherit it from `attn_`.
         refuses: rules that are checked when the feature is on.
+        warns: rules that are checked when it is on, and whose sentence is said to the user.
         idle: names of keywords that have no effect with these options although the feature is on.
         examples: small keyword sets, with prefixes, as a user would write them; the tests run over them.
         exempt: property of the test suite -> the sentence that says why it cannot hold.
@@ -68,6 +69,7 @@ class Feature:
     paper: str | None = None
     self_attention_only: bool = False
     refuses: tuple[Rule, ...] = ()
+    warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
     examples: tuple[Mapping[str, Any], ...] = ()
     exempt: Mapping[str, str] = field(default_factory=dict)
@@ -75,10 +77,11 @@ class Feature:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options of every feature of one group, by feature name."""
+    """The options of every feature of one group, by feature name, and the kind of layer if there is one around."""
 
     schema: Schema
     values: Mapping[str, Any]
+    kind: str | None = None
 
     def __getitem__(self, feature: str) -> Any:
         return self.values[feature]
@@ -90,6 +93,10 @@ class Options:
         """The features that are on, in the order of the catalogue."""
         return [f for f in self.schema.features.values() if self.on(f.name) and slot in (None, f.slot)]
 
+    def switch(self, feature: Feature) -> str:
+        """The keyword by which a user switched a feature on, in backquotes, else the feature's name."""
+        return _switches(feature, self, "")
+
     def chosen(self, slot: str) -> Feature:
         """The one feature that is on in a slot where exactly one must be."""
         (feature,) = self.enabled(slot)
@@ -98,9 +105,15 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """The options that meet in one layer, its own and the stack's, as rules read them."""
+    """The options that meet in one layer, its own and the stack's, as rules read them.
+
+    Attributes:
+        groups: the options.
+        kind: "a" self-attention, "c" cross-attention, "f" feedforward; None outside of a layer.
+    """
 
     groups: tuple[Options, ...]
+    kind: str | None = None
 
     def __getitem__(self, feature: str) -> Any:
         return next(options[feature] for options in self.groups if feature in options.values)
@@ -177,12 +190,18 @@ class Schema:
                 names = " and ".join(_switches(f, options, prefix) for f in features)
                 faults.add(f"{names} are alternatives of one choice ({choice}); keep one of them.")
 
-    def check_rules(self, options: Options, surroundings: Options | Surroundings, faults: Faults) -> None:
+    def check_rules(
+        self, options: Options, surroundings: Options | Surroundings, faults: Faults, prefix: str | None = None
+    ) -> None:
         """Add a fault for each rule of an enabled feature that its surroundings meet."""
         for feature in options.enabled():
             for rule in feature.refuses:
                 if rule.when(surroundings):
-                    faults.add(rule.why)
+                    faults.add(self.in_full(rule.why, prefix))
+
+    def unwise(self, options: Options, surroundings: Options | Surroundings) -> list[str]:
+        """The sentence of each warning rule of an enabled feature that its surroundings meet."""
+        return [rule.why for feature in options.enabled() for rule in feature.warns if rule.when(surroundings)]
 
     def without_effect(self, options: Options, given: Iterable[str], prefix: str | None = None) -> list[str]:
         """Sentences about given keywords that change nothing because their feature is off."""

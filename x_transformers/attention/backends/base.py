@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
 from x_transformers.ops import pad_left
 
 
@@ -31,6 +31,9 @@ class Request:
         q: `(b, h, i, d)`. k: `(b, g, P + j, d)`. v: `(b, g, P + j, e)`; query head `q` reads `q // (h // g)`.
         scores: modifications in pipeline order.
         sink: `(h,)` learned logits that join the softmax, or None.
+        rows, weighting, weights: what only the explicit backend hosts; no weighting means softmax.
+        plain_q: the queries before another metric than the product changed them, for row modifications.
+        layer: the sublayer's call, for row modifications.
         dropout: probability, 0 in evaluation.
         memo: results that the layers of one pass share.
     """
@@ -42,6 +45,11 @@ class Request:
     visible: Visibility
     scores: tuple[BoundScore, ...] = ()
     sink: Tensor | None = None
+    rows: tuple[RowMod, ...] = ()
+    weighting: Weighting | None = None
+    weights: tuple[WeightMod, ...] = ()
+    plain_q: Tensor | None = None
+    layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -49,12 +57,19 @@ class Request:
 
 @dataclass(eq=False)
 class Weighed:
-    """`out` `(b, h, i, e)`, and the scores if they were asked for."""
+    """`out` `(b, h, i, e)`, and the scores if they were asked for.
+
+    Attributes:
+        similarities: scaled scores, before biases and masks.
+        logits, weights: with a learned sink, its column stands in front.
+        plain: the logits without it, and 0 where a key is hidden.
+    """
 
     out: Tensor
     similarities: Tensor | None = None
     logits: Tensor | None = None
     weights: Tensor | None = None
+    plain: Tensor | None = None
 
 
 class Backend(ABC):
@@ -88,6 +103,9 @@ NEEDS_IN_WORDS = {
     Needs.SINK: "a learned sink",
     Needs.DROPOUT: "dropout of attention weights",
     Needs.SCORES: "handing out the scores",
+    Needs.ROWS: "a function of whole rows of logits",
+    Needs.WEIGHTING: "another weighting than softmax",
+    Needs.WEIGHTS: "a change of the weights",
 }
 
 

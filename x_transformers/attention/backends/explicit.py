@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
-from x_transformers.attention.base import Needs
+from x_transformers.attention.base import After, Needs, RowMod, Rows, Stage
 from x_transformers.ops import expand_kv_heads, max_neg_value, pad_left
 
 
@@ -24,29 +24,88 @@ class Explicit(Backend):
     def attend(self, request: Request) -> Weighed:
         q, heads = request.q, request.q.shape[1]
         k, v = expand_kv_heads(request.k, heads), expand_kv_heads(request.v, heads)
-        similarities = (q @ k.transpose(-1, -2)) * request.scale
-        logits = similarities
-        for score in request.scores:
-            if score.pointwise is not None:
-                logits = score.pointwise(logits)
-            else:
-                logits = logits + pad_left(score.dense, request.visible.prefix, 0.0).to(logits.dtype)
-
         mask = _mask(request)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, max_neg_value(logits))
-        if request.sink is not None:
-            column = request.sink.to(logits.dtype)[None, :, None, None]
-            logits = torch.cat((column.expand(*logits.shape[:-1], 1), logits), dim=-1)
-
-        weights = logits.softmax(dim=-1, dtype=_at_least_float32(logits)).to(q.dtype)
-        used = weights[..., 1:] if request.sink is not None else weights
-        if request.visible.dead is not None:
-            used = used.masked_fill(request.visible.dead, 0.0)
-        out = F.dropout(used, request.dropout) @ v
+        similarities, logits, later = _logits(request, (q @ k.transpose(-1, -2)) * request.scale, mask)
+        joined = logits if request.sink is None else torch.cat((_sink(request, logits), logits), dim=-1)
+        weights = _weigh(request, joined, mask)
+        # a head that sees nothing must be zero before heads are mixed, and behind every change
+        used = _only_alive(weights if request.sink is None else weights[..., 1:], request)
+        shown = used
+        for step in later:
+            used = step.apply(used)
+            shown = used if step.stage <= Stage.RESIGN else shown
+        if later:
+            used = _only_alive(used, request)
+        out = used @ v
         if not request.capture:
             return Weighed(out)
-        return Weighed(out, similarities, logits, weights)
+        if request.sink is not None:
+            shown = torch.cat((weights[..., :1], shown), dim=-1)
+        plain = logits if mask is None else logits.masked_fill(~mask, 0.0)
+        return Weighed(out, similarities, joined, shown, plain)
+
+
+def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list[After]]:
+    """The pipeline up to the weighting, in the order of the stages.
+
+    Returns:
+        The scores with those of an earlier layer, the logits, and what is left to be done to the weights.
+    """
+    similarities = logits
+    assert request.layer is not None or not request.rows
+    later = [After(mod.stage, mod) for mod in request.weights]
+    if request.dropout:
+        later.append(After(Stage.DROPOUT, lambda weights: F.dropout(weights, request.dropout)))
+    hides = mask is not None and not (request.weighting is not None and request.weighting.across_queries)
+    hidden = False
+    for step in sorted((*request.scores, *request.rows), key=lambda step: step.stage):
+        if hides and not hidden and step.stage > Stage.MASK:
+            logits, hidden = _hide(logits, mask), True
+        if isinstance(step, RowMod):
+            assert request.layer is not None
+            queries = request.q if request.plain_q is None else request.plain_q
+            logits, after = step(logits, Rows(queries, mask, request.visible.prefix, request.layer))
+            if after is not None:
+                later.append(after)
+            # what rows add to the most negative number may overflow half precision
+            hidden = False
+        elif step.pointwise is not None:
+            logits = step.pointwise(logits)
+        else:
+            logits = logits + pad_left(step.dense, request.visible.prefix, 0.0).to(logits.dtype)
+        if step.stage <= Stage.RESIDUAL:
+            similarities = logits
+    if hides and not hidden:
+        logits = _hide(logits, mask)
+    return similarities, logits, sorted(later, key=lambda step: step.stage)
+
+
+def _sink(request: Request, logits: Tensor) -> Tensor:
+    """The column of learned logits, `(b, h, i, 1)`."""
+    assert request.sink is not None
+    sink = request.sink
+    for mod in request.rows:
+        sink = mod.sink(sink)
+    return sink.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
+
+
+def _only_alive(weights: Tensor, request: Request) -> Tensor:
+    dead = request.visible.dead
+    return weights if dead is None else weights.masked_fill(dead, 0.0)
+
+
+def _hide(logits: Tensor, mask: Tensor | None) -> Tensor:
+    assert mask is not None
+    return logits.masked_fill(~mask, max_neg_value(logits))
+
+
+def _weigh(request: Request, logits: Tensor, mask: Tensor | None) -> Tensor:
+    if request.weighting is None:
+        return logits.softmax(dim=-1, dtype=_at_least_float32(logits)).to(request.q.dtype)
+    if mask is not None and request.sink is not None:
+        mask = pad_left(mask, 1, True)
+    live = None if request.layer is None else request.layer.call.shown
+    return request.weighting(logits, mask, live).to(request.q.dtype)
 
 
 def _mask(request: Request) -> Tensor | None:

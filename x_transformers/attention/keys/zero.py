@@ -22,6 +22,7 @@ class ZeroKeyValue(KeyMod):
     """`k <- [0, k]`, `v <- [0, v]`: the softmax gains the term `exp(0)` in its denominator."""
 
     count = 1
+    nothing = True
 
     def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))

@@ -10,20 +10,9 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, QKNorm
 from x_transformers.errors import ConfigError
+from x_transformers.norms import MultiheadRMSNorm
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, opt, require
-
-
-class MultiheadRMSNorm(nn.Module):
-    """`x / |x| * sqrt(d) * (gamma + 1)` over the last axis of `(b, heads, n, d)`, a gain for each head."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.scale = dim**0.5
-        self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return l2norm(x) * self.scale * (self.gamma + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

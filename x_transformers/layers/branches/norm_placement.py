@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, Options, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,30 @@ class PlacementOptions:
     @property
     def final(self) -> bool:
         return self.before and not self.pre_and_post_norm and self.pre_norm_has_final_norm
+
+
+@dataclass(frozen=True)
+class NormPlaces:
+    """Where norms stand, whatever the options that decided it.
+
+    Attributes:
+        before: each sublayer. output: on each sublayer's output. behind: the residual. final: behind the last layer.
+    """
+
+    before: bool
+    output: bool
+    behind: bool
+    final: bool
+
+
+def norm_places(options: Options) -> NormPlaces:
+    """Where a stack's norms stand; some residual connections decide it."""
+    placement: PlacementOptions = options["norm_placement"]
+    if options.on("resi_dual"):
+        return NormPlaces(before=False, output=False, behind=False, final=False)
+    if options["residual_streams"].gated_multi_residual:
+        return NormPlaces(before=False, output=False, behind=True, final=True)
+    return NormPlaces(placement.before, placement.sandwich_norm, placement.behind, placement.final)
 
 
 FEATURE = Feature(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import Call
-from x_transformers.layers.residuals.base import ResidualConnection
+from x_transformers.call import LayerCall
+from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.options.schema import Feature, opt
 
@@ -32,7 +32,7 @@ class GRUGating(ReadsReference, ResidualConnection):
         self.gru = nn.GRUCell(dim, dim)
         self.scale = nn.Parameter(torch.ones(dim)) if scale_residual else None
 
-    def write(self, out: Tensor, kept: Tensor, call: Call | None = None) -> Tensor:
+    def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         if self.scale is not None:
             kept = kept * self.scale
         width = out.shape[-1]
@@ -42,9 +42,10 @@ class GRUGating(ReadsReference, ResidualConnection):
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def build(dim: int, scale_residual: bool, **_: Any) -> GRUGating:
+def build(options: GateOptions, place: Place) -> GRUGating:
     """The part for one sublayer."""
-    return GRUGating(dim, scale_residual)
+    own_keywords(place, ())
+    return GRUGating(place.dim, place.options["residual_scale"].learned)
 
 
 FEATURE = Feature(

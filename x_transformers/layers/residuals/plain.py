@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import Call
-from x_transformers.layers.residuals.base import ResidualConnection
+from x_transformers.call import LayerCall
+from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt
 
@@ -46,13 +46,27 @@ class Residual(ReadsReference, ResidualConnection):
         self.scale = nn.Parameter(torch.ones(dim)) if scale_residual else None
         self.constant = scale_residual_constant
 
-    def write(self, out: Tensor, kept: Tensor, call: Call | None = None) -> Tensor:
+    def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         if self.scale is not None:
             kept = kept * self.scale
         return out + kept if self.constant == 1 else out + kept * self.constant
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
+
+
+def plain_residual(place: Place) -> Residual:
+    """The part for one sublayer, unless another residual connection is chosen."""
+    own_keywords(place, ())
+    options = place.options["residual_scale"]
+    return Residual(place.dim, options.learned, options.scale_residual_constant)
+
+
+_SCALED = ("gate_residual", "orthog_residual")
+"""Other connections that can scale the stream."""
+
+_UNSCALED = ("mv_split_residual", "residual_streams", "resi_dual")
+"""Connections that cannot."""
 
 
 SCALE = Feature(
@@ -65,8 +79,15 @@ SCALE = Feature(
     paper="2110.09456",
     refuses=(
         Rule(
-            when=lambda o: o["residual_scale"].scale_residual_constant != 1 and o.on("gate_residual"),
-            why="`scale_residual_constant` belongs to the plain residual; drop it or `gate_residual`.",
+            when=lambda o: (
+                o["residual_scale"].scale_residual_constant != 1 and any(o.on(name) for name in (*_SCALED, *_UNSCALED))
+            ),
+            why="`scale_residual_constant` belongs to the plain residual; drop it, or the other residual connection.",
+        ),
+        Rule(
+            when=lambda o: o["residual_scale"].learned and any(o.on(name) for name in _UNSCALED),
+            why="`scale_residual` scales the stream of a plain, gated or orthogonal residual; drop it, or the other "
+            "residual connection.",
         ),
     ),
     examples=({"scale_residual": True}, {"scale_residual": 0.5}, {"scale_residual_constant": 0.8}),

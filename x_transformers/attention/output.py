@@ -1,0 +1,105 @@
+"""From heads to the stream: one linear map, gated where attention is put on attention (1908.06954)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.attention.base import AttentionShape
+from x_transformers.errors import ConfigError
+from x_transformers.options.schema import Feature, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    dim_out: int | None = opt(None, "width of the output; default `dim`")
+    project_out: bool | None = opt(None, "force or forbid the output projection; default: there unless it is useless")
+    zero_init_output: bool = opt(False, "the output projection starts at zero")
+    output_proj_depth: int | None = opt(None, "its standard deviation is (2 * fan_in * depth) ** -0.5 (2402.00838)")
+
+    def __post_init__(self) -> None:
+        depth = self.output_proj_depth
+        require(depth is None or depth >= 1, f"`output_proj_depth` is {depth}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnAttnOptions:
+    on_attn: bool = opt(False, "the output projection is gated: a * sigmoid(c), both of them linear in the heads")
+
+
+class GatedOutput(nn.Module):
+    """`a * sigmoid(c)` with `[a, c] = W out`, W of `(2 Do, h e)`."""
+
+    def __init__(self, width: int, dim_out: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, 2 * dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(b, n, h e) -> (b, n, Do)`."""
+        return F.glu(self.projection(x), dim=-1)
+
+
+def build_output(shape: AttentionShape, width: int, options: OutputOptions, gated: bool) -> nn.Module:
+    """The output projection, or the identity where it would be useless and is not asked for.
+
+    Args:
+        shape: of the attention.
+        width: features of all heads, `h e`.
+        options: of the projection.
+        gated: attention on attention.
+
+    Raises:
+        ConfigError: if there is to be no projection, but its width or another option needs one.
+    """
+    dim_out = shape.dim if options.dim_out is None else options.dim_out
+    project = options.project_out
+    if project is None:
+        project = gated or shape.heads > 1 or shape.dim != dim_out or width != dim_out
+    if not project:
+        if gated:
+            raise ConfigError("`on_attn` gates the output projection; drop `project_out = False`.")
+        if width != dim_out:
+            raise ConfigError(
+                f"`project_out = False` leaves the output at width {width}, but {dim_out} is asked for; drop it."
+            )
+        if options.zero_init_output or options.output_proj_depth is not None:
+            raise ConfigError("there is no output projection to initialise; set `project_out = True`.")
+        return nn.Identity()
+    out = GatedOutput(width, dim_out) if gated else nn.Linear(width, dim_out, bias=False)
+    weight = linear_of(out).weight  # type: ignore[union-attr]
+    if options.zero_init_output:
+        nn.init.zeros_(weight)
+    elif options.output_proj_depth is not None:
+        nn.init.normal_(weight, std=(2 * width * options.output_proj_depth) ** -0.5)
+    return out
+
+
+def linear_of(out: nn.Module) -> nn.Linear | None:
+    """The linear map of an output projection, if it has one."""
+    if isinstance(out, GatedOutput):
+        return out.projection
+    return out if isinstance(out, nn.Linear) else None
+
+
+OUTPUT = Feature(
+    name="attention_output",
+    group="attn",
+    slot="output",
+    options=OutputOptions,
+    summary="the output projection",
+    paper="2402.00838",
+    examples=({"attn_zero_init_output": True}, {"attn_output_proj_depth": 2}),
+)
+
+ON_ATTN = Feature(
+    name="on_attn",
+    group="attn",
+    slot="output",
+    options=OnAttnOptions,
+    enabled=lambda options: options.on_attn,
+    summary="attention on attention: a gated output projection",
+    paper="1908.06954",
+    examples=({"attn_on_attn": True}, {"attn_on_attn": True, "attn_zero_init_output": True}),
+)

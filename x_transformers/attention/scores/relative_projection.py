@@ -1,0 +1,89 @@
+"""A relative position bias of the query's own making: each token mixes a bank of learned curves over distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage
+from x_transformers.call import LayerCall
+from x_transformers.ops import at_least_float32
+from x_transformers.options.schema import Feature, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeProjectionOptions:
+    use_rel_proj_pos_bias: bool = opt(False, "each query projects to the weights of learned curves over distance")
+    rel_proj_num_distance_basis: int = opt(16, "curves")
+    rel_proj_max_dist: int = opt(1024, "distances 0 ... R - 1 that they cover; elsewhere the bias is 0")
+
+    def __post_init__(self) -> None:
+        for name in ("rel_proj_num_distance_basis", "rel_proj_max_dist"):
+            value = getattr(self, name)
+            require(value >= 1, f"`{name}` is {value}; it must be at least 1.")
+
+
+class RelativeProjection(ScoreMod):
+    """`bias[h, i, j] = sum_n (W x_i + c)[h, n] * bank[n, i - j]` for distances `0 <= i - j < R`, else 0.
+
+    Args:
+        dim: width D of the input.
+        heads: query heads.
+        curves: rows of the bank.
+        max_dist: R.
+    """
+
+    needs = Needs.BIAS
+    stage = Stage.BIAS
+    reference: ClassVar = {
+        "rel_proj_pos_bias.to_distance_weights.0.weight": "to_weights.weight",
+        "rel_proj_pos_bias.to_distance_weights.0.bias": "to_weights.bias",
+        "rel_proj_pos_bias.distance_bank": "bank",
+    }
+    per_head: ClassVar = {"to_weights.weight": (0,), "to_weights.bias": (0,)}
+
+    def __init__(self, dim: int, heads: int, curves: int, max_dist: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_weights = nn.Linear(dim, heads * curves)
+        self.bank = nn.Parameter(torch.randn(curves, max_dist) * 0.02)
+
+    def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
+        weights = self.to_weights(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        by_distance = at_least_float32(weights @ self.bank.to(weights.dtype))
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score + bound.dense[b, h, q, k]
+
+        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=lambda: _read(by_distance, layer))
+        return bound
+
+
+def _read(by_distance: Tensor, layer: LayerCall) -> Tensor:
+    """`(b, h, i, R)` read at the distance of each pair, `(b, h, i, j)`."""
+    distance = layer.call.query.pos.unsqueeze(-1) - layer.keys.pos.unsqueeze(-2)
+    most = by_distance.shape[-1]
+    inside = ((distance >= 0) & (distance < most)).unsqueeze(1)
+    where = distance.clamp(0, most - 1).unsqueeze(1).expand(*by_distance.shape[:2], -1, -1)
+    return by_distance.gather(-1, where).masked_fill(~inside, 0.0)
+
+
+def build(options: RelativeProjectionOptions, shape: AttentionShape, **_: Any) -> RelativeProjection:
+    """The part for one attention."""
+    return RelativeProjection(shape.dim, shape.heads, options.rel_proj_num_distance_basis, options.rel_proj_max_dist)
+
+
+FEATURE = Feature(
+    name="relative_projection",
+    group="attn",
+    slot="score",
+    options=RelativeProjectionOptions,
+    enabled=lambda options: options.use_rel_proj_pos_bias,
+    build=build,
+    summary="each query makes its own bias over distance",
+    self_attention_only=True,
+    examples=({"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 6},),
+)

@@ -1,0 +1,49 @@
+"""A learned factor for each head's output (NormFormer, 2110.09456)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.base import AttentionShape, Seen, ValueMod
+from x_transformers.options.schema import Feature, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadScaleOptions:
+    head_scale: bool = opt(False, "a learned factor for each head's output")
+
+
+class HeadScale(ValueMod):
+    """`out_h <- s_h * out_h`, with parameters `(1, h, 1, 1)` that start at 1."""
+
+    reference: ClassVar = {"head_scale_params": "scale"}
+    per_head: ClassVar = {"scale": (1,)}
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, heads, 1, 1))
+
+    def after(self, out: Tensor, seen: Seen) -> Tensor:
+        return out * self.scale
+
+
+def build(options: HeadScaleOptions, shape: AttentionShape, **_: Any) -> HeadScale:
+    """The part for one attention."""
+    return HeadScale(shape.heads)
+
+
+FEATURE = Feature(
+    name="head_scale",
+    group="attn",
+    slot="values",
+    options=HeadScaleOptions,
+    enabled=lambda options: options.head_scale,
+    build=build,
+    summary="a learned factor for each head's output",
+    paper="2110.09456",
+    examples=({"attn_head_scale": True},),
+)

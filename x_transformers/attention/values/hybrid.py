@@ -1,0 +1,184 @@
+"""A recurrent (or any other) branch beside attention, averaged with it head by head (Hymba, 2411.13676)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.base import AttentionShape, Seen, ValueMod
+from x_transformers.attention.values.base import SequenceRunner, SequenceState
+from x_transformers.cache import Entry, Shape
+from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.norms import MultiheadRMSNorm
+from x_transformers.ops import reference_head_order, split_heads
+from x_transformers.options.schema import Feature, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridOptions:
+    hybrid_module: nn.Module | None = opt(
+        None, "a module beside attention, (b, n, dim) to (b, n, heads * value width), perhaps with a state; copied"
+    )
+    hybrid_mask_kwarg: str | None = opt(None, "name under which it takes the mask, where attention is not causal")
+    hybrid_fold_axial_dim: int | None = opt(None, "it sees every so-many-th token: tokens are dealt to that many rows")
+    hybrid_learned_mix: bool = opt(False, "a learned share for each head and token in place of one half")
+
+    def __post_init__(self) -> None:
+        fold = self.hybrid_fold_axial_dim
+        require(fold is None or fold >= 1, f"`hybrid_fold_axial_dim` is {fold}; it must be at least 1.")
+
+
+class HybridBranch(ValueMod):
+    """`out <- (1 - m) RMSNorm(out) + m RMSNorm(module(x))`, with `m = 1/2` or `sigmoid(W x)` for each head and token.
+
+    The module reads only the tokens that others may see: padding and hidden tokens are left out of its sequence, and
+    recurrent memory stands in front of it. What it returns as a second output is its state, which the cache keeps; of
+    a module without one, the cache keeps the inputs, and it runs over all of them.
+
+    Args:
+        shape: of the attention.
+        options: the module, and how it is run.
+
+    Raises:
+        ConfigError: if a recurrent module has other widths, or looks into the future of a causal attention.
+    """
+
+    reference: ClassVar = {
+        "hybrid_norms.0.gamma": "norm.gamma",
+        "hybrid_norms.1.gamma": "branch_norm.gamma",
+        "hybrid_mix.weight": "mix.weight",
+        "hybrid_module.fn.": "module.",
+    }
+    per_head: ClassVar = {"norm.gamma": (0,), "branch_norm.gamma": (0,), "mix.weight": (0,)}
+
+    def __init__(self, shape: AttentionShape, options: HybridOptions) -> None:
+        super().__init__()
+        assert options.hybrid_module is not None
+        self.module = copy.deepcopy(options.hybrid_module)
+        self.recurrent = any(isinstance(each, nn.RNNBase) for each in self.module.modules())
+        self.two_ways = any(getattr(each, "bidirectional", False) is True for each in self.module.modules())
+        self.heads, self.order = shape.heads, reference_head_order(shape.heads, shape.kv_heads)
+        self.width, self.mask_name = shape.value_dim_head, options.hybrid_mask_kwarg
+        batch_axis = 1 if self.recurrent else getattr(self.module, "state_batch_dim", 0)
+        self.runner = SequenceRunner(self.module, options.hybrid_fold_axial_dim or 1, batch_axis)
+        self._check(shape)
+        self.norm = MultiheadRMSNorm(self.width, shape.heads)
+        self.branch_norm = MultiheadRMSNorm(self.width, shape.heads)
+        self.mix = nn.Linear(shape.dim, shape.heads, bias=False) if options.hybrid_learned_mix else None
+
+    def _check(self, shape: AttentionShape) -> None:
+        if shape.causal and self.two_ways:
+            raise ConfigError("`hybrid_module` is bidirectional, so that a causal attention would see the future.")
+        if not isinstance(self.module, nn.RNNBase):
+            return
+        gives = (self.module.proj_size or self.module.hidden_size) * (2 if self.module.bidirectional else 1)
+        if not self.module.batch_first:
+            raise ConfigError("`hybrid_module` takes the sequence first; build it with `batch_first = True`.")
+        if self.module.input_size != shape.dim or gives != self.heads * self.width:
+            raise ConfigError(
+                f"`hybrid_module` maps {self.module.input_size} features to {gives}; here it must map `dim` = "
+                f"{shape.dim} to heads * value width = {self.heads * self.width}."
+            )
+
+    def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
+        return {} if self.recurrent else {"hybrid_input": (1, shape.dim)}
+
+    def after(self, out: Tensor, seen: Seen) -> Tensor:
+        branch = split_heads(self._checked(self._branch(seen), seen.x.shape[1]), self.heads)
+        branch = branch if self.order is None else branch[:, self.order]
+        share = 0.5 if self.mix is None else split_heads(self.mix(seen.x), self.heads).sigmoid()
+        return self.norm(out) * (1 - share) + self.branch_norm(branch.to(out.dtype)) * share
+
+    def _checked(self, y: Tensor, n: int) -> Tensor:
+        if y.shape[1:] != (n, self.heads * self.width):
+            raise ShapeError(
+                f"`hybrid_module` gave shape {tuple(y.shape)}; it must be (b, {n}, {self.heads * self.width}), or "
+                f"(b, {self.heads}, {n}, {self.width})."
+            )
+        return y
+
+    def _branch(self, seen: Seen) -> Tensor:
+        """What the module gives for the tokens of this pass, `(b, n, h * e)`, behind what it has seen."""
+        call, n = seen.layer.call, seen.x.shape[1]
+        if call.causal and self.two_ways:
+            raise InputError("`hybrid_module` is bidirectional; `causal = True` would let it see the future.")
+        entry = seen.layer.entry if call.causal else None
+        state = None if entry is None else SequenceState.of(entry)
+        if entry is not None and state is None and not call.aligned and not self.recurrent:
+            return self._anew(entry, seen)
+        x, live = seen.x, _live(seen, call.query.index)
+        if state is None:
+            x, live = _behind_memory(x, live, seen)
+        if self.mask_name is not None and not call.causal:
+            y, _ = self.runner.whole(x, None, **{self.mask_name: live})
+        elif live is None and (self.runner.rows == 1 or entry is None):
+            y, state = self.runner.whole(x, state)
+        else:
+            y, state = self.runner.ragged(x, live, state, pad=not call.causal)
+        if entry is not None and state is not None:
+            state.put(entry)
+        elif entry is not None and not self.recurrent:
+            entry.grow("hybrid_input", seen.x[:, None])
+        return y[:, -n:]
+
+    def _anew(self, entry: Entry, seen: Seen) -> Tensor:
+        """The same of a module without a state, which runs over everything again."""
+        keys, index = seen.layer.call.keys, seen.layer.call.query.index
+        x, live = _behind_memory(entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _live(seen, keys.index), seen)
+        if live is None and self.runner.rows == 1:
+            y, _ = self.runner.whole(x, None)
+        else:
+            y, _ = self.runner.ragged(x, live, None, pad=False)
+        return y[:, torch.searchsorted(keys.index, index) + y.shape[1] - len(keys)]
+
+
+def _live(seen: Seen, index: Tensor) -> Tensor | None:
+    """`(b, n)` bool, which of the tokens at these places others may see."""
+    keys = seen.layer.call.keys
+    return None if keys.live is None else keys.live[:, torch.searchsorted(keys.index, index)]
+
+
+def _behind_memory(x: Tensor, live: Tensor | None, seen: Seen) -> tuple[Tensor, Tensor | None]:
+    """Recurrent memory in front, and which of its tokens count."""
+    if seen.layer.memory is None:
+        return x, live
+    m, marks = seen.layer.memory.shape[-2], seen.layer.keys.live
+    if marks is not None:
+        own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if live is None else live
+        live = torch.cat((marks[:, :m].expand(len(x), -1), own), dim=1)
+    return seen.layer.behind_memory(x), live
+
+
+def build(options: HybridOptions, shape: AttentionShape, **_: Any) -> HybridBranch:
+    """The part for one attention."""
+    return HybridBranch(shape, options)
+
+
+def _example(module: type[nn.GRU] | type[nn.LSTM]) -> nn.RNNBase:
+    """A small recurrent module, made without touching the generator of whoever imports this."""
+    with torch.random.fork_rng(devices=[]):
+        return module(16, 32, batch_first=True)
+
+
+_UNROLLED = "rows of tokens that do not all count run apart, and PyTorch does not trace recurrent modules."
+
+FEATURE = Feature(
+    name="hybrid",
+    group="attn",
+    slot="values",
+    options=HybridOptions,
+    enabled=lambda options: options.hybrid_module is not None,
+    build=build,
+    summary="a recurrent branch beside attention",
+    paper="2411.13676",
+    self_attention_only=True,
+    examples=(
+        {"attn_hybrid_module": _example(nn.GRU)},
+        {"attn_hybrid_module": _example(nn.LSTM), "attn_hybrid_fold_axial_dim": 2, "attn_hybrid_learned_mix": True},
+    ),
+    exempt={"compile": _UNROLLED, "compiled_decoding": _UNROLLED},
+)

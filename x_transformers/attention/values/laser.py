@@ -1,0 +1,68 @@
+"""LASER: attention over exponentials of values, for larger gradients through the weights (2411.03493)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from x_transformers.attention.base import Seen, ValueMod
+from x_transformers.ops import at_least_float32, log, softclamp
+from x_transformers.options.schema import Feature, Rule, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaserOptions:
+    laser: bool = opt(False, "attend over exp(v), and take the logarithm of what comes out")
+    laser_softclamp_value: float = opt(15.0, "values are softly clamped to this before")
+
+    def __post_init__(self) -> None:
+        value = self.laser_softclamp_value
+        require(value > 0, f"`laser_softclamp_value` is {value}; it must be positive.")
+
+
+class Laser(ValueMod):
+    """`out = log(weights exp(c tanh(v / c)))`, in float32 or wider; a query that sees nothing gives 0.
+
+    A zero key (`add_zero_kv`) keeps its zero value, the exponential of nothing.
+    """
+
+    def __init__(self, clamp: float) -> None:
+        super().__init__()
+        self.clamp = clamp
+
+    def weigh(self, v: Tensor) -> Tensor:
+        return softclamp(at_least_float32(v), self.clamp).exp()
+
+    def after(self, out: Tensor, seen: Seen) -> Tensor:
+        out = log(out)
+        return out if seen.dead is None else out.masked_fill(seen.dead, 0.0)
+
+
+def build(options: LaserOptions, **_: Any) -> Laser:
+    """The part for one attention."""
+    return Laser(options.laser_softclamp_value)
+
+
+FEATURE = Feature(
+    name="laser",
+    group="attn",
+    slot="values",
+    options=LaserOptions,
+    enabled=lambda options: options.laser,
+    build=build,
+    summary="attention over exponentials of values",
+    paper="2411.03493",
+    refuses=tuple(
+        Rule(
+            when=lambda o, other=other: o.on(other),
+            why=f"`laser` takes the logarithm of what attention gives, and `{keyword}` makes it negative; drop one.",
+        )
+        for other, keyword in (
+            ("cog_signed", "cog_signed"),
+            ("pre_scale_post_talking_heads", "pre_scale_post_talking_heads"),
+        )
+    ),
+    examples=({"attn_laser": True}, {"attn_laser": True, "attn_laser_softclamp_value": 2.0}),
+)

@@ -1,0 +1,1 @@
+"""From logits to weights, in other ways than a softmax."""

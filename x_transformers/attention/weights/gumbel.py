@@ -1,0 +1,75 @@
+"""Gumbel-softmax attention: weights are a random sample of the keys, in evaluation too (1611.01144)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import Weighting
+from x_transformers.ops import at_least_float32, max_neg_value, one_hot_straight_through
+from x_transformers.options.schema import Feature, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class GumbelOptions:
+    gumbel_softmax: bool = opt(False, "weights are drawn: softmax((logits + Gumbel noise) / temperature)")
+    gumbel_softmax_temp: float = opt(1.0, "the temperature")
+    gumbel_softmax_hard: bool = opt(True, "draw one key; the gradient is that of the soft sample")
+
+    def __post_init__(self) -> None:
+        require(
+            self.gumbel_softmax_temp > 0,
+            f"`gumbel_softmax_temp` is {self.gumbel_softmax_temp}; it must be positive.",
+        )
+
+
+class Gumbel(Weighting):
+    """`weights = softmax((logits + g) / temperature)` with `g = -log(e)`, `e ~ Exp(1)`.
+
+    Args:
+        temperature: divides the noisy logits.
+        hard: a one at the largest noisy logit, with the gradient of the soft sample.
+    """
+
+    def __init__(self, temperature: float, hard: bool) -> None:
+        super().__init__()
+        self.temperature, self.hard = temperature, hard
+
+    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+        wide = at_least_float32(logits)
+        tiny = torch.finfo(wide.dtype).tiny
+        noisy = (wide - torch.empty_like(wide).exponential_().clamp(min=tiny).log()) / self.temperature
+        if mask is not None:
+            # a low temperature would make hidden logits infinite, and rows without any key undefined
+            noisy = noisy.masked_fill(~mask, max_neg_value(noisy))
+        return one_hot_straight_through(noisy) if self.hard else noisy.softmax(dim=-1)
+
+
+def build(options: GumbelOptions, **_: Any) -> Gumbel:
+    """The part for one attention."""
+    return Gumbel(options.gumbel_softmax_temp, options.gumbel_softmax_hard)
+
+
+_RANDOM = "weights are drawn at random in evaluation too, so that no two passes agree"
+
+FEATURE = Feature(
+    name="gumbel_softmax",
+    group="attn",
+    slot="weighting",
+    choice="weighting",
+    options=GumbelOptions,
+    enabled=lambda options: options.gumbel_softmax,
+    build=build,
+    summary="weights are a random sample",
+    paper="1611.01144",
+    examples=(
+        {"attn_gumbel_softmax": True},
+        {"attn_gumbel_softmax": True, "attn_gumbel_softmax_hard": False, "attn_gumbel_softmax_temp": 0.7},
+    ),
+    exempt=dict.fromkeys(
+        ("causality", "decoding", "padding", "batch", "backends", "memories", "evaluation", "compiled_decoding", "precision", "state"), _RANDOM
+    ),
+)

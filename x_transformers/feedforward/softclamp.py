@@ -1,0 +1,80 @@
+"""Bounds inside of the feedforward: `c * tanh(u / c)` of what enters the activation, or of the parts of a gate
+(2607.24653).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError
+from x_transformers.ops import softclamp
+from x_transformers.options.schema import Feature, Rule, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftclampOptions:
+    softclamp_value: float | None = opt(None, "bound of what enters the activation of a plain feedforward")
+    glu_softclamp: bool = opt(False, "bound both parts of a gated feedforward")
+    glu_gate_softclamp_value: float = opt(4.0, "bound of the gate")
+    glu_up_softclamp_value: float = opt(25.0, "bound of what is gated")
+
+    def __post_init__(self) -> None:
+        for name in ("softclamp_value", "glu_gate_softclamp_value", "glu_up_softclamp_value"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"`{name}` is {value}; it must be positive.")
+
+
+class BoundedGate(nn.Module):
+    """`clamp(gate) * Phi(gate)` for GELU, `clamp(gate) * sigmoid(gate)` for SiLU: only the linear factor is bounded.
+
+    Args:
+        activation: a `nn.GELU` or a `nn.SiLU`.
+        value: the bound.
+
+    Raises:
+        ConfigError: for any other activation, which has no such factor.
+    """
+
+    def __init__(self, activation: nn.Module, value: float) -> None:
+        super().__init__()
+        if not isinstance(activation, (nn.GELU, nn.SiLU)):
+            raise ConfigError(
+                f"`glu_softclamp` bounds the linear factor of GELU or SiLU, but the activation is "
+                f"{type(activation).__name__}; drop it or the other activation."
+            )
+        self.is_gelu, self.value = isinstance(activation, nn.GELU), value
+
+    def forward(self, gate: Tensor) -> Tensor:
+        factor = 0.5 * (1 + torch.erf(gate * 0.5**0.5)) if self.is_gelu else F.sigmoid(gate)
+        return softclamp(gate, self.value) * factor
+
+
+FEATURE = Feature(
+    name="ff_softclamp",
+    group="ff",
+    slot="feedforward",
+    options=SoftclampOptions,
+    enabled=lambda options: options.softclamp_value is not None or options.glu_softclamp,
+    summary="bounds inside of the feedforward",
+    paper="2607.24653",
+    warns=(
+        Rule(
+            when=lambda o: o["ff_softclamp"].softclamp_value is not None and o.on("glu"),
+            why="`ff_softclamp_value` has no effect in a gated feedforward; `ff_glu_softclamp` bounds that.",
+        ),
+        Rule(
+            when=lambda o: o["ff_softclamp"].glu_softclamp and not o.on("glu"),
+            why="`ff_glu_softclamp` has no effect: `ff_glu` is off.",
+        ),
+    ),
+    idle=lambda options: () if options.glu_softclamp else ("glu_gate_softclamp_value", "glu_up_softclamp_value"),
+    examples=(
+        {"ff_softclamp_value": 2.0},
+        {"ff_glu": True, "ff_glu_softclamp": True},
+        {"ff_glu": True, "ff_swish": True, "ff_glu_softclamp": True, "ff_glu_gate_softclamp_value": 0.5},
+    ),
+)

@@ -1,0 +1,132 @@
+"""Attention over layers: each sublayer reads a weighted mean, token by token, of the inputs of all layers so far
+(2601.21582, 2603.15031).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError
+from x_transformers.layers.depth.base import DepthReader
+from x_transformers.layers.residuals.base import Place
+from x_transformers.loading import ReadsReference, rename
+from x_transformers.options.schema import Feature, Rule, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregatedOptions:
+    attn_aggregated_residuals: bool = opt(False, "sublayers attend to the inputs of all layers so far")
+    attn_aggregated_residual_kwargs: dict[str, Any] = opt(
+        {}, "`lora_rank` (64) and `lora_activation` (None) of the query's low-rank map"
+    )
+
+    def __post_init__(self) -> None:
+        unknown = set(self.attn_aggregated_residual_kwargs) - {"lora_rank", "lora_activation"}
+        require(
+            not unknown,
+            f"`attn_aggregated_residual_kwargs` names {sorted(unknown)}; it takes `lora_rank` and `lora_activation`.",
+        )
+
+
+class AttentionResidual(ReadsReference, DepthReader):
+    """`sum_l p_l x_l` with `p = softmax(<q, k_l> / sqrt(d))`, `k_l = rms(x_l)`, `q = rms(x + B act(A rms(x)))`.
+
+    Args:
+        dim: width.
+        num_views: 1, or 3 where queries, keys and values read mixes of their own.
+        lora_rank: width between A and B, below `dim`.
+        lora_activation: between A and B; default none.
+
+    Raises:
+        ConfigError: if the rank is not below the width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_views: int = 1,
+        lora_rank: int = 64,
+        lora_activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= lora_rank < dim:
+            raise ConfigError(
+                f"`lora_rank` is {lora_rank}; it must lie between 1 and {dim - 1}, below the width. Set it in "
+                "`attn_aggregated_residual_kwargs`."
+            )
+        self.views, self.activation = num_views, lora_activation
+        self.key_norm, self.input_norm, self.query_norm = nn.RMSNorm(dim), nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.down = nn.Linear(dim, lora_rank, bias=False)
+        self.up = nn.Linear(lora_rank, num_views * dim, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
+        dim = x.shape[-1]
+        hidden = self.down(self.input_norm(x))
+        hidden = hidden if self.activation is None else self.activation(hidden)
+        queries = self.query_norm(x.unsqueeze(-2) + self.up(hidden).unflatten(-1, (self.views, dim)))
+        past = torch.stack(history)
+        logits = torch.einsum("bnvd,lbnd->vlbn", queries, self.key_norm(past)) * dim**-0.5
+        mixed = torch.einsum("vlbn,lbnd->vbnd", logits.softmax(dim=1), past)
+        return mixed[0] if self.views == 1 else mixed
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        rename(state, f"{prefix}to_keys.weight", f"{prefix}key_norm.weight")
+        rename(state, f"{prefix}to_query.0.weight", f"{prefix}input_norm.weight")
+        rename(state, f"{prefix}norm.weight", f"{prefix}query_norm.weight")
+        for name in ("down", "up"):
+            rename(state, f"{prefix}to_query.1.{name}.weight", f"{prefix}{name}.weight")
+
+
+def build(options: AggregatedOptions, place: Place) -> AttentionResidual:
+    """The part for one sublayer."""
+    views = 3 if place.kind == "a" and place.options.on("qkv_views") else 1
+    return AttentionResidual(place.dim, views, **options.attn_aggregated_residual_kwargs)
+
+
+FEATURE = Feature(
+    name="aggregated_residuals",
+    group="stack",
+    slot="reader",
+    choice="reading earlier layers",
+    options=AggregatedOptions,
+    enabled=lambda options: options.attn_aggregated_residuals,
+    build=build,
+    summary="sublayers attend to the inputs of all layers so far",
+    paper="2603.15031",
+    refuses=tuple(
+        Rule(
+            when=lambda o, other=other: o.on(other) and (other != "residual_streams" or o[other].gated_multi_residual),
+            why=f"`attn_aggregated_residuals` and `{keyword}` are alternatives of one choice (residual connection); "
+            "keep one of them.",
+        )
+        for other, keyword in (
+            ("gate_residual", "gate_residual"),
+            ("orthog_residual", "orthog_residual"),
+            ("mv_split_residual", "mv_split_residual"),
+            ("resi_dual", "resi_dual"),
+            ("residual_streams", "gated_multi_residual"),
+        )
+    ),
+    warns=(
+        Rule(
+            when=lambda o: o["residual_scale"].output_scale != 1 or o["depth_scale"].depth_scale_residual is not False,
+            why="with `attn_aggregated_residuals`, `depth_scale_residual` and the factor of a numeric "
+            "`scale_residual` on outputs have no effect.",
+        ),
+    ),
+    examples=(
+        {"attn_aggregated_residuals": True, "attn_aggregated_residual_kwargs": {"lora_rank": 4}},
+        {
+            "attn_aggregated_residuals": True,
+            "attn_aggregated_residual_kwargs": {"lora_rank": 4},
+            "qkv_receive_diff_residuals": True,
+        },
+    ),
+    exempt={"gradients": r"layers\.0\.reader\.: a softmax over the one layer so far is constant"},
+)

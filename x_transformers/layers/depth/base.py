@@ -1,0 +1,13 @@
+"""The contract of a depth reader."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DepthReader(nn.Module):
+    """Mixes the branch inputs of the layers so far into a sublayer's input."""
+
+    def forward(self, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
+        """`x (b, n, D)`, the last entry of `history`, to `(b, n, D)`, or `(3, b, n, D)` for q, k and v."""
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""LIMe: each sublayer reads a learned mix, token by token, of the inputs of all layers so far (2502.09245)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.layers.depth.base import DepthReader
+from x_transformers.layers.residuals.base import Place
+from x_transformers.loading import ReadsReference, rename
+from x_transformers.norms import RMSNorm
+from x_transformers.options.schema import Feature, Rule, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class LIMeOptions:
+    integrate_layers: bool = opt(False, "sublayers read a learned mix of the inputs of all layers so far")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LIMeWeightOptions:
+    layer_integrate_use_softmax: bool = opt(True, "the mix's weights by softmax; False: by ReLU")
+
+
+class DynamicLIMe(ReadsReference, DepthReader):
+    """`sum_l w_l x_l` with `w = softmax(W rmsnorm(x) + c)` over the layers so far.
+
+    Args:
+        dim: width.
+        num_layers: layers so far, the own one included.
+        num_views: 1, or 3 where queries, keys and values read mixes of their own.
+        norm: RMSNorm before the linear map.
+        use_softmax: False for ReLU.
+    """
+
+    def __init__(
+        self, dim: int, num_layers: int, num_views: int = 1, norm: bool = True, use_softmax: bool = True
+    ) -> None:
+        super().__init__()
+        self.layers, self.views, self.use_softmax = num_layers, num_views, use_softmax
+        self.norm = RMSNorm(dim) if norm else None
+        self.to_weights = nn.Linear(dim, num_views * num_layers)
+
+    def forward(self, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
+        normed = x if self.norm is None else self.norm(x)
+        logits = self.to_weights(normed).unflatten(-1, (self.views, self.layers))
+        weights = logits.softmax(dim=-1) if self.use_softmax else F.relu(logits)
+        mixed = torch.einsum("bnvl,lbnd->vbnd", weights, torch.stack(history))
+        return mixed[0] if self.views == 1 else mixed
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if f"{prefix}to_weights.1.weight" not in state:
+            return
+        rename(state, f"{prefix}to_weights.0.g", f"{prefix}norm.gamma")
+        for name in ("weight", "bias"):
+            rename(state, f"{prefix}to_weights.1.{name}", f"{prefix}to_weights.{name}")
+
+
+def build(options: LIMeOptions, place: Place) -> DynamicLIMe:
+    """The part for one sublayer."""
+    views = 3 if place.kind == "a" and not place.first else 1
+    softmax = place.options["lime_weights"].layer_integrate_use_softmax
+    return DynamicLIMe(place.dim, place.index + 1, views, use_softmax=softmax)
+
+
+def _in_order(o: Any) -> bool:
+    order = o["execute_order"].layers_execute_order
+    return not o.on("weight_tying") and (order is None or tuple(order) == tuple(range(len(order))))
+
+
+FEATURE = Feature(
+    name="lime",
+    group="stack",
+    slot="reader",
+    choice="reading earlier layers",
+    options=LIMeOptions,
+    enabled=lambda options: options.integrate_layers,
+    build=build,
+    summary="sublayers read a learned mix of the inputs of all layers so far",
+    paper="2502.09245",
+    refuses=(
+        Rule(
+            when=lambda o: not _in_order(o),
+            why="`integrate_layers` has one weight for each earlier layer, so layers must run in order, each once; "
+            "drop `weight_tie_layers` or `layers_execute_order`.",
+        ),
+    ),
+    examples=({"integrate_layers": True},),
+    exempt={"gradients": r"layers\.0\.reader\.: a softmax over the one layer so far is constant"},
+)
+
+WEIGHTS = Feature(
+    name="lime_weights",
+    group="stack",
+    slot="reader options",
+    options=LIMeWeightOptions,
+    enabled=lambda options: not options.layer_integrate_use_softmax,
+    summary="how LIMe weighs layers",
+    paper="2502.09245",
+    warns=(
+        Rule(
+            when=lambda o: not o.on("lime"),
+            why="`layer_integrate_use_softmax` has no effect: `integrate_layers` is off.",
+        ),
+    ),
+    examples=({"integrate_layers": True, "layer_integrate_use_softmax": False},),
+)

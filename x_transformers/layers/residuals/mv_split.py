@@ -1,0 +1,96 @@
+"""A residual connection that treats the mean over the sequence and the deviation from it apart (2605.06169)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.call import LayerCall
+from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
+from x_transformers.ops import masked_mean
+from x_transformers.options.schema import Feature, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class MVSplitOptions:
+    mv_split_residual: bool = opt(False, "treat the mean over the sequence and the deviation from it apart")
+
+
+class MVSplitResidualUpdate(ResidualConnection):
+    """`r + beta * (out - mean(out)) + alpha * (mean(out) - mean(r))`.
+
+    Means are over the valid tokens of the sequence; in a causal pass, over the valid tokens up to each one, with sums
+    and counts in the cache.
+
+    Args:
+        dim: width.
+        init_alpha, init_beta: initial alpha and beta.
+        learned: alpha and beta are linear maps of `mean(out)`, not parameters.
+    """
+
+    running = ("totals",)
+
+    def __init__(self, dim: int, init_alpha: float = 0.0, init_beta: float = 0.03, learned: bool = False) -> None:
+        super().__init__()
+        self.learned = learned
+        if learned:
+            self.to_alpha, self.to_beta = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            for linear, value in ((self.to_alpha, init_alpha), (self.to_beta, init_beta)):
+                nn.init.zeros_(linear.weight)
+                nn.init.constant_(linear.bias, value)
+        else:
+            self.alpha = nn.Parameter(torch.full((dim,), float(init_alpha)))
+            self.beta = nn.Parameter(torch.full((dim,), float(init_beta)))
+
+    def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
+        both = torch.cat((out, kept), dim=-1)
+        mean_out, mean_kept = means(both, layer).chunk(2, dim=-1)
+        if self.learned:
+            alpha, beta = self.to_alpha(mean_out), self.to_beta(mean_out)
+        else:
+            alpha, beta = self.alpha, self.beta
+        return kept + beta * (out - mean_out) + alpha * (mean_out - mean_kept)
+
+
+def means(t: Tensor, layer: LayerCall | None) -> Tensor:
+    """Means of `(b, n, D)` over valid tokens: `(b, 1, D)`, or `(b, n, D)` of those up to each in a causal pass."""
+    live = None if layer is None else layer.call.query.live
+    if layer is None or not layer.call.causal:
+        return masked_mean(t, live).unsqueeze(1)
+    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+    counted = torch.ones_like(wide[..., :1]) if live is None else live.unsqueeze(-1).to(wide)
+    wide = wide if live is None else wide.masked_fill(~live.unsqueeze(-1), 0.0)
+    # the count is one more column, so that one running state holds everything
+    totals = torch.cat((wide, counted), dim=-1).cumsum(dim=1)
+    if layer.states is not None:
+        before = layer.states.get("totals")
+        if before is not None:
+            totals = totals + before
+        layer.states.put("totals", totals[:, -1:])
+    return (totals[..., :-1] / totals[..., -1:].clamp(min=1)).to(t.dtype)
+
+
+def build(options: MVSplitOptions, place: Place) -> MVSplitResidualUpdate:
+    """The part for one sublayer."""
+    keywords: dict[str, Any] = own_keywords(place, ("learned", "init_alpha", "init_beta"))
+    return MVSplitResidualUpdate(place.dim, **keywords)
+
+
+FEATURE = Feature(
+    name="mv_split_residual",
+    group="stack",
+    slot="residual",
+    choice="residual connection",
+    options=MVSplitOptions,
+    enabled=lambda options: options.mv_split_residual,
+    build=build,
+    summary="residual connection that treats mean and deviation apart",
+    paper="2605.06169",
+    examples=(
+        {"mv_split_residual": True},
+        {"mv_split_residual": True, "residual_fn_kwargs": {"learned": True, "init_beta": 0.5}},
+    ),
+)

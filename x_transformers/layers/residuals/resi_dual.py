@@ -1,0 +1,93 @@
+"""ResiDual: a stream with norms behind each residual, and beside it one without any (2304.14802)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from x_transformers.call import LayerCall
+from x_transformers.layers.residuals.base import Place, ResidualConnection, StreamFrame, own_keywords
+from x_transformers.norms import Norm
+from x_transformers.options.schema import Feature, Rule, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResiDualOptions:
+    resi_dual: bool = opt(False, "a post-norm stream, and beside it one without norms; both make the output")
+    resi_dual_scale: float = opt(1.0, "factor of what enters the second stream; below 1 keeps half precision finite")
+
+    def __post_init__(self) -> None:
+        require(self.resi_dual_scale > 0, f"`resi_dual_scale` is {self.resi_dual_scale}; it must be positive.")
+
+
+class TwoStreams(StreamFrame):
+    """`(x, s * x)`; in the end `x + norm(y)`."""
+
+    def __init__(self, norm: Norm, scale: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+
+    def expand(self, x: Tensor) -> Tensor:
+        return torch.stack((x, x * self.scale), dim=-2)
+
+    def collapse(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
+        x, y = stream.unbind(dim=-2)
+        return x + self.norm(y, condition)
+
+
+class ResiDual(ResidualConnection):
+    """`x <- norm(x + out)`, `y <- y + s * out`; sublayers read x.
+
+    Args:
+        norm: behind the first stream. scale: s.
+    """
+
+    def __init__(self, norm: Norm, scale: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+
+    def frame(self) -> TwoStreams:
+        return TwoStreams(copy.deepcopy(self.norm), self.scale)
+
+    def read(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        return stream[..., 0, :], stream
+
+    def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
+        x, y = kept.unbind(dim=-2)
+        condition = None if layer is None else layer.condition
+        return torch.stack((self.norm(x + out, condition), y + self.scale * out), dim=-2)
+
+
+def build(options: ResiDualOptions, place: Place) -> ResiDual:
+    """The part for one sublayer."""
+    own_keywords(place, ())
+    return ResiDual(place.norm(place.dim), options.resi_dual_scale)
+
+
+FEATURE = Feature(
+    name="resi_dual",
+    group="stack",
+    slot="residual",
+    choice="residual connection",
+    options=ResiDualOptions,
+    enabled=lambda options: options.resi_dual,
+    build=build,
+    summary="a post-norm stream and one without norms",
+    paper="2304.14802",
+    refuses=(
+        Rule(
+            when=lambda o: (
+                not o["norm_placement"].pre_norm
+                or o["norm_placement"].pre_and_post_norm
+                or o["norm_placement"].sandwich_norm
+                or not o["norm_placement"].pre_norm_has_final_norm
+            ),
+            why="`resi_dual` says where norms stand; drop `pre_norm`, `pre_norm_has_final_norm`, `pre_and_post_norm` "
+            "and `sandwich_norm`.",
+        ),
+    ),
+    examples=({"resi_dual": True}, {"resi_dual": True, "resi_dual_scale": 0.5}),
+)

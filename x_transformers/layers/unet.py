@@ -1,0 +1,79 @@
+"""Skip connections from the first half of the layers to the second (2209.12152)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError
+from x_transformers.layers.sequence import LayerSequence
+from x_transformers.options.schema import Feature, Rule, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetOptions:
+    unet_skips: bool = opt(False, "blocks of the second half read the stream that entered their mirror image")
+
+
+class ConcatCombine(nn.Module):
+    """`W [skip ; x]`, over `(..., D)`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.combine = nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.combine(torch.cat((skip, x), dim=-1))
+
+
+def skip_sources(sequence: LayerSequence) -> dict[int, int]:
+    """For each built sublayer that combines, the place in the order of execution whose input it reads.
+
+    With D blocks: block `ceil(D/2) + k` reads what entered block `floor(D/2) - 1 - k`; the middle block of an odd
+    number has no skip.
+
+    Raises:
+        ConfigError: if there are fewer than two blocks, or a source comes too late.
+    """
+    blocks = len(sequence.kinds) // sequence.block
+    if blocks < 2:
+        raise ConfigError(f"`unet_skips` joins a first and a second half, but there is {blocks} block; build more.")
+    half, upper = blocks // 2, -(-blocks // 2)
+    sources = {(upper + k) * sequence.block: (half - 1 - k) * sequence.block for k in range(half)}
+    check_sources(sequence.order, sources)
+    return sources
+
+
+def check_sources(order: Sequence[int], sources: Mapping[int, int]) -> None:
+    """Raise a `ConfigError` if a sublayer would read a skip that no earlier place leaves."""
+    for place, index in enumerate(order):
+        if sources.get(index, -1) >= place:
+            raise ConfigError(
+                f"with `unet_skips`, sublayer {index} reads what enters place {sources[index]} of the order of "
+                f"execution, but itself runs at place {place} of {tuple(order)}; let it run later."
+            )
+
+
+FEATURE = Feature(
+    name="unet_skips",
+    group="stack",
+    slot="skips",
+    options=UNetOptions,
+    enabled=lambda options: options.unet_skips,
+    summary="skip connections from the first half of the layers to the second",
+    paper="2209.12152",
+    refuses=(
+        Rule(
+            when=lambda o: o.on("weight_tying"),
+            why="`unet_skips` joins different blocks, but `weight_tie_layers` builds one; drop one of them.",
+        ),
+        Rule(
+            when=lambda o: o["structure"].only_attn,
+            why="`unet_skips` with `only_attn` is refused, as it ever was; drop one of them.",
+        ),
+    ),
+    examples=({"unet_skips": True}, {"unet_skips": True, "depth": 3}),
+)

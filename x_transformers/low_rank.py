@@ -1,0 +1,48 @@
+"""A linear map that starts at zero, plain or through a narrow waist (2106.09685)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError
+
+
+class LoRALinear(nn.Module):
+    """`W x`, or `up(activation(down(x)))` with a rank; without biases, and zero at first.
+
+    Args:
+        dim_in: width of the input.
+        dim_out: width of the output; default `dim_in`.
+        dim: the rank; None for one full matrix.
+        activation: between the two maps of a rank.
+
+    Raises:
+        ConfigError: if the rank is below 1, or not below either width.
+    """
+
+    def __init__(
+        self, dim_in: int, dim_out: int | None = None, dim: int | None = None, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        dim_out = dim_in if dim_out is None else dim_out
+        self.register_parameter("weight", None)
+        if dim is None:
+            self.weight = nn.Parameter(torch.zeros(dim_out, dim_in))
+            return
+        if not 1 <= dim < max(dim_in, dim_out):
+            raise ConfigError(
+                f"a rank of {dim} saves nothing between widths {dim_in} and {dim_out}; it must lie between 1 and "
+                f"{max(dim_in, dim_out) - 1}."
+            )
+        self.down = nn.Linear(dim_in, dim, bias=False)
+        self.activation = nn.Identity() if activation is None else activation
+        self.up = nn.Linear(dim, dim_out, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim_in) -> (..., dim_out)`."""
+        if self.weight is not None:
+            return F.linear(x, self.weight)
+        return self.up(self.activation(self.down(x)))
