@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
+
 from x_transformers import AdaptiveRMSNorm, AttentionPool, Decoder, Encoder, FeedForward, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.x_transformers import (
@@ -242,7 +243,7 @@ def test_deep_embeddings_of_a_model(more: dict) -> None:
 
 
 def test_deep_embeddings_need_their_feedforwards() -> None:
-    with pytest.raises(ConfigError, match="`ff_deep_embed` has factors for 2 feedforwards.*the stack runs 0"):
+    with pytest.raises(ConfigError, match=r"`ff_deep_embed` has factors for 2 feedforwards.*the stack runs 0"):
         TransformerWrapper(
             num_tokens=9, max_seq_len=8, attn_layers=Decoder(**SMALL, only_attn=True), ff_deep_embed=True
         )

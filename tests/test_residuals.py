@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
+
 from x_transformers import CrossAttender, Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.x_transformers import (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerBlock, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.layers.plan import make_plan

@@ -160,7 +160,7 @@ class Deltas:
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """What one executed sublayer gets beside its input. (Defaults that are objects would break full graphs.)
+    """What one executed sublayer gets beside its input; defaults are no objects, since those would break full graphs.
 
     Attributes:
         call: the pass it belongs to.

@@ -270,7 +270,9 @@ class Attention(Configured, ReadsReference):
     def check_causality(self, causal: bool, cached: bool = False) -> None:
         """Raise an `InputError` if the parts cannot do with this causality, or with a cache."""
         if not causal and self.one_way:
-            raise InputError(f"{self.one_way[0]} was built for causal attention; `causal = False` makes no sense with it.")
+            raise InputError(
+                f"{self.one_way[0]} was built for causal attention; `causal = False` makes no sense with it."
+            )
         if (causal or cached) and self.across_queries:
             raise InputError(
                 "`inverted_attention` normalises over all queries, so that it can be neither causal nor cached."

@@ -297,9 +297,7 @@ class AttentionLayers(Configured, ReadsReference):
         for index, ran in records.items():
             logits = [record.pre_softmax_attn for record in ran if record.pre_softmax_attn is not None]
             most = [t.amax(dim=(0, 2, 3))[None, :, None, None] for t in logits]
-            branches[index].attention.qk_clip_(
-                torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], tau
-            )
+            branches[index].attention.qk_clip_(torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], tau)
 
     def explain(
         self,
@@ -706,9 +704,7 @@ class AttentionLayers(Configured, ReadsReference):
         keys = call.memo[rule][0]
         if source is None:
             source = call.query.index.new_empty(0)
-        return LayerCall(
-            call=call, keys=keys, fresh=keys, context=source, entry=entry, carry=Carry(), deltas=Deltas()
-        )
+        return LayerCall(call=call, keys=keys, fresh=keys, context=source, entry=entry, carry=Carry(), deltas=Deltas())
 
     def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         """A random part of the context and its mask: another one for each sublayer, unless they share what they saw."""
@@ -924,7 +920,7 @@ class _Seen:
         )
 
 
-def _running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor], keeps: bool) -> Entry | None:
+def _running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor | None], keeps: bool) -> Entry | None:
     """Where a sublayer keeps its running states: the cache, or a place of their own if there is something to keep.
 
     Args:
@@ -936,7 +932,7 @@ def _running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor
         entry = Entry()
     for name in names if left else ():
         state = left.pop(0)
-        if entry is not None and entry.get(name) is None:
+        if entry is not None and state is not None and entry.get(name) is None:
             entry.put(name, state)
     return entry
 

@@ -11,7 +11,7 @@ STACK = _words("")
 
 ATTENTION = _words(
     """
-    flash_pack_seq 
+    flash_pack_seq
     """
 )
 

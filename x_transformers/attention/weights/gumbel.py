@@ -70,6 +70,18 @@ FEATURE = Feature(
         {"attn_gumbel_softmax": True, "attn_gumbel_softmax_hard": False, "attn_gumbel_softmax_temp": 0.7},
     ),
     exempt=dict.fromkeys(
-        ("causality", "decoding", "padding", "batch", "backends", "memories", "evaluation", "compiled_decoding", "precision", "state"), _RANDOM
+        (
+            "causality",
+            "decoding",
+            "padding",
+            "batch",
+            "backends",
+            "memories",
+            "evaluation",
+            "compiled_decoding",
+            "precision",
+            "state",
+        ),
+        _RANDOM,
     ),
 )
