@@ -157,6 +157,10 @@ def call(model: TransformerWrapper, ids: Tensor | None, rows: Sequence[int] | No
     if width is not None and "context" not in arguments and ids is not None:
         rows = range(len(ids)) if rows is None else rows
         arguments["context"] = contexts(width)[list(rows)].to(next(model.parameters()))
+    if model.attn_layers.need_condition and "condition" not in arguments and ids is not None:
+        rows = range(len(ids)) if rows is None else rows
+        conditions = contexts(model.attn_layers.dim_condition)[list(rows), 0]
+        arguments["condition"] = conditions.to(next(model.parameters()))
     if model.embeds and ids is not None:
         arguments["embed_ids"] = {
             name.removesuffix("_embed"): ids * 7 % table.num_embeddings for name, table in model.embeds.items()

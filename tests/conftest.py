@@ -10,8 +10,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # workers share the cores, and models this small lose time to more threads
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Deterministic mode also fills `torch.empty` with NaN, so that reading it before writing fails a test.

@@ -22,6 +22,10 @@ class TopKOptions:
         require(k is None or k >= 1, f"`sparse_topk` is {k}; it must be at least 1.")
 
 
+ROUNDING = 1e-6
+"""How far logits of size one may lie apart and still be equal."""
+
+
 def sparse_topk_attn(
     logits: Tensor, sparse_topk: int, temperature: float = 1.0, straight_through: bool = False, dim: int = -1
 ) -> Tensor:
@@ -38,9 +42,10 @@ def sparse_topk_attn(
 
 
 def _topk(logits: Tensor, k: int, temperature: float, smooth: bool, dim: int) -> Tensor:
-    least = logits.topk(min(k, logits.shape[dim]), dim=dim).values.amin(dim=dim, keepdim=True)
-    kept = (logits >= least) & (logits > max_neg_value(logits))
     wide = at_least_float32(logits)
+    least = wide.topk(min(k, wide.shape[dim]), dim=dim).values.amin(dim=dim, keepdim=True)
+    # equal tokens without positions have equal logits, which kernels round differently from call to call
+    kept = (wide >= least - ROUNDING * least.abs().clamp(min=1)) & (logits > max_neg_value(logits))
     sparse = wide.masked_fill(~kept, max_neg_value(wide)).softmax(dim=dim)
     return straight_through(sparse, (wide / temperature).softmax(dim=dim)) if smooth else sparse
 
