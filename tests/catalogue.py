@@ -71,7 +71,10 @@ class Case:
         return next((feature.exempt[of] for feature in self.features if of in feature.exempt), None)
 
     def without_gradient(self) -> list[re.Pattern[str]]:
-        """Names of parameters that cannot have a gradient: what the exemption says in front of its `: `."""
+        """Names of parameters that cannot have a gradient: what the exemption says in front of its `: `.
+
+        They are written for a decoder without cross-attention.
+        """
         sentences = [f.exempt["gradients"] for f in self.features if "gradients" in f.exempt]
         return [re.compile(sentence.split(": ")[0]) for sentence in sentences]
 
@@ -134,7 +137,7 @@ def tokens(batch: int, length: int) -> Tensor:
 
 def context_width(model: TransformerWrapper) -> int | None:
     for branch in model.attn_layers.branches("c"):
-        return branch.attention.to_k.in_features
+        return branch.attention.dim_context
     return None
 
 

@@ -11,7 +11,7 @@ def test_every_parameter_learns(stack: str, case: Case) -> None:
     learns(case.build(stack), case.without_gradient())
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", exempt="evaluation"), ids=name_of)
 def test_training_mode_is_finite_and_random_only_where_asked(stack: str, case: Case) -> None:
     model = case.build(stack).train()
     ids = tokens(3, LENGTH)
