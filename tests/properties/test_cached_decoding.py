@@ -221,8 +221,8 @@ def test_rows_can_be_reordered_and_repeated(stack: str, case: Case) -> None:
     check("reorder", torch.tensor([2, 2, 0, 1]), [2, 2, 0, 1])
     one = rows_of(record, "reorder", torch.tensor([1, 2]))
     one.cache.repeat(2)
-    got = call(model, new, cache=one, input_not_include_cache=True)
     order = [1, 1, 2, 2]
+    got = call(model, new, order, cache=one, input_not_include_cache=True)
     close(got, call(model, torch.cat((past[order], new), dim=1), order)[:, 5:])
 
 

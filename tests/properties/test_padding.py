@@ -62,7 +62,7 @@ def test_context_masks(stack: str, case: Case) -> None:
     together = call(model, ids, context=context, context_mask=torch.arange(5) < lengths[:, None])
     assert together.isfinite().all()
     for row in (0, 1):
-        alone = call(model, ids[row : row + 1], context=context[row : row + 1, : lengths[row]])
+        alone = call(model, ids[row : row + 1], [row], context=context[row : row + 1, : lengths[row]])
         close(together[row : row + 1], alone)
 
 

@@ -76,7 +76,9 @@ class ForgetGates(ScoreMod):
             back = every[b, h + self.heads, k] - own[b, h + self.heads, q]
             return score + torch.where(behind, back, own[b, h, q] - every[b, h, k])
 
-        return BoundScore(needs=self.needs, stage=self.stage, at=at, dense=lambda: self._dense(own, every, layer))
+        return BoundScore(
+            needs=self.needs, stage=self.stage, at=at, dense=lambda: self._dense(own, every, layer), at_reads_dense=True
+        )
 
     def _dense(self, own: Tensor, every: Tensor, layer: LayerCall) -> Tensor:
         bias = own.unsqueeze(-1) - every.unsqueeze(-2)
@@ -147,7 +149,9 @@ class ForgetRows(ScoreMod):
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score + bound.dense[b, h, q, k]
 
-        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=lambda: self._dense(u, w, layer))
+        bound = BoundScore(
+            needs=self.needs, stage=self.stage, at=at, dense=lambda: self._dense(u, w, layer), at_reads_dense=True
+        )
         return bound
 
     def _dense(self, u: Tensor, w: Tensor, layer: LayerCall) -> Tensor:

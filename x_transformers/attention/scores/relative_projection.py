@@ -58,7 +58,9 @@ class RelativeProjection(ScoreMod):
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score + bound.dense[b, h, q, k]
 
-        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=lambda: _read(by_distance, layer))
+        bound = BoundScore(
+            needs=self.needs, stage=self.stage, at=at, dense=lambda: _read(by_distance, layer), at_reads_dense=True
+        )
         return bound
 
 

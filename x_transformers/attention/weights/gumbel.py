@@ -81,6 +81,7 @@ FEATURE = Feature(
             "compile",
             "compiled_decoding",
             "kv_heads",
+            "shared_heads",
             "positions",
             "precision",
             "prefix",
