@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from catalogue import BASE, CASES, Case
+from catalogue import BASE, CASES, Case, is_foundation
 from loguru import logger
 from promises import decodes, decodes_ragged, gradients, keeps_the_past, pads
 
@@ -36,6 +36,9 @@ PROMISES = {
     "gradients": lambda model: list(gradients(model)),
 }
 """What is asked of every combination."""
+
+
+FOUNDATION_CASES = [case for case in CASES[1:] if is_foundation(case)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ def pairs() -> list[tuple[Case, Case]]:
     return [(one, two) for one, two in itertools.combinations(CASES[1:], 2) if may_meet(one, two)]
 
 
+def foundation_pairs() -> list[tuple[Case, Case]]:
+    """The pairs of the features that most models are made of; a sample that covers them is tested at every change."""
+    return [(one, two) for one, two in pairs() if is_foundation(one) and is_foundation(two)]
+
+
 @functools.cache
 def builds(one: Case, two: Case) -> bool:
     """Whether two cases may stand in one model."""
@@ -92,11 +100,13 @@ def builds(one: Case, two: Case) -> bool:
 
 def covering_sample() -> Iterator[Case]:
     """Few combinations of many features in which every pair that can be built occurs."""
-    missing = {frozenset((one, two)) for one, two in pairs() if builds(one, two)}
-    friends = {case: {other for other in CASES[1:] if frozenset((case, other)) in missing} for case in CASES[1:]}
+    missing = {frozenset((one, two)) for one, two in foundation_pairs() if builds(one, two)}
+    friends = {
+        case: {other for other in FOUNDATION_CASES if frozenset((case, other)) in missing} for case in FOUNDATION_CASES
+    }
     while missing:
-        row = list(next(pair for pair in map(frozenset, pairs()) if pair in missing))
-        candidates = [case for case in CASES[1:] if all(case in friends[other] for other in row)]
+        row = list(next(pair for pair in map(frozenset, foundation_pairs()) if pair in missing))
+        candidates = [case for case in FOUNDATION_CASES if all(case in friends[other] for other in row)]
         while candidates:
             # the one that brings most pairs that are still missing; without any, the row is full
             gains = {case: sum(frozenset((case, other)) in missing for other in row) for case in candidates}

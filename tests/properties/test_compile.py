@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, name_of, static_cache, tokens
+from catalogue import BASE, Case, call, cases, close, is_foundation, name_of, static_cache, tokens
 from torch import Tensor, fx
 
 LENGTH = 8
@@ -21,6 +21,11 @@ class Counter:
         return graph.forward
 
 
+def foundation(exempt: str) -> list[tuple[str, Case]]:
+    """The features that most models are made of; tracing every feature would take longer than all other tests."""
+    return [(stack, case) for stack, case in cases("decoder", exempt=exempt) if is_foundation(case)]
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.compiler.reset()
@@ -28,7 +33,7 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="compile"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), foundation("compile"), ids=name_of)
 @torch.no_grad()
 def test_forward_is_one_graph(stack: str, case: Case) -> None:
     model, counter = case.build(stack), Counter()
@@ -39,7 +44,7 @@ def test_forward_is_one_graph(stack: str, case: Case) -> None:
     assert counter.graphs == 1
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="compiled_decoding"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), foundation("compiled_decoding"), ids=name_of)
 @torch.no_grad()
 def test_decoding_is_two_graphs(stack: str, case: Case) -> None:
     model, counter = case.build(stack, depth=1), Counter()
