@@ -93,51 +93,15 @@ CASES = (
 )
 
 
-FOUNDATION = frozenset(
-    [
-        "structure",
-        "stack",
-        "norm",
-        "rmsnorm",
-        "simple_rmsnorm",
-        "scalenorm",
-        "norm_placement",
-        "residual_scale",
-        "gate_residual",
-        "layerscale",
-        "layer_dropout",
-        "context_dropout",
-        "rotary",
-        "alibi",
-        "t5_bias",
-        "dynamic_bias",
-        "heads",
-        "grouped_heads",
-        "backend",
-        "qk_norm",
-        "qk_rmsnorm",
-        "memory_kv",
-        "zero_kv",
-        "learned_sink",
-        "window",
-        "softclamp_logits",
-        "attention_dropout",
-        "feedforward",
-        "glu",
-        "post_act_ln",
-        "absolute_positions",
-        "memory_tokens",
-        "interspersed_memory_tokens",
-        "tied_embedding",
-        "factorised_embedding",
-        "l2norm_embed",
-        "post_emb_norm",
-        "emb_frac_gradient",
-        "emb_dropout",
-        "recurrent_memory",
-        "logits_dim",
-    ]
-)
+NAMES = """
+    absolute_positions alibi attention_dropout backend context_dropout dynamic_bias emb_dropout
+    emb_frac_gradient factorised_embedding feedforward gate_residual glu grouped_heads heads
+    interspersed_memory_tokens l2norm_embed layer_dropout layerscale learned_sink logits_dim memory_kv
+    memory_tokens norm norm_placement post_act_ln post_emb_norm qk_norm qk_rmsnorm recurrent_memory
+    residual_scale rmsnorm rotary scalenorm simple_rmsnorm softclamp_logits stack structure t5_bias
+    tied_embedding window zero_kv
+"""
+FOUNDATION = frozenset(NAMES.split())
 """Features whose pairs, and whose compiled decoding, are tested at every change: what most models are made of."""
 
 
