@@ -94,7 +94,7 @@ def test_all_faults_in_one_error() -> None:
         "`use_rmsnorm` is 1; it must be of type bool",
         "`ff_mult` is -1",
         "alternatives of one choice",
-        "`layer_dropout` holds 2 probabilities, but there are 4",
+        "`layer_dropout` holds 2 values, but there are 4",
         "`attn_heads` is set by the stack; use `heads`",
     ):
         assert sum(words in fault for fault in faults) == 1, words

@@ -16,7 +16,7 @@ from x_transformers.attention.scores.alibi import AlibiPositionalBias, alibi_slo
 from x_transformers.attention.scores.dynamic import DynamicPositionBias
 from x_transformers.attention.scores.t5 import RelativePositionBias
 from x_transformers.layers.branches.dropout import drop_context, drop_layer
-from x_transformers.layers.branches.layer_scale import LayerScaleGain
+from x_transformers.layers.branches.scale import LayerScaleGain
 from x_transformers.layers.residuals.plain import Residual
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
@@ -236,9 +236,9 @@ def test_grouped_heads_are_neighbours() -> None:
     """Query head h reads key head h // (heads // kv_heads)."""
     t = torch.arange(2.0).reshape(1, 2, 1, 1)
     assert expand_kv_heads(t, 6).flatten().tolist() == [0, 0, 0, 1, 1, 1]
-    projections = Projections(dim=4, dim_context=3, heads=4, kv_heads=2, dim_head=2, value_dim_head=5)
+    projections = Projections(dim=4, dim_context=3, heads=4, kv_heads=2, key_heads=2, dim_head=2, value_dim_head=5)
     assert projections.queries(torch.zeros(1, 7, 4)).shape == (1, 4, 7, 2)
-    keys, values = projections.keys_values(torch.zeros(1, 7, 3))
+    keys, values = projections.keys_values(torch.zeros(1, 7, 3), torch.zeros(1, 7, 3))
     assert keys.shape == (1, 2, 7, 2)
     assert values.shape == (1, 2, 7, 5)
 
