@@ -13,7 +13,7 @@ from x_transformers.attention.backends.base import Backend, Request, Situation, 
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
-from x_transformers.attention.base import BoundScore, Needs, Visibility
+from x_transformers.attention.base import BoundScore, Needs, RowMod, Visibility, WeightMod
 from x_transformers.attention.masks import causal_mask as create_causal_mask
 from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
 from x_transformers.attention.scores.selective import selective_attn
@@ -58,13 +58,14 @@ class Core:
         flash: bool | None = None,
         kernels: dict[str, bool] | None = None,
     ) -> None:
-        self.needs = Needs.NOTHING
+        self.needs = self.quiet_needs = Needs.NOTHING
         for need in because:
-            self.needs |= need
+            self.demand(need)
         self.scale, self.flash = scale, flash
         self.explicit = Explicit()
         self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
         self._warned: set[str] = set()
+        self._chosen: dict[Any, tuple[Backend, str]] = {}
         lacks = [backend.lacks(self.needs) for backend in self.fused]
         if flash and all(lacks):
             culprits = [
@@ -74,6 +75,11 @@ class Core:
                 f"`flash = True` demands a fused kernel, but {'; '.join(str(lack) for lack in lacks)}. "
                 f"Drop {' or '.join(culprits)}, or leave `flash` at None."
             )
+
+    def demand(self, need: Needs) -> None:
+        """Further needs, whatever the call; dropout is none in evaluation."""
+        self.needs |= need
+        self.quiet_needs = self.needs & ~Needs.DROPOUT
 
     def choose(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
         """The backend for this pass, and why it is the one."""
@@ -99,26 +105,49 @@ class Core:
         visible: Visibility,
         *,
         scores: tuple[BoundScore, ...] = (),
+        rows: tuple[RowMod, ...] = (),
+        weights: tuple[WeightMod, ...] = (),
         memo: dict[Any, Any] | None = None,
         dropout: float = 0.0,
         capture: bool = False,
         **parts: Any,
     ) -> Weighed:
-        """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`; `parts` are fields of a `Request`."""
-        needs = self.needs if dropout > 0 else self.needs & ~Needs.DROPOUT
-        for part in (*scores, *parts.get("rows", ()), *parts.get("weights", ())):
+        """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`; see `Request` for the rest."""
+        needs = self.needs if dropout > 0 else self.quiet_needs
+        for part in (*scores, *rows, *weights):
             needs |= part.needs
         if capture:
             needs |= Needs.SCORES
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        situation = Situation(q.device.type, q.dtype, grad, torch.compiler.is_compiling())
-        backend, why = self.choose(situation, needs)
+        backend, why = self._choice(Situation(q.device.type, q.dtype, grad, torch.compiler.is_compiling()), needs)
         if self.flash and not backend.fused and not capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         memo = {} if memo is None else memo
         return backend.attend(
-            Request(q, k, v, self.scale, visible, scores, dropout=dropout, capture=capture, memo=memo, **parts)
+            Request(
+                q,
+                k,
+                v,
+                self.scale,
+                visible,
+                scores,
+                rows=rows,
+                weights=weights,
+                dropout=dropout,
+                capture=capture,
+                memo=memo,
+                **parts,
+            )
         )
+
+    def _choice(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
+        """The same as `choose`, remembered: eager decoding asks for every layer of every token."""
+        if situation.compiling:
+            return self.choose(situation, needs)
+        asked = (situation, needs, self.flash)
+        if asked not in self._chosen:
+            self._chosen[asked] = self.choose(situation, needs)
+        return self._chosen[asked]
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:

@@ -50,26 +50,37 @@ class Entry:
             for name in streams:
                 streams[name] = fn(streams[name])
 
-    def __copy__(self) -> Entry:
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+    def twin(self) -> Entry:
+        """An entry of the same streams, which goes its own way."""
+        twin = Entry()
         twin.grown, twin.states = dict(self.grown), dict(self.states)
         return twin
 
 
 class StaticEntry(Entry):
-    """The streams of one executed sublayer in fixed buffers, written by index."""
+    """The streams of one executed sublayer in fixed buffers, written by index.
 
-    def __init__(self, buffers: Mapping[str, Tensor], index: Tensor) -> None:
-        super().__init__()
-        self.grown = dict(buffers)
-        self.index = index
-        self.fresh = True
+    Args:
+        buffers: `(b, heads, capacity, width)` for each stream.
+        index: `(n,)` places of the current pass.
+        fresh: nothing was held before it.
+    """
+
+    def __init__(self, buffers: dict[str, Tensor], index: Tensor, fresh: bool = True) -> None:
+        self.grown, self.states = buffers, {}
+        self.index, self.fresh = index, fresh
+
+    def at(self, index: Tensor, fresh: bool) -> StaticEntry:
+        """An entry of the same buffers for another pass; running states go their own way."""
+        twin = StaticEntry(self.grown, index, fresh)
+        if self.states:
+            twin.states = dict(self.states)
+        return twin
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)` at the current places and return the whole buffer; of a fresh cache, just `new`."""
         buffer = self.grown[name]
-        buffer.index_copy_(-2, self.index, new.to(buffer.dtype))
+        buffer.index_copy_(-2, self.index, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
         return new if self.fresh else buffer
 
     def put(self, name: str, value: Tensor) -> None:
@@ -122,7 +133,7 @@ class KVCache:
     def begin(self, count: int) -> KVCache:
         """A cache for one pass over `count` new slots. The one it came from stays as it was."""
         twin = copy.copy(self)
-        twin.entries = [copy.copy(entry) for entry in self.entries]
+        twin.entries = [entry.twin() for entry in self.entries]
         twin.length = self.length + count
         twin.fresh = self.length == 0
         return twin
@@ -222,6 +233,7 @@ class StaticCache(KVCache):
         self.places = torch.arange(capacity, device=device)
         self.index = self.places[:0]
         self.used = False
+        self.entries: list[StaticEntry] = []  # type: ignore[assignment]
         for shapes in streams:
             buffers = {
                 name: torch.zeros(batch, heads, capacity, width, device=device, dtype=_at_least(dtype, least))
@@ -238,12 +250,11 @@ class StaticCache(KVCache):
         if count > self.capacity:
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
         twin = copy.copy(self)
-        twin.entries = [copy.copy(entry) for entry in self.entries]
-        twin.index = self.filled + self.places[:count]
+        twin.index = index = self.filled + self.places[:count]
         twin.filled = self.filled + count
-        twin.fresh, twin.used = not self.used, self.used or count > 0
-        for entry in twin.entries:
-            entry.index, entry.fresh = twin.index, twin.fresh  # type: ignore[attr-defined]
+        twin.fresh = fresh = not self.used
+        twin.used = self.used or count > 0
+        twin.entries = [entry.at(index, fresh) for entry in self.entries]
         return twin
 
     def entry(self, number: int) -> Entry:

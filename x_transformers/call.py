@@ -158,9 +158,11 @@ class Deltas:
     attn: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerCall:
-    """What one executed sublayer gets beside its input; defaults are no objects, since those would break full graphs.
+    """What one executed sublayer gets beside its input; made for it alone, and filled in on the way through it.
+
+    Defaults are no objects, since those would break full graphs.
 
     Attributes:
         call: the pass it belongs to.

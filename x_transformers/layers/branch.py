@@ -5,7 +5,8 @@ read the stream - norm - function - scale - norm of the output - write the strea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -22,8 +23,7 @@ from x_transformers.loading import ReadsReference, rename, rename_prefix
 from x_transformers.norms import Norm
 
 
-@dataclass(frozen=True, eq=False)
-class Passed:
+class Passed(NamedTuple):
     """What a sublayer leaves behind.
 
     Attributes:
@@ -83,17 +83,14 @@ class Branch(ReadsReference):
             self.feedforward = fn
         self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
         self.residual = residual
+        shifted = ("shift",) if shift is not None and shift.causal else ()
+        self.running = (*shifted, *residual.running)
+        """The running states that this sublayer keeps in causal passes."""
 
     @property
     def fn(self) -> Attention | FeedForward:
         """The function of this sublayer."""
         return self.feedforward if self.kind == "f" else self.attention
-
-    @property
-    def running(self) -> tuple[str, ...]:
-        """The running states that this sublayer keeps in causal passes."""
-        shifted = ("shift",) if self.shift is not None and self.shift.causal else ()
-        return (*shifted, *self.residual.running)
 
     def forward(self, stream: Tensor, layer: LayerCall) -> Passed:
         """One sublayer.
@@ -105,20 +102,19 @@ class Branch(ReadsReference):
         before = stream
         x, kept = self.residual.read(stream)
         branch_input = x
-        carry = layer.carry
         if self.reader is not None:
-            carry = replace(carry, history=(*carry.history, branch_input))
-            x = self.reader(x, carry.history)
+            layer.carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
+            x = self.reader(x, layer.carry.history)
         if layer.injection is not None:
             x = x + layer.injection
         # three views are remembered whole: keys and values read two of them, gates and shifts the first
         memory_input = x
-        x, layer = self._prepare(x, layer)
-        record = None
+        x = self._prepare(x, layer)
+        record, carry = None, layer.carry
         if self.kind == "f":
             out = self.feedforward(x, layer.deep_embed)
         else:
-            out, record, carry = self.attention.run(x, replace(layer, carry=carry))
+            out, record, carry = self.attention.run(x, layer)
         if self.scale is not None:
             out = self.scale(out, layer.condition)
         if self.output_scale != 1:
@@ -135,7 +131,7 @@ class Branch(ReadsReference):
             stream = drop_layer(before, stream, self.dropout)
         return Passed(stream, branch_input, memory_input, record, carry)
 
-    def _prepare(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
+    def _prepare(self, x: Tensor, layer: LayerCall) -> Tensor:
         """Norm and shift, of the input and of the recurrent memory before it."""
         memory = layer.memory
         if memory is not None and memory.ndim < x.ndim:
@@ -146,7 +142,8 @@ class Branch(ReadsReference):
             memory = None if memory is None else self.norm(memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
-        return x, layer if memory is layer.memory else replace(layer, memory=memory)
+        layer.memory = memory
+        return x
 
     def translate_reference(self, state: dict, prefix: str) -> None:
         # the reference numbers the parts: 0 norms, 1 the function inside of its wrappers, 2 the residual

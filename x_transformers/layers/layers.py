@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from x_transformers.attention.attention import (
-    Attention,
-    bind_attn_bias,
-    check_input,
-    check_mask,
-)
+from x_transformers.attention.arguments import check_input
+from x_transformers.attention.attention import Attention
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation
 from x_transformers.attention.qk.polar import PolarEmbedding
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.base import DistanceBias
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
-from x_transformers.cache import Entry, KVCache, Shape, StaticCache
-from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.cache import KVCache, Shape, StaticCache
+from x_transformers.call import Call, Capture, Span
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.additional import deal_pairs, deal_residuals
-from x_transformers.layers.branch import Branch, Passed
-from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.norm_placement import norm_places
 from x_transformers.layers.branches.output_init import output_keywords, output_scale
 from x_transformers.layers.branches.shift import ShiftTokens
@@ -41,56 +36,18 @@ from x_transformers.layers.residuals.base import Place
 from x_transformers.layers.residuals.plain import plain_residual
 from x_transformers.layers.sequence import Repeat, check_order, repeated
 from x_transformers.layers.spans import lay_out
+from x_transformers.layers.traversal import Given, Traversal
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.layers.views import residual_views
 from x_transformers.loading import ReadsReference, rename, rename_prefix
 from x_transformers.norms import ADAPTIVE, LayerNorm
-from x_transformers.ops import reference_head_order, softclamp
+from x_transformers.ops import reference_head_order
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Options
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-@dataclass(frozen=True, eq=False)
-class SharedParts:
-    """The stack's position parts, bound to one key axis and shared by the layers that have it."""
-
-    keys: Span
-    fresh: Span
-    rotations: tuple[Any, ...]
-    biases: tuple[Any, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Extras:
-    """What a caller gives to a pass beside tokens, keys and masks.
-
-    Attributes:
-        order: the built sublayers, in the order of execution.
-        condition: `(b, 1|n, c)` what adaptive norms and scales read.
-        injection: `(b, 1|n, D)` added to each sublayer's input.
-        deep_embeds: `(b, n, L, D)` factors of the outputs of the first L executed feedforwards.
-        transform: `(block, stream) -> stream` at the entry of each executed block but the first.
-        rotations: query/key transforms of self-attention.
-        context_pos: `(1|b, m)` positions of the context, or None where cross-attention does not rotate.
-        additional: keys and values for each executed self-attention.
-        additional_mask: `(b, A)` which of them are seen.
-        kv_residuals: for "a" and "c", what is added to the source of keys and values of each such layer.
-    """
-
-    order: tuple[int, ...]
-    condition: Tensor | None = None
-    injection: Tensor | None = None
-    deep_embeds: Tensor | None = None
-    transform: Callable[[int, Tensor], Tensor] | None = None
-    rotations: tuple[QKTransform, ...] = ()
-    context_pos: Tensor | None = None
-    additional: tuple[tuple[Tensor, Tensor] | None, ...] = ()
-    additional_mask: Tensor | None = None
-    kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
-
-
-class AttentionLayers(Configured, ReadsReference):
+class AttentionLayers(Configured, ReadsReference, Traversal):
     """A stack of attention and feedforward layers over `(b, n, dim)`.
 
     Args:
@@ -116,6 +73,7 @@ class AttentionLayers(Configured, ReadsReference):
         options, structure = plan.options, plan.options["structure"]
         self.dim, self.depth, self.causal = dim, plan.sequence.depth, causal
         self.sequence = plan.sequence
+        self.steps = plan.sequence.steps(plan.sequence.order)
         self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
         self.layer_types = tuple(layer.kind for layer in plan.layers)
         self.features = tuple(feature.name for feature in options.enabled())
@@ -419,19 +377,10 @@ class AttentionLayers(Configured, ReadsReference):
             x = _new_tokens(x, kv, input_not_include_cache, cache_age)
         batch, n = x.shape[:2]
         causal = self.causal if causal is None else causal
-        order = self.order_of(layers_execute_order, repeat_blocks)
-        if kv is not None:
-            kv = kv.begin(n)
-        elif return_hiddens and self.can_cache_kv and causal:
-            kv = KVCache().begin(n)
-        if kv is not None:
-            if kv.order not in (None, order):
-                raise InputError(f"the cache was filled by layers {kv.order}, but layers {order} are to run; keep one.")
-            kv.order = order
-        if condition is not None and condition.ndim == 3 and condition.shape[1] > 1 and mems:
-            raise InputError(
-                "`mems` with a `condition` for each token: nobody knows the memory's. Pass (b, c), or no `mems`."
-            )
+        order = self.sequence.order
+        if layers_execute_order is not None or repeat_blocks is not None:
+            order = self.order_of(layers_execute_order, repeat_blocks)
+        kv = self._cache_for_pass(kv, n, order, keep=return_hiddens and causal)
         if capture is None:
             explicit = return_hiddens and cache is None and self._may_show_scores()
             capture = Capture(scores=explicit, hiddens=return_hiddens)
@@ -453,50 +402,79 @@ class AttentionLayers(Configured, ReadsReference):
             places=places,
             pos=pos,
         )
-        fresh = kv is None or kv.fresh
         if pairs is not None:
             attn_mask = pairs(query, keys) if attn_mask is None else pairs(query, keys) & attn_mask
         call = Call(
             query=query,
             keys=keys,
             causal=causal,
-            aligned=fresh,
+            aligned=kv is None or kv.fresh,
             newest=n == 1 and (kv is None or not kv.is_static or kv.fresh),
             row_mask=mask.bool() if mask is not None and cache is None else None,
             attn_mask=attn_mask,
             attn_bias=attn_bias,
             capture=capture,
         )
-        extras = Extras(
+        given = Given(
             order=order,
+            context=context,
+            context_mask=context_mask,
             condition=self._condition(condition, batch, n),
             injection=self._injection(in_attn_cond, x),
-            deep_embeds=None if deep_embeds_and_ids is None else _deep_embeds(*deep_embeds_and_ids, x),
-            transform=_block_transform(transform_block_inputs),
             rotations=self._rotations(rotary_pos_emb, polar_pos_emb, kv),
-            context_pos=None if context_pos is None else self._check_context_pos(context_pos),
-            additional=tuple(
-                deal_pairs(
-                    self_attn_additional_kv,
-                    sum(self.layer_types[index] == "a" for index in order),
-                    to_top=route_additional_kv_to_top,
-                    detach=detach_additional_kv,
-                )
-            ),
-            additional_mask=additional_kv_mask,
-            kv_residuals={
-                kind: deal_residuals(given, sum(self.layer_types[index] == kind for index in order), name)
-                for kind, given, name in (
+        )
+        if mems:
+            self._take_memories(given, mems, mem_masks, condition)
+        if deep_embeds_and_ids is not None:
+            given.deep_embeds = _deep_embeds(*deep_embeds_and_ids, x)
+        if transform_block_inputs is not None:
+            given.transform = _block_transform(transform_block_inputs)
+        if context_pos is not None:
+            given.context_pos = self._check_context_pos(context_pos)
+        if self_attn_additional_kv is not None:
+            count, to_top = self.sequence.count("a", order), route_additional_kv_to_top
+            given.additional = deal_pairs(self_attn_additional_kv, count, to_top=to_top, detach=detach_additional_kv)
+            given.additional_mask = additional_kv_mask
+        if self_attn_kv_residuals is not None or cross_attn_kv_residuals is not None:
+            given.kv_residuals = {
+                kind: deal_residuals(residuals, self.sequence.count(kind, order), name)
+                for kind, residuals, name in (
                     ("a", self_attn_kv_residuals, "self_attn_kv_residuals"),
                     ("c", cross_attn_kv_residuals, "cross_attn_kv_residuals"),
                 )
-            },
-        )
-        result = self._run(x, call, kv, context, context_mask, mems, mem_masks, return_hiddens, extras)
+            }
+        out, stream, seen = self.traverse(x, call, kv, given)
+        if not return_hiddens:
+            return out
+        record = seen.intermediates(stream, out, kv)
         if return_gumbel_log_probs:
-            for record in result[1].attn_intermediates or []:  # type: ignore[union-attr]
-                record.log_probs = log_prob_from_hard_attend(record)
-        return result
+            for each in seen.records:
+                each.log_probs = log_prob_from_hard_attend(each)
+        return out, record
+
+    def _cache_for_pass(self, kv: KVCache | None, n: int, order: tuple[int, ...], keep: bool) -> KVCache | None:
+        """The cache, begun for n tokens; a new one if the caller is to get one and gave none."""
+        if kv is None:
+            if not keep or not self.can_cache_kv:
+                return None
+            kv = KVCache()
+        kv = kv.begin(n)
+        if kv.order not in (None, order):
+            raise InputError(f"the cache was filled by layers {kv.order}, but layers {order} are to run; keep one.")
+        kv.order = order
+        return kv
+
+    def _take_memories(
+        self, given: Given, mems: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None, condition: Any
+    ) -> None:
+        """What the segment before left: memories of attention, then running states."""
+        if condition is not None and condition.ndim == 3 and condition.shape[1] > 1:
+            raise InputError(
+                "`mems` with a `condition` for each token: nobody knows the memory's. Pass (b, c), or no `mems`."
+            )
+        attentions = self.sequence.count("a", given.order)
+        given.mems, given.states = mems[:attentions], mems[attentions:]
+        given.mem_masks = masks or ()
 
     def order_of(self, given: Sequence[int] | None, repeats: Sequence[Repeat] | Repeat | None) -> tuple[int, ...]:
         """The order of execution of one pass."""
@@ -532,187 +510,6 @@ class AttentionLayers(Configured, ReadsReference):
         if given is not None:
             given = newest(given, x.shape[0], x.shape[1], self.dim, "in_attn_cond")
         return given if self.injection is None else self.injection(x, given)
-
-    def _run(
-        self,
-        x: Tensor,
-        call: Call,
-        kv: KVCache | None,
-        context: Tensor | None,
-        context_mask: Tensor | None,
-        mems: Sequence[Tensor | None] | None,
-        mem_masks: Sequence[Tensor | None] | None,
-        return_hiddens: bool,
-        extras: Extras,
-    ) -> Tensor | tuple[Tensor, LayerIntermediates]:
-        seen = _Seen(call.capture)
-        attentions = sum(self.layer_types[index] == "a" for index in extras.order)
-        memories, states = list(mems or ())[:attentions], list(mems or ())[attentions:]
-        memory_masks = list(mem_masks or ())
-        shared: dict[int, SharedParts] = {}
-        carry = Carry()
-        branches = self.branches("a", "c", "f")
-        x = x if self.frame is None else self.frame.expand(x)
-        sources, skips = set(self.skip_sources.values()), {}
-        counts = dict.fromkeys("acf", 0)
-        for executed, index in enumerate(extras.order):
-            branch = branches[index]
-            block, inside = divmod(executed, self.sequence.block)
-            if extras.transform is not None and block > 0 and inside == 0:
-                x = _unfolded(extras.transform(block + 1, _folded(x)), x)
-            if executed in sources:
-                skips[executed] = x
-            if index in self.skip_sources:
-                x = self.skip_combines[str(index)](x, skips[self.skip_sources[index]])
-            memory = memory_mask = None
-            if branch.kind == "a":
-                memory = memories.pop(0) if memories else None
-                memory_mask = memory_masks.pop(0) if memory_masks else None
-            entry = None if kv is None else kv.entry(executed)
-            if branch.kind == "c":
-                layer = self._cross_call(call, context, context_mask, entry)
-            else:
-                layer = self._self_call(call, memory, memory_mask, entry, shared, x)
-            deep_embed = None
-            if branch.kind == "f" and extras.deep_embeds is not None and counts["f"] < extras.deep_embeds.shape[2]:
-                deep_embed = extras.deep_embeds[:, :, counts["f"]]
-            keeps = call.causal and (bool(states) or seen.keeps_states)
-            layer = self._given(layer, extras, counts[branch.kind])
-            counts[branch.kind] += 1
-            layer = replace(
-                layer,
-                states=_running_states(branch.running, entry, states, keeps),
-                carry=carry,
-                condition=extras.condition,
-                injection=extras.injection,
-                deep_embed=deep_embed,
-            )
-            passed = branch(x, layer)
-            if passed.record is not None:
-                passed.record.layer_index = index
-            seen.add_states(layer.states, branch.running)
-            seen.add(branch.kind, x, passed, ends_block=inside == self.sequence.block - 1)
-            x, carry = passed.stream, passed.carry
-
-        stream = x
-        x = self._finish(x, extras.condition)
-        if not return_hiddens:
-            return x
-        return x, seen.intermediates(stream, x, kv)
-
-    def _given(self, layer: LayerCall, extras: Extras, count: int) -> LayerCall:
-        """The call of the so-manyth attention of its kind, with what the caller gives to it."""
-        residuals = extras.kv_residuals.get(layer.kind, ())
-        residual = residuals[count] if count < len(residuals) else None
-        if layer.context is not None:
-            return self._rotated_context(replace(layer, kv_residual=residual), extras.context_pos)
-        n, name = len(layer.call.query), "self_attn_kv_residuals"
-        additional = extras.additional[count] if count < len(extras.additional) else None
-        mask = extras.additional_mask
-        if additional is not None and mask is not None:
-            mask = check_mask(mask, additional[0].shape[0], additional[0].shape[-2], "additional_kv_mask")
-        return replace(
-            layer,
-            rotations=extras.rotations,
-            additional=additional,
-            additional_mask=mask,
-            kv_residual=None if residual is None else newest(residual, len(residual), n, self.dim, name),
-        )
-
-    def _rotated_context(self, layer: LayerCall, pos: Tensor | None) -> LayerCall:
-        """Cross-attention that rotates, if the context's positions were given, at this step or an earlier one."""
-        if layer.entry is not None:
-            if pos is not None and layer.entry.get("k") is None:
-                layer.entry.put("context_pos", pos.expand(layer.context.shape[0], -1))  # type: ignore[union-attr]
-            pos = layer.entry.get("context_pos")
-        if pos is None:
-            return layer
-        if pos.shape[-1] != len(layer.keys):
-            raise ShapeError(f"`context_pos` has {pos.shape[-1]} positions, but the context {len(layer.keys)} tokens.")
-        assert isinstance(self.rotary_pos_emb, RotaryEmbedding)
-        queries, keys = (self.rotary_pos_emb.forward(each) for each in (layer.call.query.pos, pos))
-        return replace(layer, rotations=(GivenRotation(queries, keys),))
-
-    def _finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        """From the stream behind the last layer to the output."""
-        if self.output_clamp is not None:
-            x = softclamp(x, self.output_clamp)
-        if self.frame is not None:
-            x = self.frame.collapse(x, condition)
-        return x if self.final_norm is None else self.final_norm(x, condition)
-
-    def _self_call(
-        self,
-        call: Call,
-        memory: Tensor | None,
-        memory_mask: Tensor | None,
-        entry: Any,
-        shared: dict[int, SharedParts],
-        x: Tensor,
-    ) -> LayerCall:
-        if memory is not None and memory.shape[-2] == 0:
-            memory = None
-        rule = -1 if memory is None and memory_mask is None else id(memory_mask) if memory_mask is not None else 0
-        rule = rule if memory is None else hash((rule, memory.shape[-2]))
-        if rule not in shared:
-            shared[rule] = self._bind(call, memory, memory_mask, x.shape[0])
-        parts = shared[rule]
-        return LayerCall(
-            call=call,
-            keys=parts.keys,
-            fresh=parts.fresh,
-            rotations=parts.rotations,
-            biases=parts.biases,
-            memory=memory,
-            entry=entry,
-            carry=Carry(),
-            deltas=Deltas(),
-        )
-
-    def _bind(self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int) -> SharedParts:
-        """Bind the stack's position parts to one key axis."""
-        keys, fresh = call.keys, call.query
-        if memory is not None:
-            if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != self.dim:
-                raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {self.dim}).")
-            count = memory.shape[-2]
-            if memory_mask is not None:
-                memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
-            keys, fresh = keys.behind(count, memory_mask, batch), fresh.behind(count, memory_mask, batch)
-        biases = ()
-        if self.rel_pos is not None:
-            biases = (self.rel_pos.bind(call.query, keys),)
-        if call.attn_bias is not None:
-            biases = (*biases, bind_attn_bias(call.attn_bias, len(call.query), len(keys)))
-        return SharedParts(keys, fresh, self.rotations, biases)
-
-    def _cross_call(self, call: Call, context: Tensor | None, context_mask: Tensor | None, entry: Any) -> LayerCall:
-        held = None if entry is None else entry.get("k")
-        source = context
-        if held is None:
-            assert context is not None
-            if self.context_dropout and self.training:
-                source, context_mask = self._drop_context(context, context_mask, call)
-        length = held.shape[-2] if held is not None else source.shape[1]  # type: ignore[union-attr]
-        batch = held.shape[0] if held is not None else source.shape[0]  # type: ignore[union-attr]
-        rule = ("context", length, id(context_mask))
-        if rule not in call.memo:
-            places = torch.arange(length, device=call.query.index.device)
-            live = None if context_mask is None else check_mask(context_mask, batch, length, "context_mask")
-            # the mask stays in the memo, so that its id stays its own
-            call.memo[rule] = Span(places, places[None], places[None], live), context_mask
-        keys = call.memo[rule][0]
-        if source is None:
-            source = call.query.index.new_empty(0)
-        return LayerCall(call=call, keys=keys, fresh=keys, context=source, entry=entry, carry=Carry(), deltas=Deltas())
-
-    def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
-        """A random part of the context and its mask: another one for each sublayer, unless they share what they saw."""
-        if self.one_context and "dropped context" in call.memo:
-            return call.memo["dropped context"]
-        kept, mask, _ = drop_context(context, mask, self.context_dropout)
-        call.memo["dropped context"] = kept, mask
-        return kept, mask
 
     # checks
 
@@ -873,78 +670,6 @@ class TransformerBlock(AttentionLayers):
 
     def __init__(self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **keywords: Any) -> None:
         super().__init__(dim=dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **keywords)
-
-
-class _Seen:
-    """Collects what the caller asked to see."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-        self.streams: list[Tensor] = []
-        self.inputs: list[Tensor] = []
-        self.memory_inputs: list[Tensor] = []
-        self.states: list[Tensor] = []
-        self.blocks: list[Tensor] = []
-        self.records: list[Intermediates] = []
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether the running states are kept for a next segment."""
-        return self.capture.memories or self.capture.hiddens
-
-    def add(self, kind: str, stream: Tensor, passed: Passed, ends_block: bool) -> None:
-        if self.capture.hiddens:
-            self.inputs.append(passed.branch_input)
-            if ends_block:
-                self.blocks.append(_folded(passed.stream))
-        if kind == "a" and (self.capture.hiddens or self.capture.memories):
-            self.streams.append(_folded(stream))
-            self.memory_inputs.append(passed.memory_input)
-        if passed.record is not None:
-            self.records.append(passed.record)
-
-    def add_states(self, states: Any, names: Sequence[str]) -> None:
-        if self.keeps_states and states is not None:
-            self.states += [states.get(name) for name in names]
-
-    def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
-        return LayerIntermediates(
-            hiddens=self.streams,
-            last_hidden=out,
-            attn_intermediates=self.records,
-            layer_hiddens=[*self.inputs, _folded(stream)] if self.capture.hiddens else None,
-            block_hiddens=[*self.blocks[:-1], out] if self.capture.hiddens else None,
-            memory_inputs=self.memory_inputs,
-            memory_states=self.states,
-            cache=kv,
-        )
-
-
-def _running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor | None], keeps: bool) -> Entry | None:
-    """Where a sublayer keeps its running states: the cache, or a place of their own if there is something to keep.
-
-    Args:
-        names: the states. entry: the sublayer's streams in the cache.
-        left: what the segment before left for this sublayer and later ones; the own ones are taken off.
-        keeps: whether states come in or go out without a cache.
-    """
-    if entry is None and names and keeps:
-        entry = Entry()
-    for name in names if left else ():
-        state = left.pop(0)
-        if entry is not None and state is not None and entry.get(name) is None:
-            entry.put(name, state)
-    return entry
-
-
-def _folded(stream: Tensor) -> Tensor:
-    """`(b, n, s, D)` as callers see streams: `(b * s, n, D)`."""
-    return stream if stream.ndim == 3 else stream.transpose(1, 2).flatten(0, 1)
-
-
-def _unfolded(stream: Tensor, like: Tensor) -> Tensor:
-    """The way back, to the axes of `like`."""
-    return stream if like.ndim == 3 else stream.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
 
 
 BlockTransform = Callable[[int, Tensor], Tensor]

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from x_transformers.errors import ConfigError
 from x_transformers.options.schema import Options
 
 Repeat = tuple[int | tuple[int, int], int]
+
+
+class Step(NamedTuple):
+    """One sublayer in the order of execution.
+
+    Attributes:
+        number: how many ran before it. layer: index of the built sublayer. kind: of it.
+        nth: how many of its kind ran before it.
+        block: number of its block. begins, ends: it is the first, the last of its block.
+    """
+
+    number: int
+    layer: int
+    kind: str
+    nth: int
+    block: int
+    begins: bool
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,20 @@ class LayerSequence:
     block: int
     depth: int
     custom: bool
+
+    def steps(self, order: tuple[int, ...]) -> tuple[Step, ...]:
+        """What runs in an order of execution."""
+        steps, counts = [], dict.fromkeys("acf", 0)
+        for number, index in enumerate(order):
+            kind = self.kinds[index]
+            block, inside = divmod(number, self.block)
+            steps.append(Step(number, index, kind, counts[kind], block, inside == 0, inside == self.block - 1))
+            counts[kind] += 1
+        return tuple(steps)
+
+    def count(self, kind: str, order: tuple[int, ...]) -> int:
+        """How many sublayers of a kind run."""
+        return sum(self.kinds[index] == kind for index in order)
 
 
 def layer_sequence(options: Options) -> LayerSequence:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.attention import check_mask
+from x_transformers.attention.arguments import check_mask
 from x_transformers.cache import KVCache
 from x_transformers.call import Span
 from x_transformers.errors import ShapeError

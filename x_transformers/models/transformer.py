@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.attention import check_mask
+from x_transformers.attention.arguments import check_mask
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.call import Capture
 from x_transformers.errors import ConfigError, InputError, ShapeError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, 
 from x_transformers.ops import pad_left
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(NamedTuple):
     """Where and how a pass runs, as far as a kernel may care."""
 
     device: str
@@ -23,7 +22,7 @@ class Situation:
     compiling: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Request:
     """One weighing: `out = softmax(scale * q k^T, modified and masked) v`.
 

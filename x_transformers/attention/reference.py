@@ -1,0 +1,94 @@
+"""The names that attention's weights have in the reference's checkpoints, and its order of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.attention.base import AttentionShape, Part, ValueMod
+from x_transformers.loading import rename, rename_prefix
+from x_transformers.ops import reference_head_order
+
+_REFERENCE = {
+    "to_q.weight": "projections.q.weight",
+    "to_latent_q.weight": "latent_q.weight",
+    "to_latent_kv.weight": "latent_kv.project.weight",
+    "to_rotateable_k.weight": "latent_kv.sub_keys.weight",
+    "to_k.weight": "projections.k.weight",
+    "to_v.weight": "projections.v.weight",
+    "to_out.weight": "out.weight",
+    "to_out.0.weight": "out.projection.weight",
+    "to_value_residual_mix.0.weight": "value_mix.project.weight",
+    "to_value_residual_mix.0.bias": "value_mix.project.bias",
+    "qk_norm_q_scale": "qk_norms.qk_norm.q_scale",
+    "qk_norm_k_scale": "qk_norms.qk_norm.k_scale",
+    "q_rmsnorm.gamma": "qk_norms.qk_rmsnorm.q_norm.gamma",
+    "k_rmsnorm.gamma": "qk_norms.qk_rmsnorm.k_norm.gamma",
+    "mem_k": "keys.memory_kv.keys",
+    "mem_v": "keys.memory_kv.values",
+    "attend.head_attn_sink": "sink.logits",
+}
+
+
+def translate(
+    state: dict[str, Any],
+    prefix: str,
+    *,
+    shape: AttentionShape,
+    parts: Mapping[str, Part],
+    values: Iterable[ValueMod],
+    has_keys: bool,
+) -> None:
+    """Turn the reference's entries below a prefix into ours, in place.
+
+    Args:
+        state: of the whole model. prefix: of this attention.
+        shape: its heads.
+        parts: those with entries of their own, by path. values: those that say how the output's columns stand.
+        has_keys: there is a map for keys.
+    """
+    if f"{prefix}to_q.weight" not in state:
+        return
+    for old, new in _REFERENCE.items():
+        rename(state, prefix + old, prefix + new)
+    if not has_keys:
+        state.pop(f"{prefix}projections.k.weight", None)  # it has no rows
+    for path, part in parts.items():
+        for old, own in part.reference.items():
+            if own is None:
+                state.pop(prefix + old, None)
+            elif old.endswith("."):
+                rename_prefix(state, prefix + old, f"{prefix}{path}.{own}")
+            else:
+                rename(state, prefix + old, f"{prefix}{path}.{own}")
+    for mod in values:
+        for name in ("out.weight", "out.projection.weight"):
+            if prefix + name in state:
+                state[prefix + name] = mod.translate_columns(state[prefix + name], shape.heads)
+    order = reference_head_order(shape.heads, shape.kv_heads)
+    if order is None:
+        return
+    permute = _permute_heads(state, prefix, order, shape.heads)
+    permute("projections.q.weight", 0)
+    permute("out.weight", 1)
+    permute("out.projection.weight", 1)
+    permute("qk_norms.qk_norm.q_scale", 0)
+    permute("qk_norms.qk_rmsnorm.q_norm.gamma", 0)
+    permute("sink.logits", 0)
+    for path, part in parts.items():
+        part.permute_heads(state, f"{prefix}{path}.", order)
+
+
+def _permute_heads(state: dict[str, Any], prefix: str, order: Tensor, heads: int) -> Any:
+    def permute(name: str, dim: int) -> None:
+        key = prefix + name
+        if key in state:
+            tensor = state[key]
+            width = tensor.shape[dim] // heads
+            rows = (order[:, None] * width + torch.arange(width)).flatten().to(tensor.device)
+            state[key] = tensor.index_select(dim, rows)
+
+    return permute

@@ -1,0 +1,317 @@
+"""One pass through the sublayers of a stack: what each of them is told, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.attention.arguments import bind_attn_bias, check_mask
+from x_transformers.attention.base import BoundScore, QKTransform, ScoreMod
+from x_transformers.attention.qk.given import GivenRotation
+from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.cache import Entry, KVCache
+from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.errors import ShapeError
+from x_transformers.intermediates import Intermediates, LayerIntermediates
+from x_transformers.layers.branch import Branch, Passed
+from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.conditioning import newest
+from x_transformers.layers.residuals.base import StreamFrame
+from x_transformers.layers.sequence import LayerSequence, Step
+from x_transformers.norms import Norm
+from x_transformers.ops import softclamp
+
+
+@dataclass(eq=False)
+class Given:
+    """What a caller gives to a pass beside tokens, keys and masks.
+
+    Attributes:
+        order: the built sublayers, in the order of execution.
+        context, context_mask: what cross-attention reads.
+        mems, mem_masks: recurrent memory of each executed self-attention.
+        states: running states that the segment before left, in the order of the sublayers that keep them.
+        condition: `(b, 1|n, c)` what adaptive norms and scales read.
+        injection: `(b, 1|n, D)` added to each sublayer's input.
+        deep_embeds: `(b, n, L, D)` factors of the outputs of the first L executed feedforwards.
+        transform: `(block, stream) -> stream` at the entry of each executed block but the first.
+        rotations: query/key transforms of self-attention.
+        context_pos: `(1|b, m)` positions of the context, or None where cross-attention does not rotate.
+        additional: keys and values for each executed self-attention.
+        additional_mask: `(b, A)` which of them are seen.
+        kv_residuals: for "a" and "c", what is added to the source of keys and values of each such layer.
+    """
+
+    order: tuple[int, ...]
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+    mems: Sequence[Tensor | None] = ()
+    mem_masks: Sequence[Tensor | None] = ()
+    states: Sequence[Tensor | None] = ()
+    condition: Tensor | None = None
+    injection: Tensor | None = None
+    deep_embeds: Tensor | None = None
+    transform: Callable[[int, Tensor], Tensor] | None = None
+    rotations: tuple[QKTransform, ...] = ()
+    context_pos: Tensor | None = None
+    additional: Sequence[tuple[Tensor, Tensor] | None] = ()
+    additional_mask: Tensor | None = None
+    kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+
+
+class Seen:
+    """Collects what the caller asked to see."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self.keeps_states = capture.memories or capture.hiddens
+        self.streams: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+        self.memory_inputs: list[Tensor] = []
+        self.states: list[Tensor] = []
+        self.blocks: list[Tensor] = []
+        self.records: list[Intermediates] = []
+
+    def add(self, step: Step, stream: Tensor, passed: Passed) -> None:
+        """Keep what is wanted of one sublayer, and of the stream before it."""
+        if passed.record is not None:
+            passed.record.layer_index = step.layer
+            self.records.append(passed.record)
+        if self.capture.hiddens:
+            self.inputs.append(passed.branch_input)
+            if step.ends:
+                self.blocks.append(folded(passed.stream))
+        if self.keeps_states and step.kind == "a":
+            self.streams.append(folded(stream))
+            self.memory_inputs.append(passed.memory_input)
+
+    def add_states(self, states: Entry | None, names: Sequence[str]) -> None:
+        """Keep the running states of one sublayer."""
+        if self.keeps_states and states is not None:
+            self.states += [states.get(name) for name in names]  # type: ignore[misc]
+
+    def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
+        """The record of the pass."""
+        hiddens = self.capture.hiddens
+        return LayerIntermediates(
+            hiddens=self.streams,
+            last_hidden=out,
+            attn_intermediates=self.records,
+            layer_hiddens=[*self.inputs, folded(stream)] if hiddens else None,
+            block_hiddens=[*self.blocks[:-1], out] if hiddens else None,
+            memory_inputs=self.memory_inputs,
+            memory_states=self.states,
+            cache=kv,
+        )
+
+
+class Traversal(nn.Module):
+    """Sublayers in their order, with what stands before, between and behind them.
+
+    Attributes:
+        dim: width.
+        layers: the built sublayers. sequence: their order. steps: what runs in it.
+        frame: what stands around several residual streams.
+        rel_pos: the score modification that all self-attentions share. rotary_pos_emb: the rotation.
+        skip_sources, skip_combines: executed sublayer -> the one whose input is joined, and by what.
+        context_dropout: how much of the context is left out in training; one_context: the same for all sublayers.
+        output_clamp: bound of the output. final_norm: the last norm.
+    """
+
+    dim: int
+    layers: nn.ModuleList
+    sequence: LayerSequence
+    steps: tuple[Step, ...]
+    frame: StreamFrame | None
+    rel_pos: ScoreMod | None
+    rotary_pos_emb: QKTransform | None
+    skip_sources: Mapping[int, int]
+    skip_combines: nn.ModuleDict
+    context_dropout: float
+    one_context: bool
+    output_clamp: float | None
+    final_norm: Norm | None
+
+    def traverse(self, x: Tensor, call: Call, kv: KVCache | None, given: Given) -> tuple[Tensor, Tensor, Seen]:
+        """`(b, n, D)` through all sublayers: the output, the stream before it, and what was kept on the way."""
+        seen, skips = Seen(call.capture), {}
+        sources = self.skip_sources.values()
+        states = list(given.states)
+        keeps_states = call.causal and (bool(states) or seen.keeps_states)
+        carry, nothing = Carry(), Deltas()
+        x = x if self.frame is None else self.frame.expand(x)
+        for step in self.steps if given.order == self.sequence.order else self.sequence.steps(given.order):
+            branch: Branch = self.layers[step.layer]  # type: ignore[assignment]
+            if given.transform is not None and step.begins and step.block > 0:
+                x = unfolded(given.transform(step.block + 1, folded(x)), x)
+            if step.number in sources:
+                skips[step.number] = x
+            if step.layer in self.skip_sources:
+                x = self.skip_combines[str(step.layer)](x, skips[self.skip_sources[step.layer]])
+            entry = None if kv is None else kv.entry(step.number)
+            layer = LayerCall(
+                call=call,
+                entry=entry,
+                states=running_states(branch.running, entry, states, keeps_states) if branch.running else None,
+                carry=carry,
+                condition=given.condition,
+                injection=given.injection,
+                deltas=nothing,
+                **self._reads(step, call, entry, given, x.shape[0]),
+            )
+            passed = branch(x, layer)
+            if branch.running:
+                seen.add_states(layer.states, branch.running)
+            seen.add(step, x, passed)
+            x, carry = passed.stream, passed.carry
+        return self._finish(x, given.condition), x, seen
+
+    def _finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """From the stream behind the last layer to the output."""
+        if self.output_clamp is not None:
+            x = softclamp(x, self.output_clamp)
+        if self.frame is not None:
+            x = self.frame.collapse(x, condition)
+        return x if self.final_norm is None else self.final_norm(x, condition)
+
+    # what a sublayer reads, as fields of its `LayerCall`
+
+    def _reads(self, step: Step, call: Call, entry: Entry | None, given: Given, batch: int) -> dict[str, Any]:
+        if step.kind == "c":
+            return self._reads_context(step, call, entry, given)
+        if step.kind == "f":
+            deep, t = given.deep_embeds, step.nth
+            factors = None if deep is None or t >= deep.shape[2] else deep[:, :, t]
+            return {"keys": call.keys, "fresh": call.query, "deep_embed": factors}
+        memory = given.mems[step.nth] if step.nth < len(given.mems) else None
+        memory_mask = given.mem_masks[step.nth] if step.nth < len(given.mem_masks) else None
+        if memory is not None and memory.shape[-2] == 0:
+            memory = None
+        keys, fresh, biases = self._bound(call, memory, memory_mask, batch)
+        reads = {"keys": keys, "fresh": fresh, "biases": biases, "rotations": given.rotations, "memory": memory}
+        return {**reads, **self._given_keys(step, call, given)} if given.additional or given.kv_residuals else reads
+
+    def _given_keys(self, step: Step, call: Call, given: Given) -> dict[str, Any]:
+        """Keys and values from outside, and what is added to the source of the own ones."""
+        additional = given.additional[step.nth] if step.nth < len(given.additional) else None
+        mask = given.additional_mask
+        if additional is not None and mask is not None:
+            mask = check_mask(mask, additional[0].shape[0], additional[0].shape[-2], "additional_kv_mask")
+        residual = _nth(given.kv_residuals.get("a", ()), step.nth)
+        if residual is not None:
+            residual = newest(residual, len(residual), len(call.query), self.dim, "self_attn_kv_residuals")
+        return {"additional": additional, "additional_mask": mask, "kv_residual": residual}
+
+    def _bound(
+        self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int
+    ) -> tuple[Span, Span, tuple[BoundScore, ...]]:
+        """Keys, new keys, and the stack's score modifications bound to them; layers with the same keys share them."""
+        rule = ("keys", None if memory is None else memory.shape[-2], id(memory_mask))
+        if rule not in call.memo:
+            # the mask stays in the memo, so that its id stays its own
+            call.memo[rule] = self._bind(call, memory, memory_mask, batch), memory_mask
+        return call.memo[rule][0]
+
+    def _bind(
+        self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int
+    ) -> tuple[Span, Span, tuple[BoundScore, ...]]:
+        keys, fresh = call.keys, call.query
+        if memory is not None:
+            if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != self.dim:
+                raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {self.dim}).")
+            count = memory.shape[-2]
+            if memory_mask is not None:
+                memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
+            keys, fresh = keys.behind(count, memory_mask, batch), fresh.behind(count, memory_mask, batch)
+        biases: tuple[BoundScore, ...] = ()
+        if self.rel_pos is not None:
+            biases = (self.rel_pos.bind(call.query, keys),)
+        if call.attn_bias is not None:
+            biases = (*biases, bind_attn_bias(call.attn_bias, len(call.query), len(keys)))
+        return keys, fresh, biases
+
+    def _reads_context(self, step: Step, call: Call, entry: Entry | None, given: Given) -> dict[str, Any]:
+        held = None if entry is None else entry.get("k")
+        source, mask = given.context, given.context_mask
+        if held is None:
+            assert source is not None
+            if self.context_dropout and self.training:
+                source, mask = self._drop_context(source, mask, call)
+            length, batch = source.shape[1], source.shape[0]
+        else:
+            length, batch = held.shape[-2], held.shape[0]
+        rule = ("context", length, id(mask))
+        if rule not in call.memo:
+            places = torch.arange(length, device=call.query.index.device)
+            live = None if mask is None else check_mask(mask, batch, length, "context_mask")
+            # the mask stays in the memo, so that its id stays its own
+            call.memo[rule] = Span(places, places[None], places[None], live), mask
+        keys = call.memo[rule][0]
+        if source is None:
+            source = call.query.index.new_empty(0)
+        return {
+            "keys": keys,
+            "fresh": keys,
+            "context": source,
+            "kv_residual": _nth(given.kv_residuals.get("c", ()), step.nth),
+            "rotations": self._rotations_of_context(call, keys, entry, given.context_pos, batch),
+        }
+
+    def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+        """A random part of the context and its mask: another one for each sublayer, unless they share what they saw."""
+        if self.one_context and "dropped context" in call.memo:
+            return call.memo["dropped context"]
+        kept, mask, _ = drop_context(context, mask, self.context_dropout)
+        call.memo["dropped context"] = kept, mask
+        return kept, mask
+
+    def _rotations_of_context(
+        self, call: Call, keys: Span, entry: Entry | None, pos: Tensor | None, batch: int
+    ) -> tuple[QKTransform, ...]:
+        """Cross-attention rotates if the context's positions were given, at this step or an earlier one."""
+        if entry is not None:
+            if pos is not None and entry.get("k") is None:
+                entry.put("context_pos", pos.expand(batch, -1))
+            pos = entry.get("context_pos")
+        if pos is None:
+            return ()
+        if pos.shape[-1] != len(keys):
+            raise ShapeError(f"`context_pos` has {pos.shape[-1]} positions, but the context {len(keys)} tokens.")
+        assert isinstance(self.rotary_pos_emb, RotaryEmbedding)
+        of_queries, of_keys = (self.rotary_pos_emb.forward(each) for each in (call.query.pos, pos))
+        return (GivenRotation(of_queries, of_keys),)
+
+
+def _nth(values: Sequence[Any], n: int) -> Any:
+    return values[n] if n < len(values) else None
+
+
+def running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor | None], keeps: bool) -> Entry | None:
+    """Where a sublayer keeps its running states: the cache, or a place of their own if there is something to keep.
+
+    Args:
+        names: the states. entry: the sublayer's streams in the cache.
+        left: what the segment before left for this sublayer and later ones; the own ones are taken off.
+        keeps: whether states come in or go out without a cache.
+    """
+    if entry is None and keeps:
+        entry = Entry()
+    for name in names if left else ():
+        state = left.pop(0)
+        if entry is not None and state is not None and entry.get(name) is None:
+            entry.put(name, state)
+    return entry
+
+
+def folded(stream: Tensor) -> Tensor:
+    """`(b, n, s, D)` as callers see streams: `(b * s, n, D)`."""
+    return stream if stream.ndim == 3 else stream.transpose(1, 2).flatten(0, 1)
+
+
+def unfolded(stream: Tensor, like: Tensor) -> Tensor:
+    """The way back, to the axes of `like`."""
+    return stream if like.ndim == 3 else stream.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
