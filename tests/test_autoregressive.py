@@ -374,11 +374,12 @@ def test_interspersed_memory_leaves_with_its_group(prepended, monkeypatch):
     held = []
     core = model.net.attn_layers.layers[0].attention.core
 
-    def watch(q, k, v, *rest, **options):
-        held.append(k.shape[-2])
-        return core(q, k, v, *rest, **options)
+    class Watched(type(core)):
+        def __call__(self, request):
+            held.append(request.k.shape[-2])
+            return super().__call__(request)
 
-    monkeypatch.setattr(model.net.attn_layers.layers[0].attention, "core", watch)
+    monkeypatch.setattr(core, "__class__", Watched)
     _, record = model.generate(torch.tensor([1, 2, 3, 4]), 14, return_intermediates=True, **kwargs)
     assert record.cache.tokens - record.cache.prepended == 17
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
 
 from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
-from x_transformers.attention.base import BoundScore, Needs, RowMod, Visibility, WeightMod
+from x_transformers.attention.base import Needs
 from x_transformers.attention.masks import causal_mask as create_causal_mask
 from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
 from x_transformers.attention.scores.selective import selective_attn
@@ -65,7 +64,8 @@ class Core:
         self.explicit = Explicit()
         self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
         self._warned: set[str] = set()
-        self._chosen: dict[Any, tuple[Backend, str]] = {}
+        self._asked: Any = None
+        self._answer: tuple[Backend, str] = (self.explicit, "")
         lacks = [backend.lacks(self.needs) for backend in self.fused]
         if flash and all(lacks):
             culprits = [
@@ -97,57 +97,29 @@ class Core:
             reasons.append(reason)
         return self.explicit, "; ".join(reasons)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        visible: Visibility,
-        *,
-        scores: tuple[BoundScore, ...] = (),
-        rows: tuple[RowMod, ...] = (),
-        weights: tuple[WeightMod, ...] = (),
-        memo: dict[Any, Any] | None = None,
-        dropout: float = 0.0,
-        capture: bool = False,
-        **parts: Any,
-    ) -> Weighed:
-        """Weigh `v (b, g, j, e)` for `q (b, h, i, d)` and `k (b, g, j, d)`; see `Request` for the rest."""
-        needs = self.needs if dropout > 0 else self.quiet_needs
-        for part in (*scores, *rows, *weights):
-            needs |= part.needs
-        if capture:
+    def __call__(self, request: Request) -> Weighed:
+        """Weigh as asked."""
+        q = request.q
+        needs = self.needs if request.dropout > 0 else self.quiet_needs
+        if request.scores or request.rows or request.weights:
+            for part in (*request.scores, *request.rows, *request.weights):
+                needs |= part.needs
+        if request.capture:
             needs |= Needs.SCORES
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        grad = torch.is_grad_enabled() and (q.requires_grad or request.k.requires_grad or request.v.requires_grad)
         backend, why = self._choice(Situation(q.device.type, q.dtype, grad, torch.compiler.is_compiling()), needs)
-        if self.flash and not backend.fused and not capture:
+        if self.flash and not backend.fused and not request.capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
-        memo = {} if memo is None else memo
-        return backend.attend(
-            Request(
-                q,
-                k,
-                v,
-                self.scale,
-                visible,
-                scores,
-                rows=rows,
-                weights=weights,
-                dropout=dropout,
-                capture=capture,
-                memo=memo,
-                **parts,
-            )
-        )
+        return backend.attend(request)
 
     def _choice(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
-        """The same as `choose`, remembered: eager decoding asks for every layer of every token."""
+        """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
         if situation.compiling:
             return self.choose(situation, needs)
         asked = (situation, needs, self.flash)
-        if asked not in self._chosen:
-            self._chosen[asked] = self.choose(situation, needs)
-        return self._chosen[asked]
+        if asked != self._asked:
+            self._asked, self._answer = asked, self.choose(situation, needs)
+        return self._answer
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:

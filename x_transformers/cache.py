@@ -246,15 +246,15 @@ class StaticCache(KVCache):
         return self.used
 
     def begin(self, count: int) -> StaticCache:
-        """Point every entry at the next `count` places. The buffers are shared with the cache it came from."""
+        """A cache for the next `count` places. The buffers are shared with the cache it came from."""
         if count > self.capacity:
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
         twin = copy.copy(self)
-        twin.index = index = self.filled + self.places[:count]
+        twin.index = self.filled + self.places[:count]
         twin.filled = self.filled + count
-        twin.fresh = fresh = not self.used
+        twin.fresh = not self.used
         twin.used = self.used or count > 0
-        twin.entries = [entry.at(index, fresh) for entry in self.entries]
+        twin.entries = [entry.at(twin.index, twin.fresh) for entry in self.entries]
         return twin
 
     def entry(self, number: int) -> Entry:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Span:
     """A stretch of tokens.
 
@@ -80,7 +80,7 @@ class Capture:
     memories: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """One forward pass of a stack; built once, read by every part.
 
@@ -160,7 +160,8 @@ class Deltas:
 
 @dataclass(eq=False)
 class LayerCall:
-    """What one executed sublayer gets beside its input; made for it alone, and filled in on the way through it.
+    """What one executed sublayer gets beside its input. Filled in before the sublayer runs, and not changed by it, so
+    that it may run again (activation checkpointing).
 
     Defaults are no objects, since those would break full graphs.
 
@@ -183,11 +184,12 @@ class LayerCall:
         additional_mask: `(b, A)` bool, which of them are seen.
         kv_residual: `(b, m, Dc)` added to the source of keys and values.
         deltas: what a caller adds inside.
+        packed: `((h + 2g) d, D)` the attention's maps of queries, keys and values in one matrix, or None.
     """
 
     call: Call
-    keys: Span
-    fresh: Span
+    keys: Span = None  # type: ignore[assignment]
+    fresh: Span = None  # type: ignore[assignment]
     rotations: tuple[Any, ...] = ()
     biases: tuple[Any, ...] = ()
     memory: Tensor | None = None
@@ -202,6 +204,7 @@ class LayerCall:
     additional_mask: Tensor | None = None
     kv_residual: Tensor | None = None
     deltas: Deltas = field(kw_only=True)
+    packed: Tensor | None = None
 
     def behind_memory(self, x: Tensor) -> Tensor:
         """`(b, m + n, D)`: the (query) inputs of every key of this pass, recurrent memory in front."""

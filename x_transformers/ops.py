@@ -43,7 +43,7 @@ def pad_left(t: Tensor, count: int, value: float | bool) -> Tensor:
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
     """`(b, n, h*d) -> (b, h, n, d)`; a plain view, since eager attention pays for every call."""
-    return t.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return t.view(*t.shape[:-1], heads, -1).transpose(-3, -2)
 
 
 def merge_heads(t: Tensor) -> Tensor:

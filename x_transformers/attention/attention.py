@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.attend import Core
 from x_transformers.attention.arguments import check_input
-from x_transformers.attention.backends.base import Weighed
+from x_transformers.attention.backends.base import Request, Weighed
 from x_transformers.attention.base import (
     AttentionShape,
     BoundScore,
@@ -256,6 +255,14 @@ class Attention(Configured, ReadsReference):
         """Whether what a query gets depends on the other queries."""
         return any(weighting.across_queries for weighting in self.weighting)
 
+    def packed_projections(self) -> Tensor | None:
+        """The maps of queries, keys and values in one matrix, which reads a single token faster than three do; None
+        where they do not all read the same, or are larger than the saving is worth.
+        """
+        if self.latent_q is not None or self.latent_kv is not None or self.dim_context != self.shape.dim:
+            return None
+        return self.projections.pack()
+
     def share_scores(self) -> None:
         """Leave the logits for later attentions.
 
@@ -331,44 +338,50 @@ class Attention(Configured, ReadsReference):
         call = layer.call
         # three views of the stream, where the residual connection makes them, are the inputs of q, k and v
         xq, xk, xv = (x, x, x) if x.ndim == 3 else x.unbind(0)
-        q = self.projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
-        for norm in self.qk_norms:
-            q = norm.normalize_q(q)
-        q, k, v, raw, own_kv = self._keys_values(q, (xq, xk, xv), layer)
-        k, v = self._extend(k, v, layer)
+        q, k, v, raw, own_kv = self._queries_keys_values(xq, xk, xv, layer)
+        prefix, shown = 0, None
+        if self.keys or self.values or layer.additional is not None:
+            k, v = self._extend(k, v, layer)
+            prefix, shown = self._prefix(layer), self._shown(layer)
         dtype, plain_q = q.dtype, q
         for metric in self.metrics:
             q, k = metric(q, k)
         if not q.dtype == k.dtype == v.dtype:
             q, k, v = widest(q, k, v)
-
         visible = visibility(
             call,
             layer.keys,
             causal=call.causal if layer.context is None else self.causal,
             own=layer.context is None,
             window=self.max_attend_past,
-            prefix=self._prefix(layer),
-            shown=self._shown(layer),
+            prefix=prefix,
+            shown=shown,
         )
-        # parts that need float32 have widened q, k and v; autocast would narrow them again
-        with torch.autocast(q.device.type, enabled=False) if q.dtype != dtype else nullcontext():
-            weighed = self.core(
-                q,
-                k,
-                v,
-                visible,
-                plain_q=plain_q,
-                scores=self._scores(xq, layer),
-                sink=None if self.sink is None else self.sink.logits,
-                rows=self._row_mods(layer),
-                weighting=next(iter(self.weighting), None),
-                weights=(*self.weights, *given_delta(layer.deltas.attn)),
-                layer=layer,
-                dropout=self.dropout if self.training else 0.0,
-                capture=call.capture.scores or self.leaves_scores,
-                memo=call.memo,
-            )
+        request = Request(
+            q,
+            k,
+            v,
+            self.core.scale,
+            visible,
+            self._scores(xq, layer) if self.scores or layer.biases else (),
+            sink=None if self.sink is None else self.sink.logits,
+            rows=self._row_mods(layer),
+            weighting=next(iter(self.weighting)) if self.weighting else None,
+            weights=(*self.weights, *given_delta(layer.deltas.attn))
+            if self.weights or layer.deltas.attn is not None
+            else (),
+            plain_q=plain_q,
+            layer=layer,
+            dropout=self.dropout if self.training else 0.0,
+            capture=call.capture.scores or self.leaves_scores,
+            memo=call.memo,
+        )
+        if q.dtype == dtype:
+            weighed = self.core(request)
+        else:
+            # parts that need float32 have widened q, k and v; autocast would narrow them again
+            with torch.autocast(q.device.type, enabled=False):
+                weighed = self.core(request)
         heads = weighed.out
         if self.values or layer.deltas.out is not None:
             heads = self._behind(heads, xq, raw, visible.dead, layer)
@@ -380,10 +393,16 @@ class Attention(Configured, ReadsReference):
         carry = layer.carry
         if self.leaves_values or self.leaves_scores:
             carry = self._leave(raw, weighed, layer)
+        return out, self._record(weighed, raw, own_kv, layer), carry
+
+    def _record(
+        self, weighed: Weighed, raw: Tensor, own_kv: tuple[Tensor, Tensor] | None, layer: LayerCall
+    ) -> Intermediates | None:
+        """What the caller asked to see, and where the cache is."""
+        call = layer.call
         if not (call.capture.scores or call.capture.hiddens):
-            record = None if layer.entry is None else Intermediates(layer_type=layer.kind, entry=layer.entry)
-            return out, record, carry
-        record = Intermediates(
+            return None if layer.entry is None else Intermediates(layer_type=layer.kind, entry=layer.entry)
+        return Intermediates(
             qk_similarities=weighed.similarities,
             pre_softmax_attn=weighed.logits,
             post_softmax_attn=weighed.weights,
@@ -392,7 +411,6 @@ class Attention(Configured, ReadsReference):
             entry=layer.entry,
             own_kv=own_kv if call.aligned else None,
         )
-        return out, record, carry
 
     def _leave(self, raw: Tensor, weighed: Weighed, layer: LayerCall) -> Carry:
         """What later sublayers may read: the first values and the latest scores of this kind, if anybody will."""
@@ -403,49 +421,57 @@ class Attention(Configured, ReadsReference):
             carry = replace(carry, scores={**carry.scores, layer.kind: (weighed.plain, self._prefix(layer))})
         return carry
 
-    def _keys_values(
-        self, q: Tensor, views: tuple[Tensor, Tensor, Tensor], layer: LayerCall
+    def _queries_keys_values(
+        self, xq: Tensor, xk: Tensor, xv: Tensor, layer: LayerCall
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Queries, keys and values of everything that is there, rotated; the values as they were projected; and keys
         and values without recurrent memory, unrotated.
         """
-        held = self._held(layer)
-        if held is not None:
-            k, v = held
-            q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
-            return q, k, v, v, None
-        xq, xk, xv = views
-        own, span, streams = layer.context is None, layer.fresh, {}
-        xk, xv = _sources(xk, xv, layer)
-        if self.latent_kv is not None:
-            streams = self.latent_kv(xk)
-            if own:
-                # what is cached is projected and rotated anew in every pass
-                streams, span = {name: _grow(name, t, layer) for name, t in streams.items()}, layer.keys
-            xk = xv = streams["latent"].squeeze(1)
-        k, raw = self.projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
-        k = join_sub_keys(k, streams)
+        own, span, streams = layer.context is None, layer.fresh, None
+        if layer.packed is not None and xk is xq and layer.kv_residual is None and layer.memory is None:
+            q, k, raw = self.projections.packed(xq, layer.packed)
+            for norm in self.qk_norms:
+                q = norm.normalize_q(q)
+        else:
+            q = self.projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
+            for norm in self.qk_norms:
+                q = norm.normalize_q(q)
+            held = None if own or layer.entry is None else layer.entry.get("k")
+            if held is not None:
+                # a context that an earlier pass has read
+                q, _ = self._rotate(q, held[..., :0, :], layer, span.first(0))
+                v = layer.entry.get("v")  # type: ignore[union-attr]
+                assert v is not None
+                return q, held, v, v, None
+            if layer.context is not None or layer.kv_residual is not None or layer.memory is not None:
+                xk, xv = _sources(xk, xv, layer)
+            if self.latent_kv is not None:
+                streams = self.latent_kv(xk)
+                if own:
+                    # what is cached is projected and rotated anew in every pass
+                    streams, span = {name: _grow(name, t, layer) for name, t in streams.items()}, layer.keys
+                xk = xv = streams["latent"].squeeze(1)
+            k, raw = self.projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
+            if streams is not None:
+                k = join_sub_keys(k, streams)
+        assert k is not None
         for norm in self.qk_norms:
             k = norm.normalize_k(k)
-        v = self._mixed(raw, xq, layer)
+        v = self._mixed(raw, xq, layer) if layer.carry.values else raw
         for mod in self.values:
             v = mod.project(v, xq, layer)
         m = 0 if layer.memory is None else layer.memory.shape[-2]
         fresh = (k[..., m:, :], v[..., m:, :]) if m else (k, v)
-        q, k = self._rotate(q, k, layer, span)
-        if own and self.latent_kv is None:
-            k, v = _grow("k", k, layer), _grow("v", v, layer)
-        elif not own and layer.entry is not None:
+        if layer.rotations:
+            q, k = self._rotate(q, k, layer, span)
+        if layer.entry is None:
+            return q, k, v, raw, fresh
+        if not own:
             layer.entry.put("k", k)
             layer.entry.put("v", v)
+        elif self.latent_kv is None:
+            k, v = _grow("k", k, layer), _grow("v", v, layer)
         return q, k, v, raw, fresh
-
-    def _held(self, layer: LayerCall) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of a context that an earlier pass has read."""
-        if layer.context is None or layer.entry is None:
-            return None
-        k, v = layer.entry.get("k"), layer.entry.get("v")
-        return None if k is None or v is None else (k, v)
 
     def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
         """Transform by positions: every head, or the last ones, whose keys do not come from a latent."""
@@ -505,8 +531,6 @@ class Attention(Configured, ReadsReference):
 
     def _extend(self, k: Tensor, v: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
         """Put the keys that are no tokens in front: nothing, given ones, learned ones; and ready the values."""
-        if not self.keys and not self.values and layer.additional is None:
-            return k, v
         for mod in self.keys:
             if not mod.nothing:
                 k, v = mod.extend(k, v, self._normalize_memory)
@@ -534,7 +558,9 @@ class Attention(Configured, ReadsReference):
 
     def _row_mods(self, layer: LayerCall) -> tuple[RowMod, ...]:
         """Row modifications of this layer, and the scores of the one before it."""
-        return (*self.rows, self.residual) if layer.kind in layer.carry.scores else tuple(self.rows)
+        if layer.carry.scores and layer.kind in layer.carry.scores:
+            return (*self.rows, self.residual)
+        return tuple(self.rows) if self.rows else ()
 
     # the reference's call form
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.ops import split_heads
@@ -82,7 +84,8 @@ class Projections(nn.Module):
 
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """`(b, i, D) -> (b, h, i, d)`; the delta is added to the flat features."""
-        return split_heads(_plus(self.q(x), delta), self.heads)
+        flat = self.q(x)
+        return split_heads(flat if delta is None else flat + delta, self.heads)
 
     def keys_values(
         self, xk: Tensor, xv: Tensor, delta_k: Tensor | None = None, delta_v: Tensor | None = None
@@ -90,6 +93,29 @@ class Projections(nn.Module):
         """`(b, j, Dc), (b, j, Dc) -> (b, g, j, d), (b, g, j, e)`; no keys where there is no map for them."""
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
+
+    def pack(self) -> Tensor | None:
+        """`((h + 2g) d, D)`: the three matrices in one, a copy. None if they are large, have been replaced by other
+        modules or are hooked, or heads differ in width.
+        """
+        maps = [self.q, self.k, self.v]
+        if any(type(each) is not nn.Linear or each._forward_hooks or each._forward_pre_hooks for each in maps):
+            return None
+        weights = [each.weight for each in maps if each is not None]
+        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        if size > PACKED_BYTES or self.q.out_features // self.heads != self.v.out_features // self.kv_heads:
+            return None
+        return torch.cat(weights)
+
+    def packed(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(b, n, D) -> (b, h, n, d), (b, g, n, d), (b, g, n, d)`, by what `pack` returned."""
+        heads, groups = self.heads, self.kv_heads
+        q, k, v = split_heads(F.linear(x, weights), heads + 2 * groups).split_with_sizes((heads, groups, groups), -3)
+        return q, k, v
+
+
+PACKED_BYTES = 2**23
+"""Of matrices larger than this, reading the weights takes the time, not the number of calls."""
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:

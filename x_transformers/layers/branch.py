@@ -103,13 +103,14 @@ class Branch(ReadsReference):
         x, kept = self.residual.read(stream)
         branch_input = x
         if self.reader is not None:
-            layer.carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
-            x = self.reader(x, layer.carry.history)
+            carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
+            layer = replace(layer, carry=carry)
+            x = self.reader(x, carry.history)
         if layer.injection is not None:
             x = x + layer.injection
         # three views are remembered whole: keys and values read two of them, gates and shifts the first
         memory_input = x
-        x = self._prepare(x, layer)
+        x, layer = self._prepare(x, layer)
         record, carry = None, layer.carry
         if self.kind == "f":
             out = self.feedforward(x, layer.deep_embed)
@@ -131,7 +132,7 @@ class Branch(ReadsReference):
             stream = drop_layer(before, stream, self.dropout)
         return Passed(stream, branch_input, memory_input, record, carry)
 
-    def _prepare(self, x: Tensor, layer: LayerCall) -> Tensor:
+    def _prepare(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
         """Norm and shift, of the input and of the recurrent memory before it."""
         memory = layer.memory
         if memory is not None and memory.ndim < x.ndim:
@@ -142,8 +143,7 @@ class Branch(ReadsReference):
             memory = None if memory is None else self.norm(memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
-        layer.memory = memory
-        return x
+        return x, layer if memory is layer.memory else replace(layer, memory=memory)
 
     def translate_reference(self, state: dict, prefix: str) -> None:
         # the reference numbers the parts: 0 norms, 1 the function inside of its wrappers, 2 the residual

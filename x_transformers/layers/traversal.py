@@ -44,6 +44,7 @@ class Given:
         additional: keys and values for each executed self-attention.
         additional_mask: `(b, A)` which of them are seen.
         kv_residuals: for "a" and "c", what is added to the source of keys and values of each such layer.
+        packed: for each executed sublayer, what `Attention.packed_projections` returned, or None.
     """
 
     order: tuple[int, ...]
@@ -61,6 +62,7 @@ class Given:
     additional: Sequence[tuple[Tensor, Tensor] | None] = ()
     additional_mask: Tensor | None = None
     kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    packed: Sequence[Tensor | None] | None = None
 
 
 class Seen:
@@ -143,26 +145,27 @@ class Traversal(nn.Module):
         states = list(given.states)
         keeps_states = call.causal and (bool(states) or seen.keeps_states)
         carry, nothing = Carry(), Deltas()
+        branches = list(self.layers)
         x = x if self.frame is None else self.frame.expand(x)
         for step in self.steps if given.order == self.sequence.order else self.sequence.steps(given.order):
-            branch: Branch = self.layers[step.layer]  # type: ignore[assignment]
+            branch: Branch = branches[step.layer]  # type: ignore[assignment]
             if given.transform is not None and step.begins and step.block > 0:
                 x = unfolded(given.transform(step.block + 1, folded(x)), x)
             if step.number in sources:
                 skips[step.number] = x
             if step.layer in self.skip_sources:
                 x = self.skip_combines[str(step.layer)](x, skips[self.skip_sources[step.layer]])
-            entry = None if kv is None else kv.entry(step.number)
-            layer = LayerCall(
-                call=call,
-                entry=entry,
-                states=running_states(branch.running, entry, states, keeps_states) if branch.running else None,
-                carry=carry,
-                condition=given.condition,
-                injection=given.injection,
-                deltas=nothing,
-                **self._reads(step, call, entry, given, x.shape[0]),
-            )
+            layer = LayerCall(call, carry=carry, deltas=nothing, condition=given.condition, injection=given.injection)
+            if kv is not None and (step.kind != "f" or branch.running):
+                layer.entry = kv.entry(step.number)
+            if branch.running:
+                layer.states = running_states(branch.running, layer.entry, states, keeps_states)
+            if step.kind == "a":
+                self._tell_own(layer, step, given, x.shape[0])
+            elif step.kind == "c":
+                self._tell_context(layer, step, given)
+            elif given.deep_embeds is not None and step.nth < given.deep_embeds.shape[2]:
+                layer.deep_embed = given.deep_embeds[:, :, step.nth]
             passed = branch(x, layer)
             if branch.running:
                 seen.add_states(layer.states, branch.running)
@@ -178,47 +181,37 @@ class Traversal(nn.Module):
             x = self.frame.collapse(x, condition)
         return x if self.final_norm is None else self.final_norm(x, condition)
 
-    # what a sublayer reads, as fields of its `LayerCall`
+    # what a sublayer is told
 
-    def _reads(self, step: Step, call: Call, entry: Entry | None, given: Given, batch: int) -> dict[str, Any]:
-        if step.kind == "c":
-            return self._reads_context(step, call, entry, given)
-        if step.kind == "f":
-            deep, t = given.deep_embeds, step.nth
-            factors = None if deep is None or t >= deep.shape[2] else deep[:, :, t]
-            return {"keys": call.keys, "fresh": call.query, "deep_embed": factors}
-        memory = given.mems[step.nth] if step.nth < len(given.mems) else None
-        memory_mask = given.mem_masks[step.nth] if step.nth < len(given.mem_masks) else None
-        if memory is not None and memory.shape[-2] == 0:
-            memory = None
-        keys, fresh, biases = self._bound(call, memory, memory_mask, batch)
-        reads = {"keys": keys, "fresh": fresh, "biases": biases, "rotations": given.rotations, "memory": memory}
-        return {**reads, **self._given_keys(step, call, given)} if given.additional or given.kv_residuals else reads
-
-    def _given_keys(self, step: Step, call: Call, given: Given) -> dict[str, Any]:
-        """Keys and values from outside, and what is added to the source of the own ones."""
-        additional = given.additional[step.nth] if step.nth < len(given.additional) else None
-        mask = given.additional_mask
-        if additional is not None and mask is not None:
-            mask = check_mask(mask, additional[0].shape[0], additional[0].shape[-2], "additional_kv_mask")
-        residual = _nth(given.kv_residuals.get("a", ()), step.nth)
-        if residual is not None:
-            residual = newest(residual, len(residual), len(call.query), self.dim, "self_attn_kv_residuals")
-        return {"additional": additional, "additional_mask": mask, "kv_residual": residual}
-
-    def _bound(
-        self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int
-    ) -> tuple[Span, Span, tuple[BoundScore, ...]]:
-        """Keys, new keys, and the stack's score modifications bound to them; layers with the same keys share them."""
+    def _tell_own(self, layer: LayerCall, step: Step, given: Given, batch: int) -> None:
+        call, memory, memory_mask = layer.call, None, None
+        layer.rotations = given.rotations
+        if given.packed is not None:
+            layer.packed = given.packed[step.number]
+        if given.mems:
+            memory, memory_mask = _nth(given.mems, step.nth), _nth(given.mem_masks, step.nth)
+            memory = None if memory is not None and memory.shape[-2] == 0 else memory
+            layer.memory = memory
         rule = ("keys", None if memory is None else memory.shape[-2], id(memory_mask))
         if rule not in call.memo:
             # the mask stays in the memo, so that its id stays its own
             call.memo[rule] = self._bind(call, memory, memory_mask, batch), memory_mask
-        return call.memo[rule][0]
+        layer.keys, layer.fresh, layer.biases = call.memo[rule][0]
+        if given.additional:
+            layer.additional, layer.additional_mask = _nth(given.additional, step.nth), given.additional_mask
+            if layer.additional is not None and layer.additional_mask is not None:
+                rows, count = layer.additional[0].shape[0], layer.additional[0].shape[-2]
+                layer.additional_mask = check_mask(layer.additional_mask, rows, count, "additional_kv_mask")
+        if given.kv_residuals:
+            residual = _nth(given.kv_residuals["a"], step.nth)
+            if residual is not None:
+                residual = newest(residual, len(residual), len(call.query), self.dim, "self_attn_kv_residuals")
+            layer.kv_residual = residual
 
     def _bind(
         self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int
     ) -> tuple[Span, Span, tuple[BoundScore, ...]]:
+        """Keys, new keys, and the stack's score modifications bound to them; layers with the same keys share them."""
         keys, fresh = call.keys, call.query
         if memory is not None:
             if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != self.dim:
@@ -234,7 +227,8 @@ class Traversal(nn.Module):
             biases = (*biases, bind_attn_bias(call.attn_bias, len(call.query), len(keys)))
         return keys, fresh, biases
 
-    def _reads_context(self, step: Step, call: Call, entry: Entry | None, given: Given) -> dict[str, Any]:
+    def _tell_context(self, layer: LayerCall, step: Step, given: Given) -> None:
+        call, entry = layer.call, layer.entry
         held = None if entry is None else entry.get("k")
         source, mask = given.context, given.context_mask
         if held is None:
@@ -250,16 +244,10 @@ class Traversal(nn.Module):
             live = None if mask is None else check_mask(mask, batch, length, "context_mask")
             # the mask stays in the memo, so that its id stays its own
             call.memo[rule] = Span(places, places[None], places[None], live), mask
-        keys = call.memo[rule][0]
-        if source is None:
-            source = call.query.index.new_empty(0)
-        return {
-            "keys": keys,
-            "fresh": keys,
-            "context": source,
-            "kv_residual": _nth(given.kv_residuals.get("c", ()), step.nth),
-            "rotations": self._rotations_of_context(call, keys, entry, given.context_pos, batch),
-        }
+        layer.keys = layer.fresh = keys = call.memo[rule][0]
+        layer.context = call.query.index.new_empty(0) if source is None else source
+        layer.kv_residual = _nth(given.kv_residuals["c"], step.nth) if given.kv_residuals else None
+        layer.rotations = self._rotations_of_context(call, keys, entry, given.context_pos, batch)
 
     def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
         """A random part of the context and its mask: another one for each sublayer, unless they share what they saw."""

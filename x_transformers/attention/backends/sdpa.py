@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +45,8 @@ class SDPA(Backend):
 
     def attend(self, request: Request) -> Weighed:
         visible = request.visible
-        mask = _mask(request)
-        with self._kernels():
+        mask = None if visible.mask is None and not request.scores else _mask(request)
+        with sdpa_kernel(self.kernels) if self.kernels is not None else NOTHING:
             out = F.scaled_dot_product_attention(
                 request.q,
                 request.k,
@@ -60,14 +59,16 @@ class SDPA(Backend):
             )
         return Weighed(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
 
-    def _kernels(self) -> Any:
-        return sdpa_kernel(self.kernels) if self.kernels is not None else nullcontext()
+
+NOTHING = nullcontext()
 
 
 def _mask(request: Request) -> Tensor | None:
-    """One tensor for visibility and biases. Rows that see nothing look at everything here, and are zeroed after."""
+    """One tensor for visibility and biases, made once a pass. Rows that see nothing look at everything here, and are
+    zeroed after.
+    """
     visible = request.visible
-    bias = additive_bias(request)
+    bias = additive_bias(request) if request.scores else None
     rule = ("sdpa_mask", id(visible), id(bias), request.q.dtype)
     if rule not in request.memo:
         seen = visible.mask
