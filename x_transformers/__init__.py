@@ -12,7 +12,9 @@ from x_transformers.layers.layers import (
     TransformerBlock,
 )
 from x_transformers.layers.pool import AttentionPool
+from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
 
@@ -22,6 +24,7 @@ __all__ = [
     "AttentionLayers",
     "AttentionPool",
     "AutoregressiveWrapper",
+    "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
     "Encoder",
@@ -30,5 +33,6 @@ __all__ = [
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
+    "XValTransformerWrapper",
     "layer_schedule",
 ]
