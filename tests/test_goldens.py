@@ -46,7 +46,8 @@ NAMES = """
     encoder-integrate-layers encoder-logits-dim encoder-macaron encoder-mask encoder-memory-tokens encoder-par-ratio
     encoder-polar-pos-emb encoder-rel-pos-bias encoder-residual-attn encoder-return-embeddings
     encoder-rotary-pos-emb encoder-sandwich-coef encoder-unet-skips encoder-use-rmsnorm feedforward-alone
-    generate-greedy generate-ragged prefix-decoder transformer-block xval
+    generate-greedy generate-ragged generate-xtransformer multi-input-logits multi-input neo-mlp prefix-decoder
+    transformer-block vit-registers vit xtransformer-loss xtransformer-prepend xval
 """
 GOLDENS = NAMES.split()
 

@@ -2,6 +2,7 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.encoder_decoder import XTransformer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.layers import (
     AttentionLayers,
@@ -13,7 +14,10 @@ from x_transformers.layers.layers import (
 )
 from x_transformers.layers.pool import AttentionPool
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.multi_input import MultiInputTransformerWrapper
+from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
@@ -29,10 +33,14 @@ __all__ = [
     "Decoder",
     "Encoder",
     "FeedForward",
+    "MultiInputTransformerWrapper",
+    "NeoMLP",
     "PrefixDecoder",
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
+    "ViTransformerWrapper",
+    "XTransformer",
     "XValTransformerWrapper",
     "layer_schedule",
 ]
