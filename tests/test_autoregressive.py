@@ -197,7 +197,7 @@ def test_z_loss():
 
 def test_log_probabilities_are_not_normalised_again(monkeypatch):
     model, x = build(), torch.randint(0, VOCAB, (2, 5))
-    monkeypatch.setattr(type(model.net), "output_is_log_prob", True)
+    monkeypatch.setattr(model.net, "output_is_log_prob", True)
     picked = model.net(x)[:, :-1].gather(-1, x[:, 1:, None])
     torch.testing.assert_close(model(x), -picked.mean())
 

@@ -2,6 +2,7 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.encoder_decoder import XTransformer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.layers import (
     AttentionLayers,
@@ -12,7 +13,12 @@ from x_transformers.layers.layers import (
     TransformerBlock,
 )
 from x_transformers.layers.pool import AttentionPool
+from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.multi_input import MultiInputTransformerWrapper
+from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.vision import ViTransformerWrapper
+from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
 
@@ -22,13 +28,19 @@ __all__ = [
     "AttentionLayers",
     "AttentionPool",
     "AutoregressiveWrapper",
+    "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
     "Encoder",
     "FeedForward",
+    "MultiInputTransformerWrapper",
+    "NeoMLP",
     "PrefixDecoder",
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
+    "ViTransformerWrapper",
+    "XTransformer",
+    "XValTransformerWrapper",
     "layer_schedule",
 ]

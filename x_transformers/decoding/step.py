@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache import KVCache, StaticCache
+from x_transformers.call import Capture
 from x_transformers.decoding.arguments import Arguments
 from x_transformers.decoding.caches import slots_of_newest
 from x_transformers.intermediates import LayerIntermediates
@@ -68,7 +69,7 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, sequences: Sequences) -> Tensor:
-        """Read what is new: logits `(b, m, v)`, of which the last stand behind the newest token."""
+        """Read what is new: logits `(b, 1, v)` behind the newest token."""
 
 
 class Rerun(Reader):
@@ -88,7 +89,8 @@ class Rerun(Reader):
         seen = length if self.window is None else min(length, self.window)
         first = length - seen
         arguments = self.arguments.at(length, sequences.tokens, first=first, new=seen)
-        return self.net(sequences.newest(seen), seq_start_pos=sequences.start_behind(first), **arguments)
+        start = sequences.start_behind(first)
+        return self.net(sequences.newest(seen), seq_start_pos=start, logits_to_keep=1, **arguments)
 
 
 class Cached(Reader):
@@ -198,5 +200,10 @@ def _pass(
         input_not_include_cache=True,
         return_intermediates=True,
         seq_start_pos=start,
+        logits_to_keep=1,
+        capture=CACHE_ALONE,
         **arguments,
     )
+
+
+CACHE_ALONE = Capture()
