@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
     ("F0", ["errors", "ops", "float32"]),
-    ("F1", ["options.schema", "call", "loading"]),
+    ("F1", ["options.schema", "call", "loading", "prepared"]),
     ("F1", ["options"]),
     ("F2", ["cache", "norms", "low_rank"]),
     ("F2", ["intermediates"]),

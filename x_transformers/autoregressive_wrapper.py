@@ -35,6 +35,7 @@ from x_transformers.loading import ReadsReference
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.options.configured import Configured
+from x_transformers.prepared import prepared
 
 __all__ = [
     "FILTER_LOGITS_FN",
@@ -259,7 +260,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             **kwargs,
         )
         steps = decoding.run(seq_len, eos_token, self.pad_value)
-        with torch.inference_mode(), evaluating(self, *models):
+        # compiled steps gain nothing by it
+        ahead = () if compile else (self, *models)
+        with torch.inference_mode(), evaluating(self, *models), prepared(*ahead):
             new = list(with_progress(steps, seq_len) if progress else steps)
         # outside of inference mode: tokens that training may use
         tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)

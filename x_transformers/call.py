@@ -157,6 +157,11 @@ class Deltas:
     out: Tensor | None = None
     attn: Tensor | None = None
 
+    @property
+    def none(self) -> bool:
+        """Nothing is added to queries, keys and values."""
+        return self.q is None and self.k is None and self.v is None
+
 
 @dataclass(eq=False)
 class LayerCall:
@@ -184,7 +189,6 @@ class LayerCall:
         additional_mask: `(b, A)` bool, which of them are seen.
         kv_residual: `(b, m, Dc)` added to the source of keys and values.
         deltas: what a caller adds inside.
-        packed: `((h + 2g) d, D)` the attention's maps of queries, keys and values in one matrix, or None.
     """
 
     call: Call
@@ -204,7 +208,6 @@ class LayerCall:
     additional_mask: Tensor | None = None
     kv_residual: Tensor | None = None
     deltas: Deltas = field(kw_only=True)
-    packed: Tensor | None = None
 
     def behind_memory(self, x: Tensor) -> Tensor:
         """`(b, m + n, D)`: the (query) inputs of every key of this pass, recurrent memory in front."""

@@ -13,6 +13,7 @@ from x_transformers.errors import InputError, ShapeError
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, Options, Rule, opt, require
+from x_transformers.prepared import Prepares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,30 @@ class Norm(nn.Module):
         raise NotImplementedError
 
 
-class LayerNorm(Norm):
+class GainNorm(Prepares, Norm):
+    """A norm with a gain `gamma + offset` for each feature.
+
+    Args:
+        dim: width.
+        unit_offset: store the gain less one.
+    """
+
+    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
+        super().__init__()
+        self.unit_offset = unit_offset
+        self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
+
+    def gain(self) -> Tensor:
+        """The factor of each feature."""
+        if self.ready is not None and not torch.is_grad_enabled():
+            return self.ready
+        return self.gamma + 1 if self.unit_offset else self.gamma
+
+    def prepare(self) -> Tensor | None:
+        return self.gamma.detach() + 1 if self.unit_offset else None
+
+
+class LayerNorm(GainNorm):
     """`(x - mean) / sqrt(var + 1e-5) * (gamma + offset)`, without a bias (1607.06450).
 
     Args:
@@ -94,17 +118,11 @@ class LayerNorm(Norm):
         unit_offset: store the gain less one.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
-        super().__init__()
-        self.unit_offset = unit_offset
-        self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
-
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        gamma = self.gamma + 1 if self.unit_offset else self.gamma
-        return F.layer_norm(x, x.shape[-1:], gamma)
+        return F.layer_norm(x, x.shape[-1:], self.gain())
 
 
-class RMSNorm(ReadsReference, Norm):
+class RMSNorm(ReadsReference, GainNorm):
     """`x / |x| * sqrt(d) * (gamma + offset)` (1910.07467).
 
     Args:
@@ -112,14 +130,8 @@ class RMSNorm(ReadsReference, Norm):
         unit_offset: store the gain less one.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
-        super().__init__()
-        self.unit_offset = unit_offset
-        self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
-
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        gamma = self.gamma + 1 if self.unit_offset else self.gamma
-        return F.rms_norm(x, x.shape[-1:], gamma, eps=_TINY)
+        return F.rms_norm(x, x.shape[-1:], self.gain(), eps=_TINY)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}g", f"{prefix}gamma")

@@ -43,12 +43,14 @@ def pad_left(t: Tensor, count: int, value: float | bool) -> Tensor:
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
     """`(b, n, h*d) -> (b, h, n, d)`; a plain view, since eager attention pays for every call."""
-    return t.view(*t.shape[:-1], heads, -1).transpose(-3, -2)
+    b, n, _ = t.shape
+    # the axes of a single token need not change places
+    return t.view(b, heads, 1, -1) if n == 1 else t.view(b, n, heads, -1).transpose(1, 2)
 
 
 def merge_heads(t: Tensor) -> Tensor:
     """`(b, h, n, d) -> (b, n, h*d)`."""
-    return t.transpose(-3, -2).flatten(-2)
+    return t.flatten(1).unsqueeze(1) if t.shape[2] == 1 else t.transpose(1, 2).flatten(2)
 
 
 def expand_kv_heads(t: Tensor, heads: int) -> Tensor:

@@ -255,14 +255,6 @@ class Attention(Configured, ReadsReference):
         """Whether what a query gets depends on the other queries."""
         return any(weighting.across_queries for weighting in self.weighting)
 
-    def packed_projections(self) -> Tensor | None:
-        """The maps of queries, keys and values in one matrix, which reads a single token faster than three do; None
-        where they do not all read the same, or are larger than the saving is worth.
-        """
-        if self.latent_q is not None or self.latent_kv is not None or self.dim_context != self.shape.dim:
-            return None
-        return self.projections.pack()
-
     def share_scores(self) -> None:
         """Leave the logits for later attentions.
 
@@ -428,8 +420,9 @@ class Attention(Configured, ReadsReference):
         and values without recurrent memory, unrotated.
         """
         own, span, streams = layer.context is None, layer.fresh, None
-        if layer.packed is not None and xk is xq and layer.kv_residual is None and layer.memory is None:
-            q, k, raw = self.projections.packed(xq, layer.packed)
+        packed = self.projections.at_hand
+        if packed is not None and xk is xq and own and self._reads_plainly(layer):
+            q, k, raw = self.projections.together(xq, packed)
             for norm in self.qk_norms:
                 q = norm.normalize_q(q)
         else:
@@ -470,8 +463,15 @@ class Attention(Configured, ReadsReference):
             layer.entry.put("k", k)
             layer.entry.put("v", v)
         elif self.latent_kv is None:
-            k, v = _grow("k", k, layer), _grow("v", v, layer)
+            # recurrent memory stays in front and is not kept
+            grow = layer.entry.grow
+            k, v = (grow("k", k), grow("v", v)) if not m else (_grow("k", k, layer), _grow("v", v, layer))
         return q, k, v, raw, fresh
+
+    def _reads_plainly(self, layer: LayerCall) -> bool:
+        """Whether queries, keys and values are maps of the same tokens and of nothing else."""
+        latent = self.latent_q is not None or self.latent_kv is not None
+        return not latent and layer.kv_residual is None and layer.memory is None and layer.deltas.none
 
     def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
         """Transform by positions: every head, or the last ones, whose keys do not come from a latent."""
@@ -561,6 +561,10 @@ class Attention(Configured, ReadsReference):
         if layer.carry.scores and layer.kind in layer.carry.scores:
             return (*self.rows, self.residual)
         return tuple(self.rows) if self.rows else ()
+
+    def _weight_mods(self, layer: LayerCall) -> tuple[WeightMod, ...]:
+        """Changes of the weights by this layer, and by the caller."""
+        return (*self.weights, *given_delta(layer.deltas.attn))
 
     # the reference's call form
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, opt, require
+from x_transformers.prepared import Prepares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class ContextOptions:
     dim_context: int | None = opt(None, "width of the context that cross-attention reads; default `dim`")
 
 
-class Projections(nn.Module):
+class Projections(Prepares):
     """`q = W_q x`, `k = W_k s`, `v = W_v s`, without biases, split into heads.
 
     Args:
@@ -94,21 +95,23 @@ class Projections(nn.Module):
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
 
-    def pack(self) -> Tensor | None:
-        """`((h + 2g) d, D)`: the three matrices in one, a copy. None if they are large, have been replaced by other
-        modules or are hooked, or heads differ in width.
+    def prepare(self) -> Tensor | None:
+        """`((h + 2g) d, D)`: the three matrices in one. None if they are large, read inputs or make heads of different
+        widths, or have been hooked or replaced by other modules.
         """
         maps = [self.q, self.k, self.v]
         if any(type(each) is not nn.Linear or each._forward_hooks or each._forward_pre_hooks for each in maps):
             return None
-        weights = [each.weight for each in maps if each is not None]
+        weights = [each.weight.detach() for each in maps if each is not None]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
-        if size > PACKED_BYTES or self.q.out_features // self.heads != self.v.out_features // self.kv_heads:
+        if size > PACKED_BYTES or len({weight.shape[1] for weight in weights}) > 1:
+            return None
+        if self.q.out_features // self.heads != self.v.out_features // self.kv_heads:
             return None
         return torch.cat(weights)
 
-    def packed(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(b, n, D) -> (b, h, n, d), (b, g, n, d), (b, g, n, d)`, by what `pack` returned."""
+    def together(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(b, n, D) -> (b, h, n, d), (b, g, n, d), (b, g, n, d)`, by the matrix that `prepare` made."""
         heads, groups = self.heads, self.kv_heads
         q, k, v = split_heads(F.linear(x, weights), heads + 2 * groups).split_with_sizes((heads, groups, groups), -3)
         return q, k, v

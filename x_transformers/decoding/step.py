@@ -117,9 +117,6 @@ class Cached(Reader):
         self.net, self.arguments, self.window, self.step, self.record = net, arguments, window, step, None
         self.cache = cache.begin(0)
         self.first, self.length = 0, held
-        # weights do not change while a text is continued; compiled steps are as fast without copies of them
-        eager = cache.is_static and step is None
-        self.packed = net.attn_layers.packed_projections() if eager else None
 
     def read(self, sequences: Sequences) -> Tensor:
         if self.window is not None:
@@ -131,8 +128,6 @@ class Cached(Reader):
         arguments = self.arguments.at(self.length, sequences.tokens, first=self.first, new=new, keep_masks=keep_masks)
         if self.step is not None and self.record is not None and new == 1:
             return self.step(self.net, sequences.newest(1), self.cache, start, arguments)
-        if self.packed is not None and new == 1:
-            arguments = {**arguments, "packed": self.packed}
         logits, record = _pass(self.net, sequences.newest(new), self.cache, start, arguments)
         self.record = record if self.step is None else settled(record)
         assert self.record.cache is not None

@@ -110,7 +110,10 @@ class Branch(ReadsReference):
             x = x + layer.injection
         # three views are remembered whole: keys and values read two of them, gates and shifts the first
         memory_input = x
-        x, layer = self._prepare(x, layer)
+        if self.shift is not None or layer.memory is not None:
+            x, layer = self._prepare(x, layer)
+        elif self.norm is not None:
+            x = self.norm(x, layer.condition)
         record, carry = None, layer.carry
         if self.kind == "f":
             out = self.feedforward(x, layer.deep_embed)

@@ -231,12 +231,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         cache.order = self.sequence.order
         return cache
 
-    def packed_projections(self) -> list[Tensor | None]:
-        """For each executed sublayer, its maps of queries, keys and values in one matrix, where that helps decoding."""
-        branches = self.branches("a", "c", "f")
-        run = [branches[index] for index in self.sequence.order]
-        return [branch.attention.packed_projections() if branch.kind == "a" else None for branch in run]
-
     def muon_parameters(self) -> Iterator[Tensor]:
         """What Muon may orthogonalise: value, output and feedforward matrices (2502.16982)."""
         for branch in self.branches("a", "c", "f"):
@@ -328,7 +322,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         places: Tensor | None = None,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
-        packed: Sequence[Tensor | None] | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
 
@@ -373,7 +366,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             places: `(b, all tokens so far)` bool, False for slots that are no tokens of their row (wrappers).
             capture: what to keep for the caller; default everything with `return_hiddens` and without a cache.
             pairs: makes a further `attn_mask` from queries and keys.
-            packed: what `packed_projections` returned, to be used in place of the weights themselves.
 
         Raises:
             InputError: if arguments do not fit the stack or each other.
@@ -430,7 +422,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             condition=self._condition(condition, batch, n),
             injection=self._injection(in_attn_cond, x),
             rotations=self._rotations(rotary_pos_emb, polar_pos_emb, kv),
-            packed=packed,
         )
         if mems:
             self._take_memories(given, mems, mem_masks, condition)

@@ -44,7 +44,6 @@ class Given:
         additional: keys and values for each executed self-attention.
         additional_mask: `(b, A)` which of them are seen.
         kv_residuals: for "a" and "c", what is added to the source of keys and values of each such layer.
-        packed: for each executed sublayer, what `Attention.packed_projections` returned, or None.
     """
 
     order: tuple[int, ...]
@@ -62,7 +61,6 @@ class Given:
     additional: Sequence[tuple[Tensor, Tensor] | None] = ()
     additional_mask: Tensor | None = None
     kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
-    packed: Sequence[Tensor | None] | None = None
 
 
 class Seen:
@@ -79,15 +77,12 @@ class Seen:
         self.records: list[Intermediates] = []
 
     def add(self, step: Step, stream: Tensor, passed: Passed) -> None:
-        """Keep what is wanted of one sublayer, and of the stream before it."""
-        if passed.record is not None:
-            passed.record.layer_index = step.layer
-            self.records.append(passed.record)
+        """Keep what is wanted of the stream before and behind one sublayer."""
         if self.capture.hiddens:
             self.inputs.append(passed.branch_input)
             if step.ends:
                 self.blocks.append(folded(passed.stream))
-        if self.keeps_states and step.kind == "a":
+        if step.kind == "a":
             self.streams.append(folded(stream))
             self.memory_inputs.append(passed.memory_input)
 
@@ -169,7 +164,11 @@ class Traversal(nn.Module):
             passed = branch(x, layer)
             if branch.running:
                 seen.add_states(layer.states, branch.running)
-            seen.add(step, x, passed)
+            if passed.record is not None:
+                passed.record.layer_index = step.layer
+                seen.records.append(passed.record)
+            if seen.keeps_states:
+                seen.add(step, x, passed)
             x, carry = passed.stream, passed.carry
         return self._finish(x, given.condition), x, seen
 
@@ -186,8 +185,6 @@ class Traversal(nn.Module):
     def _tell_own(self, layer: LayerCall, step: Step, given: Given, batch: int) -> None:
         call, memory, memory_mask = layer.call, None, None
         layer.rotations = given.rotations
-        if given.packed is not None:
-            layer.packed = given.packed[step.number]
         if given.mems:
             memory, memory_mask = _nth(given.mems, step.nth), _nth(given.mem_masks, step.nth)
             memory = None if memory is not None and memory.shape[-2] == 0 else memory

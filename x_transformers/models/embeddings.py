@@ -157,7 +157,8 @@ def positions(
 ) -> Tensor:
     """`(1|b, n)` positions: as given, or counted from `offset`, less each row's left padding."""
     if pos is None:
-        pos = torch.arange(n, device=device) + offset
+        alone = n == 1 and isinstance(offset, Tensor)
+        pos = offset.reshape(1) if alone else torch.arange(n, device=device) + offset  # type: ignore[union-attr]
     pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
     if seq_start_pos is not None:
         pos = (pos - seq_start_pos.unsqueeze(-1)).clamp(min=0)

@@ -80,5 +80,8 @@ def _mask(request: Request) -> Tensor | None:
         if bias is not None:
             bias = bias.to(request.q.dtype)
             bias = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+        elif seen is not None and request.q.device.type == "cpu":
+            # each call would turn it into this; once a pass is enough
+            bias = torch.zeros_like(seen, dtype=request.q.dtype).masked_fill(~seen, float("-inf"))
         request.memo[rule] = (seen if bias is None else bias), visible
     return request.memo[rule][0]
