@@ -13,7 +13,7 @@ HOUSE = (
     ("F0", ["errors", "ops", "float32"]),
     ("F1", ["options.schema", "call", "loading"]),
     ("F1", ["options"]),
-    ("F2", ["cache", "norms", "low_rank"]),
+    ("F2", ["cache", "norms", "low_rank", "losses"]),
     ("F2", ["intermediates"]),
     ("F3", ["attention"]),
     ("F4", ["attend"]),

@@ -60,18 +60,22 @@ class Decoding:
         return token
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
-        """At most `seq_len` steps; behind a row's end token come `pad_value`s, and nothing behind the last row's."""
-        done: Tensor | None = None
-        for _ in range(seq_len):
-            token = self.step()
-            if eos_token is None:
-                yield token
-                continue
-            ends = token == eos_token
-            yield token if done is None else token.masked_fill(done, pad_value)
-            done = ends if done is None else done | ends
-            if done.all():
-                return
+        """At most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
+        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value)
+
+
+def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
+    """Generated tokens `(b, 1)` until every row has ended; behind a row's end token come `pad_value`s."""
+    done: Tensor | None = None
+    for token in steps:
+        if eos_token is None:
+            yield token
+            continue
+        ends = token == eos_token
+        yield token if done is None else token.masked_fill(done, pad_value)
+        done = ends if done is None else done | ends
+        if done.all():
+            return
 
 
 def make_reader(

@@ -52,6 +52,11 @@ class Sequences:
         last = self.parts[-1]
         return last if last.shape[1] == count else self.tokens()[:, self.length - count :]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Let row `r` be old row `rows[r]`, of which there may be more than old ones."""
+        self.parts = [self.tokens()[rows]]
+        self.start = None if self.start is None else self.start[rows]
+
     def start_behind(self, dropped: int) -> Tensor | None:
         """`(b,)` left padding when the first `dropped` columns are not looked at."""
         return self.start if self.start is None or not dropped else (self.start - dropped).clamp(min=0)
@@ -69,6 +74,14 @@ class Reader(ABC):
     @abstractmethod
     def read(self, sequences: Sequences) -> Tensor:
         """Read what is new: logits `(b, m, v)`, of which the last stand behind the newest token."""
+
+    @abstractmethod
+    def widen(self, times: int) -> None:
+        """Let the arguments of coming passes speak of `times` rows in place of each one."""
+
+    @abstractmethod
+    def reorder(self, rows: Tensor) -> None:
+        """Let row `r` go on from old row `rows[r]`."""
 
 
 class Rerun(Reader):
@@ -89,6 +102,12 @@ class Rerun(Reader):
         first = length - seen
         arguments = self.arguments.at(length, sequences.tokens, first=first, new=seen)
         return self.net(sequences.newest(seen), seq_start_pos=sequences.start_behind(first), **arguments)
+
+    def widen(self, times: int) -> None:
+        self.arguments.widen(times)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Nothing is remembered."""
 
 
 class Cached(Reader):
@@ -132,6 +151,12 @@ class Cached(Reader):
         self.cache = self.record.cache
         self.arguments.forget_prepended()
         return logits
+
+    def widen(self, times: int) -> None:
+        self.arguments.widen(times)
+
+    def reorder(self, rows: Tensor) -> None:
+        self.cache.reorder(rows)
 
     def _make_room(self, window: int, sequences: Sequences) -> None:
         """Leave out what lies before the window: of the prompts, if nothing is read yet, or of the cache."""
