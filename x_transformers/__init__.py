@@ -2,6 +2,8 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.dpo import DPO
+from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.layers import (
     AttentionLayers,
@@ -15,8 +17,10 @@ from x_transformers.layers.pool import AttentionPool
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
+from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 
 __all__ = [
+    "DPO",
     "AdaptiveRMSNorm",
     "Attention",
     "AttentionLayers",
@@ -25,10 +29,12 @@ __all__ = [
     "CrossAttender",
     "Decoder",
     "Encoder",
+    "EntropyBasedTokenizer",
     "FeedForward",
     "PrefixDecoder",
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
+    "XLAutoregressiveWrapper",
     "layer_schedule",
 ]

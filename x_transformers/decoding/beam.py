@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.decoding.sampling import Adjust, gumbel_noise
-from x_transformers.decoding.step import Reader, Sequences
+from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.errors import InputError
 from x_transformers.ops import at_least_float32
 
@@ -47,7 +47,7 @@ class Beams:
     def __init__(
         self,
         sequences: Sequences,
-        reader: Reader,
+        reader: Branching,
         width: int,
         select: Select,
         vocabulary: int,

@@ -15,7 +15,7 @@ from x_transformers.decoding.caches import CacheChoice, first_cache, window_of
 from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords
-from x_transformers.decoding.step import Cached, Reader, Rerun, Sequences, Step
+from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences, Step
 from x_transformers.errors import InputError
 from x_transformers.models.transformer import TransformerWrapper
 
@@ -88,7 +88,7 @@ def make_reader(
     cache_kv: bool = True,
     restrict_to_max_seq_len: bool = True,
     step: Step | None = None,
-) -> Reader:
+) -> Branching:
     """A reader of the prompts and of what follows them.
 
     Args:

@@ -75,6 +75,10 @@ class Reader(ABC):
     def read(self, sequences: Sequences) -> Tensor:
         """Read what is new: logits `(b, m, v)`, of which the last stand behind the newest token."""
 
+
+class Branching(Reader):
+    """A reader whose rows can be repeated and exchanged, as beam search does."""
+
     @abstractmethod
     def widen(self, times: int) -> None:
         """Let the arguments of coming passes speak of `times` rows in place of each one."""
@@ -84,7 +88,7 @@ class Reader(ABC):
         """Let row `r` go on from old row `rows[r]`."""
 
 
-class Rerun(Reader):
+class Rerun(Branching):
     """Reads everything again each time, or what lies in the window.
 
     Args:
@@ -110,7 +114,7 @@ class Rerun(Reader):
         """Nothing is remembered."""
 
 
-class Cached(Reader):
+class Cached(Branching):
     """Reads new tokens alone; keys and values of the others are cached.
 
     Args:
