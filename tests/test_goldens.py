@@ -19,7 +19,7 @@ NOT_YET = r"is not defined|unknown keyword|not available in this version"
 
 # Every golden whose options exist, by name. One more option makes the list longer, or `test_none_is_forgotten` fails.
 NAMES = """
-    attention-alone attention-pool cross-attend-decoder cross-attend-dim-context cross-attender-inverted
+    attention-alone attention-pool continuous cross-attend-decoder cross-attend-dim-context cross-attender-inverted
     cross-attender cross-residual-attn decoder-adaptive-layernorm decoder-adaptive-rmsnorm decoder-alibi-half
     decoder-alibi-pos decoder-alibi decoder-ar-loss decoder-attn-mask decoder-cog-signed decoder-cope
     decoder-custom-layers decoder-derf decoder-dynamic-pos-bias-log decoder-dynamic-pos-bias decoder-dynamic-tanh
@@ -29,22 +29,24 @@ NAMES = """
     decoder-gate-value-heads decoder-gate-values decoder-gates-low-rank decoder-gates decoder-hard
     decoder-head-scale decoder-kv-heads decoder-l2-distance decoder-l2norm-embed decoder-laser decoder-layerscale
     decoder-learned-sink decoder-lime decoder-macaron decoder-mem-kv decoder-memory-interspersed
-    decoder-memory-tokens decoder-mla-rope decoder-mla decoder-no-abs-pos decoder-on-attn decoder-one-kv-head
-    decoder-par-ratio decoder-polar decoder-pos decoder-post-emb-norm decoder-post-norm decoder-pre-and-post-norm
-    decoder-prepend decoder-qk-norm-dim-scale decoder-qk-norm-groups decoder-qk-norm decoder-qk-rmsnorm
-    decoder-reinject-input decoder-rel-pos-bias decoder-residual-attn decoder-rmsnorm decoder-rotary-interpolation
-    decoder-rotary decoder-rotate-num-heads decoder-sandwich-coef decoder-sandwich-norm decoder-scale-residual
-    decoder-scalenorm decoder-selective decoder-seq-start-pos decoder-shift-tokens-2 decoder-shift-tokens
-    decoder-sigmoid decoder-simple-rmsnorm decoder-sinusoidal decoder-softclamp-ff decoder-softclamp-logits
-    decoder-softclamp-output decoder-sparse-topk decoder-sum-embeds decoder-swiglu-values decoder-talking-post
-    decoder-talking-pre decoder-tie-embedding decoder-unet-skips decoder-value-dim-head decoder-value-residual-fixed
+    decoder-memory-tokens decoder-mla-rope decoder-mla decoder-mos decoder-no-abs-pos decoder-on-attn
+    decoder-one-kv-head decoder-output-heads decoder-par-ratio decoder-polar decoder-pos decoder-post-emb-norm
+    decoder-post-norm decoder-pre-and-post-norm decoder-prepend decoder-qk-norm-dim-scale decoder-qk-norm-groups
+    decoder-qk-norm decoder-qk-rmsnorm decoder-recycling decoder-reinject-input decoder-rel-pos-bias
+    decoder-residual-attn decoder-rmsnorm decoder-rotary-interpolation decoder-rotary decoder-rotate-num-heads
+    decoder-sandwich-coef decoder-sandwich-norm decoder-scale-residual decoder-scalenorm decoder-selective
+    decoder-seq-start-pos decoder-shift-tokens-2 decoder-shift-tokens decoder-sigmoid decoder-sigsoftmax
+    decoder-simple-rmsnorm decoder-sinusoidal decoder-softclamp-ff decoder-softclamp-logits decoder-softclamp-output
+    decoder-sparse-topk decoder-sum-embeds decoder-swiglu-values decoder-talking-post decoder-talking-pre
+    decoder-tie-embedding decoder-unet-skips decoder-value-dim-head decoder-value-residual-fixed
     decoder-value-residual decoder-value-rmsnorm decoder-weight-tie-layers decoder-window decoder-xl-mems-t5-shift
     decoder-xl-mems decoder-xpos decoder-zero-kv encoder-alibi-pos-bias encoder-attn-flash
-    encoder-attn-max-attend-past encoder-attn-num-mem-kv encoder-attn-sparse-topk encoder-attn-use-rel-proj-pos-bias
-    encoder-dynamic-pos-bias encoder-integrate-layers encoder-macaron encoder-mask encoder-memory-tokens
-    encoder-par-ratio encoder-polar-pos-emb encoder-rel-pos-bias encoder-residual-attn encoder-return-embeddings
+    encoder-attn-max-attend-past encoder-attn-num-mem-kv encoder-attn-pool encoder-attn-sparse-topk
+    encoder-attn-use-rel-proj-pos-bias encoder-average-pool encoder-cls-2 encoder-cls encoder-dynamic-pos-bias
+    encoder-integrate-layers encoder-logits-dim encoder-macaron encoder-mask encoder-memory-tokens encoder-par-ratio
+    encoder-polar-pos-emb encoder-rel-pos-bias encoder-residual-attn encoder-return-embeddings
     encoder-rotary-pos-emb encoder-sandwich-coef encoder-unet-skips encoder-use-rmsnorm feedforward-alone
-    generate-greedy generate-ragged prefix-decoder transformer-block xl-loss
+    generate-greedy generate-ragged prefix-decoder transformer-block xl-loss xval
 """
 GOLDENS = NAMES.split()
 

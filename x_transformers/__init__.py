@@ -14,7 +14,9 @@ from x_transformers.layers.layers import (
     TransformerBlock,
 )
 from x_transformers.layers.pool import AttentionPool
+from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
@@ -26,6 +28,7 @@ __all__ = [
     "AttentionLayers",
     "AttentionPool",
     "AutoregressiveWrapper",
+    "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
     "Encoder",
@@ -36,5 +39,6 @@ __all__ = [
     "TransformerBlock",
     "TransformerWrapper",
     "XLAutoregressiveWrapper",
+    "XValTransformerWrapper",
     "layer_schedule",
 ]

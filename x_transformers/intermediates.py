@@ -73,6 +73,8 @@ class LayerIntermediates:
         attn_intermediates: one record per executed attention, self and cross in order.
         memory_inputs: what keys and values of each self-attention were computed from, before the norm.
         memory_states: running states of sublayers (shifted tokens, means), which the next segment takes behind them.
+        attn_pooled_tokens: what an attention pool read, `(b, k, d)`.
+        logits: those of a model that returns pooled tokens in their place.
         cache: the key/value cache behind this pass, if one was kept.
     """
 
@@ -89,6 +91,8 @@ class LayerIntermediates:
     memory_tokens: Tensor | None = None
     attn_z_loss: Tensor | None = None
     logit_entropies: Any = None
+    attn_pooled_tokens: Tensor | None = None
+    logits: Any = None
     cache: KVCache | None = None
 
     @property

@@ -126,6 +126,15 @@ class ScaledSinusoidalEmbedding(KeepsFloat32):
         return torch.cat((angles.sin(), angles.cos()), dim=-1).to(self.scale.dtype) * self.scale
 
 
+def build_positions(
+    dim: int, max_seq_len: int, *, sinusoids: bool = False, l2norm_embed: bool = False
+) -> AbsolutePositionalEmbedding | ScaledSinusoidalEmbedding:
+    """A table of `max_seq_len` positions, or sinusoids."""
+    if sinusoids:
+        return ScaledSinusoidalEmbedding(dim)
+    return AbsolutePositionalEmbedding(dim, max_seq_len, l2norm_embed)
+
+
 def positions(
     n: int, device: torch.device, pos: Tensor | None, seq_start_pos: Tensor | None, offset: int | Tensor
 ) -> Tensor:

@@ -1,11 +1,16 @@
-"""From features to logits."""
+"""From features to logits: one head or several, the token table itself, mixtures of softmaxes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.models.embeddings import TokenEmbedding
+from x_transformers.ops import at_least_float32
 
 
 class LinearNoBias(nn.Linear):
@@ -29,3 +34,57 @@ class TiedLogits(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self._embedding[0].emb.weight) * self.scale
+
+
+class Heads(nn.ModuleList):
+    """Several linear heads, `(..., dim)` to a tuple of `(..., width)`."""
+
+    def __init__(self, count: int, dim: int, width: int) -> None:
+        super().__init__(LinearNoBias(dim, width) for _ in range(count))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(head(features) for head in self)
+
+
+class MixtureOfSoftmax(nn.Module):
+    """`log sum_j w_j softmax(head(y_j))`, `w = softmax(C y)`, `y_1 ... y_k = T y` (1711.03953).
+
+    Args:
+        dim: width of the features y.
+        k: softmaxes in the mixture.
+    """
+
+    def __init__(self, dim: int, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.to_mixture = nn.Sequential(LinearNoBias(dim, dim * k))
+        self.combine_mixture = LinearNoBias(dim, k)
+
+    def forward(self, features: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Log-probabilities `(..., v)`.
+
+        Args:
+            features: `(..., dim)`.
+            head: features to logits.
+        """
+        logits = head(self.to_mixture(features).unflatten(-1, (self.k, -1)))
+        weights = self.combine_mixture(features)
+        with torch.autocast(features.device.type, enabled=False):
+            each = at_least_float32(logits).log_softmax(dim=-1)
+            shares = at_least_float32(weights).log_softmax(dim=-1)
+            return (each + shares.unsqueeze(-1)).logsumexp(dim=-2).to(features.dtype)
+
+
+def sigsoftmax(logits: Tensor) -> Tensor:
+    """`z + log sigmoid(z)`, whose softmax is `exp(z) sigmoid(z)` normalised (1805.10829)."""
+    return logits + F.logsigmoid(logits)
+
+
+def next_embedding_head(dim: int, emb_dim: int) -> nn.Module:
+    """`W2 silu(W1 y)`, what the next token's embedding will be."""
+    return nn.Sequential(LinearNoBias(dim, dim), nn.SiLU(), LinearNoBias(dim, emb_dim))
+
+
+def each_head(logits: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `fn` to logits, or to those of each of several heads."""
+    return tuple(fn(each) for each in logits) if isinstance(logits, tuple) else fn(logits)

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.attention import check_mask
-from x_transformers.cache import KVCache, StaticCache
+from x_transformers.cache import KVCache
 from x_transformers.call import Capture
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.errors import InputError
 from x_transformers.intermediates import LayerIntermediates
-from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.spans import check_start
-from x_transformers.loading import ReadsReference
+from x_transformers.layers.pool import AttentionPool
+from x_transformers.loading import rename
+from x_transformers.models.asked import Asked, calc_entropy
+from x_transformers.models.base import Model, given, valid_tokens
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
-    ScaledSinusoidalEmbedding,
     TokenEmbedding,
     check_ids,
     frac_gradient,
 )
-from x_transformers.models.frame import Frame, Layout, interspersed
-from x_transformers.models.heads import LinearNoBias, TiedLogits
+from x_transformers.models.heads import (
+    Heads,
+    LinearNoBias,
+    MixtureOfSoftmax,
+    TiedLogits,
+    each_head,
+    next_embedding_head,
+    sigsoftmax,
+)
+from x_transformers.models.options import check_options
+from x_transformers.models.tokens import Tokens
 from x_transformers.norms import LayerNorm
-from x_transformers.ops import pad_left
-from x_transformers.options.configured import Configured
+from x_transformers.ops import masked_mean
 
 
-class TransformerWrapper(Configured, ReadsReference):
+class TransformerWrapper(Model):
     """Token ids to logits, through a stack.
 
     Args:
@@ -52,17 +58,29 @@ class TransformerWrapper(Configured, ReadsReference):
         tie_embedding: logits from the token table. tie_embedding_scale: their factor; default `dim ** -0.5`.
         logits_dim: width of the logits; default `num_tokens`.
         return_only_embed: no head; a pass returns features.
+        num_output_heads: several heads; logits are a tuple of as many.
         use_abs_pos_emb: absolute positions, unless the stack has rotary positions or T5's bias.
         scaled_sinu_pos_emb: sinusoids with a learned scale in place of the table.
         l2norm_embed: embeddings of unit length with a tiny initialisation.
+        recycling: the stack runs several times, and reads `R y` of its own output y beside its input, as AlphaFold 2
+            does. Only the last time has gradients.
+        train_max_recycle_steps: in training a pass draws how often, from 1 to this; in evaluation it is the default.
+        looped, max_looped_steps: not available in this version.
         emb_frac_gradient: fraction of the gradient that reaches the embeddings (2105.13290).
         attn_z_loss_weight: default of the argument of a pass.
+        average_pool_embed: the features are the mean over the tokens, `(b, D)`.
+        use_cls_token, num_cls_tokens: learned class tokens in front; the features are theirs, `(b, D)` or `(b, c, D)`.
+        attn_pool: learned queries read the tokens' features (1810.00825). The output of an encoder is what they pool.
+        num_pooled_tokens, attn_pool_depth, dim_pooled_tokens: queries, blocks and width (default the stack's) of it.
         squeeze_out_last_dim: drop the logits' last axis if it has size 1.
         token_emb: this module in place of a new `TokenEmbedding`; its weights are left alone.
-        to_logits: this module in place of a new head.
-        input_not_include_cache: default of the argument of a pass.
+        mixture_of_softmax, mixture_of_softmax_k: logits are log-probabilities of a mixture of k softmaxes (1711.03953).
+        sigsoftmax_logits: `z + log sigmoid(z)` in place of logits z (1805.10829).
         ff_deep_embed: each token has a learned factor per channel on the output of each of the first `depth`
             feedforwards that run.
+        to_logits: this module in place of a new head.
+        add_continuous_pred_head: a second head predicts the next token's embedding.
+        input_not_include_cache: default of the argument of a pass.
 
     Raises:
         ConfigError: with the keyword, its value and what to change.
@@ -86,114 +104,123 @@ class TransformerWrapper(Configured, ReadsReference):
         tie_embedding_scale: float | None = None,
         logits_dim: int | None = None,
         return_only_embed: bool = False,
+        num_output_heads: int = 1,
         use_abs_pos_emb: bool = True,
         scaled_sinu_pos_emb: bool = False,
         l2norm_embed: bool = False,
+        recycling: bool = False,
+        train_max_recycle_steps: int = 4,
+        looped: bool = False,
+        max_looped_steps: int = 4,
         emb_frac_gradient: float = 1.0,
         attn_z_loss_weight: float = 1e-4,
+        average_pool_embed: bool = False,
+        use_cls_token: bool = False,
+        num_cls_tokens: int = 1,
+        attn_pool: bool = False,
+        num_pooled_tokens: int = 1,
+        attn_pool_depth: int = 1,
+        dim_pooled_tokens: int | None = None,
         squeeze_out_last_dim: bool = False,
         token_emb: nn.Module | None = None,
-        to_logits: nn.Module | None = None,
-        input_not_include_cache: bool = False,
+        mixture_of_softmax: bool = False,
+        mixture_of_softmax_k: int = 4,
+        sigsoftmax_logits: bool = False,
         ff_deep_embed: bool = False,
+        to_logits: nn.Module | None = None,
+        add_continuous_pred_head: bool = False,
+        input_not_include_cache: bool = False,
     ) -> None:
-        super().__init__()
-        _check_options(locals())
+        check_options(locals())
         dim = attn_layers.dim
-        self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
-        self.emb_dim = emb_dim = dim if emb_dim is None else emb_dim
-        self.max_mem_len, self.shift_mem_down = max_mem_len, shift_mem_down
-        self.emb_dropout, self.emb_frac_gradient = emb_dropout, emb_frac_gradient
+        emb_dim = dim if emb_dim is None else emb_dim
+        super().__init__(
+            attn_layers,
+            max_seq_len=max_seq_len,
+            emb_dim=emb_dim,
+            use_abs_pos_emb=use_abs_pos_emb,
+            scaled_sinu_pos_emb=scaled_sinu_pos_emb,
+            l2norm_embed=l2norm_embed,
+            max_mem_len=max_mem_len,
+            shift_mem_down=shift_mem_down,
+            emb_dropout=emb_dropout,
+            num_memory_tokens=num_memory_tokens,
+            memory_tokens_interspersed_every=memory_tokens_interspersed_every,
+            num_cls_tokens=num_cls_tokens if use_cls_token else 0,
+            attn_z_loss_weight=attn_z_loss_weight,
+        )
+        self.num_tokens, self.emb_frac_gradient = num_tokens, emb_frac_gradient
         self.l2norm_embed, self.squeeze_out_last_dim = l2norm_embed, squeeze_out_last_dim
-        self.attn_z_loss_weight = attn_z_loss_weight
         self.input_not_include_cache = input_not_include_cache
-        self.num_memory_tokens = num_memory_tokens or 0
-        self.layout = Layout(self.num_memory_tokens, memory_tokens_interspersed_every)
+        self.average_pool_embed, self.sigsoftmax_logits = average_pool_embed, sigsoftmax_logits
+        self.recycling, self.train_max_recycle_steps = recycling, train_max_recycle_steps
+        self.has_multiple_heads = num_output_heads > 1
+        self.output_is_log_prob = mixture_of_softmax
+        self.add_continuous_pred_head = add_continuous_pred_head
 
+        self.own_token_emb = token_emb is None
         self.token_emb = token_emb if token_emb is not None else TokenEmbedding(emb_dim, num_tokens, l2norm_embed)
-        self.pos_emb: AbsolutePositionalEmbedding | ScaledSinusoidalEmbedding | None = None
-        if max_seq_len > 0 and use_abs_pos_emb and not attn_layers.disable_abs_pos_emb:
-            if scaled_sinu_pos_emb:
-                self.pos_emb = ScaledSinusoidalEmbedding(emb_dim)
-            else:
-                self.pos_emb = AbsolutePositionalEmbedding(emb_dim, max_seq_len, l2norm_embed)
         self.embeds = nn.ModuleDict(
             {f"{name}_embed": nn.Embedding(size, emb_dim) for name, size in (embed_num_tokens or {}).items()}
         )
+        self.embedded = frozenset(embed_num_tokens or ())
         self.post_emb_norm = LayerNorm(emb_dim) if post_emb_norm else None
-        self.project_emb = nn.Linear(emb_dim, dim) if emb_dim != dim else None
-        self.attn_layers = attn_layers
-        if token_emb is None:
-            self.init_()
+        self.init_()
+        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, attn_layers.depth, dim)) if ff_deep_embed else None
+        self.recycled_proj = LinearNoBias(dim, dim) if recycling else None
+        self.cls_token = nn.Parameter(torch.randn(num_cls_tokens, dim) * 0.02) if use_cls_token else None
+        self.attn_pool = None
+        if attn_pool:
+            self.attn_pool = AttentionPool(
+                dim=dim if dim_pooled_tokens is None else dim_pooled_tokens,
+                num_pooled_tokens=num_pooled_tokens,
+                dim_context=dim,
+                depth=attn_pool_depth,
+                heads=attn_layers.attn_heads,
+                dim_head=attn_layers.attn_dim_head,
+            )
+        self.mixture = MixtureOfSoftmax(dim, mixture_of_softmax_k) if mixture_of_softmax else None
         self.to_logits: nn.Module | None = None
         if not return_only_embed:
+            width = num_tokens if logits_dim is None else logits_dim
             if tie_embedding:
                 assert isinstance(self.token_emb, TokenEmbedding)
                 scale = dim**-0.5 if tie_embedding_scale is None else tie_embedding_scale
                 self.to_logits = TiedLogits(self.token_emb, scale)
+            elif to_logits is not None:
+                self.to_logits = to_logits
             else:
-                width = num_tokens if logits_dim is None else logits_dim
-                self.to_logits = to_logits if to_logits is not None else LinearNoBias(dim, width)
-        self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if num_memory_tokens else None
-        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, attn_layers.depth, dim)) if ff_deep_embed else None
+                several = self.has_multiple_heads
+                self.to_logits = Heads(num_output_heads, dim, width) if several else LinearNoBias(dim, width)
+        self.own_to_logits = to_logits is None
+        self.to_next_embed_pred = next_embedding_head(dim, emb_dim) if add_continuous_pred_head else None
 
     def init_(self) -> None:
-        """Draw the token embeddings anew (and positions, where rows are normalised)."""
-        if isinstance(self.token_emb, TokenEmbedding):
-            self.token_emb.init_()
+        """Draw the token embeddings anew (and positions, where rows are normalised), but not a module passed in."""
+        if self.own_token_emb:
+            self.token_emb.init_()  # type: ignore[operator]
         if self.l2norm_embed and isinstance(self.pos_emb, AbsolutePositionalEmbedding):
             nn.init.normal_(self.pos_emb.emb.weight, std=1e-5)
 
     # what other code reads
 
-    add_continuous_pred_head = False
     looped = False
-    recycling = False
-    output_is_log_prob = False
-    has_multiple_heads = False
-    num_cls_tokens = 0
 
     @property
     def can_cache_kv(self) -> bool:
-        """Whether decoding may keep keys and values."""
-        return self.attn_layers.can_cache_kv
+        """Whether decoding may keep keys and values: where what is new does not change what came out before."""
+        whole = self.average_pool_embed or self.num_cls_tokens or self.recycling
+        return not whole and self.attn_layers.can_cache_kv
 
     @property
-    def can_cache_kv_outside_max_seq_len(self) -> bool:
-        """Whether positions go on beyond `max_seq_len` while a cache is in use."""
-        return not isinstance(self.pos_emb, AbsolutePositionalEmbedding)
+    def pools(self) -> bool:
+        """Whether the features are of the whole sequence, in place of one for each token."""
+        return self.average_pool_embed or self.num_cls_tokens > 0
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """What Muon may orthogonalise; see `AttentionLayers.muon_parameters`."""
-        yield from self.attn_layers.muon_parameters()
-
-    def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
-        """Bound attention's logits by shrinking weights in place; see `AttentionLayers.attn_qk_clip_`."""
-        self.attn_layers.attn_qk_clip_(intermediates, tau)
-
-    def explain(
-        self,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
-        training: bool | None = None,
-        seq_len: int | None = None,
-    ) -> Explanation:
-        """For each layer: features, backend and why, parameters, FLOPs; see `AttentionLayers.explain`."""
-        seq_len = seq_len or self.max_seq_len or 1024
-        inner = self.attn_layers.explain(device, dtype, training, seq_len)
-        return replace(inner, title=f"{type(self).__name__}: {inner.title}", parameters=count(self))
-
-    def static_cache(
-        self,
-        batch: int,
-        max_len: int,
-        *,
-        prepended: int = 0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> StaticCache:
-        """A cache of fixed buffers for rows of `max_len` tokens behind `prepended` embeddings."""
-        return self.attn_layers.static_cache(batch, self.layout.slots(prepended + max_len), device, dtype)
+    @property
+    def returns_pooled(self) -> bool:
+        """Whether a pass returns what an attention pool reads, in place of logits."""
+        return self.attn_pool is not None and not self.attn_layers.causal
 
     # one pass
 
@@ -205,12 +232,14 @@ class TransformerWrapper(Configured, ReadsReference):
         return_intermediates: bool = False,
         return_embeddings_and_intermediates: bool = False,
         return_logit_entropies: bool = False,
+        return_next_embed_pred: bool = False,
         mask: Tensor | None = None,
         return_mems: bool = False,
         return_attn: bool = False,
         mems: Sequence[Tensor | None] | None = None,
         mem_masks: Sequence[Tensor | None] | None = None,
         detach_mems: bool = True,
+        recycle_steps: int | None = None,
         pos: Tensor | None = None,
         prepend_embeds: Tensor | None = None,
         prepend_mask: Tensor | None = None,
@@ -224,9 +253,14 @@ class TransformerWrapper(Configured, ReadsReference):
         cache: LayerIntermediates | KVCache | None = None,
         input_not_include_cache: bool | None = None,
         cache_age: int | None = None,
+        token_emb_kwargs: Mapping[str, Any] | None = None,
+        to_logits_kwargs: Mapping[str, Any] | None = None,
         attn_mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         self_attn_kv_mask: Tensor | None = None,
+        *,
+        logits_to_keep: int | None = None,
+        capture: Capture | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -239,9 +273,11 @@ class TransformerWrapper(Configured, ReadsReference):
             return_intermediates: also the `LayerIntermediates`, which a later call takes as `cache`.
             return_embeddings_and_intermediates: features and intermediates.
             return_logit_entropies: fill `logit_entropies` of the intermediates, and return them.
+            return_next_embed_pred: the output becomes `(output, (pred, initial_embeds))`, pred `(b, n, E)`.
             mask: `(b, n)` bool, valid tokens; with a cache it covers cached and new ones.
             return_mems, mems, mem_masks, detach_mems: recurrent memory, a `(b, m, D)` tensor for each self-attention.
             return_attn: also the attention weights, `(b, h, i, j)` for each attention.
+            recycle_steps: how often a recycling model runs its stack.
             pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added in place of position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: cut their positions off logits and features.
@@ -251,7 +287,10 @@ class TransformerWrapper(Configured, ReadsReference):
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
             seq_start_pos: `(b,)` tokens of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
+            token_emb_kwargs, to_logits_kwargs: passed on to modules that were given as `token_emb` and `to_logits`.
             attn_mask, attn_bias, self_attn_kv_mask: of the stack, over tokens; slots around them are always seen.
+            logits_to_keep: only the last so many positions get logits; None or 0: all.
+            capture: what to keep of the stack for the caller, in place of what `return_intermediates` keeps.
             kwargs: of the stack: `context`, `context_mask`, `causal`, `condition`, `transform_block_inputs` and others.
                 Those over tokens do not speak of memory tokens and prepended embeddings, which get zeros. What
                 `transform_block_inputs` holds for block 1 is applied to the token embeddings, unless
@@ -262,491 +301,221 @@ class TransformerWrapper(Configured, ReadsReference):
         """
         if return_embeddings_and_intermediates:
             return_embeddings = return_intermediates = True
-        if (return_logits_and_embeddings or return_logit_entropies) and self.to_logits is None:
-            raise InputError("this model has no head (`return_only_embed`); logits and entropies cannot be returned.")
-        if prepend_embeds is None and x is None:
-            raise InputError("there is nothing to run: pass token ids, or `prepend_embeds`.")
-        kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
-        if cache is not None:
-            self._check_cache(kv, cache)
-        only_new = self.input_not_include_cache if input_not_include_cache is None else input_not_include_cache
-        if prepend_embeds is not None and kv is not None and kv.started:
-            prepend_embeds = prepend_mask = None  # part of the cache already
+        z_loss = (self.attn_z_loss_weight if attn_z_loss_weight is None else attn_z_loss_weight) * return_attn_z_loss
+        asked = Asked(
+            return_intermediates,
+            return_mems,
+            return_attn,
+            z_loss if return_attn_z_loss else None,
+            return_logit_entropies,
+            capture,
+        )
+        self._check_asked(return_logits_and_embeddings, return_logit_entropies, return_next_embed_pred, logits_to_keep)
         x = self._ids(x, prepend_embeds)
-        tokens = _Tokens.of(x, kv, prepend_embeds, only_new, cache_age, self.layout)
-        per_token = {"mask": mask, "self_attn_kv_mask": self_attn_kv_mask}
-        if seq_start_pos is not None:
-            check_start(seq_start_pos, x.shape[0])
+        only_new = self.input_not_include_cache if input_not_include_cache is None else input_not_include_cache
+        tokens = self._tokens(x.shape[1], cache, prepend_embeds, only_new=only_new, age=cache_age)
+        prepend_embeds = prepend_embeds if tokens.starts else None
+        if kwargs:
+            transform_token_embeds = _read_more(kwargs, transform_token_embeds)
 
-        if transform_token_embeds is None:
-            transform_token_embeds = _first_block(kwargs.get("transform_block_inputs"))
-        embeds, stack_pos = self._embed(tokens, pos, seq_start_pos, embed_ids, sum_embeds, transform_token_embeds)
-        if prepend_embeds is not None:
-            embeds = torch.cat((self._check_prepended(prepend_embeds, x.shape[0]), embeds), dim=1)
-        embeds = initial_embeds = frac_gradient(embeds, self.emb_frac_gradient)
-        if self.emb_dropout:
-            embeds = F.dropout(embeds, self.emb_dropout, self.training)
-        if self.project_emb is not None:
-            embeds = self.project_emb(embeds)
-        framing = self._frame(embeds, tokens, seq_start_pos, prepend_mask)
+        ids = tokens.newest(x, 1)
+        embeds = self._embed(ids, token_emb_kwargs, transform_token_embeds)
+        embeds, stack_pos = self._place(embeds, tokens, pos, seq_start_pos)
+        embeds = self._add(embeds, tokens, embed_ids, sum_embeds)
+        items, initial_embeds = self._items(embeds, prepend_embeds)
 
-        return_intermediates = return_intermediates or bool(kwargs.get("return_gumbel_log_probs"))
-        want_record = return_intermediates or return_attn or return_attn_z_loss or return_logit_entropies
-        want_scores = return_attn or return_attn_z_loss
-        if want_scores and not self.attn_layers._may_show_scores():
-            raise InputError("attention scores are asked for, but `attn_flash = True` keeps none; leave it at None.")
-        capture = Capture(
-            scores=want_scores or (return_intermediates and kv is None and self.attn_layers._may_show_scores()),
-            hiddens=return_intermediates,
-            memories=return_mems,
-        )
-        keep = want_record or return_mems or kv is not None
-        if self.shift_mem_down and mems is not None:
-            mems = self._moved_down(mems, kwargs)
-        stack_args = framing.stack_arguments(per_token, attn_mask, attn_bias, seq_start_pos, stack_pos)
-        if self.ff_deep_embed is not None and kwargs.get("deep_embeds_and_ids") is None:
-            kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, tokens.ids)
-        kwargs = framing.over_columns(kwargs)
-        out = self.attn_layers(
-            framing.x,
-            mems=mems,
+        arguments = given(
+            kwargs,
+            mask=mask,
+            self_attn_kv_mask=self_attn_kv_mask,
+            attn_mask=attn_mask,
+            attn_bias=attn_bias,
+            pos=stack_pos,
             mem_masks=mem_masks,
-            cache=kv,
-            input_not_include_cache=True,
-            return_hiddens=keep,
-            capture=capture,
-            **stack_args,
-            **kwargs,
+            deep_embeds_and_ids=self._deep_embeds(ids),
         )
-        record: LayerIntermediates | None = None
-        if keep:
-            out, record = out
-            assert record is not None
-            record.initial_embeds = initial_embeds
-            framing.remember(record, out)
-        features = framing.unframe(out)
-        if record is not None:
-            record.last_layer_hiddens = features
-        cut = tokens.prepended if excise_prepend_embeds and kv is None else 0
-        features = features[:, cut:] if cut else features
+        features, record = self._run(
+            items,
+            tokens,
+            asked,
+            arguments,
+            seq_start_pos=seq_start_pos,
+            prepend_mask=prepend_mask,
+            mems=mems,
+            detach_mems=detach_mems,
+            recycling=self._recycling(recycle_steps),
+        )
 
+        excise = excise_prepend_embeds and tokens.kv is None
+        if record is not None:
+            record.initial_embeds, record.last_layer_hiddens = initial_embeds, features[:, self.num_cls_tokens :]
+        pooled = None
+        if self.attn_pool is not None and (self.returns_pooled or (return_intermediates and tokens.kv is None)):
+            pooled = self.attn_pool(features, self._keys(features, tokens, mask, seq_start_pos, prepend_mask))
+        features = self._summary(features, tokens, mask, seq_start_pos, excise)
+
+        want_logits = not return_embeddings or return_logits_and_embeddings or return_logit_entropies
+        if self.returns_pooled and not (asked.record or return_logits_and_embeddings):
+            want_logits = False
         logits = None
-        wants_logits = not return_embeddings or return_logits_and_embeddings or return_logit_entropies
-        if self.to_logits is not None and wants_logits:
-            logits = self.to_logits(features)
-            if self.squeeze_out_last_dim and logits.shape[-1] == 1:
-                logits = logits.squeeze(-1)
-        if logits is None or (return_embeddings and not return_logits_and_embeddings):
-            result: Any = features
-        else:
-            result = (logits, features) if return_logits_and_embeddings else logits
-
-        if return_mems:
-            assert record is not None
-            record.mems = self._new_memories(record, mems, detach_mems)
+        if want_logits and self.to_logits is not None:
+            logits = self._logits(features, logits_to_keep, to_logits_kwargs)
         if record is not None:
-            self._auxiliary(record, logits, return_logit_entropies, return_attn_z_loss, attn_z_loss_weight)
-        return _results(
-            result,
-            record,
-            mems=return_mems,
-            intermediates=return_intermediates or return_attn_z_loss or return_logit_entropies,
-            attn=return_attn,
-        )
+            record.attn_pooled_tokens, record.logits = pooled, logits if self.returns_pooled else None
+            record.logit_entropies = each_head(logits, calc_entropy) if return_logit_entropies else None
+
+        out: Any = features if logits is None else logits
+        if return_logits_and_embeddings:
+            out = (logits, features)
+        elif return_embeddings:
+            out = features
+        elif self.returns_pooled:
+            out = pooled
+        if return_next_embed_pred:
+            assert self.to_next_embed_pred is not None
+            cut = tokens.leading if excise else 0
+            out = (out, (self.to_next_embed_pred(features), initial_embeds[:, cut:]))
+        return asked.results(out, record)
+
+    # its steps
+
+    def _check_asked(self, both: bool, entropies: bool, next_embed: bool, logits_to_keep: int | None) -> None:
+        if (both or entropies) and self.to_logits is None:
+            raise InputError("this model has no head (`return_only_embed`); logits and entropies cannot be returned.")
+        if next_embed and self.to_next_embed_pred is None:
+            raise InputError("this model does not predict embeddings; build it with `add_continuous_pred_head = True`.")
+        if logits_to_keep and (self.pools or logits_to_keep < 0):
+            raise InputError(
+                f"`logits_to_keep` is {logits_to_keep}; it is how many of the last tokens get logits, at least 0, and "
+                "needs a model that does not pool its features."
+            )
 
     def _ids(self, x: Tensor | None, prepend_embeds: Tensor | None) -> Tensor:
-        if x is None:
-            assert prepend_embeds is not None
-            return torch.zeros(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
-        check_ids(x)
-        return x
-
-    def _check_cache(self, kv: KVCache | None, cache: Any) -> None:
-        if not self.can_cache_kv:
-            raise InputError("only a causal model can use a cache; build a Decoder, or pass no `cache`.")
-        if kv is None:
-            raise InputError("the intermediates given as `cache` hold none; ask for them with `return_intermediates`.")
-        if kv.is_static and self.layout.every is not None and torch.compiler.is_compiling():
-            raise InputError(
-                "interspersed memory tokens make steps of different lengths; compiled decoding needs memory tokens in "
-                "front alone."
-            )
-
-    def _check_prepended(self, embeds: Tensor, batch: int) -> Tensor:
-        if embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[2] != self.emb_dim:
-            raise ShapeError(
-                f"`prepend_embeds` has shape {tuple(embeds.shape)}; it must be ({batch}, p, {self.emb_dim})."
-            )
-        return embeds
+        if x is not None:
+            check_ids(x)
+            return x
+        if prepend_embeds is None:
+            raise InputError("there is nothing to run: pass token ids, or `prepend_embeds`.")
+        return torch.zeros(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
 
     def _embed(
-        self,
-        tokens: _Tokens,
-        pos: Tensor | None,
-        seq_start_pos: Tensor | None,
-        embed_ids: Mapping[str, Tensor] | None,
-        sum_embeds: Tensor | None,
-        transform: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings `(b, n, E)` of the new tokens, and the integer positions for the stack, if there are any."""
-        ids = tokens.ids
-        embeds = self.token_emb(ids)
-        if transform is not None:
-            embeds = transform(embeds)
-        stack_pos = None
-        if pos is not None and pos.is_floating_point():
-            embeds = embeds + tokens.newest(pos, -2)
-        else:
-            stack_pos = None if pos is None else tokens.newest(pos.long(), -1)
-            if self.pos_emb is not None:
-                start = seq_start_pos if stack_pos is None else None
-                embeds = embeds + self.pos_emb(ids, stack_pos, start, tokens.first).to(embeds.dtype)
-        declared = {name.removesuffix("_embed") for name in self.embeds}
-        given = dict(embed_ids or {})
-        if set(given) != declared:
-            raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(declared)}.")
-        for name, more in given.items():
-            embeds = embeds + self.embeds[f"{name}_embed"](tokens.newest(more, -1))
+        self, ids: Tensor, arguments: Mapping[str, Any] | None, transform: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """Token embeddings `(b, n, E)`."""
+        if arguments and self.own_token_emb:
+            raise InputError("`token_emb_kwargs` are for a module given as `token_emb`; this model made its own.")
+        embeds = self.token_emb(ids, **(arguments or {}))
+        return embeds if transform is None else transform(embeds)
+
+    def _add(
+        self, embeds: Tensor, tokens: Tokens, embed_ids: Mapping[str, Tensor] | None, sum_embeds: Tensor | None
+    ) -> Tensor:
+        """What is added to the token embeddings, and the norm behind it."""
+        if embed_ids or self.embedded:
+            if set(embed_ids or ()) != self.embedded:
+                raise InputError(
+                    f"`embed_ids` names {sorted(embed_ids or ())}; this model embeds {sorted(self.embedded)}."
+                )
+            for name, more in (embed_ids or {}).items():
+                embeds = embeds + self.embeds[f"{name}_embed"](tokens.newest(more, -1))
         if sum_embeds is not None:
-            embeds = embeds + tokens.newest(sum_embeds, -2)
-        if self.post_emb_norm is not None:
-            embeds = self.post_emb_norm(embeds)
-        return embeds, stack_pos
+            embeds = embeds + (sum_embeds if sum_embeds.shape[-2] == 1 else tokens.newest(sum_embeds, -2))
+        return embeds if self.post_emb_norm is None else self.post_emb_norm(embeds)
 
-    def _frame(self, x: Tensor, tokens: _Tokens, seq_start_pos: Tensor | None, prepend_mask: Tensor | None) -> _Framing:
-        frame = None
-        plain = 0
-        if self.layout.every is not None and self.memory_tokens is not None:
-            old = 0 if tokens.kv is None else tokens.kv.tokens
-            prepended = tokens.prepended if tokens.kv is None or not old else tokens.kv.prepended
-            frame = interspersed(self.layout, old + x.shape[1], old, prepended, seq_start_pos, x.device)
-            x = frame.fill(x, self.memory_tokens)
-        elif self.memory_tokens is not None and tokens.starts:
-            plain = self.num_memory_tokens
-            x = torch.cat((self.memory_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
-        return _Framing(x, tokens, self.layout, frame, plain, prepend_mask)
+    def _items(self, embeds: Tensor, prepend_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`(b, leading + n, D)` class tokens, prepended embeddings and tokens; and the embeddings, `(b, p + n, E)`."""
+        if prepend_embeds is not None:
+            embeds = torch.cat((self._check_prepended(prepend_embeds, embeds.shape[0]), embeds), dim=1)
+        x = embeds = frac_gradient(embeds, self.emb_frac_gradient)
+        if self.emb_dropout:
+            x = F.dropout(x, self.emb_dropout, self.training)
+        if self.project_emb is not None:
+            x = self.project_emb(x)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
+        return x, embeds
 
-    def _moved_down(self, mems: Sequence[Tensor | None], arguments: Mapping[str, Any]) -> list[Tensor | None]:
-        """Memories of attention as their layers read them: from `shift_mem_down` layers above. States stay."""
-        stack = self.attn_layers
-        order = stack.order_of(arguments.get("layers_execute_order"), arguments.get("repeat_blocks"))
-        attentions = sum(stack.layer_types[index] == "a" for index in order)
-        own, states = list(mems)[:attentions], list(mems)[attentions:]
-        shift = self.shift_mem_down % max(len(own), 1)
-        return [*own[shift:], *own[:shift], *states]
+    def _deep_embeds(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.ff_deep_embed is None else (self.ff_deep_embed, ids)
 
-    def _new_memories(
-        self, record: LayerIntermediates, mems: Sequence[Tensor | None] | None, detach: bool
-    ) -> list[Tensor]:
-        inputs = record.memory_inputs or []
-        old = list(mems or [])[: len(inputs)]
-        old += [None] * (len(inputs) - len(old))
-        new = []
-        for past, hidden in zip(old, inputs, strict=False):
-            whole = hidden if past is None else torch.cat((past, hidden), dim=-2)
-            kept = whole[..., max(whole.shape[-2] - self.max_mem_len, 0) :, :]
-            new.append(kept)
-        new += record.memory_states or []
-        return [kept.detach() if detach else kept for kept in new]
-
-    def _auxiliary(
-        self, record: LayerIntermediates, logits: Any, entropies: bool, z_loss: bool, weight: float | None
-    ) -> None:
-        if entropies:
-            log_probs = logits.log_softmax(dim=-1)
-            record.logit_entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-        if z_loss:
-            scores = [r.pre_softmax_attn for r in record.attn_intermediates or [] if r.pre_softmax_attn is not None]
-            weight = self.attn_z_loss_weight if weight is None else weight
-            total = torch.stack([s.logsumexp(dim=-1) for s in scores]).sum(dim=0)
-            record.attn_z_loss = total.square().sum(dim=1).mean() * weight
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """The new tokens of a pass, and how many came before.
-
-    Attributes:
-        ids: `(b, n)` new ids.
-        first: index of the first new token in its row; a device scalar for a static cache.
-        prepended: embeddings that this pass puts before them.
-        kv: the cache, or None.
-    """
-
-    ids: Tensor
-    first: int | Tensor
-    prepended: int
-    kv: KVCache | None
-
-    @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        kv: KVCache | None,
-        prepend_embeds: Tensor | None,
-        only_new: bool,
-        age: int | None,
-        layout: Layout,
-    ) -> _Tokens:
-        prepended = 0 if prepend_embeds is None else prepend_embeds.shape[1]
-        if kv is None:
-            return cls(x, 0, prepended, None)
-        n = x.shape[1]
-        held = kv.tokens - kv.prepended
-        first: int | Tensor = held
-        if kv.is_static:
-            if not only_new:
-                raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
-            if layout.every is None and kv.started:
-                # counted on the device: slots and tokens grow alike, and a compiled step sees no number change
-                first = kv.filled - kv.prefix  # type: ignore[attr-defined]
-        new = n if only_new else n - held
-        age = new if age is None else age
-        if not 0 <= age <= max(new, 0) or (age == 0 and not prepended):
-            raise InputError(
-                f"{age} tokens are to run (`cache_age`), but x has {n} tokens and the cache holds {held}; run between "
-                "1 and the number of tokens that are not cached. Pass the whole sequence, or the new tokens with "
-                "`input_not_include_cache = True`."
-            )
-        return cls(x[:, n - age :], first + (new - age) if new > age else first, prepended, kv)
-
-    @property
-    def starts(self) -> bool:
-        """Nothing is cached before these tokens."""
-        return self.kv is None or not self.kv.started
-
-    def newest(self, t: Tensor, dim: int) -> Tensor:
-        """The part of a per-token tensor that speaks of the new tokens."""
-        n, given = self.ids.shape[1], t.shape[dim]
-        if given < n:
-            raise ShapeError(f"a tensor over {given} tokens was given for {n} new tokens; it must cover them.")
-        return t.narrow(dim, given - n, n)
-
-
-@dataclass(frozen=True, eq=False)
-class _Framing:
-    """The internal sequence of a pass, and how arguments over tokens become arguments over its columns."""
-
-    x: Tensor
-    tokens: _Tokens
-    layout: Layout
-    frame: Frame | None
-    memory: int
-    prepend_mask: Tensor | None
-
-    @property
-    def before(self) -> int:
-        """Prefix slots in front of the tokens, cached or new, where memory is not interspersed."""
-        kv = self.tokens.kv
-        return self.memory + self.tokens.prepended if self.tokens.starts or kv is None else kv.prefix
-
-    @property
-    def _prepended(self) -> int:
-        """Prepended embeddings of this pass or of the first one."""
-        kv = self.tokens.kv
-        return self.tokens.prepended if self.tokens.starts or kv is None else kv.prepended
-
-    def unframe(self, t: Tensor) -> Tensor:
-        """Cut memory off `(b, internal, D)`."""
-        if self.frame is not None:
-            return self.frame.keep(t)
-        return t[:, self.memory :] if self.memory else t
-
-    def remember(self, record: LayerIntermediates, out: Tensor) -> None:
-        """Fill in the memory tokens' outputs, and what a later cached pass must know."""
-        if self.frame is not None:
-            record.memory_tokens = self.frame.keep_memory(out, self.layout.memory)
-        elif self.memory:
-            record.memory_tokens = out[:, : self.memory]
-        kv = record.cache
-        if kv is None:
-            return
-        old = self.tokens.kv
-        if self.tokens.starts:
-            kv.prepended = self.tokens.prepended
-            kv.prefix = self.layout.slots(self.tokens.prepended) if self.frame is not None else self.before
-            kv.prefix_mask = self._prefix_mask()
-        if not kv.is_static or self.frame is not None:
-            new = self.tokens.ids.shape[1] + self.tokens.prepended
-            kv.tokens = (0 if old is None else old.tokens) + new
-
-    def _prefix_mask(self) -> Tensor | None:
-        """`(b, prefix)` validity of the prefix that this pass begins with."""
-        if self.prepend_mask is None:
+    def _recycling(self, steps: int | None) -> tuple[int, nn.Module] | None:
+        """How often the stack runs, if that is more than once or can be, and the way back to its input."""
+        if self.recycled_proj is None:
+            if steps is not None:
+                raise InputError("`recycle_steps` is for a recycling model; build it with `recycling = True`.")
             return None
-        mask = check_mask(self.prepend_mask, self.x.shape[0], self.tokens.prepended, "prepend_mask")
-        return pad_left(mask, 0 if self.frame is not None else self.memory, True)
+        if steps is None:
+            most = self.train_max_recycle_steps
+            steps = int(torch.randint(1, most + 1, ())) if self.training else most
+        if steps < 1:
+            raise InputError(f"`recycle_steps` is {steps}; the stack must run at least once.")
+        return steps, self.recycled_proj
 
-    def stack_arguments(
+    def _keys(
         self,
-        per_token: Mapping[str, Tensor | None],
-        attn_mask: Tensor | None,
-        attn_bias: Tensor | None,
+        features: Tensor,
+        tokens: Tokens,
+        mask: Tensor | None,
         seq_start_pos: Tensor | None,
-        pos: Tensor | None,
-    ) -> dict[str, Any]:
-        """Arguments over tokens, carried over to internal columns."""
-        arguments: dict[str, Any] = {}
-        kv = self.tokens.kv
-        prefix_mask = self._prefix_mask() if self.tokens.starts or kv is None else kv.prefix_mask
-        for name, mask in per_token.items():
-            arguments[name] = None if mask is None else self._columns(mask.bool(), True, name, prefix_mask)
-        if prefix_mask is not None and all(mask is None for mask in per_token.values()):
-            name = "mask" if kv is None else "self_attn_kv_mask"
-            known = torch.ones(self.x.shape[0], self._token_count(), dtype=torch.bool, device=self.x.device)
-            arguments[name] = self._columns(known, True, name, prefix_mask)
-        arguments["attn_mask"] = self._pairs(attn_mask, True)
-        arguments["attn_bias"] = self._pairs(attn_bias, 0.0)
-        arguments["pos"] = self._positions(pos)
-        before = self.before
-        if self.frame is not None:
-            arguments["places"] = self.frame.places
-        elif seq_start_pos is None or before == 0:
-            arguments["seq_start_pos"] = seq_start_pos
-        else:
-            # padding stands behind the prefix, which stays visible
-            count = before + self._token_count()
-            token = torch.arange(count, device=self.x.device) - before
-            arguments["places"] = (token < 0) | (token >= seq_start_pos.unsqueeze(-1))
-        return arguments
-
-    def over_columns(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Features and ids over tokens, for the columns of this pass; others than tokens get zeros, and the id -1."""
-        moved = dict(arguments)
-        for name in ("condition", "in_attn_cond"):
-            t = moved.get(name)
-            if t is not None and t.ndim == 3 and t.shape[1] > 1:
-                moved[name] = self._spread_features(t, 0.0)
-        residual = moved.get("self_attn_kv_residuals")
-        if residual is not None:
-            each = [self._spread_features(t, 0.0) for t in (residual if residual.ndim == 4 else residual[None])]
-            moved["self_attn_kv_residuals"] = torch.stack(each) if residual.ndim == 4 else each[0]
-        deep = moved.get("deep_embeds_and_ids")
-        if deep is not None:
-            table, ids = deep
-            moved["deep_embeds_and_ids"] = table, self._spread_features(ids.unsqueeze(-1), -1).squeeze(-1)
-        return moved
-
-    def _spread_features(self, t: Tensor, value: float) -> Tensor:
-        """`(b, tokens, w)` to `(b, columns, w)`."""
-        t = F.pad(self.tokens.newest(t, 1), (0, 0, self.tokens.prepended, 0), value=value)
-        if self.frame is None:
-            return F.pad(t, (0, 0, self.memory, 0), value=value)
-        return self.frame.fill(t, t.new_full((self.layout.memory, t.shape[-1]), value))
-
-    def _token_count(self) -> int:
-        """Tokens so far, or as many as a static cache has room for."""
-        kv = self.tokens.kv
-        if kv is None or (kv.is_static and self.tokens.starts):
-            return self.tokens.ids.shape[1]
-        if kv.is_static:
-            return kv.capacity - self.before  # type: ignore[attr-defined]
-        return kv.tokens - kv.prepended + self.tokens.ids.shape[1]
-
-    def _columns(self, t: Tensor, value: bool, name: str, prefix: Tensor | None) -> Tensor:
-        kv = self.tokens.kv
-        batch, count = self.x.shape[0], self._token_count()
-        if kv is None or not kv.is_static:
-            t = check_mask(t, batch, count, name)
-        else:
-            t = t.expand(batch, -1)
-        width = self._prepended if self.frame is not None else self.before
-        front = t.new_full((batch, width), value) if prefix is None else prefix
-        t = torch.cat((front, t), dim=-1)
-        return t if self.frame is None else self.frame.spread(t, value)
-
-    def _pairs(self, t: Tensor | None, value: float | bool) -> Tensor | None:
-        """A tensor over new tokens (or one row for all of them) and tokens so far."""
-        if t is None:
+        prepend_mask: Tensor | None,
+    ) -> Tensor | None:
+        """`(b, p + n)` bool of what an attention pool may read, or None for all of it."""
+        valid = valid_tokens(tokens, len(features), mask, seq_start_pos, features.device)
+        if valid is None and prepend_mask is None:
             return None
-        internal, new = self.x.shape[1], self.tokens.ids.shape[1]
-        if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != new:
-            return t
-        in_front, in_this_pass = self.before, self.memory + self.tokens.prepended
-        if self.frame is not None:
-            in_front, in_this_pass = self._prepended, self.tokens.prepended
-        one_row = t.shape[-2] == 1
-        t = F.pad(t, (in_front, 0, 0 if one_row else in_this_pass, 0), value=value)
-        if self.frame is None:
-            return t
-        t = self.frame.spread(t, value)
-        return t if one_row else self.frame.spread_new(t, value)
+        ones = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        before = ones[:, : tokens.leading] if prepend_mask is None else prepend_mask.bool()
+        return torch.cat((before, ones[:, tokens.leading :] if valid is None else valid), dim=-1)
 
-    def _positions(self, pos: Tensor | None) -> Tensor | None:
-        """Internal positions: the prefix counts from 0, tokens stand behind it."""
-        if pos is None:
-            return None
-        pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
-        if self.frame is None:
-            width = self.memory + self.tokens.prepended
-            front = torch.arange(width, device=pos.device).expand(pos.shape[0], -1)
-            return torch.cat((front, pos + self.before), dim=-1)
-        item = pos + self._prepended
-        if self.tokens.prepended:
-            front = torch.arange(self.tokens.prepended, device=pos.device).expand(pos.shape[0], -1)
-            item = torch.cat((front, item), dim=-1)
-        columns = self.frame.columns[-self.frame.new :]
-        owner = torch.where(columns < 0, -1 - columns, columns)
-        owner = owner - owner.min()
-        slots = self.layout.slot_of(item)[:, owner]
-        which = self.frame.memory[-self.frame.new :]
-        return torch.where(columns < 0, slots - self.layout.memory + which, slots)
+    def _summary(
+        self, features: Tensor, tokens: Tokens, mask: Tensor | None, seq_start_pos: Tensor | None, excise: bool
+    ) -> Tensor:
+        """What the heads read: the class tokens, the mean over the tokens, or each place of its own."""
+        if self.num_cls_tokens:
+            classes = features[:, : self.num_cls_tokens]
+            return classes[:, 0] if self.num_cls_tokens == 1 else classes
+        if self.average_pool_embed:
+            valid = valid_tokens(tokens, len(features), mask, seq_start_pos, features.device)
+            return masked_mean(features[:, tokens.leading :], valid)
+        return features[:, tokens.leading :] if excise and tokens.leading else features
 
+    def _logits(self, features: Tensor, keep: int | None, arguments: Mapping[str, Any] | None) -> Any:
+        """Logits `(..., v)` of the last `keep` places, or of all; a tuple of them if there are several heads."""
+        if arguments and self.own_to_logits:
+            raise InputError("`to_logits_kwargs` are for a module given as `to_logits`; this model made its own.")
+        if keep:
+            features = features[:, -keep:]
+        assert self.to_logits is not None
+        head: Callable[[Tensor], Any] = functools.partial(self.to_logits, **arguments) if arguments else self.to_logits
+        if self.sigsoftmax_logits:
+            head = functools.partial(_sigsoftmax_of, head)
+        logits = head(features) if self.mixture is None else self.mixture(features, head)
+        return each_head(logits, _squeezed) if self.squeeze_out_last_dim else logits
 
-def _first_block(given: Any) -> Any:
-    """The function by which `transform_block_inputs` changes the embeddings, at the entry of block 1, or None."""
-    if given is None:
-        return None
-    return functools.partial(given, 1) if callable(given) else given.get(1)
+    # checkpoints
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        for name in ("to_mixture.0.weight", "combine_mixture.weight"):
+            rename(state, prefix + name, f"{prefix}mixture.{name}")
 
 
-def _results(out: Any, record: LayerIntermediates | None, *, mems: bool, intermediates: bool, attn: bool) -> Any:
-    """The result with what was asked for beside it; intermediates carry the memories too."""
-    if intermediates:
-        return out, record
-    if mems:
-        assert record is not None
-        return out, record.mems
-    if attn:
-        assert record is not None
-        return out, [r.post_softmax_attn for r in record.attn_intermediates or []]
-    return out
+def _read_more(
+    arguments: dict[str, Any], transform: Callable[[Tensor], Tensor] | None
+) -> Callable[[Tensor], Tensor] | None:
+    """What changes the token embeddings: the caller's function, or what changes the input of block 1."""
+    for name in arguments:
+        if name.startswith("looped_") or name == "max_looped_steps":
+            raise InputError(f"`{name}` is for looped models, which are not available in this version; drop it.")
+    blocks: Any = arguments.get("transform_block_inputs")
+    if transform is not None or blocks is None:
+        return transform
+    first: Any = functools.partial(blocks, 1) if callable(blocks) else blocks.get(1)
+    return first
 
 
-def _check_options(given: dict[str, Any]) -> None:
-    """Raise a `ConfigError` unless the wrapper's own options agree."""
-    layers = given["attn_layers"]
-    if not isinstance(layers, AttentionLayers):
-        raise ConfigError(f"`attn_layers` is a {type(layers).__name__}; it must be a stack: an Encoder, a Decoder.")
-    for name, least in (("num_tokens", 1), ("max_seq_len", 0), ("max_mem_len", 0), ("shift_mem_down", 0)):
-        if not isinstance(given[name], int) or given[name] < least:
-            raise ConfigError(f"`{name}` is {given[name]!r}; it must be a whole number, at least {least}.")
-    if not 0 <= given["emb_dropout"] < 1:
-        raise ConfigError(f"`emb_dropout` is {given['emb_dropout']}; it must lie in [0, 1).")
-    if not 0 < given["emb_frac_gradient"] <= 1:
-        raise ConfigError(f"`emb_frac_gradient` is {given['emb_frac_gradient']}; it must lie in (0, 1].")
-    every = given["memory_tokens_interspersed_every"]
-    if every is not None:
-        if every < 1 or not given["num_memory_tokens"]:
-            raise ConfigError(
-                f"`memory_tokens_interspersed_every` is {every}; it must be at least 1 and needs `num_memory_tokens`."
-            )
-        if not layers.causal:
-            raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
-    if given["ff_deep_embed"]:
-        run = sum(layers.layer_types[index] == "f" for index in layers.sequence.order)
-        if run < layers.depth:
-            raise ConfigError(
-                f"`ff_deep_embed` has factors for {layers.depth} feedforwards, as many as `depth`, but the stack runs "
-                f"{run}; drop it, or let every block have one."
-            )
-    if given["tie_embedding"]:
-        for name in ("logits_dim", "to_logits"):
-            if given[name] is not None and given[name] != given["num_tokens"]:
-                raise ConfigError(f"`tie_embedding` takes its logits from the token table; drop `{name}`, or untie.")
-        if given["emb_dim"] not in (None, layers.dim):
-            raise ConfigError(
-                f"`tie_embedding` needs embeddings of the stack's width {layers.dim}; `emb_dim` is {given['emb_dim']}."
-            )
-        if given["token_emb"] is not None and not isinstance(given["token_emb"], TokenEmbedding):
-            raise ConfigError("`tie_embedding` needs a `TokenEmbedding`; untie, or pass one as `token_emb`.")
+def _sigsoftmax_of(head: Callable[[Tensor], Any], features: Tensor) -> Any:
+    return each_head(head(features), sigsoftmax)
+
+
+def _squeezed(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
