@@ -2,6 +2,7 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.continuous import ContinuousAutoregressiveWrapper
 from x_transformers.dpo import DPO
 from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
@@ -17,9 +18,11 @@ from x_transformers.layers.pool import AttentionPool
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.options.per_layer import layer_schedule
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
+from x_transformers.xval import XValAutoregressiveWrapper
 
 __all__ = [
     "DPO",
@@ -28,17 +31,20 @@ __all__ = [
     "AttentionLayers",
     "AttentionPool",
     "AutoregressiveWrapper",
+    "ContinuousAutoregressiveWrapper",
     "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
     "Encoder",
     "EntropyBasedTokenizer",
     "FeedForward",
+    "NonAutoregressiveWrapper",
     "PrefixDecoder",
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
     "XLAutoregressiveWrapper",
+    "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
     "layer_schedule",
 ]

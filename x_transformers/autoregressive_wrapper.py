@@ -65,8 +65,10 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         pad_value: id put where `ignore_index` stood, before shorter prompts, and behind a row's end token.
         mask_prob: fraction of the keys that is hidden in the loss pass (2210.13432), in [0, 1).
         add_attn_z_loss: add the z-loss of attention; its weight is the model's `attn_z_loss_weight`.
-        next_embed_loss_weight, looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of
-            heads that the model must have.
+        next_embed_loss_weight: weight of the error of the next token's embedding, which a model with
+            `add_continuous_pred_head` predicts too.
+        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
+            have.
 
     Raises:
         ConfigError: if the model has several heads or none, or an option is out of range or without effect.
@@ -90,6 +92,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         if net.has_multiple_heads or net.to_logits is None:
             heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
             raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
+        if net.pools or net.returns_pooled:
+            raise ConfigError(
+                "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so gives no logits "
+                "for each token; build it without."
+            )
         if not 0 <= mask_prob < 1:
             raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
         _refuse_without_head(
@@ -107,6 +114,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.net = net
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
+        self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
         self._steps: dict[Any, Step] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +137,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         **kwargs: Any,
     ) -> Any:
         """The mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
+
+        A model that predicts embeddings adds the mean of `|pred[t] - embedding[t + 1]|` over the same places and all
+        features, times its weight.
 
         Args:
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
@@ -159,12 +170,19 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             prepend_embeds=prepend_embeds,
             return_intermediates=return_outputs,
             return_attn_z_loss=self.add_attn_z_loss,
+            return_next_embed_pred=self.next_embed_loss_weight > 0,
             **kwargs,
         )
         logits, record = out if return_outputs or self.add_attn_z_loss else (out, None)
+        embeds = None
+        if self.next_embed_loss_weight > 0:
+            logits, embeds = logits
 
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
-        loss = self._cross_entropy(logits, F.pad(x[:, 1:], (p, 1), value=self.ignore_index))
+        labels = F.pad(x[:, 1:], (p, 1), value=self.ignore_index)
+        loss = self._cross_entropy(logits, labels)
+        if embeds is not None:
+            loss = loss + self._embedding_error(*embeds, labels) * self.next_embed_loss_weight
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
@@ -182,6 +200,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy."""
         each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=self.net.output_is_log_prob)
         return mean_over(each, labels != self.ignore_index)
+
+    def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the labels that count and all features of `|predicted[t] - embeds[t + 1]|`."""
+        errors = (predicted[:, :-1] - embeds[:, 1:].detach()).abs().mean(dim=-1)
+        return mean_over(errors, labels[:, :-1] != self.ignore_index)
 
     # generation
 

@@ -37,8 +37,10 @@ class DPO(Configured, ReadsReference):
                 f"`model` is a {type(model).__name__}; it must be a TransformerWrapper. Of a training wrapper, pass "
                 "its `net`."
             )
-        if not model.attn_layers.causal or model.to_logits is None or model.has_multiple_heads:
-            raise ConfigError("`model` must predict the next token: a causal stack (a Decoder) with one head.")
+        if not model.attn_layers.causal or model.to_logits is None or model.has_multiple_heads or model.pools:
+            raise ConfigError(
+                "`model` must predict the next token: a causal stack (a Decoder) with one head, and no pooling."
+            )
         if not beta > 0:
             raise ConfigError(f"`beta` is {beta}; it must be above 0.")
         self.policy_model = model

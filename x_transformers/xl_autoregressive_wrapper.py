@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache import KVCache
-from x_transformers.decoding.arguments import Arguments, check_length_and_end
+from x_transformers.decoding.arguments import Arguments, check_length_and_end, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
 from x_transformers.decoding.loop import Decoding, evaluating
 from x_transformers.decoding.prompts import read_prompts
@@ -88,6 +88,8 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         if net.has_multiple_heads or net.to_logits is None:
             heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
             raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
+        if net.pools or net.returns_pooled:
+            raise ConfigError("`net` pools its sequence, and so gives no logits for each token; build it without.")
         if net.max_seq_len < 1:
             raise ConfigError(
                 f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of a segment, at least 1."
@@ -323,25 +325,6 @@ def _refuse(kwargs: Mapping[str, Any]) -> None:
 
 
 def _of_segment(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> dict[str, Any]:
-    """The arguments of the pass over tokens `first` to `last` of n; what speaks of single tokens is cut."""
+    """The arguments of the pass over tokens `first` to `last` of n."""
     _refuse(kwargs)
-    arguments = dict(kwargs)
-    for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds"):
-        if arguments.get(name) is not None:
-            arguments[name] = _cut(name, arguments[name], first, last, n)
-    if arguments.get("embed_ids"):
-        ids = arguments["embed_ids"].items()
-        arguments["embed_ids"] = {name: _cut(f"embed_ids[{name!r}]", t, first, last, n) for name, t in ids}
-    for name in ("condition", "in_attn_cond"):
-        t = arguments.get(name)
-        if t is not None and t.ndim == 3 and t.shape[1] > 1:
-            arguments[name] = _cut(name, t, first, last, n)
-    return arguments
-
-
-def _cut(name: str, t: Tensor, first: int, last: int, n: int) -> Tensor:
-    """The part over a segment of a tensor over the n tokens, or over all but the last, which is not read."""
-    axis = -2 if t.is_floating_point() else -1
-    if t.shape[axis] not in (n, n - 1):
-        raise ShapeError(f"`{name}` has shape {tuple(t.shape)}; it must cover the {n} tokens of x.")
-    return t.narrow(axis, first, min(last, t.shape[axis]) - first)
+    return cut_arguments(kwargs, first, last, n)

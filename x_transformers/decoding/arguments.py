@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.intermediates import LayerIntermediates
 
 _REFUSED = {
@@ -57,17 +57,24 @@ class Arguments:
         width: columns of the caller's prompts.
         final: tokens that will be read in all.
         align: moves a mask `(b, width)` as the prompts were moved, or None if they were not.
+        growing: of what grows with the sequence outside of it, the arguments over items `first` to `last`.
 
     Raises:
         InputError: naming an argument that cannot go on, and what to give instead.
     """
 
     def __init__(
-        self, kwargs: Mapping[str, Any], width: int, final: int, align: Callable[[Tensor], Tensor] | None = None
+        self,
+        kwargs: Mapping[str, Any],
+        width: int,
+        final: int,
+        align: Callable[[Tensor], Tensor] | None = None,
+        growing: Callable[[int, int], dict[str, Tensor]] | None = None,
     ) -> None:
         _check_names(kwargs)
         self.constant = {name: value for name, value in kwargs.items() if value is not None}
         self.constant.pop("excise_prepend_embeds", None)  # what stands behind the last token is the same
+        self.growing = growing
         self.masks: dict[str, Tensor] = {}
         for name in ("mask", "self_attn_kv_mask"):
             if name in self.constant:
@@ -103,6 +110,8 @@ class Arguments:
             arguments[name] = (F.pad(mask, (0, grown), value=True) if grown else mask)[:, first:]
         for name, t in self.covering.items():
             arguments[name] = t.narrow(_token_axis(t), length - new, new).contiguous()
+        if self.growing is not None:
+            arguments |= self.growing(length - new, length)
         if self.embed_ids:
             given = self.embed_ids if isinstance(self.embed_ids, Mapping) else self.embed_ids(tokens())
             ids = {name: t if isinstance(t, Tensor) else t(tokens()) for name, t in given.items()}
@@ -155,10 +164,44 @@ def _token_axis(t: Tensor) -> int:
     return -2 if t.is_floating_point() else -1
 
 
-def check_length_and_end(seq_len: Any, eos_token: int | None, vocabulary: int) -> None:
-    """Raise an `InputError` unless `seq_len` counts tokens and `eos_token` is one."""
+def cut_arguments(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> dict[str, Any]:
+    """Arguments of a pass over tokens `first` to `last` of the n that they speak of; all but the last one are enough.
+
+    Raises:
+        ShapeError: naming an argument that covers another number of tokens.
+    """
+    arguments = dict(kwargs)
+    for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds"):
+        if arguments.get(name) is not None:
+            arguments[name] = _cut(name, arguments[name], first, last, n)
+    if arguments.get("embed_ids"):
+        ids = arguments["embed_ids"].items()
+        arguments["embed_ids"] = {name: _cut(f"embed_ids[{name!r}]", t, first, last, n) for name, t in ids}
+    for name in ("condition", "in_attn_cond"):
+        t = arguments.get(name)
+        if t is not None and t.ndim == 3 and t.shape[1] > 1:
+            arguments[name] = _cut(name, t, first, last, n)
+    return arguments
+
+
+def _cut(name: str, t: Tensor, first: int, last: int, n: int) -> Tensor:
+    axis = _token_axis(t)
+    if t.shape[axis] == 1 and axis == -2:  # one embedding for all tokens
+        return t
+    if t.shape[axis] not in (n, n - 1):
+        raise ShapeError(f"`{name}` has shape {tuple(t.shape)}; it must cover the {n} tokens of x.")
+    return t.narrow(axis, first, min(last, t.shape[axis]) - first)
+
+
+def check_seq_len(seq_len: Any) -> None:
+    """Raise an `InputError` unless `seq_len` counts tokens."""
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
         raise InputError(f"`seq_len` is {seq_len!r}; it is how many tokens to generate, a whole number, 0 or more.")
+
+
+def check_length_and_end(seq_len: Any, eos_token: int | None, vocabulary: int) -> None:
+    """Raise an `InputError` unless `seq_len` counts tokens and `eos_token` is one."""
+    check_seq_len(seq_len)
     if eos_token is not None and not 0 <= eos_token < vocabulary:
         raise InputError(f"`eos_token` is {eos_token}; the vocabulary runs from 0 to {vocabulary - 1}.")
 

@@ -13,9 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from x_transformers.decoding.sampling import Adjust, gumbel_noise
+from x_transformers.decoding.sampling import Adjust, check_readable, gumbel_noise
 from x_transformers.decoding.step import Branching, Sequences
-from x_transformers.errors import InputError
 from x_transformers.ops import at_least_float32
 
 Select = Callable[[Tensor], Tensor]
@@ -98,11 +97,7 @@ class Beams:
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """For each row, what the best next tokens add to its score, and these tokens; both `(rows, width)`."""
-        if logits.shape[-1] > self.vocabulary:
-            raise InputError(
-                f"the model gives logits for {logits.shape[-1]} tokens, but embeds {self.vocabulary}; what it "
-                "generates could not be read again. Make `logits_dim` and `num_tokens` agree."
-            )
+        check_readable(logits, self.vocabulary)
         log_probs = at_least_float32(logits).log_softmax(dim=-1)
         values = self.select(logits)
         if self.eos_token is not None:

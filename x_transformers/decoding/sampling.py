@@ -99,6 +99,15 @@ def gumbel_sample(logits: Tensor, temperature: float = 1.0, eps: float = 1e-6) -
     return (logits / max(temperature, eps) + gumbel_noise(logits)).argmax(dim=-1)
 
 
+def check_readable(logits: Tensor, vocabulary: int) -> None:
+    """Raise an `InputError` if tokens could be drawn from `logits (..., v)` that the model does not embed."""
+    if logits.shape[-1] > vocabulary:
+        raise InputError(
+            f"the model gives logits for {logits.shape[-1]} tokens, but embeds {vocabulary}; what it generates could "
+            "not be read again. Make `logits_dim` and `num_tokens` agree."
+        )
+
+
 def check_keywords(fn: Callable[..., Tensor], keywords: Mapping[str, Any], name: str, arguments: int) -> None:
     """Raise an `InputError` unless `fn` takes `keywords` behind so many positional arguments."""
     try:

@@ -19,14 +19,14 @@ from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.arguments import Arguments
 from x_transformers.decoding.caches import slots_of_newest
 from x_transformers.intermediates import LayerIntermediates
-from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.base import Model
 
-Step = Callable[[TransformerWrapper, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
+Step = Callable[[Model, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
 """See `advance`."""
 
 
 class Sequences:
-    """The tokens so far, `(b, n)`, and growing.
+    """The tokens so far, `(b, n)`, and growing. They may be vectors, `(b, n, D)`.
 
     Args:
         tokens: `(b, n)` to begin with.
@@ -39,7 +39,7 @@ class Sequences:
     def tokens(self) -> Tensor:
         """All of them."""
         if len(self.parts) > 1:
-            self.parts = [torch.cat(self.parts, dim=-1)]
+            self.parts = [torch.cat(self.parts, dim=1)]
         return self.parts[0]
 
     def append(self, tokens: Tensor) -> None:
@@ -97,7 +97,7 @@ class Rerun(Branching):
         window: tokens that it may see, or None.
     """
 
-    def __init__(self, net: TransformerWrapper, arguments: Arguments, window: int | None) -> None:
+    def __init__(self, net: Model, arguments: Arguments, window: int | None) -> None:
         self.net, self.arguments, self.window, self.record = net, arguments, window, None
 
     def read(self, sequences: Sequences) -> Tensor:
@@ -128,7 +128,7 @@ class Cached(Branching):
 
     def __init__(
         self,
-        net: TransformerWrapper,
+        net: Model,
         arguments: Arguments,
         cache: KVCache,
         held: int = 0,
@@ -174,7 +174,7 @@ class Cached(Branching):
 
 
 def advance(
-    net: TransformerWrapper, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
+    net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
 ) -> Tensor:
     """Read `token (b, 1)` into a settled static cache, in place, and give logits `(b, 1, v)`.
 
@@ -214,7 +214,7 @@ def compiled_advance(**options: Any) -> Step:
 
 
 def _pass(
-    net: TransformerWrapper, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any
+    net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any
 ) -> tuple[Tensor, LayerIntermediates]:
     return net(
         tokens,
