@@ -4,6 +4,7 @@ from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.continuous import ContinuousAutoregressiveWrapper
 from x_transformers.dpo import DPO
+from x_transformers.encoder_decoder import XTransformer
 from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.layers import (
@@ -16,7 +17,10 @@ from x_transformers.layers.layers import (
 )
 from x_transformers.layers.pool import AttentionPool
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.multi_input import MultiInputTransformerWrapper
+from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
@@ -38,12 +42,16 @@ __all__ = [
     "Encoder",
     "EntropyBasedTokenizer",
     "FeedForward",
+    "MultiInputTransformerWrapper",
+    "NeoMLP",
     "NonAutoregressiveWrapper",
     "PrefixDecoder",
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
+    "ViTransformerWrapper",
     "XLAutoregressiveWrapper",
+    "XTransformer",
     "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
     "layer_schedule",

@@ -22,26 +22,28 @@ from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 
-__all__ = ["ContinuousAutoregressiveWrapper", "ContinuousTransformerWrapper", "GaussianNLL", "sample_from_mean_variance"]
+__all__ = [
+    "ContinuousAutoregressiveWrapper",
+    "ContinuousTransformerWrapper",
+    "GaussianNLL",
+    "sample_from_mean_variance",
+]
 
 
 class GaussianNLL(nn.Module):
     """`(ln v + (y - mu)^2 / v) / 2` of each element, without the constant; v is at least 1e-6."""
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """
-        Args:
-            pred: `(2, ...)` means and variances.
-            target: `(...)`.
+        """Args:
+        pred: `(2, ...)` means and variances.
+        target: `(...)`.
         """
         mean, variance = pred
         variance = variance.clamp(min=1e-6)
         return (variance.log() + (target - mean).square() / variance) / 2
 
 
-def sample_from_mean_variance(
-    mean: Tensor, variance: Tensor, eps: float = 1e-5, temperature: float = 1.0
-) -> Tensor:
+def sample_from_mean_variance(mean: Tensor, variance: Tensor, eps: float = 1e-5, temperature: float = 1.0) -> Tensor:
     """`mean + sqrt(max(variance, eps)) * temperature * noise`, with standard normal noise."""
     return mean + variance.clamp(min=eps).sqrt() * temperature * torch.randn_like(mean)
 

@@ -209,7 +209,7 @@ def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
     check_ids(x)
     if x.shape[1] == 0 or x_num.shape != x.shape:
         raise ShapeError(
-            f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with one token at least."
+            f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with a token at least."
         )
     mask = kwargs.get("mask")
     if mask is not None and (mask.ndim != 2 or mask.shape[1] not in (x.shape[1], x.shape[1] - 1)):

@@ -10,8 +10,8 @@ from torch import Tensor
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import InputError
 from x_transformers.intermediates import LayerIntermediates
-from x_transformers.models.frame import interspersed
 from x_transformers.models.base import Model
+from x_transformers.models.frame import interspersed
 
 CacheChoice = str | KVCache | LayerIntermediates
 """`"dynamic"`, `"static"`, or what an earlier call returned."""
@@ -93,9 +93,7 @@ def slots(net: Model, items: int, prepended: int, start: Tensor | None) -> int:
     return len(interspersed(net.layout, items, 0, prepended, start, start.device).columns)
 
 
-def slots_of_newest(
-    net: Model, cache: KVCache, count: int, start: Tensor | None, device: torch.device
-) -> int:
+def slots_of_newest(net: Model, cache: KVCache, count: int, start: Tensor | None, device: torch.device) -> int:
     """Slots that the newest `count` tokens of a dynamic cache take, with the memory tokens between them."""
     if net.layout.every is None or count == 0:
         return count

@@ -173,9 +173,7 @@ class Cached(Branching):
             self.cache.crop(slots_of_newest(self.net, self.cache, keep, start, device))
 
 
-def advance(
-    net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
-) -> Tensor:
+def advance(net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]) -> Tensor:
     """Read `token (b, 1)` into a settled static cache, in place, and give logits `(b, 1, v)`.
 
     The cache is the same object at every step, and nothing of it changes but the values of its tensors: this is what

@@ -24,6 +24,9 @@ class Asked:
         z_loss: the weight of attention's z-loss, or None.
         entropies: entropies of the logits.
         capture: what the caller says is to be kept, or None for what the other flags need.
+
+    Raises:
+        InputError: if something is to be kept that nobody asks for.
     """
 
     __slots__ = ("attn", "capture", "entropies", "intermediates", "mems", "z_loss")
@@ -39,6 +42,8 @@ class Asked:
     ) -> None:
         self.intermediates, self.mems, self.attn = intermediates, mems, attn
         self.z_loss, self.entropies, self.capture = z_loss, entropies, capture
+        if capture is not None and not self.record:
+            raise InputError("`capture` says what intermediates hold; ask for them with `return_intermediates`.")
 
     @property
     def record(self) -> bool:

@@ -27,7 +27,7 @@ from x_transformers.options.configured import Configured
 
 
 class Model(Configured, ReadsReference):
-    """A stack over embedded tokens. Abstract: a model's `forward` embeds its input, and makes of features what it returns.
+    """A stack over embedded tokens. Abstract: a model's `forward` embeds its input and makes something of features.
 
     Args:
         attn_layers: the stack.

@@ -48,6 +48,23 @@ class TokenEmbedding(nn.Module):
             nn.init.kaiming_normal_(self.emb.weight)
 
 
+class SharedTokenEmbedding(TokenEmbedding):
+    """Another model's table, which stays that model's: this one has no weights, and no entry in a state dict.
+
+    Args:
+        owner: whose table it is. Copied together, the copy reads the copied owner's.
+    """
+
+    def __init__(self, owner: TokenEmbedding) -> None:
+        nn.Module.__init__(self)
+        self.l2norm_embed = owner.l2norm_embed
+        self._owner = (owner,)
+
+    @property
+    def emb(self) -> nn.Embedding:
+        return self._owner[0].emb
+
+
 class AbsolutePositionalEmbedding(nn.Module):
     """A learned table of positions, `table[pos] / sqrt(dim)`.
 

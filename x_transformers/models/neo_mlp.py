@@ -1,0 +1,97 @@
+"""A transformer in place of a multilayer perceptron: inputs, hidden units and outputs are tokens that attend to each
+other (openreview A8Vuf2e8y6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.layers.layers import Encoder
+from x_transformers.loading import ReadsReference
+from x_transformers.options.configured import Configured
+
+
+class RandomFourierEmbed(nn.Module):
+    """`cos(2 pi (w x + c))` with random w and c that are never trained, `(...)` to `(..., dim)`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(1, dim)
+        self.proj.requires_grad_(False)
+
+    def forward(self, times: Tensor) -> Tensor:
+        return (self.proj(times.unsqueeze(-1)) * (2 * math.pi)).cos()
+
+
+class NeoMLP(Configured, ReadsReference):
+    """Vectors `(b, dim_in)` to vectors `(b, dim_out)`, by attention between units.
+
+    Input unit i is `W cos(2 pi (w x_i + c)) + b + e_i`, hidden and output units begin as learned embeddings; behind the
+    encoder, output o is `<out_o, v_o> + b_o`.
+
+    Args:
+        dim_in, dim_hidden, dim_out: how many units of each kind.
+        dim_model: width of a unit.
+        depth: blocks.
+        encoder_kwargs: further keywords of the `Encoder`; default four heads of width 16.
+
+    Raises:
+        ConfigError: with the keyword, its value and what to change.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim_in: int,
+        dim_hidden: int,
+        dim_out: int,
+        dim_model: int,
+        depth: int,
+        encoder_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim_in", dim_in), ("dim_hidden", dim_hidden), ("dim_out", dim_out)):
+            least = 0 if name == "dim_hidden" else 1
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"NeoMLP: `{name}` is {value!r}; it must be a whole number, at least {least}.")
+        more = {"attn_dim_head": 16, "heads": 4} if encoder_kwargs is None else dict(encoder_kwargs)
+        self.sizes = dim_in, dim_hidden, dim_out
+        self.input_embed, self.hidden_embed, self.output_embed = (
+            nn.Parameter(torch.randn(count, dim_model) * 0.02) for count in self.sizes
+        )
+        self.random_fourier = nn.Sequential(RandomFourierEmbed(dim_model), nn.Linear(dim_model, dim_model))
+        self.transformer = Encoder(dim=dim_model, depth=depth, **more)
+        self.to_output_weights = nn.Parameter(torch.randn(dim_out, dim_model))
+        self.to_output_bias = nn.Parameter(torch.zeros(dim_out))
+
+    def forward(self, x: Tensor, return_embeds: bool = False) -> Any:
+        """Run the model.
+
+        Args:
+            x: `(b, dim_in)` or `(dim_in,)`; integers are read as numbers.
+            return_embeds: also what the encoder made of inputs, hidden units and outputs, `(b, units, dim_model)`
+                each, with b = 1 for a single x.
+
+        Returns:
+            `(b, dim_out)` or `(dim_out,)`.
+
+        Raises:
+            ShapeError: if x has another width or rank.
+        """
+        if x.ndim not in (1, 2) or x.shape[-1] != self.sizes[0]:
+            raise ShapeError(
+                f"x has shape {tuple(x.shape)}; it must be (batch, {self.sizes[0]}) or ({self.sizes[0]},)."
+            )
+        rows = x.reshape(-1, self.sizes[0]).to(self.to_output_bias.dtype)
+        inputs = self.random_fourier(rows) + self.input_embed
+        units = torch.cat((self.hidden_embed, self.output_embed)).expand(len(rows), -1, -1)
+        embeds = self.transformer(torch.cat((inputs, units.to(inputs.dtype)), dim=1)).split(self.sizes, dim=1)
+        out = (embeds[2] * self.to_output_weights).sum(dim=-1) + self.to_output_bias
+        out = out if x.ndim == 2 else out.squeeze(0)
+        return (out, embeds) if return_embeds else out
