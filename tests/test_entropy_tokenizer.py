@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from x_transformers import Decoder, EntropyBasedTokenizer, TransformerWrapper
-from x_transformers.entropy_based_tokenizer import accumulated_ends, entropy
+from x_transformers.entropy_based_tokenizer X
 from x_transformers.errors import ConfigError, InputError, ShapeError
 
 SURE, UNSURE = [50.0, 0.0, 0.0, 0.0], [0.0] * 4  # entropies of 0 and ln 4 = 1.386
@@ -27,9 +27,9 @@ def cut(ids, threshold=1.0, lens=None, **options):
 
 
 def test_entropy():
-    assert entropy(torch.zeros(3, 8)).tolist() == pytest.approx([math.log(8)] * 3)
-    assert entropy(torch.tensor([0.0, -math.inf, 0.0])).item() == pytest.approx(math.log(2))
-    assert entropy(torch.zeros(8, dtype=torch.bfloat16)).dtype is torch.float32
+    assert calc_entropy_from_logits(torch.zeros(3, 8)).tolist() == pytest.approx([math.log(8)] * 3)
+    assert calc_entropy_from_logits(torch.tensor([0.0, -math.inf, 0.0])).item() == pytest.approx(math.log(2))
+    assert calc_entropy_from_logits(torch.zeros(8, dtype=torch.bfloat16)).dtype is torch.float32
 
 
 def test_tokens_end_where_the_entropy_is_high():
@@ -48,7 +48,7 @@ def test_sums_of_entropies():
     assert cut(ids, accumulate_entropy=True, ignore_entropy_below=1.0).tolist() == cut(ids).tolist()
     entropies = torch.rand(4, 40)
     for ignore in (0.0, 0.3):
-        for row, ends in zip(entropies, accumulated_ends(entropies, 0.9, ignore), strict=True):
+        for row, ends in zip(entropies, get_accumulated_threshold_mask(entropies, 0.9, ignore), strict=True):
             total = 0.0
             for value, end in zip(row.tolist(), ends.tolist(), strict=True):
                 total += value if value >= ignore else 0.0

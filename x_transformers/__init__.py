@@ -2,6 +2,7 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.belief_state_wrapper import BeliefStateWrapper
 from x_transformers.continuous import ContinuousAutoregressiveWrapper
 from x_transformers.dpo import DPO
 from x_transformers.encoder_decoder import XTransformer
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionLayers",
     "AttentionPool",
     "AutoregressiveWrapper",
+    "BeliefStateWrapper",
     "ContinuousAutoregressiveWrapper",
     "ContinuousTransformerWrapper",
     "CrossAttender",

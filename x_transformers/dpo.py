@@ -125,7 +125,12 @@ def _of_targets(mask: Tensor, seq: Tensor, name: str) -> Tensor:
     return mask[:, 1:] if mask.shape[1] == n else mask
 
 
+def log_prob_from_model_and_seq(model: TransformerWrapper, seq: Tensor) -> Tensor:
+    """`(b, n - 1)` log-probability of each token of `seq (b, n)` but the first, after those before it."""
+    return next_token_log_probs(model(seq[:, :-1]), seq[:, 1:])
+
+
 def _score(model: TransformerWrapper, seq: Tensor, counted: Tensor) -> Tensor:
     """`(b,)` the mean log-probability of the tokens that count."""
-    log_probs = next_token_log_probs(model(seq[:, :-1]), seq[:, 1:])
+    log_probs = log_prob_from_model_and_seq(model, seq)
     return masked_mean(log_probs.masked_fill(~counted, 0.0), counted)

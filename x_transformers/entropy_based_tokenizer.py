@@ -88,7 +88,7 @@ class EntropyBasedTokenizer(nn.Module):
                 f"the decoder gives a tensor of shape {tuple(logits.shape)}; it must give logits (b, n, v). Of a "
                 "training wrapper, pass its `net`."
             )
-        ends = self._ends(entropy(logits), lens) & valid
+        ends = self._ends(calc_entropy_from_logits(logits), lens) & valid
         sizes = [_sizes(row) for row in ends]
         if return_segmented_seq:
             cut = [row[: size.sum()].split(size.tolist()) for row, size in zip(seq, sizes, strict=True)]
@@ -99,7 +99,7 @@ class EntropyBasedTokenizer(nn.Module):
     def _ends(self, entropies: Tensor, lens: Tensor) -> Tensor:
         """`(b, n)` where tokens end."""
         if self.accumulate_entropy:
-            ends = accumulated_ends(entropies, self.entropy_threshold, self.ignore_entropy_below)
+            ends = get_accumulated_threshold_mask(entropies, self.entropy_threshold, self.ignore_entropy_below)
         else:
             ends = entropies >= self.entropy_threshold
         places = torch.arange(ends.shape[1], device=ends.device)
@@ -112,12 +112,12 @@ class EntropyBasedTokenizer(nn.Module):
         return ends | ((places - begins + 1) % self.max_token_size == 0)
 
 
-def entropy(logits: Tensor) -> Tensor:
+def calc_entropy_from_logits(logits: Tensor) -> Tensor:
     """`(...)` the entropy of `softmax(logits (..., v))`, in nats."""
     return torch.special.entr(at_least_float32(logits).softmax(dim=-1)).sum(dim=-1)
 
 
-def accumulated_ends(entropies: Tensor, threshold: float, ignore_below: float = 0.0) -> Tensor:
+def get_accumulated_threshold_mask(entropies: Tensor, threshold: float, ignore_below: float = 0.0) -> Tensor:
     """`(b, n)` bool, True where the sum of entropies since the last end reaches the threshold.
 
     Args:
