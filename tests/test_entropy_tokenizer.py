@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from x_transformers import Decoder, EntropyBasedTokenizer, TransformerWrapper
-from x_transformers.entropy_based_tokenizer X
+from x_transformers.entropy_based_tokenizer import calc_entropy_from_logits, get_accumulated_threshold_mask
 from x_transformers.errors import ConfigError, InputError, ShapeError
 
 SURE, UNSURE = [50.0, 0.0, 0.0, 0.0], [0.0] * 4  # entropies of 0 and ln 4 = 1.386

@@ -174,15 +174,15 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             **kwargs,
         )
         logits, record = out if return_outputs or self.add_attn_z_loss else (out, None)
-        embeds = None
+        predicted = embeds = None
         if self.next_embed_loss_weight > 0:
-            logits, embeds = logits
+            logits, (predicted, embeds) = logits
 
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         labels = F.pad(x[:, 1:], (p, 1), value=self.ignore_index)
         loss = self._cross_entropy(logits, labels)
-        if embeds is not None:
-            loss = loss + self._embedding_error(*embeds, labels) * self.next_embed_loss_weight
+        if predicted is not None and embeds is not None:
+            loss = loss + self._embedding_error(predicted, embeds, labels) * self.next_embed_loss_weight
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss

@@ -69,7 +69,7 @@ class Arguments:
         width: int,
         final: int,
         align: Callable[[Tensor], Tensor] | None = None,
-        growing: Callable[[int, int], dict[str, Tensor]] | None = None,
+        growing: Callable[[int, int], dict[str, Any]] | None = None,
     ) -> None:
         _check_names(kwargs)
         self.constant = {name: value for name, value in kwargs.items() if value is not None}
@@ -128,7 +128,7 @@ class Arguments:
             return
         for arguments in (self.constant, self.masks, self.covering):
             for name, value in arguments.items():
-                arguments[name] = _widened(name, value, times)  # type: ignore[assignment]
+                arguments[name] = _widened(name, value, times)
         if isinstance(self.embed_ids, Mapping):
             self.embed_ids = {
                 name: _widened("embed_ids", ids, times) if isinstance(ids, Tensor) else ids

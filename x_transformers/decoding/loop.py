@@ -85,7 +85,7 @@ def make_reader(
     cache_kv: bool = True,
     restrict_to_max_seq_len: bool = True,
     step: Step | None = None,
-    growing: Callable[[int, int], dict[str, Tensor]] | None = None,
+    growing: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Branching:
     """A reader of the prompts and of what follows them.
 
