@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import close, perturb
+from promises import keeps_the_past, pads
 from torch import Tensor, nn
 
 from x_transformers import AttentionPool, AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
@@ -475,6 +476,30 @@ def test_recycling_has_no_cache_and_still_generates() -> None:
         model(IDS, recycle_steps=0)
     with pytest.raises(InputError, match="build it with `recycling = True`"):
         build()(IDS, recycle_steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_memory_tokens": 2}, {"emb_dim": 10}], ids=str)
+@pytest.mark.parametrize("stack", [Decoder, Encoder])
+@torch.no_grad()
+def test_recycling_keeps_rows_apart(options: dict[str, Any], stack: type) -> None:
+    model = build(stack, recycling=True, **options)
+    ids = torch.randint(0, 24, (3, 6))
+    pads(model, left=False)
+    pads(model, left=True)
+    embeds = torch.randn(3, 2, model.emb_dim)
+    whole = model(ids, prepend_embeds=embeds)
+    close(model(ids[1:2], prepend_embeds=embeds[1:2]), whole[1:2])
+    if stack is Decoder:
+        keeps_the_past(model)
+
+
+def test_recycling_reads_a_memory_at_each_step() -> None:
+    model = build(recycling=True, max_mem_len=4)
+    _, mems = model(IDS, return_mems=True)
+    x = model.token_emb(IDS) + model.pos_emb(IDS)
+    y = model.attn_layers(x, mems=mems)
+    wanted = model.attn_layers(x + model.recycled_proj(y), mems=mems)
+    close(model(IDS, mems=mems, recycle_steps=2, return_embeddings=True), wanted)
 
 
 # refusals
