@@ -20,6 +20,7 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
+from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "ViTransformerWrapper",
     "XTransformer",
     "XValTransformerWrapper",
+    "default_device",
     "layer_schedule",
 ]
