@@ -21,7 +21,7 @@ HOUSE = (
     ("F5", ["attention.attention", "feedforward"]),
     ("F6", ["layers.residuals.base", "layers.sequence"]),
     ("F6", ["layers"]),
-    ("F6", ["layers.branch"]),
+    ("F6", ["layers.branch", "layers.around"]),
     ("F6", ["layers.catalog"]),
     ("F6", ["layers.plan"]),
     ("F6", ["layers.layers"]),

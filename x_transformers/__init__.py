@@ -25,6 +25,7 @@ from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
+from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xval import XValAutoregressiveWrapper
@@ -56,5 +57,6 @@ __all__ = [
     "XTransformer",
     "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
+    "default_device",
     "layer_schedule",
 ]
