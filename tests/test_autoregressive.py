@@ -38,9 +38,10 @@ NETS = {
     "sink": {"attn_head_learned_sink": True, "attn_add_zero_kv": True},
     "new tokens only": {"net": {"input_not_include_cache": True}},
     "cross": {"cross_attend": True, "rotary_pos_emb": True},
+    "latent": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8, "net": {"use_abs_pos_emb": False}},
     "explicit": {"attn_flash": False, "attn_softclamp_logits": True},
 }
-SLIDING = ["rotary", "alibi", "t5", "none", "sinusoid", "memory tokens, rotary", "memory kv", "cross"]
+SLIDING = ["rotary", "alibi", "t5", "none", "sinusoid", "memory tokens, rotary", "memory kv", "cross", "latent"]
 
 
 def perturbed(net):

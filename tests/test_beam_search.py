@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from test_autoregressive import DIM, NETS, SLIDING, VOCAB, build, rows_of, surroundings
+from test_autoregressive import DIM, NETS, SLIDING, VOCAB, build, perturbed, rows_of, surroundings
 
-from x_transformers.autoregressive_wrapper import top_k
+from x_transformers import Decoder, TransformerWrapper
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper, top_k
 from x_transformers.errors import InputError
 
 
@@ -55,6 +56,32 @@ def test_scores_are_log_probabilities(name, prepended):
     again = search(model, prompts, 6, beams=3, cache_kv=False, **kwargs)
     assert torch.equal(again[0], tokens)
     torch.testing.assert_close(again[1], scores, atol=1e-4, rtol=1e-5)
+
+
+STACKS = {
+    "latent": {"attn_use_latent_q": True, "attn_use_latent_kv": True, "attn_dim_latent_q": 8, "attn_dim_latent_kv": 8},
+    "streams": {"num_residual_streams": 2},
+    "value residual": {"add_value_residual": True},
+    "shifted tokens": {"shift_tokens": 1},
+    "data dependent alibi": {"attn_data_dependent_alibi": True},
+    "selective": {"attn_selective": True},
+    "residual attention": {"residual_attn": True},
+    "one head": {"attn_one_kv_head": True},
+}
+
+
+@pytest.mark.parametrize("wrapped", [{}, {"mixture_of_softmax": True}], ids=["", "mixture"])
+@pytest.mark.parametrize("name", STACKS)
+def test_scores_over_what_layers_remember(name, wrapped):
+    stack = Decoder(dim=DIM, depth=2, heads=4, attn_dim_head=8, verbose=False, **STACKS[name])
+    net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, **wrapped)
+    model, prompts = AutoregressiveWrapper(perturbed(net)), [torch.randint(0, VOCAB, (n,)) for n in (4, 2)]
+    tokens, scores = search(model, prompts, 5, beams=3)
+    for row, prompt in enumerate(prompts):
+        for beam in range(3):
+            expected = score(model, prompt, tokens[beam, row])
+            torch.testing.assert_close(scores[beam, row], expected, atol=1e-4, rtol=1e-5)
+    assert torch.equal(search(model, prompts, 5, beams=3, cache_kv=False)[0], tokens)
 
 
 @pytest.mark.parametrize("name", ["absolute", "cross"])

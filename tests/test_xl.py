@@ -178,6 +178,16 @@ def test_every_token_is_drawn_as_the_chunked_pass_expects_it(name, prime, cache_
     torch.testing.assert_close(torch.stack(spy.logits, dim=1), expected, atol=2e-5, rtol=1e-5)
 
 
+def test_nets_that_cannot_be_cached():
+    stack = Decoder(dim=DIM, depth=1, heads=2, attn_dim_head=8, rotary_pos_emb=True, verbose=False)
+    net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=SIZE, max_mem_len=SIZE, attn_layers=stack, recycling=True)
+    model, x, spy = XLAutoregressiveWrapper(perturbed(net)), torch.randint(0, VOCAB, (2, 4)), Spy()
+    tokens = model.generate(x, 11, filter_logits_fn=spy)
+    with torch.no_grad():
+        expected = chunked(net.eval(), torch.cat((x, tokens), dim=1)[:, :-1])[:, 3:]
+    torch.testing.assert_close(torch.stack(spy.logits, dim=1), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_memories_of_the_caller():
     model, x, spy = build(), torch.randint(0, VOCAB, (2, 4)), Spy()
     with torch.no_grad():
