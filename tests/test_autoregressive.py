@@ -38,9 +38,10 @@ NETS = {
     "sink": {"attn_head_learned_sink": True, "attn_add_zero_kv": True},
     "new tokens only": {"net": {"input_not_include_cache": True}},
     "cross": {"cross_attend": True, "rotary_pos_emb": True},
+    "latent": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8, "net": {"use_abs_pos_emb": False}},
     "explicit": {"attn_flash": False, "attn_softclamp_logits": True},
 }
-SLIDING = ["rotary", "alibi", "t5", "none", "sinusoid", "memory tokens, rotary", "memory kv", "cross"]
+SLIDING = ["rotary", "alibi", "t5", "none", "sinusoid", "memory tokens, rotary", "memory kv", "cross", "latent"]
 
 
 def perturbed(net):
@@ -195,9 +196,33 @@ def test_z_loss():
     torch.testing.assert_close(model(x) - plain(x), record.attn_z_loss * 1e-4 / 0.5, atol=1e-6, rtol=1e-2)
 
 
-def test_log_probabilities_are_not_normalised_again(monkeypatch):
+@pytest.mark.parametrize("prepended", [False, True], ids=["", "prepended"])
+@pytest.mark.parametrize("options", [{}, {"emb_dim": 12}, {"mixture_of_softmax": True}, {"num_memory_tokens": 2}])
+def test_the_next_embedding(options, prepended):
+    stack = Decoder(dim=DIM, depth=1, heads=2, attn_dim_head=8, rotary_pos_emb=True, verbose=False)
+    net = TransformerWrapper(
+        num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, add_continuous_pred_head=True, **options
+    )
+    model, x = AutoregressiveWrapper(perturbed(net), next_embed_loss_weight=0.3), torch.randint(0, VOCAB, (2, 6))
+    kwargs = {"prepend_embeds": torch.randn(2, 3, net.emb_dim)} if prepended else {}
+    lens = torch.tensor([6, 4])
+    loss, (logits, _) = model(x, lens=lens, return_outputs=True, **kwargs)
+    assert logits.shape == (2, 5, VOCAB)
+    valid = torch.arange(6) < lens[:, None]
+    shown = x.masked_fill(~valid, 0)
+    _, (predicted, embeds) = net(shown, return_next_embed_pred=True, **kwargs)
+    errors = (predicted[:, :-1] - embeds[:, 1:]).abs()[:, 3 * prepended :][valid[:, 1:]]
+    plain = AutoregressiveWrapper(net, next_embed_loss_weight=0.0)(x, lens=lens, **kwargs)
+    torch.testing.assert_close(loss, plain + 0.3 * errors.mean())
+    loss.backward()
+    assert net.to_next_embed_pred[0].weight.grad.any()
+    generated = model.generate(x, 4, temperature=0.0, **kwargs)
+    assert torch.equal(generated, model.generate(x, 4, temperature=0.0, cache_kv=False, **kwargs))
+
+
+def test_log_probabilities_are_not_normalised_again():
     model, x = build(), torch.randint(0, VOCAB, (2, 5))
-    monkeypatch.setattr(model.net, "output_is_log_prob", True)
+    model.net.output_is_log_prob = True
     picked = model.net(x)[:, :-1].gather(-1, x[:, 1:, None])
     torch.testing.assert_close(model(x), -picked.mean())
 
@@ -281,6 +306,11 @@ def test_nets_that_cannot_be_wrapped():
         AutoregressiveWrapper(
             TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack, return_only_embed=True)
         )
+    for pooling in ({"average_pool_embed": True}, {"use_cls_token": True}):
+        with pytest.raises(ConfigError, match="`net` pools its sequence"):
+            AutoregressiveWrapper(TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack, **pooling))
+    with pytest.raises(ConfigError, match="several heads"):
+        AutoregressiveWrapper(TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack, num_output_heads=2))
 
 
 def test_config_and_state_round_trip():

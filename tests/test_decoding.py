@@ -25,7 +25,7 @@ from x_transformers.autoregressive_wrapper import (
 from x_transformers.decoding.filters import find_filter
 from x_transformers.decoding.loop import evaluating, with_progress
 from x_transformers.decoding.prompts import read_prompts
-from x_transformers.decoding.sampling import chooser, exponential_race
+from x_transformers.decoding.sampling import adjuster, chooser, exponential_race
 from x_transformers.errors import InputError, ShapeError, TokenRangeError
 
 PROBS = torch.tensor([0.5, 0.04, 0.3, 0.16])
@@ -134,6 +134,14 @@ def test_the_temperature_comes_before_the_filter():
     assert torch.equal(seen[0][0], logits[0] / 2)
     assert set(drawn.flatten().tolist()) == {0, 1, 2}  # on the raw logits it would keep two
     assert kept(top_p(logits[0], thres=0.8)) == [0, 1]
+
+
+def test_the_filter_before_the_temperature_on_request():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(200, -1)
+    drawn = chooser(2.0, top_p, {"thres": 0.8}, filter_before_temperature=True)(logits)
+    assert set(drawn.flatten().tolist()) == {0, 1}
+    adjusted = adjuster(2.0, top_p, {"thres": 0.8}, filter_before_temperature=True)(logits[0])
+    assert adjusted.tolist() == [1.0, 0.5, -INF, -INF]
 
 
 def test_draws_have_the_right_frequencies_in_half_precision():

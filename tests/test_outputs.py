@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import close, perturb
+from promises import keeps_the_past, pads
 from torch import Tensor, nn
 
 from x_transformers import AttentionPool, AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
@@ -368,6 +369,17 @@ def test_class_tokens_are_no_tokens() -> None:
 
 
 @torch.no_grad()
+def test_class_tokens_and_next_embeddings() -> None:
+    model = build(Encoder, use_cls_token=True, add_continuous_pred_head=True)
+    for cut, count in ((False, 9), (True, 6)):
+        _, (pred, initial) = model(
+            IDS, prepend_embeds=PREPENDED, excise_prepend_embeds=cut, return_next_embed_pred=True
+        )
+        assert pred.shape == (2, 16)
+        assert initial.shape == (2, count, 16)
+
+
+@torch.no_grad()
 def test_class_tokens_stand_behind_interspersed_memory() -> None:
     model = build(use_cls_token=True, num_cls_tokens=2, num_memory_tokens=1, memory_tokens_interspersed_every=3)
     _, record = model(IDS, return_intermediates=True)
@@ -384,6 +396,12 @@ def test_attention_pools() -> None:
     close(record.logits, encoder.to_logits(record.last_layer_hiddens))
     logits, features = encoder(IDS, return_logits_and_embeddings=True)
     close(logits, encoder.to_logits(features))
+    for more in ({}, {"return_only_embed": True}):
+        encoder = build(Encoder, attn_pool=True, add_continuous_pred_head=True, **more)
+        out, (pred, _) = encoder(IDS, return_next_embed_pred=True)
+        close(out, encoder(IDS))
+        assert out.shape == (2, 1, 16)
+        assert pred.shape == (2, 6, 16)
     decoder = build(Decoder, attn_pool=True)
     assert decoder(IDS).shape == (2, 6, 24)
     out, record = decoder(IDS, return_intermediates=True)
@@ -475,6 +493,63 @@ def test_recycling_has_no_cache_and_still_generates() -> None:
         model(IDS, recycle_steps=0)
     with pytest.raises(InputError, match="build it with `recycling = True`"):
         build()(IDS, recycle_steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_memory_tokens": 2}, {"emb_dim": 10}], ids=str)
+@pytest.mark.parametrize("stack", [Decoder, Encoder])
+@torch.no_grad()
+def test_recycling_keeps_rows_apart(options: dict[str, Any], stack: type) -> None:
+    model = build(stack, recycling=True, **options)
+    ids = torch.randint(0, 24, (3, 6))
+    pads(model, left=False)
+    pads(model, left=True)
+    embeds = torch.randn(3, 2, model.emb_dim)
+    whole = model(ids, prepend_embeds=embeds)
+    close(model(ids[1:2], prepend_embeds=embeds[1:2]), whole[1:2])
+    if stack is Decoder:
+        keeps_the_past(model)
+
+
+def test_recycling_reads_a_memory_at_each_step() -> None:
+    model = build(recycling=True, max_mem_len=4)
+    _, mems = model(IDS, return_mems=True)
+    x = model.token_emb(IDS) + model.pos_emb(IDS)
+    y = model.attn_layers(x, mems=mems)
+    wanted = model.attn_layers(x + model.recycled_proj(y), mems=mems)
+    close(model(IDS, mems=mems, recycle_steps=2, return_embeddings=True), wanted)
+
+
+# calls
+
+
+@torch.no_grad()
+def test_a_model_of_new_tokens_generates() -> None:
+    """The constructor's `input_not_include_cache` is a default, which decoding knows."""
+    plain, model = build(), build(input_not_include_cache=True)
+    model.load_state_dict(plain.state_dict())
+    wanted = AutoregressiveWrapper(plain).generate(IDS, 6, temperature=0, cache_kv=False)
+    assert torch.equal(AutoregressiveWrapper(model).generate(IDS, 6, temperature=0), wanted)
+    _, record = model(IDS, return_intermediates=True)
+    close(model(IDS[:, :2], cache=record), model(torch.cat((IDS, IDS[:, :2]), dim=1))[:, 6:])
+
+
+@torch.no_grad()
+def test_a_floating_pos_is_an_embedding_and_no_rotation() -> None:
+    model = build(layers={"rotary_pos_emb": True}, num_memory_tokens=2)
+    pos = torch.randn(6, 16)
+    close(model(IDS, pos=pos), model(IDS, sum_embeds=pos.expand(2, -1, -1)))
+    table = build(num_memory_tokens=2)
+    close(table(IDS, pos=table.pos_emb(torch.zeros(1, 6, 16))[0]), table(IDS))
+
+
+@torch.no_grad()
+def test_sinusoids_of_each_row() -> None:
+    model = build(scaled_sinu_pos_emb=True)
+    whole = model(IDS)
+    for pos in (torch.arange(6), torch.arange(6).expand(2, -1)):
+        close(model(IDS, pos=pos), whole)
+    left = model(IDS, seq_start_pos=torch.tensor([0, 2]))
+    close(left[1:, 2:], model(IDS[1:, 2:]))
 
 
 # refusals

@@ -2,7 +2,11 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.belief_state_wrapper import BeliefStateWrapper
+from x_transformers.continuous import ContinuousAutoregressiveWrapper
+from x_transformers.dpo import DPO
 from x_transformers.encoder_decoder import XTransformer
+from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.layers import (
     AttentionLayers,
@@ -19,28 +23,40 @@ from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
+from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
+from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
+from x_transformers.xval import XValAutoregressiveWrapper
 
 __all__ = [
+    "DPO",
     "AdaptiveRMSNorm",
     "Attention",
     "AttentionLayers",
     "AttentionPool",
     "AutoregressiveWrapper",
+    "BeliefStateWrapper",
+    "ContinuousAutoregressiveWrapper",
     "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
     "Encoder",
+    "EntropyBasedTokenizer",
     "FeedForward",
     "MultiInputTransformerWrapper",
     "NeoMLP",
+    "NonAutoregressiveWrapper",
     "PrefixDecoder",
     "RMSNorm",
     "TransformerBlock",
     "TransformerWrapper",
     "ViTransformerWrapper",
+    "XLAutoregressiveWrapper",
     "XTransformer",
+    "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
+    "default_device",
     "layer_schedule",
 ]

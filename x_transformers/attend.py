@@ -20,16 +20,18 @@ from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError
 from x_transformers.intermediates import Intermediates
-from x_transformers.ops import l1norm, one_hot_straight_through, softclamp
+from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp
 
 __all__ = [
     "Core",
     "Intermediates",
     "create_causal_mask",
+    "default_device",
     "l1norm",
     "log_prob_from_hard_attend",
     "one_hot_straight_through",
     "onnx_create_causal_mask",
+    "qk_l2_dist_squared",
     "selective_attn",
     "softclamp",
     "sparse_topk_attn",

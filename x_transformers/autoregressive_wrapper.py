@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.decoding.arguments import check_length_and_end
+from x_transformers.decoding.beam import Beams, noisy
 from x_transformers.decoding.caches import CacheChoice, modify_cached_kv
 from x_transformers.decoding.filters import (
     FILTER_LOGITS_FN,
@@ -28,10 +30,11 @@ from x_transformers.decoding.loop import (
     with_progress,
 )
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
-from x_transformers.decoding.sampling import chooser, gumbel_noise, gumbel_sample
+from x_transformers.decoding.sampling import adjuster, chooser, gumbel_noise, gumbel_sample, identity
 from x_transformers.decoding.step import Sequences, Step, compiled_advance
-from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.loading import ReadsReference
+from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.options.configured import Configured
@@ -63,8 +66,10 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         pad_value: id put where `ignore_index` stood, before shorter prompts, and behind a row's end token.
         mask_prob: fraction of the keys that is hidden in the loss pass (2210.13432), in [0, 1).
         add_attn_z_loss: add the z-loss of attention; its weight is the model's `attn_z_loss_weight`.
-        next_embed_loss_weight, looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of
-            heads that the model must have.
+        next_embed_loss_weight: weight of the error of the next token's embedding, which a model with
+            `add_continuous_pred_head` predicts too.
+        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
+            have.
 
     Raises:
         ConfigError: if the model has several heads or none, or an option is out of range or without effect.
@@ -88,6 +93,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         if net.has_multiple_heads or net.to_logits is None:
             heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
             raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
+        if net.pools or net.returns_pooled:
+            raise ConfigError(
+                "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so gives no logits "
+                "for each token; build it without."
+            )
         if not 0 <= mask_prob < 1:
             raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
         _refuse_without_head(
@@ -105,6 +115,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.net = net
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
+        self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
         self._steps: dict[Any, Step] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,6 +138,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         **kwargs: Any,
     ) -> Any:
         """The mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
+
+        A model that predicts embeddings adds the mean of `|pred[t] - embedding[t + 1]|` over the same places and all
+        features, times its weight.
 
         Args:
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
@@ -157,12 +171,19 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             prepend_embeds=prepend_embeds,
             return_intermediates=return_outputs,
             return_attn_z_loss=self.add_attn_z_loss,
+            return_next_embed_pred=self.next_embed_loss_weight > 0,
             **kwargs,
         )
         logits, record = out if return_outputs or self.add_attn_z_loss else (out, None)
+        predicted = embeds = None
+        if self.next_embed_loss_weight > 0:
+            logits, (predicted, embeds) = logits
 
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
-        loss = self._cross_entropy(logits, F.pad(x[:, 1:], (p, 1), value=self.ignore_index))
+        labels = F.pad(x[:, 1:], (p, 1), value=self.ignore_index)
+        loss = self._cross_entropy(logits, labels)
+        if predicted is not None and embeds is not None:
+            loss = loss + self._embedding_error(predicted, embeds, labels) * self.next_embed_loss_weight
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
@@ -178,15 +199,13 @@ class AutoregressiveWrapper(Configured, ReadsReference):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy."""
-        fn = F.nll_loss if self.net.output_is_log_prob else F.cross_entropy
-        try:
-            each = fn(logits.flatten(0, 1), labels.flatten(), ignore_index=self.ignore_index, reduction="none")
-        except IndexError as error:  # on a CPU; elsewhere labels are not looked at
-            raise TokenRangeError(
-                f"targets run up to {int(labels.max())}, but the model gives logits for {logits.shape[-1]} tokens."
-            ) from error
-        count = (labels != self.ignore_index).sum().clamp(min=1)
-        return each.sum(dtype=torch.promote_types(each.dtype, torch.float32)) / count
+        each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=self.net.output_is_log_prob)
+        return mean_over(each, labels != self.ignore_index)
+
+    def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the labels that count and all features of `|predicted[t] - embeds[t + 1]|`."""
+        errors = (predicted[:, :-1] - embeds[:, 1:].detach()).abs().mean(dim=-1)
+        return mean_over(errors, labels[:, :-1] != self.ignore_index)
 
     # generation
 
@@ -208,6 +227,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         cache: CacheChoice = "dynamic",
         compile: bool | Mapping[str, Any] = False,
         progress: bool = False,
+        filter_before_temperature: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
@@ -234,6 +254,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             compile: compile the step of one token, once for this model, to a full graph over a static cache. May be a
                 dict of options for `torch.compile`.
             progress: show a bar.
+            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
             kwargs: of the model's passes. `mask` covers the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
                 and generated tokens (`embed_ids` may be functions of the ids so far).
 
@@ -257,6 +278,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             cache_kv=cache_kv,
             cache=cache,
             compile=compile,
+            filter_before_temperature=filter_before_temperature,
             **kwargs,
         )
         steps = decoding.run(seq_len, eos_token, self.pad_value)
@@ -308,22 +330,14 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         cache_kv: bool = True,
         cache: CacheChoice = "dynamic",
         compile: bool | Mapping[str, Any] = False,
+        filter_before_temperature: bool = False,
         **kwargs: Any,
     ) -> tuple[Decoding, Prompts, list[nn.Module]]:
         """Check everything; the decoding, the prompts as they were read, and the models beside this one."""
         net = self.net
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
-            raise InputError(f"`seq_len` is {seq_len!r}; it is how many tokens to generate, a whole number, 0 or more.")
-        if eos_token is not None and not 0 <= eos_token < net.num_tokens:
-            raise InputError(f"`eos_token` is {eos_token}; the vocabulary runs from 0 to {net.num_tokens - 1}.")
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {})
-        read = read_prompts(
-            prompts,
-            prompt_lens,
-            self.pad_value,
-            net.num_tokens,
-            may_be_empty=kwargs.get("prepend_embeds") is not None,
-        )
+        check_length_and_end(seq_len, eos_token, net.num_tokens)
+        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        read = self._read(prompts, prompt_lens, kwargs)
         amateurs = pair_amateurs(_nets(amateur_model), contrastive_decode_kwargs or {}, net.num_tokens)
         step = None
         if compile is not False:
@@ -350,6 +364,83 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         ]
         decoding = Decoding(Sequences(read.tokens, read.start), expert, choose, net.num_tokens, contrasted)
         return decoding, read, [amateur for amateur, _ in amateurs]
+
+    def beam_search(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        seq_len: int,
+        beams: int = 4,
+        return_beams_and_scores: bool = False,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        filter_logits_fn: str | Callable[..., Tensor] = identity,
+        restrict_to_max_seq_len: bool = True,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        cache_kv: bool = True,
+        *,
+        filter_before_temperature: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The continuations of each prompt that the model finds most likely, of those that beam search meets.
+
+        The score of a continuation is the sum of its tokens' log-probabilities, without temperature and filter. At
+        each step every beam proposes its `beams` best tokens, and the `beams` best of all these go on.
+
+        Args:
+            prompts, prompt_lens: as in `generate`.
+            seq_len: tokens to generate.
+            beams: how many continuations of a prompt are followed.
+            return_beams_and_scores: return all of them, and their scores.
+            eos_token: what ends a continuation, which then keeps its score; `pad_value`s follow.
+            temperature, filter_logits_fn, filter_kwargs, filter_before_temperature: as in `generate`; for stochastic
+                beams alone. What a filter removes is never taken, unless nothing else is left.
+            stochastic: propose by `filter(logits / temperature)` with Gumbel noise, which draws without replacement
+                (1903.06059), in place of the logits. At temperature 0 there is no noise.
+            restrict_to_max_seq_len, cache_kv: as in `generate`.
+            kwargs: of the model's passes, as in `generate`. Tensors belong to prompts, and are repeated for the beams.
+
+        Returns:
+            The best continuation `(..., m)` of each prompt; with `return_beams_and_scores` `(beams, ..., m)` tokens
+            and `(beams, ...)` scores, the best first. A score of -inf says that a filter left too few tokens.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        net = self.net
+        check_length_and_end(seq_len, eos_token, net.num_tokens)
+        if isinstance(beams, bool) or not isinstance(beams, int) or not 1 <= beams <= net.num_tokens:
+            raise InputError(
+                f"`beams` is {beams!r}; it must be a whole number, at least 1 and at most the vocabulary's size "
+                f"{net.num_tokens}, since the first beams differ in their first token."
+            )
+        adjust = adjuster(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        if not stochastic and (filter_logits_fn is not identity or filter_kwargs or filter_before_temperature):
+            raise InputError(
+                "`filter_logits_fn`, `filter_kwargs` and `filter_before_temperature` change what stochastic beams are "
+                "drawn from; set `stochastic = True`, or drop them."
+            )
+        read = self._read(prompts, prompt_lens, kwargs)
+        reader = make_reader(
+            net, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
+        )
+        select = noisy(adjust) if stochastic and temperature > 0 else identity
+        search = Beams(Sequences(read.tokens, read.start), reader, beams, select, net.num_tokens, eos_token)
+        with torch.inference_mode(), evaluating(self):
+            found, scores = search.run(seq_len, self.pad_value)
+        tokens, scores = found.transpose(0, 1).clone(), scores.T.clone()  # training may use them
+        tokens = tokens.reshape(beams, *read.lead, tokens.shape[-1])
+        return (tokens, scores.reshape(beams, *read.lead)) if return_beams_and_scores else tokens[0]
+
+    def _read(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        prompt_lens: Tensor | Sequence[int] | None,
+        kwargs: Mapping[str, Any],
+    ) -> Prompts:
+        may_be_empty = kwargs.get("prepend_embeds") is not None
+        return read_prompts(prompts, prompt_lens, self.pad_value, self.net.num_tokens, may_be_empty=may_be_empty)
 
     def _compiled_step(self, options: bool | Mapping[str, Any], read: Prompts, kwargs: Mapping[str, Any]) -> Step:
         """The compiled step for calls of this structure, made when first asked for."""

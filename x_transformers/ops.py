@@ -26,6 +26,20 @@ def softclamp(t: Tensor, value: float) -> Tensor:
     return (t / value).tanh() * value
 
 
+def qk_l2_dist_squared(q: Tensor, k: Tensor) -> Tensor:
+    """`|q_i - k_j|^2`, `(b, h, i, j)`, of `q (b, h, i, d)` and `k (b, h, j, d)` or `(b, j, d)`."""
+    k = k.unsqueeze(1) if k.ndim == 3 else k
+    return (q.square().sum(dim=-1)[..., None] + k.square().sum(dim=-1)[..., None, :] - 2 * q @ k.mT).clamp(min=0)
+
+
+def default_device(device: torch.device | str | None = None) -> torch.device | str:
+    """The device given, or the first one there is of xpu, cuda, mps and cpu."""
+    if device is not None:
+        return device
+    found = (name for name in ("xpu", "cuda", "mps") if getattr(torch, name).is_available())
+    return torch.device(next(found, "cpu"))
+
+
 def log(t: Tensor, eps: float = 1e-20) -> Tensor:
     """`ln(max(t, eps))`."""
     return t.clamp(min=eps).log()

@@ -2,13 +2,16 @@
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
+from x_transformers.attention.qk.polar import PolarEmbedding
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.alibi import AlibiPositionalBias
 from x_transformers.attention.scores.dynamic import DynamicPositionBias
 from x_transformers.attention.scores.t5 import RelativePositionBias
+from x_transformers.encoder_decoder import XTransformer
 from x_transformers.feedforward.activations import ReluSquared, SoLU
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import LayerIntermediates
+from x_transformers.layers.around import AdaptiveLayerScale, FoldAxially, LayerScale, Scale, ShiftTokens, shift
 from x_transformers.layers.depth.aggregated import AttentionResidual
 from x_transformers.layers.depth.lime import DynamicLIMe
 from x_transformers.layers.layers import (
@@ -25,9 +28,12 @@ from x_transformers.layers.residuals.mv_split import MVSplitResidualUpdate
 from x_transformers.layers.residuals.orthogonal import OrthogonalResidualUpdate
 from x_transformers.layers.residuals.plain import Residual
 from x_transformers.layers.residuals.streams import GatedMultiResidual, HyperConnection, sinkhorn
+from x_transformers.low_rank import LoRALinear
+from x_transformers.models.asked import calc_entropy, calc_z_loss
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding, TokenEmbedding
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.norms import (
     AdaptiveLayerNorm,
     AdaptiveRMSNorm,
@@ -39,11 +45,13 @@ from x_transformers.norms import (
     SimpleRMSNorm,
 )
 from x_transformers.ops import l2norm, log, masked_mean, max_neg_value, softclamp
+from x_transformers.ops import project_away as orthog_project
 from x_transformers.options.per_layer import layer_schedule
 
 __all__ = [
     "AbsolutePositionalEmbedding",
     "AdaptiveLayerNorm",
+    "AdaptiveLayerScale",
     "AdaptiveRMSNorm",
     "AlibiPositionalBias",
     "Attention",
@@ -58,33 +66,45 @@ __all__ = [
     "DynamicTanh",
     "Encoder",
     "FeedForward",
+    "FoldAxially",
     "GRUGating",
     "GatedMultiResidual",
     "HyperConnection",
     "LayerIntermediates",
     "LayerNorm",
+    "LayerScale",
     "LinearNoBias",
+    "LoRALinear",
     "MVSplitResidualUpdate",
     "MultiheadRMSNorm",
     "OrthogonalResidualUpdate",
+    "PolarEmbedding",
     "PrefixDecoder",
     "RMSNorm",
     "RelativePositionBias",
     "ReluSquared",
     "Residual",
     "RotaryEmbedding",
+    "Scale",
     "ScaleNorm",
     "ScaledSinusoidalEmbedding",
+    "ShiftTokens",
     "SimpleRMSNorm",
     "SoLU",
     "TokenEmbedding",
     "TransformerBlock",
     "TransformerWrapper",
+    "ViTransformerWrapper",
+    "XTransformer",
+    "calc_entropy",
+    "calc_z_loss",
     "l2norm",
     "layer_schedule",
     "log",
     "masked_mean",
     "max_neg_value",
+    "orthog_project",
+    "shift",
     "sinkhorn",
     "softclamp",
 ]

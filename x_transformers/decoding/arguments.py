@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.intermediates import LayerIntermediates
 
 _REFUSED = {
     "seq_start_pos": "give `prompt_lens`, or the prompts as a list",
@@ -16,6 +17,28 @@ _REFUSED = {
     "input_not_include_cache": "the net is fed whatever it needs",
     "attn_mask": "it covers a fixed number of tokens; give `mask` or `self_attn_kv_mask`",
     "attn_bias": "it covers a fixed number of tokens; build a position bias into the stack",
+}
+
+# The axis of rows; a tensor without it is the same for all of them.
+_ROW_AXIS = {
+    "mask": -2,
+    "self_attn_kv_mask": -2,
+    "pos": -2,
+    "sum_embeds": -3,
+    "embed_ids": -2,
+    "prepend_embeds": -3,
+    "prepend_mask": -2,
+    "context": -3,
+    "context_mask": -2,
+    "context_pos": -2,
+    "mems": -3,
+    "mem_masks": -2,
+    "self_attn_additional_kv": -4,
+    "additional_kv_mask": -2,
+    "prefix_attn_len": -1,
+    "condition": 0,
+    "in_attn_cond": 0,
+    "cross_attn_kv_residuals": -3,
 }
 
 EmbedIds = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]]
@@ -34,17 +57,24 @@ class Arguments:
         width: columns of the caller's prompts.
         final: tokens that will be read in all.
         align: moves a mask `(b, width)` as the prompts were moved, or None if they were not.
+        growing: of what grows with the sequence outside of it, the arguments over items `first` to `last`.
 
     Raises:
         InputError: naming an argument that cannot go on, and what to give instead.
     """
 
     def __init__(
-        self, kwargs: Mapping[str, Any], width: int, final: int, align: Callable[[Tensor], Tensor] | None = None
+        self,
+        kwargs: Mapping[str, Any],
+        width: int,
+        final: int,
+        align: Callable[[Tensor], Tensor] | None = None,
+        growing: Callable[[int, int], dict[str, Any]] | None = None,
     ) -> None:
         _check_names(kwargs)
         self.constant = {name: value for name, value in kwargs.items() if value is not None}
         self.constant.pop("excise_prepend_embeds", None)  # what stands behind the last token is the same
+        self.growing = growing
         self.masks: dict[str, Tensor] = {}
         for name in ("mask", "self_attn_kv_mask"):
             if name in self.constant:
@@ -80,11 +110,30 @@ class Arguments:
             arguments[name] = (F.pad(mask, (0, grown), value=True) if grown else mask)[:, first:]
         for name, t in self.covering.items():
             arguments[name] = t.narrow(_token_axis(t), length - new, new).contiguous()
+        if self.growing is not None:
+            arguments |= self.growing(length - new, length)
         if self.embed_ids:
             given = self.embed_ids if isinstance(self.embed_ids, Mapping) else self.embed_ids(tokens())
             ids = {name: t if isinstance(t, Tensor) else t(tokens()) for name, t in given.items()}
             arguments["embed_ids"] = {name: t[:, length - new : length].contiguous() for name, t in ids.items()}
         return arguments
+
+    def widen(self, times: int) -> None:
+        """Repeat what belongs to a row `times` times, in place of it.
+
+        Raises:
+            InputError: naming an argument of which it is not known what belongs to a row.
+        """
+        if times == 1:
+            return
+        for arguments in (self.constant, self.masks, self.covering):
+            for name, value in arguments.items():
+                arguments[name] = _widened(name, value, times)
+        if isinstance(self.embed_ids, Mapping):
+            self.embed_ids = {
+                name: _widened("embed_ids", ids, times) if isinstance(ids, Tensor) else ids
+                for name, ids in self.embed_ids.items()
+            }
 
     def forget_prepended(self) -> None:
         """Prepended embeddings are in the cache now."""
@@ -92,9 +141,69 @@ class Arguments:
             self.constant.pop(name, None)
 
 
+def _widened(name: str, value: Any, times: int) -> Any:
+    """A value with each row repeated; a row that serves all of them stays alone."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widened(name, item, times) for item in value)
+    if isinstance(value, LayerIntermediates):
+        raise InputError(f"`{name}` is a record, whose rows cannot be repeated for the beams; give pairs of tensors.")
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    axis = _ROW_AXIS.get(name)
+    if axis is None:
+        raise InputError(f"`{name}` is a tensor of which beam search does not know the rows; search without it.")
+    if name == "pos" and value.is_floating_point():
+        axis = -3  # embeddings of positions
+    if value.ndim < -axis or value.shape[axis] == 1:
+        return value
+    return value.repeat_interleave(times, dim=axis)
+
+
 def _token_axis(t: Tensor) -> int:
     """Embeddings `(..., n, E)` are floating, positions `(..., n)` are not."""
     return -2 if t.is_floating_point() else -1
+
+
+def cut_arguments(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> dict[str, Any]:
+    """Arguments of a pass over tokens `first` to `last` of the n that they speak of; all but the last one are enough.
+
+    Raises:
+        ShapeError: naming an argument that covers another number of tokens.
+    """
+    arguments = dict(kwargs)
+    for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds"):
+        if arguments.get(name) is not None:
+            arguments[name] = _cut(name, arguments[name], first, last, n)
+    if arguments.get("embed_ids"):
+        ids = arguments["embed_ids"].items()
+        arguments["embed_ids"] = {name: _cut(f"embed_ids[{name!r}]", t, first, last, n) for name, t in ids}
+    for name in ("condition", "in_attn_cond"):
+        t = arguments.get(name)
+        if t is not None and t.ndim == 3 and t.shape[1] > 1:
+            arguments[name] = _cut(name, t, first, last, n)
+    return arguments
+
+
+def _cut(name: str, t: Tensor, first: int, last: int, n: int) -> Tensor:
+    axis = _token_axis(t)
+    if t.shape[axis] == 1 and axis == -2:  # one embedding for all tokens
+        return t
+    if t.shape[axis] not in (n, n - 1):
+        raise ShapeError(f"`{name}` has shape {tuple(t.shape)}; it must cover the {n} tokens of x.")
+    return t.narrow(axis, first, min(last, t.shape[axis]) - first)
+
+
+def check_seq_len(seq_len: Any) -> None:
+    """Raise an `InputError` unless `seq_len` counts tokens."""
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
+        raise InputError(f"`seq_len` is {seq_len!r}; it is how many tokens to generate, a whole number, 0 or more.")
+
+
+def check_length_and_end(seq_len: Any, eos_token: int | None, vocabulary: int) -> None:
+    """Raise an `InputError` unless `seq_len` counts tokens and `eos_token` is one."""
+    check_seq_len(seq_len)
+    if eos_token is not None and not 0 <= eos_token < vocabulary:
+        raise InputError(f"`eos_token` is {eos_token}; the vocabulary runs from 0 to {vocabulary - 1}.")
 
 
 def _check_names(kwargs: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import InputError
 from x_transformers.intermediates import LayerIntermediates
+from x_transformers.models.base import Model
 from x_transformers.models.frame import interspersed
-from x_transformers.models.transformer import TransformerWrapper
 
 CacheChoice = str | KVCache | LayerIntermediates
 """`"dynamic"`, `"static"`, or what an earlier call returned."""
@@ -20,7 +20,7 @@ ROUND = 64
 """Static caches have room for a multiple of so many tokens: kernels like it, and compiled steps serve more lengths."""
 
 
-def window_of(net: TransformerWrapper, total: int, *, caching: bool, restrict: bool) -> int | None:
+def window_of(net: Model, total: int, *, caching: bool, restrict: bool) -> int | None:
     """Tokens that the net may see at a time, or None if all of them always fit.
 
     Raises:
@@ -39,7 +39,7 @@ def window_of(net: TransformerWrapper, total: int, *, caching: bool, restrict: b
 
 
 def first_cache(
-    net: TransformerWrapper,
+    net: Model,
     prompts: Tensor,
     start: Tensor | None,
     total: int,
@@ -85,7 +85,7 @@ def first_cache(
     return kv, held
 
 
-def slots(net: TransformerWrapper, items: int, prepended: int, start: Tensor | None) -> int:
+def slots(net: Model, items: int, prepended: int, start: Tensor | None) -> int:
     """Slots that so many prepended embeddings and tokens take."""
     if net.layout.every is None or start is None:
         return net.layout.slots(items)
@@ -93,9 +93,7 @@ def slots(net: TransformerWrapper, items: int, prepended: int, start: Tensor | N
     return len(interspersed(net.layout, items, 0, prepended, start, start.device).columns)
 
 
-def slots_of_newest(
-    net: TransformerWrapper, cache: KVCache, count: int, start: Tensor | None, device: torch.device
-) -> int:
+def slots_of_newest(net: Model, cache: KVCache, count: int, start: Tensor | None, device: torch.device) -> int:
     """Slots that the newest `count` tokens of a dynamic cache take, with the memory tokens between them."""
     if net.layout.every is None or count == 0:
         return count
@@ -103,7 +101,7 @@ def slots_of_newest(
     return interspersed(net.layout, items, items - count, cache.prepended, start, device).new
 
 
-def tokens_held(net: TransformerWrapper, cache: KVCache) -> int:
+def tokens_held(net: Model, cache: KVCache) -> int:
     """Tokens that a cache has read, those included that it dropped."""
     if isinstance(cache, StaticCache) and net.layout.every is None:
         return int(cache.filled) - cache.prefix if cache.started else 0  # they are counted on the device alone

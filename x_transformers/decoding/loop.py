@@ -14,9 +14,10 @@ from x_transformers.decoding.arguments import Arguments
 from x_transformers.decoding.caches import CacheChoice, first_cache, window_of
 from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.prompts import Prompts
-from x_transformers.decoding.sampling import Choose, check_keywords
-from x_transformers.decoding.step import Cached, Reader, Rerun, Sequences, Step
+from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
+from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences, Step
 from x_transformers.errors import InputError
+from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
 
 Contrast = Callable[[Tensor, Tensor], Tensor]
@@ -48,11 +49,7 @@ class Decoding:
     def step(self) -> Tensor:
         """Choose and append the next tokens, `(b, 1)`."""
         logits = self.expert.read(self.sequences)[:, -1]
-        if logits.shape[-1] > self.vocabulary:
-            raise InputError(
-                f"the model gives logits for {logits.shape[-1]} tokens, but embeds {self.vocabulary}; what it "
-                "generates could not be read again. Make `logits_dim` and `num_tokens` agree."
-            )
+        check_readable(logits, self.vocabulary)
         for amateur, contrast in self.amateurs:
             logits = contrast(logits, amateur.read(self.sequences)[:, -1])
         token = self.choose(logits)
@@ -60,22 +57,26 @@ class Decoding:
         return token
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
-        """At most `seq_len` steps; behind a row's end token come `pad_value`s, and nothing behind the last row's."""
-        done: Tensor | None = None
-        for _ in range(seq_len):
-            token = self.step()
-            if eos_token is None:
-                yield token
-                continue
-            ends = token == eos_token
-            yield token if done is None else token.masked_fill(done, pad_value)
-            done = ends if done is None else done | ends
-            if done.all():
-                return
+        """At most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
+        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value)
+
+
+def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
+    """Generated tokens `(b, 1)` until every row has ended; behind a row's end token come `pad_value`s."""
+    done: Tensor | None = None
+    for token in steps:
+        if eos_token is None:
+            yield token
+            continue
+        ends = token == eos_token
+        yield token if done is None else token.masked_fill(done, pad_value)
+        done = ends if done is None else done | ends
+        if done.all():
+            return
 
 
 def make_reader(
-    net: TransformerWrapper,
+    net: Model,
     prompts: Prompts,
     seq_len: int,
     kwargs: Mapping[str, Any],
@@ -84,7 +85,8 @@ def make_reader(
     cache_kv: bool = True,
     restrict_to_max_seq_len: bool = True,
     step: Step | None = None,
-) -> Reader:
+    growing: Callable[[int, int], dict[str, Any]] | None = None,
+) -> Branching:
     """A reader of the prompts and of what follows them.
 
     Args:
@@ -96,13 +98,14 @@ def make_reader(
         cache_kv: False reads everything again at each step.
         restrict_to_max_seq_len: the net sees at most its `max_seq_len` tokens.
         step: how a static cache reads one token, if not by an ordinary pass.
+        growing: arguments that grow with the sequence; see `Arguments`.
 
     Raises:
         InputError: if the cache, the length, the arguments, the step and the model do not fit each other.
     """
     total = prompts.tokens.shape[1] + max(seq_len, 1) - 1
     align = None if prompts.lens is None else partial(prompts.align, value=False)
-    arguments = Arguments(kwargs, prompts.width, total, align)
+    arguments = Arguments(kwargs, prompts.width, total, align, growing)
     caching = cache_kv and net.can_cache_kv
     if not caching and cache != "dynamic":
         why = "only a causal model can use one" if cache_kv else "`cache_kv = False` switches it off"

@@ -12,14 +12,25 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import InputError
-from x_transformers.ops import log
+from x_transformers.ops import at_least_float32, log
 
 Choose = Callable[[Tensor], Tensor]
 """`(b, v)` logits to `(b, 1)` tokens."""
 
 
-def chooser(temperature: float, filter_fn: Callable[..., Tensor], filter_kwargs: Mapping[str, Any]) -> Choose:
-    """How one token is chosen: the most likely one at temperature 0, otherwise a draw.
+Adjust = Callable[[Tensor], Tensor]
+"""`(..., v)` logits to those that are drawn from, at least in float32."""
+
+
+def adjuster(
+    temperature: float,
+    filter_fn: Callable[..., Tensor],
+    filter_kwargs: Mapping[str, Any],
+    filter_before_temperature: bool = False,
+) -> Adjust:
+    """`filter(logits / temperature)`, or `filter(logits) / temperature`; at temperature 0 the filter alone.
+
+    The temperature comes first: a filter by probability must see the probabilities that are drawn from.
 
     Raises:
         InputError: if the temperature is negative or not finite, or the filter does not take `filter_kwargs`.
@@ -29,9 +40,33 @@ def chooser(temperature: float, filter_fn: Callable[..., Tensor], filter_kwargs:
             f"`temperature` is {temperature}; it must be finite and not negative. 0 takes the most likely token."
         )
     check_keywords(filter_fn, filter_kwargs, "filter_kwargs", arguments=1)
-    if temperature == 0:
-        return most_likely
-    return partial(draw, temperature=temperature, filter_fn=partial(filter_fn, **filter_kwargs))
+    scale = temperature or 1.0
+
+    def adjust(logits: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
+        if scale == 1:
+            return filter_fn(logits, **filter_kwargs)
+        if filter_before_temperature:
+            return filter_fn(logits, **filter_kwargs) / scale
+        return filter_fn(logits / scale, **filter_kwargs)
+
+    return adjust
+
+
+def chooser(
+    temperature: float,
+    filter_fn: Callable[..., Tensor],
+    filter_kwargs: Mapping[str, Any],
+    filter_before_temperature: bool = False,
+) -> Choose:
+    """How one token is chosen: the most likely one at temperature 0, otherwise a draw; see `adjuster`."""
+    adjust = adjuster(temperature, filter_fn, filter_kwargs, filter_before_temperature)
+    return most_likely if temperature == 0 else partial(draw, adjust=adjust)
+
+
+def identity(logits: Tensor) -> Tensor:
+    """The logits as they are."""
+    return logits
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -39,15 +74,9 @@ def most_likely(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1, keepdim=True)
 
 
-def draw(logits: Tensor, temperature: float, filter_fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """`(b, 1)` a token drawn from `softmax(filter(logits / temperature))`.
-
-    The temperature comes first: a filter by probability must see the probabilities that are drawn from.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature != 1:
-        logits = logits / temperature
-    probs = filter_fn(logits).softmax(dim=-1)
+def draw(logits: Tensor, adjust: Adjust) -> Tensor:
+    """`(b, 1)` a token drawn from `softmax(adjust(logits))`."""
+    probs = adjust(logits).softmax(dim=-1)
     # `multinomial` refuses NaN, for which an accelerator would have to be waited for
     return torch.multinomial(probs, 1) if probs.device.type == "cpu" else exponential_race(probs)
 
@@ -68,6 +97,15 @@ def gumbel_noise(t: Tensor) -> Tensor:
 def gumbel_sample(logits: Tensor, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
     """`(...)` tokens drawn from `softmax(logits / temperature)` over the last axis of `(..., v)`."""
     return (logits / max(temperature, eps) + gumbel_noise(logits)).argmax(dim=-1)
+
+
+def check_readable(logits: Tensor, vocabulary: int) -> None:
+    """Raise an `InputError` if tokens could be drawn from `logits (..., v)` that the model does not embed."""
+    if logits.shape[-1] > vocabulary:
+        raise InputError(
+            f"the model gives logits for {logits.shape[-1]} tokens, but embeds {vocabulary}; what it generates could "
+            "not be read again. Make `logits_dim` and `num_tokens` agree."
+        )
 
 
 def check_keywords(fn: Callable[..., Tensor], keywords: Mapping[str, Any], name: str, arguments: int) -> None:

@@ -20,14 +20,14 @@ from x_transformers.call import Capture
 from x_transformers.decoding.arguments import Arguments
 from x_transformers.decoding.caches import slots_of_newest
 from x_transformers.intermediates import LayerIntermediates
-from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.models.base import Model
 
-Step = Callable[[TransformerWrapper, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
+Step = Callable[[Model, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
 """See `advance`."""
 
 
 class Sequences:
-    """The tokens so far, `(b, n)`, and growing.
+    """The tokens so far, `(b, n)`, and growing. They may be vectors, `(b, n, D)`.
 
     Args:
         tokens: `(b, n)` to begin with.
@@ -40,7 +40,7 @@ class Sequences:
     def tokens(self) -> Tensor:
         """All of them."""
         if len(self.parts) > 1:
-            self.parts = [torch.cat(self.parts, dim=-1)]
+            self.parts = [torch.cat(self.parts, dim=1)]
         return self.parts[0]
 
     def append(self, tokens: Tensor) -> None:
@@ -52,6 +52,11 @@ class Sequences:
         """The last `count` columns."""
         last = self.parts[-1]
         return last if last.shape[1] == count else self.tokens()[:, self.length - count :]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row `r` be old row `rows[r]`, of which there may be more than old ones."""
+        self.parts = [self.tokens()[rows]]
+        self.start = None if self.start is None else self.start[rows]
 
     def start_behind(self, dropped: int) -> Tensor | None:
         """`(b,)` left padding when the first `dropped` columns are not looked at."""
@@ -72,7 +77,19 @@ class Reader(ABC):
         """Read what is new: logits `(b, 1, v)` behind the newest token."""
 
 
-class Rerun(Reader):
+class Branching(Reader):
+    """A reader whose rows can be repeated and exchanged, as beam search does."""
+
+    @abstractmethod
+    def widen(self, times: int) -> None:
+        """Let the arguments of coming passes speak of `times` rows in place of each one."""
+
+    @abstractmethod
+    def reorder(self, rows: Tensor) -> None:
+        """Let row `r` go on from old row `rows[r]`."""
+
+
+class Rerun(Branching):
     """Reads everything again each time, or what lies in the window.
 
     Args:
@@ -81,7 +98,7 @@ class Rerun(Reader):
         window: tokens that it may see, or None.
     """
 
-    def __init__(self, net: TransformerWrapper, arguments: Arguments, window: int | None) -> None:
+    def __init__(self, net: Model, arguments: Arguments, window: int | None) -> None:
         self.net, self.arguments, self.window, self.record = net, arguments, window, None
 
     def read(self, sequences: Sequences) -> Tensor:
@@ -92,8 +109,14 @@ class Rerun(Reader):
         start = sequences.start_behind(first)
         return self.net(sequences.newest(seen), seq_start_pos=start, logits_to_keep=1, **arguments)
 
+    def widen(self, times: int) -> None:
+        self.arguments.widen(times)
 
-class Cached(Reader):
+    def reorder(self, rows: Tensor) -> None:
+        """Nothing is remembered."""
+
+
+class Cached(Branching):
     """Reads new tokens alone; keys and values of the others are cached.
 
     Args:
@@ -107,7 +130,7 @@ class Cached(Reader):
 
     def __init__(
         self,
-        net: TransformerWrapper,
+        net: Model,
         arguments: Arguments,
         cache: KVCache,
         held: int = 0,
@@ -135,6 +158,12 @@ class Cached(Reader):
         self.arguments.forget_prepended()
         return logits
 
+    def widen(self, times: int) -> None:
+        self.arguments.widen(times)
+
+    def reorder(self, rows: Tensor) -> None:
+        self.cache.reorder(rows)
+
     def _make_room(self, window: int, sequences: Sequences) -> None:
         """Leave out what lies before the window: of the prompts, if nothing is read yet, or of the cache."""
         if not self.cache.started:
@@ -146,9 +175,7 @@ class Cached(Reader):
             self.cache.crop(slots_of_newest(self.net, self.cache, keep, start, device))
 
 
-def advance(
-    net: TransformerWrapper, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
-) -> Tensor:
+def advance(net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]) -> Tensor:
     """Read `token (b, 1)` into a settled static cache, in place, and give logits `(b, 1, v)`.
 
     The cache is the same object at every step, and nothing of it changes but the values of its tensors: this is what
@@ -187,7 +214,7 @@ def compiled_advance(**options: Any) -> Step:
 
 
 def _pass(
-    net: TransformerWrapper, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any
+    net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any
 ) -> tuple[Tensor, LayerIntermediates]:
     return net(
         tokens,

@@ -15,7 +15,7 @@ from x_transformers.ops import at_least_float32, max_neg_value
 
 
 class Asked:
-    """The flags of a pass that ask for more than its output.
+    """What a caller asked for.
 
     Attributes:
         intermediates: the record is returned.
@@ -24,12 +24,14 @@ class Asked:
         z_loss: the weight of attention's z-loss, or None.
         entropies: entropies of the logits.
         capture: what the caller says is to be kept, or None for what the other flags need.
+        features: features in place of logits; both: logits and features.
+        next_embed: the next token's predicted embedding beside the output.
 
     Raises:
         InputError: if something is to be kept that nobody asks for.
     """
 
-    __slots__ = ("attn", "capture", "entropies", "intermediates", "mems", "z_loss")
+    __slots__ = ("attn", "both", "capture", "entropies", "features", "intermediates", "mems", "next_embed", "z_loss")
 
     def __init__(
         self,
@@ -39,9 +41,13 @@ class Asked:
         z_loss: float | None = None,
         entropies: bool = False,
         capture: Capture | None = None,
+        features: bool = False,
+        both: bool = False,
+        next_embed: bool = False,
     ) -> None:
         self.intermediates, self.mems, self.attn = intermediates, mems, attn
         self.z_loss, self.entropies, self.capture = z_loss, entropies, capture
+        self.features, self.both, self.next_embed = features, both, next_embed
         if capture is not None and not self.record:
             raise InputError("`capture` says what intermediates hold; ask for them with `return_intermediates`.")
 

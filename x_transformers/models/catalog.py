@@ -75,4 +75,11 @@ FEATURES = (
         {"ff_deep_embed": True, "macaron": True},
     ),
     _feature("logits_dim", "logits of another width than the vocabulary", {"logits_dim": 7}),
+    _feature(
+        "mixture_of_softmax",
+        "log-probabilities of a mixture of softmaxes",
+        {"mixture_of_softmax": True, "mixture_of_softmax_k": 2},
+        paper="1711.03953",
+    ),
+    _feature("sigsoftmax", "logits times their own sigmoid", {"sigsoftmax_logits": True}, paper="1805.10829"),
 )

@@ -301,16 +301,21 @@ class TransformerWrapper(Model):
         """
         if return_embeddings_and_intermediates:
             return_embeddings = return_intermediates = True
-        z_loss = (self.attn_z_loss_weight if attn_z_loss_weight is None else attn_z_loss_weight) * return_attn_z_loss
+        z_loss = None
+        if return_attn_z_loss:
+            z_loss = self.attn_z_loss_weight if attn_z_loss_weight is None else attn_z_loss_weight
         asked = Asked(
             return_intermediates,
             return_mems,
             return_attn,
-            z_loss if return_attn_z_loss else None,
+            z_loss,
             return_logit_entropies,
             capture,
+            return_embeddings,
+            return_logits_and_embeddings,
+            return_next_embed_pred,
         )
-        self._check_asked(return_logits_and_embeddings, return_logit_entropies, return_next_embed_pred, logits_to_keep)
+        self._check_asked(asked, logits_to_keep)
         x = self._ids(x, prepend_embeds)
         only_new = self.input_not_include_cache if input_not_include_cache is None else input_not_include_cache
         tokens = self._tokens(x.shape[1], cache, prepend_embeds, only_new=only_new, age=cache_age)
@@ -346,43 +351,30 @@ class TransformerWrapper(Model):
             recycling=self._recycling(recycle_steps),
         )
 
-        excise = excise_prepend_embeds and tokens.kv is None
+        valid = None
+        if self.average_pool_embed or self.attn_pool is not None:
+            valid = valid_tokens(tokens, len(ids), mask, seq_start_pos, ids.device)
+        pooled = None
+        if self.attn_pool is not None and tokens.kv is None and (self.returns_pooled or asked.intermediates):
+            pooled = self._pooled(features, tokens, valid, prepend_mask)
         if record is not None:
             record.initial_embeds, record.last_layer_hiddens = initial_embeds, features[:, self.num_cls_tokens :]
-        pooled = None
-        if self.attn_pool is not None and (self.returns_pooled or (return_intermediates and tokens.kv is None)):
-            pooled = self.attn_pool(features, self._keys(features, tokens, mask, seq_start_pos, prepend_mask))
-        features = self._summary(features, tokens, mask, seq_start_pos, excise)
-
-        want_logits = not return_embeddings or return_logits_and_embeddings or return_logit_entropies
-        if self.returns_pooled and not (asked.record or return_logits_and_embeddings):
-            want_logits = False
-        logits = None
-        if want_logits and self.to_logits is not None:
-            logits = self._logits(features, logits_to_keep, to_logits_kwargs)
-        if record is not None:
-            record.attn_pooled_tokens, record.logits = pooled, logits if self.returns_pooled else None
-            record.logit_entropies = each_head(logits, calc_entropy) if return_logit_entropies else None
-
-        out: Any = features if logits is None else logits
-        if return_logits_and_embeddings:
-            out = (logits, features)
-        elif return_embeddings:
-            out = features
-        elif self.returns_pooled:
-            out = pooled
-        if return_next_embed_pred:
-            assert self.to_next_embed_pred is not None
-            cut = tokens.leading if excise else 0
-            out = (out, (self.to_next_embed_pred(features), initial_embeds[:, cut:]))
+            record.attn_pooled_tokens = pooled
+        excised = tokens.leading if excise_prepend_embeds and tokens.kv is None else 0
+        features = self._summary(features, tokens.leading, excised, valid)
+        logits = self._logits(features, logits_to_keep, to_logits_kwargs) if self._reads_logits(asked) else None
+        out = self._output(features, logits, pooled, record, asked)
+        if self.to_next_embed_pred is not None and asked.next_embed:
+            prepended = max(excised - self.num_cls_tokens, 0)
+            out = (out, (self.to_next_embed_pred(features), initial_embeds[:, prepended:]))
         return asked.results(out, record)
 
     # its steps
 
-    def _check_asked(self, both: bool, entropies: bool, next_embed: bool, logits_to_keep: int | None) -> None:
-        if (both or entropies) and self.to_logits is None:
+    def _check_asked(self, asked: Asked, logits_to_keep: int | None) -> None:
+        if (asked.both or asked.entropies) and self.to_logits is None:
             raise InputError("this model has no head (`return_only_embed`); logits and entropies cannot be returned.")
-        if next_embed and self.to_next_embed_pred is None:
+        if asked.next_embed and self.to_next_embed_pred is None:
             raise InputError("this model does not predict embeddings; build it with `add_continuous_pred_head = True`.")
         if logits_to_keep and (self.pools or logits_to_keep < 0):
             raise InputError(
@@ -451,33 +443,45 @@ class TransformerWrapper(Model):
             raise InputError(f"`recycle_steps` is {steps}; the stack must run at least once.")
         return steps, self.recycled_proj
 
-    def _keys(
-        self,
-        features: Tensor,
-        tokens: Tokens,
-        mask: Tensor | None,
-        seq_start_pos: Tensor | None,
-        prepend_mask: Tensor | None,
-    ) -> Tensor | None:
-        """`(b, p + n)` bool of what an attention pool may read, or None for all of it."""
-        valid = valid_tokens(tokens, len(features), mask, seq_start_pos, features.device)
-        if valid is None and prepend_mask is None:
-            return None
-        ones = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        before = ones[:, : tokens.leading] if prepend_mask is None else prepend_mask.bool()
-        return torch.cat((before, ones[:, tokens.leading :] if valid is None else valid), dim=-1)
+    def _pooled(self, features: Tensor, tokens: Tokens, valid: Tensor | None, prepend_mask: Tensor | None) -> Tensor:
+        """What the attention pool reads of prepended embeddings and tokens, those that are valid."""
+        assert self.attn_pool is not None
+        keys = None
+        if valid is not None or prepend_mask is not None:
+            ones = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+            before = ones[:, : tokens.leading] if prepend_mask is None else prepend_mask.bool()
+            keys = torch.cat((before, ones[:, tokens.leading :] if valid is None else valid), dim=-1)
+        return self.attn_pool(features, keys)
 
-    def _summary(
-        self, features: Tensor, tokens: Tokens, mask: Tensor | None, seq_start_pos: Tensor | None, excise: bool
-    ) -> Tensor:
+    def _summary(self, features: Tensor, leading: int, excised: int, valid: Tensor | None) -> Tensor:
         """What the heads read: the class tokens, the mean over the tokens, or each place of its own."""
         if self.num_cls_tokens:
             classes = features[:, : self.num_cls_tokens]
             return classes[:, 0] if self.num_cls_tokens == 1 else classes
         if self.average_pool_embed:
-            valid = valid_tokens(tokens, len(features), mask, seq_start_pos, features.device)
-            return masked_mean(features[:, tokens.leading :], valid)
-        return features[:, tokens.leading :] if excise and tokens.leading else features
+            return masked_mean(features[:, leading:], valid)
+        return features[:, excised:] if excised else features
+
+    def _reads_logits(self, asked: Asked) -> bool:
+        """Whether logits are asked for, as the output, beside it, or in the record."""
+        if self.to_logits is None:
+            return False
+        return asked.both or asked.entropies or not (asked.features or (self.returns_pooled and not asked.record))
+
+    def _output(
+        self, features: Tensor, logits: Any, pooled: Tensor | None, record: LayerIntermediates | None, asked: Asked
+    ) -> Any:
+        """Which of them is the output; the record gets what else there is."""
+        if record is not None:
+            record.logit_entropies = each_head(logits, calc_entropy) if asked.entropies else None
+            record.logits = logits if self.returns_pooled else None
+        if asked.both:
+            return logits, features
+        if asked.features:
+            return features
+        if self.returns_pooled:
+            return pooled
+        return features if logits is None else logits
 
     def _logits(self, features: Tensor, keep: int | None, arguments: Mapping[str, Any] | None) -> Any:
         """Logits `(..., v)` of the last `keep` places, or of all; a tuple of them if there are several heads."""

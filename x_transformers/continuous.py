@@ -1,0 +1,352 @@
+"""Training and sampling of vectors, each from those before it (2112.05329)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.cache import KVCache
+from x_transformers.decoding.arguments import check_seq_len, cut_arguments
+from x_transformers.decoding.loop import evaluating, make_reader
+from x_transformers.decoding.prompts import Prompts, align_right
+from x_transformers.decoding.step import Sequences
+from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.loading import ReadsReference
+from x_transformers.losses import mean_over
+from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.ops import at_least_float32
+from x_transformers.options.configured import Configured
+
+__all__ = [
+    "ContinuousAutoregressiveWrapper",
+    "ContinuousTransformerWrapper",
+    "GaussianNLL",
+    "sample_from_mean_variance",
+]
+
+
+class GaussianNLL(nn.Module):
+    """`(ln v + (y - mu)^2 / v) / 2` of each element, without the constant; v is at least 1e-6."""
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Args:
+        pred: `(2, ...)` means and variances.
+        target: `(...)`.
+        """
+        mean, variance = pred
+        variance = variance.clamp(min=1e-6)
+        return (variance.log() + (target - mean).square() / variance) / 2
+
+
+def sample_from_mean_variance(mean: Tensor, variance: Tensor, eps: float = 1e-5, temperature: float = 1.0) -> Tensor:
+    """`mean + sqrt(max(variance, eps)) * temperature * noise`, with standard normal noise."""
+    return mean + variance.clamp(min=eps).sqrt() * temperature * torch.randn_like(mean)
+
+
+class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
+    """A model that is trained to predict the next vector, and generates by predicting it again and again.
+
+    Args:
+        net: the model.
+        loss_fn: a function of predictions and targets to losses of each element; default a Gaussian's negative
+            log-likelihood for probabilistic models, else the squared error.
+        use_l1_loss: the absolute error in place of the squared one.
+        equal_loss_weight_batch: rows weigh alike, whatever their lengths: the mean over rows of the sum over features
+            of the mean over a row's valid positions.
+
+    Raises:
+        ConfigError: if the model gives no output for each position, or two losses are asked for.
+    """
+
+    def __init__(
+        self,
+        net: ContinuousTransformerWrapper,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        use_l1_loss: bool = False,
+        equal_loss_weight_batch: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, ContinuousTransformerWrapper):
+            raise ConfigError(f"`net` is a {type(net).__name__}; it must be a ContinuousTransformerWrapper.")
+        if net.average_pool_embed:
+            raise ConfigError("`net` gives the mean over positions (`average_pool_embed`); build it without.")
+        if use_l1_loss and (loss_fn is not None or net.probabilistic):
+            other = "`loss_fn`" if loss_fn is not None else "a probabilistic `net`"
+            raise ConfigError(f"`use_l1_loss` and {other} are two losses; choose one.")
+        self.net, self.equal_loss_weight_batch = net, equal_loss_weight_batch
+        if loss_fn is None:
+            loss_fn = GaussianNLL() if net.probabilistic else _absolute_error if use_l1_loss else _squared_error
+        self.loss_fn = loss_fn
+
+    @property
+    def max_seq_len(self) -> int:
+        """The model's own."""
+        return self.net.max_seq_len
+
+    @property
+    def probabilistic(self) -> bool:
+        """Whether the model gives a mean and a variance."""
+        return self.net.probabilistic
+
+    # training
+
+    def forward(self, x: Tensor, rollout_steps: int = 1, **kwargs: Any) -> Tensor:
+        """The mean over valid positions and features of `loss_fn(net(x[..t]), x[t + 1])`.
+
+        Args:
+            x: `(b, n, D)`.
+            rollout_steps: more than 1: see `forward_rollout`.
+            kwargs: of the model's pass. `lens (b,)`, or `mask (b, n)`, or `seq_start_pos` say which positions are
+                valid; a target counts if it is and so is the one before. What speaks of single positions covers all
+                n of them, or all but the last one.
+
+        Returns:
+            A scalar; zero, attached to the graph, if there is no valid target.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        if isinstance(rollout_steps, bool) or not isinstance(rollout_steps, int) or rollout_steps < 1:
+            raise InputError(f"`rollout_steps` is {rollout_steps!r}; it must be a whole number, at least 1.")
+        if rollout_steps > 1:
+            return self.forward_rollout(x, rollout_steps, **kwargs)
+        _check(x, kwargs)
+        n, counted = x.shape[1], _counted(x, kwargs)
+        if kwargs.get("lens") is not None:
+            kwargs = {**kwargs, "lens": None, "mask": _before(kwargs["lens"], x)}
+        if n == 1:
+            return self.net(x, **kwargs).sum() * 0.0
+        predicted = self.net(x[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
+        return self._mean(self._losses(predicted, x[:, 1:]), counted)
+
+    def forward_rollout(self, x: Tensor, rollout_steps: int = 2, **kwargs: Any) -> Tensor:
+        """The loss of the model's own continuations: each row is cut somewhere and continued by `rollout_steps`.
+
+        Predictions are appended (probabilistic ones as reparameterised samples), and gradients flow through them.
+
+        Args:
+            x: `(b, n, D)`.
+            rollout_steps: R, how many vectors are predicted. Rows of at most R vectors are left out.
+            kwargs: `lens (b,)`, and those of the model's passes that speak of no single position.
+
+        Returns:
+            The mean over rows, steps and features; zero, attached to the graph, if no row is long enough.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        _check(x, kwargs)
+        for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
+            if kwargs.get(name) is not None:
+                raise InputError(
+                    f"`{name}` speaks of positions, which roll-outs move; say by `lens` which are valid, or set "
+                    "`rollout_steps = 1`."
+                )
+        lens = kwargs.pop("lens", None)
+        if lens is None:
+            lens = torch.full((len(x),), x.shape[1], device=x.device)
+        else:
+            x = x.masked_fill(~_before(lens, x).unsqueeze(-1), 0.0)
+        room = lens - rollout_steps
+        cut = 1 + (torch.rand(len(x), device=x.device) * room.clamp(min=1)).long()
+        cut = torch.where(room > 0, torch.minimum(cut, room.clamp(min=1)), 1)
+        history, start = _aligned(x, cut)
+        places = (cut.unsqueeze(-1) + torch.arange(rollout_steps, device=x.device)).clamp(max=x.shape[1] - 1)
+        targets = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        losses = self._losses(self._roll_out(history, start, rollout_steps, kwargs), targets)
+        return mean_over(losses.mean(dim=(1, 2)), room > 0)
+
+    def _roll_out(self, history: Tensor, start: Tensor, steps: int, kwargs: Mapping[str, Any]) -> Tensor:
+        """`steps` predictions, `([2,] b, steps, D)`."""
+        predictions: list[Tensor] = []
+        cache: Any = KVCache() if self.net.can_cache_kv else None
+        new = history
+        for _ in range(steps):
+            if cache is None:
+                out = self.net(history, seq_start_pos=start, **kwargs)
+            else:
+                out, cache = self.net(
+                    new,
+                    seq_start_pos=start,
+                    cache=cache,
+                    input_not_include_cache=True,
+                    return_intermediates=True,
+                    **kwargs,
+                )
+            predictions.append(out[..., -1:, :])
+            new = predictions[-1]
+            if self.probabilistic:
+                mean, variance = new
+                new = mean + variance.sqrt() * torch.randn_like(mean)
+            new = new.to(history.dtype)
+            history = torch.cat((history, new), dim=1) if cache is None else history
+        return torch.cat(predictions, dim=-2)
+
+    def _losses(self, predicted: Tensor, targets: Tensor) -> Tensor:
+        """`(b, n, D)`."""
+        if predicted.shape[-1] != targets.shape[-1]:
+            raise ShapeError(
+                f"the model gives vectors of width {predicted.shape[-1]} and x has {targets.shape[-1]}; predicting the "
+                "next one needs `dim_out` to be `dim_in`."
+            )
+        losses = self.loss_fn(at_least_float32(predicted), at_least_float32(targets))
+        if losses.shape != targets.shape:
+            raise ShapeError(
+                f"`loss_fn` gives a tensor of shape {tuple(losses.shape)}; it must give a loss for each element, "
+                f"{tuple(targets.shape)} (`reduction = 'none'`)."
+            )
+        return losses
+
+    def _mean(self, losses: Tensor, counted: Tensor | None) -> Tensor:
+        """Over the positions that count; see the class."""
+        if counted is None:
+            counted = torch.ones(losses.shape[:2], dtype=torch.bool, device=losses.device)
+        if not self.equal_loss_weight_batch:
+            return mean_over(losses.mean(dim=-1), counted)
+        kept = losses.sum(dim=-1).masked_fill(~counted, 0.0)
+        return (kept.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)).mean()
+
+    # generation
+
+    def generate(
+        self,
+        start_tokens: Tensor,
+        seq_len: int,
+        temperature: float = 1.0,
+        cache_kv: bool = True,
+        *,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        restrict_to_max_seq_len: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Continue each prompt by `seq_len` vectors, in evaluation mode.
+
+        Args:
+            start_tokens: `(b, n, D)` or `(n, D)`.
+            seq_len: vectors to generate.
+            temperature: factor of a probabilistic model's noise; 0 takes the mean.
+            cache_kv: keep keys and values. False runs the whole sequence at each step.
+            prompt_lens: `(b,)` how many vectors of each row, from the left, are its prompt.
+            restrict_to_max_seq_len: the model sees only its last `max_seq_len` vectors; with a cache, by rolling it.
+                Models with absolute positions are not cached where the sequence gets longer than that.
+            kwargs: of the model's passes. `mask` covers the prompts; `pos` and `sum_embeds` cover prompts and
+                generated vectors.
+
+        Returns:
+            The new vectors, `(b, seq_len, D)` or `(seq_len, D)`.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        check_seq_len(seq_len)
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"`temperature` is {temperature}; it must be finite and not negative.")
+        if "lens" in kwargs:
+            raise InputError("`lens` cannot be given to generation: give `prompt_lens`.")
+        read = self._read(start_tokens, prompt_lens)
+        net, total = self.net, read.tokens.shape[1] + max(seq_len, 1) - 1
+        ends = 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len
+        reader = make_reader(
+            net, read, seq_len, kwargs, cache_kv=cache_kv and not ends, restrict_to_max_seq_len=restrict_to_max_seq_len
+        )
+        sequences = Sequences(read.tokens, read.start)
+        with torch.inference_mode(), evaluating(self):
+            new = [self._next(reader.read(sequences), sequences, temperature) for _ in range(seq_len)]
+        # outside of inference mode: vectors that training may use
+        vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
+        return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
+
+    def _next(self, out: Tensor, sequences: Sequences, temperature: float) -> Tensor:
+        """Append the next vector, `(b, 1, D)`."""
+        new = out[..., -1:, :]
+        if self.probabilistic:
+            mean, variance = new
+            new = mean if temperature == 0 else sample_from_mean_variance(mean, variance, temperature=temperature)
+        width = sequences.parts[0].shape[-1]
+        if new.shape[-1] != width:
+            raise InputError(
+                f"the model gives vectors of width {new.shape[-1]} and reads those of {width}; what it generates could "
+                "not be read again. Make `dim_out` and `dim_in` agree."
+            )
+        new = new.to(sequences.parts[0].dtype)
+        sequences.append(new)
+        return new
+
+    def _read(self, start: Tensor, prompt_lens: Tensor | Sequence[int] | None) -> Prompts:
+        """The prompts, right-aligned."""
+        if start.ndim not in (2, 3) or not start.is_floating_point() or start.shape[-2] == 0 or len(start) == 0:
+            raise ShapeError(
+                f"`start_tokens` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be floating, "
+                "(b, n, D) or (n, D), with at least one vector."
+            )
+        lead = tuple(start.shape[:-2])
+        vectors = start.reshape(-1, *start.shape[-2:])
+        width = vectors.shape[1]
+        if prompt_lens is None:
+            return Prompts(vectors, None, None, width, lead)
+        lens = torch.as_tensor(prompt_lens, device=start.device).reshape(-1)
+        if lens.shape != (len(vectors),) or bool(((lens < 1) | (lens > width)).any()):
+            raise InputError(
+                f"`prompt_lens` holds {lens.tolist()}; it must hold {len(vectors)} lengths from 1 to {width}."
+            )
+        aligned, padding = _aligned(vectors, lens)
+        return Prompts(aligned, padding, lens, width, lead)
+
+
+def _squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(predicted, targets, reduction="none")
+
+
+def _absolute_error(predicted: Tensor, targets: Tensor) -> Tensor:
+    return F.l1_loss(predicted, targets, reduction="none")
+
+
+def _aligned(x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """The first `lens` vectors of each row at its right end, without columns that no row needs; and the padding."""
+    most = int(lens.max())
+    return align_right(x, lens)[:, x.shape[1] - most :], most - lens
+
+
+def _before(lens: Tensor, x: Tensor) -> Tensor:
+    """`(b, n)` bool, the first `lens` positions of each row."""
+    if lens.shape != (len(x),) or lens.is_floating_point() or lens.dtype is torch.bool:
+        raise ShapeError(
+            f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {len(x)} whole numbers."
+        )
+    return torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(-1)
+
+
+def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """`(b, n - 1)` bool, which targets count, or None for all."""
+    batch, n = x.shape[:2]
+    valid = torch.ones(batch, n, dtype=torch.bool, device=x.device)
+    mask, lens, start = (kwargs.get(name) for name in ("mask", "lens", "seq_start_pos"))
+    if mask is not None and lens is not None:
+        raise InputError("`mask` and `lens` both say which positions are valid; give one of them.")
+    if mask is None and lens is None and start is None:
+        return None
+    if lens is not None:
+        valid = _before(lens, x)
+    if start is not None:
+        valid = valid & (torch.arange(n, device=x.device) >= start.unsqueeze(-1))
+    counted = valid[:, :-1] & valid[:, 1:]
+    if mask is None:
+        return counted
+    mask = mask.bool()
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (n, n - 1):
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be ({batch}, {n}).")
+    # a mask over inputs alone says nothing of the last target
+    return counted & (mask[:, :-1] & mask[:, 1:] if mask.shape[1] == n else mask)
+
+
+def _check(x: Tensor, kwargs: Mapping[str, Any]) -> None:
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; it must be (batch, positions, width), with one at least.")
+    for name in kwargs:
+        if name.startswith("return_") or name in ("cache", "prepend_embeds", "prepend_mask"):
+            raise InputError(f"`{name}` cannot be given to the loss; call the net itself.")

@@ -1,0 +1,136 @@
+"""Direct preference optimisation (2305.18290)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.loading import ReadsReference
+from x_transformers.losses import next_token_log_probs
+from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.ops import masked_mean
+from x_transformers.options.configured import Configured
+
+
+class DPO(Configured, ReadsReference):
+    """Trains a model to prefer one continuation over another, without leaving its reference too far.
+
+    Args:
+        model: the policy; a frozen copy of it becomes the reference.
+        beta: how much a preference counts against the distance to the reference, above 0.
+        pad_id: the id of padding behind shorter sequences, which may lie outside of the vocabulary.
+
+    Raises:
+        ConfigError: if the model is not one that predicts the next token, or `beta` is not positive.
+    """
+
+    def __init__(self, model: TransformerWrapper, *, beta: float = 0.1, pad_id: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, TransformerWrapper):
+            raise ConfigError(
+                f"`model` is a {type(model).__name__}; it must be a TransformerWrapper. Of a training wrapper, pass "
+                "its `net`."
+            )
+        if not model.attn_layers.causal or model.to_logits is None or model.has_multiple_heads or model.pools:
+            raise ConfigError(
+                "`model` must predict the next token: a causal stack (a Decoder) with one head, and no pooling."
+            )
+        if not beta > 0:
+            raise ConfigError(f"`beta` is {beta}; it must be above 0.")
+        self.policy_model = model
+        self.ref_model = copy.deepcopy(model)
+        self.ref_model.requires_grad_(False)
+        self.ref_model.eval()
+        self.beta, self.pad_id = beta, pad_id
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """What is trained: the policy's parameters."""
+        return self.policy_model.parameters(recurse)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the policy's mode; the reference is always evaluated."""
+        super().train(mode)
+        self.ref_model.eval()
+        return self
+
+    def forward(
+        self,
+        preferred_seq: Tensor,
+        unpreferred_seq: Tensor,
+        *,
+        prompt_mask: Tensor,
+        preferred_seq_mask: Tensor | None = None,
+        unpreferred_seq_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`mean_b -log sigmoid(beta * ((pi_w - pi_l) - (ref_w - ref_l)))`.
+
+        `pi` and `ref` are the mean log-probabilities of the response's tokens under policy and reference, of the
+        preferred sequence (w) and the other (l). A response without tokens has 0.
+
+        Args:
+            preferred_seq, unpreferred_seq: `(b, n)` ids, padded on the right.
+            prompt_mask: `(b, n)` bool, True at the prompt, which both sequences begin with.
+            preferred_seq_mask, unpreferred_seq_mask: `(b, n)` bool, False at padding; default where it is not
+                `pad_id`. Masks of length n - 1 speak of the predicted tokens, from the second one on.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        if preferred_seq.ndim != 2 or preferred_seq.shape != unpreferred_seq.shape:
+            raise ShapeError(
+                f"the sequences have shapes {tuple(preferred_seq.shape)} and {tuple(unpreferred_seq.shape)}; both must "
+                "be (b, n), the shorter ones padded on the right."
+            )
+        if preferred_seq.shape[1] < 2:
+            raise ShapeError(f"the sequences have {preferred_seq.shape[1]} tokens; preferences need at least two.")
+        preferred, counted_w = self._prepare(preferred_seq, prompt_mask, preferred_seq_mask, "preferred_seq_mask")
+        other, counted_l = self._prepare(unpreferred_seq, prompt_mask, unpreferred_seq_mask, "unpreferred_seq_mask")
+        counted = torch.cat((counted_w, counted_l))
+        sequences = torch.cat((preferred, other))
+        with torch.no_grad():
+            self.ref_model.eval()
+            reference = _score(self.ref_model, sequences, counted)
+        gain = _score(self.policy_model, sequences, counted) - reference
+        preferred_gain, other_gain = gain.chunk(2)
+        return -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
+
+    def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+        """Ids that the model can read, and `(b, n - 1)` which of the predicted tokens belong to the response."""
+        prompt = _of_targets(prompt, seq, "prompt_mask")
+        if mask is None and self.pad_id is None:
+            return seq, ~prompt
+        padding = seq == self.pad_id if self.pad_id is not None else torch.zeros_like(seq, dtype=torch.bool)
+        valid = ~padding[:, 1:] if mask is None else _of_targets(mask, seq, name)
+        return seq.masked_fill(padding, 0) if _outside(self.pad_id, self.policy_model) else seq, ~prompt & valid
+
+
+def _outside(pad_id: int | None, model: TransformerWrapper) -> bool:
+    return pad_id is not None and not 0 <= pad_id < model.num_tokens
+
+
+def _of_targets(mask: Tensor, seq: Tensor, name: str) -> Tensor:
+    """The part of a mask that speaks of predicted tokens."""
+    batch, n = seq.shape
+    if mask.is_floating_point():
+        raise InputError(f"`{name}` has dtype {mask.dtype}; it must be bool.")
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (n, n - 1):
+        raise ShapeError(f"`{name}` has shape {tuple(mask.shape)}; it must be ({batch}, {n}).")
+    mask = mask.bool().expand(batch, -1)
+    return mask[:, 1:] if mask.shape[1] == n else mask
+
+
+def log_prob_from_model_and_seq(model: TransformerWrapper, seq: Tensor) -> Tensor:
+    """`(b, n - 1)` log-probability of each token of `seq (b, n)` but the first, after those before it."""
+    return next_token_log_probs(model(seq[:, :-1]), seq[:, 1:])
+
+
+def _score(model: TransformerWrapper, seq: Tensor, counted: Tensor) -> Tensor:
+    """`(b,)` the mean log-probability of the tokens that count."""
+    log_probs = log_prob_from_model_and_seq(model, seq)
+    return masked_mean(log_probs.masked_fill(~counted, 0.0), counted)

@@ -1,0 +1,146 @@
+"""Modules around a function of `(b, n, D)`, for use alone: scaled, shifted and folded sublayers.
+
+Stacks build the same into their branches; these keep the wrapped function under `fn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError
+from x_transformers.layers.branches.scale import AdaptiveGain, LayerScaleGain
+
+
+def shift(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
+    """Move `(b, n, ...)` by `amount` places to the right, filled with zeros; a negative amount moves to the left.
+
+    Args:
+        t: what to move.
+        amount: places, at most n count.
+        mask: `(b, n)` bool; where it is False, zeros are moved.
+    """
+    if amount == 0:
+        return t
+    n = t.shape[1]
+    amount = max(min(amount, n), -n)
+    if mask is not None:
+        t = t.masked_fill(~mask.reshape(*mask.shape, *(1,) * (t.ndim - 2)), 0.0)
+    around = (0, 0) * (t.ndim - 2)
+    return F.pad(t, (*around, amount, -amount))
+
+
+class _Around(nn.Module):
+    """The contract: a function, and a change of the first tensor of what it returns."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def _change(self, out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+class Scale(_Around):
+    """`scale * fn(x)`."""
+
+    def __init__(self, scale: float, fn: Callable[..., Any]) -> None:
+        super().__init__(fn)
+        self.scale = scale
+
+    def forward(self, x: Tensor, **arguments: Any) -> Any:
+        return self._change(self.fn(x, **arguments), lambda out: out * self.scale)
+
+
+class LayerScale(_Around):
+    """`fn(x) * (gamma + offset)`, a learned factor per channel (2103.17239).
+
+    Args:
+        fn: the function.
+        dim: width.
+        init_value: initial factor.
+        unit_offset: store the factor less one.
+    """
+
+    def __init__(self, fn: Callable[..., Any], dim: int, init_value: float = 0.0, unit_offset: bool = False) -> None:
+        super().__init__(fn)
+        self.unit_offset = unit_offset
+        self.gamma = LayerScaleGain(dim, init_value, unit_offset).gamma
+
+    def forward(self, x: Tensor, **arguments: Any) -> Any:
+        return self._change(self.fn(x, **arguments), lambda out: out * (self.gamma + self.unit_offset))
+
+
+class AdaptiveLayerScale(_Around):
+    """`fn(x) * sigmoid(W condition + e)` (2212.09748).
+
+    Args:
+        fn: the function.
+        dim: width.
+        dim_condition: width of the condition; default `dim`.
+        init_bias_value: initial e; W is zero at first.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], dim: int, dim_condition: int | None = None, init_bias_value: float = -2.0
+    ) -> None:
+        super().__init__(fn)
+        self.to_gamma = AdaptiveGain(dim, dim_condition, init_bias_value).to_gamma
+
+    def forward(self, x: Tensor, *, condition: Tensor, **arguments: Any) -> Any:
+        if condition.ndim == 2:
+            condition = condition.unsqueeze(1)
+        return self._change(self.fn(x, **arguments), lambda out: out * self.to_gamma(condition).sigmoid())
+
+
+class ShiftTokens(_Around):
+    """`fn` of x whose features are cut into as many parts as there are shifts, each moved by its own.
+
+    Args:
+        shifts: places to the right (negative: to the left) for each part. What is left of the width stays.
+        fn: the function. A `mask` among its arguments also keeps padding from moving.
+    """
+
+    def __init__(self, shifts: Sequence[int], fn: Callable[..., Any]) -> None:
+        super().__init__(fn)
+        if not shifts:
+            raise ConfigError("`shifts` is empty; give at least one number of places, for example (0, 1).")
+        self.shifts = tuple(shifts)
+
+    def forward(self, x: Tensor, **arguments: Any) -> Any:
+        width = x.shape[-1] // len(self.shifts)
+        parts = list(x.split((*(width,) * len(self.shifts), x.shape[-1] - width * len(self.shifts)), dim=-1))
+        mask = arguments.get("mask")
+        moved = [shift(part, amount, mask) for part, amount in zip(parts, self.shifts, strict=False)]
+        return self.fn(torch.cat((*moved, parts[-1]), dim=-1), **arguments)
+
+
+class FoldAxially(_Around):
+    """`fn` of every `axial_dim`-th token: token t goes to row `t mod axial_dim` of its batch row, and back again.
+
+    Args:
+        axial_dim: rows that a row is dealt to; 1 leaves it whole.
+        fn: `(b * axial_dim, ceil(n / axial_dim), ...)` to the same, or to a tuple whose first tensor is such.
+    """
+
+    def __init__(self, axial_dim: int, fn: Callable[..., Any]) -> None:
+        super().__init__(fn)
+        if axial_dim < 1:
+            raise ConfigError(f"`axial_dim` is {axial_dim}; it must be at least 1.")
+        self.axial_dim = axial_dim
+
+    def forward(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
+        rows, n = self.axial_dim, x.shape[1]
+        if rows == 1:
+            return self.fn(x, *args, **arguments)
+        x = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, -n % rows))
+        folded = x.unflatten(1, (-1, rows)).transpose(1, 2).flatten(0, 1)
+
+        def unfolded(out: Tensor) -> Tensor:
+            return out.unflatten(0, (-1, rows)).transpose(1, 2).flatten(1, 2)[:, :n]
+
+        return self._change(self.fn(folded, *args, **arguments), unfolded)

@@ -1,0 +1,442 @@
+"""Training and sampling of all tokens at once, from masked ones (mask-predict, 1904.09324; MaskGIT, 2202.04200).
+
+At time t in [0, 1) a fraction `m(t)` of the tokens, the schedule, is masked; the model predicts them. The loss of a
+row may be weighed by `-m'(t) / m(t)`, as masked diffusion does (2406.07524). Self-conditioning is 2208.04202, the
+token critic 2209.04439.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.decoding.loop import evaluating
+from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
+from x_transformers.loading import ReadsReference
+from x_transformers.losses import mean_over, token_losses
+from x_transformers.models.embeddings import check_ids
+from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.ops import at_least_float32, log
+from x_transformers.options.configured import Configured
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+class Losses(NamedTuple):
+    """The loss to minimise, and what it is made of."""
+
+    loss: Tensor
+    generator_loss: Tensor | None
+    critic_loss: Tensor | None
+
+
+def linear_schedule(t: Tensor) -> Tensor:
+    """`1 - t`."""
+    return 1 - t
+
+
+def cosine_schedule(t: Tensor) -> Tensor:
+    """`cos(pi t / 2)`."""
+    return torch.cos(t * (math.pi / 2))
+
+
+SCHEDULES: dict[str, Schedule] = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """The `ceil((1 - thres) * v)` largest logits of the last axis; the others become -inf.
+
+    Raises:
+        InputError: if nothing would be kept.
+    """
+    count = math.ceil((1 - thres) * logits.shape[-1])
+    if not 1 <= count <= logits.shape[-1]:
+        raise InputError(f"`thres` is {thres}; it is the fraction of tokens that is removed and must lie in [0, 1).")
+    values, indices = logits.topk(count, dim=-1)
+    return torch.full_like(logits, -math.inf).scatter(-1, indices, values)
+
+
+def gumbel_noise(t: Tensor) -> Tensor:
+    """`-ln(-ln(u))` with `u` uniform in (0, 1), of t's shape."""
+    return -log(-log(torch.rand_like(t), 1e-10), 1e-10)
+
+
+def gumbel_sample(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
+    """A draw from `softmax(t / temperature)` over an axis."""
+    scale = temperature.clamp(min=1e-10) if isinstance(temperature, Tensor) else max(temperature, 1e-10)
+    return (t / scale + gumbel_noise(t)).argmax(dim=dim)
+
+
+def get_mask_subset_prob(mask: Tensor, prob: float | Tensor, min_mask: int = 0) -> Tensor:
+    """A random part of a mask: of row b, `prob * size` of its members, at least `min_mask`.
+
+    Args:
+        mask: `(b, n)` bool.
+        prob: the fraction, of all rows or `(b,)`.
+        min_mask: members that are taken at least, if there are so many.
+    """
+    count = (mask.sum(dim=-1) * prob).clamp(min=min_mask)
+    drawn = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, math.inf)
+    return (drawn.argsort(dim=-1).argsort(dim=-1) < count.unsqueeze(-1)) & mask
+
+
+class SelfCritic(nn.Module):
+    """A model that judges tokens by its own features.
+
+    Args:
+        net: the model.
+    """
+
+    def __init__(self, net: TransformerWrapper) -> None:
+        super().__init__()
+        self.net = net
+        self.to_logits = nn.Linear(net.attn_layers.dim, 1)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """`(b, n, 1)` how much each token seems to be a wrong one, before the sigmoid."""
+        return self.to_logits(self.net(x, return_embeddings=True, **kwargs))
+
+
+class NonAutoregressiveWrapper(Configured, ReadsReference):
+    """Trains a model to fill in masked tokens, and generates by filling in the surest ones first.
+
+    Args:
+        net: the model, over sequences of `max_seq_len` tokens; a bidirectional one sees all of them.
+        mask_id: the id of a masked token.
+        steps: of generation.
+        self_cond: the model is told what it last predicted, as features (2208.04202).
+        self_cond_train_prob: how often it is in training; else a learned vector.
+        no_replace_prob: fraction of the tokens to predict that are shown as they are, in every other batch.
+        random_token_prob: fraction that is shown as a random one, in every other batch.
+        schedule: "linear", "cosine", or a decreasing function of t, on tensors, from 1 to 0.
+        can_mask_prev_unmasked: generation may mask again what it decided.
+        token_critic: a model with one output for each token, which tells wrong tokens (2209.04439).
+        self_token_critic: the model tells them itself, with a head of its own.
+        critic_loss_weight: of the critic's loss.
+        use_simple_mdlm_loss_weight: weigh a row's loss by `-m'(t) / m(t)` (2406.07524).
+
+    Raises:
+        ConfigError: if the model gives no logits for each token, or an option is out of range or without effect.
+    """
+
+    def __init__(
+        self,
+        net: TransformerWrapper,
+        *,
+        mask_id: int,
+        steps: int = 18,
+        self_cond: bool = False,
+        self_cond_train_prob: float = 0.75,
+        no_replace_prob: float = 0.15,
+        random_token_prob: float = 0.1,
+        schedule: str | Schedule = "linear",
+        can_mask_prev_unmasked: bool = False,
+        token_critic: nn.Module | None = None,
+        self_token_critic: bool = False,
+        critic_loss_weight: float = 1.0,
+        use_simple_mdlm_loss_weight: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_net(net)
+        if not 0 <= mask_id < net.num_tokens:
+            raise ConfigError(f"`mask_id` is {mask_id}; the vocabulary runs from 0 to {net.num_tokens - 1}.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"`steps` is {steps!r}; it must be a whole number, at least 1.")
+        for name, value, most in (
+            ("self_cond_train_prob", self_cond_train_prob, 1),
+            ("no_replace_prob", no_replace_prob, 1),
+            ("random_token_prob", random_token_prob, 1),
+        ):
+            if not 0 <= value <= most:
+                raise ConfigError(f"`{name}` is {value}; it is a probability and must lie in [0, 1].")
+        if token_critic is not None and self_token_critic:
+            raise ConfigError("`token_critic` and `self_token_critic` are two critics; choose one.")
+        self.net = net
+        self.mask_id, self.steps = mask_id, steps
+        self.self_cond, self.self_cond_train_prob = self_cond, self_cond_train_prob
+        self.no_replace_prob, self.random_token_prob = no_replace_prob, random_token_prob
+        self.schedule = _find_schedule(schedule)
+        self.can_mask_prev_unmasked = can_mask_prev_unmasked
+        self.critic_loss_weight, self.weighs = critic_loss_weight, use_simple_mdlm_loss_weight
+        dim = net.attn_layers.dim
+        self.null_embed = nn.Parameter(torch.randn(dim)) if self_cond else None
+        self.to_self_cond = nn.Linear(dim, net.emb_dim, bias=False) if self_cond else None
+        self.token_critic = SelfCritic(net) if self_token_critic else token_critic
+
+    # training
+
+    def forward(
+        self,
+        x: Tensor,
+        only_train_generator: bool = False,
+        only_train_critic: bool = False,
+        generator_sample_temperature: float | None = None,
+        **kwargs: Any,
+    ) -> Losses:
+        """The loss of the masked tokens, `mean over masked of w(t_b) * -log p(x)`, and the critic's.
+
+        The critic learns, by binary cross entropy, which tokens of the model's own filling in differ from x.
+
+        Args:
+            x: `(b, max_seq_len)` ids.
+            only_train_generator: leave the critic out.
+            only_train_critic: the critic's loss alone; the model gets no gradient.
+            generator_sample_temperature: of the tokens that the critic judges; default a random one in [0, 1).
+            kwargs: of the model's passes, and the critic's. Where `mask` is False, nothing is predicted.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        valid = self._check(x, only_train_generator, only_train_critic, kwargs)
+        x = x.long()
+        t = torch.rand(len(x), device=x.device)
+        masked = self._draw_masked(x, t, valid)
+        shown = self._show(x, masked)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
+            logits = self.net(shown, **self._condition(shown, kwargs), **kwargs)
+        critic_loss = None
+        if self.token_critic is not None and not only_train_generator:
+            sampled = self._sample(logits.detach(), generator_sample_temperature)
+            filled = torch.where(masked, sampled, x)
+            critic_loss = self._critic_loss(filled, filled != x, valid, kwargs, frozen=only_train_critic)
+            if only_train_critic:
+                return Losses(critic_loss, None, critic_loss)
+        loss = self._generator_loss(logits, x, masked, t)
+        if critic_loss is None:
+            return Losses(loss, loss, None)
+        return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
+
+    def _check(self, x: Tensor, only_generator: bool, only_critic: bool, kwargs: dict[str, Any]) -> Tensor:
+        """`(b, n)` bool, where there are tokens."""
+        check_ids(x)
+        if x.shape[1] != self.net.max_seq_len:
+            raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {self.net.max_seq_len}.")
+        if only_generator and only_critic:
+            raise InputError("`only_train_generator` and `only_train_critic` leave nothing to train; choose one.")
+        if only_critic and self.token_critic is None:
+            raise InputError("`only_train_critic` needs a critic; build with `token_critic` or `self_token_critic`.")
+        _check_kwargs(kwargs, self.self_cond)
+        mask = kwargs.get("mask")
+        if mask is None:
+            return torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        if mask.shape != x.shape:
+            raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be that of x, {tuple(x.shape)}.")
+        return mask.bool()
+
+    def _draw_masked(self, x: Tensor, t: Tensor, valid: Tensor) -> Tensor:
+        """`(b, n)` bool: of each row a random `m(t)` of its tokens, at least one."""
+        return get_mask_subset_prob(valid, self.schedule(t), min_mask=1)
+
+    def _show(self, x: Tensor, masked: Tensor) -> Tensor:
+        """What the model sees: most masked tokens as `mask_id`, some as they are, some as random ones."""
+        replaced = masked
+        fraction: float | Tensor = self.random_token_prob
+        if self.no_replace_prob > 0:
+            coin = torch.rand((), device=x.device) < 0.5
+            replaced = replaced & ~(get_mask_subset_prob(masked, self.no_replace_prob) & coin)
+            fraction = torch.where(coin, fraction * (1 - self.no_replace_prob), fraction)
+        if self.random_token_prob > 0:
+            coin = torch.rand((), device=x.device) < 0.5
+            swapped = get_mask_subset_prob(replaced, fraction) & coin
+            x = torch.where(swapped, torch.randint_like(x, self.net.num_tokens), x)
+            replaced = replaced & ~swapped
+        return x.masked_fill(replaced, self.mask_id)
+
+    def _condition(self, shown: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """What self-conditioning adds to the embeddings, in training."""
+        if self.to_self_cond is None or self.null_embed is None:
+            return {}
+        if float(torch.rand(())) >= self.self_cond_train_prob:
+            features = self.null_embed.expand(*shown.shape, -1)
+        else:
+            null = self.to_self_cond(self.null_embed.expand(*shown.shape, -1))
+            with torch.no_grad():
+                features = self.net(shown, sum_embeds=null, return_embeddings=True, **kwargs).detach()
+        return {"sum_embeds": self.to_self_cond(features)}
+
+    def _generator_loss(self, logits: Tensor, x: Tensor, masked: Tensor, t: Tensor) -> Tensor:
+        each = token_losses(logits, x.masked_fill(~masked, -100), log_probs=self.net.output_is_log_prob)
+        if self.weighs:
+            each = at_least_float32(each) * self._weight(t).unsqueeze(-1)
+        return mean_over(each, masked)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        """`(b,)` of `-m'(t) / m(t)`, by automatic differentiation."""
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().clone().requires_grad_()
+            fraction = self.schedule(t)
+            (slope,) = torch.autograd.grad(fraction.sum(), t)
+        return -slope / fraction.detach().clamp(min=torch.finfo(t.dtype).tiny)
+
+    def _sample(self, logits: Tensor, temperature: float | None) -> Tensor:
+        drawn = torch.rand((), device=logits.device) if temperature is None else temperature
+        return gumbel_sample(at_least_float32(logits), drawn)
+
+    def _critic_loss(
+        self, filled: Tensor, wrong: Tensor, valid: Tensor, kwargs: dict[str, Any], *, frozen: bool
+    ) -> Tensor:
+        judged = self._judge(filled, kwargs, frozen=frozen)
+        each = F.binary_cross_entropy_with_logits(judged, wrong.to(judged.dtype), reduction="none")
+        return mean_over(each, valid)
+
+    def _judge(self, filled: Tensor, kwargs: dict[str, Any], *, frozen: bool = False) -> Tensor:
+        """`(b, n)` the critic's logits that a token is wrong; `frozen` keeps gradients from the model itself."""
+        critic = self.token_critic
+        assert critic is not None
+        if isinstance(critic, SelfCritic):
+            if self.to_self_cond is not None and self.null_embed is not None:
+                kwargs = {**kwargs, "sum_embeds": self.to_self_cond(self.null_embed.expand(*filled.shape, -1))}
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                features = critic.net(filled, return_embeddings=True, **kwargs)
+            judged = critic.to_logits(features)
+        else:
+            judged = critic(filled, **kwargs)
+        judged = judged.squeeze(-1) if judged.ndim == 3 else judged
+        if judged.shape != filled.shape:
+            raise ShapeError(
+                f"the critic gives a tensor of shape {tuple(judged.shape)}; it must give one number for each token, "
+                f"{tuple(filled.shape)}. Build it with `logits_dim = 1`."
+            )
+        return at_least_float32(judged)
+
+    # generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch_size: int | None = None,
+        start_temperature: float = 1.0,
+        filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Sequences from nothing, in evaluation mode: each step fills in all masked tokens and masks the least sure.
+
+        Behind step i of S `m(i / S)` of the tokens stay masked, and behind the last one none.
+
+        Args:
+            batch_size: rows; None for a single one.
+            start_temperature: of the first step; it falls linearly to 0.
+            filter_thres: fraction of the vocabulary that is never drawn; None for no filter.
+            noise_level_scale: of the Gumbel noise on the critic's judgements, which falls likewise.
+            kwargs: of the model's passes, and the critic's.
+
+        Returns:
+            `(batch_size, max_seq_len)` ids, or `(max_seq_len,)`.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        _check_generation(batch_size, start_temperature, filter_thres)
+        _check_kwargs(kwargs, self.self_cond)
+        with evaluating(self):
+            tokens = self._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
+        return tokens if batch_size is not None else tokens[0]
+
+    def _fill(
+        self,
+        batch: int,
+        start_temperature: float,
+        filter_thres: float | None,
+        noise_level: float,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        device, n = next(self.net.parameters()).device, self.net.max_seq_len
+        tokens = torch.full((batch, n), self.mask_id, device=device)
+        masked = torch.ones(batch, n, dtype=torch.bool, device=device)
+        features: Tensor | None = None
+        for step, count in enumerate(self._counts(n), start=1):
+            left = (self.steps - step) / self.steps
+            logits, features = self._predict(tokens, features, kwargs)
+            if filter_thres is not None:
+                logits = top_k(logits, filter_thres)
+            sampled = gumbel_sample(logits, max(start_temperature * left, 1e-3))
+            tokens = torch.where(masked, sampled, tokens)
+            if count == 0:
+                masked = torch.zeros_like(masked)
+                continue
+            doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
+            if not self.can_mask_prev_unmasked:
+                doubts = doubts.masked_fill(~masked, -math.inf)
+            worst = doubts.topk(count, dim=-1).indices
+            masked = torch.zeros_like(masked).scatter(-1, worst, True)
+            tokens = tokens.masked_fill(masked, self.mask_id)
+        return tokens
+
+    def _counts(self, n: int) -> list[int]:
+        """How many tokens stay masked behind each step; none behind the last one."""
+        fractions = self.schedule(torch.linspace(0, 1, self.steps + 1))[1:-1]
+        return [*(min(max(int(count), 0), n) for count in (fractions * n).floor().tolist()), 0]
+
+    def _predict(self, tokens: Tensor, features: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Logits `(b, n, v)` in which the mask is no token, and the features."""
+        if self.to_self_cond is not None and self.null_embed is not None:
+            last = self.null_embed.expand(*tokens.shape, -1) if features is None else features
+            kwargs = {**kwargs, "sum_embeds": self.to_self_cond(last)}
+        logits, features = self.net(tokens, return_logits_and_embeddings=True, **kwargs)
+        banned = torch.arange(logits.shape[-1], device=logits.device) == self.mask_id
+        return at_least_float32(logits).masked_fill(banned, -math.inf), features
+
+    def _doubts(self, tokens: Tensor, logits: Tensor, noise_level: float, kwargs: dict[str, Any]) -> Tensor:
+        """`(b, n)`, larger where a token should rather be masked again."""
+        if self.token_critic is not None:
+            judged = self._judge(tokens, kwargs)
+            return judged + gumbel_noise(judged) * noise_level
+        return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _check_net(net: Any) -> None:
+    if not isinstance(net, TransformerWrapper):
+        raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
+    if net.to_logits is None or net.has_multiple_heads or net.pools or net.returns_pooled:
+        raise ConfigError("`net` must give logits for each token: with one head, and without pooling.")
+    if net.max_seq_len < 1:
+        raise ConfigError(
+            f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of all sequences, at least 1."
+        )
+
+
+def _find_schedule(given: str | Schedule) -> Schedule:
+    """The schedule, which must fall from at most 1 to at least 0.
+
+    Raises:
+        ConfigError: if there is none of that name, or it does not fall.
+    """
+    if isinstance(given, str) and given not in SCHEDULES:
+        raise ConfigError(
+            f"`schedule` is {given!r}; it must be a function of t or one of {', '.join(SCHEDULES)}."
+            f"{did_you_mean(given, SCHEDULES)}"
+        )
+    schedule = SCHEDULES[given] if isinstance(given, str) else given
+    if not callable(schedule):
+        raise ConfigError(f"`schedule` is {given!r}; it must be a function of t or one of {', '.join(SCHEDULES)}.")
+    fractions = schedule(torch.linspace(0, 1, 101))
+    if not (fractions.diff() < 0).all() or fractions.max() > 1 + 1e-6 or fractions.min() < -1e-6:
+        raise ConfigError(
+            "`schedule` must give the masked fraction at time t, which falls from at most 1 at t = 0 to at least 0 at "
+            f"t = 1; this one goes from {float(fractions[0]):.3g} to {float(fractions[-1]):.3g}, between "
+            f"{float(fractions.min()):.3g} and {float(fractions.max()):.3g}."
+        )
+    return schedule
+
+
+def _check_kwargs(kwargs: dict[str, Any], self_cond: bool) -> None:
+    for name in kwargs:
+        if name.startswith("return_") or name in ("cache", "prepend_embeds"):
+            raise InputError(f"`{name}` cannot be given here; call the net itself.")
+        if name == "sum_embeds" and self_cond:
+            raise InputError("`sum_embeds` carries self-conditioning; drop it, or build without `self_cond`.")
+
+
+def _check_generation(batch_size: int | None, temperature: float, filter_thres: float | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"`batch_size` is {batch_size}; it must be at least 1, or None for a single row.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"`start_temperature` is {temperature}; it must be finite and not negative.")
+    if filter_thres is not None and not 0 <= filter_thres < 1:
+        raise InputError(f"`filter_thres` is {filter_thres}; it must lie in [0, 1), or be None for no filter.")

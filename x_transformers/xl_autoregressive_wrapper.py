@@ -1,0 +1,330 @@
+"""Next-token training and generation in segments, each of which remembers the one before (Transformer-XL, 1901.02860).
+
+A sequence is cut into segments of `max_seq_len` tokens, counted from its first one. Segment s reads the memory that the
+segments before it left, `mems_s`; generation fills the last segment, and once that is complete its memory joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.cache import KVCache
+from x_transformers.decoding.arguments import Arguments, check_length_and_end, cut_arguments
+from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.loop import Decoding, evaluating
+from x_transformers.decoding.prompts import read_prompts
+from x_transformers.decoding.sampling import chooser
+from x_transformers.decoding.step import Reader, Sequences
+from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.loading import ReadsReference
+from x_transformers.losses import token_losses
+from x_transformers.models.embeddings import check_ids
+from x_transformers.models.frame import interspersed
+from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.ops import at_least_float32, pad_left
+from x_transformers.options.configured import Configured
+
+Memories = Sequence[Tensor | None]
+
+_TTT = {
+    "ttt_module_paths": (),
+    "ttt_lr": 1e-3,
+    "ttt_wd": 0.01,
+    "ttt_use_muon": False,
+    "ttt_muon_steps": 5,
+    "ttt_muon_lr": 0.01,
+    "ttt_low_rank_paths": (),
+    "ttt_custom_loss_module": None,
+    "ttt_next_latent_loss": False,
+    "episodic_mem_len": 0,
+}
+
+
+class XLAutoregressiveWrapper(Configured, ReadsReference):
+    """A model that is trained and generates in segments, with recurrent memory between them.
+
+    Args:
+        net: the model; its `max_seq_len` is the length of a segment, its `max_mem_len` what is remembered.
+        ignore_index: label that does not count in the loss.
+        pad_value: id put where `ignore_index` stood, and behind a row's end token.
+        tbptt_steps: gradients flow through the memory of so many segments, then they are cut.
+        ttt_module_paths, ttt_lr, ttt_wd, ttt_use_muon, ttt_muon_steps, ttt_muon_lr, ttt_low_rank_paths,
+            ttt_custom_loss_module, ttt_next_latent_loss, episodic_mem_len: refused, since training at test time is not
+            available in this version.
+
+    Raises:
+        ConfigError: if the model has no segment length, several heads or none, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        net: TransformerWrapper,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        tbptt_steps: int = 1,
+        ttt_module_paths: Sequence[str] = (),
+        ttt_lr: float = 1e-3,
+        ttt_wd: float = 0.01,
+        ttt_use_muon: bool = False,
+        ttt_muon_steps: int = 5,
+        ttt_muon_lr: float = 0.01,
+        ttt_low_rank_paths: Sequence[str] = (),
+        ttt_custom_loss_module: Any = None,
+        ttt_next_latent_loss: bool = False,
+        episodic_mem_len: int = 0,
+    ) -> None:
+        super().__init__()
+        given = locals()
+        for name, default in _TTT.items():
+            value = tuple(given[name]) if isinstance(default, tuple) else given[name]
+            if value != default:
+                raise ConfigError(f"`{name}` is {given[name]!r}, but it is not available in this version; drop it.")
+        if not isinstance(net, TransformerWrapper):
+            raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
+        if net.has_multiple_heads or net.to_logits is None:
+            heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
+            raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
+        if net.pools or net.returns_pooled:
+            raise ConfigError("`net` pools its sequence, and so gives no logits for each token; build it without.")
+        if net.max_seq_len < 1:
+            raise ConfigError(
+                f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of a segment, at least 1."
+            )
+        if isinstance(tbptt_steps, bool) or not isinstance(tbptt_steps, int) or tbptt_steps < 1:
+            raise ConfigError(f"`tbptt_steps` is {tbptt_steps!r}; it counts segments, a whole number, at least 1.")
+        self.net = net
+        self.ignore_index, self.pad_value, self.tbptt_steps = ignore_index, pad_value, tbptt_steps
+
+    @property
+    def max_seq_len(self) -> int:
+        """The length of a segment."""
+        return self.net.max_seq_len
+
+    def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
+        """The loss over all segments, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
+
+        Segment c has `n_c` of the N targets. Rows weigh alike, and one without a valid target counts as 0.
+
+        Args:
+            x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
+            mems: what an earlier pass of the model left as its memory.
+            dropout_mems: read no memory at all.
+            kwargs: of the model's passes. What speaks of single tokens (`mask`, `self_attn_kv_mask`, `pos`,
+                `sum_embeds`, `embed_ids`) is cut as the tokens are; masked tokens stay hidden in the memory.
+
+        Returns:
+            A scalar; zero, attached to the graph, if there is no valid target.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        check_ids(x)
+        if x.shape[1] == 0:
+            raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
+        x = x.long()  # bytes could not hold `ignore_index`
+        shown, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
+        total, size = labels.shape[1], self.max_seq_len
+        if total == 0:
+            return self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0
+        memory = _Memory(self.net, mems)
+        loss = torch.zeros((), device=x.device)
+        for number, first in enumerate(range(0, total, size)):
+            last = min(first + size, total)
+            arguments = _of_segment(kwargs, first, last, x.shape[1])
+            logits = memory.read(
+                shown[:, first:last],
+                arguments,
+                detach=(number + 1) % self.tbptt_steps == 0,
+                blind=dropout_mems,
+            )
+            loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
+        return loss
+
+    def _segment_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=self.net.output_is_log_prob)
+        counts = (labels != self.ignore_index).sum(dim=-1).clamp(min=1)
+        return (at_least_float32(each).sum(dim=-1) / counts).mean()
+
+    def generate(
+        self,
+        start_tokens: Tensor,
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        mems: Memories | None = None,
+        *,
+        cache_kv: bool = True,
+        filter_before_temperature: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
+
+        Every token is drawn from what `forward` expects at its place: with the memory of all complete segments before.
+
+        Args:
+            start_tokens: `(..., n)` ids, any number of segments long.
+            seq_len: tokens to generate.
+            eos_token: what ends a row; `pad_value`s follow. When all rows have ended, generation does.
+            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
+            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
+            filter_kwargs: keywords of the filter.
+            mems: memory to begin with.
+            cache_kv: keep keys and values within a segment.
+            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            kwargs: of the model's passes. Masks cover the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
+                and generated tokens (`embed_ids` may be functions of the ids so far).
+
+        Returns:
+            The new tokens, `(..., m)`, m at most `seq_len`.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        net = self.net
+        check_length_and_end(seq_len, eos_token, net.num_tokens)
+        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
+        if read.start is not None:
+            raise InputError(
+                "the prompts have different lengths, so their segments would begin at different columns; generate "
+                "from one length at a time."
+            )
+        _refuse(kwargs)
+        final = read.tokens.shape[1] + max(seq_len, 1) - 1
+        reader = _InSegments(net, Arguments(kwargs, read.width, final), mems, cache_kv and net.can_cache_kv)
+        decoding = Decoding(Sequences(read.tokens), reader, choose, net.num_tokens)
+        with torch.inference_mode(), evaluating(self):
+            new = list(decoding.run(seq_len, eos_token, self.pad_value))
+        # outside of inference mode: tokens that training may use
+        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
+        return tokens.reshape(*read.lead, tokens.shape[1])
+
+
+class _Memory:
+    """What the segments so far left, and which of it may be seen.
+
+    Args:
+        net: the model.
+        mems: what it begins with.
+    """
+
+    def __init__(self, net: TransformerWrapper, mems: Memories | None) -> None:
+        self.net = net
+        self.mems: list[Tensor | None] | None = None if mems is None else list(mems)
+        self.seen: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of a pass that reads it."""
+        masks = None if self.seen is None or self.mems is None else [self.seen] * len(self.mems)
+        return {"mems": self.mems, "mem_masks": masks}
+
+    def read(self, segment: Tensor, arguments: dict[str, Any], *, detach: bool = True, blind: bool = False) -> Tensor:
+        """Logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
+        past = {} if blind else self.arguments()
+        logits, mems = self.net(segment, return_mems=True, detach_mems=detach, **past, **arguments)
+        if not blind:
+            self._remember_mask(segment, arguments)
+        self.mems = mems
+        return logits
+
+    def _remember_mask(self, segment: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Tokens that are masked in a segment stay so in the memory of it."""
+        masks = [arguments[name].bool() for name in ("mask", "self_attn_kv_mask") if arguments.get(name) is not None]
+        if not masks and self.seen is None:
+            return
+        batch, n = segment.shape
+        new = torch.ones(batch, n, dtype=torch.bool, device=segment.device)
+        for mask in masks:
+            new = new & mask
+        layout = self.net.layout
+        if layout.every is None:
+            new = pad_left(new, layout.memory, True)
+        else:
+            new = interspersed(layout, n, 0, 0, None, segment.device).spread(new, True)
+        past = next((t for t in self.mems or () if t is not None), None)
+        if past is not None:
+            seen = self.seen if self.seen is not None else new.new_ones(batch, past.shape[-2])
+            new = torch.cat((seen, new), dim=-1)
+        self.seen = new[:, max(new.shape[1] - self.net.max_mem_len, 0) :]
+
+
+class _InSegments(Reader):
+    """Reads a growing sequence in segments: complete ones at once, the last one token by token.
+
+    Args:
+        net: the model.
+        arguments: of its passes.
+        mems: memory to begin with.
+        caching: keep keys and values of the segment that is not complete.
+    """
+
+    def __init__(self, net: TransformerWrapper, arguments: Arguments, mems: Memories | None, caching: bool) -> None:
+        self.net, self.arguments, self.caching, self.record = net, arguments, caching, None
+        self.memory = _Memory(net, mems)
+        self.cache = KVCache()
+        self.first = self.length = 0
+
+    def read(self, sequences: Sequences) -> Tensor:
+        logits: Tensor | None = None
+        size, tokens = self.net.max_seq_len, sequences.tokens()
+        while sequences.length - self.first >= size:
+            # also one whose tokens were read one by one: this pass gives the memory that `forward` would have
+            last = self.first + size
+            arguments = self._at(last, tokens, size)
+            logits = self.memory.read(tokens[:, self.first : last], arguments)
+            self.first = self.length = last
+            self.cache = KVCache()
+        if sequences.length > self.first:
+            logits = self._read_rest(sequences.length, tokens)
+        assert logits is not None
+        return logits
+
+    def _read_rest(self, length: int, tokens: Tensor) -> Tensor:
+        """What there is of the last segment."""
+        begin = self.length if self.caching else self.first
+        self.length = length
+        arguments = {**self._at(length, tokens, length - begin), **self.memory.arguments()}
+        new = tokens[:, begin:length]
+        if not self.caching:
+            return self.net(new, **arguments)
+        logits, record = self.net(
+            new, cache=self.cache, input_not_include_cache=True, return_intermediates=True, **arguments
+        )
+        self.record, self.cache = record, record.cache
+        return logits
+
+    def _at(self, length: int, tokens: Tensor, new: int) -> dict[str, Any]:
+        return self.arguments.at(length, lambda: tokens[:, :length], first=self.first, new=new)
+
+
+_REFUSED = {
+    "prepend_embeds": "it would stand in front of every segment; read it with the net, and pass its memory as `mems`",
+    "prepend_mask": "there are no prepended embeddings",
+    "mem_masks": "the memory's masks come from `mask`",
+    "return_mems": "call the net itself",
+    "detach_mems": "see `tbptt_steps`",
+    "cache": "segments are cached here",
+    "attn_mask": "it covers one segment; give `mask` or `self_attn_kv_mask`",
+    "attn_bias": "it covers one segment; build a position bias into the stack",
+    "seq_start_pos": "padding on the left would move the segments; pad on the right",
+    "deep_embeds_and_ids": "it covers one segment; build the model with `ff_deep_embed`",
+    "self_attn_kv_residuals": "it covers one segment",
+}
+
+
+def _refuse(kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name in _REFUSED or name.startswith("return_"):
+            raise InputError(f"`{name}` cannot be given to segments: {_REFUSED.get(name, 'call the net itself')}.")
+
+
+def _of_segment(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> dict[str, Any]:
+    """The arguments of the pass over tokens `first` to `last` of n."""
+    _refuse(kwargs)
+    return cut_arguments(kwargs, first, last, n)

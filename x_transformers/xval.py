@@ -1,0 +1,219 @@
+"""Training and sampling of tokens of which one stands for numbers, and of these numbers (2310.02989)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.decoding.arguments import check_seq_len, cut_arguments
+from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.loop import evaluating, make_reader
+from x_transformers.decoding.prompts import read_prompts
+from x_transformers.decoding.sampling import Choose, check_readable, chooser
+from x_transformers.decoding.step import Sequences
+from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.loading import ReadsReference
+from x_transformers.losses import mean_over, token_losses
+from x_transformers.models.embeddings import check_ids
+from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.ops import at_least_float32
+from x_transformers.options.configured import Configured
+
+__all__ = ["GenerateReturn", "LossBreakdown", "XValAutoregressiveWrapper", "XValTransformerWrapper"]
+
+
+class LossBreakdown(NamedTuple):
+    """Both losses at each target, `(b, n - 1)`; the squared error is 0 where the target is no number."""
+
+    cross_entropy_loss: Tensor
+    numerical_mse_loss: Tensor
+
+
+class GenerateReturn(NamedTuple):
+    """What was generated, `(..., m)` each; numbers are NaN where the token is not the numeric one."""
+
+    sampled_token_ids: Tensor
+    sampled_numbers: Tensor
+    is_number_mask: Tensor
+
+
+class XValAutoregressiveWrapper(Configured, ReadsReference):
+    """A model that is trained to predict the next token and its number, and generates by predicting them again.
+
+    Args:
+        net: the model.
+        ignore_index: label that does not count in the loss.
+        pad_value: id put where `ignore_index` stood, and before shorter prompts.
+        numerical_loss_weight: of the squared error of numbers, not negative.
+
+    Raises:
+        ConfigError: if the model is another one, or the weight is negative.
+    """
+
+    def __init__(
+        self,
+        net: XValTransformerWrapper,
+        ignore_index: int = -100,
+        pad_value: int = 0,
+        numerical_loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, XValTransformerWrapper):
+            raise ConfigError(f"`net` is a {type(net).__name__}; it must be an XValTransformerWrapper.")
+        if numerical_loss_weight < 0:
+            raise ConfigError(f"`numerical_loss_weight` is {numerical_loss_weight}; it must not be negative.")
+        self.net = net
+        self.ignore_index, self.pad_value = ignore_index, pad_value
+        self.numerical_loss_weight = numerical_loss_weight
+
+    @property
+    def max_seq_len(self) -> int:
+        """The model's own."""
+        return self.net.max_seq_len
+
+    def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
+        """The mean over valid targets of `-log p(x[t + 1]) + weight * [it is numeric] * (number[t] - x_num[t + 1])^2`.
+
+        Args:
+            x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
+            x_num: `(b, n)` numbers, read where x is the numeric token.
+            return_loss_breakdown: also return the `LossBreakdown`.
+            kwargs: of the model's pass. A `mask (b, n)` also says which targets count, one of length n - 1 speaks of
+                inputs and targets alike. What speaks of single tokens covers all n, or all but the last one.
+
+        Returns:
+            A scalar; zero, attached to the graph, if there is no valid target. With the breakdown, both.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        _check(x, x_num, kwargs)
+        x, n = x.long(), x.shape[1]
+        ignored = x == self.ignore_index
+        shown, numbers = x.masked_fill(ignored, self.pad_value), x_num.masked_fill(ignored, 0.0)
+        if n == 1:
+            logits, predicted = self.net(shown, numbers, **kwargs)
+            nothing = logits.sum() * 0.0 + predicted.sum() * 0.0
+            empty = LossBreakdown(logits[:, :0, 0], predicted[:, :0])
+            return (nothing, empty) if return_loss_breakdown else nothing
+        logits, predicted = self.net(shown[:, :-1], numbers[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
+        prepended = kwargs.get("prepend_embeds")
+        p = 0 if prepended is None else prepended.shape[1]
+        counted = _counted(x, kwargs) & ~ignored[:, 1:]
+        labels = x[:, 1:].masked_fill(~counted, self.ignore_index)
+        breakdown = LossBreakdown(
+            token_losses(logits[:, p:], labels, ignore_index=self.ignore_index),
+            self._number_losses(predicted[:, p:], x_num[:, 1:], labels == self.net.numerical_token_id),
+        )
+        loss = mean_over(breakdown[0] + self.numerical_loss_weight * breakdown[1], counted)
+        return (loss, breakdown) if return_loss_breakdown else loss
+
+    def _number_losses(self, predicted: Tensor, target: Tensor, numeric: Tensor) -> Tensor:
+        """Squared errors where there are numbers; what stands elsewhere, NaN even, is not read."""
+        target = torch.where(numeric, target.to(predicted.dtype), predicted.detach())
+        return F.mse_loss(at_least_float32(predicted), at_least_float32(target), reduction="none")
+
+    def generate(
+        self,
+        start_tokens: Tensor | Sequence[Tensor],
+        start_numbers: Tensor | Sequence[Tensor],
+        seq_len: int,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        *,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        cache_kv: bool = True,
+        filter_before_temperature: bool = False,
+        **kwargs: Any,
+    ) -> GenerateReturn:
+        """Continue each prompt by `seq_len` tokens and numbers, in evaluation mode.
+
+        Of longer sequences the model sees the last `max_seq_len` tokens, and nothing is cached then.
+
+        Args:
+            start_tokens: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
+            start_numbers: the numbers, of the same shapes.
+            seq_len: tokens to generate.
+            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
+            filter_kwargs: keywords of the filter.
+            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
+            prompt_lens: `(...)` how many ids of each row, from the left, are its prompt.
+            cache_kv: keep keys and values. False runs the whole sequence at each step.
+            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            kwargs: of the model's passes. `mask` covers the prompts; `pos` covers prompts and generated tokens.
+
+        Raises:
+            InputError: with what was given and what is needed.
+        """
+        net = self.net
+        check_seq_len(seq_len)
+        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        prepended = kwargs.get("prepend_embeds") is not None
+        read = read_prompts(start_tokens, prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
+        numbers = Sequences(read.align(_rows(start_tokens, start_numbers, read.width), 0.0))
+        reader = make_reader(
+            net,
+            read,
+            seq_len,
+            kwargs,
+            cache_kv=cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1,
+            growing=lambda first, last: {"x_num": numbers.tokens()[:, first:last]},
+        )
+        ids, width = Sequences(read.tokens, read.start), read.tokens.shape[1]
+        with torch.inference_mode(), evaluating(self):
+            for _ in range(seq_len):
+                self._append(reader.read(ids), ids, numbers, choose)
+        # outside of inference mode: tensors that training may use
+        tokens = ids.tokens()[:, width:].clone().reshape(*read.lead, seq_len)
+        found = numbers.tokens()[:, width:].clone().reshape(*read.lead, seq_len)
+        numeric = tokens == net.numerical_token_id
+        return GenerateReturn(tokens, found.masked_fill(~numeric, math.nan), numeric)
+
+    def _append(self, out: Any, ids: Sequences, numbers: Sequences, choose: Choose) -> None:
+        logits, predicted = out
+        check_readable(logits, self.net.num_tokens)
+        ids.append(choose(logits[:, -1]))
+        numbers.append(predicted[:, -1:].to(numbers.parts[0].dtype))
+
+
+def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor], width: int) -> Tensor:
+    """`(b, width)` numbers, left-aligned as the prompts were given."""
+    pairs = [(tokens, numbers)] if isinstance(tokens, Tensor) else list(zip(tokens, numbers, strict=False))
+    for one, other in pairs:
+        if not isinstance(other, Tensor) or one.shape != other.shape or len(tokens) != len(numbers):
+            raise ShapeError("`start_numbers` must have the shapes of `start_tokens`: a number for each token.")
+    if isinstance(numbers, Tensor):
+        return numbers.reshape(-1, width)
+    return torch.nn.utils.rnn.pad_sequence(list(numbers), batch_first=True)
+
+
+def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """`(b, n - 1)` bool, which targets count."""
+    batch, n = x.shape
+    counted = torch.ones(batch, n - 1, dtype=torch.bool, device=x.device)
+    start, mask = kwargs.get("seq_start_pos"), kwargs.get("mask")
+    if start is not None:
+        counted = torch.arange(n - 1, device=x.device) >= start.unsqueeze(-1)
+    if mask is None:
+        return counted
+    return counted & (mask[:, 1:] if mask.shape[1] == n else mask).bool()
+
+
+def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
+    check_ids(x)
+    if x.shape[1] == 0 or x_num.shape != x.shape:
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with a token at least."
+        )
+    mask = kwargs.get("mask")
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] not in (x.shape[1], x.shape[1] - 1)):
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape)}.")
+    for name in kwargs:
+        if name.startswith("return_") or name == "cache":
+            raise InputError(f"`{name}` cannot be given to the loss; call the net itself.")
