@@ -171,6 +171,27 @@ def test_models_are_saved_and_copied(kind: Kind) -> None:
 
 @EACH
 @torch.no_grad()
+def test_a_pass_is_one_graph_and_steps_are_another(kind: Kind) -> None:
+    torch.compiler.reset()
+    graphs = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    model, inputs = built(kind, "memory"), kind.draw(2, 7)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    wanted = kind.run(model, inputs)
+    for _ in range(2):
+        close(kind.read(compiled(*kind.feed(inputs))), wanted)
+    assert graphs == 1
+    close(kind.decode(compiled, inputs, [3, 1, 1, 1, 1], cache=model.static_cache(2, 8)), wanted)
+    assert graphs <= 3
+
+
+@EACH
+@torch.no_grad()
 def test_half_precision_stays_finite(kind: Kind) -> None:
     model, inputs = built(kind, "memory"), kind.draw(2, 6)
     mask = torch.arange(6) < torch.tensor([[6], [3]])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import close, perturb
+from loguru import logger
 from promises import keeps_the_past, pads
 from torch import Tensor, nn
 
@@ -571,7 +572,6 @@ def test_sinusoids_of_each_row() -> None:
         ({"tie_embedding": True, "logits_dim": 8}, "`tie_embedding` takes its logits from the token table"),
         ({"tie_embedding": True, "to_logits": nn.Linear(16, 5)}, "drop `to_logits`"),
         ({"tie_embedding": True, "token_emb": nn.Embedding(24, 16)}, "`tie_embedding` needs a `TokenEmbedding`"),
-        ({"return_only_embed": True, "sigsoftmax_logits": True}, "`sigsoftmax_logits` is about logits"),
         ({"train_max_recycle_steps": 0}, "`train_max_recycle_steps` is 0"),
         ({"emb_frac_gradient": 0.0}, "`emb_frac_gradient` is 0"),
         ({"attn_pool": True, "num_pooled_tokens": 0}, "`num_pooled_tokens` is 0"),
@@ -581,6 +581,37 @@ def test_sinusoids_of_each_row() -> None:
 def test_options_that_disagree(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"return_only_embed": True, "sigsoftmax_logits": True}, "`sigsoftmax_logits` has no effect: it is about"),
+        ({"return_only_embed": True, "mixture_of_softmax": True}, "`mixture_of_softmax` has no effect"),
+        ({"return_only_embed": True, "squeeze_out_last_dim": True}, "`squeeze_out_last_dim` has no effect"),
+        ({"num_cls_tokens": 2}, "`num_cls_tokens` has no effect: it needs `use_cls_token`"),
+        ({"dim_pooled_tokens": 8}, "`dim_pooled_tokens` has no effect: it needs `attn_pool`"),
+        ({"use_cls_token": True}, "outputs do not depend on the input"),
+    ],
+)
+@torch.no_grad()
+def test_options_without_effect_are_named(options: dict[str, Any], words: str) -> None:
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
+    model = build(**options)
+    logger.remove(sink)
+    assert len(said) == 1
+    assert words in said[0]
+    assert model(IDS).isfinite().all()
+
+
+def test_nothing_is_said_about_the_defaults() -> None:
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
+    build()
+    build(Encoder, use_cls_token=True, num_cls_tokens=2)
+    logger.remove(sink)
+    assert not said
 
 
 def test_looped_arguments_are_named() -> None:

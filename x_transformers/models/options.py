@@ -14,7 +14,7 @@ from x_transformers.models.embeddings import TokenEmbedding
 
 
 def check_options(given: Mapping[str, Any]) -> None:
-    """Raise a `ConfigError` unless the wrapper's own options agree."""
+    """Raise a `ConfigError` unless the wrapper's own options agree, and name those without effect."""
     check_common(given)
     layers: AttentionLayers = given["attn_layers"]
     for name in ("num_output_heads", "num_cls_tokens", "num_pooled_tokens", "attn_pool_depth", "mixture_of_softmax_k"):
@@ -34,6 +34,7 @@ def check_options(given: Mapping[str, Any]) -> None:
                 f"`ff_deep_embed` has factors for {layers.depth} feedforwards, as many as `depth`, but the stack runs "
                 f"{run}; drop it, or let every block have one."
             )
+    _name_idle(given)
 
 
 def _check_features(given: Mapping[str, Any], layers: AttentionLayers) -> None:
@@ -58,17 +59,43 @@ def _check_features(given: Mapping[str, Any], layers: AttentionLayers) -> None:
 
 
 def _check_heads(given: Mapping[str, Any]) -> None:
-    several = given["num_output_heads"] > 1
-    headless = given["return_only_embed"]
     for name in ("mixture_of_softmax", "tie_embedding", "to_logits"):
-        if several and given[name]:
+        if given["num_output_heads"] > 1 and given[name]:
             raise ConfigError(
                 f"`{name}` goes with one head, but `num_output_heads` is {given['num_output_heads']}; drop one of them."
             )
-    heads = {"to_logits": None, "logits_dim": None, "num_output_heads": 1, "sigsoftmax_logits": False}
-    for name, default in {**heads, "mixture_of_softmax": False, "tie_embedding": False}.items():
-        if headless and given[name] is not default and given[name] != default:
-            raise ConfigError(f"`{name}` is about logits, and `return_only_embed` gives none; drop one of them.")
+
+
+IDLE: Mapping[str, Mapping[str, Any]] = {
+    "use_cls_token": {"num_cls_tokens": 1},
+    "attn_pool": {"num_pooled_tokens": 1, "attn_pool_depth": 1, "dim_pooled_tokens": None},
+    "mixture_of_softmax": {"mixture_of_softmax_k": 4},
+    "tie_embedding": {"tie_embedding_scale": None},
+    "recycling": {"train_max_recycle_steps": 4},
+}
+"""Options that do nothing unless another one is on, with their defaults."""
+
+OF_LOGITS: Mapping[str, Any] = {
+    "logits_dim": None,
+    "num_output_heads": 1,
+    "tie_embedding": False,
+    "to_logits": None,
+    "mixture_of_softmax": False,
+    "sigsoftmax_logits": False,
+    "squeeze_out_last_dim": False,
+}
+"""Options that do nothing without a head, with their defaults."""
+
+
+def _name_idle(given: Mapping[str, Any]) -> None:
+    """Say in the log which options have no effect."""
+    groups = [(f"needs `{needed}`", options) for needed, options in IDLE.items() if not given[needed]]
+    if given["return_only_embed"]:
+        groups.append(("is about logits, and `return_only_embed` gives none", OF_LOGITS))
+    for why, options in groups:
+        for name, default in options.items():
+            if given[name] is not default and given[name] != default:
+                logger.warning(f"TransformerWrapper: `{name}` has no effect: it {why}.")
 
 
 def _check_tied(given: Mapping[str, Any], layers: AttentionLayers) -> None:
