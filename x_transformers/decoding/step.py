@@ -107,7 +107,7 @@ class Rerun(Branching):
         first = length - seen
         arguments = self.arguments.at(length, sequences.tokens, first=first, new=seen)
         start = sequences.start_behind(first)
-        return self.net(sequences.newest(seen), seq_start_pos=start, logits_to_keep=1, **arguments)
+        return self.net(sequences.newest(seen), seq_start_pos=start, **self.net.last_alone, **arguments)
 
     def widen(self, times: int) -> None:
         self.arguments.widen(times)
@@ -222,8 +222,8 @@ def _pass(
         input_not_include_cache=True,
         return_intermediates=True,
         seq_start_pos=start,
-        logits_to_keep=1,
         capture=CACHE_ALONE,
+        **net.last_alone,
         **arguments,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,9 @@ class Model(Configured, ReadsReference):
         )
         self.project_emb: nn.Module | None = nn.Linear(emb_dim, dim) if emb_dim != dim else None
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if num_memory_tokens else None
+
+    last_alone: ClassVar[Mapping[str, Any]] = {}
+    """Arguments with which a pass gives the output of the last position alone, for models that can."""
 
     joins_memories = True
     """New memories are the old ones and what was read behind them, rather than what was read alone."""

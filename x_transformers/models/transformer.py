@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +204,7 @@ class TransformerWrapper(Model):
 
     # what other code reads
 
+    last_alone: ClassVar[Mapping[str, Any]] = {"logits_to_keep": 1}
     looped = False
 
     @property
