@@ -33,6 +33,15 @@ def peak_memory(module: str, argument: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+def run_script(script: Path, *arguments: str) -> None:
+    """Run a script as a user would, quietly.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails.
+    """
+    subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True, text=True)
+
+
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     import transformers
