@@ -62,7 +62,7 @@ class TransformerWrapper(Configured, ReadsReference):
         to_logits: this module in place of a new head.
         input_not_include_cache: default of the argument of a pass.
         ff_deep_embed: each token has a learned factor per channel on the output of each of the first `depth`
-            feedforwards that run.
+            feedforwards that run (of all, if fewer run).
 
     Raises:
         ConfigError: with the keyword, its value and what to change.
@@ -135,7 +135,8 @@ class TransformerWrapper(Configured, ReadsReference):
                 width = num_tokens if logits_dim is None else logits_dim
                 self.to_logits = to_logits if to_logits is not None else LinearNoBias(dim, width)
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if num_memory_tokens else None
-        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, attn_layers.depth, dim)) if ff_deep_embed else None
+        deep = min(attn_layers.depth, _feedforwards(attn_layers))
+        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, deep, dim)) if ff_deep_embed else None
 
     def init_(self) -> None:
         """Draw the token embeddings anew (and positions, where rows are normalised)."""
@@ -733,13 +734,8 @@ def _check_options(given: dict[str, Any]) -> None:
             )
         if not layers.causal:
             raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
-    if given["ff_deep_embed"]:
-        run = sum(layers.layer_types[index] == "f" for index in layers.sequence.order)
-        if run < layers.depth:
-            raise ConfigError(
-                f"`ff_deep_embed` has factors for {layers.depth} feedforwards, as many as `depth`, but the stack runs "
-                f"{run}; drop it, or let every block have one."
-            )
+    if given["ff_deep_embed"] and not _feedforwards(layers):
+        raise ConfigError("`ff_deep_embed` scales what feedforwards give, but the stack runs none; drop it.")
     if given["tie_embedding"]:
         for name in ("logits_dim", "to_logits"):
             if given[name] is not None and given[name] != given["num_tokens"]:
@@ -750,3 +746,8 @@ def _check_options(given: dict[str, Any]) -> None:
             )
         if given["token_emb"] is not None and not isinstance(given["token_emb"], TokenEmbedding):
             raise ConfigError("`tie_embedding` needs a `TokenEmbedding`; untie, or pass one as `token_emb`.")
+
+
+def _feedforwards(layers: AttentionLayers) -> int:
+    """How many run in one pass."""
+    return sum(layers.layer_types[index] == "f" for index in layers.sequence.order)
