@@ -122,15 +122,26 @@ def refused(stack: str) -> Mapping[str, str]:
 
 
 def cases(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
-    """(kind of stack, case) for every case that can be built and has no exemption from the property."""
-    return [
-        (stack, case)
-        for stack in stacks
-        for case in CASES
-        if case.name not in refused(stack)
-        and (exempt is None or case.exemption(exempt) is None)
-        and (stack != "cross" or case.exemption("cross") is None)
-    ]
+    """(kind of stack, case) for every case that can be built and has no exemption from the property.
+
+    Decoders are tested over every example of a feature, other stacks over the first that they can have.
+    """
+    found = [(stack, case) for stack in stacks for case in CASES if case.name not in refused(stack)]
+    found = [(stack, case) for stack, case in found if exempt is None or case.exemption(exempt) is None]
+    firsts = _firsts(found)
+    return [(stack, case) for stack, case in found if stack == "decoder" or (stack, case) in firsts]
+
+
+def one_of_each(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
+    """The same with one case for each feature, for properties that cost much and that details do not touch."""
+    return _firsts(cases(*stacks, exempt=exempt))
+
+
+def _firsts(found: list[tuple[str, Case]]) -> list[tuple[str, Case]]:
+    first: dict[tuple[str, ...], tuple[str, Case]] = {}
+    for stack, case in found:
+        first.setdefault((stack, *(feature.name for feature in case.features)), (stack, case))
+    return list(first.values())
 
 
 def name_of(value: object) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from x_transformers.errors import ConfigError
 
-MOST = 12
+MOST = 24
 """Options in one model of the sample: enough to be quick, few enough to see which of them are to blame."""
 
 
@@ -42,7 +42,10 @@ class Verdict:
 
 
 def judge(case: Case, stack: str = "decoder") -> Verdict:
-    """Build a combination and ask every promise of it."""
+    """Build a combination and ask every promise of it.
+
+    In float64: a part that chooses (the largest logits, a bucket) turns rounding into another choice.
+    """
     torch.manual_seed(0)
     try:
         model = case.build(stack)
@@ -51,7 +54,7 @@ def judge(case: Case, stack: str = "decoder") -> Verdict:
     except Exception as error:
         return Verdict(case.name, "wrong", f"construction: {_said(error)}")
     try:
-        trial = Trial(model, functools.partial(case.build, stack))
+        trial = Trial(model.double(), lambda: case.build(stack).double())
     except Exception as error:
         return Verdict(case.name, "wrong", f"a pass: {_said(error)}")
     broken = []

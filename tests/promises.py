@@ -292,7 +292,7 @@ def reads_its_state(trial: Trial) -> None:
 @torch.no_grad()
 def masks_its_context(trial: Trial) -> None:
     """A padded context is the shorter one."""
-    context = contexts(context_width(trial.model))[: len(LENGTHS)]
+    context = contexts(context_width(trial.model))[: len(LENGTHS)].to(trial.alone[0])
     lengths = torch.tensor([5, 2, 1])
     together = call(trial.model, trial.ids, context=context, context_mask=torch.arange(5) < lengths[:, None])
     for row, length in enumerate(lengths.tolist()):
