@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
@@ -122,15 +122,26 @@ def refused(stack: str) -> Mapping[str, str]:
 
 
 def cases(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
-    """(kind of stack, case) for every case that can be built and has no exemption from the property."""
-    return [
-        (stack, case)
-        for stack in stacks
-        for case in CASES
-        if case.name not in refused(stack)
-        and (exempt is None or case.exemption(exempt) is None)
-        and (stack != "cross" or case.exemption("cross") is None)
-    ]
+    """(kind of stack, case) for every case that can be built and has no exemption from the property.
+
+    Decoders are tested over every example of a feature, other stacks over the first that they can have.
+    """
+    found = [(stack, case) for stack in stacks for case in CASES if case.name not in refused(stack)]
+    found = [(stack, case) for stack, case in found if exempt is None or case.exemption(exempt) is None]
+    firsts = _firsts(found)
+    return [(stack, case) for stack, case in found if stack == "decoder" or (stack, case) in firsts]
+
+
+def one_of_each(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
+    """The same with one case for each feature, for properties that cost much and that details do not touch."""
+    return _firsts(cases(*stacks, exempt=exempt))
+
+
+def _firsts(found: list[tuple[str, Case]]) -> list[tuple[str, Case]]:
+    first: dict[tuple[str, ...], tuple[str, Case]] = {}
+    for stack, case in found:
+        first.setdefault((stack, *(feature.name for feature in case.features)), (stack, case))
+    return list(first.values())
 
 
 def name_of(value: object) -> str:
@@ -174,19 +185,32 @@ def call(model: TransformerWrapper, ids: Tensor | None, rows: Sequence[int] | No
         rows: which context each row looks at; by default its own number's.
         arguments: of the pass.
     """
-    width = context_width(model)
-    if width is not None and "context" not in arguments and ids is not None:
-        rows = range(len(ids)) if rows is None else rows
-        arguments["context"] = contexts(width)[list(rows)].to(next(model.parameters()))
-    if model.attn_layers.need_condition and "condition" not in arguments and ids is not None:
-        rows = range(len(ids)) if rows is None else rows
-        conditions = contexts(model.attn_layers.dim_condition)[list(rows), 0]
-        arguments["condition"] = conditions.to(next(model.parameters()))
-    if model.embeds and ids is not None:
-        arguments["embed_ids"] = {
-            name.removesuffix("_embed"): ids * 7 % table.num_embeddings for name, table in model.embeds.items()
-        }
+    if ids is not None:
+        arguments = {**beside(model, ids, rows), **arguments}
     return model(ids, **arguments)
+
+
+def beside(model: TransformerWrapper, ids: Tensor, rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """What a pass needs beside these tokens, where the model reads it: a context, a condition, further ids."""
+    rows = list(range(len(ids)) if rows is None else rows)
+    needed: dict[str, Any] = {}
+    width = context_width(model)
+    if width is not None:
+        needed["context"] = contexts(width)[rows].to(next(model.parameters()))
+    if model.attn_layers.need_condition:
+        needed["condition"] = contexts(model.attn_layers.dim_condition)[rows, 0].to(next(model.parameters()))
+    if model.embeds:
+        needed["embed_ids"] = {name: further(ids) for name, further in further_ids(model).items()}
+    return needed
+
+
+def further_ids(model: TransformerWrapper) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ids for each further table of the model, from those of the tokens."""
+
+    def of(table: nn.Embedding) -> Callable[[Tensor], Tensor]:
+        return lambda ids: ids * 7 % table.num_embeddings
+
+    return {name.removesuffix("_embed"): of(table) for name, table in model.embeds.items()}
 
 
 def decode(

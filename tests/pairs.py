@@ -1,9 +1,10 @@
-"""All pairs of features: each keeps the promises of a causal model, or is refused when it is built.
+"""All pairs of options: each keeps every promise of its kind of model, or is refused when it is built.
 
-    python tests/pairs.py [--workers N] [WORD ...]
+    python tests/pairs.py [--stack decoder|encoder|cross] [--workers N] [WORD ...]
 
-runs every pair whose name holds all of the words, prints a table, and fails if a pair is wrong. The tests run a
-sample in which every pair occurs, many features at a time; see `covering_sample`.
+judges every pair that counts whose name holds all of the words, and every row of the table by itself. It prints what
+is wrong and what is refused, and fails if anything is wrong, or refused without standing in `table.REFUSED`. The
+tests run a sample in which every pair occurs, many options at a time; see `covering_sample`.
 """
 
 from __future__ import annotations
@@ -11,34 +12,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from catalogue import BASE, CASES, Case, is_foundation
+from catalogue import BASE, Case
 from loguru import logger
-from promises import decodes, decodes_ragged, gradients, keeps_the_past, pads
+from promises import PROMISES, Trial
+from table import cases_of, pairs_of, refused
+from tqdm import tqdm
 
 from x_transformers.errors import ConfigError
 
-PROMISES = {
-    "causality": keeps_the_past,
-    "dynamic cache": functools.partial(decodes, static=False),
-    "static cache": functools.partial(decodes, static=True),
-    "right padding": functools.partial(pads, left=False),
-    "left padding": functools.partial(pads, left=True),
-    "ragged decoding": functools.partial(decodes_ragged, static=False),
-    "gradients": lambda model: list(gradients(model)),
-}
-"""What is asked of every combination."""
-
-
-FOUNDATION_CASES = [case for case in CASES[1:] if is_foundation(case)]
+MOST = 24
+"""Options in one model of the sample: enough to be quick, few enough to see which of them are to blame."""
 
 
 @dataclass(frozen=True)
@@ -50,116 +41,120 @@ class Verdict:
     words: str = ""
 
 
-def judge(case: Case) -> Verdict:
-    """Build a combination and ask every promise of it."""
+def judge(case: Case, stack: str = "decoder") -> Verdict:
+    """Build a combination and ask every promise of it.
+
+    In float64: a part that chooses (the largest logits, a bucket) turns rounding into another choice.
+    """
     torch.manual_seed(0)
     try:
-        model = case.build()
+        model = case.build(stack)
     except ConfigError as error:
         return Verdict(case.name, "refused", str(error))
     except Exception as error:
-        return Verdict(case.name, "wrong", f"construction: {type(error).__name__}: {error}")
+        return Verdict(case.name, "wrong", f"construction: {_said(error)}")
+    try:
+        trial = Trial(model.double(), lambda: case.build(stack).double())
+    except Exception as error:
+        return Verdict(case.name, "wrong", f"a pass: {_said(error)}")
     broken = []
-    for promise, keep in PROMISES.items():
+    for promise, keep in PROMISES[stack].items():
         try:
-            keep(model)
+            keep(trial)
         except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            broken.append(f"{promise}: {type(error).__name__}: {' '.join(lines[:3])[:200]}")
+            broken.append(f"{promise}: {_said(error)}")
     return Verdict(case.name, "wrong" if broken else "right", "; ".join(broken))
 
 
-def may_meet(one: Case, two: Case) -> bool:
-    """Whether two cases are a pair: of different features, no alternatives of one choice, of one mind on keywords."""
-    if any(a is b or (a.choice is not None and a.choice == b.choice) for a in one.features for b in two.features):
-        return False
-    shared = one.keywords.keys() & two.keywords.keys()
-    return all(one.keywords[name] == two.keywords[name] for name in shared)
+def _said(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:200]}"
 
 
-def pairs() -> list[tuple[Case, Case]]:
-    return [(one, two) for one, two in itertools.combinations(CASES[1:], 2) if may_meet(one, two)]
+def covering_sample(stack: str) -> list[list[Case]]:
+    """Few rows of many options in which every pair occurs that counts and is not listed as refused."""
+    cases = cases_of(stack)
+    place = {case: number for number, case in enumerate(cases)}
+    friends = [0] * len(cases)  # sets of cases, as bits
+    for one, two in pairs_of(stack):
+        if not refused(one, two):
+            friends[place[one]] |= 1 << place[two]
+            friends[place[two]] |= 1 << place[one]
+    left, rows = list(friends), []
+    for one in range(len(cases)):
+        while left[one]:
+            row = _grown(one, friends, left)
+            together = sum(1 << case for case in row)
+            for case in row:
+                left[case] &= ~together
+            rows.append([cases[case] for case in sorted(row)])
+    return rows
 
 
-def foundation_pairs() -> list[tuple[Case, Case]]:
-    """The pairs of the features that most models are made of; a sample that covers them is tested at every change."""
-    return [(one, two) for one, two in pairs() if is_foundation(one) and is_foundation(two)]
+def _grown(first: int, friends: list[int], left: list[int]) -> list[int]:
+    """Cases that may all meet, each the one that brings most pairs that are still missing; up to `MOST`."""
+    row, chosen, candidates = [first], 1 << first, friends[first]
+    while candidates and len(row) < MOST:
+        gains = [(left[case] & chosen).bit_count() if candidates >> case & 1 else 0 for case in range(len(left))]
+        best = max(range(len(left)), key=gains.__getitem__)
+        if not gains[best]:
+            break
+        row.append(best)
+        chosen |= 1 << best
+        candidates &= friends[best]
+    return row
 
 
-@functools.cache
-def builds(one: Case, two: Case) -> bool:
-    """Whether two cases may stand in one model."""
-    if not may_meet(one, two):
-        return False
-    try:
-        (one & two).build(depth=1)
-    except ConfigError:
-        return False
-    return True
-
-
-def covering_sample() -> Iterator[Case]:
-    """Few combinations of many features in which every pair that can be built occurs."""
-    missing = {frozenset((one, two)) for one, two in foundation_pairs() if builds(one, two)}
-    friends = {
-        case: {other for other in FOUNDATION_CASES if frozenset((case, other)) in missing} for case in FOUNDATION_CASES
-    }
-    while missing:
-        row = list(next(pair for pair in map(frozenset, foundation_pairs()) if pair in missing))
-        candidates = [case for case in FOUNDATION_CASES if all(case in friends[other] for other in row)]
-        while candidates:
-            # the one that brings most pairs that are still missing; without any, the row is full
-            gains = {case: sum(frozenset((case, other)) in missing for other in row) for case in candidates}
-            best = max(candidates, key=gains.__getitem__)
-            if not gains[best]:
-                break
-            row.append(best)
-            candidates = [case for case in candidates if case in friends[best]]
-        row.sort(key=CASES.index)
-        missing -= {frozenset(pair) for pair in itertools.combinations(row, 2)}
-        yield from _built(row)
-
-
-def _built(row: list[Case]) -> Iterator[Case]:
+def judge_row(row: list[Case], stack: str) -> Iterator[Verdict]:
     """The row as one model; where more than two of it refuse each other, as several that hold the same pairs."""
-    case = functools.reduce(lambda one, two: one & two, row, BASE)
-    try:
-        case.build(depth=1)
-    except ConfigError:
-        lonely, rest = _culprit(row)
-        yield from _built(rest)
-        half = len(rest) // 2
-        yield from _built([lonely, *rest[:half]])
-        yield from _built([lonely, *rest[half:]])
-    else:
-        yield case
+    verdict = judge(together(row), stack)
+    if verdict.kind != "refused" or len(row) <= 2:
+        yield verdict
+        return
+    lonely, rest = _culprit(row, stack)
+    half = len(rest) // 2
+    for part in (rest, [lonely, *rest[:half]], [lonely, *rest[half:]]):
+        yield from judge_row(part, stack)
 
 
-def _culprit(row: list[Case]) -> tuple[Case, list[Case]]:
+def _culprit(row: list[Case], stack: str) -> tuple[Case, list[Case]]:
     """A case without which the others build; the last one if no single case is to blame."""
     for case in row:
         rest = [other for other in row if other is not case]
         with contextlib.suppress(ConfigError):
-            functools.reduce(lambda one, two: one & two, rest, BASE).build(depth=1)
+            together(rest).build(stack)
             return case, rest
     return row[-1], row[:-1]
+
+
+def together(row: Iterable[Case]) -> Case:
+    """Many options in one model."""
+    return functools.reduce(lambda one, two: one & two, row, BASE)
+
+
+def everything(stack: str) -> dict[str, tuple[Case, ...]]:
+    """Each row of the table by itself and each pair that counts, by name."""
+    return {"+".join(map(str, cases)): cases for cases in (*((c,) for c in cases_of(stack)), *pairs_of(stack))}
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("words", nargs="*")
+    arguments.add_argument("--stack", choices=PROMISES, default="decoder")
     arguments.add_argument("--workers", type=int, default=2)
     given = arguments.parse_args()
-    combinations = [one & two for one, two in pairs()]
-    combinations = [case for case in combinations if all(word in case.name for word in given.words)]
+    work = [(given.stack, name) for name in everything(given.stack) if all(word in name for word in given.words)]
+    counts: Counter[str] = Counter()
     with ProcessPoolExecutor(given.workers, initializer=_quiet) as pool:
-        verdicts = list(pool.map(_judge_named, [case.name for case in combinations], chunksize=16))
-    for kind in ("refused", "wrong"):
-        for verdict in verdicts:
-            if verdict.kind == kind:
-                print(f"{kind:8} {verdict.name}: {verdict.words}")
-    counts = Counter(verdict.kind for verdict in verdicts)
-    print(f"{len(verdicts)} pairs: {counts['right']} right, {counts['wrong']} wrong, {counts['refused']} refused")
+        for verdict in tqdm(pool.map(_judge_named, work, chunksize=16), total=len(work), mininterval=5):
+            counts[verdict.kind] += 1
+            if verdict.kind != "right":
+                tqdm.write(f"{verdict.kind:8} {verdict.name}: {verdict.words}", file=sys.stdout)
+    share = counts["refused"] / max(len(work), 1)
+    print(
+        f"{given.stack}: {len(work)} options and pairs: {counts['right']} right, {counts['wrong']} wrong, "
+        f"{counts['refused']} refused ({share:.2%})"
+    )
     return 1 if counts["wrong"] else 0
 
 
@@ -169,13 +164,18 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _judge_named(name: str) -> Verdict:
-    return judge(_named()[name])
+def _judge_named(work: tuple[str, str]) -> Verdict:
+    stack, name = work
+    cases = _everything(stack)[name]
+    verdict = judge(together(cases), stack)
+    kind = verdict.kind
+    words = verdict.words
+    if kind == "refused" and not (len(cases) == 2 and refused(*cases)):
+        kind, words = "wrong", f"refused, but not listed: {words}"
+    return Verdict(name, kind, words)
 
 
-@functools.cache
-def _named() -> dict[str, Case]:
-    return {(one & two).name: one & two for one, two in pairs()}
+_everything = functools.cache(everything)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,26 @@ Each check takes a model and raises an `AssertionError` where it breaks the prom
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from catalogue import DIM, VOCABULARY, call, close, decode, static_cache, tokens
-from torch import Tensor
+from catalogue import (
+    DIM,
+    VOCABULARY,
+    beside,
+    call,
+    close,
+    context_width,
+    contexts,
+    decode,
+    further_ids,
+    static_cache,
+    tokens,
+)
+from torch import Tensor, nn
 
-from x_transformers import TransformerWrapper
+from x_transformers import AutoregressiveWrapper, TransformerWrapper
 
 LENGTH = 10
 LENGTHS = (10, 7, 3)
@@ -138,14 +150,183 @@ def learns(model: TransformerWrapper, without: Iterable[re.Pattern[str]] = ()) -
             assert size > 1e-9, f"{name} has a gradient of zero"
 
 
-def gradients(model: TransformerWrapper) -> Iterator[tuple[str, Tensor]]:
-    """Names and gradients of all parameters, each of which is used and has a finite one.
+def running(model: TransformerWrapper) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters, without those of layers that are built and never run (`layers_execute_order`)."""
+    stack = model.attn_layers
+    resting = [i for i in range(len(stack.layers)) if i not in stack.sequence.order]
+    idle = tuple(f"attn_layers.{part}.{i}." for i in resting for part in ("layers", "skip_combines"))
+    return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(idle)]
+
+
+def gradients(model: TransformerWrapper, **given: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and gradients of all parameters that run, each of which is used and has a finite one.
 
     In a combination some may be zero by right: a gain in front of a norm, a bias of all keys beside a softmax.
     """
-    out = call(model, tokens(3, LENGTH))
+    out = call(model, tokens(3, LENGTH), **given)
     (out * torch.randn_like(out)).sum().backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in running(model):
         assert parameter.grad is not None, f"{name} has no gradient"
         assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
         yield name, parameter.grad
+
+
+# The same promises for thousands of models: each row of a ragged batch runs alone once, and all else is held to it.
+
+PROMPTS, NEW = (5, 3, 1), 3
+"""Lengths of ragged prompts, and how many tokens they are continued by."""
+
+
+class Trial:
+    """A model and what it gives for rows of several lengths, each alone.
+
+    Args:
+        model: the model.
+        build: makes the like, with other weights each time.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: TransformerWrapper, build: Callable[[], TransformerWrapper]) -> None:
+        self.model, self.build = model, build
+        self.ids = tokens(len(LENGTHS), LENGTH)
+        self.lengths = torch.tensor(LENGTHS)
+        self.start = LENGTH - self.lengths
+        self.mask = torch.arange(LENGTH) < self.lengths[:, None]
+        self.alone = [call(self.model, self.ids[r : r + 1, :n], [r]) for r, n in enumerate(LENGTHS)]
+        # the same rows at the end of the axis, behind tokens that nobody may see
+        self.late = torch.stack([row.roll(int(s)) for row, s in zip(self.ids, self.start, strict=True)])
+
+    def early(self, together: Tensor) -> None:
+        """The outputs of rows that stand at the start."""
+        for row, alone in enumerate(self.alone):
+            close(together[row : row + 1, : alone.shape[1]], alone)
+
+    def at_the_end(self, together: Tensor) -> None:
+        """The outputs of rows that stand at the end."""
+        for row, alone in enumerate(self.alone):
+            close(together[row : row + 1, LENGTH - alone.shape[1] :], alone)
+
+
+@torch.no_grad()
+def is_causal(trial: Trial) -> None:
+    """Other tokens from `t` on move the output at `t`, and none before it."""
+    n = LENGTH
+    ids = trial.ids[:1].expand(n, n)
+    future = torch.arange(n) >= torch.arange(n)[:, None]
+    other = call(trial.model, torch.where(future, another(ids), ids), [0] * n)
+    one = trial.alone[0].expand(n, -1, -1)
+    close(other[~future], one[~future])
+    moved = (other - one).abs().amax(dim=-1).diagonal()
+    assert (moved > SEEN).all(), "the token at t moves nothing at t, so this test sees nothing"
+
+
+@torch.no_grad()
+def is_batched_causally(trial: Trial) -> None:
+    """Rows of a batch, cut anywhere, are what they are alone."""
+    trial.early(call(trial.model, trial.ids))
+
+
+@torch.no_grad()
+def is_batched(trial: Trial) -> None:
+    """Rows of a batch are what they are alone."""
+    together = call(trial.model, trial.ids)
+    for row in range(len(LENGTHS)):
+        alone = trial.alone[0] if row == 0 else call(trial.model, trial.ids[row : row + 1], [row])
+        close(together[row : row + 1], alone)
+
+
+@torch.no_grad()
+def pads_right(trial: Trial) -> None:
+    """What stands behind the mask does not matter."""
+    trial.early(call(trial.model, trial.ids, mask=trial.mask))
+
+
+@torch.no_grad()
+def pads_left(trial: Trial) -> None:
+    """What stands in front of a row does not matter."""
+    trial.at_the_end(call(trial.model, trial.late, seq_start_pos=trial.start))
+
+
+@torch.no_grad()
+def decodes_in_chunks(trial: Trial) -> None:
+    """Through a growing cache, chunks and single tokens give what each row gives alone."""
+    trial.early(decode(trial.model, trial.ids, (5, 3, 1, 1)))
+
+
+@torch.no_grad()
+def decodes_ragged_in_chunks(trial: Trial) -> None:
+    """Through fixed buffers, rows that start late give what each gives alone."""
+    cache = static_cache(trial.model, len(LENGTHS), LENGTH + 2)
+    trial.at_the_end(decode(trial.model, trial.late, (5, 1, 3, 1), cache=cache, seq_start_pos=trial.start))
+
+
+@torch.no_grad()
+def generates(trial: Trial) -> None:
+    """Ragged prompts go on with the tokens that are most likely for each alone."""
+    prompts = [row[:n] for row, n in zip(trial.ids, PROMPTS, strict=True)]
+    given = beside(trial.model, trial.ids)
+    if "embed_ids" in given:
+        given["embed_ids"] = further_ids(trial.model)
+    new = AutoregressiveWrapper(trial.model).generate(prompts, NEW, temperature=0.0, **given)
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat((prompt, new[row]))[None]
+        logits = call(trial.model, whole, [row])[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(-1, new[row, :, None])[:, 0]
+        close(chosen, logits.amax(dim=-1), 1e-4)  # equal logits may be told apart by rounding
+
+
+def has_gradients(trial: Trial) -> None:
+    """Every parameter that runs has a finite gradient, also where rows hold nothing but padding."""
+    for _ in gradients(trial.model, seq_start_pos=torch.tensor([0, 4, LENGTH])):
+        pass
+
+
+@torch.no_grad()
+def reads_its_state(trial: Trial) -> None:
+    """Another model with this one's state is this model."""
+    twin = trial.build()
+    twin.load_state_dict(trial.model.state_dict())
+    assert torch.equal(call(twin, trial.ids[:1], [0]), trial.alone[0])
+
+
+@torch.no_grad()
+def masks_its_context(trial: Trial) -> None:
+    """A padded context is the shorter one."""
+    context = contexts(context_width(trial.model))[: len(LENGTHS)].to(trial.alone[0])
+    lengths = torch.tensor([5, 2, 1])
+    together = call(trial.model, trial.ids, context=context, context_mask=torch.arange(5) < lengths[:, None])
+    for row, length in enumerate(lengths.tolist()):
+        own = slice(row, row + 1)
+        close(together[own], call(trial.model, trial.ids[own], [row], context=context[own, :length]))
+
+
+@torch.no_grad()
+def is_finite_in_bfloat16(trial: Trial) -> None:
+    """Every number is one, in padding too. The model stays in bfloat16."""
+    model = trial.model.bfloat16()
+    for given in ({"mask": trial.mask}, {"seq_start_pos": trial.start}):
+        out = call(model, trial.ids, **given)
+        assert out.dtype == torch.bfloat16
+        assert out.isfinite().all()
+
+
+_BOTH: dict[str, Callable[[Trial], None]] = {
+    "right padding": pads_right,
+    "left padding": pads_left,
+    "gradients": has_gradients,
+    "state": reads_its_state,
+    "bfloat16": is_finite_in_bfloat16,
+}
+_CAUSAL: dict[str, Callable[[Trial], None]] = {
+    "causality": is_causal,
+    "batch": is_batched_causally,
+    "decoding in chunks": decodes_in_chunks,
+    "ragged decoding": decodes_ragged_in_chunks,
+    "generation": generates,
+}
+PROMISES: dict[str, dict[str, Callable[[Trial], None]]] = {
+    "decoder": {**_CAUSAL, **_BOTH},
+    "encoder": {"batch": is_batched, **_BOTH},
+    "cross": {**_CAUSAL, "context": masks_its_context, **_BOTH},
+}
+"""What is asked of every combination, by kind of stack. The last one changes the model."""

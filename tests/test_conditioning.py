@@ -242,8 +242,12 @@ def test_deep_embeddings_of_a_model(more: dict) -> None:
     close(model(ids), plain(ids))
 
 
-def test_deep_embeddings_need_their_feedforwards() -> None:
-    with pytest.raises(ConfigError, match=r"`ff_deep_embed` has factors for 2 feedforwards.*the stack runs 0"):
+@torch.no_grad()
+def test_deep_embeddings_are_as_many_as_feedforwards_run() -> None:
+    stack = Decoder(**{**SMALL, "custom_layers": ("a", "f", "a"), "depth": None})
+    model = perturbed(TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack, ff_deep_embed=True))
+    assert model.ff_deep_embed.shape == (9, 1, DIM)
+    with pytest.raises(ConfigError, match=r"`ff_deep_embed` scales what feedforwards give.*runs none"):
         TransformerWrapper(
             num_tokens=9, max_seq_len=8, attn_layers=Decoder(**SMALL, only_attn=True), ff_deep_embed=True
         )

@@ -164,14 +164,13 @@ class TestHard:
 
 class TestGumbel:
     def test_keys_are_drawn_as_often_as_their_softmax_says(self) -> None:
-        module = attention(gumbel_softmax=True)
-        weighting = module.weighting["gumbel_softmax"]
+        weighting = attention(gumbel_softmax=True).train().weighting["gumbel_softmax"]
         logits = torch.tensor([0.0, 1.0, 2.0]).expand(1, 1, 20_000, 3)
         often = weighting(logits, None).mean(dim=-2)[0, 0]
         torch.testing.assert_close(often, torch.tensor([0.0, 1.0, 2.0]).softmax(dim=-1), atol=0.02, rtol=0)
 
-    def test_evaluation_draws_too_from_torchs_generator(self) -> None:
-        module, x = attention(gumbel_softmax=True), inputs()
+    def test_training_draws_from_torchs_generator(self) -> None:
+        module, x = attention(gumbel_softmax=True).train(), inputs()
         outputs = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
@@ -179,9 +178,17 @@ class TestGumbel:
         assert torch.equal(outputs[0], outputs[1])
         assert not torch.equal(outputs[0], outputs[2])
 
+    def test_evaluation_draws_nothing(self) -> None:
+        _, logits, weights = scores(attention(gumbel_softmax=True, gumbel_softmax_temp=0.7).eval(), inputs())
+        assert torch.equal(weights, F.one_hot(logits.argmax(dim=-1), 6).float())
+        soft = attention(gumbel_softmax=True, gumbel_softmax_temp=0.7, gumbel_softmax_hard=False).eval()
+        _, logits, weights = scores(soft, inputs())
+        close(weights, (logits / 0.7).softmax(dim=-1))
+
+    @pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
     @pytest.mark.parametrize("hard", [True, False])
-    def test_rows_without_keys_have_finite_gradients(self, hard: bool) -> None:
-        module = attention(gumbel_softmax=True, gumbel_softmax_temp=0.1, gumbel_softmax_hard=hard)
+    def test_rows_without_keys_have_finite_gradients(self, hard: bool, train: bool) -> None:
+        module = attention(gumbel_softmax=True, gumbel_softmax_temp=0.1, gumbel_softmax_hard=hard).train(train)
         mask = torch.tensor([[False, False, True, True, True, True]] * 2)
         out = module(inputs(), attn_mask=mask[:, None, None])
         assert (out[:, :2] == 0).all()

@@ -175,6 +175,26 @@ def test_project_away() -> None:
     assert project_away(x.bfloat16(), y).dtype is torch.bfloat16
 
 
+def test_nothing_is_left_of_a_multiple() -> None:
+    """A norm behind it would make unit vectors of what rounding leaves."""
+    y = torch.randn(20, 7)
+    x = (y * torch.randn(20, 1)).requires_grad_()
+    rest = project_away(x, y)
+    assert (rest == 0).all()
+    (grad,) = torch.autograd.grad(rest.sum(), x)
+    assert (grad == 0).all()
+    nearly = y + 1e-4 * torch.randn(20, 7)
+    assert (project_away(nearly, y).norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("part", ["laser", "l2_distance"])
+def test_gates_read_outputs_that_were_widened(part: str) -> None:
+    attention = Attention(**SMALL, output_gate=True, **{part: True}).bfloat16()
+    out = attention(torch.randn(2, 5, 8, dtype=torch.bfloat16))
+    assert out.dtype is torch.bfloat16
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_outputs_away_from_own_values(kv_heads: int) -> None:
     """R1: token by token, over all heads or head by head; never over the sequence."""

@@ -99,9 +99,16 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 def project_away(x: Tensor, y: Tensor) -> Tensor:
-    """The part of `x` that is orthogonal to `y` over the last axis: `x - <x, u> u` with `u = y / |y|`; x's dtype."""
+    """The part of `x` that is orthogonal to `y` over the last axis: `x - <x, u> u` with `u = y / |y|`; x's dtype.
+
+    Where `x` is a multiple of `y` (a token that reads itself alone), nothing is left, and a norm must not make
+    something of the rounding: the result is 0, with a gradient of 0.
+    """
     wide, unit = at_least_float32(x), l2norm(at_least_float32(y))
-    return (wide - (wide * unit).sum(dim=-1, keepdim=True) * unit).to(x.dtype)
+    rest = wide - (wide * unit).sum(dim=-1, keepdim=True) * unit
+    size, whole = (t.detach().square().sum(dim=-1, keepdim=True) for t in (rest, wide))
+    rounding = 8 * torch.finfo(wide.dtype).eps
+    return rest.masked_fill(size <= rounding**2 * whole, 0.0).to(x.dtype)
 
 
 def masked_mean(t: Tensor, mask: Tensor | None, dim: int = 1) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, cases, close, decode, name_of, static_cache, tokens
+from catalogue import BASE, CASES, Case, call, cases, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import CHUNKS, arguments, decodes
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from x_transformers.errors import InputError, ShapeError
 from x_transformers.intermediates import LayerIntermediates
 
 DECODERS = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="decoding"), ids=name_of)
+ONE_OF_EACH = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="decoding"), ids=name_of)
 STEPS = {
     "prefill": (10,),
     "singles": (1,) * 10,
@@ -52,7 +53,7 @@ def test_chunks_of_every_size(kind: str, steps: str) -> None:
     close(decode(model, ids, STEPS[steps], cache=cache), model(ids))
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="decoding"), ids=name_of)
+@ONE_OF_EACH
 @torch.no_grad()
 def test_the_cache_that_went_in_is_unchanged(stack: str, case: Case) -> None:
     model = case.build(stack)
@@ -78,7 +79,7 @@ def snapshot(cache: KVCache) -> dict[str, object]:
     return {**held, **copy.deepcopy(scalars)}
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="decoding"), ids=name_of)
+@ONE_OF_EACH
 @torch.no_grad()
 def test_arguments_of_a_pass_go_through_the_cache(stack: str, case: Case) -> None:
     """Masks, positions and memories mean in steps what they mean in one pass."""
@@ -102,7 +103,7 @@ def prepended(model: TransformerWrapper, rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 3, model.emb_dim), mask
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="decoding"), ids=name_of)
+@ONE_OF_EACH
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_prepended_embeddings_are_part_of_the_cache(stack: str, case: Case, kind: str) -> None:
@@ -205,7 +206,7 @@ def rows_of(record: LayerIntermediates, change: str, argument: object) -> LayerI
     return twin
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="decoding"), ids=name_of)
+@ONE_OF_EACH
 @torch.no_grad()
 def test_rows_can_be_reordered_and_repeated(stack: str, case: Case) -> None:
     """As beam search does: row r continues from another row's past."""

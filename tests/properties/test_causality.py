@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, cases, name_of
+from catalogue import BASE, Case, cases, name_of, one_of_each
 from promises import LENGTH, arguments, keeps_its_length, keeps_the_past
 
 CAUSAL = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="causality"), ids=name_of)
@@ -19,7 +19,7 @@ def test_removing_tokens_from_the_end_moves_nothing(stack: str, case: Case) -> N
     keeps_its_length(case.build(stack))
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="causality"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="causality"), ids=name_of)
 def test_the_past_stays_whatever_the_call(stack: str, case: Case) -> None:
     model = case.build(stack)
     for given in arguments(model, LENGTH, LENGTH).values():

@@ -1,8 +1,8 @@
-"""Key/value heads: with one, some or all of them every promise is kept, and they mean shared heads."""
+"""Key/value heads: with one or some of them every promise is kept, and they mean shared heads."""
 
 import pytest
 import torch
-from catalogue import BASE, HEADS, Case, call, cases, close, name_of, tokens
+from catalogue import BASE, HEADS, Case, call, close, name_of, one_of_each, tokens
 from promises import decodes, decodes_ragged, keeps_the_past, learns, pads
 
 from x_transformers import TransformerWrapper
@@ -26,8 +26,8 @@ def grouped(case: Case, kv_heads: int, stack: str = "decoder") -> TransformerWra
         return None
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="kv_heads"), ids=name_of)
-@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="kv_heads"), ids=name_of)
+@pytest.mark.parametrize("kv_heads", [1, 2])
 def test_promises(stack: str, case: Case, kv_heads: int) -> None:
     model = grouped(case, kv_heads, stack)
     if model is not None:
@@ -39,7 +39,7 @@ def test_promises(stack: str, case: Case, kv_heads: int) -> None:
         learns(model, case.without_gradient())
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="shared_heads"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "cross", exempt="shared_heads"), ids=name_of)
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @torch.no_grad()
 def test_shared_heads_are_equal_heads(stack: str, case: Case, kv_heads: int) -> None:

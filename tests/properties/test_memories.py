@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, decode, name_of, static_cache, tokens
+from catalogue import BASE, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import another
 
 from x_transformers import TransformerWrapper
 
 SEGMENT, MEMORY = 5, 16
-DECODERS = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="memories"), ids=name_of)
+DECODERS = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "cross", exempt="memories"), ids=name_of)
 
 
 def recurrent(case: Case, stack: str) -> TransformerWrapper:

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, context_width, contexts, name_of, tokens
+from catalogue import BASE, Case, call, cases, close, context_width, contexts, name_of, one_of_each, tokens
 from promises import LENGTH, another, decodes_ragged, pads
 
 from x_transformers import CrossAttender, Decoder, Encoder, TransformerWrapper
 
 EVERY = pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross", exempt="padding"), ids=name_of)
-DECODERS = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="padding"), ids=name_of)
 
 
 @EVERY
@@ -21,7 +20,7 @@ def test_left_padding(stack: str, case: Case) -> None:
     pads(case.build(stack), left=True)
 
 
-@DECODERS
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "cross", exempt="padding"), ids=name_of)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_left_padding_through_a_cache(stack: str, case: Case, kind: str) -> None:
     decodes_ragged(case.build(stack), static=kind == "static")

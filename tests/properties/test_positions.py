@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, cases, close, decode, name_of, static_cache, tokens
+from catalogue import BASE, CASES, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import CHUNKS, LENGTH, keeps_the_past
 
-EVERY = pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", exempt="positions"), ids=name_of)
+EVERY = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "encoder", exempt="positions"), ids=name_of)
 POSITIONAL = ("plain", "rotary-1", "rotary-4", "alibi-1", "t5_bias-1", "dynamic_bias-1", "absolute_positions-2")
 READS = pytest.mark.parametrize("case", [c for c in CASES if c.name in POSITIONAL], ids=name_of)
 
@@ -20,7 +20,7 @@ def test_the_usual_positions_change_nothing(stack: str, case: Case) -> None:
         close(call(model, ids, pos=given), wanted)
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="positions"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="positions"), ids=name_of)
 @torch.no_grad()
 def test_packed_positions_do_not_open_the_future(stack: str, case: Case) -> None:
     model = case.build(stack)

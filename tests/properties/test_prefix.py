@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, name_of, tokens
+from catalogue import BASE, Case, call, close, name_of, one_of_each, tokens
 from promises import LENGTH, another
 from torch import Tensor
 
@@ -10,8 +10,8 @@ from x_transformers import TransformerWrapper
 from x_transformers.errors import InputError, ShapeError
 
 P = 3
-DECODERS = pytest.mark.parametrize(("stack", "case"), cases("decoder", exempt="prefix"), ids=name_of)
-EVERY = pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", exempt="prefix"), ids=name_of)
+DECODERS = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="prefix"), ids=name_of)
+EVERY = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "encoder", exempt="prefix"), ids=name_of)
 FRAMES = {
     "none": {},
     "memory": {"num_memory_tokens": 2},

@@ -115,7 +115,6 @@ EXECUTE_ORDER = Feature(
     summary="sublayers in another order, or several times",
     paper="2107.10342",
     examples=({"layers_execute_order": (0, 1, 0, 1, 2, 3)},),
-    exempt={"cross": "with cross-attention six sublayers are built, of which the example's order runs four"},
 )
 
 CUSTOM = Feature(

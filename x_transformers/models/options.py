@@ -27,13 +27,8 @@ def check_options(given: Mapping[str, Any]) -> None:
     _check_heads(given)
     if given["tie_embedding"]:
         _check_tied(given, layers)
-    if given["ff_deep_embed"]:
-        run = sum(layers.layer_types[index] == "f" for index in layers.sequence.order)
-        if run < layers.depth:
-            raise ConfigError(
-                f"`ff_deep_embed` has factors for {layers.depth} feedforwards, as many as `depth`, but the stack runs "
-                f"{run}; drop it, or let every block have one."
-            )
+    if given["ff_deep_embed"] and not layers.sequence.count("f", layers.sequence.order):
+        raise ConfigError("`ff_deep_embed` scales what feedforwards give, but the stack runs none; drop it.")
     _name_idle(given)
 
 

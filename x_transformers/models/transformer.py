@@ -77,7 +77,7 @@ class TransformerWrapper(Model):
         mixture_of_softmax, mixture_of_softmax_k: logits are log-probabilities of a mixture of k softmaxes (1711.03953).
         sigsoftmax_logits: `z + log sigmoid(z)` in place of logits z (1805.10829).
         ff_deep_embed: each token has a learned factor per channel on the output of each of the first `depth`
-            feedforwards that run.
+            feedforwards that run (of all, if fewer run).
         to_logits: this module in place of a new head.
         add_continuous_pred_head: a second head predicts the next token's embedding.
         input_not_include_cache: default of the argument of a pass.
@@ -166,7 +166,8 @@ class TransformerWrapper(Model):
         self.embedded = frozenset(embed_num_tokens or ())
         self.post_emb_norm = LayerNorm(emb_dim) if post_emb_norm else None
         self.init_()
-        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, attn_layers.depth, dim)) if ff_deep_embed else None
+        deep = min(attn_layers.depth, attn_layers.sequence.count("f", attn_layers.sequence.order))
+        self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, deep, dim)) if ff_deep_embed else None
         self.recycled_proj = LinearNoBias(dim, dim) if recycling else None
         self.cls_token = nn.Parameter(torch.randn(num_cls_tokens, dim) * 0.02) if use_cls_token else None
         self.attn_pool = None

@@ -105,7 +105,8 @@ class ValueGates(ValueMod):
         if self.input is not None:
             logits = split_heads(self.input(seen.x), self.heads)
         if self.output is not None:
-            own = split_heads(self.output(merge_heads(out)), self.heads)
+            # parts that need float32 have widened `out`; the weights are of the stream's dtype
+            own = split_heads(self.output(merge_heads(out).to(seen.x.dtype)), self.heads)
             logits = own if logits is None else logits + own
         assert logits is not None
         return out * (torch.nn.functional.silu(logits) if self.swiglu else logits.sigmoid())

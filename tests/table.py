@@ -1,0 +1,406 @@
+"""Every option of a decoder, as a table: one representative for each, and which of them are alternatives.
+
+A pair of options counts unless both are alternatives of one choice (`FAMILIES`) or give one keyword two values.
+`python tests/pairs.py` judges every pair that counts; those of `REFUSED` mean nothing together.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from catalogue import DIM, HEADS, VOCABULARY, Case
+from torch import nn
+
+ON = True
+ROTARY = {"rotary_pos_emb": ON}
+STREAMS = {"num_residual_streams": 2}
+HYBRID = {"attn_hybrid_module": nn.GRU(DIM, HEADS * 8, batch_first=True)}
+COPE = {"attn_use_cope": ON, "attn_cope_max_pos": 4}
+LATENT = {"attn_use_latent_kv": ON, "attn_dim_latent_kv": 6}
+FORGETTING = {"attn_data_dependent_alibi": ON}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    # which sublayers run
+    "only_attn": {"only_attn": ON},
+    "macaron": {"macaron": ON},
+    "weight_tie_layers": {"weight_tie_layers": ON},
+    "layers_execute_order": {"layers_execute_order": (0, 1, 0, 1, 2, 3)},
+    "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
+    "sandwich_coef": {"sandwich_coef": 1},
+    "par_ratio": {"par_ratio": 2},
+    # norms
+    "norm_add_unit_offset": {"norm_add_unit_offset": False},
+    "use_rmsnorm": {"use_rmsnorm": ON},
+    "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
+    "use_scalenorm": {"use_scalenorm": ON},
+    "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
+    "use_derf": {"use_derf": ON},
+    "use_adaptive_layernorm": {"use_adaptive_layernorm": ON},
+    "use_adaptive_rmsnorm": {
+        "use_adaptive_rmsnorm": ON,
+        "dim_condition": 6,
+        "adaptive_condition_mlp": ON,
+        "adaptive_condition_mlp_expansion": 2,
+    },
+    "pre_norm": {"pre_norm": False},
+    "pre_norm_has_final_norm": {"pre_norm_has_final_norm": False},
+    "pre_and_post_norm": {"pre_and_post_norm": ON},
+    "sandwich_norm": {"sandwich_norm": ON},
+    "softclamp_output": {"softclamp_output": ON, "softclamp_output_value": 1.5},
+    # residual connections
+    "scale_residual": {"scale_residual": ON},
+    "scale_residual_constant": {"scale_residual_constant": 0.8},
+    "gate_residual": {"gate_residual": ON},
+    "orthog_residual": {"orthog_residual": ON},
+    "mv_split_residual": {"mv_split_residual": ON},
+    "num_residual_streams": {**STREAMS, "hyper_conn_sinkhorn_iters": 2},
+    "hyper_conn_reference_mix": {**STREAMS, "hyper_conn_reference_mix": ON},
+    "gated_multi_residual": {**STREAMS, "gated_multi_residual": ON, "residual_fn_kwargs": {"read_gate_rank": 3}},
+    "qkv_receive_diff_residuals": {**STREAMS, "qkv_receive_diff_residuals": ON},
+    "resi_dual": {"resi_dual": ON, "resi_dual_scale": 0.5},
+    "depth_scale_residual": {"depth_scale_residual": ON},
+    "zero_init_branch_output": {"zero_init_branch_output": ON},
+    "use_layerscale": {"use_layerscale": ON, "layerscale_init_value": 0.1},
+    "use_adaptive_layerscale": {"use_adaptive_layerscale": ON},
+    # reading more than the stream
+    "attn_aggregated_residuals": {
+        "attn_aggregated_residuals": ON,
+        "attn_aggregated_residual_kwargs": {"lora_rank": 4},
+    },
+    "integrate_layers": {"integrate_layers": ON},
+    "layer_integrate_use_softmax": {"integrate_layers": ON, "layer_integrate_use_softmax": False},
+    "unet_skips": {"unet_skips": ON},
+    "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
+    "shift_tokens": {"shift_tokens": 1},
+    "layer_dropout": {"layer_dropout": 0.2},
+    "add_value_residual": {"add_value_residual": ON},
+    "learned_value_residual_mix": {"add_value_residual": ON, "learned_value_residual_mix": False},
+    "residual_attn": {"residual_attn": ON},
+    # positions
+    "rotary_pos_emb": ROTARY,
+    "rotary_base_rescale_factor": {
+        **ROTARY,
+        "rotary_emb_dim": 8,
+        "rotary_interpolation_factor": 2.0,
+        "rotary_base_rescale_factor": 4.0,
+    },
+    "rotate_num_heads": {**ROTARY, "rotate_num_heads": 2},
+    "rotary_xpos": {"rotary_xpos": ON, "rotary_xpos_scale_base": 16},
+    "polar_pos_emb": {"polar_pos_emb": ON, "polar_bias_uniform_init": ON},
+    "alibi_pos_bias": {"alibi_pos_bias": ON},
+    "alibi_num_heads": {"alibi_pos_bias": ON, "alibi_num_heads": 2},
+    "rel_pos_kwargs": {"alibi_pos_bias": ON, "rel_pos_kwargs": {"slopes": [0.5, 0.25, 0.125, 0.1]}},
+    "rel_pos_bias": {"rel_pos_bias": ON, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},
+    "dynamic_pos_bias": {"dynamic_pos_bias": ON},
+    "dynamic_pos_bias_norm": {
+        "dynamic_pos_bias": ON,
+        "dynamic_pos_bias_log_distance": ON,
+        "dynamic_pos_bias_mlp_depth": 1,
+        "dynamic_pos_bias_norm": ON,
+    },
+    "disable_abs_pos_emb": {"disable_abs_pos_emb": ON},
+    "attn_data_dependent_alibi": {**FORGETTING, "attn_data_dependent_alibi_kwargs": {"post_log_scale": 0.5}},
+    "attn_data_dependent_alibi_per_row": {
+        **FORGETTING,
+        "attn_data_dependent_alibi_per_row": ON,
+        "attn_data_dependent_alibi_per_row_dim_head": 4,
+    },
+    "attn_use_rel_proj_pos_bias": {
+        "attn_use_rel_proj_pos_bias": ON,
+        "attn_rel_proj_max_dist": 6,
+        "attn_rel_proj_num_distance_basis": 3,
+    },
+    "attn_use_cope": COPE,
+    "attn_cope_talking_heads": {**COPE, "attn_cope_soft_onehot_pos": ON, "attn_cope_talking_heads": ON},
+    # queries, keys and the kernel
+    "attn_dim_head": {"attn_dim_head": 16},
+    "attn_value_dim_head": {"attn_value_dim_head": 12},
+    "attn_kv_heads": {"attn_kv_heads": 2},
+    "attn_one_kv_head": {"attn_one_kv_head": ON},
+    "attn_flash": {"attn_flash": ON},
+    "attn_onnxable": {"attn_onnxable": ON, "attn_attend_sdp_kwargs": {"enable_flash": False}},
+    "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
+    "attn_qk_norm_dim_scale": {"attn_qk_norm": ON, "attn_qk_norm_dim_scale": ON},
+    "attn_qk_rmsnorm": {"attn_qk_rmsnorm": ON},
+    "attn_k_rmsnorm": {"attn_k_rmsnorm": ON},
+    "attn_l2_distance": {"attn_l2_distance": ON},
+    "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
+    "attn_use_latent_kv": LATENT,
+    "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
+    "attn_num_mem_kv": {"attn_num_mem_kv": 3},
+    "attn_add_zero_kv": {"attn_add_zero_kv": ON},
+    "attn_head_learned_sink": {"attn_head_learned_sink": ON},
+    # scores and weights
+    "attn_max_attend_past": {"attn_max_attend_past": 4},
+    "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
+    "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
+    "attn_post_talking_heads": {"attn_post_talking_heads": ON},
+    "attn_pre_scale_post_talking_heads": {"attn_pre_scale_post_talking_heads": ON},
+    "attn_cog_signed": {"attn_cog_signed": ON},
+    "attn_selective": {"attn_selective": ON},
+    "attn_sigmoid": {"attn_sigmoid": ON},
+    "attn_sparse_topk": {"attn_sparse_topk": 3, "attn_sparse_topk_straight_through": ON},
+    "attn_hard": {"attn_hard": ON},
+    "attn_gumbel_softmax": {
+        "attn_gumbel_softmax": ON,
+        "attn_gumbel_softmax_hard": False,
+        "attn_gumbel_softmax_temp": 0.7,
+    },
+    "attn_custom_attn_fn": {"attn_custom_attn_fn": torch.relu},
+    "attn_dropout": {"attn_dropout": 0.1, "attn_sublayer_dropout": 0.1},
+    # values and outputs
+    "attn_value_rmsnorm": {"attn_value_rmsnorm": ON},
+    "attn_laser": {"attn_laser": ON, "attn_laser_softclamp_value": 2.0},
+    "attn_head_scale": {"attn_head_scale": ON},
+    "attn_gate_value_heads": {"attn_gate_value_heads": ON},
+    "attn_hybrid_module": HYBRID,
+    "attn_hybrid_fold_axial_dim": {**HYBRID, "attn_hybrid_fold_axial_dim": 2, "attn_hybrid_learned_mix": ON},
+    "attn_gate_values": {"attn_gate_values": ON},
+    "attn_gate_values_headwise": {"attn_gate_values": ON, "attn_gate_values_headwise": ON},
+    "attn_swiglu_values": {"attn_gate_values": ON, "attn_gate_values_rank": 4, "attn_swiglu_values": ON},
+    "attn_output_gate": {"attn_output_gate": ON, "attn_output_gate_rank": 3, "attn_low_rank_silu_gates": False},
+    "attn_output_gate_headwise": {"attn_output_gate": ON, "attn_output_gate_headwise": ON},
+    "attn_orthog_projected_values": {"attn_orthog_projected_values": ON},
+    "attn_orthog_projected_values_per_head": {"attn_orthog_projected_values_per_head": ON},
+    "attn_on_attn": {"attn_on_attn": ON},
+    "attn_zero_init_output": {"attn_zero_init_output": ON},
+    "attn_output_proj_depth": {"attn_output_proj_depth": 2},
+    "attn_project_out": {"heads": 2, "attn_project_out": False},
+    # feedforward
+    "ff_mult": {"ff_mult": 2},
+    "ff_no_bias": {"ff_no_bias": ON},
+    "ff_dropout": {"ff_dropout": 0.1, "ff_sublayer_dropout": 0.1},
+    "ff_zero_init_output": {"ff_zero_init_output": ON},
+    "ff_output_proj_depth": {"ff_output_proj_depth": 2},
+    "ff_glu": {"ff_glu": ON, "ff_glu_mult_bias": ON},
+    "ff_glu_softclamp": {
+        "ff_glu": ON,
+        "ff_glu_softclamp": ON,
+        "ff_glu_gate_softclamp_value": 0.5,
+        "ff_glu_up_softclamp_value": 2.0,
+    },
+    "ff_softclamp_value": {"ff_softclamp_value": 2.0},
+    "ff_relu_squared": {"ff_relu_squared": ON},
+    "ff_solu": {"ff_solu": ON},
+    "ff_swish": {"ff_swish": ON},
+    "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
+    "ff_post_act_ln": {"ff_post_act_ln": ON},
+    # the model around the stack
+    "use_abs_pos_emb": {"use_abs_pos_emb": False},
+    "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
+    "num_memory_tokens": {"num_memory_tokens": 3},
+    "memory_tokens_interspersed_every": {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 3},
+    "max_mem_len": {"max_mem_len": 16, "shift_mem_down": 1},
+    "emb_dim": {"emb_dim": 10},
+    "embed_num_tokens": {"embed_num_tokens": {"kind": 5}},
+    "emb_dropout": {"emb_dropout": 0.1},
+    "emb_frac_gradient": {"emb_frac_gradient": 0.1},
+    "post_emb_norm": {"post_emb_norm": ON},
+    "l2norm_embed": {"l2norm_embed": ON},
+    "tie_embedding": {"tie_embedding": ON, "tie_embedding_scale": 0.5},
+    "logits_dim": {"logits_dim": 20},
+    "to_logits": {"to_logits": nn.Linear(DIM, VOCABULARY)},
+    "ff_deep_embed": {"ff_deep_embed": ON},
+}
+"""What a user writes for each option, by the keyword that it stands for."""
+
+CROSS: dict[str, dict[str, Any]] = {
+    "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
+    "cross_residual_attn": {"cross_residual_attn": ON},
+    "cross_attn_dim_head": {"cross_attn_dim_head": 12},
+    "cross_attn_dim_context": {"cross_attn_dim_context": 12},
+    "cross_attn_kv_heads": {"cross_attn_kv_heads": 1, "cross_attn_one_kv_head": False},
+    "cross_attn_num_mem_kv": {"cross_attn_num_mem_kv": 2},
+    "cross_attn_gate_values": {"cross_attn_gate_values": ON},
+    "only_cross": {"only_cross": ON},
+    "custom_layers": {"custom_layers": ("a", "c", "f", "f", "a", "c"), "depth": None},
+    "par_ratio": {"par_ratio": 4},
+}
+"""What a decoder with cross-attention has beside: keywords that only it reads, and examples of overriding `attn_`."""
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "norm": (
+        "use_rmsnorm",
+        "use_simple_rmsnorm",
+        "use_scalenorm",
+        "use_dynamic_tanh",
+        "use_derf",
+        "use_adaptive_layernorm",
+        "use_adaptive_rmsnorm",
+    ),
+    "where norms stand": ("pre_norm", "pre_and_post_norm", "sandwich_norm", "resi_dual"),
+    "residual connection": (
+        "gate_residual",
+        "orthog_residual",
+        "mv_split_residual",
+        "num_residual_streams hyper_conn_reference_mix qkv_receive_diff_residuals",
+        "gated_multi_residual",
+        "resi_dual",
+        "attn_aggregated_residuals",
+    ),
+    "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
+    "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
+    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers"),
+    "order of execution": ("weight_tie_layers", "layers_execute_order"),
+    "rotated positions": (
+        "rotary_pos_emb rotary_base_rescale_factor rotate_num_heads attn_latent_rope_subheads",
+        "rotary_xpos",
+        "polar_pos_emb",
+    ),
+    "which heads rotate": ("rotate_num_heads", "attn_latent_rope_subheads"),
+    "relative position bias": (
+        "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
+        "rel_pos_bias",
+        "dynamic_pos_bias dynamic_pos_bias_norm",
+    ),
+    "bias by distance": (
+        "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
+        "rel_pos_bias",
+        "attn_data_dependent_alibi attn_data_dependent_alibi_per_row",
+    ),
+    "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
+    "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb"),
+    "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
+    "norm of keys": ("attn_qk_rmsnorm", "attn_k_rmsnorm"),
+    "weighting": (
+        "attn_sigmoid",
+        "attn_sparse_topk",
+        "attn_hard",
+        "attn_gumbel_softmax",
+        "attn_custom_attn_fn",
+    ),
+    "value gate": ("attn_gate_values", "attn_swiglu_values", "attn_gate_values_headwise"),
+    "output gate": ("attn_output_gate", "attn_output_gate_headwise"),
+    "output projection of attention": ("attn_on_attn", "attn_project_out"),
+    "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
+    "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
+    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_custom_activation"),
+    "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
+    "logits": ("tie_embedding", "logits_dim", "to_logits"),
+}
+"""Alternatives of one choice, divided by commas; names in one string are details of one alternative."""
+
+ELSEWHERE = {
+    "dim": "every model of the tests has one",
+    "cross_attend": "the third kind of stack: `--stack cross`",
+    "verbose": "says what is built, and changes nothing",
+    "attn_dim_context": "of a cross-attention; in a stack the others read their own stream",
+    "attn_dim_out": "in a stack it is `dim`",
+    "ff_dim_out": "in a stack it is `dim`",
+    "attn_inverted_attention": "of cross-attention, whose `cross_attn_inverted_attention` no causal stack can have",
+    "attn_hybrid_mask_kwarg": "the name of an argument of a module that reads masks; `tests/test_hybrid.py`",
+    "attn_learned_value_residual_mix": "set by the stack, by `learned_value_residual_mix`",
+    "num_tokens": "every model of the tests has one",
+    "max_seq_len": "every model of the tests has one",
+    "attn_layers": "every model of the tests has one",
+    "return_only_embed": "a model without logits cannot generate; `tests/test_units.py`",
+    "attn_z_loss_weight": "of a loss that a pass returns on request; `tests/test_units.py`",
+    "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
+    "token_emb": "a module in place of the table; `tests/test_units.py`",
+    "input_not_include_cache": "the default of an argument that every test of decoding passes",
+}
+"""Keywords of a causal decoder without a row, and why."""
+
+
+NOT_IN: dict[str, dict[str, str]] = {
+    "decoder": {},
+    "encoder": {
+        "rotary_xpos": "needs a causal stack",
+        "attn_data_dependent_alibi_per_row": "looks back from each query",
+        "attn_use_cope": "counts the keys up to the query",
+        "attn_cope_talking_heads": "counts the keys up to the query",
+        "attn_selective": "lets tokens suppress earlier ones for later ones",
+        "memory_tokens_interspersed_every": "needs a causal stack",
+    },
+    "cross": {},
+}
+"""Rows that a kind of stack refuses by themselves, and why."""
+
+
+@functools.cache
+def cases_of(stack: str) -> tuple[Case, ...]:
+    """The rows of the table that this kind of stack can have at all."""
+    rows = {**OPTIONS, **CROSS} if stack == "cross" else OPTIONS
+    return tuple(Case(name, (), keywords) for name, keywords in rows.items() if name not in NOT_IN[stack])
+
+
+_ALTERNATIVE = {
+    family: {name: number for number, group in enumerate(groups) for name in group.split()}
+    for family, groups in FAMILIES.items()
+}
+
+
+def alternatives(one: str, two: str) -> bool:
+    """Whether a choice names both, as different alternatives."""
+    return any(one in of and two in of and of[one] != of[two] for of in _ALTERNATIVE.values())
+
+
+def contradict(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    """Whether a keyword has two values."""
+    return any(not _same(one[name], two[name]) for name in one.keys() & two.keys())
+
+
+def _same(one: Any, two: Any) -> bool:
+    return one is two or (not isinstance(one, nn.Module) and type(one) is type(two) and one == two)
+
+
+def may_meet(one: Case, two: Case) -> bool:
+    """Whether two rows are a pair that counts."""
+    return not alternatives(one.name, two.name) and not contradict(one.keywords, two.keywords)
+
+
+def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
+    """Every pair that counts."""
+    return (pair for pair in itertools.combinations(cases_of(stack), 2) if may_meet(*pair))
+
+
+REFUSED: dict[str, str] = {
+    "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips",
+    "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
+    "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
+    "pre_norm_has_final_norm": "resi_dual",
+    "sandwich_norm": "gated_multi_residual",
+    "scale_residual": (
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "qkv_receive_diff_residuals resi_dual"
+    ),
+    "scale_residual_constant": (
+        "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
+        "gated_multi_residual qkv_receive_diff_residuals resi_dual"
+    ),
+    "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
+    "attn_project_out": (
+        "cross_attn_dim_head "
+        "depth_scale_residual zero_init_branch_output rel_pos_kwargs attn_dim_head attn_value_dim_head "
+        "attn_hybrid_module attn_hybrid_fold_axial_dim"
+    ),
+    "integrate_layers": "attn_use_latent_kv attn_latent_rope_subheads",
+    "layer_integrate_use_softmax": "attn_use_latent_kv attn_latent_rope_subheads",
+    "attn_flash": (
+        "cross_residual_attn "
+        "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
+        "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
+        "attn_sigmoid attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
+    ),
+    "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
+    "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
+    "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",
+    "attn_dim_head": "attn_hybrid_module attn_hybrid_fold_axial_dim",
+    "attn_value_dim_head": "attn_hybrid_module attn_hybrid_fold_axial_dim",
+    "attn_head_learned_sink": "attn_sigmoid",
+    "attn_pre_scale_post_talking_heads": "attn_laser",
+    "attn_cog_signed": "attn_laser",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_custom_activation",
+    "emb_dim": "tie_embedding",
+}
+"""Pairs that count and mean nothing together: names that refuse the key; construction says why."""
+
+
+def refused(one: Case, two: Case) -> bool:
+    """Whether the pair stands in `REFUSED`."""
+    return two.name in REFUSED.get(one.name, "").split() or one.name in REFUSED.get(two.name, "").split()
