@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, is_foundation, name_of, static_cache, tokens
+from catalogue import BASE, Case, call, close, is_foundation, name_of, one_of_each, static_cache, tokens
 from torch import Tensor, fx
 
 LENGTH = 8
@@ -23,7 +23,7 @@ class Counter:
 
 def foundation(exempt: str) -> list[tuple[str, Case]]:
     """The features that most models are made of; tracing every feature would take longer than all other tests."""
-    return [(stack, case) for stack, case in cases("decoder", exempt=exempt) if is_foundation(case)]
+    return [(stack, case) for stack, case in one_of_each("decoder", exempt=exempt) if is_foundation(case)]
 
 
 @pytest.fixture(autouse=True)
