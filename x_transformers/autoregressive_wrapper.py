@@ -282,9 +282,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             **kwargs,
         )
         steps = decoding.run(seq_len, eos_token, self.pad_value)
-        # compiled steps gain nothing by it
-        ahead = () if compile else (self, *models)
-        with torch.inference_mode(), evaluating(self, *models), prepared(*ahead):
+        with torch.inference_mode(), evaluating(self, *models), prepared(self, *models):
             new = list(with_progress(steps, seq_len) if progress else steps)
         # outside of inference mode: tokens that training may use
         tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)

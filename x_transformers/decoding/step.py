@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -139,7 +140,7 @@ class Cached(Branching):
     ) -> None:
         self.net, self.arguments, self.window, self.step, self.record = net, arguments, window, step, None
         self.cache = cache.begin(0)
-        self.first, self.length = 0, held
+        self.first, self.length, self.stepped = 0, held, False
 
     def read(self, sequences: Sequences) -> Tensor:
         if self.window is not None:
@@ -150,7 +151,10 @@ class Cached(Branching):
         keep_masks = self.cache.is_static and self.net.layout.every is None
         arguments = self.arguments.at(self.length, sequences.tokens, first=self.first, new=new, keep_masks=keep_masks)
         if self.step is not None and self.record is not None and new == 1:
-            return self.step(self.net, sequences.newest(1), self.cache, start, arguments)
+            # the first step of a text asks whether its graph still fits; behind it only values change
+            with unguarded() if self.stepped else nullcontext():
+                self.stepped = True
+                return self.step(self.net, sequences.newest(1), self.cache, start, arguments)
         logits, record = _pass(self.net, sequences.newest(new), self.cache, start, arguments)
         self.record = record if self.step is None else settled(record)
         assert self.record.cache is not None
@@ -204,6 +208,14 @@ def settled(record: LayerIntermediates) -> LayerIntermediates:
     if twin.cache.positions is not None:
         twin.cache.positions = twin.cache.positions.clone()
     return twin
+
+
+def unguarded() -> Any:
+    """Compiled functions are called without asking anew whether their graphs fit, which takes as long as a layer."""
+    try:
+        return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    except TypeError:  # a PyTorch that always asks
+        return nullcontext()
 
 
 def compiled_advance(**options: Any) -> Step:
