@@ -264,7 +264,6 @@ def test_what_is_trained(own):
         {"net": {"num_memory_tokens": 2}},
         {"net": {"mixture_of_softmax": True}},
     ],
-    ids=str,
 )
 def test_generation_ends_without_masks(options):
     model = build(**options)
