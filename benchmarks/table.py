@@ -1,0 +1,148 @@
+"""The README's table of options, made from the catalogue and the recorded costs: `python -m benchmarks.table --write`.
+
+Without `--write` the table is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.configurations import (
+    DEPTH,
+    DIM,
+    FEATURES,
+    HEADS,
+    LENGTH,
+    ROWS,
+    Configuration,
+    build,
+    configuration,
+    field_of,
+    owns,
+)
+from benchmarks.options import recorded
+from x_transformers import TransformerWrapper
+from x_transformers.attention.backends.base import Situation
+from x_transformers.attention.base import Needs
+from x_transformers.errors import ConfigError
+from x_transformers.options.schema import Feature
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- options: made by `python -m benchmarks.table --write` -->", "<!-- end of the options -->"
+GROUPS = {"attn": "Attention", "ff": "Feedforward", "stack": "Stack", "model": "Model"}
+HEADING = "| keyword | what it does | paper | fused | speed |\n| --- | --- | --- | --- | ---: |"
+CUDA = Situation("cuda", torch.bfloat16, grad=True)
+CPU = Situation("cpu", torch.float32, grad=True)
+
+
+def keywords(case: Configuration) -> dict[str, object]:
+    """By which keywords (and values) a user switches the feature on, the measured ones first."""
+    feature, switches = case.feature, {}
+    for example in (case.having, *feature.examples):
+        mine = {name: value for name, value in example.items() if owns(feature, name)}
+        if feature.group == "model":  # no options to ask: the first keyword switches, others shape
+            mine = dict(list(mine.items())[:1])
+        found = {name: value for name, value in mine.items() if _switches(feature, name, value)}
+        switches.update((name, value) for name, value in found.items() if name not in switches)
+    return switches
+
+
+def _switches(feature: Feature, keyword: str, value: object) -> bool:
+    """Whether this alone turns the feature on; each keyword counts where the feature is never off."""
+    name = field_of(feature, keyword)
+    default = feature.options()
+    if name is None or feature.enabled(default):
+        return True
+    try:
+        return feature.enabled(dataclasses.replace(default, **{name: value}))
+    except ConfigError:  # it needs company
+        return value is True
+
+
+def kernels(model: TransformerWrapper, situation: Situation) -> set[str]:
+    """Names of the backends that the model's attentions choose in training, with padding and a bias in a pass."""
+    cores = [branch.attention.core for branch in model.attn_layers.branches("a", "c")]
+    return {core.choose(situation, core.needs | Needs.MASK | Needs.BIAS)[0].name for core in cores}
+
+
+def fused(case: Configuration) -> str:
+    """Which fused kernel hosts the option in training."""
+    model = build(case.having, case.causal).net
+    gpu, cpu = kernels(model, CUDA), kernels(model, CPU)
+    if gpu == {"explicit"}:
+        return "no"
+    name = {"sdpa": "SDPA", "flex": "Flex"}
+    names = " and ".join(name[each] for each in sorted(gpu - {"explicit"}))
+    if "explicit" in gpu:
+        return f"{names} in part"
+    return names if cpu == gpu else f"{names}, on a GPU"
+
+
+def paper(number: str | None) -> str:
+    """A link to where the idea was published."""
+    if number is None:
+        return ""
+    if number.startswith("OpenReview "):
+        return f"[{number}](https://openreview.net/forum?id={number.split()[1]})"
+    return f"[{number}](https://arxiv.org/abs/{number})"
+
+
+def row(name: str, cost: float | None) -> str:
+    """The feature's line."""
+    case = configuration(name)
+    cells = (
+        "<br>".join(f"`{name} = False`" if value is False else f"`{name}`" for name, value in keywords(case).items()),
+        case.feature.summary.replace("|", r"\|"),
+        paper(case.feature.paper),
+        fused(case),
+        "" if cost is None else f"{cost:.2f}",
+    )
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def provenance() -> Iterator[str]:
+    """Where the costs come from: a sentence for each machine."""
+    size = f"{DEPTH} layers, {HEADS} heads, {DIM} dimensions, {ROWS} rows of {LENGTH} tokens"
+    for each in sorted(recorded(), key=lambda each: -len(each["costs"])):
+        machine, names = each["machine"], list(each["costs"])
+        threads = f"{machine['threads']} thread{'s' if machine['threads'] != '1' else ''}"
+        where = f"{machine['processor']}, {threads}, PyTorch {machine['torch']}"
+        if len(names) > len(FEATURES) / 2:
+            yield f"Measured on {where}: float32, {size}."
+        else:
+            firsts = ", ".join(f"`{next(iter(keywords(configuration(name))))}`" for name in names)
+            yield f"On {where}: {firsts}."
+
+
+def table() -> str:
+    """What stands between the two marks, them included."""
+    cost = {name: value for each in recorded() for name, value in each["costs"].items()}
+    blocks = [START, *provenance()]
+    for group, title in GROUPS.items():
+        rows = [row(name, cost.get(name)) for name, feature in FEATURES.items() if feature.group == group]
+        blocks += [f"### {title}", "\n".join((HEADING, *rows))]
+    return "\n\n".join((*blocks, END))
+
+
+def written(readme: str) -> str:
+    """The README with the table as it is now."""
+    before, rest = readme.split(START)
+    return before + table() + rest.split(END)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    if parser.parse_args().write:
+        README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
