@@ -202,6 +202,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "post_emb_norm": {"post_emb_norm": ON},
     "l2norm_embed": {"l2norm_embed": ON},
     "tie_embedding": {"tie_embedding": ON, "tie_embedding_scale": 0.5},
+    "mixture_of_softmax": {"mixture_of_softmax": ON, "mixture_of_softmax_k": 2},
+    "sigsoftmax_logits": {"sigsoftmax_logits": ON},
     "logits_dim": {"logits_dim": 20},
     "to_logits": {"to_logits": nn.Linear(DIM, VOCABULARY)},
     "ff_deep_embed": {"ff_deep_embed": ON},
@@ -302,6 +304,19 @@ ELSEWHERE = {
     "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
     "token_emb": "a module in place of the table; `tests/test_units.py`",
     "input_not_include_cache": "the default of an argument that every test of decoding passes",
+    "num_output_heads": "several logits, of which none is generated from; `tests/test_outputs.py`",
+    "add_continuous_pred_head": "a head that a pass reads on request; `tests/test_outputs.py`",
+    "average_pool_embed": "one output for the whole sequence, which no cache can have; `tests/test_outputs.py`",
+    "use_cls_token": "outputs for the whole sequence, which no cache can have; `tests/test_outputs.py`",
+    "num_cls_tokens": "of `use_cls_token`",
+    "attn_pool": "an output of an encoder, and a record beside it of a decoder; `tests/test_outputs.py`",
+    "num_pooled_tokens": "of `attn_pool`",
+    "attn_pool_depth": "of `attn_pool`",
+    "dim_pooled_tokens": "of `attn_pool`",
+    "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
+    "train_max_recycle_steps": "of `recycling`",
+    "looped": "refused in words",
+    "max_looped_steps": "refused in words",
 }
 """Keywords of a causal decoder without a row, and why."""
 

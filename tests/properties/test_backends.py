@@ -53,7 +53,7 @@ SITUATIONS = {
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The names of the backends that run inside the block."""
     used: set[str] = set()
-    choose = Core.choose
+    choose = Core._choice
 
     def watching(self: Core, situation: Situation, needs: Needs) -> tuple[Backend, str]:
         backend, why = choose(self, situation, needs)
@@ -61,7 +61,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return backend, why
 
     with monkeypatch.context() as patch:
-        patch.setattr(Core, "choose", watching)
+        patch.setattr(Core, "_choice", watching)
         yield used
 
 
@@ -123,7 +123,7 @@ def test_forward_and_gradient(stack: str, case: Case, monkeypatch: pytest.Monkey
         close(outputs[1], outputs[0])
         for (name, one), two in zip(explicit.named_parameters(), fused.parameters(), strict=True):
             if one.grad is not None or two.grad is not None:
-                torch.testing.assert_close(two.grad, one.grad, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(two.grad, one.grad, atol=2e-5, rtol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="backends"), ids=name_of)
