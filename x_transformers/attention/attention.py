@@ -81,9 +81,10 @@ def _grow(name: str, t: Tensor, layer: LayerCall) -> Tensor:
     """Put what is new behind what is cached. Recurrent memory stays in front and is not kept."""
     if layer.entry is None:
         return t
-    m = 0 if layer.memory is None else layer.memory.shape[-2]
-    whole = layer.entry.grow(name, t[..., m:, :])
-    return torch.cat((t[..., :m, :], whole), dim=-2) if m else whole
+    if layer.memory is None:
+        return layer.entry.grow(name, t)
+    m = layer.memory.shape[-2]
+    return torch.cat((t[..., :m, :], layer.entry.grow(name, t[..., m:, :])), dim=-2)
 
 
 class Attention(Configured, ReadsReference):
@@ -359,9 +360,7 @@ class Attention(Configured, ReadsReference):
             sink=None if self.sink is None else self.sink.logits,
             rows=self._row_mods(layer),
             weighting=next(iter(self.weighting)) if self.weighting else None,
-            weights=(*self.weights, *given_delta(layer.deltas.attn))
-            if self.weights or layer.deltas.attn is not None
-            else (),
+            weights=self._weight_mods(layer),
             plain_q=plain_q,
             layer=layer,
             dropout=self.dropout if self.training else 0.0,
@@ -419,37 +418,18 @@ class Attention(Configured, ReadsReference):
         """Queries, keys and values of everything that is there, rotated; the values as they were projected; and keys
         and values without recurrent memory, unrotated.
         """
-        own, span, streams = layer.context is None, layer.fresh, None
-        packed = self.projections.at_hand
-        if packed is not None and xk is xq and own and self._reads_plainly(layer):
-            q, k, raw = self.projections.together(xq, packed)
-            for norm in self.qk_norms:
-                q = norm.normalize_q(q)
-        else:
+        own, entry = layer.context is None, layer.entry
+        if not own and entry is not None and entry.get("k") is not None:
+            # a context that an earlier pass has read
+            k, v = entry.get("k"), entry.get("v")
             q = self.projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
             for norm in self.qk_norms:
                 q = norm.normalize_q(q)
-            held = None if own or layer.entry is None else layer.entry.get("k")
-            if held is not None:
-                # a context that an earlier pass has read
-                q, _ = self._rotate(q, held[..., :0, :], layer, span.first(0))
-                v = layer.entry.get("v")  # type: ignore[union-attr]
-                assert v is not None
-                return q, held, v, v, None
-            if layer.context is not None or layer.kv_residual is not None or layer.memory is not None:
-                xk, xv = _sources(xk, xv, layer)
-            if self.latent_kv is not None:
-                streams = self.latent_kv(xk)
-                if own:
-                    # what is cached is projected and rotated anew in every pass
-                    streams, span = {name: _grow(name, t, layer) for name, t in streams.items()}, layer.keys
-                xk = xv = streams["latent"].squeeze(1)
-            k, raw = self.projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
-            if streams is not None:
-                k = join_sub_keys(k, streams)
-        assert k is not None
+            q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
+            return q, k, v, v, None
+        q, k, raw, span = self._project(xq, xk, xv, layer)
         for norm in self.qk_norms:
-            k = norm.normalize_k(k)
+            q, k = norm.normalize_q(q), norm.normalize_k(k)
         v = self._mixed(raw, xq, layer) if layer.carry.values else raw
         for mod in self.values:
             v = mod.project(v, xq, layer)
@@ -457,21 +437,37 @@ class Attention(Configured, ReadsReference):
         fresh = (k[..., m:, :], v[..., m:, :]) if m else (k, v)
         if layer.rotations:
             q, k = self._rotate(q, k, layer, span)
-        if layer.entry is None:
-            return q, k, v, raw, fresh
-        if not own:
-            layer.entry.put("k", k)
-            layer.entry.put("v", v)
-        elif self.latent_kv is None:
-            # recurrent memory stays in front and is not kept
-            grow = layer.entry.grow
-            k, v = (grow("k", k), grow("v", v)) if not m else (_grow("k", k, layer), _grow("v", v, layer))
+        if own and self.latent_kv is None:
+            k, v = _grow("k", k, layer), _grow("v", v, layer)
+        elif not own and entry is not None:
+            entry.put("k", k)
+            entry.put("v", v)
         return q, k, v, raw, fresh
+
+    def _project(self, xq: Tensor, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor, Span]:
+        """Queries, keys and values as they come from their maps, and where the keys stand."""
+        packed = self.projections.at_hand
+        if packed is not None and xk is xq and self._reads_plainly(layer):
+            return *self.projections.together(xq, packed), layer.fresh
+        q = self.projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
+        xk, xv = _sources(xk, xv, layer)
+        if self.latent_kv is None:
+            k, v = self.projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
+            assert k is not None
+            return q, k, v, layer.fresh
+        span, streams = layer.fresh, self.latent_kv(xk)
+        if layer.context is None:
+            # what is cached is projected and rotated anew in every pass
+            streams, span = {name: _grow(name, t, layer) for name, t in streams.items()}, layer.keys
+        latent = streams["latent"].squeeze(1)
+        k, v = self.projections.keys_values(latent, latent, layer.deltas.k, layer.deltas.v)
+        return q, join_sub_keys(k, streams), v, span
 
     def _reads_plainly(self, layer: LayerCall) -> bool:
         """Whether queries, keys and values are maps of the same tokens and of nothing else."""
-        latent = self.latent_q is not None or self.latent_kv is not None
-        return not latent and layer.kv_residual is None and layer.memory is None and layer.deltas.none
+        if self.latent_q is not None or self.latent_kv is not None or layer.context is not None:
+            return False
+        return layer.kv_residual is None and layer.memory is None and layer.deltas.none
 
     def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
         """Transform by positions: every head, or the last ones, whose keys do not come from a latent."""

@@ -113,7 +113,6 @@ EXECUTE_ORDER = Feature(
     options=OrderOptions,
     enabled=lambda options: options.layers_execute_order is not None,
     summary="sublayers in another order, or several times",
-    paper="2107.10342",
     examples=({"layers_execute_order": (0, 1, 0, 1, 2, 3)},),
 )
 

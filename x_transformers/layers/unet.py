@@ -72,7 +72,8 @@ FEATURE = Feature(
         ),
         Rule(
             when=lambda o: o["structure"].only_attn,
-            why="`unet_skips` with `only_attn` is refused, as it ever was; drop one of them.",
+            why="`unet_skips` joins blocks of attention and feedforward, and `only_attn` leaves none; "
+            "drop one of them.",
         ),
     ),
     examples=({"unet_skips": True}, {"unet_skips": True, "depth": 3}),

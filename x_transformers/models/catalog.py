@@ -52,7 +52,7 @@ FEATURES = (
     ),
     _feature("tied_embedding", "logits from the token table", {"tie_embedding": True}, paper="1608.05859"),
     _feature("factorised_embedding", "embeddings narrower than the stack", {"emb_dim": 10}, paper="1909.11942"),
-    _feature("l2norm_embed", "embeddings of unit length", {"l2norm_embed": True}, paper="2004.10568"),
+    _feature("l2norm_embed", "embeddings of unit length", {"l2norm_embed": True}, paper="1910.05895"),
     _feature("post_emb_norm", "LayerNorm behind the embeddings", {"post_emb_norm": True}, paper="2211.05100"),
     _feature(
         "emb_frac_gradient",

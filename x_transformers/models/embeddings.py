@@ -16,7 +16,7 @@ class TokenEmbedding(nn.Module):
     Args:
         dim: width.
         num_tokens: rows.
-        l2norm_embed: look up rows of unit length (from a tiny initialisation), as in 2004.10568.
+        l2norm_embed: look up rows of unit length (from a tiny initialisation), as FixNorm does (1910.05895).
     """
 
     def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False) -> None:
@@ -110,7 +110,7 @@ class AbsolutePositionalEmbedding(nn.Module):
 
 
 class ScaledSinusoidalEmbedding(KeepsFloat32):
-    """`[sin(pos * f), cos(pos * f)] * scale`, `f_k = theta ** (-2k / dim)`, with a learned scale (2104.14294).
+    """`[sin(pos * f), cos(pos * f)] * scale`, `f_k = theta ** (-2k / dim)`, with a learned scale (2202.10447).
 
     Args:
         dim: width, even.
