@@ -109,18 +109,18 @@ class Core:
         if request.capture:
             needs |= Needs.SCORES
         grad = torch.is_grad_enabled() and (q.requires_grad or request.k.requires_grad or request.v.requires_grad)
-        backend, why = self._choice(Situation(q.device.type, q.dtype, grad, torch.compiler.is_compiling()), needs)
+        backend, why = self._choice(q.device, q.dtype, grad, needs)
         if self.flash and not backend.fused and not request.capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return backend.attend(request)
 
-    def _choice(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
+    def _choice(self, device: torch.device, dtype: torch.dtype, grad: bool, needs: Needs) -> tuple[Backend, str]:
         """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
-        if situation.compiling:
-            return self.choose(situation, needs)
-        asked = (situation, needs, self.flash)
+        if torch.compiler.is_compiling():
+            return self.choose(Situation(device.type, dtype, grad, True), needs)
+        asked = (device, dtype, grad, needs, self.flash)
         if asked != self._asked:
-            self._asked, self._answer = asked, self.choose(situation, needs)
+            self._asked, self._answer = asked, self.choose(Situation(device.type, dtype, grad), needs)
         return self._answer
 
     def _warn_once(self, message: str) -> None:

@@ -64,24 +64,27 @@ class StaticEntry(Entry):
         buffers: `(b, heads, capacity, width)` for each stream.
         index: `(n,)` places of the current pass.
         fresh: nothing was held before it.
+        shown: how many places are read, from the first one on; None for all.
     """
 
-    def __init__(self, buffers: dict[str, Tensor], index: Tensor, fresh: bool = True) -> None:
+    def __init__(self, buffers: dict[str, Tensor], index: Tensor, fresh: bool = True, shown: int | None = None) -> None:
         self.grown, self.states = buffers, {}
-        self.index, self.fresh = index, fresh
+        self.index, self.fresh, self.shown = index, fresh, shown
 
-    def at(self, index: Tensor, fresh: bool) -> StaticEntry:
+    def at(self, index: Tensor, fresh: bool, shown: int | None) -> StaticEntry:
         """An entry of the same buffers for another pass; running states go their own way."""
-        twin = StaticEntry(self.grown, index, fresh)
+        twin = StaticEntry(self.grown, index, fresh, shown)
         if self.states:
             twin.states = dict(self.states)
         return twin
 
     def grow(self, name: str, new: Tensor) -> Tensor:
-        """Write `(..., n, d)` at the current places and return the whole buffer; of a fresh cache, just `new`."""
+        """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
         buffer = self.grown[name]
         buffer.index_copy_(-2, self.index, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
-        return new if self.fresh else buffer
+        if self.fresh:
+            return new
+        return buffer if self.shown is None else buffer.narrow(-2, 0, self.shown)
 
     def put(self, name: str, value: Tensor) -> None:
         # a slice of a longer pass has other strides than a step's own state, and each would be compiled for
@@ -92,7 +95,7 @@ class StaticEntry(Entry):
         if self.fresh:
             buffer.index_copy_(-2, self.index, whole.to(buffer.dtype))
         else:
-            buffer.copy_(whole)
+            buffer[..., : whole.shape[-2], :].copy_(whole)
 
 
 class KVCache:
@@ -143,6 +146,11 @@ class KVCache:
         while len(self.entries) <= number:
             self.entries.append(Entry())
         return self.entries[number]
+
+    @property
+    def ends_with_newest(self) -> bool:
+        """Whether the newest token is the last of all keys: a static cache may show empty places behind it."""
+        return True
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
         """`(count,)` slots of the newest `count` tokens."""
@@ -212,6 +220,11 @@ class StaticCache(KVCache):
         batch: rows.
         capacity: slots, memory tokens and other prefix slots included.
 
+    Attributes:
+        filled: `()` places written so far, on the device.
+        shown: the same number as the host knows it, so that eager passes read no empty places; None once a compiled
+            pass has run, whose shapes must not change: it reads all places, and masks the empty ones.
+
     A pass writes into the buffers in place, so a static cache cannot be continued twice from one point.
     """
 
@@ -233,6 +246,7 @@ class StaticCache(KVCache):
         self.places = torch.arange(capacity, device=device)
         self.index = self.places[:0]
         self.used = False
+        self.shown: int | None = 0
         self.entries: list[StaticEntry] = []  # type: ignore[assignment]
         for shapes in streams:
             buffers = {
@@ -254,7 +268,13 @@ class StaticCache(KVCache):
         twin.filled = self.filled + count
         twin.fresh = not self.used
         twin.used = self.used or count > 0
-        twin.entries = [entry.at(twin.index, twin.fresh) for entry in self.entries]
+        twin.shown = None if torch.compiler.is_compiling() or self.shown is None else self.shown + count
+        if twin.shown is not None and twin.shown > self.capacity:
+            raise InputError(
+                f"{count} new slots do not fit into a static cache of {self.capacity} that holds {self.shown}; make it "
+                "larger."
+            )
+        twin.entries = [entry.at(twin.index, twin.fresh, twin.shown) for entry in self.entries]
         return twin
 
     def entry(self, number: int) -> Entry:
@@ -269,7 +289,11 @@ class StaticCache(KVCache):
         return self.index
 
     def key_index(self, device: torch.device) -> Tensor:
-        return self.index if self.fresh else self.places
+        return self.index if self.fresh else self.places[: self.shown]
+
+    @property
+    def ends_with_newest(self) -> bool:
+        return self.fresh or self.shown is not None
 
     def place(self, pos: Tensor | None, slots: Tensor) -> Tensor:
         if pos is None and self.positions is None:
@@ -280,7 +304,7 @@ class StaticCache(KVCache):
             rows = max(pos.shape[0], self.positions.shape[0])
             spread = self.positions.expand(rows, -1).clone()
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
-        return self.positions[:, : slots.shape[1]] if self.fresh else self.positions
+        return self.positions[:, : slots.shape[1]]
 
     def crop(self, most: int) -> None:
         raise InputError(
@@ -290,7 +314,7 @@ class StaticCache(KVCache):
     def reset(self) -> StaticCache:
         """Start anew in the same buffers."""
         self.filled = torch.zeros_like(self.filled)
-        self.used, self.tokens, self.positions, self.prefix_mask = False, 0, None, None
+        self.used, self.shown, self.tokens, self.positions, self.prefix_mask = False, 0, 0, None, None
         self.prefix = self.prepended = 0
         for entry in self.entries:
             entry.states.clear()

@@ -119,7 +119,7 @@ class LayerNorm(GainNorm):
     """
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.gain())
+        return torch.layer_norm(x, x.shape[-1:], self.gain(), None, 1e-5)
 
 
 class RMSNorm(ReadsReference, GainNorm):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     used: set[str] = set()
     choose = Core._choice
 
-    def watching(self: Core, situation: Situation, needs: Needs) -> tuple[Backend, str]:
-        backend, why = choose(self, situation, needs)
+    def watching(self: Core, *asked: Any) -> tuple[Backend, str]:
+        backend, why = choose(self, *asked)
         used.add(backend.name)
         return backend, why
 

@@ -391,6 +391,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
 
         if attn_bias is not None and kv is not None and kv.is_static and not kv.fresh:
             _check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
+            attn_bias = attn_bias[..., : kv.shown]  # type: ignore[attr-defined]
         query, keys = lay_out(
             batch,
             n,
@@ -409,7 +410,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             keys=keys,
             causal=causal,
             aligned=kv is None or kv.fresh,
-            newest=n == 1 and (kv is None or not kv.is_static or kv.fresh),
+            newest=n == 1 and (kv is None or kv.ends_with_newest),
             row_mask=mask.bool() if mask is not None and cache is None else None,
             attn_mask=attn_mask,
             attn_bias=attn_bias,
@@ -751,7 +752,7 @@ def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tens
             "between 1 and the number of tokens that are not cached can run. Pass the whole sequence, or the new "
             "tokens with `input_not_include_cache = True`."
         )
-    return x[:, x.shape[1] - age :]
+    return x if age == x.shape[1] else x[:, x.shape[1] - age :]
 
 
 def _check_covers_places(bias: Tensor, capacity: int) -> None:

@@ -157,8 +157,10 @@ def positions(
 ) -> Tensor:
     """`(1|b, n)` positions: as given, or counted from `offset`, less each row's left padding."""
     if pos is None:
-        alone = n == 1 and isinstance(offset, Tensor)
-        pos = offset.reshape(1) if alone else torch.arange(n, device=device) + offset  # type: ignore[union-attr]
+        if isinstance(offset, int):
+            pos = torch.arange(offset, offset + n, device=device)
+        else:
+            pos = offset.reshape(1) if n == 1 else torch.arange(n, device=device) + offset
     pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
     if seq_start_pos is not None:
         pos = (pos - seq_start_pos.unsqueeze(-1)).clamp(min=0)

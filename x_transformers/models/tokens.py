@@ -82,8 +82,9 @@ def new_tokens(n: int, kv: KVCache | None, leading: int, *, only_new: bool, age:
         if not only_new:
             raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
         if layout.every is None and started:
-            # counted on the device: slots and tokens grow alike, and a compiled step sees no number change
-            first = kv.filled - kv.prefix  # type: ignore[attr-defined]
+            # slots and tokens grow alike; counted on the device, so that a compiled step sees no number change
+            counted = kv.filled if kv.shown is None else kv.shown  # type: ignore[attr-defined]
+            first = counted - kv.prefix
     new = n if only_new else n - held
     age = new if age is None else age
     if not 0 <= age <= max(new, 0) or (age == 0 and not leading):
