@@ -37,6 +37,8 @@ def visibility(
     """
     rule = (id(keys), causal, own, window, prefix, id(shown))
     if rule not in call.memo:
+        if keys.near is not None and window is not None and keys.near <= window:
+            window = None
         # the tensor stays in the memo, so that its id stays its own
         call.memo[rule] = _build(call, keys, causal, own, window, prefix, shown), shown
     return call.memo[rule][0]
