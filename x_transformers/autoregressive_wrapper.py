@@ -23,14 +23,18 @@ from x_transformers.decoding.filters import (
 )
 from x_transformers.decoding.loop import (
     Decoding,
+    cut_behind_end,
     eval_decorator,
     evaluating,
     make_reader,
     pair_amateurs,
+    same_vocabulary,
     with_progress,
 )
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
 from x_transformers.decoding.sampling import adjuster, chooser, gumbel_noise, gumbel_sample, identity
+from x_transformers.decoding.speculative import Drafter, Lookup, Policy, Speculation
+from x_transformers.decoding.speculative import Model as DraftModel
 from x_transformers.decoding.step import Sequences, Step, compiled_advance
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.loading import ReadsReference
@@ -55,6 +59,10 @@ __all__ = [
     "top_k",
     "top_p",
 ]
+
+
+PATIENCE = 16
+"""Tokens between two looks of the host at whether all rows have ended, where looking means to wait for a device."""
 
 
 class AutoregressiveWrapper(Configured, ReadsReference):
@@ -228,6 +236,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         compile: bool | Mapping[str, Any] = False,
         progress: bool = False,
         filter_before_temperature: bool = False,
+        draft_model: nn.Module | None = None,
+        draft_tokens: int | None = None,
+        prompt_lookup: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
@@ -250,11 +261,18 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             cache_kv: keep keys and values. False runs the whole sequence at each step.
             return_intermediates: also return the record of the last pass (None without a cache).
             cache: "dynamic"; "static" (fixed buffers, allocated once); or a cache or record of the prompts' first
-                tokens, which are then not read again. The cache given stays as it is.
+                tokens, which are then not read again. The cache given stays as it is; one of a single row serves all
+                prompts, which then begin with the same tokens.
             compile: compile the step of one token, once for this model, to a full graph over a static cache. May be a
                 dict of options for `torch.compile`.
             progress: show a bar.
             filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            draft_model: a smaller model, or the wrapper that it was trained in, that guesses tokens, of which this one
+                judges several in one pass (2211.17192). Tokens are distributed as without it, and at temperature 0
+                they are the same. It gets `kwargs`, too.
+            draft_tokens: guesses of a round, by default 4.
+            prompt_lookup: guess by looking where the last so many tokens, or fewer, occurred before (2304.04487), in
+                place of a model.
             kwargs: of the model's passes. `mask` covers the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
                 and generated tokens (`embed_ids` may be functions of the ids so far).
 
@@ -279,13 +297,20 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             cache=cache,
             compile=compile,
             filter_before_temperature=filter_before_temperature,
+            draft_model=draft_model,
+            draft_tokens=draft_tokens,
+            prompt_lookup=prompt_lookup,
             **kwargs,
         )
-        steps = decoding.run(seq_len, eos_token, self.pad_value)
+        # an accelerator is not waited for at each token; a record must hold no more than what was generated
+        waits = read.tokens.device.type == "cpu" or return_intermediates
+        steps = decoding.run(seq_len, eos_token, self.pad_value, 1 if waits else PATIENCE)
         with torch.inference_mode(), evaluating(self, *models), prepared(self, *models):
             new = list(with_progress(steps, seq_len) if progress else steps)
         # outside of inference mode: tokens that training may use
         tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
+        if not waits:
+            tokens = cut_behind_end(tokens, eos_token)
         tokens = tokens.reshape(*read.lead, tokens.shape[1])
         return (tokens, decoding.expert.record) if return_intermediates else tokens
 
@@ -329,14 +354,18 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         cache: CacheChoice = "dynamic",
         compile: bool | Mapping[str, Any] = False,
         filter_before_temperature: bool = False,
+        draft_model: nn.Module | None = None,
+        draft_tokens: int | None = None,
+        prompt_lookup: int | None = None,
         **kwargs: Any,
-    ) -> tuple[Decoding, Prompts, list[nn.Module]]:
+    ) -> tuple[Decoding | Speculation, Prompts, list[nn.Module]]:
         """Check everything; the decoding, the prompts as they were read, and the models beside this one."""
         net = self.net
         check_length_and_end(seq_len, eos_token, net.num_tokens)
         choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
         read = self._read(prompts, prompt_lens, kwargs)
         amateurs = pair_amateurs(_nets(amateur_model), contrastive_decode_kwargs or {}, net.num_tokens)
+        guesses = _guesses(draft_model, draft_tokens, prompt_lookup, compiles=compile is not False)
         step = None
         if compile is not False:
             step = self._compiled_step(compile, read, kwargs)
@@ -350,6 +379,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             cache_kv=cache_kv,
             restrict_to_max_seq_len=restrict_to_max_seq_len,
             step=step,
+            at_once=guesses + 1,
         )
         contrasted = [
             (
@@ -361,7 +391,28 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             for amateur, contrast in amateurs
         ]
         decoding = Decoding(Sequences(read.tokens, read.start), expert, choose, net.num_tokens, contrasted)
-        return decoding, read, [amateur for amateur, _ in amateurs]
+        models: list[nn.Module] = [amateur for amateur, _ in amateurs]
+        if not guesses:
+            return decoding, read, models
+        adjust = adjuster(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        policy = Policy(None if temperature == 0 else adjust)
+        drafter: Drafter
+        if draft_model is None:
+            assert prompt_lookup is not None
+            drafter = Lookup(prompt_lookup)
+        else:
+            draft = draft_model.net if isinstance(draft_model, AutoregressiveWrapper) else draft_model
+            draft = same_vocabulary(draft, net.num_tokens, "`draft_model`")
+            models.append(draft)
+            drafter = DraftModel(
+                make_reader(
+                    draft, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
+                ),
+                policy,
+                net.num_tokens,
+            )
+        readers = [expert, *(reader for reader, _ in contrasted)]
+        return Speculation(decoding, readers, drafter, policy, guesses), read, models
 
     def beam_search(
         self,
@@ -459,6 +510,31 @@ def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
         return []
     listed = [amateurs] if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList) else amateurs
     return [model.net if isinstance(model, AutoregressiveWrapper) else model for model in listed]
+
+
+def _guesses(draft: nn.Module | None, count: int | None, lookup: int | None, *, compiles: bool) -> int:
+    """How many tokens are guessed in a round; 0 for none.
+
+    Raises:
+        InputError: if what was given does not go together.
+    """
+    for name, value in (("draft_tokens", count), ("prompt_lookup", lookup)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"`{name}` is {value!r}; it counts tokens, a whole number, at least 1.")
+    if draft is None and lookup is None:
+        if count is not None:
+            raise InputError(
+                f"`draft_tokens` is {count}, but nothing guesses tokens; give a `draft_model` or `prompt_lookup` too."
+            )
+        return 0
+    if draft is not None and lookup is not None:
+        raise InputError("`draft_model` and `prompt_lookup` both guess tokens; give one of them.")
+    if compiles:
+        raise InputError(
+            "`compile` reads one token at a time, and speculation (`draft_model`, `prompt_lookup`) several; drop one "
+            "of them."
+        )
+    return 4 if count is None else count
 
 
 def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float]) -> None:

@@ -14,88 +14,15 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import InputError
+from x_transformers.streams import Entry, Ring, RingEntry, Shape, StaticEntry, WindowEntry
 
-Shape = tuple[int, int] | tuple[int, int, torch.dtype]
-"""Heads and width of a stream, and the least dtype that keeps it exact, where the model's may be too narrow."""
+__all__ = ["Entry", "KVCache", "Reach", "Shape", "StaticCache", "StaticEntry"]
 
+Reach = int | None
+"""How many slots back a sublayer looks; None for all."""
 
-class Entry:
-    """The streams of one executed sublayer in a dynamic cache, which concatenates."""
-
-    def __init__(self) -> None:
-        self.grown: dict[str, Tensor] = {}
-        self.states: dict[str, Tensor] = {}
-
-    def grow(self, name: str, new: Tensor) -> Tensor:
-        """Append `(..., n, d)` along the sequence and return everything so far."""
-        past = self.grown.get(name)
-        self.grown[name] = new if past is None else torch.cat((past, new), dim=-2)
-        return self.grown[name]
-
-    def rewrite(self, name: str, whole: Tensor) -> None:
-        """Replace all that `grow` returned, for what new tokens change about old ones."""
-        self.grown[name] = whole
-
-    def get(self, name: str) -> Tensor | None:
-        """A running state, or None before it was put."""
-        return self.states.get(name)
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Replace a running state."""
-        self.states[name] = value
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply `fn` to every stream."""
-        for streams in (self.grown, self.states):
-            for name in streams:
-                streams[name] = fn(streams[name])
-
-    def twin(self) -> Entry:
-        """An entry of the same streams, which goes its own way."""
-        twin = Entry()
-        twin.grown, twin.states = dict(self.grown), dict(self.states)
-        return twin
-
-
-class StaticEntry(Entry):
-    """The streams of one executed sublayer in fixed buffers, written by index.
-
-    Args:
-        buffers: `(b, heads, capacity, width)` for each stream.
-        index: `(n,)` places of the current pass.
-        fresh: nothing was held before it.
-        shown: how many places are read, from the first one on; None for all.
-    """
-
-    def __init__(self, buffers: dict[str, Tensor], index: Tensor, fresh: bool = True, shown: int | None = None) -> None:
-        self.grown, self.states = buffers, {}
-        self.index, self.fresh, self.shown = index, fresh, shown
-
-    def at(self, index: Tensor, fresh: bool, shown: int | None) -> StaticEntry:
-        """An entry of the same buffers for another pass; running states go their own way."""
-        twin = StaticEntry(self.grown, index, fresh, shown)
-        if self.states:
-            twin.states = dict(self.states)
-        return twin
-
-    def grow(self, name: str, new: Tensor) -> Tensor:
-        """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
-        buffer = self.grown[name]
-        buffer.index_copy_(-2, self.index, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
-        if self.fresh:
-            return new
-        return buffer if self.shown is None else buffer.narrow(-2, 0, self.shown)
-
-    def put(self, name: str, value: Tensor) -> None:
-        # a slice of a longer pass has other strides than a step's own state, and each would be compiled for
-        self.states[name] = value.clone(memory_format=torch.contiguous_format)
-
-    def rewrite(self, name: str, whole: Tensor) -> None:
-        buffer = self.grown[name]
-        if self.fresh:
-            buffer.index_copy_(-2, self.index, whole.to(buffer.dtype))
-        else:
-            buffer[..., : whole.shape[-2], :].copy_(whole)
+OF_CONTEXT = frozenset({"k", "v", "context_pos"})
+"""States that are read once and stay."""
 
 
 class KVCache:
@@ -112,6 +39,7 @@ class KVCache:
         positions: `(1|b, slots)` if a caller gave positions of his own, else None.
         prefix_mask: `(b, prefix)` which prefix slots are valid, or None for all.
         order: the built sublayers whose streams the entries hold, in the order of execution; None before a pass.
+        reaches: how far back each executed sublayer looks; what lies further back is not kept. Empty: all look at all.
     """
 
     is_static = False
@@ -127,6 +55,7 @@ class KVCache:
         self.positions: Tensor | None = None
         self.prefix_mask: Tensor | None = None
         self.order: tuple[int, ...] | None = None
+        self.reaches: tuple[Reach, ...] = ()
 
     @property
     def started(self) -> bool:
@@ -144,13 +73,22 @@ class KVCache:
     def entry(self, number: int) -> Entry:
         """The streams of an executed sublayer, made when first asked for."""
         while len(self.entries) <= number:
-            self.entries.append(Entry())
+            reach = self.reach(len(self.entries))
+            self.entries.append(Entry() if reach is None else WindowEntry(reach, self.prefix))
         return self.entries[number]
 
     @property
     def ends_with_newest(self) -> bool:
         """Whether the newest token is the last of all keys: a static cache may show empty places behind it."""
         return True
+
+    def reach(self, number: int) -> Reach:
+        """How far back an executed sublayer looks, if the rest is not kept for it."""
+        return self.reaches[number] if number < len(self.reaches) else None
+
+    def tail(self, reach: int, count: int) -> int:
+        """Slots behind the prefix that a sublayer of this reach sees in a pass over `count` new ones."""
+        return min(reach, self.length - count - self.prefix - self.dropped) + count
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
         """`(count,)` slots of the newest `count` tokens."""
@@ -189,15 +127,73 @@ class KVCache:
             return
         for entry in self.entries:
             for name, stream in entry.grown.items():
-                head, tail = stream[..., : self.prefix, :], stream[..., self.prefix + drop :, :]
-                entry.grown[name] = torch.cat((head, tail), dim=-2)
+                first = stream.shape[-2] - most
+                if first > self.prefix:
+                    head, tail = stream[..., : self.prefix, :], stream[..., first:, :]
+                    entry.grown[name] = torch.cat((head, tail), dim=-2)
         self.dropped += drop
+
+    @property
+    def retractable(self) -> bool:
+        """Whether the newest slots can be taken back: nothing but streams that grow depends on them."""
+        return not any(entry.rewritten or not OF_CONTEXT.issuperset(entry.states) for entry in self.entries)
+
+    def retract(self, count: int) -> None:
+        """Take the newest `count` slots back, which are tokens of the last pass, as if they had never been read.
+
+        Raises:
+            InputError: if running states, or changes of older keys, cannot be undone, or windows have dropped what
+                would be seen again.
+        """
+        if count == 0:
+            return
+        self._refuse_to_retract(count)
+        for entry in self.entries:
+            for name, stream in entry.grown.items():
+                entry.grown[name] = stream[..., : stream.shape[-2] - count, :]
+        if self.positions is not None:
+            self.positions = self.positions[:, : self.length - count]
+        self.length -= count
+        self.tokens -= count
+
+    def can_retract(self, count: int) -> bool:
+        """Whether `retract` can take so many slots back."""
+        left = self.length - count - self.prefix - self.dropped
+        for entry in self.entries:
+            most = entry.reach if isinstance(entry, WindowEntry) else left
+            if any(stream.shape[-2] - count - self.prefix < min(most, left) for stream in entry.grown.values()):
+                return False
+        return self.retractable
+
+    def _refuse_to_retract(self, count: int) -> None:
+        if not self.retractable:
+            raise InputError(
+                "this cache holds running states (shifted tokens, means, recurrent modules), or suppression of older "
+                "keys, which cannot be undone; go on from the cache before the pass, which stays as it was."
+            )
+        if not self.can_retract(count):
+            raise InputError(
+                f"{count} slots are to be taken back, but a window has dropped what lay before them; take back fewer, "
+                "or go on from the cache before the pass."
+            )
+
+    def saved(self, count: int) -> KVCache:
+        """The same, to come back to when `count` slots more have been read and are not wanted."""
+        return self.begin(0)
 
     def reorder(self, rows: Tensor) -> None:
         """Let row `r` continue from old row `rows[r]`, as beam search does."""
         for entry in self.entries:
             entry.map(lambda t: t.index_select(0, rows))
         self._map_rows(lambda t: t.index_select(0, rows))
+
+    def copied(self, times: int = 1) -> KVCache:
+        """A cache of the same content, with each row `times` times, that has nothing in common with this one."""
+        twin = self.begin(0)
+        twin.fresh = self.fresh
+        if times > 1:
+            twin.repeat(times)
+        return twin
 
     def repeat(self, times: int) -> None:
         """Repeat each row `times` times, in place of it."""
@@ -219,6 +215,9 @@ class StaticCache(KVCache):
         streams: for each executed sublayer, `{stream: (heads, width)}`, or `(heads, width, least dtype)`.
         batch: rows.
         capacity: slots, memory tokens and other prefix slots included.
+        reaches: how far back each executed sublayer looks; it has a ring of places for no more than that.
+        prefix: leading slots that are no tokens, and stay in rings.
+        step: the most tokens of a pass that a ring takes without looking at a longer axis.
 
     Attributes:
         filled: `()` places written so far, on the device.
@@ -237,6 +236,10 @@ class StaticCache(KVCache):
         capacity: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        reaches: Sequence[Reach] = (),
+        prefix: int = 0,
+        step: int = 1,
     ) -> None:
         super().__init__()
         if capacity < 1 or batch < 1:
@@ -248,12 +251,28 @@ class StaticCache(KVCache):
         self.used = False
         self.shown: int | None = 0
         self.entries: list[StaticEntry] = []  # type: ignore[assignment]
-        for shapes in streams:
+        self.ring_prefix = prefix
+        rings = [None if reach is None else Ring(reach, prefix, step) for reach in reaches]
+        rings = [ring if ring is not None and ring.places < capacity else None for ring in rings]
+        self.reaches = tuple(None if ring is None else ring.reach for ring in rings)
+        self.rings = tuple(dict.fromkeys(ring for ring in rings if ring is not None))
+        for number, shapes in enumerate(streams):
+            ring = rings[number] if number < len(rings) else None
             buffers = {
-                name: torch.zeros(batch, heads, capacity, width, device=device, dtype=_at_least(dtype, least))
+                name: torch.zeros(
+                    batch,
+                    heads,
+                    capacity if ring is None else ring.places,
+                    width,
+                    device=device,
+                    dtype=_at_least(dtype, least),
+                )
                 for name, (heads, width, *least) in shapes.items()
             }
-            self.entries.append(StaticEntry(buffers, self.places))
+            self.entries.append(
+                StaticEntry(buffers, self.places) if ring is None else RingEntry(buffers, self.places, ring)
+            )
+        self.nth_ring = tuple(None if e.ring is None else self.rings.index(e.ring) for e in self.entries)
 
     @property
     def started(self) -> bool:
@@ -274,7 +293,45 @@ class StaticCache(KVCache):
                 f"{count} new slots do not fit into a static cache of {self.capacity} that holds {self.shown}; make it "
                 "larger."
             )
-        twin.entries = [entry.at(twin.index, twin.fresh, twin.shown) for entry in self.entries]
+        places = [ring.place(twin.index) for ring in self.rings]
+        twin.entries = [
+            entry.at(twin.index if nth is None else places[nth], twin.fresh, twin.shown)
+            for entry, nth in zip(self.entries, self.nth_ring, strict=True)
+        ]
+        return twin
+
+    def ring(self, reach: int) -> Ring:
+        """The ring of the sublayers with this reach."""
+        return next(ring for ring in self.rings if ring.reach == reach)
+
+    def retract(self, count: int) -> None:
+        if count == 0:
+            return
+        self._refuse_to_retract(count)
+        self.filled = self.filled - count
+        self.shown = None if self.shown is None else self.shown - count
+        self.tokens = max(self.tokens - count, 0)
+
+    def can_retract(self, count: int) -> bool:
+        return self.retractable and all(count <= ring.room - ring.reach for ring in self.rings)
+
+    def saved(self, count: int) -> StaticCache:
+        twin = self.begin(0)
+        for entry in twin.entries:
+            lost = entry.ring is not None and count > entry.ring.room - entry.ring.reach
+            if lost or entry.rewritten:
+                entry.grown = {
+                    name: t.clone() if lost or name in entry.rewritten else t for name, t in entry.grown.items()
+                }
+        return twin
+
+    def copied(self, times: int = 1) -> StaticCache:
+        twin = self.begin(0)
+        twin.fresh, twin.batch = self.fresh, self.batch * times
+        for entry in twin.entries:
+            entry.grown = {name: t.repeat_interleave(times, dim=0) for name, t in entry.grown.items()}
+            entry.states = {name: t.repeat_interleave(times, dim=0) for name, t in entry.states.items()}
+        twin._map_rows(lambda t: t.repeat_interleave(times, dim=0))
         return twin
 
     def entry(self, number: int) -> Entry:

@@ -26,6 +26,8 @@ class Span:
         live: `(b, n)` bool; False is a place that nobody may see (padding). None: every place is live.
         contiguous: positions are consecutive and the same for every row, so that distances are few.
         placed: `(b, n)` bool; False has no slot of its own, so that its neighbours follow each other. None: all have.
+        ordered: tokens stand in the order of arrival; in a ring of places they do not.
+        near: no query of the pass is farther than so many slots behind any of them; None if that is not known.
     """
 
     index: Tensor
@@ -34,13 +36,21 @@ class Span:
     live: Tensor | None = None
     contiguous: bool = False
     placed: Tensor | None = None
+    ordered: bool = True
+    near: int | None = None
 
     def __len__(self) -> int:
         return self.index.shape[-1]
 
     def live_at(self, index: Tensor) -> Tensor | None:
         """`(b, m)` liveness of the tokens that arrived at `(m,)` places; None if every place is live."""
-        return None if self.live is None else self.live[:, torch.searchsorted(self.index, index)]
+        return None if self.live is None else self.live[:, self.find(index)]
+
+    def find(self, index: Tensor) -> Tensor:
+        """Where the tokens stand that arrived at `(m,)` places."""
+        if self.ordered:
+            return torch.searchsorted(self.index, index)
+        return (self.index == index.unsqueeze(-1)).long().argmax(dim=-1)
 
     def first(self, count: int) -> Span:
         """The first `count` tokens."""
@@ -62,6 +72,7 @@ class Span:
             pos=torch.cat((row.expand(self.pos.shape[0], -1), self.pos), dim=-1),
             live=live,
             contiguous=self.contiguous,
+            ordered=self.ordered,
         )
 
 

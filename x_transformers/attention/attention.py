@@ -235,6 +235,14 @@ class Attention(Configured, ReadsReference):
             streams.update(part.cache_streams(self.shape))
         return streams
 
+    @property
+    def reach(self) -> int | None:
+        """How many slots back this attention looks at all; None if it may need the whole past."""
+        # what later layers read of this one's keys must stand at the same places for all of them
+        shared = self.leaves_scores or (self.leaves_values and self.latent_kv is not None)
+        whole = shared or any(part.whole_past for part in self.parts().values())
+        return None if whole else self.max_attend_past
+
     def parts(self) -> dict[str, Part]:
         """The parts that may declare streams, entries of checkpoints and causality, by their path below this module."""
         slots: dict[str, Any] = {
@@ -502,7 +510,7 @@ class Attention(Configured, ReadsReference):
         n = x.shape[-2]
         own = raw[..., raw.shape[-2] - n :, :]
         if self.latent_kv is not None and layer.context is None:
-            own = raw.index_select(-2, torch.searchsorted(layer.keys.index, layer.call.query.index))
+            own = raw.index_select(-2, layer.keys.find(layer.call.query.index))
         seen = Seen(x, own, dead, layer)
         for mod in self.values:
             out = out if mod.outer else mod.after(out, seen)

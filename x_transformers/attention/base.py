@@ -105,11 +105,14 @@ class Part(nn.Module):
             and a name that ends with a dot stands for all below it.
         per_head: this part's entries that run over query heads, and along which axes.
         one_way: the part is made for causal attention, so that no call may lift causality.
+        whole_past: the part reads keys in the order of arrival, or also those that a window hides, so that a cache
+            must keep all of them.
     """
 
     reference: ClassVar[Mapping[str, str | None]] = {}
     per_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     one_way = False
+    whole_past = False
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
         """The streams beside keys and values that this part grows with the sequence."""

@@ -37,6 +37,8 @@ def visibility(
     """
     rule = (id(keys), causal, own, window, prefix, id(shown))
     if rule not in call.memo:
+        if keys.near is not None and window is not None and keys.near <= window:
+            window = None
         # the tensor stays in the memo, so that its id stays its own
         call.memo[rule] = _build(call, keys, causal, own, window, prefix, shown), shown
     return call.memo[rule][0]
@@ -47,7 +49,8 @@ def _build(
 ) -> Visibility:
     attn_mask = call.attn_mask if own else None
     # recurrent memory lies before every query, so only keys of the pass itself can be hidden by causality
-    hides = causal and not (own and call.newest)
+    # places of a ring may be empty, which their slots put behind every query
+    hides = causal and not (own and call.newest and keys.ordered)
     if keys.live is None and attn_mask is None and window is None and shown is None:
         if not hides:
             return Visibility(None, False, None, prefix)

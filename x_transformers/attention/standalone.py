@@ -15,6 +15,7 @@ from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.intermediates import Intermediates
 from x_transformers.ops import max_neg_value
+from x_transformers.streams import WindowEntry
 
 
 def standalone_call(
@@ -157,7 +158,7 @@ def _cache_for_call(cache: Intermediates | None, n: int, keep: bool) -> tuple[KV
     if cache is not None:
         if cache.entry is None:
             raise InputError("the record given as `cache` holds no keys; it must come from `return_intermediates`.")
-        kv.entries = [cache.entry]
+        kv.entries = [cache.entry.unbounded() if isinstance(cache.entry, WindowEntry) else cache.entry]
         stream = next(iter(cache.entry.grown.values()), None)
         kv.length = 0 if stream is None else stream.shape[-2]
         keep = True

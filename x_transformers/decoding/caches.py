@@ -47,6 +47,7 @@ def first_cache(
     cache: CacheChoice,
     prepended: int,
     window: int | None,
+    at_once: int = 1,
 ) -> tuple[KVCache, int]:
     """The cache to begin with, and how many tokens it holds.
 
@@ -58,6 +59,7 @@ def first_cache(
         cache: what was asked for.
         prepended: embeddings before the prompts.
         window: tokens that the net may see at a time.
+        at_once: tokens of most passes behind the prompts.
 
     Raises:
         InputError: if the cache does not fit the model, the prompts or the length.
@@ -68,13 +70,15 @@ def first_cache(
         _refuse_sliding(window, total)
         room = -(-total // ROUND) * ROUND
         if net.layout.every is None:
-            return net.static_cache(len(prompts), room, prepended=prepended), 0
-        return net.attn_layers.static_cache(len(prompts), slots(net, prepended + room, prepended, start)), 0
+            return net.static_cache(len(prompts), room, prepended=prepended, step=at_once), 0
+        needed = slots(net, prepended + room, prepended, start)
+        return net.attn_layers.static_cache(len(prompts), needed, prefix=None), 0
     kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
     if not isinstance(kv, KVCache):
         what = "a record without one" if kv is None else repr(kv)
         raise InputError(f'`cache` is {what}; it must be "dynamic", "static", or what an earlier call returned.')
     held = tokens_held(net, kv)
+    kv = _own(kv, len(prompts))
     _check_prompts(kv, held, prompts, start)
     if isinstance(kv, StaticCache):
         _refuse_sliding(window, total)
@@ -144,6 +148,14 @@ def _check_prompts(cache: KVCache, held: int, prompts: Tensor, start: Tensor | N
         raise InputError(
             f"the cache holds {held} tokens and the prompts have {n}; give the cached tokens and at least one new one."
         )
+
+
+def _own(cache: KVCache, batch: int) -> KVCache:
+    """A cache that generation may go on from without a trace in the one given; what one row holds serves all rows."""
+    times = batch if (cache.batch if isinstance(cache, StaticCache) else _rows(cache)) == 1 else 1
+    if not cache.started or (times == 1 and not cache.is_static):
+        return cache
+    return cache.copied(times)
 
 
 def _rows(cache: KVCache) -> int | None:

@@ -56,23 +56,47 @@ class Decoding:
         self.sequences.append(token)
         return token
 
-    def run(self, seq_len: int, eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
+    def expect(self, readers: Sequence[Branching], last: int) -> Tensor:
+        """Logits `(b, last, v)` behind the newest tokens, contrasted, by readers of the expert and the amateurs."""
+        logits, *others = [reader.read(self.sequences, last)[:, -last:] for reader in readers]
+        check_readable(logits, self.vocabulary)
+        for other, (_, contrast) in zip(others, self.amateurs, strict=True):
+            logits = contrast(logits, other)
+        return logits
+
+    def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
         """At most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
-        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value)
+        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
 
 
-def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int) -> Iterator[Tensor]:
-    """Generated tokens `(b, 1)` until every row has ended; behind a row's end token come `pad_value`s."""
+def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
+    """Generated tokens `(b, 1)` until every row has ended; behind a row's end token come `pad_value`s.
+
+    Args:
+        steps: the tokens.
+        eos_token: what ends a row; None for rows that never end.
+        pad_value: what follows it.
+        every: look whether all rows have ended behind each so many tokens, for which the device must be waited for;
+            0 never looks.
+    """
     done: Tensor | None = None
-    for token in steps:
+    for count, token in enumerate(steps, start=1):
         if eos_token is None:
             yield token
             continue
         ends = token == eos_token
         yield token if done is None else token.masked_fill(done, pad_value)
         done = ends if done is None else done | ends
-        if done.all():
+        if every and count % every == 0 and bool(done.all()):
             return
+
+
+def cut_behind_end(tokens: Tensor, eos_token: int | None) -> Tensor:
+    """`(b, m)` generated tokens up to the column in which the last row ends."""
+    if eos_token is None or tokens.shape[1] == 0:
+        return tokens
+    going = ((tokens == eos_token).cumsum(dim=1) == 0).any(dim=0)
+    return tokens[:, : int(going.sum()) + 1]
 
 
 def make_reader(
@@ -85,6 +109,7 @@ def make_reader(
     cache_kv: bool = True,
     restrict_to_max_seq_len: bool = True,
     step: Step | None = None,
+    at_once: int = 1,
     growing: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Branching:
     """A reader of the prompts and of what follows them.
@@ -98,6 +123,7 @@ def make_reader(
         cache_kv: False reads everything again at each step.
         restrict_to_max_seq_len: the net sees at most its `max_seq_len` tokens.
         step: how a static cache reads one token, if not by an ordinary pass.
+        at_once: tokens of most passes.
         growing: arguments that grow with the sequence; see `Arguments`.
 
     Raises:
@@ -119,7 +145,9 @@ def make_reader(
         return Rerun(net, arguments, window)
     embeds = kwargs.get("prepend_embeds")
     prepended = 0 if embeds is None else embeds.shape[1]
-    kv, held = first_cache(net, prompts.tokens, prompts.start, total, cache=cache, prepended=prepended, window=window)
+    kv, held = first_cache(
+        net, prompts.tokens, prompts.start, total, cache=cache, prepended=prepended, window=window, at_once=at_once
+    )
     if step is not None and not kv.is_static:
         raise InputError(
             "steps compile over a static cache, and the one given is dynamic; drop `compile`, or give none."
@@ -143,13 +171,23 @@ def pair_amateurs(
         )
     pairs: list[tuple[TransformerWrapper, Contrast]] = []
     for net, contrast in zip(amateurs, contrasts, strict=True):
-        if not isinstance(net, TransformerWrapper):
-            raise InputError(f"an amateur is a {type(net).__name__}; it must be a TransformerWrapper.")
-        if net.num_tokens != vocabulary:
-            raise InputError(f"an amateur has a vocabulary of {net.num_tokens}, the model one of {vocabulary}.")
+        net = same_vocabulary(net, vocabulary, "an amateur")
         check_keywords(contrastive_decode_fn, contrast, "contrastive_decode_kwargs", arguments=2)
         pairs.append((net, partial(contrastive_decode_fn, **contrast)))
     return pairs
+
+
+def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWrapper:
+    """The model, if it is one of the same vocabulary.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not isinstance(net, TransformerWrapper):
+        raise InputError(f"{what} is a {type(net).__name__}; it must be a TransformerWrapper.")
+    if net.num_tokens != vocabulary:
+        raise InputError(f"{what} has a vocabulary of {net.num_tokens}, the model one of {vocabulary}.")
+    return net
 
 
 @contextmanager

@@ -76,7 +76,11 @@ def most_likely(logits: Tensor) -> Tensor:
 
 def draw(logits: Tensor, adjust: Adjust) -> Tensor:
     """`(b, 1)` a token drawn from `softmax(adjust(logits))`."""
-    probs = adjust(logits).softmax(dim=-1)
+    return draw_from(adjust(logits).softmax(dim=-1))
+
+
+def draw_from(probs: Tensor) -> Tensor:
+    """`(b, 1)` a token drawn with probabilities proportional to `probs (b, v)`."""
     # `multinomial` refuses NaN, for which an accelerator would have to be waited for
     return torch.multinomial(probs, 1) if probs.device.type == "cpu" else exponential_race(probs)
 

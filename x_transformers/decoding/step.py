@@ -49,6 +49,15 @@ class Sequences:
         self.parts.append(tokens)
         self.length += tokens.shape[1]
 
+    def drop(self, count: int) -> None:
+        """Take the last `count` columns away."""
+        self.length -= count
+        while count > 0:
+            last = self.parts.pop()
+            if last.shape[1] > count:
+                self.parts.append(last[:, : last.shape[1] - count])
+            count -= last.shape[1]
+
     def newest(self, count: int) -> Tensor:
         """The last `count` columns."""
         last = self.parts[-1]
@@ -79,7 +88,26 @@ class Reader(ABC):
 
 
 class Branching(Reader):
-    """A reader whose rows can be repeated and exchanged, as beam search does."""
+    """A reader whose rows can be repeated and exchanged, as beam search does, and which can go back, as speculation
+    does.
+
+    Attributes:
+        window: tokens that the net may see at a time, or None.
+    """
+
+    window: int | None
+
+    @abstractmethod
+    def read(self, sequences: Sequences, last: int = 1) -> Tensor:
+        """Read what is new: logits `(b, last, v)` behind the newest tokens."""
+
+    @abstractmethod
+    def mark(self, until: int) -> None:
+        """Remember what was read, before more is, up to `until` tokens in all."""
+
+    @abstractmethod
+    def keep(self, length: int, sequences: Sequences) -> None:
+        """Have read no more than the first `length` tokens of `sequences`; others that were read were guesses."""
 
     @abstractmethod
     def widen(self, times: int) -> None:
@@ -102,13 +130,19 @@ class Rerun(Branching):
     def __init__(self, net: Model, arguments: Arguments, window: int | None) -> None:
         self.net, self.arguments, self.window, self.record = net, arguments, window, None
 
-    def read(self, sequences: Sequences) -> Tensor:
+    def read(self, sequences: Sequences, last: int = 1) -> Tensor:
         length = sequences.length
         seen = length if self.window is None else min(length, self.window)
         first = length - seen
         arguments = self.arguments.at(length, sequences.tokens, first=first, new=seen)
         start = sequences.start_behind(first)
-        return self.net(sequences.newest(seen), seq_start_pos=start, **self.net.last_alone, **arguments)
+        return self.net(sequences.newest(seen), seq_start_pos=start, **last_logits(self.net, last), **arguments)
+
+    def mark(self, until: int) -> None:
+        """Nothing is remembered."""
+
+    def keep(self, length: int, sequences: Sequences) -> None:
+        """Nothing is remembered."""
 
     def widen(self, times: int) -> None:
         self.arguments.widen(times)
@@ -141,8 +175,9 @@ class Cached(Branching):
         self.net, self.arguments, self.window, self.step, self.record = net, arguments, window, step, None
         self.cache, self.plain = cache.begin(0), plain_kernels_serve(net)
         self.first, self.length, self.stepped = 0, held, False
+        self.marked = self.cache, held
 
-    def read(self, sequences: Sequences) -> Tensor:
+    def read(self, sequences: Sequences, last: int = 1) -> Tensor:
         if self.window is not None:
             self._make_room(self.window, sequences)
         new = sequences.length - self.length
@@ -157,12 +192,32 @@ class Cached(Branching):
                 return self.step(self.net, sequences.newest(1), self.cache, start, arguments)
         few = new * sequences.parts[-1].shape[0] <= FEW
         with PlainKernels() if few and self.plain else nullcontext():
-            logits, record = _pass(self.net, sequences.newest(new), self.cache, start, arguments)
+            logits, record = _pass(self.net, sequences.newest(new), self.cache, start, arguments, last)
         self.record = record if self.step is None else settled(record)
         assert self.record.cache is not None
         self.cache = self.record.cache
         self.arguments.forget_prepended()
         return logits
+
+    def mark(self, until: int) -> None:
+        self.marked = self.cache.saved(until - self.length), self.length
+
+    def keep(self, length: int, sequences: Sequences) -> None:
+        count = self.length - length
+        if count <= 0:
+            return
+        if self.net.layout.every is None and self.cache.can_retract(count):
+            assert self.record is not None
+            self.record = copy.copy(self.record)
+            assert self.record.cache is not None
+            self.cache, self.length = self.record.cache, length
+            self.cache.retract(count)
+            return
+        # what was read before stays as it was; tokens behind it are read again beside the next ones
+        self.cache, self.length = self.marked
+        self.record = LayerIntermediates(cache=self.cache)
+        if length - self.length > PENDING:
+            self.read(Sequences(sequences.tokens()[:, :length], sequences.start))
 
     def widen(self, times: int) -> None:
         self.arguments.widen(times)
@@ -251,8 +306,13 @@ def compiled_advance(**options: Any) -> Step:
     return torch.compile(own, **{"fullgraph": True, **options})
 
 
+def last_logits(net: Model, count: int) -> dict[str, Any]:
+    """The argument by which a net gives logits of its last `count` places alone, if it has one."""
+    return dict.fromkeys(net.last_alone, count)
+
+
 def _pass(
-    net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any
+    net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any, last: int = 1
 ) -> tuple[Tensor, LayerIntermediates]:
     return net(
         tokens,
@@ -261,9 +321,12 @@ def _pass(
         return_intermediates=True,
         seq_start_pos=start,
         capture=CACHE_ALONE,
-        **net.last_alone,
+        **last_logits(net, last),
         **arguments,
     )
 
 
 CACHE_ALONE = Capture()
+
+PENDING = 32
+"""Tokens that a net with running states may read again and again, before it reads them alone."""

@@ -222,14 +222,42 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         return [b.attention.cache_streams(self.rotations) if b.kind == "a" else {} for b in run]
 
     def static_cache(
-        self, batch: int, capacity: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        capacity: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        prefix: int | None = 0,
+        step: int = 1,
     ) -> StaticCache:
-        """A cache of fixed buffers for `capacity` tokens."""
+        """A cache of fixed buffers for `capacity` slots; attentions with a window have room for that alone.
+
+        Args:
+            batch, capacity: rows, and slots of each, prefix slots included.
+            device, dtype: of the buffers; default those of the model.
+            prefix: leading slots that are no tokens; None where they lie between the tokens, which needs all slots.
+            step: tokens of most passes behind the prompts.
+        """
         self._refuse_cache_unless_causal()
         like = next(self.parameters())
-        cache = StaticCache(self.cache_streams(), batch, capacity, device or like.device, dtype or like.dtype)
+        cache = StaticCache(
+            self.cache_streams(),
+            batch,
+            capacity,
+            device or like.device,
+            dtype or like.dtype,
+            reaches=() if prefix is None else self.reaches(self.sequence.order),
+            prefix=prefix or 0,
+            step=step,
+        )
         cache.order = self.sequence.order
         return cache
+
+    def reaches(self, order: tuple[int, ...]) -> tuple[int | None, ...]:
+        """How far back each sublayer of an order of execution looks, which is all that a cache must keep for it."""
+        branches = self.branches("a", "c", "f")
+        return tuple(branches[i].attention.reach if branches[i].kind == "a" else None for i in order)
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """What Muon may orthogonalise: value, output and feedforward matrices (2502.16982)."""
@@ -320,6 +348,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         cross_attn_kv_residuals: Tensor | None = None,
         *,
         places: Tensor | None = None,
+        prefix: int | None = 0,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
@@ -364,6 +393,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             self_attn_kv_residuals: added to what keys and values of self-attention are made of: `(b, n, D)` in the
                 first layer, or `(L, b, n, D)` in the first L; cross_attn_kv_residuals: the same for the context.
             places: `(b, all tokens so far)` bool, False for slots that are no tokens of their row (wrappers).
+            prefix: leading slots that are no tokens, which windows keep in a cache; None if there are such between
+                the tokens (wrappers).
             capture: what to keep for the caller; default everything with `return_hiddens` and without a cache.
             pairs: makes a further `attn_mask` from queries and keys.
 
@@ -380,7 +411,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         order = self.sequence.order
         if layers_execute_order is not None or repeat_blocks is not None:
             order = self.order_of(layers_execute_order, repeat_blocks)
-        kv = self._cache_for_pass(kv, n, order, keep=return_hiddens and causal)
+        kv = self._cache_for_pass(kv, n, order, prefix, keep=return_hiddens and causal)
         if capture is None:
             explicit = return_hiddens and cache is None and self._may_show_scores()
             capture = Capture(scores=explicit, hiddens=return_hiddens)
@@ -453,7 +484,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
                 each.log_probs = log_prob_from_hard_attend(each)
         return out, record
 
-    def _cache_for_pass(self, kv: KVCache | None, n: int, order: tuple[int, ...], keep: bool) -> KVCache | None:
+    def _cache_for_pass(
+        self, kv: KVCache | None, n: int, order: tuple[int, ...], prefix: int | None, keep: bool
+    ) -> KVCache | None:
         """The cache, begun for n tokens; a new one if the caller is to get one and gave none."""
         if kv is None:
             if not keep or not self.can_cache_kv:
@@ -462,8 +495,22 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         kv = kv.begin(n)
         if kv.order not in (None, order):
             raise InputError(f"the cache was filled by layers {kv.order}, but layers {order} are to run; keep one.")
+        if kv.fresh:
+            self._prepare_windows(kv, order, prefix)
         kv.order = order
         return kv
+
+    def _prepare_windows(self, kv: KVCache, order: tuple[int, ...], prefix: int | None) -> None:
+        """Tell a cache before its first pass what windows let it drop."""
+        if not isinstance(kv, StaticCache):
+            kv.prefix = prefix or 0
+            kv.reaches = () if prefix is None else self.reaches(order)
+        elif kv.rings and (prefix is None or prefix > kv.ring_prefix):
+            raise InputError(
+                f"the static cache keeps windows behind {kv.ring_prefix} leading slots, but this model has memory "
+                "tokens or prepended embeddings beyond them; let the model make it (`model.static_cache`, with "
+                "`prepended`)."
+            )
 
     def _take_memories(
         self, given: Given, mems: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None, condition: Any

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.arguments import check_mask
-from x_transformers.cache import KVCache
+from x_transformers.cache import KVCache, StaticCache
 from x_transformers.call import Span
 from x_transformers.errors import ShapeError
 
@@ -82,6 +82,40 @@ def lay_out(
 
     query = Span(q_index, q_slot, q_pos, q_live, contiguous, q_padded)
     return query, Span(k_index, k_slot, k_pos, live, contiguous)
+
+
+def within_reach(keys: Span, cache: KVCache, reach: int, new: int) -> Span:
+    """Of the keys that are there, those that a sublayer holds of which queries look back at most `reach` slots.
+
+    Args:
+        keys: every key, cached and new.
+        cache: begun for this pass, and not fresh.
+        reach: how far back the sublayer looks.
+        new: tokens of this pass.
+    """
+    if isinstance(cache, StaticCache):
+        never = cache.capacity
+        index = cache.ring(reach).slots(cache.filled, cache.index, never)
+        columns = index.clamp(max=len(keys) - 1)
+        live = None if keys.live is None else keys.live[:, columns]
+        return Span(index, keys.slot[:, columns], keys.pos[:, columns], live, ordered=False)
+    first, prefix = len(keys) - cache.tail(reach, new), cache.prefix
+    if prefix == 0:
+        live = None if keys.live is None else keys.live[:, first:]
+        # columns count padding too, so that slots are no farther than columns
+        near = reach if new == 1 else None
+        return Span(keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], live, keys.contiguous, near=near)
+    if first <= prefix:
+        return keys
+    live = None if keys.live is None else _cut(keys.live, prefix, first)
+    return Span(
+        _cut(keys.index, prefix, first), _cut(keys.slot, prefix, first), _cut(keys.pos, prefix, first), live, False
+    )
+
+
+def _cut(t: Tensor, prefix: int, first: int) -> Tensor:
+    """Without the columns from `prefix` to `first`."""
+    return torch.cat((t[..., :prefix], t[..., first:]), dim=-1)
 
 
 def check_start(start: Tensor, batch: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.arguments import bind_attn_bias, check_mask
@@ -22,6 +23,7 @@ from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import newest
 from x_transformers.layers.residuals.base import StreamFrame
 from x_transformers.layers.sequence import LayerSequence, Step
+from x_transformers.layers.spans import within_reach
 from x_transformers.norms import Norm
 from x_transformers.ops import softclamp
 
@@ -156,7 +158,8 @@ class Traversal(nn.Module):
             if branch.running:
                 layer.states = running_states(branch.running, layer.entry, states, keeps_states)
             if step.kind == "a":
-                self._tell_own(layer, step, given, x.shape[0])
+                reach = None if kv is None or kv.fresh else kv.reach(step.number)
+                self._tell_own(layer, step, given, x.shape[0], kv, reach)
             elif step.kind == "c":
                 self._tell_context(layer, step, given)
             elif given.deep_embeds is not None and step.nth < given.deep_embeds.shape[2]:
@@ -182,17 +185,22 @@ class Traversal(nn.Module):
 
     # what a sublayer is told
 
-    def _tell_own(self, layer: LayerCall, step: Step, given: Given, batch: int) -> None:
+    def _tell_own(
+        self, layer: LayerCall, step: Step, given: Given, batch: int, kv: KVCache | None, reach: int | None
+    ) -> None:
         call, memory, memory_mask = layer.call, None, None
         layer.rotations = given.rotations
         if given.mems:
             memory, memory_mask = _nth(given.mems, step.nth), _nth(given.mem_masks, step.nth)
             memory = None if memory is not None and memory.shape[-2] == 0 else memory
             layer.memory = memory
-        rule = ("keys", None if memory is None else memory.shape[-2], id(memory_mask))
+        rule = ("keys", None if memory is None else memory.shape[-2], id(memory_mask), reach)
         if rule not in call.memo:
+            keys = call.keys
+            if kv is not None and reach is not None:
+                keys = within_reach(keys, kv, reach, len(call.query))
             # the mask stays in the memo, so that its id stays its own
-            call.memo[rule] = self._bind(call, memory, memory_mask, batch), memory_mask
+            call.memo[rule] = self._bind(call, keys, memory, memory_mask, batch), memory_mask
         layer.keys, layer.fresh, layer.biases = call.memo[rule][0]
         if given.additional:
             layer.additional, layer.additional_mask = _nth(given.additional, step.nth), given.additional_mask
@@ -206,10 +214,12 @@ class Traversal(nn.Module):
             layer.kv_residual = residual
 
     def _bind(
-        self, call: Call, memory: Tensor | None, memory_mask: Tensor | None, batch: int
+        self, call: Call, keys: Span, memory: Tensor | None, memory_mask: Tensor | None, batch: int
     ) -> tuple[Span, Span, tuple[BoundScore, ...]]:
         """Keys, new keys, and the stack's score modifications bound to them; layers with the same keys share them."""
-        keys, fresh = call.keys, call.query
+        fresh, bias = call.query, call.attn_bias
+        if bias is not None and keys is not call.keys:
+            bias = _of_keys(bias, call.keys, keys)
         if memory is not None:
             if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != self.dim:
                 raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {self.dim}).")
@@ -220,8 +230,8 @@ class Traversal(nn.Module):
         biases: tuple[BoundScore, ...] = ()
         if self.rel_pos is not None:
             biases = (self.rel_pos.bind(call.query, keys),)
-        if call.attn_bias is not None:
-            biases = (*biases, bind_attn_bias(call.attn_bias, len(call.query), len(keys)))
+        if bias is not None:
+            biases = (*biases, bind_attn_bias(bias, len(call.query), len(keys)))
         return keys, fresh, biases
 
     def _tell_context(self, layer: LayerCall, step: Step, given: Given) -> None:
@@ -269,6 +279,14 @@ class Traversal(nn.Module):
         assert isinstance(self.rotary_pos_emb, RotaryEmbedding)
         of_queries, of_keys = (self.rotary_pos_emb.forward(each) for each in (call.query.pos, pos))
         return (GivenRotation(of_queries, of_keys),)
+
+
+def _of_keys(bias: Tensor, every: Span, held: Span) -> Tensor:
+    """The columns of a caller's bias over every key, newest last, that speak of those that a sublayer holds."""
+    if bias.shape[-1] > len(every):
+        return bias
+    full = F.pad(bias, (len(every) - bias.shape[-1], 0))
+    return full[..., torch.searchsorted(every.index, held.index).clamp(max=len(every) - 1)]
 
 
 def _nth(values: Sequence[Any], n: int) -> Any:

@@ -124,14 +124,21 @@ class Model(Configured, ReadsReference):
         prepended: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        step: int = 1,
     ) -> StaticCache:
         """A cache of fixed buffers for rows of `max_len` tokens behind `prepended` embeddings.
+
+        Attentions with a window have room for the window alone, and for `step` tokens that are read at a time.
 
         Raises:
             InputError: if the model cannot decode with a cache.
         """
         self._refuse_cache()
-        return self.attn_layers.static_cache(batch, self.layout.slots(prepended + max_len), device, dtype)
+        # between tokens, memory needs the whole axis
+        prefix = None if self.layout.every is not None else self.layout.memory + prepended
+        return self.attn_layers.static_cache(
+            batch, self.layout.slots(prepended + max_len), device, dtype, prefix=prefix, step=step
+        )
 
     # the steps of one pass
 
@@ -256,6 +263,7 @@ class Model(Configured, ReadsReference):
             input_not_include_cache=True,
             return_hiddens=True,
             capture=asked.kept(self.attn_layers, tokens.kv is not None),
+            prefix=None if framing.frame is not None else framing.before,
             **arguments,
         )
         framing.remember(record, out)

@@ -41,6 +41,7 @@ class CoPE(RowMod):
 
     stage = Stage.CONTEXTUAL
     one_way = True
+    whole_past = True
     reference: ClassVar = {
         "attend.cope.pos_emb": "embeddings",
         "attend.cope.talking_heads.weight": "mix",

@@ -130,6 +130,7 @@ class ForgetRows(ScoreMod):
     needs = Needs.BIAS
     stage = Stage.BIAS
     one_way = True
+    whole_past = True
     reference: ClassVar = {"data_dependent_alibi.to_forget_gates.0.weight": "to_uw.weight"}
 
     def __init__(self, dim: int, heads: int, dim_head: int, post_log_scale: float = 1.0) -> None:

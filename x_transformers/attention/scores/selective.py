@@ -51,6 +51,7 @@ class Selective(RowMod):
 
     stage = Stage.SELECTIVE
     one_way = True
+    whole_past = True
 
     def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         layer, query, keys = rows.layer, rows.layer.call.query, rows.layer.keys

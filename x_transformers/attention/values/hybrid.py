@@ -60,6 +60,8 @@ class HybridBranch(ValueMod):
         assert options.hybrid_module is not None
         self.module = copy.deepcopy(options.hybrid_module)
         self.recurrent = any(isinstance(each, nn.RNNBase) for each in self.module.modules())
+        # a module without a state runs over everything again
+        self.whole_past = not self.recurrent
         self.two_ways = any(getattr(each, "bidirectional", False) is True for each in self.module.modules())
         self.heads, self.order = shape.heads, reference_head_order(shape.heads, shape.kv_heads)
         self.width, self.mask_name = shape.value_dim_head, options.hybrid_mask_kwarg

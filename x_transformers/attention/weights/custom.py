@@ -31,6 +31,9 @@ class Custom(Weighting):
         fn: a function, or a module, whose parameters become this part's.
     """
 
+    # nobody knows what the function makes of the order of keys
+    whole_past = True
+
     def __init__(self, fn: Callable[..., Tensor]) -> None:
         super().__init__()
         self.fn = fn
