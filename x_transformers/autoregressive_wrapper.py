@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,8 +71,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             `add_continuous_pred_head` predicts too.
         loss_chunk_size: the loss is computed for so many tokens at a time, so that the logits of a large vocabulary
             never stand in memory together; None for all at once. The head then runs twice in training.
-        loss_chunk_size: the loss is computed for so many tokens at a time, so that the logits of a large vocabulary
-            never stand in memory together; None for all at once. The head then runs twice in training.
         looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
             have.
 
@@ -110,8 +107,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
         if loss_chunk_size is not None:
             _check_chunks(net, loss_chunk_size)
-        if loss_chunk_size is not None:
-            _check_chunks(net, loss_chunk_size)
         _refuse_without_head(
             "`add_continuous_pred_head`",
             net.add_continuous_pred_head,
@@ -128,7 +123,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
-        self.loss_chunk_size = loss_chunk_size
         self.loss_chunk_size = loss_chunk_size
         self._steps: dict[Any, Step] = {}
 
@@ -170,12 +164,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         _check_loss_input(x, lens, kwargs)
-        chunked = self.loss_chunk_size is not None
-        if chunked and return_outputs:
-            raise InputError(
-                "`return_outputs` gives the logits of all tokens, which `loss_chunk_size` keeps out of memory; call the "
-                "net itself for them, or build the wrapper without `loss_chunk_size`."
-            )
         chunked = self.loss_chunk_size is not None
         if chunked and return_outputs:
             raise InputError(
@@ -503,17 +491,6 @@ def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float
     for name, (value, default) in weights.items():
         if value != default and not present:
             raise ConfigError(f"`{name}` is {value}, but `net` has no such head ({head}); drop it.")
-
-
-def _check_chunks(net: TransformerWrapper, chunk: int) -> None:
-    """Raise a `ConfigError` unless the loss can be computed for so many tokens at a time."""
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ConfigError(f"`loss_chunk_size` is {chunk!r}; it must be a whole number of tokens, at least 1, or None.")
-    if not net.own_to_logits and not isinstance(net.to_logits, nn.Linear):
-        raise ConfigError(
-            f"`loss_chunk_size` is {chunk}, but the head given as `to_logits` is a {type(net.to_logits).__name__}, "
-            "which may read several tokens at once; give an `nn.Linear`, or drop `loss_chunk_size`."
-        )
 
 
 def _check_chunks(net: TransformerWrapper, chunk: int) -> None:

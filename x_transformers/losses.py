@@ -82,41 +82,6 @@ def _casting_anew(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
-def chunked_token_losses(
-    features: Tensor,
-    labels: Tensor,
-    head: Callable[[Tensor], Tensor],
-    chunk: int,
-    *,
-    ignore_index: int = -100,
-    log_probs: bool = False,
-) -> Tensor:
-    """`token_losses(head(features), labels)`, without the logits of more than `chunk` tokens at any time.
-
-    The logits of a chunk are not kept for the gradients but computed again, so that the head runs twice in training.
-
-    Args:
-        features: `(..., D)`.
-        labels: `(...)` ids.
-        head: `(chunk, D)` to `(chunk, v)`, each row from its own alone.
-        chunk: tokens, at least 1.
-        ignore_index, log_probs: as in `token_losses`.
-
-    Raises:
-        TokenRangeError: as `token_losses`.
-    """
-
-    def of(features: Tensor, labels: Tensor) -> Tensor:
-        return token_losses(head(features), labels, ignore_index=ignore_index, log_probs=log_probs)
-
-    pairs = zip(features.flatten(0, -2).split(chunk), labels.flatten().split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        each = [checkpoint(of, *pair, use_reentrant=False) for pair in pairs]
-    else:
-        each = [of(*pair) for pair in pairs]
-    return torch.cat(each).reshape(labels.shape)
-
-
 def mean_over(each: Tensor, counts: Tensor) -> Tensor:
     """The mean of `each (...)`, at least in float32, over the places where `counts (...)`; 0 with a gradient if none.
 
