@@ -13,7 +13,9 @@ def bare(shape: Shape) -> BareGPT:
     return BareGPT(shape)
 
 
-def ours(shape: Shape) -> AutoregressiveWrapper:
+def ours(
+    shape: Shape, *, loss_chunk_size: int | None = None, checkpoint_every: int | None = None
+) -> AutoregressiveWrapper:
     return AutoregressiveWrapper(
         TransformerWrapper(
             num_tokens=shape.vocab,
@@ -24,8 +26,10 @@ def ours(shape: Shape) -> AutoregressiveWrapper:
                 heads=shape.heads,
                 attn_dim_head=shape.dim // shape.heads,
                 ff_no_bias=not shape.bias,
+                checkpoint_every=checkpoint_every,
             ),
-        )
+        ),
+        loss_chunk_size=loss_chunk_size,
     )
 
 

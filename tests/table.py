@@ -77,6 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
     "shift_tokens": {"shift_tokens": 1},
     "layer_dropout": {"layer_dropout": 0.2},
+    "checkpoint_every": {"checkpoint_every": 1},
     "add_value_residual": {"add_value_residual": ON},
     "learned_value_residual_mix": {"add_value_residual": ON, "learned_value_residual_mix": False},
     "residual_attn": {"residual_attn": ON},

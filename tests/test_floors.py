@@ -24,7 +24,7 @@ HOUSE = (
     ("F6", ["layers.residuals.base", "layers.sequence", "layers.spans"]),
     ("F6", ["layers"]),
     ("F6", ["layers.branch", "layers.around"]),
-    ("F6", ["layers.catalog"]),
+    ("F6", ["layers.catalog", "layers.way"]),
     ("F6", ["layers.plan", "layers.traversal"]),
     ("F6", ["layers.layers"]),
     ("F6", ["layers.pool"]),

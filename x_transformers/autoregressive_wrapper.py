@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ from x_transformers.decoding.speculative import Model as DraftModel
 from x_transformers.decoding.step import Sequences, Step, compiled_advance
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.loading import ReadsReference
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import chunked_token_losses, mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.options.configured import Configured
@@ -76,6 +77,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         add_attn_z_loss: add the z-loss of attention; its weight is the model's `attn_z_loss_weight`.
         next_embed_loss_weight: weight of the error of the next token's embedding, which a model with
             `add_continuous_pred_head` predicts too.
+        loss_chunk_size: the loss is computed for so many tokens at a time, so that the logits of a large vocabulary
+            never stand in memory together; None for all at once. The head then runs twice in training.
         looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
             have.
 
@@ -94,6 +97,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         looped_loss_threshold_exit: float = 0.05,
         looped_loss_slope: float = 50,
         looped_exit_loss_weight: float = 1.0,
+        *,
+        loss_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, TransformerWrapper):
@@ -108,6 +113,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             )
         if not 0 <= mask_prob < 1:
             raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
+        if loss_chunk_size is not None:
+            _check_chunks(net, loss_chunk_size)
         _refuse_without_head(
             "`add_continuous_pred_head`",
             net.add_continuous_pred_head,
@@ -124,6 +131,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
+        self.loss_chunk_size = loss_chunk_size
         self._steps: dict[Any, Step] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,6 +172,12 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         _check_loss_input(x, lens, kwargs)
+        chunked = self.loss_chunk_size is not None
+        if chunked and return_outputs:
+            raise InputError(
+                "`return_outputs` gives the logits of all tokens, which `loss_chunk_size` keeps out of memory; call "
+                "the net itself for them, or build the wrapper without `loss_chunk_size`."
+            )
         kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
         x = x.long()  # bytes could not hold `ignore_index`
         if lens is not None:
@@ -180,6 +194,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             return_intermediates=return_outputs,
             return_attn_z_loss=self.add_attn_z_loss,
             return_next_embed_pred=self.next_embed_loss_weight > 0,
+            return_embeddings=chunked,
             **kwargs,
         )
         logits, record = out if return_outputs or self.add_attn_z_loss else (out, None)
@@ -189,7 +204,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
 
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         labels = F.pad(x[:, 1:], (p, 1), value=self.ignore_index)
-        loss = self._cross_entropy(logits, labels)
+        loss = self._cross_entropy(logits, labels, kwargs.get("to_logits_kwargs"))
         if predicted is not None and embeds is not None:
             loss = loss + self._embedding_error(predicted, embeds, labels) * self.next_embed_loss_weight
         if self.add_attn_z_loss:
@@ -205,9 +220,20 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         hidden = noise.topk(count, dim=-1).indices
         return torch.ones_like(x, dtype=torch.bool).scatter_(1, hidden, False)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy."""
-        each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=self.net.output_is_log_prob)
+    def _cross_entropy(self, out: Tensor, labels: Tensor, arguments: Mapping[str, Any] | None) -> Tensor:
+        """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy.
+
+        Args:
+            out: logits, or features if the loss is computed in chunks.
+            labels: `(b, n)`.
+            arguments: of the head.
+        """
+        given: Any = {"ignore_index": self.ignore_index, "log_probs": self.net.output_is_log_prob}
+        if self.loss_chunk_size is None:
+            each = token_losses(out, labels, **given)
+        else:
+            head = functools.partial(self.net.logits_of, arguments=arguments)
+            each = chunked_token_losses(out, labels, head, self.loss_chunk_size, **given)
         return mean_over(each, labels != self.ignore_index)
 
     def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
@@ -541,6 +567,17 @@ def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float
     for name, (value, default) in weights.items():
         if value != default and not present:
             raise ConfigError(f"`{name}` is {value}, but `net` has no such head ({head}); drop it.")
+
+
+def _check_chunks(net: TransformerWrapper, chunk: int) -> None:
+    """Raise a `ConfigError` unless the loss can be computed for so many tokens at a time."""
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ConfigError(f"`loss_chunk_size` is {chunk!r}; it must be a whole number of tokens, at least 1, or None.")
+    if not net.own_to_logits and not isinstance(net.to_logits, nn.Linear):
+        raise ConfigError(
+            f"`loss_chunk_size` is {chunk}, but the head given as `to_logits` is a {type(net.to_logits).__name__}, "
+            "which may read several tokens at once; give an `nn.Linear`, or drop `loss_chunk_size`."
+        )
 
 
 def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any]) -> None:

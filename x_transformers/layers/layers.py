@@ -172,6 +172,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         self.num_residual_streams = options["residual_streams"].num_residual_streams
         self.reference_mix = options["residual_streams"].hyper_conn_reference_mix
         self.runs_in_order = options.on("lime")
+        self.checkpoint_every = options["checkpointing"].checkpoint_every
 
     def _build_positions(self, plan: StackPlan) -> None:
         """The position parts that all self-attention layers share."""

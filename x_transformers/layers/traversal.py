@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +16,16 @@ from x_transformers.attention.base import BoundScore, QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.cache import Entry, KVCache
-from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.call import Call, Carry, Deltas, LayerCall, Span
 from x_transformers.errors import ShapeError
-from x_transformers.intermediates import Intermediates, LayerIntermediates
-from x_transformers.layers.branch import Branch, Passed
+from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import newest
+from x_transformers.layers.recompute import run_twice, stretches
 from x_transformers.layers.residuals.base import StreamFrame
 from x_transformers.layers.sequence import LayerSequence, Step
 from x_transformers.layers.spans import within_reach
+from x_transformers.layers.way import Seen, Way, folded, unfolded
 from x_transformers.norms import Norm
 from x_transformers.ops import softclamp
 
@@ -65,49 +67,6 @@ class Given:
     kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
 
 
-class Seen:
-    """Collects what the caller asked to see."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-        self.keeps_states = capture.memories or capture.hiddens
-        self.streams: list[Tensor] = []
-        self.inputs: list[Tensor] = []
-        self.memory_inputs: list[Tensor] = []
-        self.states: list[Tensor] = []
-        self.blocks: list[Tensor] = []
-        self.records: list[Intermediates] = []
-
-    def add(self, step: Step, stream: Tensor, passed: Passed) -> None:
-        """Keep what is wanted of the stream before and behind one sublayer."""
-        if self.capture.hiddens:
-            self.inputs.append(passed.branch_input)
-            if step.ends:
-                self.blocks.append(folded(passed.stream))
-        if step.kind == "a":
-            self.streams.append(folded(stream))
-            self.memory_inputs.append(passed.memory_input)
-
-    def add_states(self, states: Entry | None, names: Sequence[str]) -> None:
-        """Keep the running states of one sublayer."""
-        if self.keeps_states and states is not None:
-            self.states += [states.get(name) for name in names]  # type: ignore[misc]
-
-    def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
-        """The record of the pass."""
-        hiddens = self.capture.hiddens
-        return LayerIntermediates(
-            hiddens=self.streams,
-            last_hidden=out,
-            attn_intermediates=self.records,
-            layer_hiddens=[*self.inputs, folded(stream)] if hiddens else None,
-            block_hiddens=[*self.blocks[:-1], out] if hiddens else None,
-            memory_inputs=self.memory_inputs,
-            memory_states=self.states,
-            cache=kv,
-        )
-
-
 class Traversal(nn.Module):
     """Sublayers in their order, with what stands before, between and behind them.
 
@@ -117,6 +76,7 @@ class Traversal(nn.Module):
         frame: what stands around several residual streams.
         rel_pos: the score modification that all self-attentions share. rotary_pos_emb: the rotation.
         skip_sources, skip_combines: executed sublayer -> the one whose input is joined, and by what.
+        checkpoint_every: every so many blocks, one runs again for its gradients; None: none does.
         context_dropout: how much of the context is left out in training; one_context: the same for all sublayers.
         output_clamp: bound of the output. final_norm: the last norm.
     """
@@ -130,6 +90,7 @@ class Traversal(nn.Module):
     rotary_pos_emb: QKTransform | None
     skip_sources: Mapping[int, int]
     skip_combines: nn.ModuleDict
+    checkpoint_every: int | None
     context_dropout: float
     one_context: bool
     output_clamp: float | None
@@ -137,14 +98,42 @@ class Traversal(nn.Module):
 
     def traverse(self, x: Tensor, call: Call, kv: KVCache | None, given: Given) -> tuple[Tensor, Tensor, Seen]:
         """`(b, n, D)` through all sublayers: the output, the stream before it, and what was kept on the way."""
-        seen, skips = Seen(call.capture), {}
-        sources = self.skip_sources.values()
-        states = list(given.states)
-        keeps_states = call.causal and (bool(states) or seen.keeps_states)
-        carry, nothing = Carry(), Deltas()
-        branches = list(self.layers)
-        x = x if self.frame is None else self.frame.expand(x)
-        for step in self.steps if given.order == self.sequence.order else self.sequence.steps(given.order):
+        way = Way(
+            call,
+            x if self.frame is None else self.frame.expand(x),
+            Carry(),
+            Seen(call.capture),
+            kv=kv,
+            states=list(given.states),
+        )
+        steps = self.steps if given.order == self.sequence.order else self.sequence.steps(given.order)
+        # buffers that are written in place would be read, when a block runs again, as later passes left them
+        if self.checkpoint_every is None or not torch.is_grad_enabled() or (kv is not None and kv.is_static):
+            self._walk(steps, given, way)
+        else:
+            way = way.fork(())  # the caller's cache is filled at the end, and blocks that run again find it empty
+            for some, again in stretches(steps, self.checkpoint_every):
+                if again:
+                    way = run_twice(functools.partial(self._walked, some, given, way), way.stream)
+                else:
+                    self._walk(some, given, way)
+            if kv is not None and way.kv is not None:
+                kv.entries = way.kv.entries
+        return self._finish(way.stream, given.condition), way.stream, way.seen
+
+    def _walked(self, steps: Sequence[Step], given: Given, way: Way) -> Way:
+        """Where some sublayers lead to from a point that stays as it is."""
+        further = way.fork({step.number for step in steps})
+        self._walk(steps, given, further)
+        return further
+
+    def _walk(self, steps: Sequence[Step], given: Given, way: Way) -> None:
+        """Run some sublayers; the way goes on behind them."""
+        call, seen, skips, kv, nothing = way.call, way.seen, way.skips, way.kv, Deltas()
+        sources, branches = self.skip_sources.values(), list(self.layers)
+        keeps_states = call.causal and (bool(given.states) or seen.keeps_states)
+        x, carry = way.stream, way.carry
+        for step in steps:
             branch: Branch = branches[step.layer]  # type: ignore[assignment]
             if given.transform is not None and step.begins and step.block > 0:
                 x = unfolded(given.transform(step.block + 1, folded(x)), x)
@@ -156,7 +145,7 @@ class Traversal(nn.Module):
             if kv is not None and (step.kind != "f" or branch.running):
                 layer.entry = kv.entry(step.number)
             if branch.running:
-                layer.states = running_states(branch.running, layer.entry, states, keeps_states)
+                layer.states = running_states(branch.running, layer.entry, way.states, keeps_states)
             if step.kind == "a":
                 reach = None if kv is None or kv.fresh else kv.reach(step.number)
                 self._tell_own(layer, step, given, x.shape[0], kv, reach)
@@ -173,7 +162,7 @@ class Traversal(nn.Module):
             if seen.keeps_states:
                 seen.add(step, x, passed)
             x, carry = passed.stream, passed.carry
-        return self._finish(x, given.condition), x, seen
+        way.stream, way.carry = x, carry
 
     def _finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """From the stream behind the last layer to the output."""
@@ -308,13 +297,3 @@ def running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor 
         if entry is not None and state is not None and entry.get(name) is None:
             entry.put(name, state)
     return entry
-
-
-def folded(stream: Tensor) -> Tensor:
-    """`(b, n, s, D)` as callers see streams: `(b * s, n, D)`."""
-    return stream if stream.ndim == 3 else stream.transpose(1, 2).flatten(0, 1)
-
-
-def unfolded(stream: Tensor, like: Tensor) -> Tensor:
-    """The way back, to the axes of `like`."""
-    return stream if like.ndim == 3 else stream.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)

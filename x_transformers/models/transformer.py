@@ -487,11 +487,22 @@ class TransformerWrapper(Model):
 
     def _logits(self, features: Tensor, keep: int | None, arguments: Mapping[str, Any] | None) -> Any:
         """Logits `(..., v)` of the last `keep` places, or of all; a tuple of them if there are several heads."""
+        return self.logits_of(features[:, -keep:] if keep else features, arguments)
+
+    def logits_of(self, features: Tensor, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Logits `(..., v)` of features `(..., D)`, as a pass makes them of its own (`return_embeddings`).
+
+        Args:
+            features: what `return_embeddings` gives, or a part of it.
+            arguments: of the head; see `to_logits_kwargs`.
+
+        Raises:
+            InputError: if the model has no head, or made its own and arguments are given.
+        """
+        if self.to_logits is None:
+            raise InputError("this model has no head (`return_only_embed`), and so no logits.")
         if arguments and self.own_to_logits:
             raise InputError("`to_logits_kwargs` are for a module given as `to_logits`; this model made its own.")
-        if keep:
-            features = features[:, -keep:]
-        assert self.to_logits is not None
         head: Callable[[Tensor], Any] = functools.partial(self.to_logits, **arguments) if arguments else self.to_logits
         if self.sigsoftmax_logits:
             head = functools.partial(_sigsoftmax_of, head)
