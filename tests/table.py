@@ -295,6 +295,7 @@ ELSEWHERE = {
     "attn_dim_out": "in a stack it is `dim`",
     "ff_dim_out": "in a stack it is `dim`",
     "attn_inverted_attention": "of cross-attention, whose `cross_attn_inverted_attention` no causal stack can have",
+    "attn_flash_pack_seq": "needs one row, and the boundaries of its documents; `tests/test_packed.py`",
     "attn_hybrid_mask_kwarg": "the name of an argument of a module that reads masks; `tests/test_hybrid.py`",
     "attn_learned_value_residual_mix": "set by the stack, by `learned_value_residual_mix`",
     "num_tokens": "every model of the tests has one",

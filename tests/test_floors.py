@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
     ("F0", ["errors", "ops", "float32"]),
+    ("F1", ["documents"]),
     ("F1", ["options.schema", "call", "loading", "prepared"]),
     ("F1", ["options"]),
     ("F2", ["streams", "norms", "low_rank", "losses"]),
@@ -26,6 +27,7 @@ HOUSE = (
     ("F6", ["layers.branch", "layers.around"]),
     ("F6", ["layers.catalog", "layers.way"]),
     ("F6", ["layers.plan", "layers.traversal"]),
+    ("F6", ["layers.packing"]),
     ("F6", ["layers.layers"]),
     ("F6", ["layers.pool"]),
     ("F7", ["models.embeddings", "models.frame", "models.recurrence", "models.asked"]),

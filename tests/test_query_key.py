@@ -209,6 +209,28 @@ def test_positions_of_a_context() -> None:
     torch.testing.assert_close(torch.cat((first, more), dim=1), wanted, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_what_dropout_leaves_of_a_context_keeps_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Decoder(**STACK, cross_attend=True, rotary_pos_emb=True, cross_attn_tokens_dropout=0.5)
+    x, context, residual = torch.randn(2, 4, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    at = torch.stack((torch.arange(9), torch.arange(9) * 3))
+    where = torch.tensor([[7, 2, 0, 5], [1, 8, 3, 4]])
+    kept = context.take_along_dim(where.unsqueeze(-1), dim=1)
+    wanted = stack.eval()(
+        x,
+        context=kept,
+        context_pos=at.gather(1, where),
+        cross_attn_kv_residuals=residual.take_along_dim(where.unsqueeze(-1), dim=1).expand(2, -1, -1, -1),
+    )
+    monkeypatch.setattr("x_transformers.layers.traversal.drop_context", lambda *_: (kept, None, where))
+    got = stack.train()(x, context=context, context_pos=at, cross_attn_kv_residuals=residual.expand(2, -1, -1, -1))
+    torch.testing.assert_close(got, wanted)
+    one = stack(x, context=context, context_pos=at[0], cross_attn_kv_residuals=residual.expand(2, -1, -1, -1))
+    torch.testing.assert_close(one[:1], wanted[:1])
+    with pytest.raises(ShapeError, match="`context_pos` has 4 positions, but the context 9 tokens"):
+        stack(x, context=context, context_pos=at[:, :4])
+
+
 def test_contradictions_in_words() -> None:
     attention, x, pair = Attention(**SMALL), torch.randn(1, 3, 8), RotaryEmbedding(4).forward_from_seq_len(3)
     with pytest.raises(InputError, match="pass one of them"):

@@ -12,9 +12,11 @@ from x_transformers.attention.backends.base import Backend, Request, Situation, 
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
-from x_transformers.attention.base import Needs
+from x_transformers.attention.backends.varlen import Varlen
+from x_transformers.attention.base import Needs, Visibility
 from x_transformers.attention.masks import causal_mask as create_causal_mask
 from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
+from x_transformers.attention.masks import spelled_out
 from x_transformers.attention.scores.selective import selective_attn
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
@@ -46,6 +48,7 @@ class Core:
         scale: factor of `q k^T`.
         flash: None picks the fastest backend; True demands a fused one; False never fuses.
         kernels: which of PyTorch's kernels SDPA may use.
+        packed: passes may keep the documents of packed rows apart.
 
     Raises:
         ConfigError: if a fused kernel is demanded and no fused backend, on any device, can host the parts.
@@ -58,6 +61,7 @@ class Core:
         scale: float,
         flash: bool | None = None,
         kernels: dict[str, bool] | None = None,
+        packed: bool = False,
     ) -> None:
         self.needs = self.quiet_needs = Needs.NOTHING
         for need in because:
@@ -65,6 +69,8 @@ class Core:
         self.scale, self.flash = scale, flash
         self.explicit = Explicit()
         self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
+        if packed and (kernels or {}).get("enable_flash", True):
+            self.fused = (Varlen(), *self.fused)
         self._warned: set[str] = set()
         self._asked: Any = None
         self._answer: tuple[Backend, str] = (self.explicit, "")
@@ -109,21 +115,39 @@ class Core:
         if request.capture:
             needs |= Needs.SCORES
         grad = torch.is_grad_enabled() and (q.requires_grad or request.k.requires_grad or request.v.requires_grad)
-        backend, why = self._choice(q.device, q.dtype, grad, needs)
+        documents, width = request.visible.documents, 0
+        if documents is not None:
+            needs |= Needs.DOCUMENTS
+            width = max(q.shape[-1], request.v.shape[-1])
+        backend, why = self._choice(q.device, q.dtype, grad, needs, width)
+        if documents is not None and not backend.reads_documents:
+            request.visible = _spelled_out(request)
         if self.flash and not backend.fused and not request.capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return backend.attend(request)
 
-    def _choice(self, device: torch.device, dtype: torch.dtype, grad: bool, needs: Needs) -> tuple[Backend, str]:
+    def _choice(
+        self, device: torch.device, dtype: torch.dtype, grad: bool, needs: Needs, width: int
+    ) -> tuple[Backend, str]:
         """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
         if torch.compiler.is_compiling():
-            return self.choose(Situation(device.type, dtype, grad, True), needs)
-        asked = (device, dtype, grad, needs, self.flash)
+            return self.choose(Situation(device.type, dtype, grad, True, width), needs)
+        asked = (device, dtype, grad, needs, width, self.flash)
         if asked != self._asked:
-            self._asked, self._answer = asked, self.choose(Situation(device.type, dtype, grad), needs)
+            self._asked, self._answer = asked, self.choose(Situation(device.type, dtype, grad, width=width), needs)
         return self._answer
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def _spelled_out(request: Request) -> Visibility:
+    """The mask that keeps documents apart, made once a pass."""
+    visible, shape = request.visible, (request.q.shape[-2], request.k.shape[-2])
+    rule = ("documents", id(visible))
+    if rule not in request.memo:
+        # it stays in the memo, so that its id stays its own
+        request.memo[rule] = spelled_out(visible, *shape), visible
+    return request.memo[rule][0]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from x_transformers.documents import Documents
+
 
 @dataclass(eq=False)
 class Span:
@@ -200,6 +202,8 @@ class LayerCall:
         additional_mask: `(b, A)` bool, which of them are seen.
         kv_residual: `(b, m, Dc)` added to the source of keys and values.
         deltas: what a caller adds inside.
+        documents: where the documents of a packed row begin, and those of its keys; None if each row is one.
+        causal: of this sublayer; None: the pass's, and none towards a context.
     """
 
     call: Call
@@ -219,6 +223,8 @@ class LayerCall:
     additional_mask: Tensor | None = None
     kv_residual: Tensor | None = None
     deltas: Deltas = field(kw_only=True)
+    documents: Documents | None = None
+    causal: bool | None = None
 
     def behind_memory(self, x: Tensor) -> Tensor:
         """`(b, m + n, D)`: the (query) inputs of every key of this pass, recurrent memory in front."""

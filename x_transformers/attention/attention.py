@@ -45,6 +45,7 @@ from x_transformers.attention.values.residual import ValueMix, mix_values
 from x_transformers.attention.weights.delta import given_delta
 from x_transformers.cache import Shape
 from x_transformers.call import Carry, Deltas, LayerCall, Span
+from x_transformers.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError
 from x_transformers.intermediates import Intermediates
 from x_transformers.loading import ReadsReference
@@ -134,6 +135,7 @@ class Attention(Configured, ReadsReference):
         self.dropout, self.sublayer_dropout = dropout.dropout, dropout.sublayer_dropout
         self.max_attend_past = parsed["window"].max_attend_past
         self.features = tuple(feature.name for feature in parsed.enabled())
+        self.packed = parsed["backend"].flash_pack_seq
         # set by a stack whose later layers read what this one leaves
         self.leaves_values = self.leaves_scores = False
         self.residual = ResidualScores()
@@ -189,7 +191,9 @@ class Attention(Configured, ReadsReference):
         scale = self.shape.dim_head**-0.5
         for norm in self.qk_norms:
             scale = norm.scale if norm.scale is not None else scale
-        return Core(because=because, scale=scale, flash=options.flash, kernels=options.attend_sdp_kwargs)
+        return Core(
+            because=because, scale=scale, flash=options.flash, kernels=options.attend_sdp_kwargs, packed=self.packed
+        )
 
     # what other code reads
 
@@ -352,11 +356,12 @@ class Attention(Configured, ReadsReference):
         visible = visibility(
             call,
             layer.keys,
-            causal=call.causal if layer.context is None else self.causal,
+            causal=self._is_causal(layer),
             own=layer.context is None,
             window=self.max_attend_past,
             prefix=prefix,
             shown=shown,
+            documents=layer.documents,
         )
         request = Request(
             q,
@@ -410,6 +415,11 @@ class Attention(Configured, ReadsReference):
             entry=layer.entry,
             own_kv=own_kv if call.aligned else None,
         )
+
+    def _is_causal(self, layer: LayerCall) -> bool:
+        if layer.causal is not None:
+            return layer.causal
+        return layer.call.causal if layer.context is None else self.causal
 
     def _leave(self, raw: Tensor, weighed: Weighed, layer: LayerCall) -> Carry:
         """What later sublayers may read: the first values and the latest scores of this kind, if anybody will."""
@@ -600,6 +610,7 @@ class Attention(Configured, ReadsReference):
         v_delta: Tensor | None = None,
         o_delta: Tensor | None = None,
         attn_delta: Tensor | None = None,
+        flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor | tuple[Tensor, Intermediates]:
         """Attend outside of a stack.
 
@@ -628,6 +639,10 @@ class Attention(Configured, ReadsReference):
             q_delta, k_delta, v_delta: added behind the projections, to their flat features.
             o_delta: `(b, n, h * e)`, added to the heads' outputs.
             attn_delta: broadcastable to `(b, h, i, every key)`, added to the weights, also of hidden keys.
+            flash_pack_seq_kwargs: with `flash_pack_seq`, at every call without a cache: x is `(1, n, D)`, one document
+                after the other, and a document sees only itself, or only the document of the same number of the
+                context. `cu_seqlens_q`, `cu_seqlens_k`: `(t + 1,)` whole numbers, 0 and where documents end;
+                `max_seqlen_q`, `max_seqlen_k`: the length of the longest one. Causality is right-aligned in each.
 
         Raises:
             InputError: if arguments contradict each other.
@@ -636,6 +651,16 @@ class Attention(Configured, ReadsReference):
         check_input(x, self.shape.dim)
         causal = self.causal if causal is None else causal
         self.check_causality(causal, cached=cache is not None)
+        documents = self._documents(x, flash_pack_seq_kwargs, cache, context)
+        if documents is not None:
+            refuse_beside(
+                "flash_pack_seq_kwargs",
+                mask=mask,
+                context_mask=context_mask,
+                attn_mask=attn_mask,
+                mem=mem,
+                additional_key_values=additional_key_values,
+            )
         layer = standalone_call(
             x,
             causal=causal,
@@ -659,11 +684,22 @@ class Attention(Configured, ReadsReference):
             additional_key_value_mask=additional_key_value_mask,
             kv_input_residual=kv_input_residual,
             deltas=Deltas(q_delta, k_delta, v_delta, o_delta, attn_delta),
+            documents=documents,
+            window=self.max_attend_past,
         )
         out, record, _ = self.run(x, layer)
         if not return_intermediates:
             return out
         return out, record if record is not None else Intermediates(layer_type="a")
+
+    def _documents(self, x: Tensor, given: Any, cache: Any, context: Tensor | None) -> Documents | None:
+        """The documents of a packed row."""
+        name = "flash_pack_seq_kwargs"
+        check_packing(given, packed=self.packed, cached=cache is not None, name=name, keyword="flash_pack_seq")
+        if given is None:
+            return None
+        keys = None if context is None else context.shape[1]
+        return documents_of(given, batch=x.shape[0], queries=x.shape[1], keys=keys, name=name)
 
     # checkpoints
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import Shape
 from x_transformers.call import LayerCall, Span
+from x_transformers.documents import Documents
 from x_transformers.ops import reorder_heads
 
 
@@ -28,6 +29,8 @@ class Needs(enum.Flag):
     """Let a learned logit per head join the softmax."""
     DROPOUT = enum.auto()
     """Drop attention weights at random."""
+    DOCUMENTS = enum.auto()
+    """Keep the documents of a packed row apart."""
     SCORES = enum.auto()
     """Hand out the scores and weights."""
     ROWS = enum.auto()
@@ -335,12 +338,14 @@ class Visibility:
         is_causal: without a mask: a lower triangle over equal slots; otherwise every key is seen.
         dead: `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; None if there is no such query.
         prefix: P, keys in front that are no tokens.
+        documents: without a mask: the rule holds within each document of a packed row.
     """
 
     mask: Tensor | None
     is_causal: bool
     dead: Tensor | None
     prefix: int
+    documents: Documents | None = None
 
 
 __all__ = [

@@ -20,7 +20,7 @@ from x_transformers.attention.scores import (
 )
 from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
 from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
-from x_transformers.options.schema import Feature, Schema, opt, require
+from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class BackendOptions:
     flash: bool | None = opt(None, "None: the fastest backend that hosts the options; True: a fused one; False: none")
     attend_sdp_kwargs: dict | None = opt(None, "which of PyTorch's kernels may run: enable_flash, enable_math, ...")
     onnxable: bool = opt(False, "kept for old scripts; masks are always comparisons of index ranges")
+    flash_pack_seq: bool = opt(
+        False, "rows are packed: documents, told by `flash_pack_seq_kwargs`, see only themselves"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,24 @@ class DropoutOptions:
             require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
 
 
+UNPACKABLE = (
+    ("memory_kv", "`num_mem_kv` puts keys in front that belong to no document"),
+    ("zero_kv", "`add_zero_kv` puts a key in front that belongs to no document"),
+    ("hybrid", "`hybrid_module` would run from one document into the next"),
+    ("inverted_attention", "`inverted_attention` lets the queries of all documents compete"),
+    ("shift_tokens", "`shift_tokens` would move features from one document into the next"),
+    ("mv_split_residual", "`mv_split_residual` takes means over all documents"),
+)
+"""What packed rows exclude, and why."""
+
+
+def _unpackable(feature: str, why: str) -> Rule:
+    return Rule(
+        when=lambda o: o["backend"].flash_pack_seq and o.on(feature),
+        why=f"`flash_pack_seq` keeps the documents of a row apart, but {why}; drop one of them.",
+    )
+
+
 BACKEND = Feature(
     name="backend",
     group="attn",
@@ -57,6 +78,7 @@ BACKEND = Feature(
     options=BackendOptions,
     summary="fused attention kernels",
     paper="2205.14135",
+    refuses=tuple(_unpackable(*each) for each in UNPACKABLE),
     examples=({"attn_flash": True}, {"attn_flash": False}),
 )
 

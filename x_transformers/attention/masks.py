@@ -7,6 +7,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import Visibility
 from x_transformers.call import Call, Span
+from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
 from x_transformers.ops import pad_left
 
@@ -20,11 +21,14 @@ def visibility(
     window: int | None,
     prefix: int,
     shown: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Visibility:
     """Which of `keys` the queries of this pass see.
 
     A key is seen iff it is live, and (causal) its slot is not behind the query's, and (window `w`) the query's slot
     is at most `w` behind it, and the caller's `attn_mask` holds. The `prefix` keys in front are seen by every query.
+    The slots of a context are no slots of the queries; there the last query stands beside the last key. In packed
+    sequences all of this holds within each document.
 
     Args:
         call: the pass.
@@ -34,13 +38,18 @@ def visibility(
         window: how far back a query sees.
         prefix: keys in front that are no tokens.
         shown: `(b, P)` bool, which of those are seen; None for all.
+        documents: where the documents of a packed row begin.
     """
-    rule = (id(keys), causal, own, window, prefix, id(shown))
+    rule = (id(keys), causal, own, window, prefix, id(shown), id(documents))
     if rule not in call.memo:
         if keys.near is not None and window is not None and keys.near <= window:
             window = None
-        # the tensor stays in the memo, so that its id stays its own
-        call.memo[rule] = _build(call, keys, causal, own, window, prefix, shown), shown
+        # what is told apart by its id stays in the memo, so that the id stays its own
+        if documents is not None:
+            seen = _within(documents, call, keys, causal, own, window)
+        else:
+            seen = _build(call, keys, causal, own, window, prefix, shown)
+        call.memo[rule] = seen, shown, documents
     return call.memo[rule][0]
 
 
@@ -58,10 +67,11 @@ def _build(
             return Visibility(None, True, None, 0)
 
     seen: Tensor | None = None
+    index, slot = (call.query.index, call.query.slot) if own else _beside(call.query, keys)
     if hides:
-        seen = keys.index <= call.query.index.unsqueeze(-1)
+        seen = keys.index <= index.unsqueeze(-1)
     if window is not None:
-        distance = call.query.slot.unsqueeze(-1) - keys.slot.unsqueeze(-2)
+        distance = slot.unsqueeze(-1) - keys.slot.unsqueeze(-2)
         near = (distance <= window).unsqueeze(1)
         seen = near if seen is None else near & seen
     if keys.live is not None:
@@ -79,9 +89,35 @@ def _build(
     else:
         front = shown[:, None, None, :].expand(-1, *seen.shape[1:3], -1)
         seen = torch.cat((front, seen.expand(len(front), -1, -1, -1)), dim=-1)
-    may_be_dead = (prefix == 0 or shown is not None) and (keys.live is not None or attn_mask is not None)
+    sees_nothing = keys.live is not None or attn_mask is not None or (not own and (hides or window is not None))
+    may_be_dead = (prefix == 0 or shown is not None) and sees_nothing
     dead = ~seen.any(dim=-1, keepdim=True) if may_be_dead else None
     return Visibility(seen, False, dead, prefix)
+
+
+def _beside(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
+    """`(i,)` and `(1, i)`: where the queries stand among the keys of a context, if the last ones stand together."""
+    row = torch.arange(len(query), device=keys.index.device) + len(keys) - len(query)
+    return row, row.unsqueeze(0)
+
+
+def _within(documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None) -> Visibility:
+    """What is seen in a packed row, which has neither padding nor keys in front."""
+    i, j = len(call.query), len(keys)
+    dead = None if own else documents.dead(i, causal=causal)
+    if window is None and call.attn_mask is None:
+        return Visibility(None, causal, dead, 0, documents)
+    seen = documents.mask(i, j, causal=causal, window=window)[None, None]
+    if own and call.attn_mask is not None:
+        seen = seen & _fit(call.attn_mask, i, j, "attn_mask")
+    return Visibility(seen, False, ~seen.any(dim=-1, keepdim=True), 0)
+
+
+def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
+    """The same with a mask in place of documents, for kernels that know nothing of these."""
+    assert visible.documents is not None
+    mask = visible.documents.mask(i, j, causal=visible.is_causal)[None, None]
+    return Visibility(mask, False, visible.dead, visible.prefix)
 
 
 def _fit(mask: Tensor, queries: int, keys: int, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation, Pair
 from x_transformers.cache import Entry, KVCache
 from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.documents import Documents
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.intermediates import Intermediates
 from x_transformers.ops import max_neg_value
@@ -42,6 +43,8 @@ def standalone_call(
     additional_key_value_mask: Tensor | None,
     kv_input_residual: Tensor | None,
     deltas: Deltas,
+    documents: Documents | None,
+    window: int | None,
 ) -> LayerCall:
     """What the sublayer is told.
 
@@ -53,18 +56,29 @@ def standalone_call(
         shows_scores: so are the scores.
         rotations: see `given_rotations`.
         context, ..., deltas: see `Attention.forward`.
+        documents: of a packed row.
+        window: how far back a query sees.
     """
     batch, n = x.shape[:2]
     crosses = context is not None
-    kv, entry = _cache_for_call(cache, n, keep and (causal or crosses))
+    if crosses and cache is not None and (causal or window is not None):
+        raise InputError(
+            "`causal` and `max_attend_past` align the last query with the last key of the context, so that a step of "
+            "new tokens cannot see what a whole pass would show it; pass no `cache`, or neither of them."
+        )
+    kv, entry = _cache_for_call(cache, n, keep and (causal or crosses) and documents is None)
     index = torch.arange(kv.length - n, kv.length, device=x.device)
     places = torch.arange(kv.length, device=x.device)
     live = None if mask is None else check_mask(mask, batch, len(places), "mask")
-    row = places.unsqueeze(0) if pos is None else (pos if pos.ndim == 2 else pos.unsqueeze(0))
-    query = Span(index, places[None, -n:], row[:, -n:], None if live is None else live[:, -n:])
-    own = Span(places, places[None], row, live)
+    slot = places.unsqueeze(0) if documents is None else documents.places(n)
+    row = slot if pos is None else (pos if pos.ndim == 2 else pos.unsqueeze(0))
+    query = Span(index, slot[:, -n:], row[:, -n:], None if live is None else live[:, -n:])
+    own = Span(places, slot, row, live)
     if context is not None:
         keys = fresh = _context_span(context, context_mask, entry)
+        if pos is None and cache is None:
+            # biases read distances to a context from the right, where the last query stands beside the last key
+            query = replace(query, pos=places.unsqueeze(0) + len(keys) - n)
     else:
         if context_mask is not None:
             own = replace(own, live=check_mask(context_mask, batch, len(own), "context_mask"))
@@ -108,6 +122,8 @@ def standalone_call(
         additional_mask=additional_key_value_mask,
         kv_residual=kv_input_residual,
         deltas=deltas,
+        documents=documents,
+        causal=causal if crosses else None,
     )
 
 

@@ -82,6 +82,8 @@ def explain_sublayers(
                 needs |= bias.needs
             if fn.max_attend_past is not None:
                 needs |= Needs.MASK
+            elif fn.packed:
+                needs |= Needs.DOCUMENTS
             chosen, why = fn.core.choose(situation, needs)
             backend = chosen.name
             seen = seq_len if not causal else (seq_len + 1) // 2

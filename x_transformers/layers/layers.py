@@ -20,6 +20,7 @@ from x_transformers.attention.scores.base import DistanceBias
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import KVCache, Shape, StaticCache
 from x_transformers.call import Call, Capture, Span
+from x_transformers.documents import Documents, refuse_beside
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.intermediates import Intermediates, LayerIntermediates
@@ -31,6 +32,7 @@ from x_transformers.layers.branches.shift import ShiftTokens
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.conditioning import build_condition, build_injection, newest
 from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
+from x_transformers.layers.packing import packed_kinds, read_documents
 from x_transformers.layers.plan import SCHEMAS, LayerPlan, StackPlan, make_plan
 from x_transformers.layers.residuals.base import Place
 from x_transformers.layers.residuals.plain import plain_residual
@@ -95,6 +97,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
                 self._build_positions(plan)
         with faults.catching():
             self._build_surroundings(plan)
+        with faults.catching():
+            self.packed = packed_kinds(plan)
         faults.raise_if_any(type(self).__name__)
         self.final_norm = norm(dim) if norm_places(options).final else None
         self.context_dropout = options["context_dropout"].cross_attn_tokens_dropout
@@ -347,6 +351,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         route_additional_kv_to_top: bool = True,
         self_attn_kv_residuals: Tensor | None = None,
         cross_attn_kv_residuals: Tensor | None = None,
+        flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
+        flash_pack_seq_context_kwargs: Mapping[str, Any] | None = None,
         *,
         places: Tensor | None = None,
         prefix: int | None = 0,
@@ -393,6 +399,11 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             route_additional_kv_to_top: the last pairs go to the last layers; else the first ones to the first.
             self_attn_kv_residuals: added to what keys and values of self-attention are made of: `(b, n, D)` in the
                 first layer, or `(L, b, n, D)` in the first L; cross_attn_kv_residuals: the same for the context.
+            flash_pack_seq_kwargs: with `attn_flash_pack_seq`, at every pass without a cache: x is `(1, n, D)`, one
+                document after the other, each of which sees itself alone and counts its positions from 0.
+                `cu_seqlens_q`, `cu_seqlens_k`: `(t + 1,)` whole numbers, 0 and where documents end; `max_seqlen_q`,
+                `max_seqlen_k`: the length of the longest one.
+            flash_pack_seq_context_kwargs: the same for cross-attention, between x and the context.
             places: `(b, all tokens so far)` bool, False for slots that are no tokens of their row (wrappers).
             prefix: leading slots that are no tokens, which windows keep in a cache; None if there are such between
                 the tokens (wrappers).
@@ -404,6 +415,17 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         """
         check_input(x, self.dim)
         self._check_call(context, causal, cache, attn_mask)
+        packs = {"flash_pack_seq_kwargs": flash_pack_seq_kwargs}
+        packs["flash_pack_seq_context_kwargs"] = flash_pack_seq_context_kwargs
+        documents: dict[str, Documents] = {}
+        if self.packed or any(pack is not None for pack in packs.values()):
+            documents = read_documents(self.packed, packs, x, context, cached=cache is not None)
+        if "a" in documents:
+            masks = {"mask": mask, "self_attn_kv_mask": self_attn_kv_mask, "attn_mask": attn_mask}
+            further = {"seq_start_pos": seq_start_pos, "mems": mems, "self_attn_additional_kv": self_attn_additional_kv}
+            refuse_beside("flash_pack_seq_kwargs", **masks, **further)
+        if "c" in documents:
+            refuse_beside("flash_pack_seq_context_kwargs", context_mask=context_mask)
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         if kv is not None:
             x = _new_tokens(x, kv, input_not_include_cache, cache_age)
@@ -412,7 +434,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         order = self.sequence.order
         if layers_execute_order is not None or repeat_blocks is not None:
             order = self.order_of(layers_execute_order, repeat_blocks)
-        kv = self._cache_for_pass(kv, n, order, prefix, keep=return_hiddens and causal)
+        kv = self._cache_for_pass(kv, n, order, prefix, keep=return_hiddens and causal and not documents)
         if capture is None:
             explicit = return_hiddens and cache is None and self._may_show_scores()
             capture = Capture(scores=explicit, hiddens=return_hiddens)
@@ -434,6 +456,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             seq_start_pos=seq_start_pos,
             places=places,
             pos=pos,
+            documents=documents.get("a"),
         )
         if pairs is not None:
             attn_mask = pairs(query, keys) if attn_mask is None else pairs(query, keys) & attn_mask
@@ -455,6 +478,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             condition=self._condition(condition, batch, n),
             injection=self._injection(in_attn_cond, x),
             rotations=self._rotations(rotary_pos_emb, polar_pos_emb, kv),
+            documents=documents,
         )
         if mems:
             self._take_memories(given, mems, mem_masks, condition)
@@ -577,8 +601,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             raise InputError(
                 "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
             )
-        if self.context_dropout and self.training:
-            raise InputError("`context_pos` and `cross_attn_tokens_dropout` do not go together in training; drop one.")
         return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
     def _check_call(self, context: Tensor | None, causal: bool | None, cache: Any, attn_mask: Tensor | None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from x_transformers.errors import Faults, did_you_mean
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
-from x_transformers.layers.planned import is_planned
 from x_transformers.layers.sequence import LayerSequence, layer_sequence
 from x_transformers.options.per_layer import distribute
 from x_transformers.options.schema import Options, Surroundings, accepts
@@ -120,9 +119,6 @@ def _route(given: Mapping[str, Any], faults: Faults) -> dict[str, dict[str, Any]
     for keyword, value in given.items():
         if keyword in SUPPLIED:
             faults.add(f"`{keyword}` is set by the stack; use {SUPPLIED[keyword]}.")
-            continue
-        if is_planned(keyword):
-            faults.add(f"`{keyword}` is not available in this version; drop it.")
             continue
         if keyword in STACK.owner:
             groups["stack"][keyword] = value

@@ -9,6 +9,7 @@ from torch import Tensor
 from x_transformers.attention.arguments import check_mask
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.call import Span
+from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
 
 
@@ -23,6 +24,7 @@ def lay_out(
     seq_start_pos: Tensor | None = None,
     places: Tensor | None = None,
     pos: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Span, Span]:
     """The queries of this pass, and every key that is there.
 
@@ -33,6 +35,7 @@ def lay_out(
         seq_start_pos: `(b,)` tokens of left padding, which have no slots of their own.
         places: `(b, all tokens so far)` bool; False has no slot of its own (the general form of left padding).
         pos: `(n,)`, `(b, n)` or all tokens so far: positions for encodings.
+        documents: of a packed row; slots and positions count from the start of each.
 
     Raises:
         ShapeError: if an argument covers another number of tokens.
@@ -54,6 +57,8 @@ def lay_out(
             q_live = own if q_live is None else q_live & own
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
+    if documents is not None:
+        q_slot = k_slot = documents.places(n)
     padded: Tensor | None = None
     q_padded: Tensor | None = None
     if places is not None:
@@ -70,7 +75,7 @@ def lay_out(
         q_live = q_padded if q_live is None or q_padded is None else q_live & q_padded
 
     q_pos, k_pos = q_slot, k_slot
-    contiguous = padded is None and (cache is None or not cache.dropped)
+    contiguous = padded is None and documents is None and (cache is None or not cache.dropped)
     if pos is not None:
         pos = _check_pos(pos, batch, n, total)
         contiguous = False

@@ -17,6 +17,7 @@ from x_transformers.attention.qk.given import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.cache import Entry, KVCache
 from x_transformers.call import Call, Carry, Deltas, LayerCall, Span
+from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.dropout import drop_context
@@ -48,6 +49,7 @@ class Given:
         additional: keys and values for each executed self-attention.
         additional_mask: `(b, A)` which of them are seen.
         kv_residuals: for "a" and "c", what is added to the source of keys and values of each such layer.
+        documents: for "a" and "c", the documents of a packed row and of its keys.
     """
 
     order: tuple[int, ...]
@@ -65,6 +67,7 @@ class Given:
     additional: Sequence[tuple[Tensor, Tensor] | None] = ()
     additional_mask: Tensor | None = None
     kv_residuals: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    documents: Mapping[str, Documents] = field(default_factory=dict)
 
 
 class Traversal(nn.Module):
@@ -142,6 +145,8 @@ class Traversal(nn.Module):
             if step.layer in self.skip_sources:
                 x = self.skip_combines[str(step.layer)](x, skips[self.skip_sources[step.layer]])
             layer = LayerCall(call, carry=carry, deltas=nothing, condition=given.condition, injection=given.injection)
+            if given.documents:
+                layer.documents = given.documents.get(step.kind)
             if kv is not None and (step.kind != "f" or branch.running):
                 layer.entry = kv.entry(step.number)
             if branch.running:
@@ -226,11 +231,17 @@ class Traversal(nn.Module):
     def _tell_context(self, layer: LayerCall, step: Step, given: Given) -> None:
         call, entry = layer.call, layer.entry
         held = None if entry is None else entry.get("k")
-        source, mask = given.context, given.context_mask
+        residual = _nth(given.kv_residuals["c"], step.nth) if given.kv_residuals else None
+        source, mask, pos = given.context, given.context_mask, given.context_pos
         if held is None:
             assert source is not None
             if self.context_dropout and self.training:
-                source, mask = self._drop_context(source, mask, call)
+                source, mask, where = self._drop_context(source, mask, call)
+                if pos is not None:
+                    _check_positions(pos, given.context.shape[1])  # type: ignore[union-attr]
+                    pos = pos.expand(len(where), -1).gather(1, where)
+                if residual is not None:
+                    residual = residual.take_along_dim(where.unsqueeze(-1), dim=1)
             length, batch = source.shape[1], source.shape[0]
         else:
             length, batch = held.shape[-2], held.shape[0]
@@ -242,16 +253,17 @@ class Traversal(nn.Module):
             call.memo[rule] = Span(places, places[None], places[None], live), mask
         layer.keys = layer.fresh = keys = call.memo[rule][0]
         layer.context = call.query.index.new_empty(0) if source is None else source
-        layer.kv_residual = _nth(given.kv_residuals["c"], step.nth) if given.kv_residuals else None
-        layer.rotations = self._rotations_of_context(call, keys, entry, given.context_pos, batch)
+        layer.kv_residual = residual
+        layer.rotations = self._rotations_of_context(call, keys, entry, pos, batch)
 
-    def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
-        """A random part of the context and its mask: another one for each sublayer, unless they share what they saw."""
+    def _drop_context(self, context: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A random part of the context, its mask, and where it stood: another one for each sublayer, unless they share
+        what they saw.
+        """
         if self.one_context and "dropped context" in call.memo:
             return call.memo["dropped context"]
-        kept, mask, _ = drop_context(context, mask, self.context_dropout)
-        call.memo["dropped context"] = kept, mask
-        return kept, mask
+        call.memo["dropped context"] = dropped = drop_context(context, mask, self.context_dropout)
+        return dropped
 
     def _rotations_of_context(
         self, call: Call, keys: Span, entry: Entry | None, pos: Tensor | None, batch: int
@@ -263,8 +275,7 @@ class Traversal(nn.Module):
             pos = entry.get("context_pos")
         if pos is None:
             return ()
-        if pos.shape[-1] != len(keys):
-            raise ShapeError(f"`context_pos` has {pos.shape[-1]} positions, but the context {len(keys)} tokens.")
+        _check_positions(pos, len(keys))
         assert isinstance(self.rotary_pos_emb, RotaryEmbedding)
         of_queries, of_keys = (self.rotary_pos_emb.forward(each) for each in (call.query.pos, pos))
         return (GivenRotation(of_queries, of_keys),)
@@ -276,6 +287,11 @@ def _of_keys(bias: Tensor, every: Span, held: Span) -> Tensor:
         return bias
     full = F.pad(bias, (len(every) - bias.shape[-1], 0))
     return full[..., torch.searchsorted(every.index, held.index).clamp(max=len(every) - 1)]
+
+
+def _check_positions(pos: Tensor, length: int) -> None:
+    if pos.shape[-1] != length:
+        raise ShapeError(f"`context_pos` has {pos.shape[-1]} positions, but the context {length} tokens.")
 
 
 def _nth(values: Sequence[Any], n: int) -> Any:

@@ -301,6 +301,8 @@ def check_common(given: Mapping[str, Any]) -> None:
     layers = given["attn_layers"]
     if not isinstance(layers, AttentionLayers):
         raise ConfigError(f"`attn_layers` is a {type(layers).__name__}; it must be a stack: an Encoder, a Decoder.")
+    if "a" in layers.packed:
+        _check_packed(given, layers)
     for name, least in (
         ("num_tokens", 1),
         ("max_seq_len", 0),
@@ -328,3 +330,27 @@ def check_common(given: Mapping[str, Any]) -> None:
             )
         if not layers.causal:
             raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
+
+
+UNPACKABLE = {
+    "num_memory_tokens": "belong to no document",
+    "use_cls_token": "stand for all documents at once",
+    "average_pool_embed": "would be the mean of all documents",
+    "attn_pool": "would read all documents at once",
+    "max_mem_len": "would be of the last documents of a row, whatever the next row begins with",
+}
+"""What the documents of a packed row have no place for, and why."""
+
+
+def _check_packed(given: Mapping[str, Any], layers: AttentionLayers) -> None:
+    """Raise a `ConfigError` if something around the tokens would join the documents of a packed row."""
+    for name, why in UNPACKABLE.items():
+        if given.get(name):
+            raise ConfigError(
+                f"`attn_flash_pack_seq` packs documents into one row, and `{name}` {why}; drop one of them."
+            )
+    if given.get("max_seq_len") and given.get("use_abs_pos_emb", True) and not layers.disable_abs_pos_emb:
+        raise ConfigError(
+            "`attn_flash_pack_seq` packs documents into one row, and absolute positions would not begin anew with "
+            "each; drop `disable_abs_pos_emb = False`, or pass `use_abs_pos_emb = False`."
+        )

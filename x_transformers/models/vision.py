@@ -121,6 +121,8 @@ def _check(
             f"`attn_layers` is a {type(layers).__name__}; patches need a bidirectional stack without "
             "cross-attention: an Encoder."
         )
+    if layers.packed:
+        raise ConfigError("an image is one document, and its mean would be of many; drop `attn_flash_pack_seq`.")
     for name, value, least in (
         ("image_size", image, 1),
         ("patch_size", patch, 1),

@@ -20,6 +20,8 @@ class Situation(NamedTuple):
     dtype: torch.dtype
     grad: bool
     compiling: bool = False
+    width: int = 0
+    """Features of the wider of a head's queries and values, where it is known."""
 
 
 @dataclass(eq=False)
@@ -77,6 +79,8 @@ class Backend(ABC):
     name: str
     fused: bool
     provides: Needs
+    reads_documents = False
+    """It takes the boundaries of packed documents as they are; others get a mask."""
 
     def lacks(self, needs: Needs) -> str | None:
         """Why the parts themselves can never be hosted here, or None."""
@@ -101,6 +105,7 @@ NEEDS_IN_WORDS = {
     Needs.POINTWISE: "a function of single scores",
     Needs.SINK: "a learned sink",
     Needs.DROPOUT: "dropout of attention weights",
+    Needs.DOCUMENTS: "packed documents",
     Needs.SCORES: "handing out the scores",
     Needs.ROWS: "a function of whole rows of logits",
     Needs.WEIGHTING: "another weighting than softmax",

@@ -21,7 +21,7 @@ class Flex(Backend):
 
     name = "flex"
     fused = True
-    provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK
+    provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS
 
     def refuses(self, situation: Situation, needs: Needs) -> str | None:
         if situation.device not in ("cuda", "xpu", "cpu"):

@@ -30,7 +30,7 @@ class SDPA(Backend):
 
     name = "sdpa"
     fused = True
-    provides = Needs.MASK | Needs.BIAS | Needs.DROPOUT
+    provides = Needs.MASK | Needs.BIAS | Needs.DROPOUT | Needs.DOCUMENTS
 
     def __init__(self, kernels: dict[str, bool] | None = None) -> None:
         unknown = sorted(set(kernels or {}) - set(KERNELS))

@@ -1,0 +1,167 @@
+"""Packed sequences: documents that stand one after the other in a single row, each of which sees only itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.errors import InputError, ShapeError
+
+NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where the documents of a row begin.
+
+    Attributes:
+        starts_q, starts_k: `(t + 1,)` int32, the first query and the first key of each document, and behind them how
+            many there are. Document t of the queries sees document t of the keys.
+        longest_q, longest_k: at least the length of the longest document.
+    """
+
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+
+    def places(self, n: int) -> Tensor:
+        """`(1, n)` places of the queries within their documents."""
+        row = torch.arange(n, device=self.starts_q.device)
+        return (row - self.starts_q[_owners(self.starts_q, n)]).unsqueeze(0)
+
+    def aligned(self, n: int) -> Tensor:
+        """`(n,)` the place among its document's keys of the last key that a causal query sees; negative for none."""
+        owner = _owners(self.starts_q, n)
+        behind = self.starts_k[owner + 1] - self.starts_q[owner + 1]
+        return torch.arange(n, device=owner.device) + behind - self.starts_k[owner]
+
+    def mask(self, i: int, j: int, *, causal: bool, window: int | None = None) -> Tensor:
+        """`(i, j)` bool, which keys each query sees, right-aligned within each document."""
+        of_q, of_k = _owners(self.starts_q, i), _owners(self.starts_k, j)
+        seen = of_q.unsqueeze(-1) == of_k
+        place = torch.arange(j, device=of_k.device) - self.starts_k[of_k]
+        distance = self.aligned(i).unsqueeze(-1) - place
+        if causal:
+            seen = seen & (distance >= 0)
+        return seen if window is None else seen & (distance <= window)
+
+    def dead(self, i: int, *, causal: bool) -> Tensor:
+        """`(1, 1, i, 1)` bool, True where a query sees no key."""
+        owner = _owners(self.starts_q, i)
+        nothing = self.starts_k[owner + 1] == self.starts_k[owner]
+        if causal:
+            nothing = nothing | (self.aligned(i) < 0)
+        return nothing[None, None, :, None]
+
+
+def _owners(starts: Tensor, n: int) -> Tensor:
+    """`(n,)` the number of the document that each token belongs to; empty documents own nothing."""
+    row = torch.arange(n, device=starts.device, dtype=starts.dtype)
+    return torch.searchsorted(starts[1:].contiguous(), row, right=True)
+
+
+def check_packing(given: Any, *, packed: bool, cached: bool, name: str, keyword: str) -> None:
+    """Raise an `InputError` unless documents are given exactly where they are meant.
+
+    Args:
+        given: what a caller says of documents, or None.
+        packed: the layers keep documents apart; cached: the pass has a cache, of which each row is one document.
+        name: of the argument. keyword: of the option.
+    """
+    if given is not None and not packed:
+        raise InputError(f"`{name}` packs documents into one row; build the model with `{keyword} = True`.")
+    if given is not None and cached:
+        raise InputError(f"`{name}` packs documents into one row, and each row of a cache is one document; drop it.")
+    if given is None and packed and not cached:
+        raise InputError(
+            f"`{keyword} = True` keeps the documents of a packed row apart; pass `{name}` with "
+            f"{', '.join(f'`{each}`' for each in NAMES)} at every call without a cache."
+        )
+
+
+def refuse_beside(name: str, **given: Any) -> None:
+    """Raise an `InputError` if something is given that documents exclude."""
+    for other, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"`{name}` says which tokens see each other, and packed rows have no padding; drop `{other}`."
+            )
+
+
+def documents_of(given: Any, *, batch: int, queries: int, keys: int | None, name: str) -> Documents:
+    """What a caller says of documents.
+
+    Args:
+        given: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k`, as variable-length kernels take them.
+        batch: rows of the pass.
+        queries, keys: how many there are; without `keys`, the tokens see themselves.
+        name: of the argument.
+
+    Raises:
+        InputError: if names are missing or the boundaries are none. Boundaries on a GPU are taken as they are.
+        ShapeError: if there is more than one row.
+    """
+    if not isinstance(given, Mapping) or sorted(given) != sorted(NAMES):
+        got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+        raise InputError(f"`{name}` is {got}; it must be a dict of {', '.join(f'`{each}`' for each in NAMES)}.")
+    if batch != 1:
+        raise ShapeError(f"`{name}` packs documents into one row, but x has {batch} rows; concatenate them.")
+    starts_q, starts_k = (_starts(given, f"cu_seqlens_{each}", name) for each in "qk")
+    if len(starts_q) != len(starts_k):
+        raise InputError(
+            f"`{name}` has {len(starts_q) - 1} documents of queries and {len(starts_k) - 1} of keys; a document of "
+            "queries sees the document of keys of the same number."
+        )
+    longest = [_longest(given[f"max_seqlen_{each}"], f"max_seqlen_{each}", name) for each in "qk"]
+    documents = Documents(starts_q, starts_k, *longest)
+    if not torch.compiler.is_compiling() and starts_q.device.type == starts_k.device.type == "cpu":
+        _check(documents, queries, queries if keys is None else keys, name)
+        if keys is None and not torch.equal(starts_q, starts_k):
+            raise InputError(
+                f"`{name}` divides queries and keys differently; in self-attention they are the same tokens, so that "
+                "`cu_seqlens_q` and `cu_seqlens_k` must be equal."
+            )
+    return documents
+
+
+def _starts(given: Mapping[str, Any], key: str, name: str) -> Tensor:
+    starts = given[key]
+    if not isinstance(starts, Tensor) or starts.ndim != 1 or len(starts) < 2 or starts.dtype not in WHOLE:
+        raise InputError(
+            f"`{key}` of `{name}` must be a tensor of at least 2 whole numbers: 0, and where documents end."
+        )
+    return starts.to(torch.int32)
+
+
+WHOLE = (torch.int32, torch.int64)
+
+
+def _longest(length: Any, key: str, name: str) -> int:
+    if isinstance(length, Tensor):
+        length = int(length)
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
+        raise InputError(f"`{key}` of `{name}` is {length!r}; it must be the length of the longest document.")
+    return length  # type: ignore[return-value]
+
+
+def _check(documents: Documents, queries: int, keys: int, name: str) -> None:
+    for key, starts, longest, tokens in (
+        ("q", documents.starts_q, documents.longest_q, queries),
+        ("k", documents.starts_k, documents.longest_k, keys),
+    ):
+        lengths = starts.diff()
+        if starts[0] != 0 or starts[-1] != tokens or (lengths < 0).any():
+            raise InputError(
+                f"`cu_seqlens_{key}` of `{name}` is {starts.tolist()}; it must rise from 0 to the {tokens} tokens that "
+                "are there."
+            )
+        if lengths.max() > longest:
+            raise InputError(
+                f"`max_seqlen_{key}` of `{name}` is {longest}, but the longest document has {int(lengths.max())} "
+                "tokens."
+            )
