@@ -87,6 +87,21 @@ def test_full_arguments_change_nothing(frame: str, count: int) -> None:
 @FRAMED
 @PREPENDED
 @torch.no_grad()
+def test_one_column_speaks_of_every_token(frame: str, count: int) -> None:
+    """A pairwise tensor with one column is the same for every key that is a token, and nothing for the prefix."""
+    model = framed(frame, rotary_pos_emb=True)
+    ids, front = tokens(2, LENGTH), prepended(model, count)
+    for name, column in (("attn_bias", torch.randn(4, LENGTH, 1)), ("attn_mask", torch.rand(LENGTH, 1) > 0.3)):
+        whole = column.expand(*column.shape[:-1], LENGTH)
+        got = model(ids, **{name: column}, **front)
+        close(got, model(ids, **{name: whole}, **front))
+        if count:
+            assert not torch.allclose(got, model(ids, **front), atol=1e-4)
+
+
+@FRAMED
+@PREPENDED
+@torch.no_grad()
 def test_pairwise_masks_hide_tokens_from_tokens(frame: str, count: int) -> None:
     """A token that no other may see moves only itself and what the prefix carries; here: nothing behind it."""
     model = framed(frame, rotary_pos_emb=True, depth=1)
