@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from x_transformers.decoding.loop import (
     evaluating,
     make_reader,
     pair_amateurs,
+    streamed,
     with_progress,
 )
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
@@ -302,15 +304,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             InputError: at once, with what was given and what is needed.
         """
         decoding, read, models = self._begin(prompts, seq_len, eos_token, **options)
-
-        steps = torch.inference_mode()(decoding.run)(seq_len, eos_token, self.pad_value)
-
-        def tokens() -> Iterator[Tensor]:
-            with evaluating(self, *models):
-                for token in steps:
-                    yield token.clone().reshape(read.lead)
-
-        return tokens()
+        steps = partial(decoding.run, seq_len, eos_token, self.pad_value)
+        return streamed(steps, read.lead, self, *models)
 
     def _begin(
         self,

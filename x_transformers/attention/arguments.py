@@ -54,6 +54,14 @@ def check_input(x: Tensor, dim: int) -> None:
         raise InputError(f"the input has dtype {x.dtype}; it must be floating. Embed tokens first.")
 
 
+def check_context(context: Tensor, batch: int, width: int) -> None:
+    """Raise unless a context is `(batch, m, width)`, or one row for all."""
+    if context.ndim != 3 or context.shape[0] not in (1, batch) or context.shape[2] != width:
+        raise ShapeError(
+            f"`context` has shape {tuple(context.shape)}; it must be ({batch}, m, {width}), or one row for all."
+        )
+
+
 def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
     """A `(batch, length)` mask as bool.
 

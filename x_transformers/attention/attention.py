@@ -632,6 +632,7 @@ class Attention(Configured, ReadsReference):
             x,
             causal=causal,
             heads=self.heads,
+            dim_context=self.dim_context,
             front=sum(mod.count for mod in self.keys),
             keep=return_intermediates,
             shows_scores=return_intermediates and self.core.flash is not True,

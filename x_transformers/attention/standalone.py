@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from x_transformers.attention.arguments import bind_attn_bias, check_mask, check_pairs
+from x_transformers.attention.arguments import bind_attn_bias, check_context, check_mask, check_pairs
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation, Pair
 from x_transformers.cache import Entry, KVCache
@@ -22,6 +22,7 @@ def standalone_call(
     *,
     causal: bool,
     heads: int,
+    dim_context: int,
     front: int,
     keep: bool,
     shows_scores: bool,
@@ -49,6 +50,7 @@ def standalone_call(
         x: `(b, n, D)`.
         causal: of this call.
         heads: query heads.
+        dim_context: width of a context.
         front: learned keys in front.
         keep: a record is asked for, and with it the cache.
         shows_scores: so are the scores.
@@ -57,6 +59,8 @@ def standalone_call(
     """
     batch, n = x.shape[:2]
     crosses = context is not None
+    if context is not None and context.numel():
+        check_context(context, batch, dim_context)
     kv, entry = _cache_for_call(cache, n, keep and (causal or crosses))
     index = torch.arange(kv.length - n, kv.length, device=x.device)
     places = torch.arange(kv.length, device=x.device)

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from x_transformers.attention.arguments import check_input, check_pairs
+from x_transformers.attention.arguments import check_context, check_input, check_pairs
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation
@@ -375,7 +375,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             InputError: if arguments do not fit the stack or each other.
         """
         check_input(x, self.dim)
-        self._check_call(context, causal, cache, attn_mask)
+        self._check_call(x.shape[0], context, causal, cache, attn_mask)
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         if seq_pos_offset is not None:
             _check_offset(seq_pos_offset, kv)
@@ -543,7 +543,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             raise InputError("`context_pos` and `cross_attn_tokens_dropout` do not go together in training; drop one.")
         return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
-    def _check_call(self, context: Tensor | None, causal: bool | None, cache: Any, attn_mask: Tensor | None) -> None:
+    def _check_call(
+        self, batch: int, context: Tensor | None, causal: bool | None, cache: Any, attn_mask: Tensor | None
+    ) -> None:
         if cache is not None:
             self._refuse_cache_unless_causal()
             if attn_mask is not None:
@@ -555,8 +557,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
         if not self.cross_attend and context is not None:
             raise InputError("this stack does not cross-attend; set `cross_attend = True`, or drop `context`.")
-        if context is not None and context.ndim != 3:
-            raise ShapeError(f"`context` has shape {tuple(context.shape)}; it must be (b, m, width).")
+        if context is not None and not filled:
+            check_context(context, batch, self.branches("c")[0].attention.dim_context)
         if causal is not None and causal != self.causal:
             for branch in self.branches("a", "c"):
                 branch.attention.check_causality(causal)
