@@ -38,6 +38,7 @@ NETS = {
     "sink": {"attn_head_learned_sink": True, "attn_add_zero_kv": True},
     "new tokens only": {"net": {"input_not_include_cache": True}},
     "cross": {"cross_attend": True, "rotary_pos_emb": True},
+    "unlimited": {"rotary_pos_emb": True, "net": {"max_seq_len": 0}},
     "latent": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8, "net": {"use_abs_pos_emb": False}},
     "explicit": {"attn_flash": False, "attn_softclamp_logits": True},
 }
@@ -56,7 +57,7 @@ def build(name: str = "rotary", max_seq_len: int = 32, depth: int = 2, **wrapper
     options = copy.deepcopy(NETS[name])
     around = options.pop("net", {})
     stack = Decoder(dim=DIM, depth=depth, heads=4, attn_dim_head=8, verbose=False, **options)
-    net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=max_seq_len, attn_layers=stack, **around)
+    net = TransformerWrapper(**{"num_tokens": VOCAB, "max_seq_len": max_seq_len, "attn_layers": stack, **around})
     return AutoregressiveWrapper(perturbed(net), **wrapper)
 
 

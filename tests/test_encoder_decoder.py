@@ -84,6 +84,23 @@ def test_generation_is_greedy_decoding_of_each_row(count: int) -> None:
     assert torch.equal(uncached, wanted)
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_streams(count: int) -> None:
+    model = build(enc_attn_dropout=0.5, dec_ff_dropout=0.5).train()
+    embeds = torch.randn(3, count, 16) if count else None
+    given: dict[str, Any] = {"mask": MASK, "temperature": 0, "src_prepend_embeds": embeds}
+    wanted = model.generate(SRC, TGT[:, :2], 5, **given)
+    tokens = []
+    for token in model.stream(SRC, TGT[:, :2], 5, **given):
+        assert not model.decoder.training
+        assert token.shape == (3,)
+        tokens.append(token)
+    assert torch.equal(torch.stack(tokens, dim=-1), wanted)
+    assert all(part.training for part in model.modules())
+    with pytest.raises(InputError, match="`seq_len` is -1"):
+        model.stream(SRC, TGT[:, :2], -1)
+
+
 @torch.no_grad()
 def test_starts_of_different_lengths() -> None:
     model = build()

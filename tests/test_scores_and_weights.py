@@ -356,7 +356,7 @@ class TestCope:
             for j in range(similar.shape[-1]):
                 place = gates[:, :, i, j:].sum(dim=-1).clamp(max=last)
                 by = q[:, :, i] @ part.embeddings.T
-                if part.soft:
+                if part.soft_onehot:
                     near = (-(place[..., None] - torch.arange(last + 1)).abs() / 0.05).softmax(dim=-1)
                     out[:, :, i, j] += (near * by).sum(dim=-1)
                     continue

@@ -232,6 +232,18 @@ def test_filters_temperature_and_ends():
     assert model.training
 
 
+def test_streams():
+    model, x = build(pad_value=2), torch.randint(0, VOCAB, (2, 3, 8))
+    end = int(model.generate(x, 9, temperature=0.0)[0, 0, 3])
+    wanted = model.generate(x, 9, eos_token=end, temperature=0.0)
+    tokens = list(model.stream(x, 9, eos_token=end, temperature=0.0))
+    assert torch.equal(torch.stack(tokens, dim=-1), wanted)
+    assert not any(token.is_inference() for token in tokens)
+    assert model.training
+    with pytest.raises(InputError, match="`attn_mask` cannot be given to segments"):
+        model.stream(x, 9, attn_mask=torch.ones(8, 8).bool())
+
+
 def test_config_and_state_round_trip():
     model, x = build("shifted memory", tbptt_steps=2, pad_value=3), torch.randint(0, VOCAB, (2, 14))
     twin = XLAutoregressiveWrapper.from_config(model.config)

@@ -1,31 +1,43 @@
-"""The core: choose a backend for what the parts need, and weigh. Beside it, helpers of attention under public names."""
+"""Weighing alone: queries, keys and values in, weighed values out. Helpers of attention under their public names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from loguru import logger
+from torch import Tensor, nn
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
-from x_transformers.attention.backends.explicit import Explicit
-from x_transformers.attention.backends.flex import Flex
-from x_transformers.attention.backends.sdpa import SDPA
-from x_transformers.attention.backends.varlen import Varlen
-from x_transformers.attention.base import Needs, Visibility
+from x_transformers.attention.arguments import bind_attn_bias, check_mask, check_pairs
+from x_transformers.attention.backends.base import Request, Situation, Weighed
+from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowMod, Rows, Stage
+from x_transformers.attention.core import Core
+from x_transformers.attention.keys import sink, zero
 from x_transformers.attention.masks import causal_mask as create_causal_mask
 from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
-from x_transformers.attention.masks import spelled_out
+from x_transformers.attention.masks import visibility
+from x_transformers.attention.qk import l2_distance
+from x_transformers.attention.reference import rename_parts
+from x_transformers.attention.scores import cog, selective, talking_heads
+from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
+from x_transformers.attention.scores.softclamp import FEATURE as SOFTCLAMP
+from x_transformers.attention.standalone import without_hidden
+from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
+from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
-from x_transformers.errors import ConfigError
+from x_transformers.call import Call, Carry, Deltas, LayerCall, Span
+from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.intermediates import Intermediates
-from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp
+from x_transformers.loading import ReadsReference, rename
+from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
+from x_transformers.options.configured import Configured
+from x_transformers.options.schema import Schema
+from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
-    "Core",
+    "Attend",
     "Intermediates",
     "create_causal_mask",
     "default_device",
@@ -39,115 +51,323 @@ __all__ = [
     "sparse_topk_attn",
 ]
 
+SCHEMA = Schema(
+    (
+        zero.FEATURE,
+        sink.FEATURE,
+        l2_distance.FEATURE,
+        SOFTCLAMP,
+        *talking_heads.FEATURES,
+        cog.FEATURE,
+        selective.FEATURE,
+        sigmoid.FEATURE,
+        topk.FEATURE,
+        hard.FEATURE,
+        gumbel.FEATURE,
+        custom.FEATURE,
+        inverted.FEATURE,
+    )
+)
+"""What acts between queries, keys, values and the weighed values."""
 
-class Core:
-    """Weighs values by scores, with the fastest backend that can host what was asked.
+NEED_HEADS = ("learned_sink", "pre_talking_heads", "post_talking_heads", "pre_scale_post_talking_heads")
+
+
+class GivenAddend(RowMod):
+    """`logits <- logits + fn(queries, logits)`, of masked logits; a `CoPE`, for example."""
+
+    stage = Stage.CONTEXTUAL
+    one_way = True
+
+    def __init__(self, fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+        return logits + self.fn(rows.q, logits).to(logits.dtype), None
+
+
+class Attend(Configured, ReadsReference):
+    """`softmax(scale * q k^T + bias) v` over what is seen, with whatever options add to it; no projections.
+
+    Query head q reads key and value head `q // (h // g)`.
 
     Args:
-        because: what the parts of this attention need, whatever the call, and which keywords brought each need.
-        scale: factor of `q k^T`.
-        flash: None picks the fastest backend; True demands a fused one; False never fuses.
-        kernels: which of PyTorch's kernels SDPA may use.
-        packed: passes may keep the documents of packed rows apart.
+        causal: a query sees only keys up to its own; the last query is the last key.
+        heads: query heads h, for the options that have something for each head.
+        scale: factor of `q k^T`; default `1 / sqrt(d)`.
+        dropout: of the weights, in training.
+        flash: False keeps scores and weights for the record; True demands a fused kernel, which keeps none; None
+            takes the fastest backend that hosts the options.
+        cope: function of the queries `(b, h, i, d)` and the masked logits `(b, h, i, j)` that gives what to add to
+            them; a `CoPE`, for example. Causal only.
+        sdp_kwargs: which of PyTorch's kernels may run: `enable_flash`, `enable_math`, ...
+        qk_norm, onnxable: kept for old scripts; the softmax runs in float32 at least, and masks are comparisons of
+            index ranges.
+        flash_pack_seq: must be False; sequences that are packed into one row need a `mask` over pairs.
 
     Raises:
-        ConfigError: if a fused kernel is demanded and no fused backend, on any device, can host the parts.
+        ConfigError: listing every unknown keyword, bad value and conflict.
     """
 
     def __init__(
         self,
         *,
-        because: Mapping[Needs, list[str]],
-        scale: float,
-        flash: bool | None = None,
-        kernels: dict[str, bool] | None = None,
-        packed: bool = False,
+        dropout: float = 0.0,
+        causal: bool = False,
+        heads: int | None = None,
+        scale: float | None = None,
+        qk_norm: bool = False,
+        flash: bool | None = False,
+        cope: Callable[[Tensor, Tensor], Tensor] | None = None,
+        onnxable: bool = False,
+        sdp_kwargs: dict[str, bool] | None = None,
+        flash_pack_seq: bool = False,
+        **options: Any,
     ) -> None:
-        self.needs = self.quiet_needs = Needs.NOTHING
-        for need in because:
-            self.demand(need)
-        self.scale, self.flash = scale, flash
-        self.explicit = Explicit()
-        self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
-        if packed and (kernels or {}).get("enable_flash", True):
-            self.fused = (Varlen(), *self.fused)
-        self._warned: set[str] = set()
-        self._asked: Any = None
-        self._answer: tuple[Backend, str] = (self.explicit, "")
-        lacks = [backend.lacks(self.needs) for backend in self.fused]
-        if flash and all(lacks):
-            culprits = [
-                name for need, names in because.items() if any(b.lacks(need) for b in self.fused) for name in names
-            ]
-            raise ConfigError(
-                f"`flash = True` demands a fused kernel, but {'; '.join(str(lack) for lack in lacks)}. "
-                f"Drop {' or '.join(culprits)}, or leave `flash` at None."
-            )
+        super().__init__()
+        faults = Faults()
+        parsed = SCHEMA.parse(options, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
+        if not 0 <= dropout < 1:
+            faults.add(f"`dropout` is {dropout}; it must lie in [0, 1).")
+        if flash_pack_seq:
+            faults.add("`flash_pack_seq` has no kernel here; pass a `mask` (i, j) that is True within each sequence.")
+        if cope is not None and not causal:
+            faults.add("`cope` counts the keys up to the query; it needs `causal = True`.")
+        needy = [parsed.switch(feature) for feature in parsed.enabled() if feature.name in NEED_HEADS]
+        if needy and heads is None:
+            faults.add(f"{needy[0]} has something for each head; give `heads`.")
+        faults.raise_if_any("Attend")
+        self.causal, self.heads, self.scale, self.dropout = causal, heads, scale, dropout
+        self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()} | {"cope": "`cope`"}
+        # no part of these reads the widths
+        shape = AttentionShape(dim=0, heads=heads or 1, kv_heads=1, dim_head=0, value_dim_head=0, causal=causal)
+        self.parts = nn.ModuleDict()
+        for feature in parsed.enabled():
+            with faults.catching():
+                assert feature.build is not None
+                self.parts[feature.name] = feature.build(parsed[feature.name], shape=shape)
+        if cope is not None:
+            self.parts["cope"] = GivenAddend(cope)
+        self.residual = ResidualScores()
+        because: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout else {}
+        for name, part in self.parts.items():
+            need = Needs.SINK if name == "learned_sink" else getattr(part, "needs", Needs.NOTHING)
+            because.setdefault(need, []).append(self.switches[name])
+        with faults.catching():
+            self.core = Core(because=because, scale=scale or 1.0, flash=flash, kernels=sdp_kwargs)
+        faults.raise_if_any("Attend")
 
-    def demand(self, need: Needs) -> None:
-        """Further needs, whatever the call; dropout is none in evaluation."""
-        self.needs |= need
-        self.quiet_needs = self.needs & ~Needs.DROPOUT
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        prev_attn: Tensor | None = None,
+        attn_delta: Tensor | None = None,
+        row_mask: Tensor | None = None,
+        flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
+        causal: bool | None = None,
+    ) -> tuple[Tensor, Intermediates]:
+        """Weigh.
 
-    def choose(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
-        """The backend for this pass, and why it is the one."""
-        if self.flash is False:
-            return self.explicit, "`flash = False`"
-        if Needs.SCORES in needs:
-            return self.explicit, "the scores were asked for"
-        reasons = []
-        for backend in self.fused:
-            reason = backend.lacks(needs) or backend.refuses(situation, needs)
-            if reason is None and backend.name == "flex" and situation.device == "cpu" and not self.flash:
-                reason = "flex is no faster than explicit on a CPU"
+        Args:
+            q: `(b, h, i, d)`.
+            k: `(b, g, j, d)`, g a divisor of h.
+            v: `(b, g, j, e)`.
+            mask: bool, True where a key is seen: `(b, j)`, or `(h, i, j)` or `(b, h, i, j)`, each axis perhaps 1.
+            attn_bias: broadcastable to `(b, h, i, j)`, added to the scaled scores.
+            prev_attn: `(b, h, i, j)` logits of an earlier attention, added to the scores; one column more with a zero
+                key.
+            attn_delta: broadcastable to `(b, h, i, j)`, added to the weights, also of hidden keys.
+            row_mask: `(b, i)` bool, the queries that others may know of, where queries have to do with each other.
+            flash_pack_seq_kwargs: must be None; see `flash_pack_seq`.
+            causal: overrides the constructor's for this call.
+
+        Returns:
+            `(b, h, i, e)`, zeros for a query that sees nothing; and the record, empty where a fused kernel ran.
+
+        Raises:
+            InputError: if arguments contradict each other or the options.
+            ShapeError: if one does not fit the others.
+        """
+        request, dtype = self._request(
+            q, k, v, mask, attn_bias, prev_attn, attn_delta, row_mask, flash_pack_seq_kwargs, causal
+        )
+        request.capture = self.core.flash is False
+        weighed = self._weigh(request, self.core)
+        record = Intermediates(weighed.similarities, weighed.logits, weighed.weights)
+        return weighed.out.to(dtype), record
+
+    def flash_attn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
+        causal: bool | None = None,
+    ) -> tuple[Tensor, Intermediates]:
+        """`forward` by a fused kernel, whatever `flash` says; the record is empty.
+
+        Raises:
+            InputError: if no fused kernel hosts the options here.
+        """
+        request, dtype = self._request(q, k, v, mask, attn_bias, None, None, None, flash_pack_seq_kwargs, causal)
+        needs = self.core.needs if request.dropout else self.core.quiet_needs
+        for score in request.scores:
+            needs |= score.needs
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (request.q, request.k, request.v))
+        situation = Situation(q.device.type, request.q.dtype, grad)
+        reasons = [backend.lacks(needs) or backend.refuses(situation, needs) for backend in self.core.fused]
+        for backend, reason in zip(self.core.fused, reasons, strict=True):
             if reason is None:
-                return backend, "; ".join(reasons) or "fused, and hosts every part"
-            reasons.append(reason)
-        return self.explicit, "; ".join(reasons)
+                return self._weigh(request, backend.attend).out.to(dtype), Intermediates()
+        raise InputError(f"no fused kernel hosts this call: {'; '.join(str(reason) for reason in reasons)}.")
 
-    def __call__(self, request: Request) -> Weighed:
-        """Weigh as asked."""
-        q = request.q
-        needs = self.needs if request.dropout > 0 else self.quiet_needs
-        if request.scores or request.rows or request.weights:
-            for part in (*request.scores, *request.rows, *request.weights):
-                needs |= part.needs
-        if request.capture:
-            needs |= Needs.SCORES
-        grad = torch.is_grad_enabled() and (q.requires_grad or request.k.requires_grad or request.v.requires_grad)
-        documents, width = request.visible.documents, 0
-        if documents is not None:
-            needs |= Needs.DOCUMENTS
-            width = max(q.shape[-1], request.v.shape[-1])
-        backend, why = self._choice(q.device, q.dtype, grad, needs, width)
-        if documents is not None and not backend.reads_documents:
-            request.visible = _spelled_out(request)
-        if self.flash and not backend.fused and not request.capture:
-            self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
-        return backend.attend(request)
+    def _weigh(self, request: Request, weigh: Callable[[Request], Weighed]) -> Weighed:
+        if request.plain_q is request.q:
+            return weigh(request)
+        # distances need float32, and autocast would narrow them again
+        with torch.autocast(request.q.device.type, enabled=False):
+            return weigh(request)
 
-    def _choice(
-        self, device: torch.device, dtype: torch.dtype, grad: bool, needs: Needs, width: int
-    ) -> tuple[Backend, str]:
-        """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
-        if torch.compiler.is_compiling():
-            return self.choose(Situation(device.type, dtype, grad, True, width), needs)
-        asked = (device, dtype, grad, needs, width, self.flash)
-        if asked != self._asked:
-            self._asked, self._answer = asked, self.choose(Situation(device.type, dtype, grad, width=width), needs)
-        return self._answer
+    def _request(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        attn_bias: Tensor | None,
+        prev_attn: Tensor | None,
+        attn_delta: Tensor | None,
+        row_mask: Tensor | None,
+        packs: Mapping[str, Any] | None,
+        causal: bool | None,
+    ) -> tuple[Request, torch.dtype]:
+        """What the core is asked for, and the dtype of the result."""
+        self._check(q, k, v, packs)
+        causal = self._causality(causal, q.shape[2], k.shape[2])
+        layer = _layer(q, k, causal, mask, row_mask)
+        keys, biases = len(layer.keys), ()
+        if attn_bias is not None:
+            size = {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": keys}
+            attn_bias = check_pairs(attn_bias, "attn_bias", **size)
+            biases = (bind_attn_bias(attn_bias, q.shape[2], keys),)
+        prefix = 0
+        if "zero_kv" in self.parts:
+            prefix = 1
+            k, v = self.parts["zero_kv"].extend(k, v, lambda t: t)  # type: ignore[operator]
+        rows, slots = [], self._slots()
+        if prev_attn is not None:
+            previous = without_hidden(prev_attn, prefix + keys)
+            layer.carry = Carry(scores={"a": (previous, prefix)})
+            rows.append(self.residual)
+        plain_q, dtype = q, v.dtype
+        if "l2_distance" in self.parts:
+            q, k = self.parts["l2_distance"](q, k)
+            q, k, v = widest(q, k, v)
+        scores: tuple[BoundScore, ...] = biases
+        if "softclamp_logits" in self.parts:
+            scores = (*biases, self.parts["softclamp_logits"].bind_layer(q, layer))  # type: ignore[operator]
+        request = Request(
+            q,
+            k,
+            v,
+            plain_q.shape[-1] ** -0.5 if self.scale is None else self.scale,
+            visibility(layer.call, layer.keys, causal=causal, own=True, window=None, prefix=prefix),
+            scores,
+            sink=self.parts["learned_sink"].logits if "learned_sink" in self.parts else None,  # type: ignore[arg-type]
+            rows=(*slots.get("row", ()), *rows),
+            weighting=next(iter(slots.get("weighting", ())), None),
+            weights=(*slots.get("weights", ()), *given_delta(attn_delta)),
+            plain_q=plain_q,
+            layer=layer,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return request, dtype
 
-    def _warn_once(self, message: str) -> None:
-        if not torch.compiler.is_compiling() and message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)
+    def _slots(self) -> dict[str, list[Any]]:
+        slots: dict[str, list[Any]] = {}
+        for name, part in self.parts.items():
+            slots.setdefault("row" if name == "cope" else SCHEMA.features[name].slot, []).append(part)
+        return slots
+
+    def _causality(self, causal: bool | None, queries: int, keys: int) -> bool:
+        causal = self.causal if causal is None else causal
+        parts = [(self.switches[name], part) for name, part in self.parts.items() if isinstance(part, Part)]
+        for name, part in parts:
+            if part.one_way and not causal:
+                raise InputError(f"{name} was built for causal attention; `causal = False` makes no sense with it.")
+            if causal and getattr(part, "across_queries", False):
+                raise InputError(f"{name} normalises over all queries; it cannot be causal.")
+        if causal and queries > keys:
+            raise InputError(
+                f"there are {queries} queries and {keys} keys; in causal attention the last query is the last key, so "
+                "that the first ones would see nothing. Give as many keys, or `causal = False`."
+            )
+        return causal
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, packs: Mapping[str, Any] | None) -> None:
+        if packs is not None:
+            raise InputError("`flash_pack_seq_kwargs` needs `flash_pack_seq`, which has no kernel here; pass a `mask`.")
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        if not q.ndim == k.ndim == v.ndim == 4:
+            raise ShapeError(f"got {shapes}; they must be (b, h, i, d), (b, g, j, d) and (b, g, j, e).")
+        fits = q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
+        if not fits or q.shape[1] % max(k.shape[1], 1):
+            raise ShapeError(
+                f"got {shapes}; batches, keys and values must agree, queries and keys have one width, and the heads of "
+                "queries be a multiple of those of keys."
+            )
+        if self.heads not in (None, q.shape[1]):
+            raise ShapeError(f"q has shape {tuple(q.shape)}; this was built for `heads` = {self.heads}.")
+
+    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+        rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
+        rename_parts(state, prefix, {f"parts.{name}": part for name, part in self._own_parts()}, "attend.")
+
+    def _own_parts(self) -> list[tuple[str, Part]]:
+        own = [(name, part.fn if isinstance(part, GivenAddend) else part) for name, part in self.parts.items()]
+        named = [(f"{name}.fn" if name == "cope" else name, part) for name, part in own]
+        return [(name, part) for name, part in named if isinstance(part, Part)]
 
 
-def _spelled_out(request: Request) -> Visibility:
-    """The mask that keeps documents apart, made once a pass."""
-    visible, shape = request.visible, (request.q.shape[-2], request.k.shape[-2])
-    rule = ("documents", id(visible))
-    if rule not in request.memo:
-        # it stays in the memo, so that its id stays its own
-        request.memo[rule] = spelled_out(visible, *shape), visible
-    return request.memo[rule][0]
+def _layer(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, row_mask: Tensor | None) -> LayerCall:
+    """One sublayer's call whose keys end with the queries."""
+    batch, i, j = q.shape[0], q.shape[2], k.shape[2]
+    live = own = pairs = None
+    if mask is not None and mask.ndim == 2:
+        live = check_mask(mask, batch, j, "mask")
+    elif mask is not None:
+        pairs = check_pairs(mask.bool(), "mask", batch=batch, heads=q.shape[1], queries=i, keys=j)
+    if row_mask is not None:
+        own = check_mask(row_mask, batch, i, "row_mask")
+    index, places = torch.arange(j - i, j, device=q.device), torch.arange(j, device=q.device)
+    query = Span(index, index[None], index[None], own)
+    keys = Span(places, places[None], places[None], live)
+    call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs)
+    return LayerCall(call, keys, keys, carry=Carry(), deltas=Deltas())
+
+
+show_keywords(
+    Attend,
+    [(SCHEMA, "")],
+    [
+        parameter("dropout", 0.0),
+        parameter("causal", False),
+        parameter("heads", None),
+        parameter("scale", None),
+        parameter("qk_norm", False),
+        parameter("flash", False),
+        parameter("cope", None),
+        parameter("onnxable", False),
+        parameter("sdp_kwargs", None),
+        parameter("flash_pack_seq", False),
+    ],
+)

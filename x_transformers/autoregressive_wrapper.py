@@ -30,6 +30,7 @@ from x_transformers.decoding.loop import (
     make_reader,
     pair_amateurs,
     same_vocabulary,
+    streamed,
     with_progress,
 )
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
@@ -353,15 +354,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             InputError: at once, with what was given and what is needed.
         """
         decoding, read, models = self._begin(prompts, seq_len, eos_token, **options)
-
-        steps = torch.inference_mode()(decoding.run)(seq_len, eos_token, self.pad_value)
-
-        def tokens() -> Iterator[Tensor]:
-            with evaluating(self, *models):
-                for token in steps:
-                    yield token.clone().reshape(read.lead)
-
-        return tokens()
+        steps = functools.partial(decoding.run, seq_len, eos_token, self.pad_value)
+        return streamed(steps, read.lead, self, *models)
 
     def _begin(
         self,

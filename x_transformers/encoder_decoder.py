@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,29 @@ class XTransformer(Configured, ReadsReference):
             with torch.no_grad():
                 context, mask = self._encode(seq_in, mask, attn_mask, src_prepend_embeds)
             return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
+
+    def stream(
+        self,
+        seq_in: Tensor,
+        seq_out_start: Tensor | Sequence[Tensor],
+        seq_len: int,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        src_prepend_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """The tokens of `generate`, `(b,)` each, as they come; the decoder is in evaluation mode until the last one.
+
+        Args:
+            seq_in, seq_out_start, seq_len, mask, attn_mask, src_prepend_embeds: as in `generate`.
+            kwargs: of `AutoregressiveWrapper.stream`.
+
+        Raises:
+            InputError: at once, with what was given and what is needed.
+        """
+        with evaluating(self), torch.no_grad():
+            context, mask = self._encode(seq_in, mask, attn_mask, src_prepend_embeds)
+        return self.decoder.stream(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
     def _encode(
         self, src: Tensor, mask: Tensor | None, attn_mask: Tensor | None, prepend_embeds: Tensor | None

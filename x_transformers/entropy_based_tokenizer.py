@@ -117,16 +117,16 @@ def calc_entropy_from_logits(logits: Tensor) -> Tensor:
     return torch.special.entr(at_least_float32(logits).softmax(dim=-1)).sum(dim=-1)
 
 
-def get_accumulated_threshold_mask(entropies: Tensor, threshold: float, ignore_below: float = 0.0) -> Tensor:
+def get_accumulated_threshold_mask(entropies: Tensor, threshold: float, ignore_entropy_below: float = 0.0) -> Tensor:
     """`(b, n)` bool, True where the sum of entropies since the last end reaches the threshold.
 
     Args:
         entropies: `(b, n)`.
         threshold: the sum that ends a token.
-        ignore_below: smaller entropies add nothing.
+        ignore_entropy_below: smaller entropies add nothing.
     """
     # one position after the other: many small steps, which no accelerator does fast
-    counted = entropies.masked_fill(entropies < ignore_below, 0.0).cpu()
+    counted = entropies.masked_fill(entropies < ignore_entropy_below, 0.0).cpu()
     total = torch.zeros_like(counted[:, 0])
     ends = []
     for value in counted.unbind(dim=-1):

@@ -111,7 +111,7 @@ def project_away(x: Tensor, y: Tensor) -> Tensor:
     return rest.masked_fill(size <= rounding**2 * whole, 0.0).to(x.dtype)
 
 
-def masked_mean(t: Tensor, mask: Tensor | None, dim: int = 1) -> Tensor:
+def masked_mean(t: Tensor, mask: Tensor | None = None, dim: int = 1) -> Tensor:
     """Mean over axis `dim` of the places where `mask` holds; an axis without any gives zeros.
 
     Args:

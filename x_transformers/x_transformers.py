@@ -1,15 +1,21 @@
 """The reference's import path. Everything here lives elsewhere."""
 
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.qk.given import apply_polar_pos_emb, apply_rotary_pos_emb, rotate_half
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
 from x_transformers.attention.qk.polar import PolarEmbedding
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.alibi import AlibiPositionalBias
+from x_transformers.attention.scores.cope import CoPE
 from x_transformers.attention.scores.dynamic import DynamicPositionBias
+from x_transformers.attention.scores.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
+from x_transformers.attention.scores.relative_projection import RelativeProjPositionalBias
 from x_transformers.attention.scores.t5 import RelativePositionBias
 from x_transformers.encoder_decoder import XTransformer
 from x_transformers.feedforward.activations import ReluSquared, SoLU
 from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.feedforward.glu import GLU
+from x_transformers.feedforward.softclamp import softclamp_gelu, softclamp_silu
 from x_transformers.intermediates import LayerIntermediates
 from x_transformers.layers.around import AdaptiveLayerScale, FoldAxially, LayerScale, Scale, ShiftTokens, shift
 from x_transformers.layers.depth.aggregated import AttentionResidual
@@ -28,6 +34,7 @@ from x_transformers.layers.residuals.mv_split import MVSplitResidualUpdate
 from x_transformers.layers.residuals.orthogonal import OrthogonalResidualUpdate
 from x_transformers.layers.residuals.plain import Residual
 from x_transformers.layers.residuals.streams import GatedMultiResidual, HyperConnection, sinkhorn
+from x_transformers.layers.unet import ConcatCombine
 from x_transformers.low_rank import LoRALinear
 from x_transformers.models.asked import calc_entropy, calc_z_loss
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding, TokenEmbedding
@@ -49,6 +56,7 @@ from x_transformers.ops import project_away as orthog_project
 from x_transformers.options.per_layer import layer_schedule
 
 __all__ = [
+    "GLU",
     "AbsolutePositionalEmbedding",
     "AdaptiveLayerNorm",
     "AdaptiveLayerScale",
@@ -58,7 +66,10 @@ __all__ = [
     "AttentionLayers",
     "AttentionPool",
     "AttentionResidual",
+    "CoPE",
+    "ConcatCombine",
     "CrossAttender",
+    "DataDependentAlibi",
     "Decoder",
     "Derf",
     "DynamicLIMe",
@@ -78,10 +89,12 @@ __all__ = [
     "MVSplitResidualUpdate",
     "MultiheadRMSNorm",
     "OrthogonalResidualUpdate",
+    "PerRowDataDependentAlibi",
     "PolarEmbedding",
     "PrefixDecoder",
     "RMSNorm",
     "RelativePositionBias",
+    "RelativeProjPositionalBias",
     "ReluSquared",
     "Residual",
     "RotaryEmbedding",
@@ -96,6 +109,8 @@ __all__ = [
     "TransformerWrapper",
     "ViTransformerWrapper",
     "XTransformer",
+    "apply_polar_pos_emb",
+    "apply_rotary_pos_emb",
     "calc_entropy",
     "calc_z_loss",
     "l2norm",
@@ -104,7 +119,10 @@ __all__ = [
     "masked_mean",
     "max_neg_value",
     "orthog_project",
+    "rotate_half",
     "shift",
     "sinkhorn",
     "softclamp",
+    "softclamp_gelu",
+    "softclamp_silu",
 ]

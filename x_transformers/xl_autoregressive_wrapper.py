@@ -6,7 +6,8 @@ segments before it left, `mems_s`; generation fills the last segment, and once t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from x_transformers.cache import KVCache
 from x_transformers.decoding.arguments import Arguments, check_length_and_end, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
-from x_transformers.decoding.loop import Decoding, evaluating
-from x_transformers.decoding.prompts import read_prompts
+from x_transformers.decoding.loop import Decoding, evaluating, streamed
+from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -186,6 +187,53 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        decoding, read = self._begin(
+            start_tokens,
+            seq_len,
+            eos_token,
+            temperature=temperature,
+            filter_logits_fn=filter_logits_fn,
+            filter_kwargs=filter_kwargs,
+            mems=mems,
+            cache_kv=cache_kv,
+            filter_before_temperature=filter_before_temperature,
+            **kwargs,
+        )
+        with torch.inference_mode(), evaluating(self):
+            new = list(decoding.run(seq_len, eos_token, self.pad_value))
+        # outside of inference mode: tokens that training may use
+        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
+        return tokens.reshape(*read.lead, tokens.shape[1])
+
+    def stream(
+        self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
+    ) -> Iterator[Tensor]:
+        """The tokens of `generate`, `(...)` each, as they come; the model is in evaluation mode until the last one.
+
+        Args:
+            start_tokens, seq_len, eos_token, options: as in `generate`.
+
+        Raises:
+            InputError: at once, with what was given and what is needed.
+        """
+        decoding, read = self._begin(start_tokens, seq_len, eos_token, **options)
+        return streamed(partial(decoding.run, seq_len, eos_token, self.pad_value), read.lead, self)
+
+    def _begin(
+        self,
+        start_tokens: Tensor,
+        seq_len: int,
+        eos_token: int | None,
+        *,
+        temperature: float = 1.0,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        mems: Memories | None = None,
+        cache_kv: bool = True,
+        filter_before_temperature: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Decoding, Prompts]:
+        """Check everything; the decoding, and the prompts as they were read."""
         net = self.net
         check_length_and_end(seq_len, eos_token, net.num_tokens)
         choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
@@ -198,12 +246,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         _refuse(kwargs)
         final = read.tokens.shape[1] + max(seq_len, 1) - 1
         reader = _InSegments(net, Arguments(kwargs, read.width, final), mems, cache_kv and net.can_cache_kv)
-        decoding = Decoding(Sequences(read.tokens), reader, choose, net.num_tokens)
-        with torch.inference_mode(), evaluating(self):
-            new = list(decoding.run(seq_len, eos_token, self.pad_value))
-        # outside of inference mode: tokens that training may use
-        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
-        return tokens.reshape(*read.lead, tokens.shape[1])
+        return Decoding(Sequences(read.tokens), reader, choose, net.num_tokens), read
 
 
 class _Memory:

@@ -11,10 +11,10 @@ from promises import LENGTH, arguments
 from torch import Tensor
 
 from x_transformers import Attention, Decoder, TransformerWrapper
-from x_transformers.attend import Core
 from x_transformers.attention.backends.base import Backend, Situation
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.base import Needs
+from x_transformers.attention.core import Core
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError
 

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from catalogue import BASE, CASES, Case, call, cases, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import CHUNKS, arguments, decodes
 from torch import Tensor
@@ -186,6 +188,30 @@ def test_bias_over_the_places_of_a_static_cache() -> None:
     close(model(ids[:, 4:], attn_bias=bias[:, 4:], **step), model(ids, attn_bias=bias[..., :6])[:, 4:])
     with pytest.raises(ShapeError, match="each of its 10 places"):
         model(ids[:, 4:], attn_bias=bias[:, 4:, :6], **step)
+
+
+@pytest.mark.parametrize("name", ["mask", "self_attn_kv_mask"])
+@pytest.mark.parametrize("options", [{}, {"num_memory_tokens": 2}], ids=["plain", "memory"])
+@torch.no_grad()
+def test_masks_of_a_static_cache(name: str, options: dict[str, int]) -> None:
+    """They may end with the prompt, or cover every place; never less than the prompt, nor more than there are."""
+    model = BASE.build(**options)
+    ids, mask = tokens(2, 6), torch.tensor([[True] * 4, [False, True, True, True]])
+    whole = F.pad(mask, (0, 2), value=True)
+    wanted = model(ids, self_attn_kv_mask=whole)
+
+    def run(first: Tensor, then: Tensor) -> Tensor:
+        step: dict[str, Any] = {"input_not_include_cache": True, "return_intermediates": True}
+        out, state = model(ids[:, :4], cache=model.static_cache(2, 6), **{name: first}, **step)
+        return torch.cat((out, model(ids[:, 4:], cache=state, **{name: then}, **step)[0]), dim=1)
+
+    for first, then in ((mask, mask), (mask, whole), (whole, whole)):
+        close(run(first, then)[:, 1:], wanted[:, 1:])
+    for first, then, width in ((mask[:, :3], whole, 3), (mask, F.pad(whole, (0, 1)), 7), (whole[:, None], whole, 1)):
+        with pytest.raises(ShapeError, match=rf"`{name}` has shape \(2, {width}"):
+            run(first, then)
+    with pytest.raises(ShapeError, match=rf"`{name}` has shape \(3, 4\)"):
+        run(mask[[0, 1, 1]], whole)
 
 
 @torch.no_grad()

@@ -87,6 +87,37 @@ def test_full_arguments_change_nothing(frame: str, count: int) -> None:
 @FRAMED
 @PREPENDED
 @torch.no_grad()
+def test_factors_of_feedforwards_are_those_of_tokens(frame: str, count: int) -> None:
+    """A table of ones changes nothing; a row of it changes its token, and nothing that came before."""
+    model = framed(frame, rotary_pos_emb=True, ff_deep_embed=True)
+    ids, front = tokens(2, LENGTH), prepended(model, count)
+    ids[:, :5], ids[:, 5:] = ids[:, :5] % 12, ids[:, 5:] % 12 + 12
+    model.ff_deep_embed.fill_(1.0)
+    plain = model(ids, **front)
+    model.ff_deep_embed[12:] = 2.0
+    moved = (model(ids, **front) - plain).abs().amax(dim=(0, 2))
+    assert (moved[: count + 5] < 1e-5).all()
+    assert (moved[count + 5 :] > 1e-4).all()
+
+
+@FRAMED
+@PREPENDED
+@torch.no_grad()
+def test_one_column_speaks_of_every_token(frame: str, count: int) -> None:
+    """A pairwise tensor with one column is the same for every key that is a token, and nothing for the prefix."""
+    model = framed(frame, rotary_pos_emb=True)
+    ids, front = tokens(2, LENGTH), prepended(model, count)
+    for name, column in (("attn_bias", torch.randn(4, LENGTH, 1)), ("attn_mask", torch.rand(LENGTH, 1) > 0.3)):
+        whole = column.expand(*column.shape[:-1], LENGTH)
+        got = model(ids, **{name: column}, **front)
+        close(got, model(ids, **{name: whole}, **front))
+        if count:
+            assert not torch.allclose(got, model(ids, **front), atol=1e-4)
+
+
+@FRAMED
+@PREPENDED
+@torch.no_grad()
 def test_pairwise_masks_hide_tokens_from_tokens(frame: str, count: int) -> None:
     """A token that no other may see moves only itself and what the prefix carries; here: nothing behind it."""
     model = framed(frame, rotary_pos_emb=True, depth=1)

@@ -11,10 +11,32 @@ from x_transformers.attention.base import BoundScore, Needs, Stage
 from x_transformers.errors import InputError, ShapeError
 
 
+def check_pairs(t: Tensor, name: str, *, batch: int, heads: int, queries: int, keys: int) -> Tensor:
+    """A tensor over pairs of tokens, with a column for each of the keys; three axes mean heads.
+
+    Args:
+        t: broadcastable to `(batch, heads, queries, keys)`, or with further columns, on the left, for recurrent memory.
+        name: of the argument.
+
+    Raises:
+        ShapeError: if it has another shape.
+    """
+    fits = 2 <= t.ndim <= 4 and t.shape[-2] in (1, queries) and (t.shape[-1] == 1 or t.shape[-1] >= keys)
+    lead = t.shape[:-2][::-1]
+    if not fits or any(count not in (1, whole) for count, whole in zip(lead, (heads, batch), strict=False)):
+        raise ShapeError(
+            f"`{name}` has shape {tuple(t.shape)}; it must be (i, j), (h, i, j) or (b, h, i, j) and broadcast to "
+            f"({batch}, {heads}, {queries}, {keys})."
+        )
+    return t.expand(*t.shape[:-1], keys) if t.shape[-1] == 1 else t
+
+
 def bind_attn_bias(bias: Tensor, queries: int, keys: int) -> Any:
-    """The caller's additive bias as a bound score; columns it does not cover, on the left, get 0."""
-    if bias.ndim < 2 or bias.ndim > 4 or bias.shape[-2] not in (1, queries) or bias.shape[-1] > keys:
-        raise ShapeError(f"`attn_bias` has shape {tuple(bias.shape)}; it must broadcast to (b, h, {queries}, {keys}).")
+    """The caller's additive bias as a bound score; columns it does not cover, of recurrent memory, get 0."""
+    if bias.shape[-1] > keys:
+        raise ShapeError(
+            f"`attn_bias` has shape {tuple(bias.shape)}; there are {keys} keys, recurrent memory included."
+        )
     full = F.pad(bias, (keys - bias.shape[-1], 0))
     full = full[(None,) * (4 - full.ndim)].expand(-1, -1, queries, -1)
 
@@ -32,6 +54,14 @@ def check_input(x: Tensor, dim: int) -> None:
         raise InputError(f"the input has dtype {x.dtype}; it must be floating. Embed tokens first.")
 
 
+def check_context(context: Tensor, batch: int, width: int) -> None:
+    """Raise unless a context is `(batch, m, width)`, or one row for all."""
+    if context.ndim != 3 or context.shape[0] not in (1, batch) or context.shape[2] != width:
+        raise ShapeError(
+            f"`context` has shape {tuple(context.shape)}; it must be ({batch}, m, {width}), or one row for all."
+        )
+
+
 def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
     """A `(batch, length)` mask as bool.
 
@@ -42,5 +72,19 @@ def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
         raise ShapeError(
             f"`{name}` has shape {tuple(mask.shape)}; it must be ({batch}, {length}): one value for each row and each "
             "token, cached ones included."
+        )
+    return mask.bool().expand(batch, -1)
+
+
+def check_static_mask(mask: Tensor, batch: int, least: int, most: int, name: str) -> Tensor:
+    """A `(batch, w)` mask as bool, w from `least` to `most`: how many tokens a static cache holds, a device knows.
+
+    Raises:
+        ShapeError: if it has another shape.
+    """
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or not least <= mask.shape[1] <= most:
+        raise ShapeError(
+            f"`{name}` has shape {tuple(mask.shape)}; with this static cache it must be ({batch}, w), w from {least} "
+            f"to {most}: one value for each row and each token, cached ones included. Tokens behind it are valid."
         )
     return mask.bool().expand(batch, -1)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attend import Core
 from x_transformers.attention.arguments import check_input
 from x_transformers.attention.backends.base import Request, Weighed
 from x_transformers.attention.base import (
@@ -31,6 +30,7 @@ from x_transformers.attention.base import (
 )
 from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import clip_factors, clip_heads
+from x_transformers.attention.core import Core
 from x_transformers.attention.keys.additional import join_additional
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
@@ -591,16 +591,15 @@ class Attention(Configured, ReadsReference):
         attn_mask: Tensor | None = None,
         rel_pos: ScoreMod | None = None,
         attn_bias: Tensor | None = None,
+        rotary_pos_emb: Pair | None = None,
+        context_rotary_pos_emb: Pair | None = None,
+        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
         pos: Tensor | None = None,
         prev_attn: Tensor | None = None,
         mem: Tensor | None = None,
         mem_mask: Tensor | None = None,
         return_intermediates: bool = False,
         cache: Intermediates | None = None,
-        causal: bool | None = None,
-        rotary_pos_emb: Pair | None = None,
-        context_rotary_pos_emb: Pair | None = None,
-        polar_pos_emb: tuple[Tensor, Tensor] | None = None,
         value_residual: Tensor | None = None,
         additional_key_values: tuple[Tensor, Tensor] | None = None,
         additional_key_value_mask: Tensor | None = None,
@@ -611,6 +610,7 @@ class Attention(Configured, ReadsReference):
         o_delta: Tensor | None = None,
         attn_delta: Tensor | None = None,
         flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
+        causal: bool | None = None,
     ) -> Tensor | tuple[Tensor, Intermediates]:
         """Attend outside of a stack.
 
@@ -664,6 +664,8 @@ class Attention(Configured, ReadsReference):
         layer = standalone_call(
             x,
             causal=causal,
+            heads=self.heads,
+            dim_context=self.dim_context,
             front=sum(mod.count for mod in self.keys),
             keep=return_intermediates,
             shows_scores=return_intermediates and self.core.flash is not True,

@@ -181,7 +181,7 @@ class RowMod(Part):
         """What becomes of the learned sink's logits `(h,)` beside these rows."""
         return logits
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         raise NotImplementedError
 
 

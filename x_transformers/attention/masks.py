@@ -78,8 +78,7 @@ def _build(
         live = keys.live[:, None, None, :]
         seen = live if seen is None else live & seen
     if attn_mask is not None:
-        given = _fit(attn_mask, len(call.query), len(keys), "attn_mask")
-        given = pad_left(given, len(keys) - given.shape[-1], True)
+        given = _fit(attn_mask, len(keys))
         seen = given if seen is None else given & seen
     if seen is None:
         seen = torch.ones(1, len(keys), dtype=torch.bool, device=keys.index.device)
@@ -109,7 +108,7 @@ def _within(documents: Documents, call: Call, keys: Span, causal: bool, own: boo
         return Visibility(None, causal, dead, 0, documents)
     seen = documents.mask(i, j, causal=causal, window=window)[None, None]
     if own and call.attn_mask is not None:
-        seen = seen & _fit(call.attn_mask, i, j, "attn_mask")
+        seen = seen & _fit(call.attn_mask, j)
     return Visibility(seen, False, ~seen.any(dim=-1, keepdim=True), 0)
 
 
@@ -120,14 +119,15 @@ def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
     return Visibility(mask, False, visible.dead, visible.prefix)
 
 
-def _fit(mask: Tensor, queries: int, keys: int, name: str) -> Tensor:
-    """The caller's pairwise tensor with four axes; three mean heads."""
-    if not 2 <= mask.ndim <= 4 or mask.shape[-2] not in (1, queries) or mask.shape[-1] > keys:
+def _fit(mask: Tensor, keys: int) -> Tensor:
+    """The caller's pairwise mask with four axes; three mean heads. Keys it does not cover, of recurrent memory, are
+    seen.
+    """
+    if mask.shape[-1] > keys:
         raise ShapeError(
-            f"`{name}` has shape {tuple(mask.shape)}; it must be (i, j), (h, i, j) or (b, h, i, j) with {queries} "
-            f"queries and at most {keys} keys."
+            f"`attn_mask` has shape {tuple(mask.shape)}; there are {keys} keys, recurrent memory included."
         )
-    return mask[(None,) * (4 - mask.ndim)]
+    return pad_left(mask[(None,) * (4 - mask.ndim)], keys - mask.shape[-1], True)
 
 
 def causal_mask(i: int, j: int, device: torch.device | None = None) -> Tensor:

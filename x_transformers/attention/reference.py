@@ -56,14 +56,7 @@ def translate(
         rename(state, prefix + old, prefix + new)
     if not has_keys:
         state.pop(f"{prefix}projections.k.weight", None)  # it has no rows
-    for path, part in parts.items():
-        for old, own in part.reference.items():
-            if own is None:
-                state.pop(prefix + old, None)
-            elif old.endswith("."):
-                rename_prefix(state, prefix + old, f"{prefix}{path}.{own}")
-            else:
-                rename(state, prefix + old, f"{prefix}{path}.{own}")
+    rename_parts(state, prefix, parts)
     for mod in values:
         for name in ("out.weight", "out.projection.weight"):
             if prefix + name in state:
@@ -80,6 +73,19 @@ def translate(
     permute("sink.logits", 0)
     for path, part in parts.items():
         part.permute_heads(state, f"{prefix}{path}.", order)
+
+
+def rename_parts(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], within: str = "") -> None:
+    """Rename what the parts declare; `within` are the first letters of their names that the state leaves out."""
+    for path, part in parts.items():
+        for name, own in part.reference.items():
+            old = prefix + name.removeprefix(within)
+            if own is None:
+                state.pop(old, None)
+            elif old.endswith("."):
+                rename_prefix(state, old, f"{prefix}{path}.{own}")
+            else:
+                rename(state, old, f"{prefix}{path}.{own}")
 
 
 def _permute_heads(state: dict[str, Any], prefix: str, order: Tensor, heads: int) -> Any:

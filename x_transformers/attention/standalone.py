@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from x_transformers.attention.arguments import bind_attn_bias, check_mask
+from x_transformers.attention.arguments import bind_attn_bias, check_context, check_mask, check_pairs
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation, Pair
 from x_transformers.cache import Entry, KVCache
@@ -23,6 +23,8 @@ def standalone_call(
     x: Tensor,
     *,
     causal: bool,
+    heads: int,
+    dim_context: int,
     front: int,
     keep: bool,
     shows_scores: bool,
@@ -51,6 +53,8 @@ def standalone_call(
     Args:
         x: `(b, n, D)`.
         causal: of this call.
+        heads: query heads.
+        dim_context: width of a context.
         front: learned keys in front.
         keep: a record is asked for, and with it the cache.
         shows_scores: so are the scores.
@@ -61,6 +65,8 @@ def standalone_call(
     """
     batch, n = x.shape[:2]
     crosses = context is not None
+    if context is not None and context.numel():
+        check_context(context, batch, dim_context)
     if crosses and cache is not None and (causal or window is not None):
         raise InputError(
             "`causal` and `max_attend_past` align the last query with the last key of the context, so that a step of "
@@ -83,6 +89,11 @@ def standalone_call(
         if context_mask is not None:
             own = replace(own, live=check_mask(context_mask, batch, len(own), "context_mask"))
         keys, fresh = own, query
+    size = {"batch": batch, "heads": heads, "queries": n, "keys": len(keys)}
+    if attn_mask is not None:
+        attn_mask = check_pairs(attn_mask, "attn_mask", **size)
+    if attn_bias is not None:
+        attn_bias = check_pairs(attn_bias, "attn_bias", **size)
     if mem is not None:
         keys, fresh = (span.behind(mem.shape[1], mem_mask, batch) for span in (keys, fresh))
     call = Call(
@@ -106,7 +117,7 @@ def standalone_call(
     kind = "c" if crosses else "a"
     carry = Carry(values={} if value_residual is None else {kind: value_residual})
     if prev_attn is not None:
-        previous = _without_hidden(prev_attn, front + len(keys))
+        previous = without_hidden(prev_attn, front + len(keys))
         carry = replace(carry, scores={kind: (previous, previous.shape[-1] - len(keys))})
     return LayerCall(
         call=call,
@@ -136,7 +147,7 @@ def _context_span(context: Tensor, mask: Tensor | None, entry: Entry | None) -> 
     return Span(where, where[None], where[None], live)
 
 
-def _without_hidden(logits: Tensor, keys: int) -> Tensor:
+def without_hidden(logits: Tensor, keys: int) -> Tensor:
     """An earlier attention's logits without a sink's column, and with 0 where they were hidden.
 
     Raises:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from x_transformers.decoding.arguments import Arguments
@@ -201,6 +202,14 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def streamed(steps: Callable[[], Iterator[Tensor]], lead: tuple[int, ...], *modules: nn.Module) -> Iterator[Tensor]:
+    """The tokens `(b, 1)` of steps as they come, each in the shape `lead`, with the modules in evaluation mode."""
+    tokens = torch.inference_mode()(steps)()
+    with evaluating(*modules):
+        for token in tokens:
+            yield token.clone().reshape(lead)
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

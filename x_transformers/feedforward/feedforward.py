@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import Faults
 from x_transformers.feedforward import activations, softclamp
+from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
 from x_transformers.loading import ReadsReference, rename, rename_prefix
 from x_transformers.norms import LayerNorm
@@ -128,11 +129,7 @@ class FeedForward(Configured, ReadsReference):
         """`(..., dim) -> (..., dim_out)`, times `deep_embed` if there is one."""
         x = self.up(x)
         if self.glu:
-            up, gate = x.chunk(2, dim=-1)
-            up = up if self.bound is None else clamp(up, self.bound)
-            x = up * self.activation(gate)
-            if self.gate_scale is not None:
-                x = x * self.gate_scale
+            x = gated(x, self.activation, self.bound, self.gate_scale)
         else:
             x = self.activation(x if self.bound is None else clamp(x, self.bound))
         if self.norm is not None:

@@ -28,6 +28,16 @@ class SoftclampOptions:
             require(value is None or value > 0, f"`{name}` is {value}; it must be positive.")
 
 
+def softclamp_gelu(t: Tensor, value: float) -> Tensor:
+    """`softclamp(t) * Phi(t)`: a GELU whose linear factor is bounded by `value`."""
+    return softclamp(t, value) * 0.5 * (1 + torch.erf(t * 0.5**0.5))
+
+
+def softclamp_silu(t: Tensor, value: float) -> Tensor:
+    """`softclamp(t) * sigmoid(t)`: a SiLU whose linear factor is bounded by `value`."""
+    return softclamp(t, value) * F.sigmoid(t)
+
+
 class BoundedGate(nn.Module):
     """`clamp(gate) * Phi(gate)` for GELU, `clamp(gate) * sigmoid(gate)` for SiLU: only the linear factor is bounded.
 
@@ -49,8 +59,7 @@ class BoundedGate(nn.Module):
         self.is_gelu, self.value = isinstance(activation, nn.GELU), value
 
     def forward(self, gate: Tensor) -> Tensor:
-        factor = 0.5 * (1 + torch.erf(gate * 0.5**0.5)) if self.is_gelu else F.sigmoid(gate)
-        return softclamp(gate, self.value) * factor
+        return (softclamp_gelu if self.is_gelu else softclamp_silu)(gate, self.value)
 
 
 FEATURE = Feature(

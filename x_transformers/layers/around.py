@@ -46,10 +46,10 @@ class _Around(nn.Module):
 
 
 class Scale(_Around):
-    """`scale * fn(x)`."""
+    """`scale * fn(x)`; without a function, `scale * x`."""
 
-    def __init__(self, scale: float, fn: Callable[..., Any]) -> None:
-        super().__init__(fn)
+    def __init__(self, scale: float, fn: Callable[..., Any] | None = None) -> None:
+        super().__init__(nn.Identity() if fn is None else fn)
         self.scale = scale
 
     def forward(self, x: Tensor, **arguments: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from x_transformers.attention.arguments import check_input
+from x_transformers.attention.arguments import check_context, check_input, check_pairs
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation
@@ -73,7 +73,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             raise ConfigError(f"{type(self).__name__}: `dim` is {dim!r}; it must be a positive whole number.")
         plan = make_plan(type(self).__name__, {"depth": depth, "heads": heads, **keywords})
         options, structure = plan.options, plan.options["structure"]
-        self.dim, self.depth, self.causal = dim, plan.sequence.depth, causal
+        self.dim, self.depth, self.heads, self.causal = dim, plan.sequence.depth, structure.heads, causal
         self.sequence = plan.sequence
         self.steps = plan.sequence.steps(plan.sequence.order)
         self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
@@ -170,7 +170,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         self.dim_condition = options["condition"].given_width(self.dim)
         self.condition_mlp = build_condition(options, self.dim) if self.need_condition else None
         self.skip_sources = skip_sources(self.sequence) if options.on("unet_skips") else {}
-        self.skip_combines = nn.ModuleDict({str(index): ConcatCombine(self.dim) for index in self.skip_sources})
+        self.skip_combines = nn.ModuleDict(
+            {str(index): ConcatCombine(self.dim, source) for index, source in self.skip_sources.items()}
+        )
         clamp = options["softclamp_output"]
         self.output_clamp = clamp.softclamp_output_value if clamp.softclamp_output else None
         self.num_residual_streams = options["residual_streams"].num_residual_streams
@@ -328,31 +330,32 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         mems: Sequence[Tensor | None] | None = None,
         mem_masks: Sequence[Tensor | None] | None = None,
         seq_start_pos: Tensor | None = None,
+        seq_pos_offset: int | None = None,
         cache: LayerIntermediates | KVCache | None = None,
         input_not_include_cache: bool = False,
         cache_age: int | None = None,
         return_hiddens: bool = False,
         return_gumbel_log_probs: bool = False,
-        pos: Tensor | None = None,
-        attn_bias: Tensor | None = None,
-        causal: bool | None = None,
-        condition: Tensor | None = None,
-        in_attn_cond: Tensor | None = None,
-        deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None,
-        layers_execute_order: Sequence[int] | None = None,
-        repeat_blocks: Sequence[Repeat] | Repeat | None = None,
-        transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None,
         polar_pos_emb: tuple[Tensor, Tensor] | None = None,
+        pos: Tensor | None = None,
         context_pos: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None,
         self_attn_additional_kv: LayerIntermediates | Sequence[tuple[Tensor, Tensor]] | None = None,
         additional_kv_mask: Tensor | None = None,
         detach_additional_kv: bool = False,
         route_additional_kv_to_top: bool = True,
+        condition: Tensor | None = None,
+        in_attn_cond: Tensor | None = None,
+        layers_execute_order: Sequence[int] | None = None,
+        repeat_blocks: Sequence[Repeat] | Repeat | None = None,
         self_attn_kv_residuals: Tensor | None = None,
         cross_attn_kv_residuals: Tensor | None = None,
         flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
         flash_pack_seq_context_kwargs: Mapping[str, Any] | None = None,
+        causal: bool | None = None,
+        transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         *,
         places: Tensor | None = None,
         prefix: int | None = 0,
@@ -372,6 +375,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             mems: a `(b, l, D)` recurrent memory (or None) for each self-attention layer, then the earlier segment's
                 `memory_states`, if it left any; mem_masks: `(b, l)` bool.
             seq_start_pos: `(b,)` tokens of left padding of each row.
+            seq_pos_offset: tokens that are cached, which the cache knows; `pos` sets other positions.
             cache: what an earlier pass with `return_hiddens` returned, or a cache.
             cache_age: run only that many tokens of x; default all that are not cached.
             return_hiddens: also return the intermediates.
@@ -414,7 +418,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             InputError: if arguments do not fit the stack or each other.
         """
         check_input(x, self.dim)
-        self._check_call(context, causal, cache, attn_mask)
+        self._check_call(x.shape[0], context, causal, cache, attn_mask)
         packs = {"flash_pack_seq_kwargs": flash_pack_seq_kwargs}
         packs["flash_pack_seq_context_kwargs"] = flash_pack_seq_context_kwargs
         documents: dict[str, Documents] = {}
@@ -427,6 +431,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         if "c" in documents:
             refuse_beside("flash_pack_seq_context_kwargs", context_mask=context_mask)
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
+        if seq_pos_offset is not None:
+            _check_offset(seq_pos_offset, kv)
         if kv is not None:
             x = _new_tokens(x, kv, input_not_include_cache, cache_age)
         batch, n = x.shape[:2]
@@ -458,6 +464,11 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             pos=pos,
             documents=documents.get("a"),
         )
+        size = {"batch": batch, "heads": self.heads, "queries": n, "keys": len(keys)}
+        if attn_mask is not None:
+            attn_mask = check_pairs(attn_mask, "attn_mask", **size)
+        if attn_bias is not None:
+            attn_bias = check_pairs(attn_bias, "attn_bias", **size)
         if pairs is not None:
             attn_mask = pairs(query, keys) if attn_mask is None else pairs(query, keys) & attn_mask
         call = Call(
@@ -603,7 +614,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             )
         return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
-    def _check_call(self, context: Tensor | None, causal: bool | None, cache: Any, attn_mask: Tensor | None) -> None:
+    def _check_call(
+        self, batch: int, context: Tensor | None, causal: bool | None, cache: Any, attn_mask: Tensor | None
+    ) -> None:
         if cache is not None:
             self._refuse_cache_unless_causal()
             if attn_mask is not None:
@@ -615,8 +628,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
         if not self.cross_attend and context is not None:
             raise InputError("this stack does not cross-attend; set `cross_attend = True`, or drop `context`.")
-        if context is not None and context.ndim != 3:
-            raise ShapeError(f"`context` has shape {tuple(context.shape)}; it must be (b, m, width).")
+        if context is not None and not filled:
+            check_context(context, batch, self.branches("c")[0].attention.dim_context)
         if causal is not None and causal != self.causal:
             for branch in self.branches("a", "c"):
                 branch.attention.check_causality(causal)
@@ -825,9 +838,19 @@ def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tens
     return x if age == x.shape[1] else x[:, x.shape[1] - age :]
 
 
+def _check_offset(offset: int, kv: KVCache | None) -> None:
+    """Raise unless an offset says what the cache says."""
+    held = 0 if kv is None else kv.length
+    if offset != held or (kv is not None and kv.is_static):
+        raise InputError(
+            f"`seq_pos_offset` is {offset}; new tokens stand behind the cached ones. Drop it, or give the positions of "
+            "all tokens as `pos`."
+        )
+
+
 def _check_covers_places(bias: Tensor, capacity: int) -> None:
     """Raise unless a bias has a column for each place of a static cache, which cannot be told otherwise."""
-    if bias.shape[-1] != capacity:
+    if bias.shape[-1] not in (1, capacity):
         raise ShapeError(
             f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for each of "
             f"its {capacity} places, prefix slots included."
@@ -862,5 +885,8 @@ for _class in (AttentionLayers, Encoder, Decoder, PrefixDecoder, CrossAttender, 
     if _class in (AttentionLayers, CrossAttender, TransformerBlock):
         _leading.append(parameter("causal", False))
     show_keywords(
-        _class, [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")], _leading
+        _class,
+        [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")],
+        _leading,
+        {"depth": 1, "pre_norm_has_final_norm": False} if _class is TransformerBlock else None,
     )

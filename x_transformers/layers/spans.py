@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.arguments import check_mask
+from x_transformers.attention.arguments import check_mask, check_static_mask
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.call import Span
 from x_transformers.documents import Documents
@@ -50,7 +50,10 @@ def lay_out(
     q_live: Tensor | None = None
     for given, name in ((mask, "mask"), (kv_mask, "self_attn_kv_mask")):
         if given is not None:
-            full = check_mask(given, batch, given.shape[-1] if total is None else total, name)
+            if cache is not None and cache.is_static:
+                full = check_static_mask(given, batch, n if cache.fresh else 0, cache.capacity, name)  # type: ignore[attr-defined]
+            else:
+                full = check_mask(given, batch, n if cache is None else cache.length, name)
             held = _at(full, k_index, fill=True)
             live = held if live is None else live & held
             own = _at(full, q_index, fill=True)

@@ -143,7 +143,7 @@ class Traversal(nn.Module):
             if step.number in sources:
                 skips[step.number] = x
             if step.layer in self.skip_sources:
-                x = self.skip_combines[str(step.layer)](x, skips[self.skip_sources[step.layer]])
+                x = self.skip_combines[str(step.layer)](x, skips)
             layer = LayerCall(call, carry=carry, deltas=nothing, condition=given.condition, injection=given.injection)
             if given.documents:
                 layer.documents = given.documents.get(step.kind)

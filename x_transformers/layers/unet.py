@@ -19,14 +19,21 @@ class UNetOptions:
 
 
 class ConcatCombine(nn.Module):
-    """`W [skip ; x]`, over `(..., D)`."""
+    """`W [skip ; x]`, over `(..., D)`.
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        dim: width D.
+        prev_layer_ind: which of the earlier streams is the skip.
+    """
+
+    def __init__(self, dim: int, prev_layer_ind: int) -> None:
         super().__init__()
+        self.prev_layer_ind = prev_layer_ind
         self.combine = nn.Linear(2 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.combine(torch.cat((skip, x), dim=-1))
+    def forward(self, x: Tensor, prev_layers: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+        """`x (..., D)` and the earlier streams, each `(..., D)`, by place in the order of execution."""
+        return self.combine(torch.cat((prev_layers[self.prev_layer_ind], x), dim=-1))
 
 
 def skip_sources(sequence: LayerSequence) -> dict[int, int]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.arguments import check_mask
+from x_transformers.attention.arguments import check_mask, check_static_mask
 from x_transformers.intermediates import LayerIntermediates
 from x_transformers.models.frame import Frame, Layout, interspersed
 from x_transformers.models.tokens import Tokens
@@ -110,8 +110,11 @@ class Framing:
 
     def _mask(self, t: Tensor, name: str) -> Tensor:
         kv, batch = self.tokens.kv, self.x.shape[0]
-        t = t.bool()
-        t = t.expand(batch, -1) if kv is not None and kv.is_static else check_mask(t, batch, self._token_count(), name)
+        if kv is not None and kv.is_static:
+            least = self.tokens.count if self.tokens.starts else 0
+            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)  # type: ignore[attr-defined]
+        else:
+            t = check_mask(t, batch, self._token_count(), name)
         front = self.prefix_mask
         if front is None:
             front = t.new_ones(batch, self._leading if self.frame is not None else self.before)
@@ -146,6 +149,8 @@ class Framing:
         if self.frame is not None:
             in_front, in_this_pass = self._leading, self.tokens.leading
         one_row = t.shape[-2] == 1
+        if t.shape[-1] == 1:
+            t = t.expand(*t.shape[:-1], self._token_count())
         t = F.pad(t, (in_front, 0, 0 if one_row else in_this_pass, 0), value=value)
         if self.frame is None:
             return t

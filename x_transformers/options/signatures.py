@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from x_transformers.options.schema import Schema
 
 
-def show_keywords(cls: type, schemas: Iterable[tuple[Schema, str]], leading: Iterable[inspect.Parameter]) -> None:
-    """Give `cls` the signature and the documentation of every keyword, for `help` and completion."""
+def show_keywords(
+    cls: type,
+    schemas: Iterable[tuple[Schema, str]],
+    leading: Iterable[inspect.Parameter],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Give `cls` the signature and the documentation of every keyword, for `help` and completion.
+
+    Args:
+        cls: the class.
+        schemas: its keywords, and their prefixes.
+        leading: parameters that no feature owns.
+        defaults: where the class has others than the schemas.
+    """
     schemas = list(schemas)
     parameters: list[inspect.Parameter] = list(leading)
     for schema, prefix in schemas:
         parameters += schema.parameters(prefix)
+    own = defaults or {}
+    parameters = [p.replace(default=own[p.name]) if p.name in own else p for p in parameters]
     cls.__signature__ = inspect.Signature(parameters)
     described = "\n".join(schema.describe(prefix) for schema, prefix in schemas)
     cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nKeywords, by feature:\n\n{described}\n"

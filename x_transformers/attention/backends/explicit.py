@@ -64,7 +64,7 @@ def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tens
         if isinstance(step, RowMod):
             assert request.layer is not None
             queries = request.q if request.plain_q is None else request.plain_q
-            logits, after = step(logits, Rows(queries, mask, request.visible.prefix, request.layer))
+            logits, after = step.change(logits, Rows(queries, mask, request.visible.prefix, request.layer))
             if after is not None:
                 later.append(after)
             # what rows add to the most negative number may overflow half precision

@@ -86,6 +86,57 @@ class GivenPolar(QKTransform):
         return turn(q, tables[0] - at_least_float32(self.bias)), turn(k, tables[1])
 
 
+def rotate_half(x: Tensor) -> Tensor:
+    """`(..., r)` with each adjacent pair `(x0, x1)` turned by a right angle: `(-x1, x0)`."""
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, scale: Tensor | float = 1) -> Tensor:
+    """`(t cos + rotate_half(t) sin) * scale` over the first r features; the others stay as they are.
+
+    Args:
+        t: `(b, h, n, d)` or `(b, n, d)`.
+        freqs: angles `(N, r)` or `(1|b, N, r)`, what a `RotaryEmbedding` returns; the last n rows count.
+        scale: a number, or a tensor of the shape of `freqs`: of keys, the reciprocal of that of queries.
+
+    Raises:
+        ShapeError: if there are fewer than n rows, or more than d angles.
+    """
+    n, middle = t.shape[-2], (None,) * (t.ndim - 3)
+    _check_angles(freqs, t, freqs.shape[-1] <= t.shape[-1], f"at most {t.shape[-1]}")
+
+    def rows(table: Tensor) -> Tensor:
+        table = table if table.ndim == 3 else table.unsqueeze(0)
+        return table[(slice(None), *middle, slice(table.shape[-2] - n, None))]
+
+    factor = rows(scale) if isinstance(scale, Tensor) and scale.ndim else scale
+    return _rotated(t, rows(freqs), factor)
+
+
+def apply_polar_pos_emb(t: Tensor, freqs: Tensor) -> Tensor:
+    """`[softplus(t) cos, softplus(t) sin]`, `(b, h, n, d)` to `(b, h, n, 2 d)`.
+
+    Args:
+        t: `(b, h, n, d)`.
+        freqs: angles, broadcastable to `(b, h, N, d)`: three axes mean heads, as for the sum of both that a
+            `PolarEmbedding` returns. The last n rows count.
+
+    Raises:
+        ShapeError: if there are fewer than n rows, or of another width.
+    """
+    _check_angles(freqs, t, freqs.shape[-1] == t.shape[-1], str(t.shape[-1]))
+    return turn(t, freqs[..., freqs.shape[-2] - t.shape[-2] :, :])
+
+
+def _check_angles(freqs: Tensor, t: Tensor, fits: bool, width: str) -> None:
+    n = t.shape[-2]
+    if freqs.ndim < 2 or freqs.shape[-2] < n or not fits:
+        raise ShapeError(
+            f"`freqs` has shape {tuple(freqs.shape)}; for t of shape {tuple(t.shape)} it must have at least {n} rows "
+            f"of {width} angles."
+        )
+
+
 def _pair(pair: Pair, span: Span, query: Span | None) -> Pair:
     angles, factor = pair
     return Rows(angles).of(span, query), Rows(factor).of(span, query) if isinstance(
@@ -96,6 +147,5 @@ def _pair(pair: Pair, span: Span, query: Span | None) -> Pair:
 def _rotated(t: Tensor, angles: Tensor, factor: Tensor | float) -> Tensor:
     width = angles.shape[-1]
     part = at_least_float32(t[..., :width])
-    other = torch.stack((-part[..., 1::2], part[..., 0::2]), dim=-1).flatten(-2)
-    turned = ((part * angles.cos() + other * angles.sin()) * factor).to(t.dtype)
+    turned = ((part * angles.cos() + rotate_half(part) * angles.sin()) * factor).to(t.dtype)
     return turned if width == t.shape[-1] else torch.cat((turned, t[..., width:]), dim=-1)

@@ -25,7 +25,7 @@ class PolarOptions:
 
 
 class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
-    """`q <- [softplus(q) cos a, softplus(q) sin a]` with `a = pos * 10000 ** (-c / d)`; keys the same with `a + delta`.
+    """`q <- [softplus(q) cos a, softplus(q) sin a]` with `a = pos * base ** (-c / d)`; keys the same with `a + delta`.
 
     A score is then `sum_c softplus(q_c) softplus(k_c) cos(a_q - a_k - delta_c)`. The learned angle `delta`, `(h, 1, d)`
     and kept within `[-2 pi, 0]`, is taken off the query instead of put on the key, so that keys stay shared by heads.
@@ -34,21 +34,27 @@ class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         dim: features d of a head.
         heads: query heads h.
         bias_uniform_init: `delta` starts uniform in (-2 pi, 0), else at 0.
+        base: of the frequencies.
     """
 
     inv_freq: Tensor
 
-    def __init__(self, dim: int, heads: int, bias_uniform_init: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, bias_uniform_init: bool = False, base: float = 10000) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(dim) / dim), persistent=False)
+        self.register_buffer("inv_freq", float(base) ** -(torch.arange(dim) / dim), persistent=False)
         self.learned_bias = nn.Parameter(torch.zeros(heads, 1, dim))
         if bias_uniform_init:
             nn.init.uniform_(self.learned_bias, -2 * math.pi, 0.0)
 
-    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Angles `(1|b, n, d)`, and the learned ones `(h, 1, d)`."""
-        pos = pos if pos.ndim > 1 else pos.unsqueeze(0)
+    def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Angles `(1|b, n, d)`, and the learned ones `(h, 1, d)`.
+
+        Args:
+            t: `(n,)` or `(b, n)` positions.
+            offset: added to all of them.
+        """
+        pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         return pos.unsqueeze(-1) * self.inv_freq, self.bias
 
     @property

@@ -79,9 +79,14 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         zeta = (pairs + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("xpos_log", zeta.log() / scale_base, persistent=False)
 
-    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Angles `(1|b, n, r)`, repeated for each pair, and the xPos factor of queries (1. without xPos)."""
-        pos = pos if pos.ndim > 1 else pos.unsqueeze(0)
+    def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor | float]:
+        """Angles `(1|b, n, r)`, repeated for each pair, and the xPos factor of queries (1. without xPos).
+
+        Args:
+            t: `(n,)` or `(b, n)` positions.
+            offset: added to all of them.
+        """
+        pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
         if not self.use_xpos:
             return angles, 1.0

@@ -21,7 +21,7 @@ class CogSigned(RowMod):
 
     stage = Stage.SIGN
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         sign = logits.sign()
         return logits.abs(), After(Stage.RESIGN, lambda weights: weights * sign.to(weights.dtype))
 

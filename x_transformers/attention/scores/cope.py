@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.base import After, AttentionShape, RowMod, Rows, Stage
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.ops import at_least_float32, max_neg_value, mix_heads
 from x_transformers.options.schema import Feature, opt, require
 
@@ -35,8 +35,9 @@ class CoPE(RowMod):
         dim: width of a query head.
         heads: query heads.
         max_pos: P.
-        soft: `E(p) = sum_t softmax_t(-|p - t| / 0.05) E_t` in place of the interpolation.
+        soft_onehot: `E(p) = sum_t softmax_t(-|p - t| / temperature) E_t` in place of the interpolation.
         talking_heads: a mix of the heads' logits enters the sigmoid.
+        soft_onehot_temp: the temperature.
     """
 
     stage = Stage.CONTEXTUAL
@@ -49,20 +50,56 @@ class CoPE(RowMod):
     }
     per_head: ClassVar = {"mix": (0, 1)}
 
-    def __init__(self, dim: int, heads: int, max_pos: int, soft: bool, talking_heads: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        max_pos: int,
+        soft_onehot: bool = False,
+        talking_heads: bool = False,
+        soft_onehot_temp: float = 0.05,
+    ) -> None:
         super().__init__()
-        self.soft = soft
+        self.soft_onehot, self.temperature = soft_onehot, soft_onehot_temp
         self.embeddings = nn.Parameter(torch.zeros(max_pos, dim))
         bound = heads**-0.5
         self.mix = nn.Parameter(torch.empty(heads, heads, 1, 1).uniform_(-bound, bound)) if talking_heads else None
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
-        gates = self._gates(at_least_float32(logits), rows.mask)
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+        return logits + self._addend(rows.q, logits, rows.mask).to(logits.dtype), None
+
+    def forward(self, query: Tensor, attn_logits: Tensor) -> Tensor:
+        """What to add to causal logits, for use alone.
+
+        Args:
+            query: `(b, h, i, d)`.
+            attn_logits: `(b, h, i, j)`; the last i keys are the queries' own. Those behind a query do not count, nor do
+                those whose logit is the most negative number of its dtype.
+
+        Returns:
+            `(b, h, i, j)` `q_i . E(p_ij)`.
+
+        Raises:
+            ShapeError: if one of them has another shape.
+        """
+        heads, width = query.shape[1] if query.ndim == 4 else 0, self.embeddings.shape[1]
+        if query.ndim != 4 or query.shape[-1] != width or attn_logits.shape[:-1] != query.shape[:-1]:
+            raise ShapeError(
+                f"CoPE got queries {tuple(query.shape)} and logits {tuple(attn_logits.shape)}; they must be (b, h, i, "
+                f"{width}) and (b, h, i, j)."
+            )
+        if self.mix is not None and heads != len(self.mix):
+            raise ShapeError(f"CoPE mixes {len(self.mix)} heads, and the queries have {heads}.")
+        i, j = attn_logits.shape[-2:]
+        seen = torch.ones(i, j, dtype=torch.bool, device=attn_logits.device).tril(j - i)
+        return self._addend(query, attn_logits, seen & (attn_logits > max_neg_value(attn_logits)))
+
+    def _addend(self, q: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+        gates = self._gates(at_least_float32(logits), mask)
         # summed from the right, so that no rounding makes a position negative
         position = gates.flip(-1).cumsum(dim=-1).flip(-1).clamp(max=len(self.embeddings) - 1)
-        by_position = at_least_float32(rows.q @ self.embeddings.to(rows.q.dtype).T)
-        look_up = _softly if self.soft else _between
-        return logits + look_up(by_position, position).to(logits.dtype), None
+        by_position = at_least_float32(q @ self.embeddings.to(q.dtype).T)
+        return self._softly(by_position, position) if self.soft_onehot else _between(by_position, position)
 
     def _gates(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         if self.mix is not None:
@@ -70,19 +107,18 @@ class CoPE(RowMod):
         # a hidden key must not count, whatever the mix made of it
         return (logits if mask is None else logits.masked_fill(~mask, max_neg_value(logits))).sigmoid()
 
+    def _softly(self, by_position: Tensor, position: Tensor) -> Tensor:
+        """`(b, h, i, P)` read at real positions `(b, h, i, j)` by a softmax over the distance to each whole one."""
+        whole = torch.arange(by_position.shape[-1], device=position.device)
+        weights = (-(position.unsqueeze(-1) - whole).abs() / self.temperature).softmax(dim=-1)
+        return torch.einsum("bhijp,bhip->bhij", weights, by_position)
+
 
 def _between(by_position: Tensor, position: Tensor) -> Tensor:
     """`(b, h, i, P)` read at real positions `(b, h, i, j)` by linear interpolation."""
     floor = position.floor()
     low, high = by_position.gather(-1, floor.long()), by_position.gather(-1, position.ceil().long())
     return torch.lerp(low, high, position - floor)
-
-
-def _softly(by_position: Tensor, position: Tensor) -> Tensor:
-    """The same by a softmax over the distance to each whole position."""
-    whole = torch.arange(by_position.shape[-1], device=position.device)
-    weights = (-(position.unsqueeze(-1) - whole).abs() / 0.05).softmax(dim=-1)
-    return torch.einsum("bhijp,bhip->bhij", weights, by_position)
 
 
 def build(options: CopeOptions, shape: AttentionShape, **_: Any) -> CoPE:

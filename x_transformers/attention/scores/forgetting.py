@@ -38,7 +38,7 @@ class ForgettingOptions:
         require(not unknown, f"`data_dependent_alibi_kwargs` names {unknown}; it takes {sorted(taken)} here.")
 
 
-class ForgetGates(ScoreMod):
+class DataDependentAlibi(ScoreMod):
     """`bias[i, j] = F_i - F_j` with `F_i = sum_{t <= i} scale * log sigmoid(W x_t + c)`, apart for each head.
 
     Bidirectional attention has a second set of gates, and `bias[i, j] = R_j - R_i` for keys behind the query. Hidden
@@ -59,7 +59,9 @@ class ForgetGates(ScoreMod):
         "data_dependent_alibi.to_forget_gates.0.bias": "to_gates.bias",
     }
 
-    def __init__(self, dim: int, heads: int, causal: bool, bias_init: float = 5.0, post_log_scale: float = 1.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, causal: bool = True, bias_init: float = 5.0, post_log_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.heads, self.one_way, self.scale = heads, causal, post_log_scale
         self.to_gates = nn.Linear(dim, heads if causal else 2 * heads)
@@ -81,11 +83,15 @@ class ForgetGates(ScoreMod):
         )
 
     def _dense(self, own: Tensor, every: Tensor, layer: LayerCall) -> Tensor:
+        return self._between(own, every, layer.keys.index > layer.call.query.index.unsqueeze(-1))
+
+    def _between(self, own: Tensor, every: Tensor, behind: Tensor) -> Tensor:
+        """`(b, h, i, j)` of running sums `(b, c, i)` and `(b, c, j)`; behind `(i, j)`: the key comes later."""
         bias = own.unsqueeze(-1) - every.unsqueeze(-2)
         if self.one_way:
             return bias
         forward, backward = bias.split(self.heads, dim=1)
-        return torch.where(layer.keys.index > layer.call.query.index.unsqueeze(-1), -backward, forward)
+        return torch.where(behind, -backward, forward)
 
     def _sums(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
         """Running sums of the new tokens and of all keys, `(b, c, n)` and `(b, c, j)`; 0 before the first token."""
@@ -103,9 +109,19 @@ class ForgetGates(ScoreMod):
             every = layer.entry.grow("forget", own.unsqueeze(-1)).squeeze(-1)
         return own, torch.cat((before, every), dim=-1) if memory else every
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The bias `(b, h, n, n)` between the tokens of `x (b, n, D)`, for use alone."""
+        sums = self._gates_of(x).cumsum(dim=-1)
+        index = torch.arange(x.shape[1], device=x.device)
+        return self._between(sums, sums, index > index.unsqueeze(-1))
+
+    def _gates_of(self, x: Tensor) -> Tensor:
+        """`(b, c, n)` logarithms of the gates of `x (b, n, D)`."""
+        return F.logsigmoid(at_least_float32(self.to_gates(x))).transpose(-1, -2) * self.scale
+
     def _log_gates(self, x: Tensor, layer: LayerCall) -> Tensor:
         """`(b, c, m + n)`, of recurrent memory and new tokens."""
-        gates = F.logsigmoid(at_least_float32(self.to_gates(layer.behind_memory(x)))).transpose(-1, -2) * self.scale
+        gates = self._gates_of(layer.behind_memory(x))
         live = layer.fresh_live
         return gates if live is None else gates.masked_fill(~live.unsqueeze(1), 0.0)
 
@@ -117,14 +133,18 @@ class ForgetGates(ScoreMod):
         _permute(state, f"{prefix}to_gates.bias", order, self.to_gates.out_features // self.heads)
 
 
-class ForgetRows(ScoreMod):
+class PerRowDataDependentAlibi(ScoreMod):
     """`bias[i, j] = sum_{j <= t < i} scale * log sigmoid(u_i . w_t / sqrt(a))`: a query decides what it forgets.
 
     Args:
         dim: width D of the input.
         heads: query heads.
+        causal: must be True, since a query forgets only what came before it.
         dim_head: width a of u and w.
         post_log_scale: the scale.
+
+    Raises:
+        ConfigError: if it is not to be causal.
     """
 
     needs = Needs.BIAS
@@ -133,8 +153,12 @@ class ForgetRows(ScoreMod):
     whole_past = True
     reference: ClassVar = {"data_dependent_alibi.to_forget_gates.0.weight": "to_uw.weight"}
 
-    def __init__(self, dim: int, heads: int, dim_head: int, post_log_scale: float = 1.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, causal: bool = True, dim_head: int = 8, post_log_scale: float = 1.0
+    ) -> None:
         super().__init__()
+        if not causal:
+            raise ConfigError("`data_dependent_alibi_per_row` looks back from each query; it needs causal attention.")
         self.heads, self.dim_head, self.scale = heads, dim_head, post_log_scale
         self.to_uw = nn.Linear(dim, 2 * heads * dim_head, bias=False)
 
@@ -155,12 +179,22 @@ class ForgetRows(ScoreMod):
         )
         return bound
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The bias `(b, h, n, n)` between the tokens of `x (b, n, D)`, for use alone."""
+        u, w = (split_heads(t, self.heads) for t in self.to_uw(x).chunk(2, dim=-1))
+        index = torch.arange(x.shape[1], device=x.device)
+        return self._between(u, w, index < index.unsqueeze(-1))
+
     def _dense(self, u: Tensor, w: Tensor, layer: LayerCall) -> Tensor:
         keys = layer.keys
-        gates = F.logsigmoid(at_least_float32(u @ w.transpose(-1, -2)) * self.dim_head**-0.5) * self.scale
         counts = keys.index < layer.call.query.index.unsqueeze(-1)
         if keys.live is not None:
             counts = counts & keys.live[:, None, None, :]
+        return self._between(u, w, counts)
+
+    def _between(self, u: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+        """`(b, h, i, j)` of `u (b, h, i, a)` and `w (b, h, j, a)`, over the keys that count."""
+        gates = F.logsigmoid(at_least_float32(u @ w.transpose(-1, -2)) * self.dim_head**-0.5) * self.scale
         return gates.masked_fill(~counts, 0.0).flip(-1).cumsum(dim=-1).flip(-1)
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
@@ -185,10 +219,9 @@ def build(options: ForgettingOptions, shape: AttentionShape, **_: Any) -> ScoreM
     """The part for one attention."""
     kwargs = options.data_dependent_alibi_kwargs
     if not options.data_dependent_alibi_per_row:
-        return ForgetGates(shape.dim, shape.heads, shape.causal, **kwargs)
-    if not shape.causal:
-        raise ConfigError("`data_dependent_alibi_per_row` looks back from each query; it needs causal attention.")
-    return ForgetRows(shape.dim, shape.heads, options.data_dependent_alibi_per_row_dim_head, **kwargs)
+        return DataDependentAlibi(shape.dim, shape.heads, shape.causal, **kwargs)
+    width = options.data_dependent_alibi_per_row_dim_head
+    return PerRowDataDependentAlibi(shape.dim, shape.heads, shape.causal, width, **kwargs)
 
 
 def _idle(options: ForgettingOptions) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage
 from x_transformers.call import LayerCall
+from x_transformers.errors import InputError
 from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import Feature, opt, require
 
@@ -26,13 +27,13 @@ class RelativeProjectionOptions:
             require(value >= 1, f"`{name}` is {value}; it must be at least 1.")
 
 
-class RelativeProjection(ScoreMod):
+class RelativeProjPositionalBias(ScoreMod):
     """`bias[h, i, j] = sum_n (W x_i + c)[h, n] * bank[n, i - j]` for distances `0 <= i - j < R`, else 0.
 
     Args:
         dim: width D of the input.
         heads: query heads.
-        curves: rows of the bank.
+        num_distance_basis: curves, rows of the bank.
         max_dist: R.
     """
 
@@ -45,37 +46,66 @@ class RelativeProjection(ScoreMod):
     }
     per_head: ClassVar = {"to_weights.weight": (0,), "to_weights.bias": (0,)}
 
-    def __init__(self, dim: int, heads: int, curves: int, max_dist: int) -> None:
+    def __init__(self, dim: int, heads: int, num_distance_basis: int = 16, max_dist: int = 1024) -> None:
         super().__init__()
         self.heads = heads
-        self.to_weights = nn.Linear(dim, heads * curves)
-        self.bank = nn.Parameter(torch.randn(curves, max_dist) * 0.02)
+        self.to_weights = nn.Linear(dim, heads * num_distance_basis)
+        self.bank = nn.Parameter(torch.randn(num_distance_basis, max_dist) * 0.02)
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
-        weights = self.to_weights(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        by_distance = at_least_float32(weights @ self.bank.to(weights.dtype))
+        by_distance, call = self._by_distance(x), layer.call
 
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score + bound.dense[b, h, q, k]
 
         bound = BoundScore(
-            needs=self.needs, stage=self.stage, at=at, dense=lambda: _read(by_distance, layer), at_reads_dense=True
+            needs=self.needs,
+            stage=self.stage,
+            at=at,
+            dense=lambda: _read(by_distance, call.query.pos, layer.keys.pos),
+            at_reads_dense=True,
         )
         return bound
 
+    def forward(self, x: Tensor, seq_len_k: int | None = None) -> Tensor:
+        """The bias `(b, h, n, j)` of the queries `x (b, n, D)`, for use alone.
 
-def _read(by_distance: Tensor, layer: LayerCall) -> Tensor:
-    """`(b, h, i, R)` read at the distance of each pair, `(b, h, i, j)`."""
-    distance = layer.call.query.pos.unsqueeze(-1) - layer.keys.pos.unsqueeze(-2)
+        Args:
+            x: the queries, the last n of the j keys.
+            seq_len_k: j; default n.
+
+        Raises:
+            InputError: if there are fewer keys than queries.
+        """
+        n = x.shape[1]
+        keys = n if seq_len_k is None else seq_len_k
+        if keys < n:
+            raise InputError(
+                f"`seq_len_k` is {keys}; the {n} queries are the last keys, so there are at least as many."
+            )
+        pos = torch.arange(keys, device=x.device).unsqueeze(0)
+        return _read(self._by_distance(x), pos[:, keys - n :], pos)
+
+    def _by_distance(self, x: Tensor) -> Tensor:
+        """`(b, h, n, R)`."""
+        weights = self.to_weights(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        return at_least_float32(weights @ self.bank.to(weights.dtype))
+
+
+def _read(by_distance: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+    """`(b, h, i, R)` read at the distance of each pair of positions `(1|b, i)` and `(1|b, j)`: `(b, h, i, j)`."""
+    distance = query.unsqueeze(-1) - keys.unsqueeze(-2)
     most = by_distance.shape[-1]
     inside = ((distance >= 0) & (distance < most)).unsqueeze(1)
     where = distance.clamp(0, most - 1).unsqueeze(1).expand(*by_distance.shape[:2], -1, -1)
     return by_distance.gather(-1, where).masked_fill(~inside, 0.0)
 
 
-def build(options: RelativeProjectionOptions, shape: AttentionShape, **_: Any) -> RelativeProjection:
+def build(options: RelativeProjectionOptions, shape: AttentionShape, **_: Any) -> RelativeProjPositionalBias:
     """The part for one attention."""
-    return RelativeProjection(shape.dim, shape.heads, options.rel_proj_num_distance_basis, options.rel_proj_max_dist)
+    return RelativeProjPositionalBias(
+        shape.dim, shape.heads, options.rel_proj_num_distance_basis, options.rel_proj_max_dist
+    )
 
 
 FEATURE = Feature(

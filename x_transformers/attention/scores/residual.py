@@ -30,7 +30,7 @@ class ResidualScores(RowMod):
 
     stage = Stage.RESIDUAL
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         left = rows.layer.carry.scores.get(rows.layer.kind)
         if left is None:
             return logits, None

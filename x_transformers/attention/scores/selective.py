@@ -53,7 +53,7 @@ class Selective(RowMod):
     one_way = True
     whole_past = True
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         layer, query, keys = rows.layer, rows.layer.call.query, rows.layer.keys
         gate = at_least_float32(logits[:, 0, :, rows.prefix :]).relu()
         own = keys.index == query.index.unsqueeze(-1)

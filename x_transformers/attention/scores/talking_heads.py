@@ -39,7 +39,7 @@ class PreTalkingHeads(RowMod):
         super().__init__()
         self.weight = nn.Parameter(_identity(heads))
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         return logits + mix_heads(logits, self.weight), None
 
 
@@ -69,7 +69,7 @@ class ProductTalkingHeads(RowMod):
         super().__init__()
         self.weight = nn.Parameter(_identity(heads))
 
-    def forward(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         factor = mix_heads(logits, self.weight)
         return logits, After(Stage.MULTIPLY, lambda weights: weights * factor)
 

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import Place
 from x_transformers.loading import ReadsReference, rename
@@ -65,12 +65,16 @@ class AttentionResidual(ReadsReference, DepthReader):
         self.up = nn.Linear(lora_rank, num_views * dim, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor | None = None, hiddens: Sequence[Tensor] = ()) -> Tensor:
+        """`x (b, n, D)`, by default the last of `hiddens`, to `(b, n, D)`, or `(3, b, n, D)` with three views."""
+        if len(hiddens) == 0:
+            raise InputError("`hiddens` is empty; give the inputs of the layers so far, the own one last.")
+        x = hiddens[-1] if x is None else x
         dim = x.shape[-1]
         hidden = self.down(self.input_norm(x))
         hidden = hidden if self.activation is None else self.activation(hidden)
         queries = self.query_norm(x.unsqueeze(-2) + self.up(hidden).unflatten(-1, (self.views, dim)))
-        past = torch.stack(history)
+        past = torch.stack(tuple(hiddens))
         logits = torch.einsum("bnvd,lbnd->vlbn", queries, self.key_norm(past)) * dim**-0.5
         mixed = torch.einsum("vlbn,lbnd->vbnd", logits.softmax(dim=1), past)
         return mixed[0] if self.views == 1 else mixed

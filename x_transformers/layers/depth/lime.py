@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.errors import InputError
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import Place
 from x_transformers.loading import ReadsReference, rename
@@ -45,11 +47,13 @@ class DynamicLIMe(ReadsReference, DepthReader):
         self.norm = RMSNorm(dim) if norm else None
         self.to_weights = nn.Linear(dim, num_views * num_layers)
 
-    def forward(self, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, hiddens: Sequence[Tensor]) -> Tensor:
+        if len(hiddens) != self.layers:
+            raise InputError(f"`hiddens` holds {len(hiddens)} layers; this was built for `num_layers` = {self.layers}.")
         normed = x if self.norm is None else self.norm(x)
         logits = self.to_weights(normed).unflatten(-1, (self.views, self.layers))
         weights = logits.softmax(dim=-1) if self.use_softmax else F.relu(logits)
-        mixed = torch.einsum("bnvl,lbnd->vbnd", weights, torch.stack(history))
+        mixed = torch.einsum("bnvl,lbnd->vbnd", weights, torch.stack(tuple(hiddens)))
         return mixed[0] if self.views == 1 else mixed
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:

@@ -78,9 +78,17 @@ class ResidualConnection(nn.Module):
         """The stream behind the sublayer."""
         raise NotImplementedError
 
-    def forward(self, out: Tensor, residual: Tensor) -> Tensor:
-        """`write`, for use outside of a stack."""
-        return self.write(out, residual)
+
+class OneStream(ResidualConnection):
+    """A connection over one stream, which is also used outside of a stack."""
+
+    def prepare(self, residual: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The branch's input, and what `forward` is then given beside its output: the residual, and no keywords."""
+        return residual, residual, {}
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The stream behind a branch that gave `x (b, n, D)`."""
+        return self.write(x, residual)
 
 
 def own_keywords(place: Place, known: Iterable[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
+from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.options.schema import Feature, opt
 
@@ -19,7 +19,7 @@ class GateOptions:
     gate_residual: bool = opt(False, "a GRU cell in place of the sum")
 
 
-class GRUGating(ReadsReference, ResidualConnection):
+class GRUGating(ReadsReference, OneStream):
     """`GRU(input = out, state = residual)`, token by token.
 
     Args:

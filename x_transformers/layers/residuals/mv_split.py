@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
+from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
 from x_transformers.ops import masked_mean
 from x_transformers.options.schema import Feature, opt
 
@@ -19,7 +19,7 @@ class MVSplitOptions:
     mv_split_residual: bool = opt(False, "treat the mean over the sequence and the deviation from it apart")
 
 
-class MVSplitResidualUpdate(ResidualConnection):
+class MVSplitResidualUpdate(OneStream):
     """`r + beta * (out - mean(out)) + alpha * (mean(out) - mean(r))`.
 
     Means are over the valid tokens of the sequence; in a causal pass, over the valid tokens up to each one, with sums
@@ -45,9 +45,16 @@ class MVSplitResidualUpdate(ResidualConnection):
             self.alpha = nn.Parameter(torch.full((dim,), float(init_alpha)))
             self.beta = nn.Parameter(torch.full((dim,), float(init_beta)))
 
+    def forward(self, x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`write` outside of a stack: means are over the sequence, or over what `mask (b, n)` says is valid."""
+        both = masked_mean(torch.cat((x, residual), dim=-1), mask).unsqueeze(1)
+        return self._split(x, residual, both)
+
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
-        both = torch.cat((out, kept), dim=-1)
-        mean_out, mean_kept = means(both, layer).chunk(2, dim=-1)
+        return self._split(out, kept, means(torch.cat((out, kept), dim=-1), layer))
+
+    def _split(self, out: Tensor, kept: Tensor, both: Tensor) -> Tensor:
+        mean_out, mean_kept = both.chunk(2, dim=-1)
         if self.learned:
             alpha, beta = self.to_alpha(mean_out), self.to_beta(mean_out)
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
+from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, opt
@@ -20,7 +20,7 @@ class OrthogonalOptions:
     orthog_residual: bool = opt(False, "add only the part of an output that is orthogonal to the stream")
 
 
-class OrthogonalResidualUpdate(ReadsReference, ResidualConnection):
+class OrthogonalResidualUpdate(ReadsReference, OneStream):
     """`r + out - <out, u> u` with `u = r / |r|`, for each token by itself, at least in float32.
 
     Args:

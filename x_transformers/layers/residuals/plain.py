@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import Place, ResidualConnection, own_keywords
+from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt
 
@@ -32,7 +32,7 @@ class ScaleOptions:
         return 1.0 if isinstance(self.scale_residual, bool) else float(self.scale_residual)
 
 
-class Residual(ReadsReference, ResidualConnection):
+class Residual(ReadsReference, OneStream):
     """`out + residual * scale * constant`.
 
     Args:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.call import LayerCall
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.layers.residuals.base import Place, ResidualConnection, StreamFrame, own_keywords
 from x_transformers.loading import ReadsReference, rename
 from x_transformers.norms import LayerNorm
@@ -57,7 +57,29 @@ class LearnedStreams(ReadsReference, StreamFrame):
         return stream.sum(dim=-2)
 
 
-class HyperConnection(ReadsReference, ResidualConnection):
+class StreamConnection(ResidualConnection):
+    """A connection over s streams. Outside of a stack they are folded into the batch, `(b * s, n, D)`."""
+
+    streams: int
+
+    def prepare(self, residuals: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Of streams `(b * s, n, D)`: the branch's input `(b, n, D)`, or `(3, b, n, D)`; streams to keep; `beta`."""
+        view, (kept, beta) = self.read(self._unfold(residuals))
+        return view, kept.transpose(1, 2).flatten(0, 1), {"beta": beta}
+
+    def forward(self, x: Tensor, residuals: Tensor, *, beta: Tensor) -> Tensor:
+        """The streams `(b * s, n, D)` behind a branch that gave `x (b, n, D)`; see `prepare`."""
+        return self.write(x, (self._unfold(residuals), beta)).transpose(1, 2).flatten(0, 1)
+
+    def _unfold(self, residuals: Tensor) -> Tensor:
+        if residuals.ndim != 3 or residuals.shape[0] % self.streams:
+            raise ShapeError(
+                f"the streams have shape {tuple(residuals.shape)}; they must be (batch * {self.streams}, n, width)."
+            )
+        return residuals.unflatten(0, (-1, self.streams)).transpose(1, 2)
+
+
+class HyperConnection(ReadsReference, StreamConnection):
     """Reads a learned mix of the streams, mixes the streams, and writes to each with a learned weight.
 
     With `N = LayerNorm(R)`: `[A_in | A_res] = N W * a + static`, views `sigmoid(A_in)^T R`, kept
@@ -133,7 +155,7 @@ def sinkhorn(t: Tensor, iters: int = 20) -> Tensor:
     return m.to(t.dtype)
 
 
-class GatedMultiResidual(ResidualConnection):
+class GatedMultiResidual(StreamConnection):
     """Reads and writes streams through gates that a bottleneck computes from all of them.
 
     With `N = rms(R) * gain`: `z = silu(W N / s) * a`, views `mean_s(sigmoid(U z + static) * N)`, weights

@@ -1,0 +1,200 @@
+"""Scripts of the reference find their imports: every name and every parameter of its surface, or a reason why not.
+
+The surface is read from the folder of reference data beside the checkout.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+LATER_MODULES = """
+    continuous_autoencoder discover_wrapper free_transformer full_bandwidth gpt_lejepa gpt_vae next_latent_wrapper
+    recirculation up_wrapper xm_latent_decoder
+"""
+CONVENIENCES = """
+    F always at_most_one_of batch_masked_mean cast_tuple coin_flip compact default detach_all disable_autocast
+    divisible_by dropout_seq equals exists first flip freeze_all_layers_ get_cached_kvs get_module_by_path
+    group_by_key_prefix group_dict_by_key groupby_prefix_and_trim identity init_depth_scaled_ init_zero_ is_empty
+    join maybe maybe_and_mask not_equals once or_reduce pack_one pack_one_with_inverse pick_and_pop repeat_batch
+    resolve_repeat_blocks_to_layer_execute_order sample_prob set_module_by_path string_begins_with transpose
+    unpack_one DEFAULT_DIM_HEAD DEFAULT_ATTN_RESIDUAL_LORA_RANK log
+"""
+LATER_NAMES = """
+    EpisodicMemories EpisodicMemoryWrapper LowRankLinear TTTModuleWrapper TTTMetaLearningTargetKLLoss
+    TTTNextLatentPredictionLoss newtonschulz5 XLAutoregressiveWrapper.has_ttt XLAutoregressiveWrapper.init_ttt
+    XLAutoregressiveWrapper.update_ttt
+"""
+
+CONVENIENCE = "a private convenience without a described use; Python or torch says it as shortly"
+LATER = "test-time training and episodic memory are refused by name until they are built"
+STACKS = "of stacks, which hand it on; an attention alone has one view and takes angles of its heads from the caller"
+RECORDS = ("Intermediates", "LayerIntermediates")
+"""They are returned and never built; what they hold has the reference's names."""
+
+NAMES_LEFT_OUT = {
+    **dict.fromkeys(CONVENIENCES.split(), CONVENIENCE),
+    **dict.fromkeys(LATER_NAMES.split(), LATER),
+    "DetachMultiple": "splits a gradient to save memory; ours is ordinary backpropagation",
+    "NextLatentWrapper": "one of the newer wrappers, which come later",
+}
+
+PARAMETERS_LEFT_OUT = {
+    **{f"Attention.{name}": STACKS for name in ("rotate_num_heads", "qkv_receive_diff_residuals")},
+    "AttentionResidual.forward.past_deltas": "what it reads is `hiddens`; nothing else is described",
+}
+
+OTHER_DEFAULTS = {
+    "Attention.flash": "None: the fastest backend that hosts the options",
+    "AttentionLayers.forward.cache_age": "None: every token that is not cached; 1 would drop tokens silently",
+    "TransformerWrapper.forward.attn_z_loss_weight": "None: the constructor's, which would have no effect otherwise",
+    "MultiInputTransformerWrapper.forward.attn_z_loss_weight": "None: the constructor's",
+    "AttentionResidual.forward.hiddens": "a sequence, which may not be empty",
+}
+
+
+class Entry(NamedTuple):
+    """A line of the surface: a class, method, property, function or constant, and its parameters if it has some."""
+
+    module: str
+    name: str
+    parameters: str | None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def entries(text: str) -> Iterator[Entry]:
+    module = owner = ""
+    for line in text.splitlines():
+        if found := re.match(r"## `([\w.]+)`", line):
+            module = found[1]
+        elif not module:
+            continue
+        elif found := re.match(r"- class `(\w+)`(?:\((.*)\))?$", line):
+            owner = found[1]
+            yield Entry(module, owner, found[2])
+        elif found := re.match(r"  - (?:property )?`(\w+)`(?:\((.*)\))?$", line):
+            yield Entry(module, f"{owner}.{found[1]}", found[2])
+        elif found := re.match(r"- (functions|constants): (.*)", line):
+            for name, parameters in re.findall(r"`(\w+)(?:\(([^`]*)\))?`", found[2]):
+                yield Entry(module, name, parameters if found[1] == "functions" else None)
+        elif line.startswith("`"):
+            for name in re.findall(r"`(\w+)`", line):
+                yield Entry(module, name, None)
+
+
+def split(parameters: str) -> list[str]:
+    """`a, b={1, 2}` to its parts."""
+    parts, depth = [""], 0
+    for character in parameters:
+        depth += (character in "([{<") - (character in ")]}>")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+@pytest.fixture(scope="module")
+def surface(shared: Path) -> list[Entry]:
+    path = shared / "spec" / "api.md"
+    if not path.is_file():
+        pytest.skip("no list of the reference's names in the folder of reference data")
+    later = {f"x_transformers.{name}" for name in LATER_MODULES.split()}
+    return [entry for entry in entries(path.read_text(encoding="utf-8")) if entry.module not in later]
+
+
+def find(entry: Entry) -> Any:
+    """What the entry names, or None."""
+    target: Any = importlib.import_module(entry.module)
+    for name in entry.name.split("."):
+        target = getattr(target, name, None)
+    return target
+
+
+def test_every_name_is_there_or_left_out_for_a_reason(surface: list[Entry]) -> None:
+    assert len(surface) > 250
+    missing = {e.name for e in surface if find(e) is None and e.name.split(".")[0] not in NAMES_LEFT_OUT}
+    assert missing - set(NAMES_LEFT_OUT) == set()
+    # a reason that has lost its name is no reason
+    assert {name for name in NAMES_LEFT_OUT if all(find(e) is not None for e in surface if e.name == name)} == set()
+
+
+def test_modules_that_come_later_are_not_there() -> None:
+    for name in LATER_MODULES.split():
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"x_transformers.{name}")
+
+
+def faults(entry: Entry) -> Iterator[tuple[str, str]]:
+    """Where calls in the reference's form would go wrong: the parameter, and what is wrong."""
+    target = find(entry)
+    if target is None or entry.parameters is None or not callable(target) or entry.name in RECORDS:
+        return
+    given = split(entry.parameters)
+    ours = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
+    is_class = inspect.isclass(target) or "." in entry.name
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in ours.values())
+    places = [name for name, p in ours.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = not hasattr(target, "__signature__") or not inspect.isclass(target)
+    for place, part in enumerate(given):
+        name, _, default = part.partition("=")
+        if name.startswith("*"):
+            positional = False
+            continue
+        label = f"{entry.name}.{name}"
+        if positional and place < len(places) and not is_class:
+            name = places[place]  # functions are called by place
+        if name not in ours:
+            positional = False
+            if not takes_any:
+                yield label, "there is no such parameter"
+            continue
+        if positional and is_class and (place >= len(places) or places[place] != name):
+            yield label, f"it is parameter {place} there, here those are {places}"
+        own = ours[name].default
+        if default and own is inspect.Parameter.empty:
+            yield label, f"it is optional there, {default}"
+        elif default and not same(default, own):
+            yield label, f"its default is {default} there, {own!r} here"
+
+
+def same(default: str, own: Any) -> bool:
+    """Whether a default is the one that the surface tells; None may stand for a dictionary or for another object."""
+    if default == repr(own) or default.startswith("<") or default == "...":
+        return True
+    return (own is None and default.startswith("{")) or default == getattr(own, "__name__", None)
+
+
+def test_calls_have_the_same_form(surface: list[Entry]) -> None:
+    found = dict(fault for entry in surface for fault in faults(entry) if entry.name not in NAMES_LEFT_OUT)
+    known = {**PARAMETERS_LEFT_OUT, **OTHER_DEFAULTS}
+    assert {name: words for name, words in found.items() if name not in known} == {}
+    assert set(known) - set(found) == set(), "these have the reference's form by now"
+
+
+def test_faults_are_seen() -> None:
+    """The comparison itself, on a name that has another form."""
+    module = "x_transformers.x_transformers"
+    assert [name for name, _ in faults(Entry(module, "LoRALinear", "dim_in, other=1, dim=3"))] == [
+        "LoRALinear.other",
+        "LoRALinear.dim",
+    ]
+    assert [name for name, _ in faults(Entry(module, "LoRALinear", "dim_out=None, dim_in"))] == [
+        "LoRALinear.dim_out",
+        "LoRALinear.dim_in",
+    ]
+    assert find(Entry(module, "NoSuchName", None)) is None
+
+
+def test_names_of_the_reference_path_are_told() -> None:
+    """`from x_transformers.x_transformers import *` gives what stands there, once."""
+    for name in ("x_transformers", "attend", "autoregressive_wrapper"):
+        module = importlib.import_module(f"x_transformers.{name}")
+        assert all(hasattr(module, public) for public in module.__all__)
+        assert len(set(module.__all__)) == len(module.__all__)

@@ -1,0 +1,368 @@
+"""What every wrapper keeps: losses by hand, rows apart, gradients, files, generation by any cache, clear words."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from catalogue import close, perturb
+from torch import Tensor
+
+from x_transformers import (
+    DPO,
+    AutoregressiveWrapper,
+    BeliefStateWrapper,
+    ContinuousAutoregressiveWrapper,
+    ContinuousTransformerWrapper,
+    Decoder,
+    Encoder,
+    EntropyBasedTokenizer,
+    MultiInputTransformerWrapper,
+    NeoMLP,
+    NonAutoregressiveWrapper,
+    TransformerWrapper,
+    ViTransformerWrapper,
+    XLAutoregressiveWrapper,
+    XTransformer,
+    XValAutoregressiveWrapper,
+    XValTransformerWrapper,
+)
+from x_transformers.errors import InputError
+
+VOCAB, LONGEST, WIDTH, N = 12, 16, 5, 8
+STACK = {"dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "verbose": False}
+NUMERIC = 3
+
+
+def tokens(rotary: bool = True, **options: Any) -> TransformerWrapper:
+    layers = Decoder(**STACK, rotary_pos_emb=rotary)
+    return TransformerWrapper(num_tokens=VOCAB, max_seq_len=LONGEST, attn_layers=layers, **options)
+
+
+def xval() -> XValTransformerWrapper:
+    layers = Decoder(**STACK, rotary_pos_emb=True)
+    return XValTransformerWrapper(num_tokens=VOCAB, max_seq_len=LONGEST, numerical_token_id=NUMERIC, attn_layers=layers)
+
+
+def continuous() -> ContinuousTransformerWrapper:
+    layers = Decoder(**STACK)
+    return ContinuousTransformerWrapper(dim_in=WIDTH, dim_out=WIDTH, max_seq_len=LONGEST, attn_layers=layers)
+
+
+def half(name: str) -> dict[str, Any]:
+    options = {"num_tokens": VOCAB, "max_seq_len": LONGEST, "depth": 1, "heads": 2, "attn_dim_head": 8}
+    return {f"{name}_{key}": value for key, value in options.items()}
+
+
+def ids(batch: int) -> Tensor:
+    return torch.randint(0, VOCAB, (batch, N))
+
+
+def pairs_of_numbers(batch: int) -> tuple[Tensor, Tensor]:
+    x = ids(batch)
+    x[:, ::3] = NUMERIC
+    return x, torch.randn(batch, N)
+
+
+def mean_cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, : x.shape[1] - 1].flatten(0, 1), x[:, 1:].flatten())
+
+
+def xval_loss(model: Any, x: Tensor, numbers: Tensor) -> Tensor:
+    logits, predicted = model.net(x, numbers)
+    squares = (predicted[:, :-1] - numbers[:, 1:]).square() * (x[:, 1:] == NUMERIC)
+    return mean_cross_entropy(logits, x) + squares.mean()
+
+
+def preference(model: Any, wanted: Tensor, other: Tensor, prompt_mask: Tensor) -> Tensor:
+    def score(net: Any, x: Tensor) -> Tensor:
+        each = net(x[:, :-1]).log_softmax(dim=-1).gather(-1, x[:, 1:, None])[..., 0]
+        kept = ~prompt_mask[:, 1:]
+        return (each * kept).sum(dim=-1) / kept.sum(dim=-1)
+
+    margin = [score(net, wanted) - score(net, other) for net in (model.policy_model, model.ref_model)]
+    return -F.logsigmoid(model.beta * (margin[0] - margin[1])).mean()
+
+
+def encoded_loss(model: Any, src: Tensor, tgt: Tensor) -> Tensor:
+    features = model.encoder(src, return_embeddings=True)
+    return mean_cross_entropy(model.decoder.net(tgt, context=features), tgt)
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A wrapper, and how to call it.
+
+    Attributes:
+        build: makes one.
+        draw: a number of rows to the arguments of a pass.
+        loss: the loss by hand, from outputs; None where it draws, which the wrapper's own tests follow.
+        generate: the arguments of a pass, and keywords, to what is generated.
+        bad: arguments of a pass, by position, and words of the refusal.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    draw: Callable[[int], tuple[Any, ...]]
+    loss: Callable[..., Tensor] | None = None
+    generate: Callable[..., Tensor] | None = None
+    bad: tuple[tuple[Callable[[], tuple[Any, ...]], dict[str, Any], str], ...] = ()
+    idle: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return self.name
+
+    def ready(self) -> Any:
+        """A perturbed one in evaluation mode."""
+        return perturb(self.build()).eval()
+
+
+def only(*values: Any) -> Callable[[], tuple[Any, ...]]:
+    return lambda: values
+
+
+ZEROS = torch.zeros(2, N, dtype=torch.long)
+WRONG_IDS = (
+    (only(ZEROS + VOCAB), {}, r"ids .*run from \d+ to 12"),
+    (only(ZEROS - 1), {}, "ids .*run from -1 to"),
+    (only(ZEROS.float()), {}, "dtype torch.float32"),
+    (only(ZEROS > 0), {}, "dtype torch.bool"),
+    (only(ZEROS[0]), {}, r"shapes? \(8,\)"),
+    (only(ZEROS[..., None]), {}, r"shapes? \(2, 8, 1\)"),
+)
+TOO_LONG = (only(ZEROS[:, :1].expand(-1, LONGEST + 1)), {}, "17 tokens were given.*`max_seq_len` = 16")
+NOTHING = (only(ZEROS[:, :0]), {}, r"shape \(2, 0\); there is no token to learn from")
+MASK = torch.ones(2, N - 3, dtype=torch.bool)
+VECTORS, FRAMES = torch.zeros(2, N, WIDTH), torch.zeros(2, N, WIDTH + 1)
+
+KINDS = (
+    Kind(
+        "autoregressive",
+        lambda: AutoregressiveWrapper(tokens(rotary=False)),
+        lambda batch: (ids(batch),),
+        lambda model, x: mean_cross_entropy(model.net(x), x),
+        lambda model, x, **options: model.generate(x, 6, **options),
+        (*WRONG_IDS, TOO_LONG, NOTHING, (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)")),
+    ),
+    Kind(
+        "xl",
+        lambda: XLAutoregressiveWrapper(tokens(max_mem_len=LONGEST)),
+        lambda batch: (ids(batch),),
+        lambda model, x: mean_cross_entropy(model.net(x[:, :-1]), x),
+        lambda model, x, **options: model.generate(x, 12, **options),
+        (*WRONG_IDS, NOTHING, (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)")),
+    ),
+    Kind(
+        "encoder and decoder",
+        lambda: XTransformer(dim=16, enc_verbose=False, dec_verbose=False, **half("enc"), **half("dec")),
+        lambda batch: (ids(batch), ids(batch)),
+        encoded_loss,
+        lambda model, src, tgt, **options: model.generate(src, tgt[:, :2], 6, **options),
+        (
+            *((lambda x=x: (x()[0], ZEROS), given, words) for x, given, words in (*WRONG_IDS, TOO_LONG)),
+            *((lambda x=x: (ZEROS, x()[0]), given, words) for x, given, words in (*WRONG_IDS, TOO_LONG, NOTHING)),
+            (only(ZEROS, ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+            (only(ZEROS[[0, 0, 1]], ZEROS), {}, r"`context` has shape \(3, 8, 16\)"),
+        ),
+    ),
+    Kind(
+        "continuous",
+        lambda: ContinuousAutoregressiveWrapper(continuous()),
+        lambda batch: (torch.randn(batch, N, WIDTH),),
+        lambda model, x: (model.net(x[:, :-1]) - x[:, 1:]).square().mean(),
+        lambda model, x, **options: model.generate(x, 6, **options),
+        (
+            (only(VECTORS.long()), {}, "dtype torch.int64"),
+            (only(VECTORS[0]), {}, r"shape \(8, 5\)"),
+            (only(FRAMES), {}, r"shape \(2, \d, 6\)"),
+            (only(VECTORS[:, :0]), {}, r"shape \(2, 0, 5\)"),
+            (only(VECTORS[:, :1].expand(-1, LONGEST + 2, -1)), {}, "17 tokens were given.*`max_seq_len` = 16"),
+            (only(VECTORS), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+            (only(VECTORS), {"lens": torch.ones(3).long()}, r"`lens` has shape \(3,\)"),
+        ),
+    ),
+    Kind(
+        "xval",
+        lambda: XValAutoregressiveWrapper(xval()),
+        pairs_of_numbers,
+        xval_loss,
+        lambda model, x, numbers, **options: model.generate(x, numbers, 6, **options).sampled_token_ids,
+        (
+            *((lambda x=x: (x()[0], torch.zeros(x()[0].shape)), given, words) for x, given, words in WRONG_IDS),
+            (only(ZEROS, torch.zeros(2, 3)), {}, r"`x_num` \(2, 3\); they must be equal"),
+            (only(ZEROS[:, :0], torch.zeros(2, 0)), {}, "with a token at least"),
+            (only(ZEROS, ZEROS.float()), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+        ),
+    ),
+    Kind(
+        "multi_input",
+        lambda: MultiInputTransformerWrapper(
+            num_tokens={"note": VOCAB, "pitch": 4},
+            max_seq_len=LONGEST,
+            attn_layers=Decoder(**STACK),
+            return_only_embed=True,
+        ),
+        lambda batch: ({"note": ids(batch), "pitch": ids(batch) % 4},),
+        bad=(
+            *((lambda x=x: ({"note": x()[0], "pitch": ZEROS},), given, words) for x, given, words in WRONG_IDS[:4]),
+            (only({"note": ZEROS}), {}, "pitch"),
+            (only({"note": ZEROS, "pitch": ZEROS[:, 1:]}), {}, r"shape"),
+            (only({"note": ZEROS, "pitch": ZEROS}), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+        ),
+    ),
+    Kind(
+        "vision",
+        lambda: ViTransformerWrapper(image_size=8, patch_size=4, num_classes=3, attn_layers=Encoder(**STACK)),
+        lambda batch: (torch.randn(batch, 3, 8, 8),),
+        bad=(
+            (only(torch.zeros(2, 3, 12, 12)), {}, "12"),
+            (only(torch.zeros(2, 3, 6, 8)), {}, "6"),
+            (only(torch.zeros(2, 1, 8, 8)), {}, r"shape \(2, 1, 8, 8\)"),
+            (only(torch.zeros(3, 8, 8)), {}, r"shape \(3, 8, 8\)"),
+            (only(torch.zeros(2, 3, 8, 8).long()), {}, "dtype torch.int64"),
+        ),
+    ),
+    Kind(
+        "nonautoregressive",
+        lambda: NonAutoregressiveWrapper(
+            TransformerWrapper(num_tokens=VOCAB, max_seq_len=N, attn_layers=Encoder(**STACK)), mask_id=0, steps=3
+        ),
+        lambda batch: (ids(batch),),
+        bad=(*WRONG_IDS, (only(ZEROS[:, 1:]), {}, "7.*8")),
+    ),
+    Kind(
+        "dpo",
+        lambda: DPO(tokens()),
+        lambda batch: (ids(batch), ids(batch)),
+        lambda model, a, b: preference(model, a, b, torch.arange(N).expand(len(a), -1) < 3),
+        bad=(
+            *((lambda x=x: (x()[0], x()[0]), {"prompt_mask": ZEROS > 0}, words) for x, _, words in WRONG_IDS),
+            (only(ZEROS, ZEROS[:, 1:]), {"prompt_mask": ZEROS > 0}, "shape"),
+            (only(ZEROS, ZEROS), {"prompt_mask": MASK}, "`prompt_mask` has shape"),
+        ),
+    ),
+    Kind(
+        "belief state",
+        lambda: BeliefStateWrapper(tokens(), tokens()),
+        lambda batch: (ids(batch),),
+        bad=(*WRONG_IDS, NOTHING, (only(ZEROS), {"lens": torch.ones(3).long()}, "`lens` has shape")),
+        # heads of the two models, which are read for their features
+        idle=("to_logits", "loss_weights"),
+    ),
+    Kind(
+        "neo_mlp",
+        lambda: NeoMLP(dim_in=WIDTH, dim_hidden=3, dim_out=2, dim_model=16, depth=1),
+        lambda batch: (torch.randn(batch, WIDTH),),
+        bad=(
+            (only(torch.zeros(2, 1)), {}, r"shape \(2, 1\)"),
+            (only(torch.zeros(2, 2, WIDTH)), {}, r"shape \(2, 2, 5\)"),
+        ),
+        idle=("random_fourier.0",),
+    ),
+    Kind(
+        "entropy tokenizer",
+        lambda: EntropyBasedTokenizer(tokens(), entropy_threshold=2.0),
+        lambda batch: (ids(batch),),
+        bad=(
+            *WRONG_IDS[:4],
+            (only(ZEROS[..., None]), {}, r"shapes? \(2, 8, 1\)"),
+            (only(ZEROS), {"lens": torch.ones(3).long()}, "`lens`"),
+        ),
+    ),
+)
+LEARNS = [kind for kind in KINDS if kind.name != "entropy tokenizer"]
+
+
+def given(kind: Kind) -> dict[str, Any]:
+    return {"prompt_mask": torch.arange(N).expand(2, -1) < 3} if kind.name == "dpo" else {}
+
+
+def run(kind: Kind, model: Any, arguments: tuple[Any, ...]) -> Any:
+    torch.manual_seed(1)
+    return model(*arguments, **given(kind))
+
+
+def scalar(out: Any) -> Tensor:
+    out = out[0] if isinstance(out, tuple) else out
+    return out if out.ndim == 0 else out.float().square().mean()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.loss is not None], ids=str)
+@torch.no_grad()
+def test_losses_are_those_of_the_outputs(kind: Kind) -> None:
+    model, arguments = kind.ready(), kind.draw(2)
+    if kind.name == "dpo":
+        perturb(model.policy_model)
+    assert kind.loss is not None
+    close(run(kind, model, arguments), kind.loss(model, *arguments))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.loss is not None and kind.name != "dpo"], ids=str)
+@torch.no_grad()
+def test_rows_do_not_meet(kind: Kind) -> None:
+    """The loss of rows of one length is the mean of the rows'."""
+    model, arguments = kind.ready(), kind.draw(3)
+    alone = [run(kind, model, tuple(t[row : row + 1] for t in arguments)) for row in range(3)]
+    close(run(kind, model, arguments), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("kind", LEARNS, ids=str)
+def test_every_parameter_learns(kind: Kind) -> None:
+    model, arguments = kind.ready(), kind.draw(2)
+    scalar(run(kind, model, arguments)).backward()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in kind.idle) or not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.ne(0).any(), name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.no_grad()
+def test_wrappers_are_saved_and_copied(kind: Kind) -> None:
+    model, arguments = kind.ready(), kind.draw(2)
+    wanted = run(kind, model, arguments)
+    twin = kind.ready()
+    twin.load_state_dict(model.state_dict())
+    for other in (twin, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        got = run(kind, other.eval(), arguments)
+        for one, another in zip(*(out if isinstance(out, tuple) else (out,) for out in (got, wanted)), strict=True):
+            assert (one is None and another is None) or torch.equal(one, another)
+    other = copy.deepcopy(model)
+    perturb(other)
+    close(scalar(run(kind, model, arguments)), scalar(wanted))  # the copy is apart
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.generate is not None], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_needs_no_cache(kind: Kind, temperature: float) -> None:
+    assert kind.generate is not None
+    model, arguments = kind.ready().train(), kind.draw(2)
+    results = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        results.append(kind.generate(model, *arguments, temperature=temperature, cache_kv=cached))
+    close(results[0], results[1])
+    assert model.training
+    alone = kind.generate(model, *(t[:1] for t in arguments), temperature=0.0)
+    close(alone, kind.generate(model, *arguments, temperature=0.0)[:1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "more", "words"),
+    [
+        pytest.param(kind, arguments, more, words, id=f"{kind}-{index}")
+        for kind in KINDS
+        for index, (arguments, more, words) in enumerate(kind.bad)
+    ],
+)
+def test_bad_input_meets_a_sentence(
+    kind: Kind, arguments: Callable[[], tuple[Any, ...]], more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        kind.build()(*arguments(), **more)
