@@ -371,9 +371,9 @@ class Attention(Configured, ReadsReference):
             visible,
             self._scores(xq, layer) if self.scores or layer.biases else (),
             sink=None if self.sink is None else self.sink.logits,
-            rows=self._row_mods(layer),
+            rows=self._row_mods(layer) if self.rows or layer.carry.scores else (),
             weighting=next(iter(self.weighting)) if self.weighting else None,
-            weights=self._weight_mods(layer),
+            weights=self._weight_mods(layer) if self.weights or layer.deltas.attn is not None else (),
             plain_q=plain_q,
             layer=layer,
             dropout=self.dropout if self.training else 0.0,
@@ -574,7 +574,7 @@ class Attention(Configured, ReadsReference):
         """Row modifications of this layer, and the scores of the one before it."""
         if layer.carry.scores and layer.kind in layer.carry.scores:
             return (*self.rows, self.residual)
-        return tuple(self.rows) if self.rows else ()
+        return tuple(self.rows)
 
     def _weight_mods(self, layer: LayerCall) -> tuple[WeightMod, ...]:
         """Changes of the weights by this layer, and by the caller."""

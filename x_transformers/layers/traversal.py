@@ -152,7 +152,7 @@ class Traversal(nn.Module):
             if branch.running:
                 layer.states = running_states(branch.running, layer.entry, way.states, keeps_states)
             if step.kind == "a":
-                reach = None if kv is None or kv.fresh else kv.reach(step.number)
+                reach = kv.reach(step.number) if kv is not None and kv.reaches and not kv.fresh else None
                 self._tell_own(layer, step, given, x.shape[0], kv, reach)
             elif step.kind == "c":
                 self._tell_context(layer, step, given)
