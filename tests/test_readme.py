@@ -1,5 +1,6 @@
-"""The README does what it says: each Python block runs, in order, with one namespace for each `##` chapter; every
-feature of the catalogues that has a paper has its section; the contents are the headings.
+"""The README does what it says: each Python block runs, in order, with one namespace for each `##` chapter (or
+block, where the README says so); every feature of the catalogues that has a paper has its section; the contents are the
+headings.
 
 `<!-- no-run: reason -->` on the line before a block keeps it from being run; it is still compiled.
 
@@ -42,6 +43,9 @@ GALLERY = (
     "Decoding",
 )
 """The chapters of papers: under each heading two sentences, one block, and where the idea comes from."""
+
+ALONE = {"Models", "Training and sampling"}
+"""The chapters whose blocks run each by itself."""
 
 WITHOUT_PAPER = {
     "A bias of the query's own making",
@@ -154,6 +158,8 @@ def test_blocks_run(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     namespace: dict[str, object] = {"__name__": "readme"}
     try:
         for block in CHAPTERS[heading]:
+            if heading in ALONE:
+                namespace = {"__name__": "readme"}
             # Blank lines in front, so that a traceback names the README's own line.
             code = compile("\n" * block.line + block.code, str(ROOT / "README.md"), "exec")
             if block.run:
