@@ -81,5 +81,7 @@ FEATURES = (
         {"mixture_of_softmax": True, "mixture_of_softmax_k": 2},
         paper="1711.03953",
     ),
-    _feature("sigsoftmax", "logits times their own sigmoid", {"sigsoftmax_logits": True}, paper="1805.10829"),
+    _feature(
+        "sigsoftmax", "logits plus the logarithm of their own sigmoid", {"sigsoftmax_logits": True}, paper="1805.10829"
+    ),
 )

@@ -1,0 +1,53 @@
+"""How every picture looks: light, few colours, small files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too
+KEPT, DROPPED = COLOURS[0], "#d5d8dc"
+STYLE = {
+    "axes.edgecolor": "#9aa0a6",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 8.5,
+    "figure.facecolor": "white",
+    "font.size": 8.5,
+    "legend.frameon": False,
+}
+COLOURS_IN_FILE = 96
+
+
+def panels(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows` times `columns` panels, each of the given size in inches."""
+    inches = (columns * size[0], rows * size[1])
+    figure, axes = plt.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
+    return figure, list(axes.flat)
+
+
+def matrix(axes: Axes, values: Tensor, title: str, **style: Any) -> Any:
+    """A `(i, j)` matrix of queries and keys; what is NaN stays blank."""
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+    axes.set(title=title, xticks=[], yticks=[])
+    return axes.imshow(values.detach().numpy(), interpolation="nearest", **style)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG with a palette of its own, without a date or the name of a program."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=110)
+    plt.close(figure)
+    picture = Image.open(raw).convert("RGB").quantize(COLOURS_IN_FILE, dither=Image.Dither.NONE)
+    picture.save(path, format="PNG", optimize=True)
