@@ -64,12 +64,12 @@ def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
 
 @torch.no_grad()
 def bits_per_byte(model: AutoregressiveWrapper, windows: Tensor, length: int) -> float:
-    """Of the last `SCORED` bytes of windows, read with so many bytes before the last one."""
+    """Of the last `SCORED` bytes of windows, the last of which has so many bytes of text before it."""
     bits = []
     for rows in windows[:, -length - 1 :].split(32):
         logits = model.net(rows[:, :-1])[:, -SCORED:]
-        bits.append(F.cross_entropy(logits.transpose(1, 2), rows[:, -SCORED:]) / math.log(2))
-    return float(torch.stack(bits).mean())
+        bits.append(F.cross_entropy(logits.transpose(1, 2), rows[:, -SCORED:], reduction="none") / math.log(2))
+    return float(torch.cat(bits).mean())
 
 
 def main() -> None:
@@ -78,17 +78,15 @@ def main() -> None:
     text, held_out = read_text(None, lengths[-1])
     held_out = spaced_windows(held_out, lengths[-1], most=WINDOWS)
 
+    print(f"{'held-out bits per byte with':>28}" + "".join(f"{length:>8}" for length in lengths) + " bytes")
     curves = {}
     for name, positions in POSITIONS.items():
         torch.manual_seed(options.seed)
         model = build_model(positions)
         batches = (random_windows(text, BATCH, CONTEXT + 1, options.seed, step) for step in itertools.count())
-        train(model, lambda: model(next(batches)), options.steps, lr=1e-2, muon_lr=2e-2, name=f"{name:>20}")  # noqa: B023
+        train(model, lambda: model(next(batches)), options.steps, lr=1e-2, muon_lr=2e-2, name=f"{name:>28}")  # noqa: B023
         curves[name] = [bits_per_byte(model, held_out, length) for length in lengths]
-
-    print(f"{'held-out bits per byte with':>28}" + "".join(f"{length:>8}" for length in lengths) + " bytes")
-    for name, bits in curves.items():
-        print(f"{name:>28}" + "".join(f"{value:8.3f}" for value in bits))
+        print(f"{name:>28}" + "".join(f"{bits:8.3f}" for bits in curves[name]))
     extrapolation_curves(curves, lengths, options.out / "extrapolation.png")
     print(f"{options.out / 'extrapolation.png'} shows them.")
 
