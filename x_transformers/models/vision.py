@@ -20,7 +20,7 @@ class ViTransformerWrapper(Configured, ReadsReference):
 
     Args:
         image_size, patch_size: sides of the square image and of its square patches; the first is a multiple of the
-            second.
+            second. Patches pass a LayerNorm, so one of a single number (1 x 1, one channel) would say nothing.
         attn_layers: the stack, bidirectional.
         channels: of the images.
         num_classes: width of the head; None: a pass returns the mean of the patches' features.
@@ -134,5 +134,10 @@ def _check(
             raise ConfigError(f"`{name}` is {value!r}; it must be a whole number, at least {least}.")
     if image % patch:
         raise ConfigError(f"`image_size` is {image} and `patch_size` {patch}; the first must be a multiple.")
+    if channels * patch**2 == 1:
+        raise ConfigError(
+            "`patch_size` and `channels` are 1: the norm on patches makes a constant of a patch of one number, so the "
+            "model would not see its image; make patches larger."
+        )
     if not 0 <= dropout < 1:
         raise ConfigError(f"`emb_dropout` is {dropout}; it must lie in [0, 1).")

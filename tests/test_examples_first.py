@@ -1,0 +1,108 @@
+"""The examples on copying, digits and length extrapolation, for a few steps at small size."""
+
+import importlib
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# name, sizes to run at, what is printed, what is drawn
+RUNS: list[tuple[str, dict[str, object], str, str]] = [
+    ("copy_task", {"BATCH": 4, "TESTED": 8}, r"exact copies: \d+\.\d% of 8 strings", "attention.png"),
+    ("vit_digits", {"BATCH": 4}, r"held-out accuracy: \d+\.\d% \(\d+ of 359 digits wrong\)", "digits.png"),
+    (
+        "length_extrapolation",
+        {"BATCH": 2, "WINDOWS": 4, "TIMES": (1, 2)},
+        r"ALiBi +\d\.\d{3} +\d\.\d{3}\n",
+        "extrapolation.png",
+    ),
+]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module(request.param)
+
+
+def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", *map(str, arguments)])
+    example.main()
+
+
+@pytest.mark.parametrize(
+    ("example", "sizes", "printed", "drawn"), RUNS, indirect=["example"], ids=[name for name, *_ in RUNS]
+)
+def test_prints_and_draws_its_result(
+    example: ModuleType,
+    sizes: dict[str, object],
+    printed: str,
+    drawn: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in sizes.items():
+        assert hasattr(example, name)
+        monkeypatch.setattr(example, name, value)
+    run(example, monkeypatch, "--out", tmp_path / "new", "--steps", 2, "--seed", 1)
+    shown = capsys.readouterr().out
+    assert re.search(printed, shown), shown
+    assert "nan" not in shown
+    assert (tmp_path / "new" / drawn).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("example", ["copy_task"], indirect=True)
+def test_strings_are_framed_and_spelt(example: ModuleType) -> None:
+    strings, mask = example.make_strings(50)
+    lengths = mask.sum(dim=1).tolist()
+    assert min(lengths) >= example.SHORTEST
+    assert len(set(lengths)) > 5
+    spelt, wanted = example.spell(strings), example.spell(example.framed(strings, mask))
+    assert [len(string) for string in spelt] == lengths
+    assert wanted == [f"^{string}." for string in spelt]
+
+
+@pytest.mark.parametrize("example", ["copy_task"], indirect=True)
+def test_maps_are_of_cross_attention_and_leave_padding_out(example: ModuleType) -> None:
+    model = example.build_model().eval()
+    strings, mask = example.make_strings(3)
+    maps = example.where_it_looks(model, strings, mask)
+    assert [tuple(weights.shape) for weights in maps] == [(3, example.LONGEST + 1, example.LONGEST)] * 2
+    for weights in maps:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, example.LONGEST + 1))
+        assert not weights.masked_select(~mask[:, None]).any()
+
+
+@pytest.mark.parametrize("example", ["vit_digits"], indirect=True)
+def test_digits_are_held_out_and_moved_by_a_pixel(example: ModuleType) -> None:
+    (images, labels), (held_out, _) = example.read_digits()
+    assert len(images) + len(held_out) == 1797
+    assert images.shape[1:] == (1, 8, 8)
+    assert set(labels.tolist()) == set(range(10))
+
+    dot = torch.zeros(200, 1, 8, 8)
+    dot[:, :, 3, 4] = 1.0
+    places = {tuple(place.tolist()) for place in example.moved(dot)[:, 0].nonzero()[:, 1:]}
+    assert places == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
+    assert example.moved(torch.ones(200, 1, 8, 8)).mean() < 1, "what moves in is empty"
+
+
+@pytest.mark.parametrize("example", ["length_extrapolation"], indirect=True)
+def test_same_bytes_are_scored_at_each_length(example: ModuleType) -> None:
+    model = example.build_model(
+        {}
+    ).eval()  # without positions and with layers that start as nothing: only the last byte counts
+    torch.nn.init.normal_(model.net.to_logits.weight)
+    windows = torch.randint(256, (2, 8 * example.CONTEXT + 1))
+    short, long = (example.bits_per_byte(model, windows, times * example.CONTEXT) for times in (1, 8))
+    assert short == pytest.approx(long, rel=1e-5)
+    with torch.no_grad():
+        tail = float(model(windows[:, -example.SCORED - 1 :])) / math.log(2)
+    assert short == pytest.approx(tail, rel=1e-5)
