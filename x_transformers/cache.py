@@ -87,6 +87,11 @@ class StaticEntry(Entry):
         # a slice of a longer pass has other strides than a step's own state, and each would be compiled for
         self.states[name] = value.clone(memory_format=torch.contiguous_format)
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        # buffers of its own, since those before are shared with the caches of earlier passes
+        self.grown = {name: fn(buffer) for name, buffer in self.grown.items()}
+        self.states = {name: fn(state) for name, state in self.states.items()}
+
     def rewrite(self, name: str, whole: Tensor) -> None:
         buffer = self.grown[name]
         if self.fresh:
@@ -281,6 +286,14 @@ class StaticCache(KVCache):
             spread = self.positions.expand(rows, -1).clone()
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
         return self.positions[:, : slots.shape[1]] if self.fresh else self.positions
+
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        self.batch = len(rows)
+
+    def repeat(self, times: int) -> None:
+        super().repeat(times)
+        self.batch *= times
 
     def crop(self, most: int) -> None:
         raise InputError(
