@@ -53,9 +53,24 @@ def test_scores_are_log_probabilities(name, prepended):
         for beam in range(3):
             expected = score(model, prompt, tokens[beam, row], **rows_of(kwargs, row))
             torch.testing.assert_close(scores[beam, row], expected, atol=1e-4, rtol=1e-5)
-    again = search(model, prompts, 6, beams=3, cache_kv=False, **kwargs)
-    assert torch.equal(again[0], tokens)
-    torch.testing.assert_close(again[1], scores, atol=1e-4, rtol=1e-5)
+    for other in ({"cache_kv": False}, {"cache": "static"}):
+        again = search(model, prompts, 6, beams=3, **other, **kwargs)
+        assert torch.equal(again[0], tokens)
+        torch.testing.assert_close(again[1], scores, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_prefix_that_was_read_stays_as_it_is(static):
+    model, x = build("rotary").eval(), torch.randint(0, VOCAB, (2, 6))
+    cache = model.net.static_cache(2, 16) if static else None
+    given = {"cache": cache, "input_not_include_cache": True, "return_intermediates": True}
+    with torch.no_grad():
+        _, record = model.net(x[:, :4], **given)
+    wanted = search(model, x, 4, beams=3)
+    for _ in range(2):
+        tokens, scores = search(model, x, 4, beams=3, cache=record)
+        assert torch.equal(tokens, wanted[0])
+        torch.testing.assert_close(scores, wanted[1], atol=1e-4, rtol=1e-5)
 
 
 STACKS = {

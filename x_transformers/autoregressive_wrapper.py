@@ -449,6 +449,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         filter_kwargs: Mapping[str, Any] | None = None,
         cache_kv: bool = True,
         *,
+        cache: CacheChoice = "dynamic",
         filter_before_temperature: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -467,7 +468,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
                 beams alone. What a filter removes is never taken, unless nothing else is left.
             stochastic: propose by `filter(logits / temperature)` with Gumbel noise, which draws without replacement
                 (1903.06059), in place of the logits. At temperature 0 there is no noise.
-            restrict_to_max_seq_len, cache_kv: as in `generate`.
+            restrict_to_max_seq_len, cache_kv, cache: as in `generate`.
             kwargs: of the model's passes, as in `generate`. Tensors belong to prompts, and are repeated for the beams.
 
         Returns:
@@ -492,7 +493,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             )
         read = self._read(prompts, prompt_lens, kwargs)
         reader = make_reader(
-            net, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
+            net, read, seq_len, kwargs, cache=cache, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
         )
         select = noisy(adjust) if stochastic and temperature > 0 else identity
         search = Beams(Sequences(read.tokens, read.start), reader, beams, select, net.num_tokens, eos_token)

@@ -367,6 +367,14 @@ class StaticCache(KVCache):
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
         return self.positions[:, : slots.shape[1]]
 
+    def reorder(self, rows: Tensor) -> None:
+        super().reorder(rows)
+        self.batch = len(rows)
+
+    def repeat(self, times: int) -> None:
+        super().repeat(times)
+        self.batch *= times
+
     def crop(self, most: int) -> None:
         raise InputError(
             "a static cache cannot drop slots; generate with the dynamic cache, or make the static one long enough."

@@ -151,6 +151,11 @@ class StaticEntry(Entry):
         # a slice of a longer pass has other strides than a step's own state, and each would be compiled for
         self.states[name] = value.clone(memory_format=torch.contiguous_format)
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        # buffers of its own, since those before are shared with the caches of earlier passes
+        self.grown = {name: fn(buffer) for name, buffer in self.grown.items()}
+        self.states = {name: fn(state) for name, state in self.states.items()}
+
     def rewrite(self, name: str, whole: Tensor) -> None:
         buffer = self.grown[name]
         self.rewritten |= {name}
