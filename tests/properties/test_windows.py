@@ -223,6 +223,40 @@ def test_generation_far_beyond_the_window(cache: str) -> None:
     assert torch.equal(got, wrapper.generate(prompts, 20, temperature=0.0, cache_kv=False))
 
 
+@pytest.mark.parametrize("option", ["attn_max_attend_past", "attn_selective"])
+@torch.no_grad()
+def test_rings_compile_to_two_graphs(option: str) -> None:
+    torch.compiler.reset()
+    model = BASE.build(depth=1, alibi_pos_bias=True, **{option: 3 if option == "attn_max_attend_past" else True})
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    ids, start = tokens(2, N), torch.tensor([0, 2])
+    step = {"input_not_include_cache": True, "return_intermediates": True, "seq_start_pos": start}
+    out, state = compiled(ids[:, :9], cache=static_cache(model, 2, 64), **step)
+    outputs = [out]
+    for at in range(9, N):
+        out, state = compiled(ids[:, at : at + 1], cache=state, **step)
+        outputs.append(out)
+    real = torch.arange(N) >= start[:, None]
+    close(torch.cat(outputs, dim=1)[real], model(ids, seq_start_pos=start)[real])
+    assert len(graphs) == 2
+    torch.compiler.reset()
+
+
+def test_compiled_generation_goes_round() -> None:
+    torch.compiler.reset()
+    wrapper = AutoregressiveWrapper(BASE.build(depth=1, attn_max_attend_past=3, rotary_pos_emb=True))
+    prompts = [tokens(1, 9)[0], tokens(1, 2)[0]]
+    got = wrapper.generate(prompts, 20, temperature=0.0, compile={"backend": "eager"})
+    assert torch.equal(got, wrapper.generate(prompts, 20, temperature=0.0))
+    torch.compiler.reset()
+
+
 def test_the_cost_of_masks_is_saved() -> None:
     """A single token that sees all that its window left needs no mask, so that the fastest kernel may run."""
     model = BASE.build(attn_max_attend_past=3)
