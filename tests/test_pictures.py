@@ -1,4 +1,6 @@
-"""The README's pictures are those that `images/draw` draws, and show what the library computes."""
+"""The README's pictures are those that `images/draw` draws, and show what the library computes; the examples' pictures
+are shown beside them.
+"""
 
 import importlib
 import re
@@ -10,7 +12,9 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = re.findall(r"^!\[[^\]]+\]\(images/(\w+)\.png\)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+PICTURE = re.compile(r"^!\[[^\]]+\]\((?:\.\./)?images/(\w+)\.png\)$", re.M)
+SHOWN = PICTURE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+OF_EXAMPLES = PICTURE.findall((ROOT / "examples" / "README.md").read_text(encoding="utf-8"))
 MOST = 60_000  # bytes
 
 
@@ -24,7 +28,8 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 def test_shown_drawn_and_stored_are_the_same(draw: dict[str, ModuleType]) -> None:
     stored = sorted(path.stem for path in (ROOT / "images").glob("*.png"))
-    assert sorted(SHOWN) == sorted(draw["__main__"].PICTURES) == stored
+    assert sorted(SHOWN) == sorted(draw["__main__"].PICTURES)
+    assert sorted([*SHOWN, *OF_EXAMPLES]) == stored
 
 
 @pytest.mark.parametrize("name", SHOWN)
