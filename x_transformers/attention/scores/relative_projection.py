@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage
 from x_transformers.call import LayerCall
 from x_transformers.ops import at_least_float32
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, Rule, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,5 +87,12 @@ FEATURE = Feature(
     build=build,
     summary="each query makes its own bias over distance",
     self_attention_only=True,
+    refuses=(
+        Rule(
+            when=lambda o: o.kind == "c",
+            why="`use_rel_proj_pos_bias` would measure the distance of tokens to those of a context, with which they "
+            "share no places; drop it.",
+        ),
+    ),
     examples=({"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 6},),
 )
