@@ -295,6 +295,8 @@ ELSEWHERE = {
     "attn_dim_out": "in a stack it is `dim`",
     "ff_dim_out": "in a stack it is `dim`",
     "attn_inverted_attention": "of cross-attention, whose `cross_attn_inverted_attention` no causal stack can have",
+    "attn_rotate_num_heads": "set by the stack, by `rotate_num_heads`",
+    "attn_qkv_receive_diff_residuals": "set by the stack, by `qkv_receive_diff_residuals`",
     "attn_flash_pack_seq": "needs one row, and the boundaries of its documents; `tests/test_packed.py`",
     "attn_hybrid_mask_kwarg": "the name of an argument of a module that reads masks; `tests/test_hybrid.py`",
     "attn_learned_value_residual_mix": "set by the stack, by `learned_value_residual_mix`",

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from x_transformers import Attention, Decoder, Encoder, TransformerWrapper
-from x_transformers.errors import InputError, ShapeError
+from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.errors import ConfigError, InputError, ShapeError
 
 SMALL = {"dim": 8, "dim_head": 4, "heads": 2}
 STACK = {"dim": 16, "depth": 2, "heads": 4, "attn_dim_head": 8, "verbose": False}
@@ -300,3 +301,97 @@ def test_clip_needs_logits() -> None:
         Attention(**SMALL).qk_clip_(torch.zeros(1, 2, 3, 3), tau=0)
     with pytest.raises(ShapeError, match=r"must be \(b, 2, i, j\)"):
         Attention(**SMALL).qk_clip_(torch.zeros(2, 3, 3))
+
+
+# keywords and arguments of an attention outside of a stack
+
+
+@torch.no_grad()
+def test_the_last_heads_rotate() -> None:
+    some = Attention(16, dim_head=8, heads=4, rotate_num_heads=1).eval()
+    every = Attention(16, dim_head=8, heads=4).eval()
+    every.load_state_dict(some.state_dict())
+    x, pair = torch.randn(1, 5, 16), RotaryEmbedding(4).forward_from_seq_len(5)
+    given = {"return_intermediates": True}
+    scores = [
+        attention(x, **given, **rotary)[1].qk_similarities
+        for attention, rotary in ((some, {"rotary_pos_emb": pair}), (every, {"rotary_pos_emb": pair}), (every, {}))
+    ]
+    torch.testing.assert_close(scores[0][:, 3:], scores[1][:, 3:])
+    torch.testing.assert_close(scores[0][:, :3], scores[2][:, :3])
+    assert (scores[1] - scores[2]).abs().amax(dim=(0, 2, 3)).min() > 1e-4
+    with pytest.raises(InputError, match="turns all heads alike"):
+        some(x, polar_pos_emb=(torch.zeros(1, 5, 8), torch.zeros(4, 1, 8)))
+    for options, words in (
+        ({"rotate_num_heads": 5}, "`rotate_num_heads` is 5; it must lie between 1 and the 4 heads"),
+        ({"rotate_num_heads": 2, "kv_heads": 2}, "as many kv heads as heads"),
+        ({"rotate_num_heads": 2, "use_latent_kv": True, "dim_latent_kv": 4, "latent_rope_subheads": 1}, "keep one"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Attention(16, dim_head=8, heads=4, **options)
+
+
+@torch.no_grad()
+def test_some_heads_rotate_towards_a_context() -> None:
+    keywords = {"dim": 16, "depth": 1, "heads": 4, "attn_dim_head": 8, "cross_attend": True, "rotary_pos_emb": True}
+    some, every = Decoder(**keywords, cross_attn_rotate_num_heads=2), Decoder(**keywords)
+    every.load_state_dict(some.state_dict())
+    x, context, at = torch.randn(1, 3, 16), torch.randn(1, 4, 16), torch.arange(4)
+    records = [
+        model.eval()(x, context=context, context_pos=pos, return_hiddens=True)[1].attn_intermediates[1].qk_similarities
+        for model, pos in ((some, at), (every, at), (every, None))
+    ]
+    torch.testing.assert_close(records[0][:, 2:], records[1][:, 2:])
+    torch.testing.assert_close(records[0][:, :2], records[2][:, :2])
+    assert (records[1] - records[2]).abs().amax(dim=(0, 2, 3)).min() > 1e-4
+
+
+@torch.no_grad()
+def test_three_inputs() -> None:
+    attention, plain = (Attention(16, dim_head=8, heads=2, qkv_receive_diff_residuals=flag) for flag in (True, False))
+    plain.load_state_dict(attention.state_dict())
+    x, mem = torch.randn(3, 2, 5, 16), torch.randn(2, 3, 16)
+    torch.testing.assert_close(attention(x[:1].expand(3, -1, -1, -1), mem=mem), plain(x[0], mem=mem))
+    q, k, v = plain.to_q(x[0]), plain.to_k(x[1]), plain.to_v(x[2])
+    q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (q, k, v))
+    wanted = ((q @ k.mT * 8**-0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(x), plain.to_out(wanted))
+    with pytest.raises(InputError, match="drop `context`"):
+        attention(x, context=x[0])
+    with pytest.raises(ShapeError, match=r"takes \(3, batch, tokens, 16\)"):
+        attention(x[0])
+    with pytest.raises(ConfigError, match="`use_latent_kv` makes keys and values from one input"):
+        Attention(16, qkv_receive_diff_residuals=True, use_latent_kv=True, dim_latent_kv=4)
+
+
+def test_keywords_that_a_stack_sets_or_cannot_have() -> None:
+    for options, words in (
+        ({"attn_rotate_num_heads": 2}, "use `rotate_num_heads`"),
+        ({"attn_qkv_receive_diff_residuals": True}, "use `qkv_receive_diff_residuals`"),
+        ({"cross_attn_causal": True}, "depends on how many tokens follow; drop it"),
+        ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs beside the context"),
+        ({"cross_attn_max_attend_past": 2}, "`cross_attn_max_attend_past` would measure"),
+        ({"cross_attn_use_rel_proj_pos_bias": True}, "`cross_attn_use_rel_proj_pos_bias` would measure"),
+        ({"rotary_emb_dim": 9}, "`rotary_emb_dim` is 9; heads have `attn_dim_head` = 8"),
+        ({"sandwich_coef": 1}, "no cross-attention is among the layers"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Decoder(dim=16, depth=1, heads=4, attn_dim_head=8, cross_attend=True, **options)
+    Decoder(dim=16, depth=1, heads=4, attn_dim_head=8, cross_attend=True, cross_attn_causal=False)
+    with pytest.raises(InputError, match="it takes no `context`"):
+        Attention(16, causal=True, selective=True)(torch.randn(1, 2, 16), context=torch.randn(1, 3, 16))
+
+
+@torch.no_grad()
+def test_positions_that_do_not_begin_at_zero() -> None:
+    stack = Decoder(dim=16, depth=1, heads=4, attn_dim_head=8, rotary_pos_emb=True, attn_num_mem_kv=2).eval()
+    x = torch.randn(1, 5, 16)
+    moved = stack(x, seq_pos_offset=7)
+    torch.testing.assert_close(moved, stack(x, pos=torch.arange(7, 12)))
+    assert (moved - stack(x)).abs().max() > 1e-4
+    _, state = stack(x[:, :3], return_hiddens=True)
+    torch.testing.assert_close(stack(x, cache=state, seq_pos_offset=3), stack(x)[:, 3:])
+    with pytest.raises(InputError, match="`seq_pos_offset` is 2; new tokens stand behind the cached ones"):
+        stack(x, cache=state, seq_pos_offset=2)
+    with pytest.raises(InputError, match="both say where the tokens stand"):
+        stack(x, pos=torch.arange(5), seq_pos_offset=2)

@@ -32,7 +32,6 @@ LATER_NAMES = """
 
 CONVENIENCE = "a private convenience without a described use; Python or torch says it as shortly"
 LATER = "test-time training and episodic memory are refused by name until they are built"
-STACKS = "of stacks, which hand it on; an attention alone has one view and takes angles of its heads from the caller"
 RECORDS = ("Intermediates", "LayerIntermediates")
 """They are returned and never built; what they hold has the reference's names."""
 
@@ -44,7 +43,6 @@ NAMES_LEFT_OUT = {
 }
 
 PARAMETERS_LEFT_OUT = {
-    **{f"Attention.{name}": STACKS for name in ("rotate_num_heads", "qkv_receive_diff_residuals")},
     "AttentionResidual.forward.past_deltas": "what it reads is `hiddens`; nothing else is described",
 }
 

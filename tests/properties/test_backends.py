@@ -23,7 +23,6 @@ SDPA = {"cpu": "sdpa", "cpu, training": "sdpa", "cuda": "sdpa", "cuda, training"
 FLEX = {"cpu": "explicit", "cpu, training": "explicit", "cuda": "flex", "cuda, training": "flex"}
 FLEX_DEMANDED = {"cpu": "flex", "cpu, training": "explicit", "cuda": "flex", "cuda, training": "flex"}
 NONE = dict.fromkeys(SDPA, "explicit")
-MIXED = dict.fromkeys(SDPA, "explicit sdpa")  # cross-attention reads no scores of self-attention, or the reverse
 ROWS = """
     residual_scores-1 pre_talking_heads-1 post_talking_heads-1 pre_scale_post_talking_heads-1 cog_signed-1 cope-1
     cope-2 selective-1 sigmoid-1 sparse_topk-1 sparse_topk-2 hard-1 gumbel_softmax-1 gumbel_softmax-2
@@ -34,10 +33,8 @@ EXPECTED = {
     "learned_sink-1": FLEX,
     "softclamp_logits-1": FLEX,
     "backend-2": NONE,
-    "residual_scores-2": MIXED,
     **UNFUSED,
 }
-DEFAULT = {name: table for name, table in EXPECTED.items() if name != "backend-2"}
 DEMANDED = {"learned_sink-1": FLEX_DEMANDED, "softclamp_logits-1": FLEX_DEMANDED}
 
 GROUPED = next(case for case in CASES if case.keywords.get("attn_kv_heads"))
@@ -66,30 +63,48 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         yield used
 
 
-def chosen(model: TransformerWrapper, situation: Situation) -> set[str]:
-    """Names of the backends that the model's attentions choose when they are trained or run."""
-    names = set()
-    for branch in model.attn_layers.branches("a", "c"):
-        core = branch.attention.core
-        needs = core.needs if situation.grad else core.needs & ~Needs.DROPOUT
-        names.add(core.choose(situation, needs | Needs.MASK | Needs.BIAS)[0].name)
-    return names
+def named(model: TransformerWrapper, where: Situation) -> dict[str, str]:
+    """Names of the backends that `explain` gives, joined, by kind of attention."""
+    rows = model.explain(where.device, where.dtype, where.grad).rows
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        if row.backend:
+            kinds.setdefault("c" if row.name.endswith("cross-attention") else "a", set()).add(row.backend)
+    return {kind: " ".join(sorted(backends)) for kind, backends in kinds.items()}
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder"), ids=name_of)
+SELF_ALONE = frozenset({"residual_scores-1", "cope-1", "cope-2", "selective-1"})
+"""Cases that need whole rows in self-attention, and leave cross-attention as it is."""
+CONTEXT_ALONE = frozenset({"residual_scores-2", "inverted_attention-1"})
+"""The reverse."""
+
+
+def expected(case: Case, kind: str, flash: bool | None, where: str) -> str:
+    """The backend that should serve a case in one kind of attention."""
+    if flash is False or case.name == "backend-2":
+        return "explicit"
+    if case.name in (SELF_ALONE if kind == "c" else CONTEXT_ALONE):
+        return SDPA[where]
+    if case.name in CONTEXT_ALONE:
+        return "explicit"
+    return (DEMANDED if flash else EXPECTED).get(case.name, SDPA)[where]
+
+
+@pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross"), ids=name_of)
 def test_the_kernel_is_the_expected_one(stack: str, case: Case) -> None:
-    for flash, table in ((None, EXPECTED), (True, DEMANDED), (False, {})):
+    """What only adds to scores or bounds them runs fused wherever there is a kernel for it."""
+    for flash in (None, True, False):
         if "attn_flash" in case.keywords and flash is not None:
             continue
         given = {} if flash is None else {"attn_flash": flash}
-        if flash and case.name in {*UNFUSED, "residual_scores-2"}:
+        if flash and case.name in {*UNFUSED, *CONTEXT_ALONE}:
             with pytest.raises(ConfigError, match=r"demands a fused kernel|flash"):
                 case.build(stack, **given)
             continue
         model = case.build(stack, **given)
-        expected = NONE if flash is False else table.get(case.name, SDPA)
         for name, situation in SITUATIONS.items():
-            assert chosen(model, situation) == set(expected[name].split()), (name, flash)
+            for kind, backend in named(model, situation).items():
+                assert backend == expected(case, kind, flash, name), (name, flash, kind)
 
 
 def twins(case: Case, stack: str, *flash: bool | None) -> list[TransformerWrapper]:
@@ -110,15 +125,7 @@ def test_forward_and_gradient(stack: str, case: Case, monkeypatch: pytest.Monkey
             model.zero_grad()
             with watched(monkeypatch) as used:
                 out = call(model, ids, **given)
-            expected = DEFAULT.get(case.name, SDPA)["cpu, training"]
-            if model is explicit:
-                assert used == {"explicit"}
-            elif case.name == "inverted_attention-1" or (
-                stack == "cross" and case.name in {*UNFUSED, "residual_scores-2"}
-            ):
-                assert "explicit" in used
-            else:
-                assert used == set(expected.split())
+            assert used == set(named(model, SITUATIONS["cpu, training"]).values()), "explain() names another one"
             out.square().mean().backward()
             outputs.append(out)
         close(outputs[1], outputs[0])

@@ -1,5 +1,6 @@
 """Compiling: one full graph for a forward pass, at most two for a prefill and any number of decoding steps."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 from catalogue import BASE, Case, call, close, is_foundation, name_of, one_of_each, static_cache, tokens
 from torch import Tensor, fx
 
+from x_transformers import TransformerWrapper
+from x_transformers.errors import ConfigError
+
 LENGTH = 8
+PARTS, MOST = 4, 10
+"""Models with many features each are divided among so many tests, and have at most so many."""
 
 
 class Counter:
@@ -22,7 +28,7 @@ class Counter:
 
 
 def foundation(exempt: str) -> list[tuple[str, Case]]:
-    """The features that most models are made of; tracing every feature would take longer than all other tests."""
+    """The features that most models are made of; decoding compiles twice."""
     return [(stack, case) for stack, case in one_of_each("decoder", exempt=exempt) if is_foundation(case)]
 
 
@@ -33,10 +39,45 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("stack", "case"), foundation("compile"), ids=name_of)
+def shallow(case: Case, stack: str) -> TransformerWrapper:
+    """With one block where that is enough: tracing takes as long as the model is deep."""
+    if "depth" in case.keywords:
+        return case.build(stack)
+    try:
+        return case.build(stack, depth=1)
+    except ConfigError:
+        return case.build(stack)
+
+
+@functools.cache
+def groups(stack: str) -> tuple[Case, ...]:
+    """Few models that have every feature between them, the first example of each."""
+    made: list[Case] = []
+    for _, case in one_of_each(stack, exempt="compile"):
+        for at, group in enumerate(made):
+            if len(group.features) < MOST and _fit(group, case, stack):
+                made[at] = group & case
+                break
+        else:
+            made.append(case)
+    return tuple(made)
+
+
+def _fit(one: Case, two: Case, stack: str) -> bool:
+    if any(one.keywords[name] is not two.keywords[name] for name in one.keywords.keys() & two.keywords.keys()):
+        return False
+    try:
+        shallow(one & two, stack)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="compile"), ids=name_of)
 @torch.no_grad()
 def test_forward_is_one_graph(stack: str, case: Case) -> None:
-    model, counter = case.build(stack), Counter()
+    deep = any(feature.group == "stack" for feature in case.features)
+    model, counter = case.build(stack) if deep else shallow(case, stack), Counter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(2):
         ids = tokens(2, LENGTH)
@@ -61,14 +102,32 @@ def test_decoding_is_two_graphs(stack: str, case: Case) -> None:
     assert counter.graphs <= 2
 
 
-@pytest.mark.parametrize("stack", ["encoder", "cross"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("part", range(PARTS))
 @torch.no_grad()
-def test_other_stacks(stack: str) -> None:
-    model, counter = BASE.build(stack, rotary_pos_emb=True), Counter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    ids, mask = tokens(2, LENGTH), torch.arange(LENGTH) < torch.tensor([[LENGTH], [5]])
-    close(call(compiled, ids, mask=mask), call(model, ids, mask=mask))
-    assert counter.graphs == 1
+def test_every_feature_of_an_encoder(part: int) -> None:
+    """With padding; a second length makes one more graph, which serves all others."""
+    for number, case in enumerate(groups("encoder")[part::PARTS]):
+        torch.compiler.reset()
+        model, counter = shallow(case, "encoder"), Counter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        lengths = (8, 7, 11) if number == 0 else (8,)  # tracing any length takes three times as long
+        for n in lengths:
+            ids, mask = tokens(2, n), torch.arange(n) < torch.tensor([[n], [5]])
+            close(call(compiled, ids, mask=mask), call(model, ids, mask=mask))
+        assert counter.graphs == min(len(lengths), 2), str(case)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_feature_trains_towards_a_context(part: int) -> None:
+    for case in groups("cross")[part::PARTS]:
+        torch.compiler.reset()
+        model, counter = shallow(case, "cross").train(), Counter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        call(compiled, tokens(2, LENGTH)).square().mean().backward()
+        assert counter.graphs == 1, str(case)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), str(case)
+        assert any(p.grad is not None for p in model.parameters())
 
 
 @torch.no_grad()

@@ -136,6 +136,7 @@ class Attention(Configured, ReadsReference):
         self.max_attend_past = parsed["window"].max_attend_past
         self.features = tuple(feature.name for feature in parsed.enabled())
         self.packed = parsed["backend"].flash_pack_seq
+        self.takes_views = head.qkv_receive_diff_residuals
         # set by a stack whose later layers read what this one leaves
         self.leaves_values = self.leaves_scores = False
         self.residual = ResidualScores()
@@ -144,6 +145,9 @@ class Attention(Configured, ReadsReference):
             self.dim_context = source = dim if dim_context is None else dim_context
             latent = parsed["latent"]
             self.subheads = latent.latent_rope_subheads
+            self.still = head.still(heads, shape.kv_heads)
+            if self.subheads is not None:
+                self.still = heads - self.subheads * heads // shape.kv_heads, shape.kv_heads - self.subheads
             self.latent_q = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
             self.latent_kv = None
             if latent.use_latent_kv:
@@ -488,13 +492,13 @@ class Attention(Configured, ReadsReference):
         return layer.kv_residual is None and layer.memory is None and layer.deltas.none
 
     def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
-        """Transform by positions: every head, or the last ones, whose keys do not come from a latent."""
+        """Transform by positions: every head, or the last ones."""
         for transform in layer.rotations:
             tables = layer.call.tables(transform, keys)
-            if self.subheads is None:
+            if self.still is None:
                 q, k = transform.apply_tables(q, k, tables)
                 continue
-            still_q, still_k = self.heads - self.subheads * self.heads // self.kv_heads, self.kv_heads - self.subheads
+            still_q, still_k = self.still
             turned_q, turned_k = transform.apply_tables(q[:, still_q:], k[:, still_k:], tables)
             q, k = torch.cat((q[:, :still_q], turned_q), dim=1), torch.cat((k[:, :still_k], turned_k), dim=1)
         return q, k
@@ -615,7 +619,7 @@ class Attention(Configured, ReadsReference):
         """Attend outside of a stack.
 
         Args:
-            x: `(b, n, D)`. With a cache, the new tokens only.
+            x: `(b, n, D)`, or with `qkv_receive_diff_residuals` `(3, b, n, D)`. With a cache, the new tokens only.
             context: `(b, m, Dc)`: keys and values come from here.
             mask: `(b, n)` bool, valid tokens: hides keys (self-attention) and zeroes output rows. With a cache it
                 covers cached and new tokens.
@@ -648,10 +652,12 @@ class Attention(Configured, ReadsReference):
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
-        check_input(x, self.shape.dim)
+        xq = self._view_of_queries(x, context)
         causal = self.causal if causal is None else causal
+        if polar_pos_emb is not None and self.still is not None:
+            raise InputError("`polar_pos_emb` turns all heads alike; drop `rotate_num_heads`, or the sub-heads.")
         self.check_causality(causal, cached=cache is not None)
-        documents = self._documents(x, flash_pack_seq_kwargs, cache, context)
+        documents = self._documents(xq, flash_pack_seq_kwargs, cache, context)
         if documents is not None:
             refuse_beside(
                 "flash_pack_seq_kwargs",
@@ -662,7 +668,7 @@ class Attention(Configured, ReadsReference):
                 additional_key_values=additional_key_values,
             )
         layer = standalone_call(
-            x,
+            xq,
             causal=causal,
             heads=self.heads,
             dim_context=self.dim_context,
@@ -693,6 +699,21 @@ class Attention(Configured, ReadsReference):
         if not return_intermediates:
             return out
         return out, record if record is not None else Intermediates(layer_type="a")
+
+    def _view_of_queries(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The input that queries are made of, of one or of three."""
+        if not self.takes_views:
+            check_input(x, self.shape.dim)
+            return x
+        if context is not None:
+            raise InputError("`qkv_receive_diff_residuals` gives keys and values their own input; drop `context`.")
+        if x.ndim != 4 or x.shape[0] != 3:
+            raise ShapeError(
+                f"the input has shape {tuple(x.shape)}; `qkv_receive_diff_residuals` takes (3, batch, tokens, "
+                f"{self.shape.dim}), the inputs of queries, keys and values."
+            )
+        check_input(x[0], self.shape.dim)
+        return x[0]
 
     def _documents(self, x: Tensor, given: Any, cache: Any, context: Tensor | None) -> Documents | None:
         """The documents of a packed row."""

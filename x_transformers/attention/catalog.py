@@ -91,6 +91,13 @@ WINDOW = Feature(
     summary="a query sees a bounded past",
     paper="2004.05150",
     self_attention_only=True,
+    refuses=(
+        Rule(
+            when=lambda o: o.kind == "c",
+            why="`max_attend_past` would measure how far tokens lie before those of a context, with which they share "
+            "no places; drop it.",
+        ),
+    ),
     examples=({"attn_max_attend_past": 4},),
 )
 

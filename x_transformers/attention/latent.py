@@ -88,8 +88,10 @@ FEATURE = Feature(
         Rule(
             when=lambda o: (
                 o["latent"].latent_rope_subheads is not None
-                and o.on("rotary")
-                and o["rotary"].rotate_num_heads is not None
+                and (
+                    o["heads"].rotate_num_heads is not None
+                    or (o.on("rotary") and o["rotary"].rotate_num_heads is not None)
+                )
             ),
             why="`latent_rope_subheads` and `rotate_num_heads` both say which heads rotate; keep one of them.",
         ),
@@ -99,7 +101,10 @@ FEATURE = Feature(
             "others as they are; use `rotary_pos_emb`, or drop the sub-heads.",
         ),
         Rule(
-            when=lambda o: o["latent"].use_latent_kv and o.kind == "a" and (o.on("qkv_views") or o.on("lime")),
+            when=lambda o: (
+                o["latent"].use_latent_kv
+                and (o["heads"].qkv_receive_diff_residuals or (o.kind == "a" and (o.on("qkv_views") or o.on("lime"))))
+            ),
             why="`use_latent_kv` makes keys and values from one input, but `qkv_receive_diff_residuals` (with which "
             "`integrate_layers` comes) gives them inputs of their own; drop one of them.",
         ),

@@ -20,6 +20,8 @@ from x_transformers.prepared import Prepares
 class HeadOptions:
     dim_head: int = opt(64, "width of a head")
     value_dim_head: int | None = opt(None, "width of a head's values; default `dim_head`")
+    rotate_num_heads: int | None = opt(None, "only the last k heads are rotated; needs as many kv heads as heads")
+    qkv_receive_diff_residuals: bool = opt(False, "the input is (3, b, n, dim): that of queries, keys and values")
 
     def __post_init__(self) -> None:
         require(self.dim_head >= 1, f"`dim_head` is {self.dim_head}; it must be at least 1.")
@@ -27,6 +29,18 @@ class HeadOptions:
             self.value_dim_head is None or self.value_dim_head >= 1,
             f"`value_dim_head` is {self.value_dim_head}; it must be at least 1.",
         )
+
+    def still(self, heads: int, kv_heads: int) -> tuple[int, int] | None:
+        """How many query heads and key heads in front are not rotated, or None if all are."""
+        rotated = self.rotate_num_heads
+        if rotated is None or rotated == heads:
+            return None
+        require(1 <= rotated < heads, f"`rotate_num_heads` is {rotated}; it must lie between 1 and the {heads} heads.")
+        require(
+            heads == kv_heads,
+            "`rotate_num_heads` needs as many kv heads as heads; drop `kv_heads`, or rotate all.",
+        )
+        return heads - rotated, heads - rotated
 
 
 @dataclass(frozen=True, kw_only=True)

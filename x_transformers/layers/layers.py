@@ -185,6 +185,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         heads_of = [layer.options["heads"].dim_head for layer in plan.of("a")]
         if len(set(heads_of)) > 1:
             raise ConfigError("`attn_dim_head` differs between layers, but positions are shared; give one width.")
+        rotated = plan.options["rotary"].rotary_emb_dim
+        if rotated is not None and rotated > heads_of[0]:
+            raise ConfigError(f"`rotary_emb_dim` is {rotated}; heads have `attn_dim_head` = {heads_of[0]} features.")
         surroundings = {
             "dim": self.dim,
             "heads": plan.options["structure"].heads,
@@ -375,7 +378,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             mems: a `(b, l, D)` recurrent memory (or None) for each self-attention layer, then the earlier segment's
                 `memory_states`, if it left any; mem_masks: `(b, l)` bool.
             seq_start_pos: `(b,)` tokens of left padding of each row.
-            seq_pos_offset: tokens that are cached, which the cache knows; `pos` sets other positions.
+            seq_pos_offset: the position of the first token, in place of 0. A cache knows where its tokens stand.
             cache: what an earlier pass with `return_hiddens` returned, or a cache.
             cache_age: run only that many tokens of x; default all that are not cached.
             return_hiddens: also return the intermediates.
@@ -431,8 +434,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         if "c" in documents:
             refuse_beside("flash_pack_seq_context_kwargs", context_mask=context_mask)
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
-        if seq_pos_offset is not None:
-            _check_offset(seq_pos_offset, kv)
+        if seq_pos_offset:
+            pos = _offset_positions(seq_pos_offset, x, pos, kv)
         if kv is not None:
             x = _new_tokens(x, kv, input_not_include_cache, cache_age)
         batch, n = x.shape[:2]
@@ -838,14 +841,22 @@ def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tens
     return x if age == x.shape[1] else x[:, x.shape[1] - age :]
 
 
-def _check_offset(offset: int, kv: KVCache | None) -> None:
-    """Raise unless an offset says what the cache says."""
-    held = 0 if kv is None else kv.length
-    if offset != held or (kv is not None and kv.is_static):
+def _offset_positions(offset: int, x: Tensor, pos: Tensor | None, kv: KVCache | None) -> Tensor | None:
+    """The positions of tokens that do not begin at 0; with a cache, what it holds decides.
+
+    Raises:
+        InputError: if positions are given, or the cache holds another number of tokens.
+    """
+    if pos is not None:
+        raise InputError("`pos` and `seq_pos_offset` both say where the tokens stand; drop one of them.")
+    if kv is None:
+        return torch.arange(offset, offset + x.shape[1], device=x.device)
+    if kv.is_static or offset != kv.length:
         raise InputError(
-            f"`seq_pos_offset` is {offset}; new tokens stand behind the cached ones. Drop it, or give the positions of "
-            "all tokens as `pos`."
+            f"`seq_pos_offset` is {offset}; new tokens stand behind the cached ones, as the cache knows. Drop it, or "
+            "give the positions of all tokens as `pos`."
         )
+    return None
 
 
 def _check_covers_places(bias: Tensor, capacity: int) -> None:

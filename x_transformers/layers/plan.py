@@ -16,6 +16,9 @@ SUPPLIED = {
     "attn_heads": "`heads`",
     "attn_causal": "an Encoder or a Decoder",
     "attn_dim": "`dim`",
+    "attn_rotate_num_heads": "`rotate_num_heads`",
+    "attn_qkv_receive_diff_residuals": "`qkv_receive_diff_residuals`",
+    "cross_attn_heads": "`heads`",
     "attn_learned_value_residual_mix": "`learned_value_residual_mix`",
     "cross_attn_learned_value_residual_mix": "`add_value_residual`, which mixes by 1/2 there",
     "attn_dim_out": "`dim`",
@@ -23,6 +26,12 @@ SUPPLIED = {
     "ff_dim": "`dim`",
 }
 """Keywords of a sublayer that the stack itself sets, and by what."""
+
+SENSELESS = {
+    "cross_attn_causal": "would let a token see the context up to a place that depends on how many tokens follow",
+    "cross_attn_qkv_receive_diff_residuals": "would give keys and values inputs beside the context",
+}
+"""Keywords that cross-attention cannot have, and why."""
 
 
 SCHEMAS = {"a": (ATTENTION, "attn_"), "c": (ATTENTION, "cross_attn_"), "f": (FEEDFORWARD, "ff_")}
@@ -66,6 +75,8 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
         sequence = layer_sequence(options)
     kinds = sequence.kinds
     counts = {kind: kinds.count(kind) for kind in "acf"}
+    if kinds and options["structure"].cross_attend and not counts["c"]:
+        faults.add("`cross_attend` reads a context, but no cross-attention is among the layers; change their list.")
     if not counts["c"] and groups["cross"]:
         faults.add(f"`cross_attn_{next(iter(groups['cross']))}` needs `cross_attend = True`.")
     if "dim_context" in groups["attn"] and counts["a"]:
@@ -119,6 +130,11 @@ def _route(given: Mapping[str, Any], faults: Faults) -> dict[str, dict[str, Any]
     for keyword, value in given.items():
         if keyword in SUPPLIED:
             faults.add(f"`{keyword}` is set by the stack; use {SUPPLIED[keyword]}.")
+            continue
+        if value and keyword in SENSELESS:
+            faults.add(f"`{keyword}` {SENSELESS[keyword]}; drop it.")
+            continue
+        if keyword in SENSELESS:
             continue
         if keyword in STACK.owner:
             groups["stack"][keyword] = value

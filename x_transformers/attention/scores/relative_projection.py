@@ -12,7 +12,7 @@ from x_transformers.attention.base import AttentionShape, BoundScore, Needs, Sco
 from x_transformers.call import LayerCall
 from x_transformers.errors import InputError
 from x_transformers.ops import at_least_float32
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, Rule, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,5 +117,12 @@ FEATURE = Feature(
     build=build,
     summary="each query makes its own bias over distance",
     self_attention_only=True,
+    refuses=(
+        Rule(
+            when=lambda o: o.kind == "c",
+            why="`use_rel_proj_pos_bias` would measure the distance of tokens to those of a context, with which they "
+            "share no places; drop it.",
+        ),
+    ),
     examples=({"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 6},),
 )

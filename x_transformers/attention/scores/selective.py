@@ -11,7 +11,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import After, AttentionShape, RowMod, Rows, Stage
 from x_transformers.cache import Shape
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.schema import Feature, opt
 
@@ -55,6 +55,8 @@ class Selective(RowMod):
 
     def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
         layer, query, keys = rows.layer, rows.layer.call.query, rows.layer.keys
+        if layer.context is not None:
+            raise InputError("`selective` lets tokens suppress tokens before them; it takes no `context`.")
         gate = at_least_float32(logits[:, 0, :, rows.prefix :]).relu()
         own = keys.index == query.index.unsqueeze(-1)
         free = own | (keys.slot <= 0).unsqueeze(-2)
