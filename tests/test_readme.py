@@ -60,6 +60,8 @@ WITHOUT_PAPER = {
     "Beam search",
     "Streaming",
     "Static caches",
+    "Windows in caches",
+    "Prefixes read once",
 }
 """Sections of ideas that nobody published, or that nobody could find."""
 
