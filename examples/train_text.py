@@ -1,28 +1,32 @@
 """Train a small decoder on the bytes of real text, and watch it learn.
 
 By default the text is the source of Python's own standard library; `--data` takes any file or folder. The run leaves
-`metrics.jsonl`, `curve.png` and checkpoints in `--out`, and `--resume` continues it where it stopped.
+`metrics.jsonl`, `curve.png` and checkpoints in `--out`, and `--resume` continues it where it stopped. Under `torchrun`
+processes share batches and model, take the same steps, and may go on in another number.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from pictures import learning_curve
 from text_data import open_folder, random_windows, read_text, spaced_windows
 from tqdm import tqdm
+from train_options import parsed
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoint, save_checkpoint
-from x_transformers.errors import CheckpointError
+from x_transformers.errors import CheckpointError, InputError
+from x_transformers.training.optimizers import Muon, split_parameters
+from x_transformers.training.processes import Processes, gathered, joined, shard
 
 CONTEXT, BATCH = 128, 8
 PROMPT = torch.tensor([*b"def "])
@@ -50,14 +54,11 @@ def build_model() -> AutoregressiveWrapper:
 
 def build_optimizers(model: AutoregressiveWrapper) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the rest: embeddings, head and gains."""
-    layers = list(model.net.attn_layers.parameters())
-    matrices, gains = [p for p in layers if p.ndim == 2], [p for p in layers if p.ndim != 2]
-    groups = [
-        {"params": [model.net.token_emb.emb.weight], "lr": 0.05},
-        {"params": [*gains, *model.net.to_logits.parameters()], "lr": 0.01},
-    ]
+    split = split_parameters(model)
+    groups = [{"params": split.embeddings, "lr": 0.05}, {"params": split.others, "lr": 0.01}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    # in float32, steps do not depend on the number of processes
+    muon = Muon(split.matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", ns_dtype=torch.float32)
     for group in (*adamw.param_groups, *muon.param_groups):
         group["peak_lr"] = group["lr"]
     return {"adamw": adamw, "muon": muon}
@@ -66,11 +67,14 @@ def build_optimizers(model: AutoregressiveWrapper) -> dict[str, torch.optim.Opti
 class Run:
     """A training run: its state, and what it leaves in its folder."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out = options, options.out
+    def __init__(self, options: argparse.Namespace, processes: Processes) -> None:
+        self.options, self.out, self.processes = options, options.out, processes
         self.train, self.held_out = read_text(options.data, CONTEXT)
         torch.manual_seed(options.seed)
-        self.model = build_model().to(options.device)
+        self.model = self.whole = build_model().to(processes.device)
+        if processes.count > 1:
+            self.whole = copy.deepcopy(self.model)  # for what the first process does alone
+            self.model = shard(self.model)
         self.optimizers = build_optimizers(self.model)
         self.loss = torch.compile(self.model) if options.compile else self.model
         self.step, self.seconds, self.stopped = 0, 0.0, False
@@ -78,7 +82,8 @@ class Run:
         self._open_folder()
 
     def _open_folder(self) -> None:
-        open_folder(self.out)
+        if self.processes.leads:
+            open_folder(self.out)
         checkpoint = latest_checkpoint(self.out / "checkpoints")
         if not self.options.resume:
             if checkpoint is not None:
@@ -87,8 +92,7 @@ class Run:
         if checkpoint is None:
             raise SystemExit(f"There is no checkpoint in {self.out} to resume from; start the run without --resume.")
         try:
-            place = {"model": self.model, "optimizers": self.optimizers, "device": self.options.device}
-            progress = load_checkpoint(checkpoint, **place)
+            progress = load_checkpoint(checkpoint, model=self.model, optimizers=self.optimizers)
         except CheckpointError as error:
             raise SystemExit(f"The run cannot be resumed: {error}") from error
         if progress["seed"] != self.options.seed:
@@ -106,7 +110,7 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - self.done())
         tokens = random_windows(self.train, BATCH, CONTEXT, self.options.seed, self.step)
-        (loss := self.loss(tokens.to(self.options.device))).backward()
+        (loss := self.loss(self.processes.part(tokens).to(self.processes.device))).backward()
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
@@ -118,12 +122,18 @@ class Run:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGTERM, self._stop)
         saved, looked, smooth = time.monotonic(), self.seconds, math.nan
-        bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")
+        bar = tqdm(total=1.0, disable=not self.processes.leads, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")
         while self.done() < 1 and not self.stopped:
             start = time.perf_counter()
             loss = self.train_step()
-            seconds = time.perf_counter() - start
-            self.seconds += seconds
+            state = (
+                loss,
+                time.perf_counter() - start,
+                self.stopped,
+                time.monotonic() - saved >= self.options.save_every,
+            )
+            loss, seconds, stopped, due = self.processes.mean(*state)  # what all of them go by
+            self.seconds, self.stopped = self.seconds + seconds, stopped > 0
             rate, bits = round(BATCH * CONTEXT / seconds), loss / math.log(2)
             self.metrics.append({"step": self.step, "loss": loss, "bits_per_byte": bits, "tokens_per_second": rate})
             smooth = bits if math.isnan(smooth) else 0.95 * smooth + 0.05 * bits
@@ -132,7 +142,7 @@ class Run:
             if self.seconds - looked >= self.options.look_every:
                 looked = self.seconds
                 self.look(bar, windows=64)
-            if time.monotonic() - saved >= self.options.save_every:
+            if due > 0:
                 saved = time.monotonic()
                 self.save()
         if not self.stopped:
@@ -147,52 +157,42 @@ class Run:
     @torch.no_grad()
     def look(self, bar: tqdm, windows: int) -> None:
         """Held-out bits per byte, and a sample."""
-        self.model.eval()
-        nats = [
-            self.model(part.to(self.options.device))
-            for part in spaced_windows(self.held_out, CONTEXT, windows).split(32)
-        ]
-        self.model.train()
+        weights = gathered(self.model)
+        if not self.processes.leads:
+            return
+        self.whole.eval().load_state_dict(weights)
+        device = self.processes.device
+        nats = [self.whole(part.to(device)) for part in spaced_windows(self.held_out, CONTEXT, windows).split(32)]
+        self.whole.train()
         held_out = torch.stack(nats).mean().item() / math.log(2)
         self.metrics.append({"step": self.step, "held_out_bits_per_byte": held_out})
-        tokens = self.model.generate(PROMPT.to(self.options.device), 160, temperature=0.8, filter_logits_fn="min_p")
+        tokens = self.whole.generate(PROMPT.to(device), 160, temperature=0.8, filter_logits_fn="min_p")
         sample = bytes([*PROMPT.tolist(), *tokens.tolist()]).decode("utf-8", errors="replace")
-        bar.write(
-            f"step {self.step}, {self.seconds:.0f} s of training: {held_out:.3f} held-out bits per byte. A sample:"
-        )
-        bar.write(f"{sample}\n")
+        found = f"step {self.step}, {self.seconds:.0f} s of training: {held_out:.3f} held-out bits per byte"
+        bar.write(f"{found}. A sample:\n{sample}\n")
 
     def save(self) -> None:
         """A checkpoint, the metrics and the picture."""
         progress = {"step": self.step, "seconds": self.seconds, "metrics": self.metrics, "seed": self.options.seed}
         folder = self.out / "checkpoints"
         save_checkpoint(folder, step=self.step, model=self.model, optimizers=self.optimizers, progress=progress)
-        lines = "".join(json.dumps(metric) + "\n" for metric in self.metrics)
-        (self.out / "metrics.jsonl").write_text(lines, encoding="utf-8")
-        learning_curve(self.metrics, self.out / "curve.png")
+        if self.processes.leads:
+            lines = "".join(json.dumps(metric) + "\n" for metric in self.metrics)
+            (self.out / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            learning_curve(self.metrics, self.out / "curve.png")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a file or folder of text; default Python's standard library")
-    parser.add_argument("--out", type=Path, default=Path("runs/train_text"), help="folder of the run")
-    parser.add_argument("--minutes", type=float, default=1.5, help="of training, evaluation apart")
-    parser.add_argument("--steps", type=int, help="of training, in place of --minutes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the model first")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--save-every", type=float, default=30, metavar="SECONDS", help="checkpoint and picture")
-    parser.add_argument("--look-every", type=float, default=20, metavar="SECONDS", help="evaluate and sample")
-    try:
-        run = Run(parser.parse_args())
-        run.go()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
+    options = parsed(__doc__)
+    with joined(options.device) as processes:
+        try:
+            (run := Run(options, processes)).go()
+        except (SystemExit, InputError) as stop:
+            if processes.leads:
+                print(stop, file=sys.stderr)
             sys.exit(2)
-        raise
-    print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} holds the run.")
+    if processes.leads:
+        print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} holds the run.")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,38 @@
 """The main job: it trains, leaves what it promises, resumes exactly, and refuses in one sentence."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+
+from x_transformers.checkpoints.files import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples/train_text.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+KILLED = """import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train_text as t
+save = t.Run.save
+t.Run.save = lambda self: (save(self), os._exit(9) if self.step == 3 else None)
+t.main()
+"""
+
+
+def run(*arguments: object, processes: int = 1, killed: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The job; if `killed` names a place for a script, it dies behind step 3 without a chance to tidy up."""
+    script = [ROOT / "examples/train_text.py"]
+    if killed is not None:
+        killed.write_text(KILLED)
+        script = [killed, ROOT / "examples"]
+        arguments = (*arguments, "--save-every", 0)
+    command = [sys.executable, *(TORCHRUN if processes > 1 else []), *map(str, (*script, *arguments))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +59,31 @@ def test_trains_and_resumes_to_the_same_losses(text: Path, tmp_path: Path) -> No
     with safe_open(str(newest / "model.safetensors"), framework="pt") as file:
         assert len(list(file.keys())) > 10
 
-    # a run that is killed in the middle of its work, without a chance to tidy up
-    script = (
-        "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train_text as t\n"
-        "save = t.Run.save\n"
-        "t.Run.save = lambda self: (save(self), os._exit(9) if self.step == 3 else None)\n"
-        "t.main()"
-    )
-    arguments = [str(ROOT / "examples"), "--data", text, "--steps", 6, "--out", halves, "--look-every", 1e9]
-    killed = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments), "--save-every", "0"], capture_output=True, check=False
-    )
-    assert killed.returncode == 9
-    resumed = run("--data", text, "--steps", 6, "--out", halves, "--look-every", 1e9, "--resume")
+    arguments = ("--data", text, "--steps", 6, "--out", halves, "--look-every", 1e9)
+    assert run(*arguments, killed=tmp_path / "killed.py").returncode == 9
+    resumed = run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(halves) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("processes", [(1, 2), (2, 1)], ids=["1-2", "2-1"])
+def test_any_number_of_processes_takes_the_same_steps(processes: tuple[int, int], text: Path, tmp_path: Path) -> None:
+    """A run that is killed, and resumed by another number of processes; its weights are one file."""
+    whole, halves = ("--steps", 6, "--out", tmp_path / "whole"), ("--steps", 6, "--out", tmp_path / "halves")
+    common = ("--data", text, "--look-every", 1e9, "--device", "cpu")
+    assert run(*common, *whole).returncode == 0
+    assert run(*common, *halves, processes=processes[0], killed=tmp_path / "killed.py").returncode != 0
+    resumed = run(*common, *halves, "--resume", processes=processes[1])
+    assert resumed.returncode == 0, resumed.stderr
+    for (step, loss), (wanted_step, wanted) in zip(
+        losses(tmp_path / "halves"), losses(tmp_path / "whole"), strict=True
+    ):
+        assert step == wanted_step
+        assert loss == pytest.approx(wanted, abs=1e-4)
+    weights = tmp_path / "halves/checkpoints/step-00000006/model.safetensors"
+    assert load_model(weights).net.num_tokens == 256
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from x_transformers.errors import CheckpointError
 from x_transformers.options.configured import Configured
 
 
-def save_model(model: nn.Module, path: str | Path) -> Path:
+def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write the weights, and the configuration if the model has one; the file appears whole or not at all.
 
     Args:
         model: a module; tensors that several names share are written once for each name that the state dict has.
         path: of the file.
+        weights: of the model, where it is sharded over processes and they were gathered; default its own.
     """
     path = Path(path)
     config = model.config if isinstance(model, Configured) else None
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     save_file(tensors, draft, metadata={"config": json.dumps(config)})
     os.replace(draft, path)

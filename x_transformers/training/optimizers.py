@@ -1,0 +1,205 @@
+"""Muon for the matrices of the layers (2502.16982), and which parameters are such."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from x_transformers.errors import ConfigError
+from x_transformers.layers.layers import AttentionLayers
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the polynomial `a x + b x^3 + c x^5`, which drives singular values from (0, 1] to about 1 in five steps."""
+
+
+class Split(NamedTuple):
+    """The trainable parameters of a model, each in one list.
+
+    Attributes:
+        matrices: linear maps inside of sublayers, for Muon.
+        embeddings: tables of tokens and positions.
+        others: heads, gains, biases, and all that is no linear map.
+    """
+
+    matrices: list[nn.Parameter]
+    embeddings: list[nn.Parameter]
+    others: list[nn.Parameter]
+
+
+def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Split:
+    """Which parameters go to Muon, and which to an optimiser of single numbers such as AdamW.
+
+    A head that is tied to the token table is that table.
+
+    Args:
+        model: a model or a wrapper, with any number of stacks inside; or a stack.
+        queries_and_keys: matrices of queries, keys and gates too; else only those of values, outputs and feedforwards
+            (`muon_parameters`).
+
+    Raises:
+        ConfigError: if there is no stack in it, so that nobody knows what its layers are.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, AttentionLayers)]
+    if not stacks:
+        raise ConfigError(f"`model` is a {type(model).__name__} without a stack of layers (an Encoder, a Decoder ...).")
+    inside = {id(module) for stack in stacks for module in stack.modules()}
+    chosen: set[int] = set()
+    for stack in stacks:
+        maps = stack.muon_parameters()
+        if queries_and_keys:
+            maps = (module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear))
+        # a map from or to a single number is a vector, which has nothing to be made orthogonal
+        chosen |= {id(weight) for weight in maps if weight.ndim == 2 and min(weight.shape) > 1}
+    tables = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and id(module) not in inside
+    }
+    split = Split([], [], [])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = id(parameter)
+            (split.matrices if key in chosen else split.embeddings if key in tables else split.others).append(parameter)
+    return split
+
+
+class Muon(Optimizer):
+    """Steps of momentum whose matrices are made orthogonal (2502.16982).
+
+    `m <- beta m + (1 - beta) g`, `u = beta m + (1 - beta) g` (or m, without `nesterov`),
+    `W <- (1 - lr * weight_decay) W - lr * s * orthogonal(u)`, with `s = 0.2 sqrt(max(rows, columns))`
+    ("match_rms_adamw", steps as large as AdamW's) or `sqrt(max(1, rows / columns))` ("original").
+
+    Arguments, state and steps are those of `torch.optim.Muon`. Parameters that are sharded over processes
+    (`torch.distributed.fsdp.fully_shard`) keep sharded momentum; each direction is gathered for its step alone, since
+    a shard of an orthogonal matrix is not what makes the shard orthogonal.
+
+    Args:
+        params: matrices, or groups of them; see `split_parameters`.
+        lr, weight_decay, momentum: see above.
+        nesterov: look one step ahead.
+        ns_coefficients, eps, ns_steps: of the Newton-Schulz iteration.
+        adjust_lr_fn: "match_rms_adamw", "original" or None, which is "original".
+        ns_dtype: of the iteration. In bfloat16 the least change of a gradient, as by another order of summation, can
+            change a direction by half a percent; in float32 any number of processes takes the same steps.
+
+    Raises:
+        ConfigError: if a parameter is no matrix, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        ns_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "ns_dtype": ns_dtype,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _check(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient; what `closure` returns, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+        return loss
+
+    def _step(self, parameter: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        kept = state["momentum_buffer"]
+        kept.lerp_(grad, 1 - group["momentum"])
+        direction = grad.lerp(kept, group["momentum"]) if group["nesterov"] else kept
+        whole = _whole(direction).to(group["ns_dtype"])
+        update = orthogonalized(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = parameter.shape
+        lr = group["lr"]
+        matched = group["adjust_lr_fn"] == "match_rms_adamw"
+        scale = 0.2 * math.sqrt(max(rows, columns)) if matched else math.sqrt(max(1, rows / columns))
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.add_(_sharded_as(update.to(parameter.dtype), parameter), alpha=-lr * scale)
+
+
+def orthogonalized(
+    matrix: Tensor, coefficients: tuple[float, float, float] = COEFFICIENTS, steps: int = 5, eps: float = 1e-7
+) -> Tensor:
+    """`U V^T` of `matrix = U S V^T`, nearly: singular values end between 0.7 and 1.2.
+
+    Newton-Schulz: `x <- a x + (b g + c g^2) x`, `g = x x^T`, from `x = matrix / |matrix|`.
+    """
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def _check(group: Mapping[str, Any]) -> None:
+    for name, least in (("lr", 0), ("weight_decay", 0), ("momentum", 0), ("ns_steps", 1)):
+        if group[name] < least:
+            raise ConfigError(f"`{name}` is {group[name]}; it must be at least {least}.")
+    if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        raise ConfigError(f'`adjust_lr_fn` is {group["adjust_lr_fn"]!r}; it must be "match_rms_adamw" or "original".')
+    for parameter in group["params"]:
+        if parameter.ndim != 2:
+            raise ConfigError(
+                f"Muon takes matrices, but a parameter has shape {tuple(parameter.shape)}; `split_parameters` says "
+                "which parameters of a model are such, and AdamW takes the others."
+            )
+
+
+def _is_sharded(t: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(t, DTensor)
+
+
+def _whole(t: Any) -> Tensor:
+    """The tensor of which each process has a part."""
+    return t.full_tensor() if _is_sharded(t) else t
+
+
+def _sharded_as(whole: Tensor, like: Any) -> Tensor:
+    """The parts of a tensor that every process has whole, as those of `like`; nothing is sent."""
+    if not _is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False).redistribute(
+        placements=like.placements
+    )

@@ -1,0 +1,189 @@
+"""Several processes that train one model: who takes part, and how the model is spread over them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from x_transformers.errors import ConfigError, InputError
+from x_transformers.layers.layers import AttentionLayers
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among those of a run.
+
+    Attributes:
+        rank: its number. count: how many there are.
+        device: where it works.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: str = "cpu"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch `(b, ...)` that all of them have.
+
+        Raises:
+            InputError: if the rows cannot be dealt evenly, so that a mean over processes would not be one over rows.
+        """
+        if batch.shape[0] % self.count:
+            raise InputError(
+                f"a batch of {batch.shape[0]} rows cannot be dealt evenly to {self.count} processes; start a number of "
+                "processes that divides it."
+            )
+        return batch.chunk(self.count)[self.rank]
+
+    def mean(self, *values: float) -> list[float]:
+        """The mean over the processes of each value, the same everywhere."""
+        if self.count == 1:
+            return list(values)
+        every = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(every)
+        return (every / self.count).tolist()
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Iterator[Processes]:
+    """The processes that `torchrun` started, joined for as long as the context lasts; this one alone without it.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl, each process on its own device).
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(device=device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Processes(dist.get_rank(), count, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
+    """Spread parameters, gradients and optimiser states over processes, layer by layer (2304.11277); the same module.
+
+    Each sublayer gathers its parameters when it runs and forgets them behind it. What stands outside of the layers is
+    gathered once a pass. All processes start from the weights of the first.
+
+    Call it behind moving the model to its device and before building optimisers. Gradients are means over processes.
+    Parameters that are single numbers (the factor of a dynamic tanh) cannot be split: each process keeps them whole,
+    and an optimiser of a model that has some must not be `fused` or `foreach`, which mix no kinds of tensors.
+    `generate` needs a whole model: one into which `gathered` weights were loaded.
+
+    Args:
+        model: a model or a wrapper.
+        mesh: a `DeviceMesh` of the processes, one axis to shard over, or two: copies and shards; default all of them.
+        options: of `torch.distributed.fsdp.fully_shard`: `mp_policy`, `reshard_after_forward`, `offload_policy`.
+
+    Raises:
+        ConfigError: if the processes are not joined, or there is no stack of layers in the model.
+    """
+    if not joins():
+        raise ConfigError(
+            "`shard` needs joined processes; start them with `torchrun` and join them with "
+            "`torch.distributed.init_process_group`, or train the model as it is."
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    stacks = [module for module in model.modules() if isinstance(module, AttentionLayers)]
+    if not stacks:
+        raise ConfigError(f"`model` is a {type(model).__name__} without a stack of layers (an Encoder, a Decoder ...).")
+    if mesh is None:
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for tensor in (*model.parameters(), *model.buffers()):
+        _over_mesh(tensor.data, mesh, lambda t, group: dist.broadcast(t, dist.get_global_rank(group, 0), group=group))
+    numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    if numbers:
+        options["ignored_params"] = numbers | set(options.get("ignored_params") or ())
+        for number in numbers:
+            number.register_post_accumulate_grad_hook(functools.partial(_average, mesh))
+    for stack in stacks:
+        for branch in stack.layers:
+            fully_shard(branch, mesh=mesh, **options)
+    # a sublayer hands on its input too, which hooks make a view; nothing in this library changes one in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    return fully_shard(model, mesh=mesh, **options)  # type: ignore[return-value]
+
+
+def _over_mesh(tensor: Tensor, mesh: Any, communicate: Callable[[Tensor, Any], Any]) -> None:
+    """Communicate along each axis of a mesh in turn."""
+    for axis in range(mesh.ndim):
+        communicate(tensor, mesh.get_group(axis))
+
+
+def _average(mesh: Any, parameter: Tensor) -> None:
+    """Put the mean over processes in place of a gradient."""
+    assert parameter.grad is not None
+    _over_mesh(parameter.grad, mesh, lambda t, group: dist.all_reduce(t, group=group))
+    parameter.grad /= mesh.size()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` (or `fully_shard`) has spread the model over processes."""
+    if not joins():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights of a model, sharded or not, in the first process; elsewhere nothing. All have to call it."""
+    if not is_sharded(model):
+        return model.state_dict() if leads() else {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+
+
+def joins() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process; 0 if it is alone."""
+    return dist.get_rank() if joins() else 0
+
+
+def leads() -> bool:
+    """Whether this process is the first, or alone."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if joins():
+        dist.barrier()
+
+
+def every_process(value: Any) -> list[Any]:
+    """The value that each process has, by their numbers."""
+    if not joins():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
