@@ -84,8 +84,10 @@ def test_a_long_prompt_is_not_kept() -> None:
 @pytest.mark.parametrize("name", ["attn_use_cope", "attn_selective", "residual_attn", "attn_data_dependent_alibi"])
 @torch.no_grad()
 def test_what_needs_the_whole_past_keeps_it(name: str) -> None:
-    more = {"attn_data_dependent_alibi_per_row": True} if name == "attn_data_dependent_alibi" else {}
-    model = BASE.build(attn_max_attend_past=WINDOW, **{name: True}, **more)
+    more: dict[str, Any] = {name: True}
+    if name == "attn_data_dependent_alibi":
+        more["attn_data_dependent_alibi_per_row"] = True
+    model = BASE.build(attn_max_attend_past=WINDOW, **more)
     _, state = model(tokens(2, 10), return_intermediates=True)
     _, state = model(tokens(2, 11), cache=state, return_intermediates=True)
     assert held(state.cache) == [11, 11]
@@ -99,7 +101,7 @@ def test_beside_everything_that_stands_in_front(static: bool) -> None:
     model = BASE.build(attn_max_attend_past=4, num_memory_tokens=2, attn_num_mem_kv=2, alibi_pos_bias=True)
     ids, start = tokens(2, N), torch.tensor([0, 9])
     embeds, mask = torch.randn(2, 3, 16), torch.tensor([[True, True, True], [False, True, True]])
-    given = {"prepend_embeds": embeds, "prepend_mask": mask, "seq_start_pos": start}
+    given: dict[str, Any] = {"prepend_embeds": embeds, "prepend_mask": mask, "seq_start_pos": start}
     wanted = model(ids, **given)[:, 3:]
     state = static_cache(model, 2, N, prepended=3) if static else KVCache()
     outputs, end = [], 0
@@ -165,7 +167,7 @@ def test_taking_back(static: bool, kind: dict[str, Any]) -> None:
     model = BASE.build(rotary_pos_emb=True, **kind)
     ids, other = tokens(2, N), tokens(2, 5)
     state = static_cache(model, 2, 64, step=5) if static else None
-    step = {"input_not_include_cache": True, "return_intermediates": True}
+    step: dict[str, Any] = {"input_not_include_cache": True, "return_intermediates": True}
     outputs, end = [], 0
     for count in (8, 1, 5, 3, 2, 1):
         out, record = call(model, ids[:, end : end + count], cache=state, **step)
@@ -190,7 +192,8 @@ def test_what_cannot_be_taken_back() -> None:
     )
     with pytest.raises(InputError, match="a window has dropped"):
         static.cache.retract(static.cache.rings[0].room - 2)
-    for option in ({"shift_tokens": 1}, {"attn_selective": True}):
+    options: tuple[dict[str, Any], ...] = ({"shift_tokens": 1}, {"attn_selective": True})
+    for option in options:
         model = BASE.build(**option)
         _, state = model(tokens(2, 5), return_intermediates=True)
         _, state = model(tokens(2, 2), cache=state, input_not_include_cache=True, return_intermediates=True)
@@ -200,12 +203,18 @@ def test_what_cannot_be_taken_back() -> None:
 
 @torch.no_grad()
 def test_a_copy_of_a_cache_has_nothing_in_common() -> None:
-    for option in ({}, {"attn_max_attend_past": 3}, {"shift_tokens": 1}, {"attn_selective": True}):
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"attn_max_attend_past": 3},
+        {"shift_tokens": 1},
+        {"attn_selective": True},
+    )
+    for option in options:
         model = BASE.build(**option)
         ids = tokens(3, N)
         prefix = ids[:1, :12].expand(3, -1)
         for cache in (None, static_cache(model, 1, 40)):
-            step = {"input_not_include_cache": True, "return_intermediates": True}
+            step: dict[str, Any] = {"input_not_include_cache": True, "return_intermediates": True}
             _, state = call(model, prefix[:1], cache=cache, **step)
             for _ in range(2):
                 _, own = call(model, ids[:, 12:], cache=state.cache.copied(3), **step)
@@ -227,7 +236,8 @@ def test_generation_far_beyond_the_window(cache: str) -> None:
 @torch.no_grad()
 def test_rings_compile_to_two_graphs(option: str) -> None:
     torch.compiler.reset()
-    model = BASE.build(depth=1, alibi_pos_bias=True, **{option: 3 if option == "attn_max_attend_past" else True})
+    on: dict[str, Any] = {option: 3 if option == "attn_max_attend_past" else True}
+    model = BASE.build(depth=1, alibi_pos_bias=True, **on)
     graphs: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -236,7 +246,7 @@ def test_rings_compile_to_two_graphs(option: str) -> None:
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     ids, start = tokens(2, N), torch.tensor([0, 2])
-    step = {"input_not_include_cache": True, "return_intermediates": True, "seq_start_pos": start}
+    step: dict[str, Any] = {"input_not_include_cache": True, "return_intermediates": True, "seq_start_pos": start}
     out, state = compiled(ids[:, :9], cache=static_cache(model, 2, 64), **step)
     outputs = [out]
     for at in range(9, N):
