@@ -24,23 +24,23 @@ CONTEXT, BATCH, TIMES, WINDOWS = 64, 32, (1, 2, 4, 8), 128
 SCORED = CONTEXT // 2  # bytes at the end of a window, which have at least as many before them
 
 ROTARY = {"rotary_pos_emb": True, "rotary_emb_dim": 32}
+NO_TABLE = {"use_abs_pos_emb": False}  # rotary positions and the T5 bias leave it out by themselves
 POSITIONS = {
-    "learned table": {"use_abs_pos_emb": True},
+    "learned table": {},
     "sinusoids": {"scaled_sinu_pos_emb": True},
-    "none": {},
+    "none": NO_TABLE,
     "rotary": ROTARY,
     "rotary, window of 32": ROTARY | {"attn_max_attend_past": CONTEXT // 2},
     "xPos": ROTARY | {"rotary_xpos": True},
     "T5 bias": {"rel_pos_bias": True, "rel_pos_max_distance": CONTEXT // 2},
-    "ALiBi": {"alibi_pos_bias": True},
-    "forget gates": {"attn_data_dependent_alibi": True},
+    "ALiBi": NO_TABLE | {"alibi_pos_bias": True},
+    "forget gates": NO_TABLE | {"attn_data_dependent_alibi": True},
 }
 OF_THE_MODEL = ("use_abs_pos_emb", "scaled_sinu_pos_emb")  # all others are the stack's
 
 
 def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
     """A decoder of two layers over bytes with these options, and room for the longest text."""
-    given = {"use_abs_pos_emb": False} | positions
     decoder = Decoder(
         dim=64,
         depth=2,
@@ -49,13 +49,13 @@ def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
         attn_qk_rmsnorm=True,
         attn_zero_init_output=True,
         ff_zero_init_output=True,
-        **{name: value for name, value in given.items() if name not in OF_THE_MODEL},
+        **{name: value for name, value in positions.items() if name not in OF_THE_MODEL},
     )
     net = TransformerWrapper(
         num_tokens=256,
         max_seq_len=CONTEXT * max(TIMES),
         attn_layers=decoder,
-        **{name: value for name, value in given.items() if name in OF_THE_MODEL},
+        **{name: value for name, value in positions.items() if name in OF_THE_MODEL},
     )
     torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
     torch.nn.init.normal_(net.to_logits.weight, std=1e-4)

@@ -1,9 +1,11 @@
 """The examples on copying, digits and length extrapolation, for a few steps at small size."""
 
 import importlib
+import itertools
 import math
 import re
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -96,9 +98,8 @@ def test_digits_are_held_out_and_moved_by_a_pixel(example: ModuleType) -> None:
 
 @pytest.mark.parametrize("example", ["length_extrapolation"], indirect=True)
 def test_same_bytes_are_scored_at_each_length(example: ModuleType) -> None:
-    model = example.build_model(
-        {}
-    ).eval()  # without positions and with layers that start as nothing: only the last byte counts
+    # without positions, and with layers that start as nothing, only the byte before counts
+    model = example.build_model(example.NO_TABLE).eval()
     torch.nn.init.normal_(model.net.to_logits.weight)
     windows = torch.randint(256, (2, 8 * example.CONTEXT + 1))
     short, long = (example.bits_per_byte(model, windows, times * example.CONTEXT) for times in (1, 8))
@@ -106,3 +107,18 @@ def test_same_bytes_are_scored_at_each_length(example: ModuleType) -> None:
     with torch.no_grad():
         tail = float(model(windows[:, -example.SCORED - 1 :])) / math.log(2)
     assert short == pytest.approx(tail, rel=1e-5)
+
+
+@pytest.mark.parametrize("example", ["length_extrapolation"], indirect=True)
+@torch.no_grad()
+def test_each_curve_has_positions_of_its_own(example: ModuleType) -> None:
+    tokens = torch.randint(256, (1, example.CONTEXT))
+    outputs = {}
+    for name, positions in example.POSITIONS.items():
+        model = example.build_model(positions).eval()
+        for key, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        outputs[name] = model.net(tokens)
+    same = [(a, b) for a, b in itertools.combinations(outputs, 2) if torch.allclose(outputs[a], outputs[b], atol=1e-5)]
+    assert not same

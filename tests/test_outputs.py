@@ -592,6 +592,9 @@ def test_options_that_disagree(options: dict[str, Any], words: str) -> None:
         ({"num_cls_tokens": 2}, "`num_cls_tokens` has no effect: it needs `use_cls_token`"),
         ({"dim_pooled_tokens": 8}, "`dim_pooled_tokens` has no effect: it needs `attn_pool`"),
         ({"use_cls_token": True}, "outputs do not depend on the input"),
+        ({"scaled_sinu_pos_emb": True, "use_abs_pos_emb": False}, "has no effect: `use_abs_pos_emb` is False"),
+        ({"scaled_sinu_pos_emb": True, "max_seq_len": 0}, "has no effect: without `max_seq_len`"),
+        ({"scaled_sinu_pos_emb": True, "layers": {"rel_pos_bias": True}}, "no effect: the stack has `disable_abs_pos"),
     ],
 )
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache, StaticCache
@@ -69,11 +70,13 @@ class Model(Configured, ReadsReference):
         self.layout = Layout(self.num_memory_tokens, memory_tokens_interspersed_every)
         self.attn_layers = attn_layers
         dim = attn_layers.dim
-        places = max_seq_len > 0 and use_abs_pos_emb and not attn_layers.disable_abs_pos_emb
+        without = _why_no_positions(max_seq_len, use_abs_pos_emb, attn_layers)
+        if scaled_sinu_pos_emb and without:
+            logger.warning(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
         self.pos_emb = (
-            build_positions(emb_dim, max_seq_len, sinusoids=scaled_sinu_pos_emb, l2norm_embed=l2norm_embed)
-            if places
-            else None
+            None
+            if without
+            else build_positions(emb_dim, max_seq_len, sinusoids=scaled_sinu_pos_emb, l2norm_embed=l2norm_embed)
         )
         self.project_emb: nn.Module | None = nn.Linear(emb_dim, dim) if emb_dim != dim else None
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if num_memory_tokens else None
@@ -273,6 +276,17 @@ class Model(Configured, ReadsReference):
         if asked.z_loss is not None:
             record.attn_z_loss = z_loss(record.attn_intermediates or [], asked.z_loss)
         return framing.unframe(out), record
+
+
+def _why_no_positions(max_seq_len: int, use_abs_pos_emb: bool, layers: AttentionLayers) -> str | None:
+    """Why a model has no absolute positions, or None if it has."""
+    if max_seq_len <= 0:
+        return "without `max_seq_len` there are no absolute positions"
+    if not use_abs_pos_emb:
+        return "`use_abs_pos_emb` is False, which turns all absolute positions off"
+    if layers.disable_abs_pos_emb:
+        return "the stack has `disable_abs_pos_emb`, the default beside rotary positions and the T5 bias"
+    return None
 
 
 def given(arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
