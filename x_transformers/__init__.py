@@ -8,15 +8,15 @@ from x_transformers.dpo import DPO
 from x_transformers.encoder_decoder import XTransformer
 from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
-from x_transformers.layers.layers import (
-    AttentionLayers,
+from x_transformers.layers.layers import AttentionLayers
+from x_transformers.layers.pool import AttentionPool
+from x_transformers.layers.stacks import (
     CrossAttender,
     Decoder,
     Encoder,
     PrefixDecoder,
     TransformerBlock,
 )
-from x_transformers.layers.pool import AttentionPool
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP

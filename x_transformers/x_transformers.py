@@ -20,20 +20,20 @@ from x_transformers.intermediates import LayerIntermediates
 from x_transformers.layers.around import AdaptiveLayerScale, FoldAxially, LayerScale, Scale, ShiftTokens, shift
 from x_transformers.layers.depth.aggregated import AttentionResidual
 from x_transformers.layers.depth.lime import DynamicLIMe
-from x_transformers.layers.layers import (
-    AttentionLayers,
-    CrossAttender,
-    Decoder,
-    Encoder,
-    PrefixDecoder,
-    TransformerBlock,
-)
+from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.pool import AttentionPool
 from x_transformers.layers.residuals.gated import GRUGating
 from x_transformers.layers.residuals.mv_split import MVSplitResidualUpdate
 from x_transformers.layers.residuals.orthogonal import OrthogonalResidualUpdate
 from x_transformers.layers.residuals.plain import Residual
 from x_transformers.layers.residuals.streams import GatedMultiResidual, HyperConnection, sinkhorn
+from x_transformers.layers.stacks import (
+    CrossAttender,
+    Decoder,
+    Encoder,
+    PrefixDecoder,
+    TransformerBlock,
+)
 from x_transformers.layers.unet import ConcatCombine
 from x_transformers.low_rank import LoRALinear
 from x_transformers.models.asked import calc_entropy, calc_z_loss

@@ -1,4 +1,4 @@
-"""Stacks of layers: `AttentionLayers` and its named forms, `Encoder`, `Decoder`, `CrossAttender`."""
+"""`AttentionLayers`: a stack of sublayers, built from keywords, and one pass through it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from loguru import logger
 from torch import Tensor, nn
 
 from x_transformers.attention.arguments import check_context, check_input, check_pairs
-from x_transformers.attention.attention import Attention
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.qk.given import GivenPolar, GivenRotation
 from x_transformers.attention.qk.polar import PolarEmbedding
@@ -21,31 +20,34 @@ from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import KVCache, Shape, StaticCache
 from x_transformers.call import Call, Capture, Span
 from x_transformers.documents import Documents, refuse_beside
-from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
-from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.errors import ConfigError, Faults, InputError, StateDictError
 from x_transformers.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.additional import deal_pairs, deal_residuals
+from x_transformers.layers.arguments import (
+    BlockTransform,
+    block_transform,
+    check_covers_places,
+    deep_embeds,
+    holds_context,
+    new_tokens,
+    offset_positions,
+)
+from x_transformers.layers.assembly import build_branch, check_value_residual, norm_of
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.norm_placement import norm_places
-from x_transformers.layers.branches.output_init import output_keywords, output_scale
-from x_transformers.layers.branches.shift import ShiftTokens
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.conditioning import build_condition, build_injection, newest
 from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
 from x_transformers.layers.packing import packed_kinds, read_documents
-from x_transformers.layers.plan import SCHEMAS, LayerPlan, StackPlan, make_plan
-from x_transformers.layers.residuals.base import Place
-from x_transformers.layers.residuals.plain import plain_residual
+from x_transformers.layers.plan import SCHEMAS, StackPlan, make_plan
 from x_transformers.layers.sequence import Repeat, check_order, repeated
 from x_transformers.layers.spans import lay_out
 from x_transformers.layers.traversal import Given, Traversal
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
-from x_transformers.layers.views import residual_views
 from x_transformers.loading import ReadsReference, rename, rename_prefix
-from x_transformers.norms import ADAPTIVE, LayerNorm
+from x_transformers.norms import ADAPTIVE
 from x_transformers.ops import reference_head_order
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Options
 from x_transformers.options.signatures import parameter, show_keywords
 
 
@@ -81,14 +83,14 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         self.features = tuple(feature.name for feature in options.enabled())
 
         faults = Faults()
-        norm = _norm_of(plan)
+        norm = norm_of(plan)
         self.layers = nn.ModuleList()
         for index, layer in enumerate(plan.layers):
             schema, prefix = SCHEMAS[layer.kind]
             with faults.catching(lambda message, schema=schema, prefix=prefix: schema.in_full(message, prefix)):
-                self.layers.append(self._branch(plan, layer, index, norm))
+                self.layers.append(build_branch(self, plan, layer, index, norm))
         if options.on("value_residual"):
-            _check_value_residual(self, faults)
+            check_value_residual([self.branches(kind) for kind in "ac"], faults)
         self.rotary_pos_emb: QKTransform | None = None
         self.polar_pos_emb: QKTransform | None = None
         self.rel_pos: ScoreMod | None = None
@@ -111,55 +113,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         if options["stack"].verbose:
             for sentence in (*plan.warnings, *_unwise(self)):
                 logger.warning(f"{type(self).__name__}: {sentence}")
-
-    def _branch(self, plan: StackPlan, layer: LayerPlan, index: int, norm: Any) -> Branch:
-        options, dim = plan.options, self.dim
-        keywords = {**layer.keywords, **output_keywords(options, index // self.sequence.block + 1)}
-        fn: Attention | FeedForward
-        if layer.kind == "f":
-            fn = FeedForward(dim, **keywords)
-        else:
-            heads = options["structure"].heads
-            keywords |= _value_residual(plan, layer, index)
-            fn = Attention(dim, heads=heads, causal=self.causal and layer.kind == "a", **keywords)
-            fn.leaves_values = options.on("value_residual")
-            if options["residual_scores"].shared(layer.kind):
-                fn.share_scores()
-            if (self.causal or self.looks_back) and fn.across_queries:
-                raise ConfigError(
-                    "`inverted_attention` normalises over the queries, so that in a causal stack earlier tokens would "
-                    "see later ones; use an Encoder or a CrossAttender, or drop it."
-                )
-        where, factor = norm_places(options), output_scale(options)
-        if layer.kind == "f" and options["macaron"].macaron:
-            factor *= 0.5
-        place = Place(
-            dim=dim,
-            index=index,
-            kind=layer.kind,
-            causal=self.causal,
-            options=options,
-            first=layer.kind not in self.layer_types[:index],
-            views=residual_views(options, layer.kind),
-            norm=norm,
-        )
-        skip, shift = (
-            _each(value, index)
-            for value in (options["layer_dropout"].layer_dropout, options["shift_tokens"].shift_tokens)
-        )
-        return Branch(
-            layer.kind,
-            fn,
-            _one(options, "residual", place) or plain_residual(place),
-            reader=_one(options, "reader", place),
-            norm=norm(dim) if where.before else None,
-            shift=ShiftTokens(shift, dim, self.causal or self.looks_back) if shift else None,
-            output_norm=norm(dim) if where.output else None,
-            stream_norm=norm(dim) if where.behind else None,
-            scale=_one(options, "branch scale", place),
-            output_scale=factor,
-            dropout=skip,
-        )
 
     def _build_surroundings(self, plan: StackPlan) -> None:
         """What stands before, between and behind the layers."""
@@ -435,9 +388,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             refuse_beside("flash_pack_seq_context_kwargs", context_mask=context_mask)
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         if seq_pos_offset:
-            pos = _offset_positions(seq_pos_offset, x, pos, kv)
+            pos = offset_positions(seq_pos_offset, x, pos, kv)
         if kv is not None:
-            x = _new_tokens(x, kv, input_not_include_cache, cache_age)
+            x = new_tokens(x, kv, input_not_include_cache, cache_age)
         batch, n = x.shape[:2]
         causal = self.causal if causal is None else causal
         order = self.sequence.order
@@ -453,7 +406,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             return_hiddens, capture = True, replace(capture, scores=True)
 
         if attn_bias is not None and kv is not None and kv.is_static and not kv.fresh:
-            _check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
+            check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
             attn_bias = attn_bias[..., : kv.shown]  # type: ignore[attr-defined]
         query, keys = lay_out(
             batch,
@@ -497,9 +450,9 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         if mems:
             self._take_memories(given, mems, mem_masks, condition)
         if deep_embeds_and_ids is not None:
-            given.deep_embeds = _deep_embeds(*deep_embeds_and_ids, x)
+            given.deep_embeds = deep_embeds(*deep_embeds_and_ids, x)
         if transform_block_inputs is not None:
-            given.transform = _block_transform(transform_block_inputs)
+            given.transform = block_transform(transform_block_inputs)
         if context_pos is not None:
             given.context_pos = self._check_context_pos(context_pos)
         if self_attn_additional_kv is not None:
@@ -626,7 +579,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
                 raise InputError("`attn_mask` with a cache is not supported; mask keys with `self_attn_kv_mask`.")
             if isinstance(cache, LayerIntermediates) and cache.cache is None:
                 raise InputError("the intermediates given as `cache` hold none; they must come from a causal pass.")
-        filled = cache is not None and self.cross_attend and _holds_context(cache)
+        filled = cache is not None and self.cross_attend and holds_context(cache)
         if self.cross_attend and context is None and not filled:
             raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
         if not self.cross_attend and context is not None:
@@ -684,195 +637,6 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             part.permute_heads(state, path, permuted[0])
 
 
-class Encoder(AttentionLayers):
-    """A bidirectional stack; see `AttentionLayers` for its arguments."""
-
-    def __init__(self, **keywords: Any) -> None:
-        _refuse_causal(keywords, "an Encoder is bidirectional", "a Decoder")
-        super().__init__(causal=False, **_with_dim(self, keywords))
-
-
-class Decoder(AttentionLayers):
-    """A causal stack; see `AttentionLayers` for its arguments."""
-
-    def __init__(self, **keywords: Any) -> None:
-        _refuse_causal(keywords, "a Decoder is causal", "an Encoder")
-        super().__init__(causal=True, **_with_dim(self, keywords))
-
-
-class CrossAttender(AttentionLayers):
-    """A stack of cross-attentions and feedforwards; see `AttentionLayers` for its arguments."""
-
-    def __init__(self, **keywords: Any) -> None:
-        for name in ("cross_attend", "only_cross"):
-            if keywords.pop(name, True) is not True:
-                raise ConfigError(f"CrossAttender: `{name}` is always True here; use an Encoder or a Decoder.")
-        super().__init__(cross_attend=True, only_cross=True, **_with_dim(self, keywords))
-
-
-class PrefixDecoder(AttentionLayers):
-    """A causal stack in which every token also sees a prefix of the sequence (1910.10683).
-
-    It is built without causality and masks every pass, so it keeps no cache.
-    """
-
-    looks_back = True
-
-    def __init__(self, **keywords: Any) -> None:
-        _refuse_causal(keywords, "a PrefixDecoder is causal behind its prefix", "a Decoder")
-        if keywords.get("mv_split_residual"):
-            raise ConfigError(
-                "PrefixDecoder: `mv_split_residual` takes means over the sequence, which would show the future to "
-                "tokens behind the prefix; drop it, or build a Decoder."
-            )
-        super().__init__(causal=False, **_with_dim(self, keywords))
-
-    def forward(
-        self, x: Tensor, *args: Any, prefix_attn_len: int | Tensor | None = None, **arguments: Any
-    ) -> Tensor | tuple[Tensor, LayerIntermediates]:
-        """Run the stack; see `AttentionLayers.forward` for the other arguments.
-
-        Args:
-            x: `(b, n, D)`.
-            prefix_attn_len: how many slots from each row's first one on are seen by all, for every row or `(b,)`.
-                Memory tokens and prepended embeddings count, padding on the left does not.
-        """
-        if isinstance(prefix_attn_len, Tensor) and prefix_attn_len.shape not in ((), (x.shape[0],)):
-            raise ShapeError(
-                f"`prefix_attn_len` has shape {tuple(prefix_attn_len.shape)}; it must be a number or ({x.shape[0]},)."
-            )
-
-        def pairs(query: Span, keys: Span) -> Tensor:
-            seen = (keys.index <= query.index.unsqueeze(-1))[None, None]
-            if prefix_attn_len is None:
-                return seen
-            length = torch.as_tensor(prefix_attn_len, device=x.device).reshape(-1, 1, 1, 1)
-            return seen | (keys.slot[:, None, None] < length)
-
-        return super().forward(x, *args, pairs=pairs, **arguments)
-
-
-class TransformerBlock(AttentionLayers):
-    """One block, without a final norm, for use inside of other models; see `AttentionLayers` for its arguments."""
-
-    def __init__(self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **keywords: Any) -> None:
-        super().__init__(dim=dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **keywords)
-
-
-BlockTransform = Callable[[int, Tensor], Tensor]
-
-
-def _block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None) -> BlockTransform | None:
-    """One function of block number and stream, from what a caller may give."""
-    if given is None or callable(given):
-        return given
-    functions = dict(given)
-    return lambda block, stream: functions[block](stream) if block in functions else stream
-
-
-def _deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
-    """`(b, n, L, D)` factors of the new tokens from a table `(V, L, D)` and ids that cover at least them.
-
-    An id of -1 stands for a slot that is no token; its factors are 1.
-    """
-    batch, n, dim = x.shape
-    if table.ndim != 3 or table.shape[-1] != dim or ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < n:
-        raise ShapeError(
-            f"`deep_embeds_and_ids` has shapes {tuple(table.shape)} and {tuple(ids.shape)}; they must be (V, L, {dim}) "
-            f"and ({batch}, n) for the {n} tokens."
-        )
-    ids = ids[:, ids.shape[1] - n :, None, None]
-    return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
-
-
-def _one(options: Options, slot: str, place: Place) -> Any:
-    """The part that a slot's feature builds for one sublayer, or None if no feature of the slot is on."""
-    chosen = options.enabled(slot)
-    if not chosen:
-        return None
-    assert chosen[0].build is not None
-    return chosen[0].build(options[chosen[0].name], place)
-
-
-def _value_residual(plan: StackPlan, layer: LayerPlan, index: int) -> dict[str, bool]:
-    """The keyword of a self-attention that learns how much of the first one's values it takes: all but the first."""
-    first = next((at for at, each in enumerate(plan.layers) if each.kind == "a"), None)
-    learned = plan.options.on("value_residual") and plan.options["value_residual"].learned_value_residual_mix
-    return {"learned_value_residual_mix": True} if learned and layer.kind == "a" and index != first else {}
-
-
-def _check_value_residual(stack: AttentionLayers, faults: Faults) -> None:
-    """Values of one layer can be mixed into another's only if they are alike."""
-    for kind in "ac":
-        layers = [branch.attention for branch in stack.branches(kind)]
-        if len({(fn.kv_heads, fn.shape.value_dim_head, fn.latent_kv is None) for fn in layers}) > 1:
-            faults.add(
-                "`add_value_residual` mixes the first layer's values into those of others, but `attn_kv_heads`, "
-                "`attn_value_dim_head` or `attn_use_latent_kv` differ between layers; give one value."
-            )
-
-
-def _each(value: Any, index: int) -> Any:
-    """One sublayer's value of an option that may be one value or a tuple of them."""
-    return value[index] if isinstance(value, tuple) else value
-
-
-def _norm_of(plan: StackPlan) -> Any:
-    """A maker of the chosen norm, by width."""
-    offset = plan.options["norm"].norm_add_unit_offset
-    chosen = plan.options.enabled("norm")
-    build: Any = chosen[0].build if chosen else LayerNorm
-    return lambda dim: build(dim, unit_offset=offset, options=plan.options)
-
-
-def _new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tensor:
-    """The tokens of x that are not cached yet."""
-    if kv.is_static and not only_new:
-        raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
-    new = x.shape[1] if only_new else x.shape[1] - kv.length
-    if age is None:
-        age = new
-    if not 1 <= age <= max(new, 0) and not (kv.dropped and age >= 1):
-        raise InputError(
-            f"{age} tokens are to run (`cache_age`), but x has {x.shape[1]} tokens and the cache holds {kv.length}; "
-            "between 1 and the number of tokens that are not cached can run. Pass the whole sequence, or the new "
-            "tokens with `input_not_include_cache = True`."
-        )
-    return x if age == x.shape[1] else x[:, x.shape[1] - age :]
-
-
-def _offset_positions(offset: int, x: Tensor, pos: Tensor | None, kv: KVCache | None) -> Tensor | None:
-    """The positions of tokens that do not begin at 0; with a cache, what it holds decides.
-
-    Raises:
-        InputError: if positions are given, or the cache holds another number of tokens.
-    """
-    if pos is not None:
-        raise InputError("`pos` and `seq_pos_offset` both say where the tokens stand; drop one of them.")
-    if kv is None:
-        return torch.arange(offset, offset + x.shape[1], device=x.device)
-    if kv.is_static or offset != kv.length:
-        raise InputError(
-            f"`seq_pos_offset` is {offset}; new tokens stand behind the cached ones, as the cache knows. Drop it, or "
-            "give the positions of all tokens as `pos`."
-        )
-    return None
-
-
-def _check_covers_places(bias: Tensor, capacity: int) -> None:
-    """Raise unless a bias has a column for each place of a static cache, which cannot be told otherwise."""
-    if bias.shape[-1] not in (1, capacity):
-        raise ShapeError(
-            f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for each of "
-            f"its {capacity} places, prefix slots included."
-        )
-
-
-def _holds_context(cache: LayerIntermediates | KVCache) -> bool:
-    kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
-    return kv is not None and any(entry.get("k") is not None for entry in kv.entries)
-
-
 def _unwise(stack: AttentionLayers) -> list[str]:
     dim = getattr(stack.rotary_pos_emb, "dim", 32)
     if dim < 32:
@@ -880,24 +644,8 @@ def _unwise(stack: AttentionLayers) -> list[str]:
     return []
 
 
-def _refuse_causal(keywords: dict[str, Any], what: str, other: str) -> None:
-    if "causal" in keywords:
-        raise ConfigError(f"{what}: drop `causal`, or build {other}.")
-
-
-def _with_dim(stack: AttentionLayers, keywords: dict[str, Any]) -> dict[str, Any]:
-    if "dim" not in keywords:
-        raise ConfigError(f"{type(stack).__name__}: `dim` is missing, the width of the residual stream.")
-    return keywords
-
-
-for _class in (AttentionLayers, Encoder, Decoder, PrefixDecoder, CrossAttender, TransformerBlock):
-    _leading = [parameter("dim", positional=_class in (AttentionLayers, TransformerBlock))]
-    if _class in (AttentionLayers, CrossAttender, TransformerBlock):
-        _leading.append(parameter("causal", False))
-    show_keywords(
-        _class,
-        [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")],
-        _leading,
-        {"depth": 1, "pre_norm_has_final_norm": False} if _class is TransformerBlock else None,
-    )
+show_keywords(
+    AttentionLayers,
+    [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")],
+    [parameter("dim", positional=True), parameter("causal", False)],
+)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, ShapeError
-from x_transformers.layers.layers import Encoder
+from x_transformers.layers.stacks import Encoder
 from x_transformers.loading import ReadsReference
 from x_transformers.options.configured import Configured
 

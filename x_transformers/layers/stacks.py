@@ -1,0 +1,113 @@
+"""The named stacks: `Encoder`, `Decoder`, `CrossAttender`, `PrefixDecoder`, `TransformerBlock`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.call import Span
+from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.intermediates import LayerIntermediates
+from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
+from x_transformers.layers.layers import AttentionLayers
+from x_transformers.options.signatures import parameter, show_keywords
+
+
+class Encoder(AttentionLayers):
+    """A bidirectional stack; see `AttentionLayers` for its arguments."""
+
+    def __init__(self, **keywords: Any) -> None:
+        _refuse_causal(keywords, "an Encoder is bidirectional", "a Decoder")
+        super().__init__(causal=False, **_with_dim(self, keywords))
+
+
+class Decoder(AttentionLayers):
+    """A causal stack; see `AttentionLayers` for its arguments."""
+
+    def __init__(self, **keywords: Any) -> None:
+        _refuse_causal(keywords, "a Decoder is causal", "an Encoder")
+        super().__init__(causal=True, **_with_dim(self, keywords))
+
+
+class CrossAttender(AttentionLayers):
+    """A stack of cross-attentions and feedforwards; see `AttentionLayers` for its arguments."""
+
+    def __init__(self, **keywords: Any) -> None:
+        for name in ("cross_attend", "only_cross"):
+            if keywords.pop(name, True) is not True:
+                raise ConfigError(f"CrossAttender: `{name}` is always True here; use an Encoder or a Decoder.")
+        super().__init__(cross_attend=True, only_cross=True, **_with_dim(self, keywords))
+
+
+class PrefixDecoder(AttentionLayers):
+    """A causal stack in which every token also sees a prefix of the sequence (1910.10683).
+
+    It is built without causality and masks every pass, so it keeps no cache.
+    """
+
+    looks_back = True
+
+    def __init__(self, **keywords: Any) -> None:
+        _refuse_causal(keywords, "a PrefixDecoder is causal behind its prefix", "a Decoder")
+        if keywords.get("mv_split_residual"):
+            raise ConfigError(
+                "PrefixDecoder: `mv_split_residual` takes means over the sequence, which would show the future to "
+                "tokens behind the prefix; drop it, or build a Decoder."
+            )
+        super().__init__(causal=False, **_with_dim(self, keywords))
+
+    def forward(
+        self, x: Tensor, *args: Any, prefix_attn_len: int | Tensor | None = None, **arguments: Any
+    ) -> Tensor | tuple[Tensor, LayerIntermediates]:
+        """Run the stack; see `AttentionLayers.forward` for the other arguments.
+
+        Args:
+            x: `(b, n, D)`.
+            prefix_attn_len: how many slots from each row's first one on are seen by all, for every row or `(b,)`.
+                Memory tokens and prepended embeddings count, padding on the left does not.
+        """
+        if isinstance(prefix_attn_len, Tensor) and prefix_attn_len.shape not in ((), (x.shape[0],)):
+            raise ShapeError(
+                f"`prefix_attn_len` has shape {tuple(prefix_attn_len.shape)}; it must be a number or ({x.shape[0]},)."
+            )
+
+        def pairs(query: Span, keys: Span) -> Tensor:
+            seen = (keys.index <= query.index.unsqueeze(-1))[None, None]
+            if prefix_attn_len is None:
+                return seen
+            length = torch.as_tensor(prefix_attn_len, device=x.device).reshape(-1, 1, 1, 1)
+            return seen | (keys.slot[:, None, None] < length)
+
+        return super().forward(x, *args, pairs=pairs, **arguments)
+
+
+class TransformerBlock(AttentionLayers):
+    """One block, without a final norm, for use inside of other models; see `AttentionLayers` for its arguments."""
+
+    def __init__(self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **keywords: Any) -> None:
+        super().__init__(dim=dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **keywords)
+
+
+def _refuse_causal(keywords: dict[str, Any], what: str, other: str) -> None:
+    if "causal" in keywords:
+        raise ConfigError(f"{what}: drop `causal`, or build {other}.")
+
+
+def _with_dim(stack: AttentionLayers, keywords: dict[str, Any]) -> dict[str, Any]:
+    if "dim" not in keywords:
+        raise ConfigError(f"{type(stack).__name__}: `dim` is missing, the width of the residual stream.")
+    return keywords
+
+
+for _class in (Encoder, Decoder, PrefixDecoder, CrossAttender, TransformerBlock):
+    _leading = [parameter("dim", positional=_class is TransformerBlock)]
+    if _class in (CrossAttender, TransformerBlock):
+        _leading.append(parameter("causal", False))
+    show_keywords(
+        _class,
+        [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")],
+        _leading,
+        {"depth": 1, "pre_norm_has_final_norm": False} if _class is TransformerBlock else None,
+    )
