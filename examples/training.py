@@ -1,0 +1,75 @@
+"""What the small examples share: one loop of training, with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from text_data import open_folder
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def arguments(description: str, out: str, steps: int) -> argparse.Namespace:
+    """`--out`, `--seed` and `--steps` of the command line; seeds torch, and makes the folder."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path("runs") / out, help="folder for what is drawn and written")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=steps, help="of training")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1.")
+    open_folder(options.out)
+    torch.manual_seed(options.seed)
+    return options
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    name: str = "training",
+    *,
+    muon_lr: float | None = None,
+    look: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW on `loss()` of a fresh batch each step; the rate warms up over a tenth of the steps, then falls to zero.
+
+    Args:
+        model: what is trained.
+        loss: of a step.
+        steps: how many.
+        lr: the highest learning rate of AdamW.
+        name: stands before the progress bar.
+        muon_lr: the highest learning rate of Muon, which then trains the matrices of the layers.
+        look: is called behind each step, with how many there were.
+    """
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for key, p in trained.items() if muon_lr is not None and "attn_layers." in key and p.ndim == 2]
+    rest = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if muon_lr is not None:
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    shapes = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.1 * steps), (1 - step / steps) / 0.9)
+        )
+        for optimizer in optimizers
+    ]
+    model.train()
+    smooth = None
+    for step in (bar := tqdm(range(steps), desc=name)):
+        (now := loss()).backward()
+        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        for optimizer, shape in zip(optimizers, shapes, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            shape.step()
+        smooth = now.item() if smooth is None else 0.95 * smooth + 0.05 * now.item()
+        bar.set_postfix_str(f"loss {smooth:.4f}")
+        if look is not None:
+            look(step + 1)
+    model.eval()
