@@ -1,0 +1,67 @@
+"""Forecast a noisy oscillation, with a band that says how sure the forecast is.
+
+Each series swings with a period of its own, and its phase wanders, so that nobody can know where it will be far ahead.
+A model with a mean and a variance for each step is rolled out many times from what it has seen; between the quantiles
+of what it draws lies its band, which is to hold nine tenths of the truth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from series_pictures import Forecast, draw_forecasts
+from torch import Tensor
+from training import arguments, train
+
+from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder
+
+SEEN, AHEAD, BATCH = 48, 48, 32
+TESTED, ROLL_OUTS = 32, 64
+
+
+def make_series(rows: int) -> Tensor:
+    """`(rows, SEEN + AHEAD, 1)`: sines with periods of 8 to 24 steps, a wandering phase and a little noise."""
+    frequency = 2 * math.pi / (8 + 16 * torch.rand(rows, 1))
+    start = 2 * math.pi * torch.rand(rows, 1)
+    phase = start + (frequency + 0.12 * torch.randn(rows, SEEN + AHEAD)).cumsum(dim=1)
+    return (phase.sin() + 0.05 * torch.randn_like(phase)).unsqueeze(-1)
+
+
+def build_model() -> ContinuousAutoregressiveWrapper:
+    """A decoder from numbers to a mean and a variance of the next number."""
+    net = ContinuousTransformerWrapper(
+        dim_in=1,
+        dim_out=1,
+        probabilistic=True,
+        max_seq_len=SEEN + AHEAD,
+        attn_layers=Decoder(dim=64, depth=3, heads=4, attn_dim_head=32, rotary_pos_emb=True, rotary_emb_dim=32),
+    )
+    return ContinuousAutoregressiveWrapper(net)
+
+
+def main() -> None:
+    options = arguments(__doc__, "continuous_series", steps=400)
+    model = build_model()
+    train(model, lambda: model(make_series(BATCH)), options.steps, lr=3e-3)
+
+    series = make_series(TESTED)
+    seen, truth = series[:, :SEEN], series[:, SEEN:, 0]
+    drawn = model.generate(seen.repeat_interleave(ROLL_OUTS, dim=0), AHEAD)
+    drawn = drawn.reshape(TESTED, ROLL_OUTS, AHEAD)
+    mean = drawn.mean(dim=1)
+    low, high = drawn.quantile(torch.tensor([0.05, 0.95]), dim=1)
+
+    print("steps ahead   error   error of the last value   width of the band   truth inside it")
+    for part in torch.arange(AHEAD).chunk(4):
+        error, of_last = ((guess - truth)[:, part].square().mean().sqrt() for guess in (mean, seen[:, -1]))
+        width = (high - low)[:, part].mean()
+        inside = ((low < truth) & (truth < high))[:, part].float().mean()
+        print(f"{part[0] + 1:4} to {part[-1] + 1:2} {error:9.3f} {of_last:15.3f} {width:24.2f} {inside:18.0%}")
+    forecasts = [Forecast("", series[row, :, 0], mean[row], (low[row], high[row])) for row in range(4)]
+    draw_forecasts(forecasts, options.out / "forecasts.png", columns=2)
+    print(f"{options.out / 'forecasts.png'} shows four of the series.")
+
+
+if __name__ == "__main__":
+    main()

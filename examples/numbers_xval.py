@@ -1,0 +1,86 @@
+"""Continue series of numbers that stand among words, and name them (xVal).
+
+In a text such as `series: 0.31 0.52 0.73 ... is a line .` one token stands for every number, and the number itself
+scales its embedding, so that numbers near to each other look alike. The model reads the first numbers of a series; it
+predicts those that follow, when they end, and the word for what it saw.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from series_pictures import Forecast, draw_forecasts
+from torch import Tensor
+from training import arguments, train
+
+from x_transformers import Decoder, XValAutoregressiveWrapper, XValTransformerWrapper
+
+WORDS = ("NUMBER", "series:", "is", "a", "line", "bend", "wave", ".")
+NUMBER, SERIES, IS, A, LINE, BEND, WAVE, END = range(len(WORDS))
+SEEN, AHEAD, BATCH, TESTED = 8, 8, 64, 512
+
+
+def make_texts(rows: int) -> tuple[Tensor, Tensor]:
+    """Ids and numbers `(rows, n)`; each series is a line, a bend or a wave, in equal parts, with a little noise."""
+    kind = torch.randint(LINE, WAVE + 1, (rows,))
+    level, slope, bent = 2 * torch.rand(3, rows, 1) - 1
+    t = torch.arange(SEEN + AHEAD) / SEEN - 1
+    line = level + slope * t
+    bend = line + (bent.sign() + bent) / 2 * t**2
+    wave = (1.25 + 0.25 * level) * (2 * math.pi * (t / (1.1 + 0.35 * bent) + slope)).sin()
+    numbers = torch.stack((line, bend, wave))[kind - LINE, torch.arange(rows)]
+    ids = torch.tensor([SERIES, *[NUMBER] * (SEEN + AHEAD), IS, A, NUMBER, END]).repeat(rows, 1)
+    ids[:, -2] = kind
+    return ids, F.pad(numbers + 0.02 * torch.randn_like(numbers), (1, 4))
+
+
+def build_model() -> XValAutoregressiveWrapper:
+    """A decoder that predicts words and numbers."""
+    net = XValTransformerWrapper(
+        num_tokens=len(WORDS),
+        numerical_token_id=NUMBER,
+        max_seq_len=SEEN + AHEAD + 5,
+        attn_layers=Decoder(dim=64, depth=3, heads=4, attn_dim_head=16),
+    )
+    # small beside the positions, so that the first norm leaves a number its size
+    torch.nn.init.normal_(net.token_emb.emb.weight, std=0.1)
+    return XValAutoregressiveWrapper(net)
+
+
+def error(predicted: Tensor, truth: Tensor) -> float:
+    """The root of the mean square."""
+    return float((predicted - truth).square().mean().sqrt())
+
+
+def main() -> None:
+    options = arguments(__doc__, "numbers_xval", steps=1000)
+    model = build_model()
+    train(model, lambda: model(*make_texts(BATCH)), options.steps, lr=3e-3)
+
+    ids, numbers = make_texts(TESTED)
+    (seen_ids, ids), (seen, numbers) = (part.tensor_split([SEEN + 1], dim=1) for part in (ids, numbers))
+    made = model.generate(seen_ids, seen, ids.shape[1], temperature=0.0)
+    truth, kinds, named = numbers[:, :AHEAD], ids[:, -2], made.sampled_token_ids[:, -2]
+    predicted = made.sampled_numbers[:, :AHEAD].nan_to_num(0.0)  # a word in place of a number counts as 0
+
+    print(f"{'':>6} error of {AHEAD} numbers   error of the last number seen")
+    for kind in (LINE, BEND, WAVE):
+        rows = kinds == kind
+        of_last = error(seen[rows, -1:], truth[rows])
+        print(f"{WORDS[kind]:>6} {error(predicted[rows], truth[rows]):19.3f} {of_last:31.3f}")
+    print(f"named right: {(named == kinds).float().mean():.0%}")
+
+    forecasts = [
+        Forecast(
+            f"a {WORDS[kinds[row]]}, named {WORDS[named[row]]}", torch.cat((seen[row, 1:], truth[row])), predicted[row]
+        )
+        for row in range(6)
+    ]
+    draw_forecasts(forecasts, options.out / "continued.png", columns=3, dots=True)
+    print(f"{options.out / 'continued.png'} shows six of the series.")
+
+
+if __name__ == "__main__":
+    main()

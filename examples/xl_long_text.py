@@ -1,0 +1,79 @@
+"""Read long text in short segments, with memories of the segments before (Transformer-XL) and without.
+
+Two models, trained on the same windows of the source of Python's standard library, see 16 bytes at a time. One of them
+remembers what its layers read in the 64 bytes before; the other begins anew with each segment. Both then read held-out
+text, segment by segment, and the picture shows how well they predict the bytes at each place of a segment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from series_pictures import draw_lines
+from text_data import random_windows, read_text, spaced_windows
+from torch import Tensor
+from training import arguments, train
+
+from x_transformers import Decoder, TransformerWrapper, XLAutoregressiveWrapper
+
+SEGMENT, MEMORY, SEGMENTS, BATCH, TESTED = 16, 64, 8, 8, 64
+
+
+def build_model(memory: int) -> XLAutoregressiveWrapper:
+    """A small decoder that reads segments, and remembers so many bytes."""
+    decoder = Decoder(
+        dim=96,
+        depth=3,
+        heads=3,
+        attn_dim_head=32,
+        rotary_pos_emb=True,
+        rotary_emb_dim=32,
+        attn_qk_rmsnorm=True,
+        attn_zero_init_output=True,
+        ff_zero_init_output=True,
+    )
+    net = TransformerWrapper(num_tokens=256, max_seq_len=SEGMENT, max_mem_len=memory, attn_layers=decoder)
+    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
+    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+    return XLAutoregressiveWrapper(net)
+
+
+def train_model(memory: int, text: Tensor, options: Namespace, name: str) -> XLAutoregressiveWrapper:
+    """A model behind its training; all see the same windows of so many segments."""
+    model = build_model(memory)
+    length = SEGMENT * SEGMENTS + 1
+    windows = (random_windows(text, BATCH, length, options.seed, step) for step in itertools.count())
+    train(model, lambda: model(next(windows)), options.steps, lr=1e-2, muon_lr=2e-2, name=name)
+    return model
+
+
+@torch.no_grad()
+def bits_by_place(model: XLAutoregressiveWrapper, rows: Tensor) -> Tensor:
+    """`(SEGMENT,)` bits per byte at each place of a segment; rows `(b, n * SEGMENT + 1)` are read from their start."""
+    segments = zip(rows[:, :-1].split(SEGMENT, dim=1), rows[:, 1:].split(SEGMENT, dim=1), strict=True)
+    bits, mems = [], None
+    for segment, following in segments:
+        logits, mems = model.net(segment, mems=mems, return_mems=True)
+        bits.append(F.cross_entropy(logits.transpose(1, 2), following, reduction="none") / math.log(2))
+    return torch.stack(bits).mean(dim=(0, 1))
+
+
+def main() -> None:
+    options = arguments(__doc__, "xl_long_text", steps=250)
+    text, held_out = read_text(None, SEGMENT * SEGMENTS)
+    rows = spaced_windows(held_out, context=64 * SEGMENT, most=TESTED)
+    lines = {}
+    for name, memory in (("without memories", 0), ("with memories", MEMORY)):
+        bits = bits_by_place(train_model(memory, text, options, name), rows)
+        lines[f"{name}: {bits.mean():.3f}"] = (range(SEGMENT), bits)
+        print(f"{name}: {bits.mean():.3f} held-out bits per byte, {bits[0]:.2f} at the first byte of a segment")
+    draw_lines(lines, options.out / "bits.png", x="place in the segment", y="held-out bits per byte")
+    print(f"{options.out / 'bits.png'} shows both at each place of a segment.")
+
+
+if __name__ == "__main__":
+    main()
