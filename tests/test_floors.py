@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 HOUSE = (
     ("F0", ["errors", "ops", "float32"]),
     ("F1", ["documents"]),
+    ("F1", ["visibility"]),
     ("F1", ["options.schema", "call", "loading", "prepared"]),
     ("F1", ["options"]),
     ("F2", ["streams", "norms", "low_rank", "losses"]),

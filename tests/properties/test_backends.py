@@ -21,7 +21,7 @@ from x_transformers.errors import ConfigError
 # Which kernel serves a feature: on a CPU and on CUDA; None is the default of `attn_flash`, True demands a fused one.
 SDPA = {"cpu": "sdpa", "cpu, training": "sdpa", "cuda": "sdpa", "cuda, training": "sdpa"}
 FLEX = {"cpu": "explicit", "cpu, training": "explicit", "cuda": "flex", "cuda, training": "flex"}
-FLEX_DEMANDED = {"cpu": "flex", "cpu, training": "explicit", "cuda": "flex", "cuda, training": "flex"}
+FLEX_DEMANDED = {"cpu": "blocked", "cpu, training": "blocked", "cuda": "flex", "cuda, training": "flex"}
 NONE = dict.fromkeys(SDPA, "explicit")
 ROWS = """
     residual_scores-1 pre_talking_heads-1 post_talking_heads-1 pre_scale_post_talking_heads-1 cog_signed-1 cope-1
@@ -63,9 +63,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         yield used
 
 
-def named(model: TransformerWrapper, where: Situation) -> dict[str, str]:
+def named(model: TransformerWrapper, where: Situation, length: int | None = None) -> dict[str, str]:
     """Names of the backends that `explain` gives, joined, by kind of attention."""
-    rows = model.explain(where.device, where.dtype, where.grad).rows
+    rows = model.explain(where.device, where.dtype, where.grad, length).rows
     kinds: dict[str, set[str]] = {}
     for row in rows:
         if row.backend:
@@ -146,18 +146,55 @@ def test_every_way_to_call(stack: str, case: Case) -> None:
 FLEX_ON_CPU = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 
-@FLEX_ON_CPU
+BLOCKED = {"cpu": "blocked", "cpu, training": "blocked"}
+LONG = {
+    "alibi-1": BLOCKED,
+    "t5_bias-1": BLOCKED,
+    "dynamic-1": BLOCKED,
+    "forgetting-1": BLOCKED,
+    "window-1": BLOCKED,
+    "softclamp_logits-1": BLOCKED,
+    "learned_sink-1": BLOCKED,
+    "rotary-1": SDPA,
+    "qk_norm-1": SDPA,
+    "grouped_heads-1": SDPA,
+    "memory_kv-1": SDPA,
+    "talking_heads-1": NONE,
+    "backend-2": NONE,
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in LONG], ids=name_of)
+def test_the_kernel_of_long_sequences(case: Case) -> None:
+    """On a CPU what SDPA has no kernel for, or a slow one, runs by blocks; in half precision from longer ones on."""
+    model = case.build("decoder")
+    for name in ("cpu", "cpu, training"):
+        assert named(model, SITUATIONS[name], 1024)["a"] == LONG[case.name][name]
+    if case.name == "window-1":
+        half = Situation("cpu", torch.bfloat16, grad=True)
+        assert [named(model, half, length)["a"] for length in (1024, 4096)] == ["sdpa", "blocked"]
+        assert "sdpa is slower than blocked on a CPU from 512 tokens on" in str(model.explain(seq_len=1024))
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in DEMANDED], ids=name_of)
 def test_a_fused_kernel_that_is_demanded(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flex runs where it can; on a CPU it has no backward pass, and another takes over with a warning."""
-    explicit, flex = twins(case, "decoder", False, True)
+    """It serves short sequences too, for which explicit is the faster one."""
+    explicit, fused = twins(case, "decoder", False, True)
     ids = tokens(2, LENGTH)
-    with torch.no_grad(), watched(monkeypatch) as used:
-        close(call(flex, ids), call(explicit, ids))
-    assert used == {"explicit", "flex"}
     with watched(monkeypatch) as used:
-        close(call(flex, ids), call(explicit, ids))
-    assert used == {"explicit"}
+        close(call(fused, ids), call(explicit, ids))
+    assert used == {"explicit", "blocked"}
+
+
+def test_a_demand_that_a_graph_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for a CPU no fused kernel has a backward pass for functions of scores; explicit serves, with a word."""
+    (case,) = (c for c in CASES if c.name == "softclamp_logits-1")
+    core = case.build("decoder", attn_flash=True).attn_layers.branches("a")[0].attention.core
+    compiled = SITUATIONS["cpu, training"]._replace(compiling=True)
+    backend, why = core.choose(compiled, core.needs)
+    assert backend.name == "explicit"
+    assert "blocked does not run inside of a compiled graph" in why
+    assert "flex has no backward on a CPU" in why
 
 
 SCORED = [case for case in CASES if case.features and case.features[0].slot in ("score", "mask", "keys", "sink")]
@@ -212,6 +249,12 @@ def test_both_forms_of_a_bias(case: Case, how: str, stack: str) -> None:
     close(bound.at(torch.zeros(b.shape), b, h, q, k), bound.dense.expand(b.shape))
     distance = query.pos[:, :, None] - keys.pos[:, None]
     close(bound.dense, bias.bias(distance))
+    for height in (1, 2, 4):
+        tiles = bound.tiles(height)
+        for start in range(0, len(query), height):
+            rows, columns = slice(start, min(start + height, len(query))), slice(start, min(start + 3, len(keys)))
+            part = bound.dense[..., rows, columns]
+            close(tiles.tile(tiles.inputs, rows, columns).expand(part.shape), part)
 
 
 @torch.no_grad()
@@ -222,6 +265,7 @@ def test_both_forms_of_a_clamp() -> None:
     index = torch.zeros((), dtype=torch.long)
     close(bound.at(scores, index, index, index, index), bound.pointwise(scores))
     assert bound.pointwise(scores).abs().max() <= 2
+    close(bound.pointwise_(scores.clone()), bound.pointwise(scores))
 
 
 def test_what_no_fused_kernel_hosts_is_refused_only_when_demanded() -> None:

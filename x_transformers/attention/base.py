@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from x_transformers.cache import Shape
 from x_transformers.call import LayerCall, Span
-from x_transformers.documents import Documents
 from x_transformers.ops import reorder_heads
+from x_transformers.visibility import Visibility
 
 
 class Needs(enum.Flag):
@@ -44,6 +44,21 @@ class Needs(enum.Flag):
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A bias in parts, for kernels that never hold the whole.
+
+    Attributes:
+        tile: `(inputs, rows, columns) -> (1|b, 1|h, rows, columns)`, for a stretch of queries and one of real keys.
+        inputs: the tensors that it makes a tile of, as far as gradients go there; `tile` reads those it is given.
+        view: a tile is a view of the only input, so that the gradient of the one is a part of that of the other.
+    """
+
+    tile: Callable[[Sequence[Tensor], slice, slice], Tensor]
+    inputs: tuple[Tensor, ...] = ()
+    view: bool = False
+
+
 class BoundScore:
     """A score modification bound to the queries and keys of one pass.
 
@@ -53,7 +68,9 @@ class BoundScore:
         at: `(score, b, h, q, k) -> score`, the signature that FlexAttention takes; `k` counts real keys.
         dense: for a bias, makes its closed form `(1|b, 1|h, i, j)`; computed once a pass, shared by the layers.
         at_reads_dense: `at` looks up the closed form, which must then be there before a kernel traces `at`.
+        tiles: for a bias that has them without the closed form, makes tiles of at most so many rows.
         pointwise: for a pointwise function, the same on whole tensors of scores.
+        pointwise_: the same in place; and chain: the way back, `(gradient, result) -> gradient`, in place of the first.
     """
 
     def __init__(
@@ -64,12 +81,16 @@ class BoundScore:
         at: ScoreFunction,
         dense: Callable[[], Tensor] | None = None,
         at_reads_dense: bool = False,
+        tiles: Callable[[int], Tiles] | None = None,
         pointwise: Callable[[Tensor], Tensor] | None = None,
+        pointwise_: Callable[[Tensor], Tensor] | None = None,
+        chain: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.needs, self.stage, self.at = needs, stage, at
         self.at_reads_dense = at_reads_dense
-        self.pointwise = pointwise
+        self.pointwise, self.pointwise_, self.chain = pointwise, pointwise_, chain
         self.make_dense, self._dense = dense, None
+        self.make_tiles, self._tiles = tiles, {}
 
     @property
     def dense(self) -> Tensor:
@@ -78,6 +99,14 @@ class BoundScore:
             assert self.make_dense is not None, "only a bias has a closed form"
             self._dense = self.make_dense()
         return self._dense
+
+    def tiles(self, height: int) -> Tiles:
+        """Tiles of at most `height` rows; cut out of the closed form, unless there is a better way."""
+        if self.make_tiles is None:
+            return Tiles(lambda inputs, rows, columns: inputs[0][..., rows, columns], (self.dense,), view=True)
+        if height not in self._tiles:
+            self._tiles[height] = self.make_tiles(height)
+        return self._tiles[height]
 
 
 class Stage:
@@ -329,25 +358,6 @@ class AttentionShape:
     causal: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Visibility:
-    """Which keys each query sees.
-
-    Attributes:
-        mask: `(1|b, 1|h, i, P + j)` bool, or None where the rule below says it all.
-        is_causal: without a mask: a lower triangle over equal slots; otherwise every key is seen.
-        dead: `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; None if there is no such query.
-        prefix: P, keys in front that are no tokens.
-        documents: without a mask: the rule holds within each document of a packed row.
-    """
-
-    mask: Tensor | None
-    is_causal: bool
-    dead: Tensor | None
-    prefix: int
-    documents: Documents | None = None
-
-
 __all__ = [
     "After",
     "AttentionShape",
@@ -365,6 +375,7 @@ __all__ = [
     "Seen",
     "Span",
     "Stage",
+    "Tiles",
     "ValueMod",
     "Visibility",
     "WeightMod",

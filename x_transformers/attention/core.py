@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from loguru import logger
 
 from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.blocked import Blocked
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
@@ -46,7 +49,7 @@ class Core:
             self.demand(need)
         self.scale, self.flash = scale, flash
         self.explicit = Explicit()
-        self.fused: tuple[Backend, ...] = (SDPA(kernels), Flex())
+        self.fused: tuple[Backend, ...] = (SDPA(kernels), Blocked(), Flex())
         if packed and (kernels or {}).get("enable_flash", True):
             self.fused = (Varlen(), *self.fused)
         self._warned: set[str] = set()
@@ -73,15 +76,16 @@ class Core:
             return self.explicit, "`flash = False`"
         if Needs.SCORES in needs:
             return self.explicit, "the scores were asked for"
-        reasons = []
-        for backend in self.fused:
-            reason = backend.lacks(needs) or backend.refuses(situation, needs)
-            if reason is None and backend.name == "flex" and situation.device == "cpu" and not self.flash:
-                reason = "flex is no faster than explicit on a CPU"
-            if reason is None:
-                return backend, "; ".join(reasons) or "fused, and hosts every part"
-            reasons.append(reason)
-        return self.explicit, "; ".join(reasons)
+        reasons = {each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused}
+        able = [each for each in self.fused if reasons[each.name] is None]
+        for backend in able:
+            reasons[backend.name] = slower(backend, able, situation, needs)
+            if reasons[backend.name] is None:
+                passed = self.fused[: self.fused.index(backend)]
+                return backend, "; ".join(str(reasons[each.name]) for each in passed) or "fused, and hosts every part"
+        if self.flash and able:
+            return able[0], "`flash = True`"
+        return self.explicit, "; ".join(str(reason) for reason in reasons.values())
 
     def __call__(self, request: Request) -> Weighed:
         """Weigh as asked."""
@@ -93,32 +97,88 @@ class Core:
         if request.capture:
             needs |= Needs.SCORES
         grad = torch.is_grad_enabled() and (q.requires_grad or request.k.requires_grad or request.v.requires_grad)
-        documents, width = request.visible.documents, 0
+        if request.visible.masks:
+            needs |= Needs.MASK
+        documents = request.visible.documents
         if documents is not None:
             needs |= Needs.DOCUMENTS
-            width = max(q.shape[-1], request.v.shape[-1])
-        backend, why = self._choice(q.device, q.dtype, grad, needs, width)
+        backend, why = self._choice(request, needs, grad)
         if documents is not None and not backend.reads_documents:
             request.visible = _spelled_out(request)
         if self.flash and not backend.fused and not request.capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return backend.attend(request)
 
-    def _choice(
-        self, device: torch.device, dtype: torch.dtype, grad: bool, needs: Needs, width: int
-    ) -> tuple[Backend, str]:
+    def _choice(self, request: Request, needs: Needs, grad: bool) -> tuple[Backend, str]:
         """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
+        q, visible = request.q, request.visible
+        width = max(q.shape[-1], request.v.shape[-1]) if Needs.DOCUMENTS in needs else 0
         if torch.compiler.is_compiling():
-            return self.choose(Situation(device.type, dtype, grad, True, width), needs)
-        asked = (device, dtype, grad, needs, width, self.flash)
+            # lengths of a graph may be symbols, which nothing should be decided by
+            return self.choose(Situation(q.device.type, q.dtype, grad, True, width), needs)
+        asked = (q.device, q.dtype, grad, width, q.shape[-2], visible.skips, needs, self.flash)
         if asked != self._asked:
-            self._asked, self._answer = asked, self.choose(Situation(device.type, dtype, grad, width=width), needs)
+            situation = Situation(q.device.type, q.dtype, grad, False, width, q.shape[-2], visible.skips)
+            self._asked, self._answer = asked, self.choose(situation, needs)
         return self._answer
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A finding on a CPU: one backend is the slower one where another can do the work as well.
+
+    Attributes:
+        slow, fast: their names.
+        needs: any of these is there. skips: only where whole stretches of keys are hidden.
+        least, most: queries. half: also in half precision.
+    """
+
+    slow: str
+    fast: str
+    needs: Needs
+    skips: bool = False
+    least: int = 0
+    most: float = math.inf
+    half: bool = True
+
+    def holds(self, situation: Situation, needs: Needs) -> bool:
+        """Whether it is about such a pass."""
+        if not (needs & self.needs) or (self.skips and not situation.skips):
+            return False
+        if situation.dtype.itemsize < 4 and not self.half:
+            return False
+        return self.least <= situation.queries <= self.most
+
+    def __str__(self) -> str:
+        least = f" from {self.least} tokens on" if self.least else ""
+        most = "" if math.isinf(self.most) else f" up to {int(self.most)} tokens"
+        return f"{self.slow} is slower than {self.fast} on a CPU{least}{most}"
+
+
+MEASURED = (
+    Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=512, half=False),
+    Measured(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=512, half=False),
+    Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=2048),
+    Measured(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=2048),
+    Measured(slow="blocked", fast="explicit", needs=Needs.POINTWISE | Needs.SINK, most=255),
+    Measured(slow="flex", fast="explicit", needs=~Needs.NOTHING),
+)
+"""Found with 6 heads of 64 features on two threads, training and evaluation alike. The second and the fourth are about
+memory too: what sdpa adds to the scores has a number for every pair of tokens."""
+
+
+def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: Needs) -> str | None:
+    """Why to pass over a backend in favour of another able one, or of the explicit one; None if it is the one."""
+    if situation.device != "cpu":
+        return None
+    others = {each.name for each in able} | {Explicit.name}
+    found = (each for each in MEASURED if each.slow == backend.name and each.fast in others)
+    return next((str(each) for each in found if each.holds(situation, needs)), None)
 
 
 def _spelled_out(request: Request) -> Visibility:

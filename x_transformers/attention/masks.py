@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import Visibility
 from x_transformers.call import Call, Span
 from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
 from x_transformers.ops import pad_left
+from x_transformers.visibility import Hiding, Visibility
 
 
 def visibility(
@@ -56,42 +58,48 @@ def visibility(
 def _build(
     call: Call, keys: Span, causal: bool, own: bool, window: int | None, prefix: int, shown: Tensor | None
 ) -> Visibility:
-    attn_mask = call.attn_mask if own else None
+    query, attn_mask = call.query, call.attn_mask if own else None
     # recurrent memory lies before every query, so only keys of the pass itself can be hidden by causality
     # places of a ring may be empty, which their slots put behind every query
     hides = causal and not (own and call.newest and keys.ordered)
-    if keys.live is None and attn_mask is None and window is None and shown is None:
-        if not hides:
-            return Visibility(None, False, None, prefix)
-        if own and call.aligned and len(keys) == len(call.query) and prefix == 0:
-            return Visibility(None, True, None, 0)
-
-    seen: Tensor | None = None
-    index, slot = (call.query.index, call.query.slot) if own else _beside(call.query, keys)
-    if hides:
-        seen = keys.index <= index.unsqueeze(-1)
-    if window is not None:
-        distance = slot.unsqueeze(-1) - keys.slot.unsqueeze(-2)
-        near = (distance <= window).unsqueeze(1)
-        seen = near if seen is None else near & seen
-    if keys.live is not None:
-        live = keys.live[:, None, None, :]
-        seen = live if seen is None else live & seen
-    if attn_mask is not None:
-        given = _fit(attn_mask, len(keys))
-        seen = given if seen is None else given & seen
-    if seen is None:
-        seen = torch.ones(1, len(keys), dtype=torch.bool, device=keys.index.device)
-    seen = seen[(None,) * (4 - seen.ndim)].expand(-1, -1, len(call.query), -1)
-    if shown is None:
-        seen = pad_left(seen, prefix, True)
-    else:
-        front = shown[:, None, None, :].expand(-1, *seen.shape[1:3], -1)
-        seen = torch.cat((front, seen.expand(len(front), -1, -1, -1)), dim=-1)
+    plain = attn_mask is None and window is None and shown is None
+    if plain and not hides and keys.live is None:
+        return Visibility(prefix=prefix)
+    # keys of a pass without a past are recurrent memory and, behind it, the queries themselves
+    known = not own or (call.aligned and len(call.keys) == len(query))
+    diagonal = len(keys) - len(query) if known else None
+    index, slot = (query.index, query.slot) if own else _beside(query, keys)
+    hiding = Hiding(
+        queries=len(query),
+        keys=len(keys),
+        order=(index, keys.index) if hides else None,
+        slots=None if window is None else (slot, keys.slot),
+        window=window,
+        live=keys.live,
+        given=None if attn_mask is None else _fit(attn_mask, len(keys)),
+        prefix=prefix,
+        shown=shown,
+        diagonal=diagonal,
+        even=not own or query.placed is None,
+    )
+    triangle = plain and hides and own and diagonal == 0 and prefix == 0
+    if triangle and (keys.live is None or _ends_in_padding(call, keys.live)):
+        return Visibility(is_causal=True, hiding=replace(hiding, live=None))
     sees_nothing = keys.live is not None or attn_mask is not None or (not own and (hides or window is not None))
-    may_be_dead = (prefix == 0 or shown is not None) and sees_nothing
-    dead = ~seen.any(dim=-1, keepdim=True) if may_be_dead else None
-    return Visibility(seen, False, dead, prefix)
+    return Visibility(prefix=prefix, hiding=hiding, dead=(prefix == 0 or shown is not None) and sees_nothing)
+
+
+def _ends_in_padding(call: Call, live: Tensor) -> bool:
+    """Whether only keys behind every other one are hidden, as keys and as queries: causality hides them already.
+
+    That takes a look at the numbers, which is cheap on a CPU alone.
+    """
+    rows = call.row_mask
+    if torch.compiler.is_compiling() or call.capture.scores or not live.is_cpu:
+        return False
+    if rows is None or rows.shape[-1] != live.shape[-1]:
+        return False
+    return bool((live[:, 1:] <= live[:, :-1]).all()) and bool((rows <= live).all())
 
 
 def _beside(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
@@ -103,20 +111,22 @@ def _beside(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
 def _within(documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None) -> Visibility:
     """What is seen in a packed row, which has neither padding nor keys in front."""
     i, j = len(call.query), len(keys)
-    dead = None if own else documents.dead(i, causal=causal)
     if window is None and call.attn_mask is None:
-        return Visibility(None, causal, dead, 0, documents)
+        dead = not own and documents.dead(i, causal=causal)
+        return Visibility(is_causal=causal, dead=dead, documents=documents)
     seen = documents.mask(i, j, causal=causal, window=window)[None, None]
     if own and call.attn_mask is not None:
         seen = seen & _fit(call.attn_mask, j)
-    return Visibility(seen, False, ~seen.any(dim=-1, keepdim=True), 0)
+    return Visibility(hiding=Hiding(i, j, given=seen), dead=True)
 
 
 def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
     """The same with a mask in place of documents, for kernels that know nothing of these."""
     assert visible.documents is not None
     mask = visible.documents.mask(i, j, causal=visible.is_causal)[None, None]
-    return Visibility(mask, False, visible.dead, visible.prefix)
+    return Visibility(
+        prefix=visible.prefix, hiding=Hiding(i, j, given=mask), dead=False if visible.dead is None else visible.dead
+    )
 
 
 def _fit(mask: Tensor, keys: int) -> Tensor:

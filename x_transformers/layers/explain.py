@@ -84,7 +84,9 @@ def explain_sublayers(
                 needs |= Needs.MASK
             elif fn.packed:
                 needs |= Needs.DOCUMENTS
-            chosen, why = fn.core.choose(situation, needs)
+            one_way = causal and not name.endswith("cross-attention")
+            skips = one_way or fn.max_attend_past is not None
+            chosen, why = fn.core.choose(situation._replace(queries=seq_len, skips=skips), needs)
             backend = chosen.name
             seen = seq_len if not causal else (seq_len + 1) // 2
             seen = seen if fn.max_attend_past is None else min(seen, fn.max_attend_past + 1)

@@ -22,6 +22,10 @@ class Situation(NamedTuple):
     compiling: bool = False
     width: int = 0
     """Features of the wider of a head's queries and values, where it is known."""
+    queries: int = 0
+    """How many, where it is known and matters."""
+    skips: bool = False
+    """Causality or a window hides whole stretches of keys."""
 
 
 @dataclass(eq=False)

@@ -63,9 +63,8 @@ def _score_mod(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor, Te
             _ = bound.dense
     mask = None
     if visible.mask is not None:
-        b, h = request.q.shape[:2]
         seen = visible.mask if visible.dead is None else visible.mask | visible.dead
-        mask = seen.expand(b, h, -1, -1)
+        mask = seen.expand(*request.q.shape[:3], -1)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         for bound in request.scores:

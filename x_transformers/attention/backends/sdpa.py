@@ -45,7 +45,7 @@ class SDPA(Backend):
 
     def attend(self, request: Request) -> Weighed:
         visible = request.visible
-        mask = None if visible.mask is None and not request.scores else _mask(request)
+        mask = _mask(request) if visible.masks or request.scores else None
         with sdpa_kernel(self.kernels) if self.kernels is not None else NOTHING:
             out = F.scaled_dot_product_attention(
                 request.q,
@@ -76,7 +76,8 @@ def _mask(request: Request) -> Tensor | None:
             i, j = request.q.shape[-2], request.k.shape[-2]
             seen = torch.ones(i, j, dtype=torch.bool, device=request.q.device).tril(j - i)
         if seen is not None and visible.dead is not None:
-            seen = seen | visible.dead
+            # a mask with one row for all queries stays one
+            seen = seen | (visible.dead if seen.shape[-2] > 1 else visible.dead[..., :1, :])
         if bias is not None:
             bias = bias.to(request.q.dtype)
             bias = bias if seen is None else bias.masked_fill(~seen, float("-inf"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore
+from x_transformers.attention.base import BoundScore, Tiles
 from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError
@@ -67,7 +67,12 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
             row_k = keys.pos[b if keys.pos.shape[0] > 1 else 0, k]
             return score - (row_q - row_k).abs() * self.slopes[h]
 
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            return self.bias(query.pos[:, rows].unsqueeze(-1) - keys.pos[:, columns].unsqueeze(-2))
+
         bound.at, bound.at_reads_dense = at, False
+        if bound.make_tiles is None:
+            bound.make_tiles = lambda height: Tiles(tile)
         return bound
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:

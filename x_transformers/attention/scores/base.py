@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage
+from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage, Tiles
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError, did_you_mean
 
@@ -48,8 +48,36 @@ class DistanceBias(ScoreMod):
             table = bound.dense
             return score + table[b if table.shape[0] > 1 else 0, h, q, k]
 
-        bound = BoundScore(needs=self.needs, stage=self.stage, at=at, dense=dense, at_reads_dense=True)
+        def tiles(height: int) -> Tiles:
+            return self._strip(query, keys, height)
+
+        even = query.contiguous and keys.contiguous
+        bound = BoundScore(
+            needs=self.needs,
+            stage=self.stage,
+            at=at,
+            dense=dense,
+            at_reads_dense=True,
+            tiles=tiles if even else None,
+        )
         return bound
+
+    def _strip(self, query: Span, keys: Span, height: int) -> Tiles:
+        """Tiles of consecutive positions: what depends on distance alone is the same for each stretch of queries, but
+        moved along the keys, so that `(h, height, i + j)` numbers hold every tile.
+        """
+        i, j = len(query), len(keys)
+        farthest = query.pos[0, 0] - keys.pos[0, 0] + i + height - 2
+        falling = farthest - torch.arange(i + j + height - 2, device=query.pos.device)
+        by_distance = self.bias(falling.unsqueeze(0)).squeeze(-2)
+        # from row to row one place further
+        strip = by_distance.unfold(-1, i + j - 1, 1).flip(-2)
+
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            left = i - 1 - rows.start
+            return inputs[0][..., : rows.stop - rows.start, left + columns.start : left + columns.stop]
+
+        return Tiles(tile, (strip,), view=True)
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
         """Reorder the heads of this module's entries in a state dict, in place."""

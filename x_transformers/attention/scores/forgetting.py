@@ -5,7 +5,7 @@ The bias of a key is the sum of the logarithms of the forget gates behind it, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage
+from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage, Tiles
 from x_transformers.cache import Shape
 from x_transformers.call import LayerCall
 from x_transformers.errors import ConfigError, InputError
@@ -78,12 +78,18 @@ class DataDependentAlibi(ScoreMod):
             back = every[b, h + self.heads, k] - own[b, h + self.heads, q]
             return score + torch.where(behind, back, own[b, h, q] - every[b, h, k])
 
-        return BoundScore(
-            needs=self.needs, stage=self.stage, at=at, dense=lambda: self._dense(own, every, layer), at_reads_dense=True
-        )
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            behind = layer.keys.index[columns] > layer.call.query.index[rows].unsqueeze(-1)
+            return self._between(inputs[0][..., rows], inputs[1][..., columns], behind)
 
-    def _dense(self, own: Tensor, every: Tensor, layer: LayerCall) -> Tensor:
-        return self._between(own, every, layer.keys.index > layer.call.query.index.unsqueeze(-1))
+        return BoundScore(
+            needs=self.needs,
+            stage=self.stage,
+            at=at,
+            dense=lambda: tile((own, every), slice(None), slice(None)),
+            at_reads_dense=True,
+            tiles=lambda height: Tiles(tile, (own, every)),
+        )
 
     def _between(self, own: Tensor, every: Tensor, behind: Tensor) -> Tensor:
         """`(b, h, i, j)` of running sums `(b, c, i)` and `(b, c, j)`; behind `(i, j)`: the key comes later."""

@@ -44,8 +44,17 @@ class SoftclampLogits(ScoreMod):
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return torch.tanh(score / self.value) * self.value
 
+        def chain(gradient: Tensor, result: Tensor) -> Tensor:
+            # the slope of tanh is 1 - tanh^2
+            return gradient.addcmul_(result.square_(), gradient, value=-(self.value**-2))
+
         return BoundScore(
-            needs=self.needs, stage=self.stage, at=at, pointwise=lambda scores: softclamp(scores, self.value)
+            needs=self.needs,
+            stage=self.stage,
+            at=at,
+            pointwise=lambda scores: softclamp(scores, self.value),
+            pointwise_=lambda scores: scores.div_(self.value).tanh_().mul_(self.value),
+            chain=chain,
         )
 
 

@@ -1,0 +1,326 @@
+"""Attention by blocks of queries, written in tensor operations: what a CPU runs where PyTorch has no kernel for it.
+
+For a block of queries it computes the scores against the stretch of keys that may be visible to them, modifies and
+weighs them while they are at hand, and forgets them; the backward pass computes them anew (2205.14135). Memory is
+linear in length, and most of what causality or a window hides is never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.base import BoundScore, Needs, Tiles
+from x_transformers.ops import at_least_float32
+from x_transformers.visibility import Hiding
+
+TALLEST, SHORTEST = 128, 16
+AREA = 2**19
+"""Queries of a block, and scores of one of all heads and rows: beyond so many they leave a processor's caches."""
+
+LEAST = {torch.float32: -50.0, torch.float64: -500.0}
+"""A weight below exp of this, relative to the largest, is 0: it is lost in any sum with it, and what comes of it may be
+denormal, which a CPU computes with many times slower."""
+
+NEVER = float("-inf")
+
+
+class Blocked(Backend):
+    """Softmax attention by blocks of queries: `out = softmax(scores) v`, one block after the other.
+
+    A learned sink is applied behind, by the log-sum-exp of the scores: `out * sigmoid(lse - sink)`.
+    """
+
+    name = "blocked"
+    fused = True
+    provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS
+
+    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+        if situation.device != "cpu":
+            return f"blocked is made for a CPU, not for {situation.device}"
+        if situation.compiling:
+            return "blocked does not run inside of a compiled graph"
+        return None
+
+    def attend(self, request: Request) -> Weighed:
+        plan, inputs = plan_of(request)
+        out, lse = Weigh.apply(plan, request.q, request.k, request.v, *inputs)
+        if request.sink is not None:
+            out = out * torch.sigmoid(lse - request.sink.to(lse.dtype)[None, :, None, None]).to(out.dtype)
+        return Weighed(out)
+
+
+class Step(NamedTuple):
+    """One modification of the scores: a bias, and where its inputs stand among all; or a function of single scores."""
+
+    by: Tiles | BoundScore
+    inputs: slice = slice(0)
+
+
+class Block(NamedTuple):
+    """A stretch of queries, and the stretch of keys, the prefix left out, that it looks at."""
+
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What both passes must do alike.
+
+    Attributes:
+        scale: factor of `q k^T`. height: queries of a block. prefix: keys in front that no bias is about.
+        hiding: what hides keys, beside those that `shadow` hides: `(b, 1, 1, j)`, 0 or minus infinity, or None.
+        steps: modifications of the scores, in pipeline order.
+        empty: rows may see nothing. sums: somebody asks for the log-sum-exp.
+        steep: biases may bring scores so far below the largest that their weights are denormal.
+    """
+
+    scale: float
+    height: int
+    prefix: int
+    hiding: Hiding | None
+    shadow: Tensor | None
+    steps: tuple[Step, ...]
+    empty: bool
+    sums: bool
+    steep: bool
+
+    def blocks(self, queries: int, keys: int) -> Iterator[Block]:
+        """The blocks that cover all queries."""
+        for start in range(0, queries, self.height):
+            stop = min(start + self.height, queries)
+            first, last = (0, keys) if self.hiding is None else self.hiding.reach(start, stop)
+            yield Block(slice(start, stop), slice(first, last))
+
+    def modify(
+        self, scores: Tensor, block: Block, inputs: Sequence[Tensor], results: list[Tensor] | None = None
+    ) -> Tensor:
+        """Scaled products `(b, h, rows, P + columns)`, modified and masked in place.
+
+        Args:
+            results: takes up what pointwise functions give, for the way back.
+        """
+        for step in self.steps:
+            if isinstance(step.by, Tiles):
+                scores[..., self.prefix :] += step.by.tile(inputs[step.inputs], block.rows, block.columns)
+                continue
+            assert step.by.pointwise_ is not None
+            step.by.pointwise_(scores)
+            if results is not None:
+                results.append(scores.clone())
+        if self.hiding is not None:
+            hide(scores, self.hiding, block)
+        if self.shadow is not None:
+            scores[..., self.prefix :] += self.shadow[..., block.columns]
+        return scores
+
+    def weigh(self, scores: Tensor, lse: Tensor | None = None) -> Tensor:
+        """Softmax of the scores, which are used up; zeros in rows that see nothing.
+
+        Args:
+            lse: `(b, h, rows, 1)` takes up the log-sum-exp, if anybody asks for it; infinite in such rows.
+        """
+        if not (self.empty or self.steep or lse is not None):
+            return scores.softmax(dim=-1)
+        most = scores.amax(dim=-1, keepdim=True)
+        empty = most == NEVER
+        if self.steep:
+            scores = torch.threshold_(scores.sub_(most), LEAST[scores.dtype], NEVER)
+        weights = scores.softmax(dim=-1)
+        if empty.any():
+            weights.masked_fill_(empty, 0.0)
+        if lse is not None:
+            # the largest weight is one part of the sum
+            lse.copy_((most - weights.amax(dim=-1, keepdim=True).log()).masked_fill_(empty, float("inf")))
+        return weights
+
+    def back(
+        self,
+        gradient: Tensor,
+        block: Block,
+        inputs: Sequence[Tensor],
+        results: list[Tensor],
+        sums: Sequence[Tensor | None],
+    ) -> Tensor:
+        """From the gradient of the modified scores to that of the products, in place.
+
+        Args:
+            results: what `modify` left there, and uses up.
+            sums: for each input the sum of its gradients, to be added to; None for one that wants none.
+        """
+        for step in reversed(self.steps):
+            if isinstance(step.by, Tiles):
+                add_gradients(step.by, gradient[..., self.prefix :], block, inputs[step.inputs], sums[step.inputs])
+            else:
+                assert step.by.chain is not None
+                gradient = step.by.chain(gradient, results.pop())
+        return gradient
+
+
+def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
+    """What is to be done, and the inputs of all biases."""
+    b, h, i, _ = request.q.shape
+    visible, steps, inputs = request.visible, [], []
+    height = block_height(b * h, i, request.k.shape[-2])
+    for score in request.scores:
+        if score.needs is not Needs.BIAS:
+            steps.append(Step(score))
+            continue
+        tiles = score.tiles(height)
+        steps.append(Step(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
+        inputs += tiles.inputs
+    hiding, shadow = visible.hiding, None
+    if hiding is not None and hiding.live is not None:
+        # to add is faster than to fill
+        shadow = at_least_float32(request.q.new_zeros(hiding.live.shape)).masked_fill_(~hiding.live, NEVER)
+        hiding, shadow = replace(hiding, live=None), shadow[:, None, None, :]
+    plan = Plan(
+        scale=request.scale,
+        height=height,
+        prefix=visible.prefix,
+        hiding=hiding,
+        shadow=shadow,
+        steps=tuple(steps),
+        empty=visible.may_be_dead,
+        sums=request.sink is not None,
+        steep=any(isinstance(step.by, Tiles) for step in steps),
+    )
+    return plan, inputs
+
+
+def block_height(heads: int, queries: int, keys: int) -> int:
+    """Queries of a block, for so many heads of all rows together."""
+    height = TALLEST
+    while height > SHORTEST and heads * height * keys > AREA:
+        height //= 2
+    return min(height, queries)
+
+
+def hide(scores: Tensor, hiding: Hiding, block: Block) -> None:
+    """Fill what a block must not see with minus infinity, in place."""
+    if hiding.shown is not None:
+        scores[..., : hiding.prefix].masked_fill_(~hiding.shown[:, None, None, :], NEVER)
+    first, last = block.columns.start, block.columns.stop
+    begin, end = hiding.clear(block.rows.start, block.rows.stop)
+    for start, stop in ((first, begin), (end, last)):
+        if start < stop:
+            hidden = ~hiding.seen(block.rows, slice(start, stop))
+            own = scores[..., hiding.prefix :]
+            own[..., start - first : stop - first].masked_fill_(hidden, NEVER)
+
+
+def add_gradients(
+    tiles: Tiles, gradient: Tensor, block: Block, inputs: Sequence[Tensor], sums: Sequence[Tensor | None]
+) -> None:
+    """Add to the sums what a tile's gradient means for its inputs."""
+    wanted = [(t, total) for t, total in zip(inputs, sums, strict=True) if total is not None]
+    if not wanted:
+        return
+    if tiles.view:
+        part = tiles.tile([total for _, total in wanted], block.rows, block.columns)
+        part += gradient.sum_to_size(part.shape)
+        return
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(total is not None) for t, total in zip(inputs, sums, strict=True)]
+        tile = tiles.tile(leaves, block.rows, block.columns)
+    found = torch.autograd.grad(tile, [t for t in leaves if t.requires_grad], gradient.sum_to_size(tile.shape))
+    for (_, total), part in zip(wanted, found, strict=True):
+        total += part
+
+
+class Weigh(torch.autograd.Function):
+    """`(plan, q, k, v, *inputs of biases) -> (out, lse)`. Queries of heads that share keys are rows of one product."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            queries, keys, values = folded(q, k.shape[1]) * plan.scale, flat(k), flat(v)
+            out = queries.new_empty(*q.shape[:3], v.shape[-1])
+            lse = queries.new_empty(*q.shape[:3] if plan.sums else (0,), 1)
+            for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
+                rows = queries[:, :, block.rows].flatten(1, 2)
+                product = rows @ stretch(keys, plan.prefix, block.columns).mT
+                scores = plan.modify(by_heads(product, q), block, inputs)
+                weights = plan.weigh(scores, lse[:, :, block.rows] if plan.sums else None).view_as(product)
+                out[:, :, block.rows] = by_heads(weights @ stretch(values, plan.prefix, block.columns), q)
+        out = out.to(q.dtype)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, out, *inputs)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        plan: Plan = ctx.plan
+        q, k, v, out, *inputs = ctx.saved_tensors
+        d_out, d_lse = gradients
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        with torch.autocast("cpu", enabled=False):
+            # a score's gradient is its weight times what the weight's own exceeds the mean of the row by
+            mean = (at_least_float32(d_out) * out).sum(dim=-1, keepdim=True)
+            mean = mean if d_lse is None else mean - d_lse
+            queries, d_heads = folded(q, k.shape[1]) * plan.scale, folded(d_out, k.shape[1])
+            keys, values = flat(k), flat(v)
+            d_queries, d_keys, d_values = (torch.zeros_like(t) for t in (queries, keys, values))
+            sums = [
+                torch.zeros_like(t, dtype=queries.dtype) if wanted else None
+                for t, wanted in zip(inputs, ctx.needs_input_grad[4:], strict=True)
+            ]
+            for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
+                rows, d_rows = (t[:, :, block.rows].flatten(1, 2) for t in (queries, d_heads))
+                some, some_values = (stretch(t, plan.prefix, block.columns) for t in (keys, values))
+                results: list[Tensor] = []
+                weights = plan.weigh(plan.modify(by_heads(rows @ some.mT, q), block, inputs, results))
+                gradient = by_heads(d_rows @ some_values.mT, q).sub_(mean[:, :, block.rows]).mul_(weights)
+                add(d_values, weights.view(len(rows), rows.shape[1], -1).mT @ d_rows, plan.prefix, block.columns)
+                gradient = plan.back(gradient, block, inputs, results, sums).view(len(rows), rows.shape[1], -1)
+                add(d_keys, gradient.mT @ rows, plan.prefix, block.columns)
+                d_queries[:, :, block.rows] = (gradient @ some).unflatten(1, (queries.shape[1], -1))
+        d_queries *= plan.scale
+        return (
+            None,
+            d_queries.view(q.shape).to(q.dtype),
+            d_keys.view(k.shape).to(k.dtype),
+            d_values.view(v.shape).to(v.dtype),
+            *(None if total is None else total.to(t.dtype) for total, t in zip(sums, inputs, strict=True)),
+        )
+
+
+def folded(q: Tensor, groups: int) -> Tensor:
+    """`(b, h, i, d) -> (b * g, h // g, i, d)`, in float32 or wider."""
+    b, h, i, d = q.shape
+    return at_least_float32(q).reshape(b * groups, h // groups, i, d)
+
+
+def by_heads(t: Tensor, q: Tensor) -> Tensor:
+    """`(b * g, h // g * rows, ...) -> (b, h, rows, ...)`, with the heads of `q`."""
+    return t.view(*q.shape[:2], -1, t.shape[-1])
+
+
+def flat(t: Tensor) -> Tensor:
+    """`(b, g, j, d) -> (b * g, j, d)`, in float32 or wider."""
+    return at_least_float32(t).reshape(-1, *t.shape[2:])
+
+
+def stretch(t: Tensor, prefix: int, columns: slice) -> Tensor:
+    """`(b * g, P + columns, d)`, the keys of the prefix and those of a stretch."""
+    if prefix == 0 or columns.start == 0:
+        return t[:, columns.start : prefix + columns.stop]
+    return torch.cat((t[:, :prefix], t[:, prefix + columns.start : prefix + columns.stop]), dim=1)
+
+
+def add(total: Tensor, part: Tensor, prefix: int, columns: slice) -> None:
+    """Add to what `stretch` takes."""
+    if prefix == 0 or columns.start == 0:
+        total[:, columns.start : prefix + columns.stop] += part
+        return
+    total[:, :prefix] += part[:, :prefix]
+    total[:, prefix + columns.start : prefix + columns.stop] += part[:, prefix:]
