@@ -217,7 +217,8 @@ def is_causal(trial: Trial) -> None:
     one = trial.alone[0].expand(n, -1, -1)
     close(other[~future], one[~future])
     moved = (other - one).abs().amax(dim=-1).diagonal()
-    assert (moved > SEEN).all(), "the token at t moves nothing at t, so this test sees nothing"
+    # of many options together little may be left of one token, but in float64 rounding is far less
+    assert (moved > SEEN**2).all(), "the token at t moves nothing at t, so this test sees nothing"
 
 
 @torch.no_grad()

@@ -41,6 +41,11 @@ class Hiding:
     diagonal: int | None = None
     even: bool = False
 
+    @property
+    def anything(self) -> bool:
+        """Whether there is a part that may hide a key."""
+        return any(part is not None for part in (self.order, self.window, self.live, self.given, self.shown))
+
     def seen(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """`(1|b, 1|h, 1|rows, columns)` bool, which of these keys, the prefix left out, these queries see."""
         seen: Tensor | None = None

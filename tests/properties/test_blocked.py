@@ -11,7 +11,7 @@ from promises import LENGTH, arguments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from x_transformers import Decoder, TransformerWrapper
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attention import masks
 from x_transformers.attention.backends import blocked
 from x_transformers.attention.backends.base import Backend, Request, Situation
@@ -210,6 +210,19 @@ def test_bounds_are_what_the_mask_says(queries: int, keys: int, window: int | No
             assert first <= begin <= end <= last
             assert seen[start:stop, begin:end].all()
     assert torch.equal(hiding.dead()[0, 0, :, 0], ~seen.any(dim=-1))
+
+
+def test_steps_of_padded_rows() -> None:
+    """One new token, of which padding alone hides keys, and no causality."""
+    explicit, ours = twins(Case("softclamp", keywords={"attn_softclamp_logits": True}), "decoder")
+    prompts = [*tokens(1, 3), *tokens(1, 6)]
+    texts = [
+        AutoregressiveWrapper(model).generate(prompts, 4, temperature=0.0, cache=kind)
+        for model in (explicit, ours)
+        for kind in ("dynamic", "static")
+    ]
+    for text in texts[1:]:
+        assert torch.equal(text, texts[0])
 
 
 def test_activation_checkpointing() -> None:

@@ -181,6 +181,7 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
         # to add is faster than to fill
         shadow = at_least_float32(request.q.new_zeros(hiding.live.shape)).masked_fill_(~hiding.live, NEVER)
         hiding, shadow = replace(hiding, live=None), shadow[:, None, None, :]
+        hiding = hiding if hiding.anything else None
     plan = Plan(
         scale=request.scale,
         height=height,
