@@ -28,6 +28,8 @@ class Flex(Backend):
             return f"flex has no kernel for {situation.device}"
         if situation.device == "cpu" and situation.grad:
             return "flex has no backward on a CPU"
+        if situation.device == "cpu" and situation.compiling and Needs.SINK in needs:
+            return "flex gives no log-sum-exp in a graph for a CPU, which a learned sink needs"
         if situation.dtype is torch.float64:
             return "flex has no kernel for float64"
         return None
