@@ -28,7 +28,6 @@ from benchmarks.configurations import (
 from benchmarks.options import recorded
 from x_transformers import TransformerWrapper
 from x_transformers.attention.backends.base import Situation
-from x_transformers.attention.base import Needs
 from x_transformers.errors import ConfigError
 from x_transformers.options.schema import Feature
 
@@ -38,6 +37,8 @@ GROUPS = {"attn": "Attention", "ff": "Feedforward", "stack": "Stack", "model": "
 HEADING = "| keyword | what it does | paper | fused | speed |\n| --- | --- | --- | --- | ---: |"
 CUDA = Situation("cuda", torch.bfloat16, grad=True)
 CPU = Situation("cpu", torch.float32, grad=True)
+LONG = 1024
+NAMES = {"sdpa": "SDPA", "flex": "Flex", "blocked": "blocks", "varlen": "varlen"}
 
 
 def keywords(case: Configuration) -> dict[str, object]:
@@ -65,22 +66,21 @@ def _switches(feature: Feature, keyword: str, value: object) -> bool:
 
 
 def kernels(model: TransformerWrapper, situation: Situation) -> set[str]:
-    """Names of the backends that the model's attentions choose in training, with padding and a bias in a pass."""
-    cores = [branch.attention.core for branch in model.attn_layers.branches("a", "c")]
-    return {core.choose(situation, core.needs | Needs.MASK | Needs.BIAS)[0].name for core in cores}
+    """Names of the backends that serve training at length, in the model's attentions."""
+    rows = model.attn_layers.explain(situation.device, situation.dtype, situation.grad, LONG).rows
+    return {row.backend for row in rows if row.backend}
 
 
 def fused(case: Configuration) -> str:
-    """Which fused kernel hosts the option in training."""
+    """Which fused kernel hosts the option in training, on a GPU and on a CPU."""
     model = build(case.having, case.causal).net
-    gpu, cpu = kernels(model, CUDA), kernels(model, CPU)
-    if gpu == {"explicit"}:
+    gpu, cpu = kernels(model, CUDA) - {"explicit"}, kernels(model, CPU) - {"explicit"}
+    if not gpu:
         return "no"
-    name = {"sdpa": "SDPA", "flex": "Flex"}
-    names = " and ".join(name[each] for each in sorted(gpu - {"explicit"}))
-    if "explicit" in gpu:
+    names = " and ".join(NAMES[each] for each in sorted(gpu))
+    if "explicit" in kernels(model, CUDA):
         return f"{names} in part"
-    return names if cpu == gpu else f"{names}, on a GPU"
+    return names if cpu == gpu else f"{names}; {' and '.join(NAMES[each] for each in sorted(cpu))} on a CPU"
 
 
 def paper(number: str | None) -> str:

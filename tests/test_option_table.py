@@ -54,8 +54,8 @@ def test_hand_made_configurations_are_of_features(benchmarks: dict[str, ModuleTy
 @pytest.mark.parametrize(
     ("name", "keywords", "fused"),
     [
-        ("alibi", ["alibi_pos_bias"], "SDPA"),
-        ("learned_sink", ["attn_head_learned_sink"], "Flex, on a GPU"),
+        ("alibi", ["alibi_pos_bias"], "SDPA; blocks on a CPU"),
+        ("learned_sink", ["attn_head_learned_sink"], "Flex; blocks on a CPU"),
         ("sigmoid", ["attn_sigmoid"], "no"),
         ("inverted_attention", ["cross_attn_inverted_attention"], "SDPA in part"),
         ("grouped_heads", ["attn_kv_heads", "attn_one_kv_head"], "SDPA"),
