@@ -265,7 +265,14 @@ def test_both_forms_of_a_clamp() -> None:
     index = torch.zeros((), dtype=torch.long)
     close(bound.at(scores, index, index, index, index), bound.pointwise(scores))
     assert bound.pointwise(scores).abs().max() <= 2
-    close(bound.pointwise_(scores.clone()), bound.pointwise(scores))
+    left, out = scores.clone(), torch.empty_like(scores)
+    assert bound.pointwise_(left, out) is out
+    close(out, bound.pointwise(scores))
+    gradient = torch.randn_like(scores)
+    with torch.enable_grad():
+        leaf = scores.clone().requires_grad_()
+        expected = torch.autograd.grad(bound.pointwise(leaf), leaf, gradient)[0]
+    close(bound.chain(gradient.clone(), left), expected)
 
 
 def test_what_no_fused_kernel_hosts_is_refused_only_when_demanded() -> None:

@@ -132,11 +132,39 @@ def test_no_weight_is_denormal() -> None:
     plan, inputs = blocked.plan_of(request(n, scores=lambda tokens: (ALIBI.bind(tokens, tokens),)))
     block = list(plan.blocks(n, n))[-1]
     rows = block.rows.stop - block.rows.start
-    scores = plan.modify(torch.zeros(2, 4, rows, n), block, inputs)
+    scores, _ = plan.modify(torch.zeros(2, 4, rows, n), block, inputs, blocked.Memory(torch.empty(0), rows * n * 8))
     assert (scores.softmax(dim=-1) < torch.finfo(torch.float32).tiny).any(), "nothing here could be denormal"
-    weights = plan.weigh(scores)
+    weights = plan.weigh(scores, torch.empty_like(scores))
     assert (weights[weights > 0] >= torch.finfo(torch.float32).tiny).all()
     assert (weights == 0).any()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_weights_kept_or_computed_anew(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways back are the same, and long sequences take the one without memory for all pairs."""
+    parts = ALIBI, SoftclampLogits(2.0)
+    asked = request(groups=groups, window=6, scores=lambda tokens: tuple(part.bind(tokens, tokens) for part in parts))
+    assert blocked.plan_of(asked)[0].keep
+    kept = results(Blocked(), asked)
+    monkeypatch.setattr(blocked, "KEPT", 0)
+    assert not blocked.plan_of(asked)[0].keep
+    for one, two in zip(results(Blocked(), asked), kept, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_layers_that_run_again_share_a_bias() -> None:
+    """A bias of the pass, read by two layers of which each is computed anew on the way back."""
+    options = {"depth": 2, "rel_pos_bias": True, "attn_softclamp_logits": True}
+    plain, again = (BASE.build(**options, checkpoint_every=every) for every in (None, 1))
+    again.load_state_dict(plain.state_dict())
+    ids = tokens(2, LENGTH)
+    for model in (plain, again):
+        for branch in model.attn_layers.branches("a"):
+            branch.attention.core.choose = by_blocks  # type: ignore[method-assign]
+        model.train()(ids).square().sum().backward()
+    for (name, one), two in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert one.grad is not None, name
+        close(two.grad, one.grad)
 
 
 def test_half_precision_sums_in_float32() -> None:

@@ -70,7 +70,8 @@ class BoundScore:
         at_reads_dense: `at` looks up the closed form, which must then be there before a kernel traces `at`.
         tiles: for a bias that has them without the closed form, makes tiles of at most so many rows.
         pointwise: for a pointwise function, the same on whole tensors of scores.
-        pointwise_: the same in place; and chain: the way back, `(gradient, result) -> gradient`, in place of the first.
+        pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what the way back needs.
+        chain: the way back, `(gradient, left) -> gradient`, in place of the first.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class BoundScore:
         at_reads_dense: bool = False,
         tiles: Callable[[int], Tiles] | None = None,
         pointwise: Callable[[Tensor], Tensor] | None = None,
-        pointwise_: Callable[[Tensor], Tensor] | None = None,
+        pointwise_: Callable[[Tensor, Tensor], Tensor] | None = None,
         chain: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.needs, self.stage, self.at = needs, stage, at

@@ -44,16 +44,18 @@ class SoftclampLogits(ScoreMod):
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return torch.tanh(score / self.value) * self.value
 
-        def chain(gradient: Tensor, result: Tensor) -> Tensor:
-            # the slope of tanh is 1 - tanh^2
-            return gradient.addcmul_(result.square_(), gradient, value=-(self.value**-2))
+        def pointwise_(scores: Tensor, out: Tensor) -> Tensor:
+            return torch.mul(scores.div_(self.value).tanh_(), self.value, out=out)
+
+        def chain(gradient: Tensor, tanh: Tensor) -> Tensor:
+            return torch.ops.aten.tanh_backward.grad_input(gradient, tanh, grad_input=gradient)
 
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
             at=at,
             pointwise=lambda scores: softclamp(scores, self.value),
-            pointwise_=lambda scores: scores.div_(self.value).tanh_().mul_(self.value),
+            pointwise_=pointwise_,
             chain=chain,
         )
 
