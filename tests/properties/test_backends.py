@@ -10,9 +10,11 @@ from catalogue import BASE, CASES, Case, call, cases, close, name_of, one_of_eac
 from promises import LENGTH, arguments
 from torch import Tensor
 
-from x_transformers import Attention, Decoder, TransformerWrapper
-from x_transformers.attention.backends.base import Backend, Situation
+from x_transformers import Attention, AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
+from x_transformers.attention.backends.sdpa import SDPA as Fused
 from x_transformers.attention.base import Needs
 from x_transformers.attention.core import Core
 from x_transformers.call import Span
@@ -174,6 +176,27 @@ def test_the_kernel_of_long_sequences(case: Case) -> None:
         half = Situation("cpu", torch.bfloat16, grad=True)
         assert [named(model, half, length)["a"] for length in (1024, 4096)] == ["sdpa", "blocked"]
         assert "sdpa is slower than blocked on a CPU from 512 tokens on" in str(model.explain(seq_len=1024))
+
+
+def test_one_query_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps of decoding on a CPU leave one query's attention to the compiler; prompts run fused."""
+    seen: list[tuple[str, int]] = []
+    for backend in (Explicit, Fused):
+        attend = backend.attend
+
+        def spy(self: Backend, request: Request, attend: Any = attend) -> Weighed:
+            seen.append((self.name, request.q.shape[-2]))
+            return attend(self, request)
+
+        monkeypatch.setattr(backend, "attend", spy)
+    model = AutoregressiveWrapper(BASE.build())
+    prompt = tokens(1, 5)
+    expected = model.generate(prompt, 4, temperature=0.0)
+    seen.clear()
+    assert torch.equal(
+        model.generate(prompt, 4, temperature=0.0, cache="static", compile={"backend": "eager"}), expected
+    )
+    assert set(seen) == {("sdpa", 5), ("explicit", 1)}
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in DEMANDED], ids=name_of)

@@ -114,8 +114,9 @@ class Core:
         q, visible = request.q, request.visible
         width = max(q.shape[-1], request.v.shape[-1]) if Needs.DOCUMENTS in needs else 0
         if torch.compiler.is_compiling():
-            # lengths of a graph may be symbols, which nothing should be decided by
-            return self.choose(Situation(q.device.type, q.dtype, grad, True, width), needs)
+            # lengths of a graph may be symbols, which nothing should be decided by; 1 never is one
+            queries = 1 if q.shape[-2] == 1 else 0
+            return self.choose(Situation(q.device.type, q.dtype, grad, True, width, queries), needs)
         asked = (q.device, q.dtype, grad, width, q.shape[-2], visible.skips, needs, self.flash)
         if asked != self._asked:
             situation = Situation(q.device.type, q.dtype, grad, False, width, q.shape[-2], visible.skips)
@@ -135,7 +136,7 @@ class Measured:
     Attributes:
         slow, fast: their names.
         needs: any of these is there. skips: only where whole stretches of keys are hidden.
-        least, most: queries. half: also in half precision.
+        least, most: queries. half: also in half precision. graph: only inside of a compiled graph.
     """
 
     slow: str
@@ -145,22 +146,25 @@ class Measured:
     least: int = 0
     most: float = math.inf
     half: bool = True
+    graph: bool = False
 
     def holds(self, situation: Situation, needs: Needs) -> bool:
         """Whether it is about such a pass."""
         if not (needs & self.needs) or (self.skips and not situation.skips):
             return False
-        if situation.dtype.itemsize < 4 and not self.half:
+        if (situation.dtype.itemsize < 4 and not self.half) or (self.graph and not situation.compiling):
             return False
         return self.least <= situation.queries <= self.most
 
     def __str__(self) -> str:
-        least = f" from {self.least} tokens on" if self.least else ""
-        most = "" if math.isinf(self.most) else f" up to {int(self.most)} tokens"
-        return f"{self.slow} is slower than {self.fast} on a CPU{least}{most}"
+        where = " in a compiled graph" if self.graph else ""
+        least = f" from {self.least} tokens on" if self.least > 1 else ""
+        most = "" if math.isinf(self.most) else f" up to {int(self.most)} token{'s' * (self.most > 1)}"
+        return f"{self.slow} is slower than {self.fast} on a CPU{where}{least}{most}"
 
 
 MEASURED = (
+    Measured(slow="sdpa", fast="explicit", needs=~Needs.NOTHING, least=1, most=1, half=False, graph=True),
     Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=512, half=False),
     Measured(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=512, half=False),
     Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=2048),
@@ -168,8 +172,9 @@ MEASURED = (
     Measured(slow="blocked", fast="explicit", needs=Needs.POINTWISE | Needs.SINK, most=255),
     Measured(slow="flex", fast="explicit", needs=~Needs.NOTHING),
 )
-"""Found with 6 heads of 64 features on two threads, training and evaluation alike. The second and the fourth are about
-memory too: what sdpa adds to the scores has a number for every pair of tokens."""
+"""Found with 6 heads of 64 features on two threads, training and evaluation alike. A graph makes one loop of what the
+explicit backend does for one query. Those for biases and masks at length are about memory too: what sdpa adds to the
+scores has a number for every pair of tokens."""
 
 
 def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: Needs) -> str | None:
