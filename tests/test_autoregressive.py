@@ -801,6 +801,22 @@ def test_steps_compile_once(name, kwargs, graphs):
     assert graphs() <= 2  # one more that serves any room
 
 
+@pytest.mark.parametrize("name", ["absolute", "memory tokens, rotary", "cross", "memory kv"])
+def test_prompts_compile_once(name, graphs):
+    """One graph reads prompts of all lengths, and one the tokens behind them."""
+    model, x = build(name, max_seq_len=200), torch.randint(0, VOCAB, (2, 9))
+    kwargs = surroundings(name, 2, False)
+    for length in (4, 9, 7):
+        expected = sample(model, x[:, :length], 5, **kwargs)
+        assert_same(sample(model, x[:, :length], 5, compile=EAGER, compile_prefill=True, **kwargs), expected)
+        assert graphs() == 2
+    ragged = [x[0, :6], x[1, :3]]
+    expected = sample(model, ragged, 5, **kwargs)
+    assert_same(sample(model, ragged, 5, compile=EAGER, compile_prefill=True, **kwargs), expected)
+    with pytest.raises(InputError, match="set `compile` too"):
+        model.generate(x, 3, compile_prefill=True)
+
+
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_compiled_steps_belong_to_a_model(graphs):
     x = torch.randint(0, VOCAB, (1, 4))
@@ -808,9 +824,9 @@ def test_compiled_steps_belong_to_a_model(graphs):
     before = model.generate(x, 4, temperature=0.0, compile=EAGER)
     keys = list(model.state_dict())
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    assert len(model._steps) == 1
+    assert len(model._compiled) == 1
     for twin in twins:
-        assert twin._steps == {}
+        assert twin._compiled == {}
         assert list(twin.state_dict()) == keys
         assert torch.equal(twin.generate(x, 4, temperature=0.0, compile=EAGER), before)
     for _ in range(3):  # more models than graphs that one function may have

@@ -37,7 +37,7 @@ from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, re
 from x_transformers.decoding.sampling import adjuster, chooser, gumbel_noise, gumbel_sample, identity
 from x_transformers.decoding.speculative import Drafter, Lookup, Policy, Speculation
 from x_transformers.decoding.speculative import Model as DraftModel
-from x_transformers.decoding.step import Sequences, Step, compiled_advance
+from x_transformers.decoding.step import Prefill, Sequences, Step, compiled_advance, compiled_prefill
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.loading import ReadsReference
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
@@ -133,11 +133,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
         self.loss_chunk_size = loss_chunk_size
-        self._steps: dict[Any, Step] = {}
+        self._compiled: dict[Any, tuple[Step, Prefill]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # compiled steps belong to this object and this process
-        return {**self.__dict__, "_steps": {}}
+        return {**self.__dict__, "_compiled": {}}
 
     @property
     def max_seq_len(self) -> int:
@@ -261,6 +261,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         *,
         cache: CacheChoice = "dynamic",
         compile: bool | Mapping[str, Any] = False,
+        compile_prefill: bool = False,
         progress: bool = False,
         filter_before_temperature: bool = False,
         draft_model: nn.Module | None = None,
@@ -292,6 +293,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
                 prompts, which then begin with the same tokens.
             compile: compile the step of one token, once for this model, to a full graph over a static cache. May be a
                 dict of options for `torch.compile`.
+            compile_prefill: with `compile`, also compile the reading of prompts, to one graph for all their lengths.
             progress: show a bar.
             filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
             draft_model: a smaller model, or the wrapper that it was trained in, that guesses tokens, of which this one
@@ -323,6 +325,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             cache_kv=cache_kv,
             cache=cache,
             compile=compile,
+            compile_prefill=compile_prefill,
             filter_before_temperature=filter_before_temperature,
             draft_model=draft_model,
             draft_tokens=draft_tokens,
@@ -373,6 +376,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         cache_kv: bool = True,
         cache: CacheChoice = "dynamic",
         compile: bool | Mapping[str, Any] = False,
+        compile_prefill: bool = False,
         filter_before_temperature: bool = False,
         draft_model: nn.Module | None = None,
         draft_tokens: int | None = None,
@@ -386,10 +390,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         read = self._read(prompts, prompt_lens, kwargs)
         amateurs = pair_amateurs(_nets(amateur_model), contrastive_decode_kwargs or {}, net.num_tokens)
         guesses = _guesses(draft_model, draft_tokens, prompt_lookup, compiles=compile is not False)
-        step = None
-        if compile is not False:
-            step = self._compiled_step(compile, read, kwargs)
+        step, prefill = self._compiled_reading(compile, read, kwargs) if compile is not False else (None, None)
+        if step is not None:
             cache = "static" if cache == "dynamic" else cache
+        elif compile_prefill:
+            raise InputError("`compile_prefill` compiles the reading of prompts beside the steps; set `compile` too.")
         expert = make_reader(
             net,
             read,
@@ -399,6 +404,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             cache_kv=cache_kv,
             restrict_to_max_seq_len=restrict_to_max_seq_len,
             step=step,
+            prefill=prefill if compile_prefill else None,
             at_once=guesses + 1,
         )
         contrasted = [
@@ -512,17 +518,19 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         may_be_empty = kwargs.get("prepend_embeds") is not None
         return read_prompts(prompts, prompt_lens, self.pad_value, self.net.num_tokens, may_be_empty=may_be_empty)
 
-    def _compiled_step(self, options: bool | Mapping[str, Any], read: Prompts, kwargs: Mapping[str, Any]) -> Step:
-        """The compiled step for calls of this structure, made when first asked for."""
+    def _compiled_reading(
+        self, options: bool | Mapping[str, Any], read: Prompts, kwargs: Mapping[str, Any]
+    ) -> tuple[Step, Prefill]:
+        """The compiled step and prefill for calls of this structure, made when first asked for."""
         given = dict(options) if isinstance(options, Mapping) else {}
         key = (
             repr(sorted(given.items())),
             read.lens is None,
             *sorted(name for name in kwargs if kwargs[name] is not None),
         )
-        if key not in self._steps:
-            self._steps[key] = compiled_advance(**given)
-        return self._steps[key]
+        if key not in self._compiled:
+            self._compiled[key] = compiled_advance(**given), compiled_prefill(**given)
+        return self._compiled[key]
 
 
 def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:

@@ -11,10 +11,10 @@ from promises import LENGTH, arguments
 from torch import Tensor
 
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.attention.backends import sdpa
 from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
-from x_transformers.attention.backends.sdpa import SDPA as Fused
 from x_transformers.attention.base import Needs
 from x_transformers.attention.core import Core
 from x_transformers.call import Span
@@ -181,7 +181,7 @@ def test_the_kernel_of_long_sequences(case: Case) -> None:
 def test_one_query_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled steps of decoding on a CPU leave one query's attention to the compiler; prompts run fused."""
     seen: list[tuple[str, int]] = []
-    for backend in (Explicit, Fused):
+    for backend in (Explicit, sdpa.SDPA):
         attend = backend.attend
 
         def spy(self: Backend, request: Request, attend: Any = attend) -> Weighed:

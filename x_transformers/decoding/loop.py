@@ -16,7 +16,7 @@ from x_transformers.decoding.caches import CacheChoice, first_cache, window_of
 from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
-from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences, Step
+from x_transformers.decoding.step import Branching, Cached, Prefill, Reader, Rerun, Sequences, Step
 from x_transformers.errors import InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
@@ -110,6 +110,7 @@ def make_reader(
     cache_kv: bool = True,
     restrict_to_max_seq_len: bool = True,
     step: Step | None = None,
+    prefill: Prefill | None = None,
     at_once: int = 1,
     growing: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Branching:
@@ -123,7 +124,7 @@ def make_reader(
         cache: "dynamic", "static", or a cache of the prompts' first tokens.
         cache_kv: False reads everything again at each step.
         restrict_to_max_seq_len: the net sees at most its `max_seq_len` tokens.
-        step: how a static cache reads one token, if not by an ordinary pass.
+        step: how a static cache reads one token, if not by an ordinary pass. prefill: how it reads the prompts.
         at_once: tokens of most passes.
         growing: arguments that grow with the sequence; see `Arguments`.
 
@@ -153,7 +154,7 @@ def make_reader(
         raise InputError(
             "steps compile over a static cache, and the one given is dynamic; drop `compile`, or give none."
         )
-    return Cached(net, arguments, kv, held, window, step)
+    return Cached(net, arguments, kv, held, window, step, prefill)
 
 
 def pair_amateurs(

@@ -26,6 +26,9 @@ from x_transformers.models.base import Model
 Step = Callable[[Model, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
 """See `advance`."""
 
+Prefill = Callable[..., "tuple[Tensor, LayerIntermediates]"]
+"""See `read_prompt`."""
+
 
 class Sequences:
     """The tokens so far, `(b, n)`, and growing. They may be vectors, `(b, n, D)`.
@@ -161,6 +164,7 @@ class Cached(Branching):
         held: how many tokens that is.
         window: tokens that the net may see, new ones included, or None.
         step: reads single tokens with a static cache, as `advance` does; default an ordinary pass.
+        prefill: reads what comes before them, as `read_prompt` does; likewise.
     """
 
     def __init__(
@@ -171,8 +175,10 @@ class Cached(Branching):
         held: int = 0,
         window: int | None = None,
         step: Step | None = None,
+        prefill: Prefill | None = None,
     ) -> None:
-        self.net, self.arguments, self.window, self.step, self.record = net, arguments, window, step, None
+        self.net, self.arguments, self.window, self.record = net, arguments, window, None
+        self.step, self.prefill = step, prefill
         self.cache, self.plain = cache.begin(0), plain_kernels_serve(net)
         self.first, self.length, self.stepped = 0, held, False
         self.marked = self.cache, held
@@ -190,9 +196,11 @@ class Cached(Branching):
             with unguarded() if self.stepped else nullcontext():
                 self.stepped = True
                 return self.step(self.net, sequences.newest(1), self.cache, start, arguments)
+        compiled = self.prefill is not None and self.record is None
+        run = self.prefill if compiled and self.prefill is not None else read_prompt
         few = new * sequences.parts[-1].shape[0] <= FEW
-        with PlainKernels() if few and self.plain else nullcontext():
-            logits, record = _pass(self.net, sequences.newest(new), self.cache, start, arguments, last)
+        with PlainKernels() if few and self.plain and not compiled else nullcontext():
+            logits, record = run(self.net, sequences.newest(new), self.cache, start, arguments, last)
         self.record = record if self.step is None else settled(record)
         assert self.record.cache is not None
         self.cache = self.record.cache
@@ -236,6 +244,22 @@ class Cached(Branching):
             self.cache.crop(slots_of_newest(self.net, self.cache, keep, start, device))
 
 
+def read_prompt(
+    net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any, last: int = 1
+) -> tuple[Tensor, LayerIntermediates]:
+    """Read `tokens (b, n)` behind what is cached: logits `(b, last, v)`, and the record with the cache behind them."""
+    return net(
+        tokens,
+        cache=cache,
+        input_not_include_cache=True,
+        return_intermediates=True,
+        seq_start_pos=start,
+        capture=CACHE_ALONE,
+        **last_logits(net, last),
+        **arguments,
+    )
+
+
 def advance(net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]) -> Tensor:
     """Read `token (b, 1)` into a settled static cache, in place, and give logits `(b, 1, v)`.
 
@@ -243,7 +267,7 @@ def advance(net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arg
     makes the step a function that compiles once.
     """
     assert isinstance(cache, StaticCache)
-    logits, record = _pass(net, token, cache, start, arguments)
+    logits, record = read_prompt(net, token, cache, start, arguments)
     after = record.cache
     assert isinstance(after, StaticCache)
     cache.filled.copy_(after.filled)
@@ -306,24 +330,23 @@ def compiled_advance(**options: Any) -> Step:
     return torch.compile(own, **{"fullgraph": True, **options})
 
 
+def compiled_prefill(**options: Any) -> Prefill:
+    """`read_prompt`, compiled to one full graph for prompts of all lengths."""
+    own = FunctionType(read_prompt.__code__.replace(), read_prompt.__globals__, "read_prompt")
+    run = torch.compile(own, **{"fullgraph": True, **options})
+
+    def prefill(
+        net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any, last: int
+    ) -> tuple[Tensor, LayerIntermediates]:
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        return run(net, tokens, cache, start, arguments, last)
+
+    return prefill
+
+
 def last_logits(net: Model, count: int) -> dict[str, Any]:
     """The argument by which a net gives logits of its last `count` places alone, if it has one."""
     return dict.fromkeys(net.last_alone, count)
-
-
-def _pass(
-    net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any, last: int = 1
-) -> tuple[Tensor, LayerIntermediates]:
-    return net(
-        tokens,
-        cache=cache,
-        input_not_include_cache=True,
-        return_intermediates=True,
-        seq_start_pos=start,
-        capture=CACHE_ALONE,
-        **last_logits(net, last),
-        **arguments,
-    )
 
 
 CACHE_ALONE = Capture()
