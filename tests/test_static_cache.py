@@ -85,6 +85,43 @@ def test_few_tokens_use_plain_kernels() -> None:
     assert torch.backends.mkldnn.enabled == before
 
 
+def test_plain_kernels_end_with_the_last_that_uses_them() -> None:
+    """Two threads may overlap in any order."""
+    before, (first, second) = torch.backends.mkldnn.enabled, (PlainKernels(), PlainKernels())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mkldnn.enabled
+    second.__exit__(None, None, None)
+    assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_an_abandoned_or_failing_stream_leaves_kernels_as_they_were(found: bool) -> None:
+    before, net = torch.backends.mkldnn.enabled, model()
+    try:
+        torch.backends.mkldnn.enabled = found
+        seen = []
+        handle = net.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+        stream = AutoregressiveWrapper(net).stream(tokens(1, 4), 5)
+        next(stream), next(stream)
+        assert seen == [False, False], "otherwise nothing is tested"
+        assert torch.backends.mkldnn.enabled == found
+        stream.close()
+        handle.remove()
+
+        def fails(*_: object) -> None:
+            assert not torch.backends.mkldnn.enabled
+            raise RuntimeError("in the middle")
+
+        net.register_forward_pre_hook(fails)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            AutoregressiveWrapper(net).generate(tokens(1, 4), 3)
+        assert torch.backends.mkldnn.enabled == found
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 def test_generation_leaves_kernels_as_they_were() -> None:
     before = torch.backends.mkldnn.enabled
     AutoregressiveWrapper(model()).generate(tokens(1, 4), 3, cache="static")

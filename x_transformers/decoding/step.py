@@ -7,6 +7,7 @@ differ in which tokens they append, not in how they are read.
 from __future__ import annotations
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -305,14 +306,31 @@ FEW = 4
 
 
 class PlainKernels:
-    """Within it PyTorch's own kernels run in place of oneDNN's."""
+    """Within it PyTorch's own kernels run in place of oneDNN's.
+
+    PyTorch has one switch for the whole process: other threads compute without oneDNN meanwhile, too, with results that
+    differ by rounding. So it is held for a single pass, never while a caller has a token. The last of several that
+    overlap, in this thread or in others, leaves the switch as the first one found it, whatever was raised.
+    """
+
+    _lock = threading.Lock()
+    _within = 0
+    _found = True
 
     def __enter__(self) -> None:
-        self.enabled = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = False
+        kind = PlainKernels
+        with kind._lock:
+            if kind._within == 0:
+                kind._found = torch.backends.mkldnn.enabled
+                torch.backends.mkldnn.enabled = False
+            kind._within += 1
 
     def __exit__(self, *_: object) -> None:
-        torch.backends.mkldnn.enabled = self.enabled
+        kind = PlainKernels
+        with kind._lock:
+            kind._within -= 1
+            if kind._within == 0:
+                torch.backends.mkldnn.enabled = kind._found
 
 
 def unguarded() -> Any:
