@@ -222,6 +222,34 @@ def test_generated_vectors_are_predictions():
     assert model.generate(x, 0).shape == (2, 0, WIDTH)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["rotary", "memory tokens", "cross"])
+def test_streams_are_what_is_generated(name, cached):
+    model, x, kwargs = build(name, net=PROBABILISTIC).train(), torch.randn(3, 5, WIDTH), surroundings(name, 3)
+    given = {"cache_kv": cached, "prompt_lens": (5, 2, 3), "temperature": 0.7, **kwargs}
+    torch.manual_seed(1)
+    wanted = model.generate(x, 6, **given)
+    torch.manual_seed(1)
+    stream = model.stream(x, 6, **given)
+    assert model.training
+    first = next(stream)
+    assert not model.training
+    assert not first.is_inference()
+    assert torch.equal(torch.stack([first, *stream], dim=1), wanted)
+    assert model.training
+    assert list(model.stream(x, 0, **kwargs)) == []
+
+
+def test_streams_of_one_row_that_are_let_go_or_trained_with():
+    model, x = build(net={"max_seq_len": 6}).train(), torch.randn(4, WIDTH)
+    vectors = list(model.stream(x, 5))
+    assert torch.equal(torch.stack(vectors), model.generate(x, 5))
+    model(torch.stack(vectors)[None]).backward()
+    next(abandoned := model.stream(x, 5))
+    abandoned.close()
+    assert model.training
+
+
 @pytest.mark.parametrize("name", ["absolute", "rotary", "memory tokens"])
 def test_the_window(name):
     model, x = build(name, depth=1, net={"max_seq_len": 6}).eval(), torch.randn(2, 4, WIDTH)
@@ -329,9 +357,19 @@ def test_bad_input():
         ({"lens": torch.tensor([1, 2])}, "give `prompt_lens`"),
         ({"seq_start_pos": torch.tensor([1, 2])}, "give `prompt_lens`"),
     ):
-        with pytest.raises(InputError, match=said):
-            model.generate(x, 2, **kwargs)
-    with pytest.raises(InputError, match="`seq_len` is -1"):
-        model.generate(x, -1)
-    with pytest.raises(ShapeError, match="with at least one vector"):
-        model.generate(Tensor(2, 0, WIDTH), 2)
+        for refusing in (model.generate, model.stream):
+            with pytest.raises(InputError, match=said):
+                refusing(x, 2, **kwargs)
+    own = build(net={"dim_out": None, "project_out": torch.nn.Linear(DIM, 3)})
+    for refusing in (model.generate, model.stream):  # streams refuse at once, but for what they cannot know
+        with pytest.raises(InputError, match="`seq_len` is -1"):
+            refusing(x, -1)
+        with pytest.raises(ShapeError, match="with at least one vector"):
+            refusing(Tensor(2, 0, WIDTH), 2)
+        with pytest.raises(ShapeError, match="reads vectors of width 5"):
+            refusing(x[..., 1:], 2)
+    with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+        narrow.stream(x, 2)
+    for begun in (lambda: own.generate(x, 2), lambda: next(own.stream(x, 2))):
+        with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+            begun()

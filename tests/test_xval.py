@@ -148,6 +148,38 @@ def test_caches_agree_and_prompts_of_different_lengths_equal_each_alone(name, pr
         same(alone, type(alone)(*(t[row] for t in together)))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("name", "prepended"), [("rotary", False), ("memory tokens", True), ("cross", False)])
+def test_streams_are_what_is_generated(name, prepended, cached):
+    model, (x, x_num) = build(name).train(), data(3, 5)
+    given = {"cache_kv": cached, "prompt_lens": (5, 3, 4), **surroundings(name, model, prepended, 3)}
+    torch.manual_seed(1)
+    wanted = model.generate(x, x_num, 8, **given)
+    torch.manual_seed(1)
+    stream = model.stream(x, x_num, 8, **given)
+    assert model.training
+    first = next(stream)
+    assert not model.training
+    assert not first.sampled_numbers.is_inference()
+    parts = zip(*[first, *stream], strict=True)
+    assert model.training
+    for streamed, whole in zip(parts, wanted, strict=True):
+        torch.testing.assert_close(torch.stack(streamed, dim=-1), whole, atol=0, rtol=0, equal_nan=True)
+
+
+def test_streams_of_one_row_and_of_lists():
+    model, (x, x_num) = build().train(), data(2, 5)
+    alone = list(model.stream(x[0], x_num[0], 3, temperature=0.0))
+    assert [each.sampled_token_ids.shape for each in alone] == [()] * 3
+    listed = list(model.stream(list(x), list(x_num), 3, temperature=0.0))
+    for one, two in zip(alone, listed, strict=True):
+        assert one.sampled_token_ids == two.sampled_token_ids[0]
+    next(abandoned := model.stream(x, x_num, 3))
+    abandoned.close()
+    assert model.training
+    assert list(model.stream(x, x_num, 0)) == []
+
+
 def test_generated_tokens_and_numbers_are_predictions():
     model, (x, x_num) = build("absolute").train(), data(4, 5)
     ids, numbers, is_number = model.generate(x, x_num, 9, temperature=0.0)
@@ -220,9 +252,12 @@ def test_refusals():
         model(x, x_num, mask=torch.ones(2, 4).bool())
     with pytest.raises(InputError, match="`return_mems` cannot be given"):
         model(x, x_num, return_mems=True)
-    with pytest.raises(ShapeError, match="`start_numbers` must have the shapes"):
-        model.generate(x, x_num[:, 1:], 3)
-    with pytest.raises(ShapeError, match="`start_numbers` must have the shapes"):
-        model.generate(list(x), list(x_num)[:1], 3)
-    with pytest.raises(InputError, match="`temperature` is -1"):
-        model.generate(x, x_num, 3, temperature=-1.0)
+    for refusing in (model.generate, model.stream):  # streams refuse at once
+        with pytest.raises(ShapeError, match="`start_numbers` must have the shapes"):
+            refusing(x, x_num[:, 1:], 3)
+        with pytest.raises(ShapeError, match="`start_numbers` must have the shapes"):
+            refusing(list(x), list(x_num)[:1], 3)
+        with pytest.raises(InputError, match="`temperature` is -1"):
+            refusing(x, x_num, 3, temperature=-1.0)
+        with pytest.raises(InputError, match="`seq_len` is -1"):
+            refusing(x, x_num, -1)

@@ -27,6 +27,7 @@ from x_transformers.decoding.loop import (
     cut_behind_end,
     eval_decorator,
     evaluating,
+    in_shape,
     make_reader,
     pair_amateurs,
     same_vocabulary,
@@ -358,7 +359,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         """
         decoding, read, models = self._begin(prompts, seq_len, eos_token, **options)
         steps = functools.partial(decoding.run, seq_len, eos_token, self.pad_value)
-        return streamed(steps, read.lead, self, *models)
+        return streamed(steps, in_shape(read.lead), self, *models)
 
     def _begin(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.decoding.arguments import check_seq_len, cut_arguments
-from x_transformers.decoding.loop import evaluating, make_reader
+from x_transformers.decoding.loop import evaluating, in_shape, make_reader, streamed
 from x_transformers.decoding.prompts import Prompts, align_right
-from x_transformers.decoding.step import Sequences
+from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.loading import ReadsReference
 from x_transformers.losses import mean_over
@@ -243,6 +244,48 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        steps, read = self._begin(
+            start_tokens,
+            seq_len,
+            temperature,
+            cache_kv,
+            prompt_lens=prompt_lens,
+            restrict_to_max_seq_len=restrict_to_max_seq_len,
+            **kwargs,
+        )
+        with torch.inference_mode(), evaluating(self):
+            new = list(steps())
+        # outside of inference mode: vectors that training may use
+        vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
+        return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
+
+    def stream(self, start_tokens: Tensor, seq_len: int, **options: Any) -> Iterator[Tensor]:
+        """The vectors of `generate`, `(b, D)` or `(D,)` each, as they come.
+
+        The model is in evaluation mode until the last one.
+
+        Args:
+            start_tokens, seq_len, options: as in `generate`.
+
+        Raises:
+            InputError: at once, with what was given and what is needed. Only the width of what a `project_out` of
+                your own gives shows with the first vector.
+        """
+        steps, read = self._begin(start_tokens, seq_len, **options)
+        return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), self)
+
+    def _begin(
+        self,
+        start_tokens: Tensor,
+        seq_len: int,
+        temperature: float = 1.0,
+        cache_kv: bool = True,
+        *,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        restrict_to_max_seq_len: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Callable[[], Iterator[Tensor]], Prompts]:
+        """Check everything; what gives the vectors one by one, and the prompts as they were read."""
         check_seq_len(seq_len)
         if not 0 <= temperature < math.inf:
             raise InputError(f"`temperature` is {temperature}; it must be finite and not negative.")
@@ -254,28 +297,20 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         reader = make_reader(
             net, read, seq_len, kwargs, cache_kv=cache_kv and not ends, restrict_to_max_seq_len=restrict_to_max_seq_len
         )
-        sequences = Sequences(read.tokens, read.start)
-        with torch.inference_mode(), evaluating(self):
-            new = [self._next(reader.read(sequences), sequences, temperature) for _ in range(seq_len)]
-        # outside of inference mode: vectors that training may use
-        vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
-        return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
+        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read
 
-    def _next(self, out: Tensor, sequences: Sequences, temperature: float) -> Tensor:
-        """Append the next vector, `(b, 1, D)`."""
-        new = out[..., -1:, :]
-        if self.probabilistic:
-            mean, variance = new
-            new = mean if temperature == 0 else sample_from_mean_variance(mean, variance, temperature=temperature)
-        width = sequences.parts[0].shape[-1]
-        if new.shape[-1] != width:
-            raise InputError(
-                f"the model gives vectors of width {new.shape[-1]} and reads those of {width}; what it generates could "
-                "not be read again. Make `dim_out` and `dim_in` agree."
-            )
-        new = new.to(sequences.parts[0].dtype)
-        sequences.append(new)
-        return new
+    def _steps(self, reader: Reader, sequences: Sequences, count: int, temperature: float) -> Iterator[Tensor]:
+        """Append `count` vectors, `(b, 1, D)` each."""
+        first = sequences.parts[0]
+        for _ in range(count):
+            new = reader.read(sequences)[..., -1:, :]
+            if self.probabilistic:
+                mean, variance = new
+                new = mean if temperature == 0 else sample_from_mean_variance(mean, variance, temperature=temperature)
+            _check_width(new.shape[-1], first.shape[-1])
+            new = new.to(first.dtype)
+            sequences.append(new)
+            yield new
 
     def _read(self, start: Tensor, prompt_lens: Tensor | Sequence[int] | None) -> Prompts:
         """The prompts, right-aligned."""
@@ -284,6 +319,12 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
                 f"`start_tokens` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be floating, "
                 "(b, n, D) or (n, D), with at least one vector."
             )
+        if self.net.dim_in not in (None, start.shape[-1]):
+            raise ShapeError(
+                f"`start_tokens` has shape {tuple(start.shape)}; the model reads vectors of width {self.net.dim_in}."
+            )
+        if self.net.dim_out is not None:
+            _check_width(self.net.dim_out, start.shape[-1])
         lead = tuple(start.shape[:-2])
         vectors = start.reshape(-1, *start.shape[-2:])
         width = vectors.shape[1]
@@ -296,6 +337,15 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             )
         aligned, padding = _aligned(vectors, lens)
         return Prompts(aligned, padding, lens, width, lead)
+
+
+def _check_width(given: int, read: int) -> None:
+    """Raise unless vectors that the model gives can be read again."""
+    if given != read:
+        raise InputError(
+            f"the model gives vectors of width {given} and reads those of {read}; what it generates could not be read "
+            "again. Make `dim_out` and `dim_in` agree."
+        )
 
 
 def _squared_error(predicted: Tensor, targets: Tensor) -> Tensor:

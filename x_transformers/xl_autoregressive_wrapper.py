@@ -16,7 +16,7 @@ from torch import Tensor
 from x_transformers.cache import KVCache
 from x_transformers.decoding.arguments import Arguments, check_length_and_end, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
-from x_transformers.decoding.loop import Decoding, evaluating, streamed
+from x_transformers.decoding.loop import Decoding, evaluating, in_shape, streamed
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
@@ -217,7 +217,8 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             InputError: at once, with what was given and what is needed.
         """
         decoding, read = self._begin(start_tokens, seq_len, eos_token, **options)
-        return streamed(partial(decoding.run, seq_len, eos_token, self.pad_value), read.lead, self)
+        steps = partial(decoding.run, seq_len, eos_token, self.pad_value)
+        return streamed(steps, in_shape(read.lead), self)
 
     def _begin(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from x_transformers.decoding.arguments import check_seq_len, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
-from x_transformers.decoding.loop import evaluating, make_reader
-from x_transformers.decoding.prompts import read_prompts
+from x_transformers.decoding.loop import evaluating, make_reader, streamed
+from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable, chooser
-from x_transformers.decoding.step import Sequences
+from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.loading import ReadsReference
 from x_transformers.losses import mean_over, token_losses
@@ -151,6 +152,57 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        numbered, read = self._begin(
+            start_tokens,
+            start_numbers,
+            seq_len,
+            filter_logits_fn,
+            filter_kwargs,
+            temperature,
+            prompt_lens=prompt_lens,
+            cache_kv=cache_kv,
+            filter_before_temperature=filter_before_temperature,
+            **kwargs,
+        )
+        with torch.inference_mode(), evaluating(self):
+            for _ in numbered.run(seq_len):
+                pass
+        width = read.tokens.shape[1]
+        return self._shown((numbered.ids.tokens()[:, width:], numbered.numbers.tokens()[:, width:]), read.lead, seq_len)
+
+    def stream(
+        self,
+        start_tokens: Tensor | Sequence[Tensor],
+        start_numbers: Tensor | Sequence[Tensor],
+        seq_len: int,
+        **options: Any,
+    ) -> Iterator[GenerateReturn]:
+        """What `generate` gives, `(...)` each, as it comes; the model is in evaluation mode until the last token.
+
+        Args:
+            start_tokens, start_numbers, seq_len, options: as in `generate`.
+
+        Raises:
+            InputError: at once, with what was given and what is needed.
+        """
+        numbered, read = self._begin(start_tokens, start_numbers, seq_len, **options)
+        return streamed(partial(numbered.run, seq_len), lambda pair: self._shown(pair, read.lead), self)
+
+    def _begin(
+        self,
+        start_tokens: Tensor | Sequence[Tensor],
+        start_numbers: Tensor | Sequence[Tensor],
+        seq_len: int,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        *,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        cache_kv: bool = True,
+        filter_before_temperature: bool = False,
+        **kwargs: Any,
+    ) -> tuple[_Numbered, Prompts]:
+        """Check everything; the batch, and the prompts as they were read."""
         net = self.net
         check_seq_len(seq_len)
         choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
@@ -165,21 +217,38 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
             cache_kv=cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1,
             growing=lambda first, last: {"x_num": numbers.tokens()[:, first:last]},
         )
-        ids, width = Sequences(read.tokens, read.start), read.tokens.shape[1]
-        with torch.inference_mode(), evaluating(self):
-            for _ in range(seq_len):
-                self._append(reader.read(ids), ids, numbers, choose)
-        # outside of inference mode: tensors that training may use
-        tokens = ids.tokens()[:, width:].clone().reshape(*read.lead, seq_len)
-        found = numbers.tokens()[:, width:].clone().reshape(*read.lead, seq_len)
-        numeric = tokens == net.numerical_token_id
-        return GenerateReturn(tokens, found.masked_fill(~numeric, math.nan), numeric)
+        return _Numbered(Sequences(read.tokens, read.start), numbers, reader, choose, net.num_tokens), read
 
-    def _append(self, out: Any, ids: Sequences, numbers: Sequences, choose: Choose) -> None:
-        logits, predicted = out
-        check_readable(logits, self.net.num_tokens)
-        ids.append(choose(logits[:, -1]))
-        numbers.append(predicted[:, -1:].to(numbers.parts[0].dtype))
+    def _shown(self, pair: tuple[Tensor, Tensor], lead: tuple[int, ...], *count: int) -> GenerateReturn:
+        """Tokens and numbers of inference mode, `(b, m)`, as ordinary tensors `(*lead, *count)`."""
+        ids, numbers = (t.clone().reshape((*lead, *count)) for t in pair)
+        numeric = ids == self.net.numerical_token_id
+        return GenerateReturn(ids, numbers.masked_fill(~numeric, math.nan), numeric)
+
+
+class _Numbered:
+    """A batch of tokens and their numbers that is being continued.
+
+    Args:
+        ids, numbers: so far.
+        reader: of the model.
+        choose: logits `(b, v)` to tokens `(b, 1)`.
+        vocabulary: ids that can be read again.
+    """
+
+    def __init__(self, ids: Sequences, numbers: Sequences, reader: Reader, choose: Choose, vocabulary: int) -> None:
+        self.ids, self.numbers, self.reader = ids, numbers, reader
+        self.choose, self.vocabulary = choose, vocabulary
+
+    def run(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Append `count` tokens and numbers, `(b, 1)` each."""
+        for _ in range(count):
+            logits, predicted = self.reader.read(self.ids)
+            check_readable(logits, self.vocabulary)
+            token, number = self.choose(logits[:, -1]), predicted[:, -1:].to(self.numbers.parts[0].dtype)
+            self.ids.append(token)
+            self.numbers.append(number)
+            yield token, number
 
 
 def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor], width: int) -> Tensor:

@@ -21,6 +21,9 @@ from x_transformers.errors import InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
 
+Given = TypeVar("Given")
+Shown = TypeVar("Shown")
+
 Contrast = Callable[[Tensor, Tensor], Tensor]
 """The expert's and an amateur's logits to new ones."""
 
@@ -205,12 +208,25 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def streamed(steps: Callable[[], Iterator[Tensor]], lead: tuple[int, ...], *modules: nn.Module) -> Iterator[Tensor]:
-    """The tokens `(b, 1)` of steps as they come, each in the shape `lead`, with the modules in evaluation mode."""
-    tokens = torch.inference_mode()(steps)()
+def streamed(
+    steps: Callable[[], Iterator[Given]], shown: Callable[[Given], Shown], *modules: nn.Module
+) -> Iterator[Shown]:
+    """What steps give as it comes, in the form that a caller may keep and train with.
+
+    Args:
+        steps: runs in inference mode.
+        shown: what each step gives to what the caller gets.
+        modules: in evaluation mode until the last step, or until the caller lets the stream go.
+    """
+    given = torch.inference_mode()(steps)()
     with evaluating(*modules):
-        for token in tokens:
-            yield token.clone().reshape(lead)
+        for each in given:
+            yield shown(each)
+
+
+def in_shape(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Tensors of inference mode to ordinary ones of a shape."""
+    return lambda t: t.clone().reshape(shape)
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -83,6 +83,7 @@ class ContinuousTransformerWrapper(Model):
         )
         self.average_pool_embed, self.probabilistic = average_pool_embed, probabilistic
         self.dim_in = None if project_in is not None else dim if dim_in is None else dim_in
+        self.dim_out = None if project_out is not None else dim if dim_out is None else dim_out
         self.post_emb_norm = LayerNorm(dim) if post_emb_norm else None
         if project_in is None and dim_in is not None and not (use_identity_if_same_dim and dim_in == dim):
             project_in = LinearNoBias(dim_in, dim)
