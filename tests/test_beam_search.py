@@ -225,6 +225,66 @@ def test_generation_stops_with_the_last_beam():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"stochastic": True, "filter_logits_fn": "top_k", "filter_kwargs": {"k": 2}}])
+@pytest.mark.parametrize("ends", [0, 2, 5])
+def test_looking_seldom_finds_the_same(ends, options, monkeypatch):
+    """Beams that all ended stay as they are, whose scores are equal or -inf too."""
+    model = build(pad_value=VOCAB - 1)
+    prompts = [torch.randint(0, VOCAB, (n,)) for n in (4, 2)]
+    with torch.no_grad():
+        model.net.to_logits.weight[ends] = model.net.to_logits.weight[ends + 1] * 1.5  # so that all end soon
+    found, passes = [], []
+    model.net.register_forward_hook(lambda *_: passes.append(1))
+    for every in (1, 3, 16):
+        monkeypatch.setattr("x_transformers.autoregressive_wrapper._patience", lambda _, every=every: every)
+        torch.manual_seed(ends)
+        found.append((*search(model, prompts, 20, beams=3, eos_token=ends, **options), len(passes)))
+        passes.clear()
+    for tokens, scores, _ in found[1:]:
+        assert torch.equal(tokens, found[0][0])
+        assert torch.equal(scores, found[0][1])
+    assert found[0][2] <= found[1][2] <= found[2][2]
+
+
+def test_looking_seldom_goes_on_behind_the_end(monkeypatch):
+    model, x = build(), torch.randint(0, VOCAB, (1, 4))
+    with torch.no_grad():
+        model.net.to_logits.weight.zero_()  # all tokens are alike
+    end = model.beam_search(x, 1, beams=1).item()
+    passes = []
+    model.net.register_forward_hook(lambda *_: passes.append(1))
+    wanted = search(model, x, 9, beams=1, eos_token=end)
+    assert (wanted[0].shape[-1], len(passes)) == (1, 1)
+    monkeypatch.setattr("x_transformers.autoregressive_wrapper._patience", lambda _: 4)
+    got = search(model, x, 9, beams=1, eos_token=end)
+    assert len(passes) == 1 + 4
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+class Alike(TransformerWrapper):
+    """Finds all tokens alike, and behind the first new one only the end."""
+
+    def forward(self, x, **kwargs):
+        _, record = super().forward(x, **kwargs)
+        out = torch.zeros(len(x), 1, VOCAB)
+        if self.ends:
+            out[..., 3] = 1e3
+        self.ends = True
+        return out, record
+
+
+def test_looking_seldom_keeps_the_order_of_equals(monkeypatch):
+    stack = Decoder(dim=DIM, depth=1, heads=1, verbose=False)
+    model, x = AutoregressiveWrapper(Alike(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack)), torch.zeros(1, 2)
+    found = []
+    for every in (1, 9):
+        monkeypatch.setattr("x_transformers.autoregressive_wrapper._patience", lambda _, every=every: every)
+        model.net.ends = False
+        found.append(search(model, x.long(), 9, beams=VOCAB, eos_token=3)[0])
+    assert len({tuple(beam.tolist()) for beam in found[0][:, 0]}) == VOCAB
+    assert torch.equal(*found)
+
+
 # shapes and refusals
 
 

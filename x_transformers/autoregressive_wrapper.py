@@ -333,14 +333,14 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             prompt_lookup=prompt_lookup,
             **kwargs,
         )
-        # an accelerator is not waited for at each token; a record must hold no more than what was generated
-        waits = read.tokens.device.type == "cpu" or return_intermediates
-        steps = decoding.run(seq_len, eos_token, self.pad_value, 1 if waits else PATIENCE)
+        # a record must hold no more than what was generated
+        every = 1 if return_intermediates else _patience(read.tokens.device)
+        steps = decoding.run(seq_len, eos_token, self.pad_value, every)
         with torch.inference_mode(), evaluating(self, *models), prepared(self, *models):
             new = list(with_progress(steps, seq_len) if progress else steps)
         # outside of inference mode: tokens that training may use
         tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
-        if not waits:
+        if every > 1:
             tokens = cut_behind_end(tokens, eos_token)
         tokens = tokens.reshape(*read.lead, tokens.shape[1])
         return (tokens, decoding.expert.record) if return_intermediates else tokens
@@ -505,7 +505,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         select = noisy(adjust) if stochastic and temperature > 0 else identity
         search = Beams(Sequences(read.tokens, read.start), reader, beams, select, net.num_tokens, eos_token)
         with torch.inference_mode(), evaluating(self):
-            found, scores = search.run(seq_len, self.pad_value)
+            found, scores = search.run(seq_len, self.pad_value, _patience(read.tokens.device))
         tokens, scores = found.transpose(0, 1).clone(), scores.T.clone()  # training may use them
         tokens = tokens.reshape(beams, *read.lead, tokens.shape[-1])
         return (tokens, scores.reshape(beams, *read.lead)) if return_beams_and_scores else tokens[0]
@@ -540,6 +540,11 @@ def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
         return []
     listed = [amateurs] if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList) else amateurs
     return [model.net if isinstance(model, AutoregressiveWrapper) else model for model in listed]
+
+
+def _patience(device: torch.device) -> int:
+    """Tokens between two looks at whether all rows have ended: an accelerator is not waited for at each token."""
+    return 1 if device.type == "cpu" else PATIENCE
 
 
 def _guesses(draft: nn.Module | None, count: int | None, lookup: int | None, *, compiles: bool) -> int:

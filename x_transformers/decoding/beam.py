@@ -58,18 +58,27 @@ class Beams:
         device = sequences.parts[0].device
         self.scores = torch.zeros(self.prompts, 1, device=device)
         self.ended = torch.zeros(self.prompts, dtype=torch.bool, device=device)
+        self.steps = torch.zeros((), dtype=torch.long, device=device)
 
-    def run(self, seq_len: int, pad_value: int) -> tuple[Tensor, Tensor]:
+    def run(self, seq_len: int, pad_value: int, every: int = 1) -> tuple[Tensor, Tensor]:
         """Continue by `seq_len` tokens, or until all beams have ended.
+
+        Args:
+            seq_len: tokens to generate.
+            pad_value: what follows an end token.
+            every: look whether all beams have ended behind each so many tokens, for which the device must be waited
+                for. What is found does not depend on it.
 
         Returns:
             `(b, width, m)` tokens, `pad_value`s behind an end token, and `(b, width)` scores, the highest first.
         """
-        for _ in range(seq_len):
+        for count in range(1, seq_len + 1):
             self.step()
-            if self.eos_token is not None and bool(self.ended.all()):
+            if self.eos_token is not None and count % every == 0 and bool(self.ended.all()):
                 break
         tokens = self.sequences.tokens()[:, self.prompt_length :].reshape(self.prompts, self.scores.shape[1], -1)
+        if self.eos_token is not None and every > 1:
+            tokens = tokens[:, :, : int(self.steps)]
         tokens = tokens.expand(-1, self.width, -1)  # before the first step there is one row for all beams
         scores, order = self.scores.expand(-1, self.width).sort(dim=-1, descending=True, stable=True)
         tokens = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
@@ -80,6 +89,7 @@ class Beams:
 
     def step(self) -> None:
         """Replace each prompt's rows by the best of their continuations by one token."""
+        self.steps = self.steps + ~self.ended.all()
         gains, tokens = self._candidates(self.reader.read(self.sequences)[:, -1])
         rows = self.scores.shape[1]
         scores = (self.scores.reshape(-1, 1) + gains).reshape(self.prompts, -1)
@@ -91,6 +101,11 @@ class Beams:
         else:
             scores, order = scores.topk(self.width, dim=-1)
             tokens, parents = tokens.gather(-1, order), order.div(self.width, rounding_mode="floor")
+            if self.eos_token is not None:
+                # a search that is over, and goes on since nobody looked yet, leaves its beams in their order
+                over = self.ended.all()
+                scores = torch.where(over, self.scores, scores)
+                parents = torch.where(over, torch.arange(rows, device=parents.device), parents)
         self.scores = scores
         first = torch.arange(self.prompts, device=parents.device) * rows
         self._follow((parents + first.unsqueeze(-1)).flatten(), tokens.reshape(-1, 1))
