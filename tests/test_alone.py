@@ -177,7 +177,11 @@ def test_weighing_learns_drops_and_is_saved() -> None:
         ({"inverted_attention": True, "causal": True}, "it cannot be causal"),
         ({"sparse_topk": 0}, "`sparse_topk` is 0"),
         ({"softclamp_logits": True, "logit_softclamp_value": 0.0}, "`logit_softclamp_value` is 0"),
-        ({"flash_pack_seq": True}, "`flash_pack_seq` has no kernel here; pass a `mask`"),
+        (
+            {"flash_pack_seq": True, "add_zero_kv": True},
+            "`add_zero_kv` puts a key in front that belongs to no document",
+        ),
+        ({"flash_pack_seq": True, "inverted_attention": True}, "the queries of all documents compete"),
         ({"sparse_top_k": 2}, "unknown keyword `sparse_top_k`. Did you mean `sparse_topk`?"),
     ],
 )
@@ -200,7 +204,8 @@ def test_options_of_weighing_that_are_refused(options: dict[str, Any], words: st
         ({}, {"attn_bias": torch.zeros(N, N - 1)}, r"`attn_bias` has shape \(6, 5\)"),
         ({}, {"row_mask": MASK[:, 1:]}, r"`row_mask` has shape \(2, 5\)"),
         ({}, {"prev_attn": torch.zeros(2, 2, N, 3)}, r"`prev_attn` has shape \(2, 2, 6, 3\)"),
-        ({}, {"flash_pack_seq_kwargs": {}}, "pass a `mask`"),
+        ({}, {"flash_pack_seq_kwargs": {}}, "build the model with `flash_pack_seq = True`"),
+        ({"flash_pack_seq": True}, {}, "pass `flash_pack_seq_kwargs` with `cu_seqlens_q`"),
         ({"causal": True}, {"q": torch.zeros(2, 2, N + 1, D)}, "there are 7 queries and 6 keys"),
         ({"causal": True, "selective": True}, {"causal": False}, "`selective` was built for causal attention"),
         ({"causal": True, "cope": CoPE(D, 2, 4)}, {"causal": False}, "`cope` was built for causal attention"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, Case, beside, close, contexts, name_of, one_of_each, tokens
+from catalogue import BASE, Case, beside, close, contexts, name_of, one_of_each, perturb, tokens
 from torch import Tensor
 
 from x_transformers import (
@@ -18,6 +18,7 @@ from x_transformers import (
     TransformerWrapper,
     ViTransformerWrapper,
 )
+from x_transformers.attend import Attend
 from x_transformers.attention.backends.base import Request, Situation
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
@@ -26,6 +27,7 @@ from x_transformers.attention.base import Needs, Visibility
 from x_transformers.attention.masks import spelled_out
 from x_transformers.documents import Documents
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.x_transformers import CoPE
 
 LENGTHS = (4, 1, 6, 3)
 CONTEXTS = (2, 5, 1, 3)
@@ -189,6 +191,109 @@ def test_a_context_is_right_aligned() -> None:
         _, record = curves(x, context, return_intermediates=True)
         bias = record.pre_softmax_attn - record.qk_similarities
         assert torch.equal(bias[0, 0].abs() > 0, (distance >= 0) & (distance < 3))
+
+
+# the weighing alone
+
+WEIGHINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sink": {"head_learned_sink": True, "softclamp_logits": True},
+    "distances": {"l2_distance": True},
+    "rows": {"pre_talking_heads": True, "post_talking_heads": True, "cog_signed": True},
+    "weights": {"sparse_topk": 2},
+    "gates": {"sigmoid": True},
+    "selective": {"selective": True},
+    "contextual": {"cope": CoPE(8, 4, 4)},
+}
+OWN = ("selective", "contextual")
+"""Only causally, and where queries and keys are the same tokens."""
+
+WAYS = [(name, causal) for name in WEIGHINGS for causal in (False, True) if causal or name not in OWN]
+
+
+@pytest.mark.parametrize("flash", [False, None])
+@pytest.mark.parametrize(("name", "causal"), WAYS)
+@torch.no_grad()
+def test_weighing_by_documents(name: str, causal: bool, flash: bool | None) -> None:
+    """Each is what it is alone, in self-attention and towards other keys; nothing is seen where there are none."""
+    packed, plain = (
+        perturb(Attend(heads=4, causal=causal, flash=flash, flash_pack_seq=packs_rows, **WEIGHINGS[name])).eval()
+        for packs_rows in (True, False)
+    )
+    plain.load_state_dict(packed.state_dict())
+    for of_keys in (LENGTHS,) if name in OWN else (LENGTHS, (6, 0, 6, 4)):
+        i, j = sum(LENGTHS), sum(of_keys)
+        q, k, v = torch.randn(1, 4, i, 8), torch.randn(1, 2, j, 8), torch.randn(1, 2, j, 5)
+        bias = torch.randn(4, i, j)
+        more = {} if name == "contextual" else {"attn_bias": bias}
+        out, record = packed(q, k, v, flash_pack_seq_kwargs=packs(LENGTHS, of_keys), **more)
+        parts = zip(
+            q.split(LENGTHS, 2),
+            k.split(of_keys, 2),
+            v.split(of_keys, 2),
+            out.split(LENGTHS, 2),
+            _blocks(bias, LENGTHS, of_keys),
+            strict=True,
+        )
+        for query, key, value, got, of_both in parts:
+            if key.shape[2] == 0:
+                assert (got == 0).all()
+                continue
+            given = {} if name == "contextual" else {"attn_bias": of_both}
+            close(got, plain(query, key, value, **given)[0])
+        assert (record.post_softmax_attn is not None) == (flash is False)
+
+
+def _blocks(t: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> list[Tensor]:
+    """Those on the diagonal."""
+    split = zip(t.split(rows, -2), range(len(rows)), strict=True)
+    return [row.split(columns, -1)[number] for row, number in split]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_fused_weighing_by_documents(causal: bool) -> None:
+    packed = Attend(causal=causal, flash_pack_seq=True)
+    q, k, v = (torch.randn(1, 4, sum(LENGTHS), 8) for _ in "qkv")
+    packing = packs(LENGTHS)
+    wanted = packed(q, k, v, flash_pack_seq_kwargs=packing)[0]
+    close(packed.flash_attn(q, k, v, flash_pack_seq_kwargs=packing)[0], wanted)
+    fused = Attend(causal=causal, flash=True, flash_pack_seq=True)
+    close(fused(q, k, v, flash_pack_seq_kwargs=packing)[0], wanted)
+    other = Attend(causal=not causal, flash_pack_seq=True)(q, k, v, flash_pack_seq_kwargs=packing)[0]
+    close(packed(q, k, v, flash_pack_seq_kwargs=packing, causal=not causal)[0], other)
+    twin = Attend.from_config(packed.config)
+    assert torch.equal(twin(q, k, v, flash_pack_seq_kwargs=packing)[0], wanted)
+    half = Situation("cuda", torch.bfloat16, True, width=64)
+    assert fused.core.choose(half, Needs.DOCUMENTS)[0].name == "varlen"
+
+
+def test_gradients_of_weighing_stay_within_documents() -> None:
+    packed = Attend(flash=None, flash_pack_seq=True)
+    q, k, v = (torch.randn(1, 4, sum(LENGTHS), 8, requires_grad=True) for _ in "qkv")
+    packed(q, k, v, flash_pack_seq_kwargs=packs(LENGTHS))[0][:, :, 5:11].square().sum().backward()
+    inside = torch.arange(sum(LENGTHS))[5:11]
+    for t in (q, k, v):
+        moved = t.grad.abs().sum(dim=(0, 1, 3)).nonzero().flatten()
+        assert torch.equal(moved, inside)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mask": torch.ones(1, 5).bool()}, "drop `mask`"),
+        ({"row_mask": torch.ones(1, 5).bool()}, "drop `row_mask`"),
+        ({"flash_pack_seq_kwargs": packs((3, 3))}, "must rise from 0 to the 5"),
+        ({"q": torch.zeros(2, 2, 5, 8), "k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8)}, "2 rows"),
+        ({"options": {"selective": True}, "q": torch.zeros(1, 2, 4, 8)}, "4 queries and 5 keys; `selective`"),
+        ({"options": {"cope": CoPE(8, 2, 4)}, "flash_pack_seq_kwargs": packs((3, 2), (2, 3))}, "differently"),
+    ],
+)
+def test_weighing_by_documents_that_is_refused(given: dict[str, Any], words: str) -> None:
+    each = {**{name: torch.zeros(1, 2, 5, 8) for name in "qkv"}, "flash_pack_seq_kwargs": packs((3, 2)), **given}
+    options = each.pop("options", {})
+    with pytest.raises(InputError, match=words):
+        Attend(causal=True, flash_pack_seq=True, **options)(**each)
 
 
 # what is refused, in words

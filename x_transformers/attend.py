@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.arguments import bind_attn_bias, check_mask, check_pairs
-from x_transformers.attention.backends.base import Request, Situation, Weighed
+from x_transformers.attention.backends.base import Request, Weighed
 from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowMod, Rows, Stage
 from x_transformers.attention.core import Core
 from x_transformers.attention.keys import sink, zero
@@ -28,6 +28,7 @@ from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.call import Call, Carry, Deltas, LayerCall, Span
+from x_transformers.documents import UNPACKABLE, Documents, check_packing, documents_of, refuse_beside
 from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.intermediates import Intermediates
 from x_transformers.loading import ReadsReference, rename
@@ -104,7 +105,8 @@ class Attend(Configured, ReadsReference):
         sdp_kwargs: which of PyTorch's kernels may run: `enable_flash`, `enable_math`, ...
         qk_norm, onnxable: kept for old scripts; the softmax runs in float32 at least, and masks are comparisons of
             index ranges.
-        flash_pack_seq: must be False; sequences that are packed into one row need a `mask` over pairs.
+        flash_pack_seq: rows are packed: documents, told by `flash_pack_seq_kwargs` at every call, see only themselves,
+            on every device and whatever `flash` says; with PyTorch's variable-length kernel where there is one.
 
     Raises:
         ConfigError: listing every unknown keyword, bad value and conflict.
@@ -132,8 +134,9 @@ class Attend(Configured, ReadsReference):
         SCHEMA.check_rules(parsed, parsed, faults)
         if not 0 <= dropout < 1:
             faults.add(f"`dropout` is {dropout}; it must lie in [0, 1).")
-        if flash_pack_seq:
-            faults.add("`flash_pack_seq` has no kernel here; pass a `mask` (i, j) that is True within each sequence.")
+        for feature in parsed.enabled() if flash_pack_seq else ():
+            if feature.name in UNPACKABLE:
+                faults.add(UNPACKABLE[feature.name])
         if cope is not None and not causal:
             faults.add("`cope` counts the keys up to the query; it needs `causal = True`.")
         needy = [parsed.switch(feature) for feature in parsed.enabled() if feature.name in NEED_HEADS]
@@ -141,6 +144,7 @@ class Attend(Configured, ReadsReference):
             faults.add(f"{needy[0]} has something for each head; give `heads`.")
         faults.raise_if_any("Attend")
         self.causal, self.heads, self.scale, self.dropout = causal, heads, scale, dropout
+        self.packed = flash_pack_seq
         self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()} | {"cope": "`cope`"}
         # no part of these reads the widths
         shape = AttentionShape(dim=0, heads=heads or 1, kv_heads=1, dim_head=0, value_dim_head=0, causal=causal)
@@ -157,7 +161,9 @@ class Attend(Configured, ReadsReference):
             need = Needs.SINK if name == "learned_sink" else getattr(part, "needs", Needs.NOTHING)
             because.setdefault(need, []).append(self.switches[name])
         with faults.catching():
-            self.core = Core(because=because, scale=scale or 1.0, flash=flash, kernels=sdp_kwargs)
+            self.core = Core(
+                because=because, scale=scale or 1.0, flash=flash, kernels=sdp_kwargs, packed=flash_pack_seq
+            )
         faults.raise_if_any("Attend")
 
     def forward(
@@ -185,7 +191,10 @@ class Attend(Configured, ReadsReference):
                 key.
             attn_delta: broadcastable to `(b, h, i, j)`, added to the weights, also of hidden keys.
             row_mask: `(b, i)` bool, the queries that others may know of, where queries have to do with each other.
-            flash_pack_seq_kwargs: must be None; see `flash_pack_seq`.
+            flash_pack_seq_kwargs: with `flash_pack_seq`, at every call: q is `(1, h, i, d)`, one document after the
+                other, and a document of queries sees only the document of keys of the same number. `cu_seqlens_q`,
+                `cu_seqlens_k`: `(t + 1,)` whole numbers, 0 and where documents end; `max_seqlen_q`, `max_seqlen_k`:
+                the length of the longest one. Causality is right-aligned in each.
             causal: overrides the constructor's for this call.
 
         Returns:
@@ -219,16 +228,7 @@ class Attend(Configured, ReadsReference):
             InputError: if no fused kernel hosts the options here.
         """
         request, dtype = self._request(q, k, v, mask, attn_bias, None, None, None, flash_pack_seq_kwargs, causal)
-        needs = self.core.needs if request.dropout else self.core.quiet_needs
-        for score in request.scores:
-            needs |= score.needs
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (request.q, request.k, request.v))
-        situation = Situation(q.device.type, request.q.dtype, grad)
-        reasons = [backend.lacks(needs) or backend.refuses(situation, needs) for backend in self.core.fused]
-        for backend, reason in zip(self.core.fused, reasons, strict=True):
-            if reason is None:
-                return self._weigh(request, backend.attend).out.to(dtype), Intermediates()
-        raise InputError(f"no fused kernel hosts this call: {'; '.join(str(reason) for reason in reasons)}.")
+        return self._weigh(request, self.core.fused_alone).out.to(dtype), Intermediates()
 
     def _weigh(self, request: Request, weigh: Callable[[Request], Weighed]) -> Weighed:
         if request.plain_q is request.q:
@@ -251,9 +251,12 @@ class Attend(Configured, ReadsReference):
         causal: bool | None,
     ) -> tuple[Request, torch.dtype]:
         """What the core is asked for, and the dtype of the result."""
-        self._check(q, k, v, packs)
-        causal = self._causality(causal, q.shape[2], k.shape[2])
-        layer = _layer(q, k, causal, mask, row_mask)
+        self._check(q, k, v)
+        documents = self._documents(q, k, packs)
+        if documents is not None:
+            refuse_beside("flash_pack_seq_kwargs", mask=mask, row_mask=row_mask)
+        causal = self._causality(causal, q.shape[2], k.shape[2], aligned=documents is None)
+        layer = _layer(q, k, causal, mask, row_mask, documents)
         keys, biases = len(layer.keys), ()
         if attn_bias is not None:
             size = {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": keys}
@@ -280,7 +283,16 @@ class Attend(Configured, ReadsReference):
             k,
             v,
             plain_q.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            visibility(layer.call, layer.keys, causal=causal, own=True, window=None, prefix=prefix),
+            visibility(
+                layer.call,
+                layer.keys,
+                causal=causal,
+                # documents of queries and keys may differ in length, as those of a context do
+                own=documents is None,
+                window=None,
+                prefix=prefix,
+                documents=documents,
+            ),
             scores,
             sink=self.parts["learned_sink"].logits if "learned_sink" in self.parts else None,  # type: ignore[arg-type]
             rows=(*slots.get("row", ()), *rows),
@@ -298,7 +310,8 @@ class Attend(Configured, ReadsReference):
             slots.setdefault("row" if name == "cope" else SCHEMA.features[name].slot, []).append(part)
         return slots
 
-    def _causality(self, causal: bool | None, queries: int, keys: int) -> bool:
+    def _causality(self, causal: bool | None, queries: int, keys: int, *, aligned: bool) -> bool:
+        """Whether this call is causal; `aligned`: the last query is the last key."""
         causal = self.causal if causal is None else causal
         parts = [(self.switches[name], part) for name, part in self.parts.items() if isinstance(part, Part)]
         for name, part in parts:
@@ -306,16 +319,30 @@ class Attend(Configured, ReadsReference):
                 raise InputError(f"{name} was built for causal attention; `causal = False` makes no sense with it.")
             if causal and getattr(part, "across_queries", False):
                 raise InputError(f"{name} normalises over all queries; it cannot be causal.")
-        if causal and queries > keys:
+        if causal and aligned and queries > keys:
             raise InputError(
                 f"there are {queries} queries and {keys} keys; in causal attention the last query is the last key, so "
                 "that the first ones would see nothing. Give as many keys, or `causal = False`."
             )
         return causal
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, packs: Mapping[str, Any] | None) -> None:
-        if packs is not None:
-            raise InputError("`flash_pack_seq_kwargs` needs `flash_pack_seq`, which has no kernel here; pass a `mask`.")
+    def _documents(self, q: Tensor, k: Tensor, given: Mapping[str, Any] | None) -> Documents | None:
+        """The documents of a packed row."""
+        name, queries, keys = "flash_pack_seq_kwargs", q.shape[2], k.shape[2]
+        check_packing(given, packed=self.packed, cached=False, name=name, keyword="flash_pack_seq")
+        if given is None:
+            return None
+        counting = next((self.switches[each] for each in ("cope", "selective") if each in self.parts), None)
+        if counting is not None and queries != keys:
+            raise InputError(
+                f"there are {queries} queries and {keys} keys; {counting} reads in packed rows which key is a query's "
+                "own, so that both must be the same tokens."
+            )
+        return documents_of(
+            given, batch=q.shape[0], queries=queries, keys=None if counting is not None else keys, name=name
+        )
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
         if not q.ndim == k.ndim == v.ndim == 4:
             raise ShapeError(f"got {shapes}; they must be (b, h, i, d), (b, g, j, d) and (b, g, j, e).")
@@ -338,8 +365,10 @@ class Attend(Configured, ReadsReference):
         return [(name, part) for name, part in named if isinstance(part, Part)]
 
 
-def _layer(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, row_mask: Tensor | None) -> LayerCall:
-    """One sublayer's call whose keys end with the queries."""
+def _layer(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, row_mask: Tensor | None, documents: Documents | None
+) -> LayerCall:
+    """One sublayer's call whose keys end with the queries; in packed rows, document by document."""
     batch, i, j = q.shape[0], q.shape[2], k.shape[2]
     live = own = pairs = None
     if mask is not None and mask.ndim == 2:
@@ -349,8 +378,9 @@ def _layer(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, row_mask: Te
     if row_mask is not None:
         own = check_mask(row_mask, batch, i, "row_mask")
     index, places = torch.arange(j - i, j, device=q.device), torch.arange(j, device=q.device)
-    query = Span(index, index[None], index[None], own)
-    keys = Span(places, places[None], places[None], live)
+    slots = places[None] if documents is None or i != j else documents.places(j)
+    query = Span(index, slots[:, j - i :], slots[:, j - i :], own)
+    keys = Span(places, slots, slots, live)
     call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs)
     return LayerCall(call, keys, keys, carry=Carry(), deltas=Deltas())
 

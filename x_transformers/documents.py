@@ -13,6 +13,19 @@ from x_transformers.errors import InputError, ShapeError
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
+UNPACKABLE = {
+    feature: f"`flash_pack_seq` keeps the documents of a row apart, but {why}; drop one of them."
+    for feature, why in (
+        ("memory_kv", "`num_mem_kv` puts keys in front that belong to no document"),
+        ("zero_kv", "`add_zero_kv` puts a key in front that belongs to no document"),
+        ("hybrid", "`hybrid_module` would run from one document into the next"),
+        ("inverted_attention", "`inverted_attention` lets the queries of all documents compete"),
+        ("shift_tokens", "`shift_tokens` would move features from one document into the next"),
+        ("mv_split_residual", "`mv_split_residual` takes means over all documents"),
+    )
+}
+"""Features that packed rows exclude, and why."""
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:

@@ -20,6 +20,7 @@ from x_transformers.attention.scores import (
 )
 from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
 from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
+from x_transformers.documents import UNPACKABLE
 from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 
@@ -53,22 +54,8 @@ class DropoutOptions:
             require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
 
 
-UNPACKABLE = (
-    ("memory_kv", "`num_mem_kv` puts keys in front that belong to no document"),
-    ("zero_kv", "`add_zero_kv` puts a key in front that belongs to no document"),
-    ("hybrid", "`hybrid_module` would run from one document into the next"),
-    ("inverted_attention", "`inverted_attention` lets the queries of all documents compete"),
-    ("shift_tokens", "`shift_tokens` would move features from one document into the next"),
-    ("mv_split_residual", "`mv_split_residual` takes means over all documents"),
-)
-"""What packed rows exclude, and why."""
-
-
-def _unpackable(feature: str, why: str) -> Rule:
-    return Rule(
-        when=lambda o: o["backend"].flash_pack_seq and o.on(feature),
-        why=f"`flash_pack_seq` keeps the documents of a row apart, but {why}; drop one of them.",
-    )
+def _unpackable(feature: str) -> Rule:
+    return Rule(when=lambda o: o["backend"].flash_pack_seq and o.on(feature), why=UNPACKABLE[feature])
 
 
 BACKEND = Feature(
@@ -78,7 +65,7 @@ BACKEND = Feature(
     options=BackendOptions,
     summary="fused attention kernels",
     paper="2205.14135",
-    refuses=tuple(_unpackable(*each) for each in UNPACKABLE),
+    refuses=tuple(map(_unpackable, UNPACKABLE)),
     examples=({"attn_flash": True}, {"attn_flash": False}),
 )
 

@@ -18,7 +18,7 @@ from x_transformers.attention.backends.sdpa import SDPA
 from x_transformers.attention.backends.varlen import Varlen
 from x_transformers.attention.base import Needs, Visibility
 from x_transformers.attention.masks import spelled_out
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, InputError
 
 
 class Core:
@@ -89,25 +89,39 @@ class Core:
 
     def __call__(self, request: Request) -> Weighed:
         """Weigh as asked."""
-        q = request.q
+        needs = self._needs(request)
+        backend, why = self._choice(request, needs, _learns(request))
+        if self.flash and not backend.fused and not request.capture:
+            self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
+        return _attend(backend, request)
+
+    def fused_alone(self, request: Request) -> Weighed:
+        """Weigh by a fused kernel, whatever `flash` says.
+
+        Raises:
+            InputError: if none hosts the request.
+        """
+        needs, q = self._needs(request), request.q
+        width = max(q.shape[-1], request.v.shape[-1])
+        situation = Situation(q.device.type, q.dtype, _learns(request), width=width)
+        reasons = [backend.lacks(needs) or backend.refuses(situation, needs) for backend in self.fused]
+        for backend, reason in zip(self.fused, reasons, strict=True):
+            if reason is None:
+                return _attend(backend, request)
+        raise InputError(f"no fused kernel hosts this call: {'; '.join(str(reason) for reason in reasons)}.")
+
+    def _needs(self, request: Request) -> Needs:
         needs = self.needs if request.dropout > 0 else self.quiet_needs
         if request.scores or request.rows or request.weights:
             for part in (*request.scores, *request.rows, *request.weights):
                 needs |= part.needs
         if request.capture:
             needs |= Needs.SCORES
-        grad = torch.is_grad_enabled() and (q.requires_grad or request.k.requires_grad or request.v.requires_grad)
         if request.visible.masks:
             needs |= Needs.MASK
-        documents = request.visible.documents
-        if documents is not None:
+        if request.visible.documents is not None:
             needs |= Needs.DOCUMENTS
-        backend, why = self._choice(request, needs, grad)
-        if documents is not None and not backend.reads_documents:
-            request.visible = _spelled_out(request)
-        if self.flash and not backend.fused and not request.capture:
-            self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
-        return backend.attend(request)
+        return needs
 
     def _choice(self, request: Request, needs: Needs, grad: bool) -> tuple[Backend, str]:
         """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
@@ -184,6 +198,17 @@ def slower(backend: Backend, able: Iterable[Backend], situation: Situation, need
     others = {each.name for each in able} | {Explicit.name}
     found = (each for each in MEASURED if each.slow == backend.name and each.fast in others)
     return next((str(each) for each in found if each.holds(situation, needs)), None)
+
+
+def _learns(request: Request) -> bool:
+    """Whether something is to have a gradient."""
+    return torch.is_grad_enabled() and (request.q.requires_grad or request.k.requires_grad or request.v.requires_grad)
+
+
+def _attend(backend: Backend, request: Request) -> Weighed:
+    if request.visible.documents is not None and not backend.reads_documents:
+        request.visible = _spelled_out(request)
+    return backend.attend(request)
 
 
 def _spelled_out(request: Request) -> Visibility:
