@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pictures import extrapolation_curves
 from text_data import random_windows, read_text, spaced_windows
+from text_model import start_evenly
 from torch import Tensor
 from training import arguments, train
 
@@ -57,8 +58,7 @@ def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
         attn_layers=decoder,
         **{name: value for name, value in positions.items() if name in OF_THE_MODEL},
     )
-    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
-    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+    start_evenly(net)
     return AutoregressiveWrapper(net)
 
 

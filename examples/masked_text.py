@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from text_data import random_windows, read_text, spaced_windows
+from text_model import small_stack, start_evenly
 from torch import Tensor
 from training import arguments, train
 
@@ -25,20 +26,8 @@ FRACTIONS = (0.02, 0.15, 0.3, 0.5, 0.8)
 
 def build_model() -> NonAutoregressiveWrapper:
     """A small encoder over bytes and the mask, with a head that tells wrong bytes from right ones."""
-    encoder = Encoder(
-        dim=96,
-        depth=3,
-        heads=3,
-        attn_dim_head=32,
-        rotary_pos_emb=True,
-        rotary_emb_dim=32,
-        attn_qk_rmsnorm=True,
-        attn_zero_init_output=True,
-        ff_zero_init_output=True,
-    )
-    net = TransformerWrapper(num_tokens=257, max_seq_len=LENGTH, attn_layers=encoder)
-    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
-    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+    net = TransformerWrapper(num_tokens=257, max_seq_len=LENGTH, attn_layers=small_stack(Encoder))
+    start_evenly(net)
     return NonAutoregressiveWrapper(
         net,
         mask_id=MASK,

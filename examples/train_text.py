@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from pictures import learning_curve
 from text_data import open_folder, random_windows, read_text, spaced_windows
+from text_model import start_evenly
 from tqdm import tqdm
 from train_options import parsed
 
@@ -47,8 +48,7 @@ def build_model() -> AutoregressiveWrapper:
         ff_no_bias=True,
     )
     net = TransformerWrapper(num_tokens=256, max_seq_len=CONTEXT, attn_layers=decoder)
-    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
-    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+    start_evenly(net)
     return AutoregressiveWrapper(net)
 
 

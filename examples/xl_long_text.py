@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from series_pictures import draw_lines
 from text_data import random_windows, read_text, spaced_windows
+from text_model import small_stack, start_evenly
 from torch import Tensor
 from training import arguments, train
 
@@ -25,20 +26,9 @@ SEGMENT, MEMORY, SEGMENTS, BATCH, TESTED = 16, 64, 8, 8, 64
 
 def build_model(memory: int) -> XLAutoregressiveWrapper:
     """A small decoder that reads segments, and remembers so many bytes."""
-    decoder = Decoder(
-        dim=96,
-        depth=3,
-        heads=3,
-        attn_dim_head=32,
-        rotary_pos_emb=True,
-        rotary_emb_dim=32,
-        attn_qk_rmsnorm=True,
-        attn_zero_init_output=True,
-        ff_zero_init_output=True,
-    )
+    decoder = small_stack(Decoder)
     net = TransformerWrapper(num_tokens=256, max_seq_len=SEGMENT, max_mem_len=memory, attn_layers=decoder)
-    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
-    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+    start_evenly(net)
     return XLAutoregressiveWrapper(net)
 
 

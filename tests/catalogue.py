@@ -149,12 +149,17 @@ def name_of(value: object) -> str:
     return str(value)
 
 
-def perturb(model: Any) -> Any:
+def perturb(model: Any, noise: float = NOISE) -> Any:
     """Add noise to every parameter: gates that start at zero would hide faults."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += NOISE * torch.randn_like(parameter)
+            parameter += noise * torch.randn_like(parameter)
     return model
+
+
+def perturbed(model: Any, noise: float = NOISE) -> Any:
+    """The same, in evaluation mode."""
+    return perturb(model, noise).eval()
 
 
 # what a pass needs beside tokens is made from the tokens and their rows, so that tests may cut and shuffle both

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import perturb
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -45,20 +46,12 @@ NETS = {
 SLIDING = ["rotary", "alibi", "t5", "none", "sinusoid", "memory tokens, rotary", "memory kv", "cross", "latent"]
 
 
-def perturbed(net):
-    """Gates that begin at zero would hide what is behind them."""
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return net
-
-
 def build(name: str = "rotary", max_seq_len: int = 32, depth: int = 2, **wrapper) -> AutoregressiveWrapper:
     options = copy.deepcopy(NETS[name])
     around = options.pop("net", {})
     stack = Decoder(dim=DIM, depth=depth, heads=4, attn_dim_head=8, verbose=False, **options)
     net = TransformerWrapper(**{"num_tokens": VOCAB, "max_seq_len": max_seq_len, "attn_layers": stack, **around})
-    return AutoregressiveWrapper(perturbed(net), **wrapper)
+    return AutoregressiveWrapper(perturb(net), **wrapper)
 
 
 def surroundings(name: str, batch: int = 2, prepended: bool = False) -> dict:
@@ -204,7 +197,7 @@ def test_the_next_embedding(options, prepended):
     net = TransformerWrapper(
         num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, add_continuous_pred_head=True, **options
     )
-    model, x = AutoregressiveWrapper(perturbed(net), next_embed_loss_weight=0.3), torch.randint(0, VOCAB, (2, 6))
+    model, x = AutoregressiveWrapper(perturb(net), next_embed_loss_weight=0.3), torch.randint(0, VOCAB, (2, 6))
     kwargs = {"prepend_embeds": torch.randn(2, 3, net.emb_dim)} if prepended else {}
     lens = torch.tensor([6, 4])
     loss, (logits, _) = model(x, lens=lens, return_outputs=True, **kwargs)
@@ -610,7 +603,7 @@ def test_masks_in_a_window():
 def test_arguments_that_cover_the_coming_tokens():
     stack = Decoder(dim=DIM, depth=2, heads=2, attn_dim_head=8, rotary_pos_emb=True, verbose=False)
     net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, embed_num_tokens={"kind": 4})
-    model, x = AutoregressiveWrapper(perturbed(net)), torch.randint(0, VOCAB, (2, 4))
+    model, x = AutoregressiveWrapper(perturb(net)), torch.randint(0, VOCAB, (2, 4))
     ids, extra, pos = torch.randint(0, 4, (2, 12)), torch.randn(2, 12, DIM), torch.arange(12) * 2
     covering = {"embed_ids": {"kind": ids}, "sum_embeds": extra, "pos": pos}
     expected = sample(model, x, 6, cache_kv=False, **covering)

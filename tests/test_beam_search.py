@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from test_autoregressive import DIM, NETS, SLIDING, VOCAB, build, perturbed, rows_of, surroundings
+from catalogue import perturb
+from test_autoregressive import DIM, NETS, SLIDING, VOCAB, build, rows_of, surroundings
 
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper, top_k
@@ -90,7 +91,7 @@ STACKS = {
 def test_scores_over_what_layers_remember(name, wrapped):
     stack = Decoder(dim=DIM, depth=2, heads=4, attn_dim_head=8, verbose=False, **STACKS[name])
     net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, **wrapped)
-    model, prompts = AutoregressiveWrapper(perturbed(net)), [torch.randint(0, VOCAB, (n,)) for n in (4, 2)]
+    model, prompts = AutoregressiveWrapper(perturb(net)), [torch.randint(0, VOCAB, (n,)) for n in (4, 2)]
     tokens, scores = search(model, prompts, 5, beams=3)
     for row, prompt in enumerate(prompts):
         for beam in range(3):

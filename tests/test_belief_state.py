@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autoregressive import perturbed
+from catalogue import perturb
 from torch import Tensor
 
 from x_transformers import BeliefStateWrapper, Decoder, Encoder, TransformerWrapper
@@ -28,7 +28,7 @@ def net(dim: int = DIM, max_seq_len: int = 12, stack: type = Decoder, **options)
 def build(name: str = "rotary", *, apart: bool = False, **options) -> BeliefStateWrapper:
     around = copy.deepcopy(NETS[name]) | options.pop("net", {})
     other = {"backward_decoder": net(**copy.deepcopy(around))} if apart else {}
-    return perturbed(BeliefStateWrapper(net(**around), **other, **options))
+    return perturb(BeliefStateWrapper(net(**around), **other, **options))
 
 
 def state_pairs(model, row: Tensor):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import close, perturbed
 from loguru import logger
-from torch import Tensor, nn
+from torch import nn
 
 from x_transformers import AdaptiveRMSNorm, AttentionPool, Decoder, Encoder, FeedForward, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -21,17 +22,6 @@ from x_transformers.x_transformers import (
 
 DIM = 8
 SMALL = {"dim": DIM, "depth": 2, "heads": 2, "attn_dim_head": 4, "verbose": False}
-
-
-def perturbed(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return module.eval()
-
-
-def close(got: Tensor, wanted: Tensor, most: float = 1e-5) -> None:
-    torch.testing.assert_close(got, wanted, atol=most, rtol=most)
 
 
 # norms

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autoregressive import perturbed
+from catalogue import perturb
 from torch import Tensor
 
 from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder, Encoder
@@ -31,7 +31,7 @@ def build(name: str = "rotary", depth: int = 2, stack: type = Decoder, **wrapper
     around = {"max_seq_len": 24, "dim_in": WIDTH, "dim_out": WIDTH, **options.pop("net", {}), **wrapper.pop("net", {})}
     layers = stack(dim=DIM, depth=depth, heads=4, attn_dim_head=8, verbose=False, **options)
     return ContinuousAutoregressiveWrapper(
-        perturbed(ContinuousTransformerWrapper(attn_layers=layers, **around)), **wrapper
+        perturb(ContinuousTransformerWrapper(attn_layers=layers, **around)), **wrapper
     )
 
 

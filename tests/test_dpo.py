@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from catalogue import perturb
 from test_autoregressive import build as build_autoregressive
-from test_autoregressive import perturbed
 
 from x_transformers import DPO, Decoder, Encoder, TransformerWrapper
 from x_transformers.errors import ConfigError, ShapeError
@@ -16,7 +16,7 @@ VOCAB = 24
 
 def model(**options) -> TransformerWrapper:
     stack = Decoder(dim=16, depth=2, heads=4, attn_dim_head=8, rotary_pos_emb=True, verbose=False)
-    return perturbed(TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, **options))
+    return perturb(TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack, **options))
 
 
 def trained(**options) -> DPO:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from catalogue import decode
 from torch import Tensor, nn
 
 from x_transformers import Attention, Decoder, Encoder, TransformerWrapper
@@ -87,18 +88,8 @@ def test_decoding(make: object, fold: int, static: bool) -> None:
     made = model(attn_hybrid_module=make(), attn_hybrid_fold_axial_dim=fold)  # type: ignore[operator]
     ids, starts = torch.randint(0, 24, (3, 9)), torch.tensor([0, 5, 2])
     for start in (None, starts):
-        state, outputs, at = (made.static_cache(3, 11) if static else None), [], 0
-        for count in (4, 1, 3, 1):
-            out, state = made(
-                ids[:, at : at + count],
-                cache=state,
-                input_not_include_cache=True,
-                return_intermediates=True,
-                seq_start_pos=start,
-            )
-            outputs.append(out)
-            at += count
-        got = torch.cat(outputs, dim=1)
+        cache = made.static_cache(3, 11) if static else None
+        got = decode(made, ids, (4, 1, 3, 1), cache=cache, seq_start_pos=start)
         for row, skip in enumerate((0, 0, 0) if start is None else starts.tolist()):
             wanted = made(ids[row : row + 1, skip:])
             torch.testing.assert_close(got[row : row + 1, skip:], wanted, atol=2e-5, rtol=2e-5)

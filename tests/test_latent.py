@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from catalogue import decode, perturbed
 from torch import Tensor
 
 from x_transformers import Attention, Decoder, TransformerWrapper
@@ -16,26 +17,12 @@ def model(**options: object) -> TransformerWrapper:
     made = TransformerWrapper(
         num_tokens=24, max_seq_len=32, use_abs_pos_emb=False, attn_layers=Decoder(**{**STACK, **options})
     )
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return made.eval()
+    return perturbed(made)
 
 
 def decoded(made: TransformerWrapper, ids: Tensor, *, static: bool, **given: object) -> Tensor:
-    state = made.static_cache(len(ids), ids.shape[1] + 2) if static else None
-    outputs, start = [], 0
-    for count in (4, 1, 2, 1):
-        out, state = made(
-            ids[:, start : start + count],
-            cache=state,
-            input_not_include_cache=True,
-            return_intermediates=True,
-            **given,
-        )
-        outputs.append(out)
-        start += count
-    return torch.cat(outputs, dim=1)
+    cache = made.static_cache(len(ids), ids.shape[1] + 2) if static else None
+    return decode(made, ids, (4, 1, 2, 1), cache=cache, **given)
 
 
 def test_the_formula() -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autoregressive import perturbed
+from catalogue import perturb
 from torch import Tensor
 
 from x_transformers import Decoder, Encoder, NonAutoregressiveWrapper, TransformerWrapper
@@ -26,7 +26,7 @@ VOCAB, DIM, SIZE, MASK = 12, 16, 8, 11
 def net(dim: int = DIM, **options) -> TransformerWrapper:
     layers = options.pop("layers", {})
     stack = Encoder(dim=dim, depth=2, heads=2, attn_dim_head=8, verbose=False, **layers)
-    return perturbed(TransformerWrapper(num_tokens=VOCAB, max_seq_len=SIZE, attn_layers=stack, **options))
+    return perturb(TransformerWrapper(num_tokens=VOCAB, max_seq_len=SIZE, attn_layers=stack, **options))
 
 
 def build(**options) -> NonAutoregressiveWrapper:

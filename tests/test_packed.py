@@ -428,7 +428,8 @@ def naive(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *
 @pytest.mark.parametrize("of_keys", [LENGTHS, (2, 3, 6, 0)], ids=str)
 def test_the_variable_length_kernel(causal: bool, of_keys: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for what the explicit backend does, in words that it takes."""
-    kernel = pytest.importorskip("torch.nn.attention.varlen")
+    why = "this PyTorch has no variable-length attention"
+    kernel = pytest.importorskip("torch.nn.attention.varlen", reason=why)
     signature = inspect.signature(kernel.varlen_attn)
 
     def taking(*given: Any, **how: Any) -> Tensor:

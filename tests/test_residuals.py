@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import close, perturbed
 from loguru import logger
 from torch import Tensor, nn
 
@@ -25,19 +26,8 @@ SMALL = {"dim": DIM, "depth": 2, "heads": 2, "attn_dim_head": 4, "verbose": Fals
 GATED = {"gated_multi_residual": True, "residual_fn_kwargs": {"read_gate_rank": 3}}
 
 
-def perturbed(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return module.eval()
-
-
 def decoder(**keywords: object) -> Decoder:
     return perturbed(Decoder(**{**SMALL, **keywords}))  # type: ignore[return-value]
-
-
-def close(got: Tensor, wanted: Tensor, most: float = 1e-5) -> None:
-    torch.testing.assert_close(got, wanted, atol=most, rtol=most)
 
 
 # orthogonal

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import catalogue
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,18 +25,12 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 DIM, HEADS, WIDTH = 12, 2, 4
 SMALL = {"dim": DIM, "heads": HEADS, "attn_dim_head": WIDTH, "depth": 2, "verbose": False}
 close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-5)
+perturbed = functools.partial(catalogue.perturbed, noise=0.3)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def perturbed(module: Any) -> Any:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return module.eval()
 
 
 def attention(causal: bool = True, heads: int = HEADS, **options: Any) -> Attention:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from catalogue import close, perturbed
+from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerBlock, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -11,17 +12,6 @@ from x_transformers.layers.sequence import repeated
 
 DIM = 8
 SMALL = {"dim": DIM, "depth": 2, "heads": 2, "attn_dim_head": 4, "verbose": False}
-
-
-def perturbed(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return module.eval()
-
-
-def close(got: Tensor, wanted: Tensor, most: float = 1e-5) -> None:
-    torch.testing.assert_close(got, wanted, atol=most, rtol=most)
 
 
 def kinds(**options: object) -> str:

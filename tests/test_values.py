@@ -1,5 +1,8 @@
 """What is done to values and to attention's outputs: gates, norms, residuals, laser, projections away from oneself."""
 
+import functools
+
+import catalogue
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from x_transformers.low_rank import LoRALinear
 from x_transformers.ops import expand_kv_heads, project_away
 
 SMALL = {"dim": 8, "dim_head": 4, "heads": 2}
+perturbed = functools.partial(catalogue.perturbed, noise=0.3)
 
 
 def plain_out(attention: Attention, x: Tensor) -> Tensor:
@@ -24,13 +28,6 @@ def plain_out(attention: Attention, x: Tensor) -> Tensor:
 
 def project(attention: Attention, out: Tensor) -> Tensor:
     return attention.to_out(out.transpose(1, 2).flatten(2))
-
-
-def perturbed(module: torch.nn.Module) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return module.eval()
 
 
 # gates

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_autoregressive import perturbed
+from catalogue import perturb
 from torch import Tensor
 
 from x_transformers import Decoder, TransformerWrapper, XLAutoregressiveWrapper
@@ -34,7 +34,7 @@ def build(name: str = "rotary", **wrapper) -> XLAutoregressiveWrapper:
     around = {"max_mem_len": SIZE, **options.pop("net", {})}
     stack = Decoder(dim=DIM, depth=2, heads=4, attn_dim_head=8, verbose=False, **options)
     net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=SIZE, attn_layers=stack, **around)
-    return XLAutoregressiveWrapper(perturbed(net), **wrapper)
+    return XLAutoregressiveWrapper(perturb(net), **wrapper)
 
 
 def surroundings(name: str, batch: int = 2) -> dict:
@@ -143,7 +143,7 @@ def test_arguments_are_cut_into_segments():
     net = TransformerWrapper(
         num_tokens=VOCAB, max_seq_len=SIZE, max_mem_len=SIZE, attn_layers=stack, embed_num_tokens={"kind": 4}
     )
-    model, x = XLAutoregressiveWrapper(perturbed(net)), torch.randint(0, VOCAB, (2, 10))
+    model, x = XLAutoregressiveWrapper(perturb(net)), torch.randint(0, VOCAB, (2, 10))
     ids, extra, pos = torch.randint(0, 4, (2, 10)), torch.randn(2, 10, DIM), torch.arange(10) * 2
     out, mems = [], None
     for part in (slice(0, 6), slice(6, 9)):
@@ -181,7 +181,7 @@ def test_every_token_is_drawn_as_the_chunked_pass_expects_it(name, prime, cache_
 def test_nets_that_cannot_be_cached():
     stack = Decoder(dim=DIM, depth=1, heads=2, attn_dim_head=8, rotary_pos_emb=True, verbose=False)
     net = TransformerWrapper(num_tokens=VOCAB, max_seq_len=SIZE, max_mem_len=SIZE, attn_layers=stack, recycling=True)
-    model, x, spy = XLAutoregressiveWrapper(perturbed(net)), torch.randint(0, VOCAB, (2, 4)), Spy()
+    model, x, spy = XLAutoregressiveWrapper(perturb(net)), torch.randint(0, VOCAB, (2, 4)), Spy()
     tokens = model.generate(x, 11, filter_logits_fn=spy)
     with torch.no_grad():
         expected = chunked(net.eval(), torch.cat((x, tokens), dim=1)[:, :-1])[:, 3:]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autoregressive import perturbed
+from catalogue import perturb
 
 from x_transformers import Decoder, XValAutoregressiveWrapper, XValTransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -29,7 +29,7 @@ def build(name: str = "rotary", depth: int = 2, **wrapper) -> XValAutoregressive
     around = {"max_seq_len": 24, **options.pop("net", {}), **wrapper.pop("net", {})}
     stack = Decoder(dim=DIM, depth=depth, heads=2, attn_dim_head=8, verbose=False, **options)
     net = XValTransformerWrapper(num_tokens=VOCAB, numerical_token_id=NUMBER, attn_layers=stack, **around)
-    return XValAutoregressiveWrapper(perturbed(net), **wrapper)
+    return XValAutoregressiveWrapper(perturb(net), **wrapper)
 
 
 def data(batch: int = 2, n: int = 8):

@@ -1,4 +1,4 @@
-"""The examples on copying, digits and length extrapolation, for a few steps at small size."""
+"""The small examples, for a few steps at small size."""
 
 import importlib
 import itertools
@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# name, sizes to run at, what is printed, what is drawn
+# name, sizes to run at, what is printed, what is drawn or written
 RUNS: list[tuple[str, dict[str, object], str, str]] = [
     ("copy_task", {"BATCH": 4, "TESTED": 8}, r"exact copies: \d+\.\d% of 8 strings", "attention.png"),
     ("vit_digits", {"BATCH": 4}, r"held-out accuracy: \d+\.\d% \(\d+ of 359 digits wrong\)", "digits.png"),
@@ -24,6 +24,16 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
         r"ALiBi +\d\.\d{3} +\d\.\d{3}\n",
         "extrapolation.png",
     ),
+    (
+        "xl_long_text",
+        {"SEGMENT": 8, "MEMORY": 16, "BATCH": 2, "TESTED": 4},
+        r"with memories: \d\.\d{3} held-out bits",
+        "bits.png",
+    ),
+    ("numbers_xval", {"BATCH": 4, "TESTED": 8}, r"named right: \d+%", "continued.png"),
+    ("continuous_series", {"BATCH": 4, "TESTED": 8, "ROLL_OUTS": 4}, r"1 to 12 +\d\.\d{3}", "forecasts.png"),
+    ("masked_text", {"LENGTH": 16, "BATCH": 2, "TESTED": 32}, r"pseudo-likelihood of held-out text: \d", "text.txt"),
+    ("dpo_preferences", {"SAMPLES": 64, "BATCH": 4}, r"after DPO: \d+%", "preferred.png"),
 ]
 
 
@@ -39,13 +49,13 @@ def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
 
 
 @pytest.mark.parametrize(
-    ("example", "sizes", "printed", "drawn"), RUNS, indirect=["example"], ids=[name for name, *_ in RUNS]
+    ("example", "sizes", "printed", "left"), RUNS, indirect=["example"], ids=[name for name, *_ in RUNS]
 )
-def test_prints_and_draws_its_result(
+def test_prints_and_leaves_its_result(
     example: ModuleType,
     sizes: dict[str, object],
     printed: str,
-    drawn: str,
+    left: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -53,11 +63,13 @@ def test_prints_and_draws_its_result(
     for name, value in sizes.items():
         assert hasattr(example, name)
         monkeypatch.setattr(example, name, value)
-    run(example, monkeypatch, "--out", tmp_path / "new", "--steps", 2, "--seed", 1)
+    run(example, monkeypatch, "--out", tmp_path / "new", "--steps", 4, "--seed", 1)
     shown = capsys.readouterr().out
     assert re.search(printed, shown), shown
     assert "nan" not in shown
-    assert (tmp_path / "new" / drawn).read_bytes().startswith(b"\x89PNG")
+    found = (tmp_path / "new" / left).read_bytes()
+    assert len(found) > 100
+    assert found.startswith(b"\x89PNG") == left.endswith(".png")
 
 
 @pytest.mark.parametrize("example", ["copy_task"], indirect=True)
@@ -122,3 +134,36 @@ def test_each_curve_has_positions_of_its_own(example: ModuleType) -> None:
         outputs[name] = model.net(tokens)
     same = [(a, b) for a, b in itertools.combinations(outputs, 2) if torch.allclose(outputs[a], outputs[b], atol=1e-5)]
     assert not same
+
+
+@pytest.mark.parametrize("example", ["xl_long_text"], indirect=True)
+@pytest.mark.parametrize("memory", [0, 128])
+def test_bits_by_place_are_the_loss(example: ModuleType, memory: int) -> None:
+    torch.manual_seed(0)
+    model = example.build_model(memory).eval()
+    torch.nn.init.normal_(model.net.to_logits.weight)
+    rows = torch.randint(256, (2, 4 * example.SEGMENT + 1))
+    with torch.no_grad():
+        bits = float(model(rows)) / math.log(2)
+    assert float(example.bits_by_place(model, rows).mean()) == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize("example", ["dpo_preferences"], indirect=True)
+def test_judge_prefers_words_joined_by_an_underscore(example: ModuleType) -> None:
+    def ids(name: str) -> list[int]:
+        row = [example.END, *map(example.LETTERS.index, name), example.END]
+        return row + [example.PAD] * (example.LONGEST + 2 - len(row))
+
+    names = ["read_line", "readline", "_hidden", "a_b", "trailing_"]
+    rows = torch.tensor([ids(name) for name in names])
+    assert example.spell(rows) == names
+    assert example.is_preferred(rows).tolist() == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("example", ["continuous_series"], indirect=True)
+def test_needs_a_step(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(example, monkeypatch, "--steps", 0, "--out", tmp_path)
+    assert "--steps is 0" in capsys.readouterr().err
