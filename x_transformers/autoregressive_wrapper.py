@@ -24,6 +24,7 @@ from x_transformers.decoding.filters import (
 )
 from x_transformers.decoding.loop import (
     Decoding,
+    check_next_token_net,
     cut_behind_end,
     eval_decorator,
     evaluating,
@@ -103,16 +104,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         loss_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(net, TransformerWrapper):
-            raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
-        if net.has_multiple_heads or net.to_logits is None:
-            heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
-            raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
-        if net.pools or net.returns_pooled:
-            raise ConfigError(
-                "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so gives no logits "
-                "for each token; build it without."
-            )
+        check_next_token_net(net)
         if not 0 <= mask_prob < 1:
             raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
         if loss_chunk_size is not None:
@@ -299,7 +291,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
             draft_model: a smaller model, or the wrapper that it was trained in, that guesses tokens, of which this one
                 judges several in one pass (2211.17192). Tokens are distributed as without it, and at temperature 0
-                they are the same. It gets `kwargs`, too.
+                they are the same. The rows of a batch go on together, by as many tokens as the row with the fewest
+                right guesses, so that the gain shrinks with the batch. It gets `kwargs`, too.
             draft_tokens: guesses of a round, by default 4.
             prompt_lookup: guess by looking where the last so many tokens, or fewer, occurred before (2304.04487), in
                 place of a model.

@@ -64,12 +64,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         super().__init__()
         backward_decoder = forward_decoder if backward_decoder is None else backward_decoder
         _check_decoders(forward_decoder, backward_decoder)
-        if not 0 < train_frac_forward_backward_pairs <= 1:
-            raise ConfigError(
-                f"`train_frac_forward_backward_pairs` is {train_frac_forward_backward_pairs}; it must lie in (0, 1]."
-            )
-        if not 0 < cond_on_distance_prob < 1:
-            raise ConfigError(f"`cond_on_distance_prob` is {cond_on_distance_prob}; it must lie in (0, 1).")
+        _check_fractions(train_frac_forward_backward_pairs, cond_on_distance_prob)
         if not pred_distance and (max_pred_distance is not None or pred_distance_loss_weight != 1):
             raise ConfigError(
                 "`max_pred_distance` and `pred_distance_loss_weight` speak of predicted distances; set `pred_distance "
@@ -128,21 +123,17 @@ class BeliefStateWrapper(Configured, ReadsReference):
             return (f.sum() + g.sum()) * 0.0
         i, j = pairs.unbind(dim=-1)
         valid = j <= lens.unsqueeze(-1)
-        states = torch.cat((f[:, i], g[:, j]), dim=-1)
-        # either told or asked how far they are apart
-        told = self.to_distance_cond is not None and bool(torch.rand(()) < self.cond_on_distance_prob)
-        distance = j - i
-        seen = states
-        if told:
-            assert self.to_distance_cond is not None
-            seen = states * self.to_distance_cond(distance.to(states.dtype))
+        states, distance = torch.cat((f[:, i], g[:, j]), dim=-1), j - i
+        labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
         weights = self._weights(pairs, loss_weight_by_fb_indices)
-        loss = self._text_loss(seen, torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1), valid, weights)
-        if self.to_distance_logits is None or told:
+        # the model is either told or asked how far the two states are apart
+        if self.to_distance_cond is not None and bool(torch.rand(()) < self.cond_on_distance_prob):
+            told = states * self.to_distance_cond(distance.to(states.dtype))
+            return self._text_loss(told, labels, valid, weights)
+        loss = self._text_loss(states, labels, valid, weights)
+        if self.to_distance_logits is None:
             return loss
-        classes = distance.clamp(max=self.max_pred_distance - 1).expand(len(seq), -1)
-        each = token_losses(self.to_distance_logits(states), classes)
-        return loss + mean_over(each, valid) * self.pred_distance_loss_weight
+        return loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
 
     def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """`f (b, n, d)` and `g (b, n + 1, d)`; behind a row's length they hold anything."""
@@ -155,6 +146,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         return f, read.gather(1, order.unsqueeze(-1).expand(-1, -1, read.shape[-1]))
 
     def _end(self, batch: int) -> Tensor:
+        """`(b, 1, E)` the embedding that the backward model reads first."""
         return self.suffix_token.expand(batch, 1, -1)
 
     def _pairs(self, n: int, device: torch.device) -> Tensor:
@@ -184,6 +176,12 @@ class BeliefStateWrapper(Configured, ReadsReference):
             raise ShapeError(f"`text_head` gives width {logits.shape[-1]}; it must be {self.num_tokens * 2}, 2 v.")
         each = at_least_float32(token_losses(logits.unflatten(-1, (2, -1)), labels))
         return mean_over(each * weights, valid.unsqueeze(-1).expand_as(each))
+
+    def _distance_loss(self, states: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
+        """Of states `(b, pairs, 2 d)` that are `distance (pairs,)` apart."""
+        assert self.to_distance_logits is not None
+        classes = distance.clamp(max=self.max_pred_distance - 1).expand(len(states), -1)
+        return mean_over(token_losses(self.to_distance_logits(states), classes), valid)
 
     # generation
 
@@ -287,6 +285,7 @@ def _two_layers(dim_in: int, dim: int, dim_out: int) -> nn.Sequential:
 
 
 def _reversed(prompts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Each prompt from its end; what is no prompt is left to be refused where prompts are read."""
     if isinstance(prompts, Tensor):
         return prompts.flip(-1) if prompts.ndim else prompts
     return [prompt.flip(-1) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
@@ -305,7 +304,15 @@ def _check_decoders(forward: Any, backward: Any) -> None:
         )
 
 
+def _check_fractions(of_pairs: float, told: float) -> None:
+    if not 0 < of_pairs <= 1:
+        raise ConfigError(f"`train_frac_forward_backward_pairs` is {of_pairs}; it must lie in (0, 1].")
+    if not 0 < told < 1:
+        raise ConfigError(f"`cond_on_distance_prob` is {told}; it must lie in (0, 1).")
+
+
 def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
+    """`(b,)` tokens of each row."""
     batch, n = seq.shape
     if lens is None:
         return torch.full((batch,), n, device=seq.device)

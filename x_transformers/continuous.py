@@ -153,14 +153,13 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             lens = torch.full((len(x),), x.shape[1], device=x.device)
         else:
             x = x.masked_fill(~_before(lens, x).unsqueeze(-1), 0.0)
-        room = lens - rollout_steps
-        cut = 1 + (torch.rand(len(x), device=x.device) * room.clamp(min=1)).long()
-        cut = torch.where(room > 0, torch.minimum(cut, room.clamp(min=1)), 1)
+        long_enough = lens > rollout_steps
+        cut = _cut_points(lens - rollout_steps)
         history, start = _aligned(x, cut)
         places = (cut.unsqueeze(-1) + torch.arange(rollout_steps, device=x.device)).clamp(max=x.shape[1] - 1)
         targets = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         losses = self._losses(self._roll_out(history, start, rollout_steps, kwargs), targets)
-        return mean_over(losses.mean(dim=(1, 2)), room > 0)
+        return mean_over(losses.mean(dim=(1, 2)), long_enough)
 
     def _roll_out(self, history: Tensor, start: Tensor, steps: int, kwargs: Mapping[str, Any]) -> Tensor:
         """`steps` predictions, `([2,] b, steps, D)`."""
@@ -354,6 +353,13 @@ def _squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
 
 def _absolute_error(predicted: Tensor, targets: Tensor) -> Tensor:
     return F.l1_loss(predicted, targets, reduction="none")
+
+
+def _cut_points(room: Tensor) -> Tensor:
+    """`(b,)` random lengths of histories, from 1 to `room`; 1 where there is no room."""
+    most = room.clamp(min=1)
+    # rounding may make the product as large as `most`
+    return torch.minimum(1 + (torch.rand(len(room), device=room.device) * most).long(), most)
 
 
 def _aligned(x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,16 +102,16 @@ class DPO(Configured, ReadsReference):
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Ids that the model can read, and `(b, n - 1)` which of the predicted tokens belong to the response."""
-        prompt = _of_targets(prompt, seq, "prompt_mask")
-        if mask is None and self.pad_id is None:
-            return seq, ~prompt
-        padding = seq == self.pad_id if self.pad_id is not None else torch.zeros_like(seq, dtype=torch.bool)
-        valid = ~padding[:, 1:] if mask is None else _of_targets(mask, seq, name)
-        return seq.masked_fill(padding, 0) if _outside(self.pad_id, self.policy_model) else seq, ~prompt & valid
-
-
-def _outside(pad_id: int | None, model: TransformerWrapper) -> bool:
-    return pad_id is not None and not 0 <= pad_id < model.num_tokens
+        response = ~_of_targets(prompt, seq, "prompt_mask")
+        if mask is not None:
+            response = response & _of_targets(mask, seq, name)
+        if self.pad_id is None:
+            return seq, response
+        padding = seq == self.pad_id
+        if mask is None:
+            response = response & ~padding[:, 1:]
+        readable = 0 <= self.pad_id < self.policy_model.num_tokens
+        return seq if readable else seq.masked_fill(padding, 0), response
 
 
 def _of_targets(mask: Tensor, seq: Tensor, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.ops import pad_left
 from x_transformers.options.configured import Configured
 
-WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
+OF_THE_WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
 """Options behind the prefixes `enc_` and `dec_` that go to the wrapper; all others go to the stack."""
 
 
@@ -53,7 +53,7 @@ class XTransformer(Configured, ReadsReference):
         super().__init__()
         if not 0 <= cross_attn_tokens_dropout < 1:
             raise ConfigError(f"`cross_attn_tokens_dropout` is {cross_attn_tokens_dropout}; it must lie in [0, 1).")
-        (enc, enc_stack), (dec, dec_stack) = _sort(kwargs)
+        (enc, enc_stack), (dec, dec_stack) = _split_options(kwargs)
         self.encoder = TransformerWrapper(**enc, return_only_embed=True, attn_layers=Encoder(dim=dim, **enc_stack))
         if self.encoder.pools or self.encoder.attn_pool is not None:
             raise ConfigError(
@@ -166,7 +166,7 @@ class XTransformer(Configured, ReadsReference):
             del state[twin]
 
 
-def _sort(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """For encoder and decoder: options of the wrapper, and of the stack.
 
     Raises:
@@ -189,8 +189,8 @@ def _sort(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]
         for name, why in (fixed | ({"cross_attend": "the decoder always looks"} if half == "dec_" else {})).items():
             if name in own:
                 raise ConfigError(f"XTransformer: `{half}{name}` cannot be given, since {why}; drop it.")
-        wrapper = {name: value for name, value in own.items() if name in WRAPPER}
-        halves.append((wrapper, {name: value for name, value in own.items() if name not in WRAPPER}))
+        wrapper = {name: value for name, value in own.items() if name in OF_THE_WRAPPER}
+        halves.append((wrapper, {name: value for name, value in own.items() if name not in OF_THE_WRAPPER}))
     return halves
 
 

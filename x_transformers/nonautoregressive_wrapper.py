@@ -147,13 +147,11 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             raise ConfigError(f"`mask_id` is {mask_id}; the vocabulary runs from 0 to {net.num_tokens - 1}.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"`steps` is {steps!r}; it must be a whole number, at least 1.")
-        for name, value, most in (
-            ("self_cond_train_prob", self_cond_train_prob, 1),
-            ("no_replace_prob", no_replace_prob, 1),
-            ("random_token_prob", random_token_prob, 1),
-        ):
-            if not 0 <= value <= most:
-                raise ConfigError(f"`{name}` is {value}; it is a probability and must lie in [0, 1].")
+        _check_probabilities(
+            self_cond_train_prob=self_cond_train_prob,
+            no_replace_prob=no_replace_prob,
+            random_token_prob=random_token_prob,
+        )
         if token_critic is not None and self_token_critic:
             raise ConfigError("`token_critic` and `self_token_critic` are two critics; choose one.")
         self.net = net
@@ -162,7 +160,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         self.no_replace_prob, self.random_token_prob = no_replace_prob, random_token_prob
         self.schedule = _find_schedule(schedule)
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
-        self.critic_loss_weight, self.weighs = critic_loss_weight, use_simple_mdlm_loss_weight
+        self.critic_loss_weight = critic_loss_weight
+        self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
         dim = net.attn_layers.dim
         self.null_embed = nn.Parameter(torch.randn(dim)) if self_cond else None
         self.to_self_cond = nn.Linear(dim, net.emb_dim, bias=False) if self_cond else None
@@ -249,23 +248,28 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
     def _condition(self, shown: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """What self-conditioning adds to the embeddings, in training."""
+        if self.to_self_cond is None or float(torch.rand(())) >= self.self_cond_train_prob:
+            return self._told(shown)
+        with torch.no_grad():
+            features = self.net(shown, return_embeddings=True, **self._told(shown), **kwargs)
+        return self._told(shown, features)
+
+    def _told(self, tokens: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+        """The argument by which the model is told features of these tokens, or that there are none; empty without
+        self-conditioning.
+        """
         if self.to_self_cond is None or self.null_embed is None:
             return {}
-        if float(torch.rand(())) >= self.self_cond_train_prob:
-            features = self.null_embed.expand(*shown.shape, -1)
-        else:
-            null = self.to_self_cond(self.null_embed.expand(*shown.shape, -1))
-            with torch.no_grad():
-                features = self.net(shown, sum_embeds=null, return_embeddings=True, **kwargs).detach()
+        features = self.null_embed.expand(*tokens.shape, -1) if features is None else features
         return {"sum_embeds": self.to_self_cond(features)}
 
     def _generator_loss(self, logits: Tensor, x: Tensor, masked: Tensor, t: Tensor) -> Tensor:
         each = token_losses(logits, x.masked_fill(~masked, -100), log_probs=self.net.output_is_log_prob)
-        if self.weighs:
-            each = at_least_float32(each) * self._weight(t).unsqueeze(-1)
+        if self.use_simple_mdlm_loss_weight:
+            each = at_least_float32(each) * self._loss_weight(t).unsqueeze(-1)
         return mean_over(each, masked)
 
-    def _weight(self, t: Tensor) -> Tensor:
+    def _loss_weight(self, t: Tensor) -> Tensor:
         """`(b,)` of `-m'(t) / m(t)`, by automatic differentiation."""
         with torch.inference_mode(False), torch.enable_grad():
             t = t.detach().clone().requires_grad_()
@@ -289,10 +293,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         critic = self.token_critic
         assert critic is not None
         if isinstance(critic, SelfCritic):
-            if self.to_self_cond is not None and self.null_embed is not None:
-                kwargs = {**kwargs, "sum_embeds": self.to_self_cond(self.null_embed.expand(*filled.shape, -1))}
+            told = self._told(filled)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                features = critic.net(filled, return_embeddings=True, **kwargs)
+                features = critic.net(filled, return_embeddings=True, **told, **kwargs)
             judged = critic.to_logits(features)
         else:
             judged = critic(filled, **kwargs)
@@ -346,6 +349,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         noise_level: float,
         kwargs: dict[str, Any],
     ) -> Tensor:
+        """`(batch, max_seq_len)` tokens; see `generate`."""
         device, n = next(self.net.parameters()).device, self.net.max_seq_len
         tokens = torch.full((batch, n), self.mask_id, device=device)
         masked = torch.ones(batch, n, dtype=torch.bool, device=device)
@@ -357,15 +361,15 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
                 logits = top_k(logits, filter_thres)
             sampled = gumbel_sample(logits, max(start_temperature * left, 1e-3))
             tokens = torch.where(masked, sampled, tokens)
-            if count == 0:
+            if count > 0:
+                doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
+                if not self.can_mask_prev_unmasked:
+                    doubts = doubts.masked_fill(~masked, -math.inf)
+                least_sure = doubts.topk(count, dim=-1).indices
+                masked = torch.zeros_like(masked).scatter(-1, least_sure, True)
+                tokens = tokens.masked_fill(masked, self.mask_id)
+            else:
                 masked = torch.zeros_like(masked)
-                continue
-            doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
-            if not self.can_mask_prev_unmasked:
-                doubts = doubts.masked_fill(~masked, -math.inf)
-            worst = doubts.topk(count, dim=-1).indices
-            masked = torch.zeros_like(masked).scatter(-1, worst, True)
-            tokens = tokens.masked_fill(masked, self.mask_id)
         return tokens
 
     def _counts(self, n: int) -> list[int]:
@@ -374,11 +378,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return [*(min(max(int(count), 0), n) for count in (fractions * n).floor().tolist()), 0]
 
     def _predict(self, tokens: Tensor, features: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Logits `(b, n, v)` in which the mask is no token, and the features."""
-        if self.to_self_cond is not None and self.null_embed is not None:
-            last = self.null_embed.expand(*tokens.shape, -1) if features is None else features
-            kwargs = {**kwargs, "sum_embeds": self.to_self_cond(last)}
-        logits, features = self.net(tokens, return_logits_and_embeddings=True, **kwargs)
+        """Logits `(b, n, v)` in which the mask is no token, and the features; the model is told the last features."""
+        told = self._told(tokens, features)
+        logits, features = self.net(tokens, return_logits_and_embeddings=True, **told, **kwargs)
         banned = torch.arange(logits.shape[-1], device=logits.device) == self.mask_id
         return at_least_float32(logits).masked_fill(banned, -math.inf), features
 
@@ -399,6 +401,12 @@ def _check_net(net: Any) -> None:
         raise ConfigError(
             f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of all sequences, at least 1."
         )
+
+
+def _check_probabilities(**given: float) -> None:
+    for name, value in given.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"`{name}` is {value}; it is a probability and must lie in [0, 1].")
 
 
 def _find_schedule(given: str | Schedule) -> Schedule:

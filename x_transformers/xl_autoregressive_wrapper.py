@@ -16,7 +16,7 @@ from torch import Tensor
 from x_transformers.cache import KVCache
 from x_transformers.decoding.arguments import Arguments, check_length_and_end, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
-from x_transformers.decoding.loop import Decoding, evaluating, in_shape, streamed
+from x_transformers.decoding.loop import Decoding, check_next_token_net, evaluating, in_shape, streamed
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
@@ -84,13 +84,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             value = tuple(given[name]) if isinstance(default, tuple) else given[name]
             if value != default:
                 raise ConfigError(f"`{name}` is {given[name]!r}, but it is not available in this version; drop it.")
-        if not isinstance(net, TransformerWrapper):
-            raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
-        if net.has_multiple_heads or net.to_logits is None:
-            heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
-            raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
-        if net.pools or net.returns_pooled:
-            raise ConfigError("`net` pools its sequence, and so gives no logits for each token; build it without.")
+        check_next_token_net(net)
         if net.max_seq_len < 1:
             raise ConfigError(
                 f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of a segment, at least 1."

@@ -17,7 +17,7 @@ from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
 from x_transformers.decoding.step import Branching, Cached, Prefill, Reader, Rerun, Sequences, Step
-from x_transformers.errors import InputError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
 
@@ -180,6 +180,20 @@ def pair_amateurs(
         check_keywords(contrastive_decode_fn, contrast, "contrastive_decode_kwargs", arguments=2)
         pairs.append((net, partial(contrastive_decode_fn, **contrast)))
     return pairs
+
+
+def check_next_token_net(net: Any) -> None:
+    """Raise a `ConfigError` unless the net gives logits for each token, by a single head."""
+    if not isinstance(net, TransformerWrapper):
+        raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
+    if net.has_multiple_heads or net.to_logits is None:
+        heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"
+        raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
+    if net.pools or net.returns_pooled:
+        raise ConfigError(
+            "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so gives no logits for "
+            "each token; build it without."
+        )
 
 
 def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWrapper:
