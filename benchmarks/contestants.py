@@ -1,39 +1,95 @@
-"""The same decoder three times: bare PyTorch, this library, Hugging Face's GPT-2."""
+"""The same decoders from bare PyTorch, from this library, and from Hugging Face's transformers, with the same weights.
+
+Two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 gets the GELU of the others, an
+untied head and no dropout; what it has beside them are biases, which are zero. Our Llama has beside the other the
+biases of gated feedforwards, which are zero, too. `benchmarks.agreement` checks that they compute the same.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import bare as bare_module
 from benchmarks.bare import BareGPT, Shape
+from benchmarks.weights import share_gpt, share_llama
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
+LLAMA_MULT = 8 / 3
+LLAMA: dict[str, Any] = {
+    "rotary_pos_emb": True,
+    "use_rmsnorm": True,
+    "ff_glu": True,
+    "ff_swish": True,
+    "ff_no_bias": True,
+    "ff_mult": LLAMA_MULT,
+}
+GPT_NAMES, LLAMA_NAMES = ("bare", "ours", "GPT-2"), ("our Llama", "Llama")
+DYNAMIC = "ours, dynamic cache"
 
-def bare(shape: Shape) -> BareGPT:
-    return BareGPT(shape)
+Generate = Callable[[Tensor, int, str | None], Tensor]
 
 
-def ours(
-    shape: Shape, *, loss_chunk_size: int | None = None, checkpoint_every: int | None = None
-) -> AutoregressiveWrapper:
-    return AutoregressiveWrapper(
-        TransformerWrapper(
-            num_tokens=shape.vocab,
-            max_seq_len=shape.context,
-            attn_layers=Decoder(
-                dim=shape.dim,
-                depth=shape.layers,
-                heads=shape.heads,
-                attn_dim_head=shape.dim // shape.heads,
-                ff_no_bias=not shape.bias,
-                checkpoint_every=checkpoint_every,
-            ),
-        ),
-        loss_chunk_size=loss_chunk_size,
+@dataclass(frozen=True)
+class Contestant:
+    """A model, and how one asks it for what is measured.
+
+    Attributes:
+        model: the module with the parameters.
+        logits: tokens `[b, n]` to `[b, n, v]`.
+        loss: tokens `[b, n]`, all of them read, to the mean cross-entropy of those behind the first.
+        generate: a prompt `[b, n]`, how many tokens follow it greedily, and the compiler's backend, or None for eager.
+    """
+
+    model: nn.Module
+    logits: Callable[..., Tensor]
+    loss: Callable[..., Tensor]
+    generate: Generate
+
+
+def gpts(shape: Shape) -> dict[str, Contestant]:
+    """The bare model, ours, and GPT-2."""
+    bare, ours, other = BareGPT(shape), our_gpt(shape), gpt2(shape)
+    share_gpt(bare, ours.net, other)
+    return dict(zip(GPT_NAMES, (of_bare(bare), of_ours(ours), of_hugging_face(other)), strict=True))
+
+
+def llamas(shape: Shape) -> dict[str, Contestant]:
+    """Ours, and Hugging Face's."""
+    ours, other = our_llama(shape), llama(shape)
+    share_llama(other, ours.net)
+    return dict(zip(LLAMA_NAMES, (of_ours(ours), of_hugging_face(other)), strict=True))
+
+
+def our_gpt(shape: Shape, *, loss_chunk_size: int | None = None, **stack: Any) -> AutoregressiveWrapper:
+    """Ours of this shape; `stack` are keywords of the decoder."""
+    layers = Decoder(
+        **{
+            "dim": shape.dim,
+            "depth": shape.layers,
+            "heads": shape.heads,
+            "attn_dim_head": shape.dim // shape.heads,
+            "ff_no_bias": not shape.bias,
+            "verbose": False,
+            **stack,
+        }
     )
+    net = TransformerWrapper(num_tokens=shape.vocab, max_seq_len=shape.context, attn_layers=layers)
+    return AutoregressiveWrapper(net, loss_chunk_size=loss_chunk_size)
 
 
-def hugging_face(shape: Shape) -> nn.Module:
+def our_llama(shape: Shape) -> AutoregressiveWrapper:
+    return our_gpt(shape, rotary_emb_dim=shape.dim // shape.heads, **LLAMA)
+
+
+def gpt2(shape: Shape) -> nn.Module:
+    """Hugging Face's GPT-2 as it comes, less dropout, with an untied head and the GELU of the others."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -42,9 +98,11 @@ def hugging_face(shape: Shape) -> nn.Module:
         n_embd=shape.dim,
         n_layer=shape.layers,
         n_head=shape.heads,
+        activation_function="gelu",
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=None,
         pad_token_id=0,
@@ -52,6 +110,68 @@ def hugging_face(shape: Shape) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def batch(shape: Shape, rows: int) -> torch.Tensor:
-    """`(rows, context)` random ids."""
-    return torch.randint(0, shape.vocab, (rows, shape.context))
+def llama(shape: Shape) -> nn.Module:
+    """Hugging Face's Llama as it comes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.dim,
+        intermediate_size=int(shape.dim * LLAMA_MULT),
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        rms_norm_eps=1e-12,  # ours divides by the length as it is
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def of_bare(model: BareGPT) -> Contestant:
+    def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:
+        return bare_module.generate(model, prompt, new, compiled_step(backend) if backend else None)
+
+    steps: dict[str, Callable[..., Tensor]] = {}
+
+    def compiled_step(backend: str) -> Callable[..., Tensor]:
+        if backend not in steps:
+            steps[backend] = torch.compile(model.decode_one, backend=backend, fullgraph=True)
+        return steps[backend]
+
+    return Contestant(model, model, partial(next_token_loss, model), generate)
+
+
+def of_ours(model: AutoregressiveWrapper, cache: str = "static") -> Contestant:
+    def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:
+        compiled = {"backend": backend} if backend else False
+        return model.generate(prompt, new, temperature=0.0, cache=cache, compile=compiled)
+
+    return Contestant(model, model.net, model, generate)
+
+
+def of_hugging_face(model: nn.Module) -> Contestant:
+    def logits(tokens: Tensor) -> Tensor:
+        return model(tokens, use_cache=False).logits
+
+    def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new}
+        if backend:
+            given |= {"cache_implementation": "static", "compile_config": compile_config(backend)}
+        return model.generate(prompt, min_new_tokens=new, do_sample=False, **given)[:, prompt.shape[1] :]
+
+    return Contestant(model, logits, partial(next_token_loss, logits), generate)
+
+
+def next_token_loss(logits: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def compile_config(backend: str) -> Any:
+    """Hugging Face's own way to compile a step, on a CPU as well."""
+    from transformers import CompileConfig
+
+    config = CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+    return config

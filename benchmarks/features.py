@@ -1,21 +1,24 @@
 """What should cost nothing, measured at length: `python -m benchmarks.features [NAME ...] [--length 1024]`.
 
-Training steps per second (forward, backward, AdamW; eager) of a small decoder with one option, relative to the plain
-one. All run in turn, round after round.
+Training steps (forward, backward, AdamW; eager) of a small decoder with one option, beside the plain one. All run in
+turn, round after round. `benchmarks.run features` records all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
+from benchmarks.lengths import unpadded
 from benchmarks.measure import side_by_side
+from benchmarks.settings import Settings
+from benchmarks.speed import Figures
+from benchmarks.speed import step as training_step
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-VOCABULARY, DIM, DEPTH, HEADS = 256, 384, 2, 6
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rotary": {"rotary_pos_emb": True},
@@ -31,25 +34,32 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def step(name: str, length: int) -> Callable[[], None]:
+def features(settings: Settings) -> Iterator[tuple[str, Figures]]:
+    """Tokens per second, padding counted."""
+    length = settings.features
+    taken = seconds(FEATURES, settings, length)
+    yield f"{length:,} tokens", {name: length / each for name, each in taken.items()}
+
+
+def seconds(names: Iterable[str], settings: Settings, length: int) -> dict[str, float]:
+    """Of a step, with the plain decoder's first."""
+    names = dict.fromkeys(["plain", *names])
+    return side_by_side({name: step(name, settings, length) for name in names}, settings.rounds, warmup=1)
+
+
+def step(name: str, settings: Settings, length: int) -> Callable[[], None]:
     """A training step on one row, of which padding takes a quarter where it is what is measured."""
     torch.manual_seed(0)
-    layers = Decoder(dim=DIM, depth=DEPTH, heads=HEADS, **FEATURES[name])
-    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=length + 1, attn_layers=layers))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(0, VOCABULARY, (1, length + 1))
+    shape = settings.shape
+    layers = Decoder(dim=shape.dim, depth=settings.short, heads=shape.heads, verbose=False, **FEATURES[name])
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=shape.vocab, max_seq_len=length, attn_layers=layers))
+    ids = settings.tokens(1, length)
     given: dict[str, Any] = {}
     if name == "left padding":
-        given["seq_start_pos"] = torch.tensor([length // 4])
+        given["seq_start_pos"] = torch.tensor([length // 4], device=settings.device)
     if name == "right padding":
-        given["mask"] = torch.arange(length + 1)[None] < length * 3 // 4
-
-    def once() -> None:
-        optimizer.zero_grad()
-        model(ids, **given).backward()
-        optimizer.step()
-
-    return once
+        given["mask"] = unpadded(ids)
+    return training_step(model.to(settings.device, settings.dtype), lambda tokens: model(tokens, **given), ids)
 
 
 def main() -> None:
@@ -63,10 +73,9 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no {', '.join(unknown)} here; there are {', '.join(FEATURES)}")
     torch.set_num_threads(options.threads)
-    names = dict.fromkeys(["plain", *(options.names or FEATURES)])
-    seconds = side_by_side({name: step(name, options.length) for name in names}, options.rounds, warmup=1)
-    for name in names:
-        print(f"{name:<14} {seconds[name] * 1e3:7.1f} ms  {seconds['plain'] / seconds[name]:.2f}")
+    taken = seconds(options.names or FEATURES, Settings(rounds=options.rounds), options.length)
+    for name, each in taken.items():
+        print(f"{name:<14} {each * 1e3:7.1f} ms  {taken['plain'] / each:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""Timing side by side: every contestant in turn, round after round, medians of the rounds."""
+"""Timing side by side (every contestant in turn, round after round, medians of the rounds), and peaks of memory."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).parents[1]
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
@@ -19,22 +24,54 @@ def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, w
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         for name, run in contestants.items():
+            settle()
             start = time.perf_counter()
             run()
+            settle()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def peak_memory(module: str, argument: str) -> int:
-    """Peak resident bytes of `python -m module argument`, which prints its own reading.
+def settle() -> None:
+    """Wait until a GPU, if one is used, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
-    Freed tensors go back to the system at once (glibc): else the reading would show how the heap happened to be cut.
+
+def peak_over(run: Callable[[], object], device: str) -> int:
+    """Bytes at the peak of `run` above those before it: a GPU's tensors, or memory of this process that is resident.
+
+    `resource.getrusage` would not do: a child's `ru_maxrss` begins at what its parent had.
+
+    Raises:
+        OSError: on a CPU, where Linux's `/proc/self/clear_refs` cannot be written.
     """
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", module, argument]
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    CLEAR.write_text("5", encoding="ascii")  # the peak starts anew at what is resident now
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(encoding="ascii"), re.M)
+    assert found, f"{STATUS} has no {field}"
+    return int(found[1]) * 1024
+
+
+def in_process(module: str, *arguments: str) -> int:
+    """The last number that `python -m module ...` prints, in a process of its own.
+
+    Freed tensors go back to the system at once (glibc): else a peak would show how the heap happened to be cut.
+    """
+    command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     return int(done.stdout.split()[-1])
 
 
@@ -49,16 +86,21 @@ def run_script(script: Path, *arguments: str) -> None:
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    import transformers
-
     return {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": _version("transformers"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _processor() -> str:

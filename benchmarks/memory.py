@@ -1,48 +1,83 @@
-"""Peak resident memory of a few training steps, in bytes: `python -m benchmarks.memory NAME`.
+"""Peak memory of training, in bytes: `python -m benchmarks.memory NAME [--length N] [--rows N] ...`.
 
-`bare` and `ours` are the contestants of `benchmarks.run`; `wide` is ours with a vocabulary of 32,768 tokens, `chunked`
-the same with its loss in chunks, `again` with blocks that run again for their gradients, and `lean` with both.
+What a model, its gradients, AdamW and a few steps take, beyond Python and its libraries. `NAME` is a contestant of
+`benchmarks.lengths`, or one of `plain`, `chunked` (the loss in chunks), `again` (blocks that run again for their
+gradients) and `lean` (both), which are ours. On a CPU resident memory, which needs Linux; else a GPU's tensors.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
+import argparse
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks import contestants
+from benchmarks import lengths, measure
 from benchmarks.bare import Shape
+from benchmarks.contestants import of_ours, our_gpt
+from benchmarks.settings import Settings
+from benchmarks.speed import Figures, step
 
-WIDE = Shape(vocab=32768)
-CHUNK = 256
+CHUNK, STEPS = 256, 2
 SPARING: dict[str, dict[str, Any]] = {
-    "wide": {},
+    "plain": {},
     "chunked": {"loss_chunk_size": CHUNK},
     "again": {"checkpoint_every": 1},
     "lean": {"loss_chunk_size": CHUNK, "checkpoint_every": 1},
 }
 
 
-def main(name: str) -> None:
+def memory(settings: Settings) -> Iterator[tuple[str, Figures]]:
+    """Contestants at the size of training; ours sparing memory with a large vocabulary; long rows."""
+    shape = settings.shape
+    size = {"rows": 4 * settings.rows, "length": shape.context, "layers": shape.layers, "vocab": shape.vocab}
+    yield f"{size['rows']} rows of {shape.context:,} tokens", _peaks(lengths.NAMES[:3], settings, size)
+    wide = {**size, "vocab": settings.vocabulary}
+    yield f"a vocabulary of {settings.vocabulary:,}", _peaks(SPARING, settings, wide)
+    for length in settings.memory:
+        size = {"rows": 1, "length": length, "layers": settings.short, "vocab": shape.vocab}
+        yield f"one row of {length:,} tokens", _peaks(lengths.NAMES, settings, size)
+
+
+def _peaks(names: Iterable[str], settings: Settings, size: dict[str, int]) -> Figures:
+    size = {**size, "dim": settings.shape.dim, "heads": settings.shape.heads, "threads": torch.get_num_threads()}
+    where = ("--device", settings.device, "--dtype", str(settings.dtype).removeprefix("torch."))
+    options = [text for name, number in size.items() for text in (f"--{name}", str(number))]
+    return {name: measure.in_process("benchmarks.memory", name, *options, *where) for name in names}
+
+
+def train(name: str, shape: Shape, rows: int, device: str, dtype: torch.dtype) -> None:
+    """A few steps of a new model."""
     torch.manual_seed(0)
-    torch.set_num_threads(2)
-    shape = WIDE if name in SPARING else Shape()
-    model = contestants.bare(shape) if name == "bare" else contestants.ours(shape, **SPARING.get(name, {}))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = contestants.batch(shape, 16)
-    for _ in range(3):
-        if name == "bare":
-            loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        else:
-            loss = model(tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if name in SPARING:
+        contestant = of_ours(our_gpt(shape, **SPARING[name]))
+    else:
+        contestant = lengths.long_one(name, shape)
+    model = contestant.model.to(device, dtype)
+    tokens = torch.randint(0, shape.vocab, (rows, shape.context), device=device)
+    once = step(model, contestant.loss, tokens)
+    for _ in range(STEPS):
+        once()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = (*lengths.NAMES, *SPARING)
+    parser.add_argument("name", metavar="NAME", choices=names, help=f"of {', '.join(names)}")
+    numbers = {"length": 256, "rows": 16, "layers": 6, "dim": 384, "heads": 6, "vocab": 256, "threads": 2}
+    for option, default in numbers.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    size = {"vocab": options.vocab, "layers": options.layers, "dim": options.dim, "heads": options.heads}
+    shape, where = Shape(context=options.length, **size), (options.device, getattr(torch, options.dtype))
+    # what the libraries load when they are first used belongs to neither
+    train(options.name, Shape(context=16, vocab=256, layers=1, dim=64, heads=1), 2, *where)
+    print(measure.peak_over(lambda: train(options.name, shape, options.rows, *where), options.device))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

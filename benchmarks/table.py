@@ -1,6 +1,6 @@
 """The README's table of options, made from the catalogue and the recorded costs: `python -m benchmarks.table --write`.
 
-Without `--write` the table is printed.
+The figures of `benchmarks/README.md` are written with it. Without `--write` both are printed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import report
 from benchmarks.configurations import (
     DEPTH,
     DIM,
@@ -25,6 +26,7 @@ from benchmarks.configurations import (
     field_of,
     owns,
 )
+from benchmarks.marked import replaced
 from benchmarks.options import recorded
 from x_transformers import TransformerWrapper
 from x_transformers.attention.backends.base import Situation
@@ -131,17 +133,17 @@ def table() -> str:
 
 def written(readme: str) -> str:
     """The README with the table as it is now."""
-    before, rest = readme.split(START)
-    return before + table() + rest.split(END)[1]
+    return replaced(readme, START, END, table())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
-    if parser.parse_args().write:
-        README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
+    parser.add_argument("--write", action="store_true", help="put them into the two files")
+    if not parser.parse_args().write:
+        print(table(), report.figures(), sep="\n\n")
+        return
+    for path, new in ((README, written), (report.README, report.written)):
+        path.write_text(new(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""Copies of weights from one contestant to another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.bare import BareGPT
+from x_transformers import TransformerWrapper
+
+
+@torch.no_grad()
+def share_gpt(bare: BareGPT, ours: TransformerWrapper, other: nn.Module | None = None) -> None:
+    """The weights of a bare GPT (one without biases) into ours and into Hugging Face's GPT-2, whose biases become 0."""
+    ours.token_emb.emb.weight.copy_(bare.token_emb.weight)
+    ours.pos_emb.emb.weight.copy_(bare.pos_emb.weight * bare.shape.dim**0.5)  # ours scales what it reads
+    ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)  # ours stores gains less one
+    ours.to_logits.weight.copy_(bare.head.weight)
+    sublayers = iter(ours.attn_layers.layers)
+    for block in bare.blocks:
+        first, second = next(sublayers), next(sublayers)
+        first.norm.gamma.copy_(block.attn_norm.weight - 1)
+        _into_attention(first.attention, *block.qkv.weight.chunk(3), block.out.weight)
+        second.norm.gamma.copy_(block.ff_norm.weight - 1)
+        second.feedforward.up.weight.copy_(block.up.weight)
+        second.feedforward.down.weight.copy_(block.down.weight)
+    if other is not None:
+        _share_gpt2(bare, other)
+
+
+def _share_gpt2(bare: BareGPT, other: nn.Module) -> None:
+    core = other.transformer
+    for name, parameter in other.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+    core.wte.weight.copy_(bare.token_emb.weight)
+    core.wpe.weight.copy_(bare.pos_emb.weight)
+    core.ln_f.weight.copy_(bare.norm.weight)
+    other.lm_head.weight.copy_(bare.head.weight)
+    for theirs, block in zip(core.h, bare.blocks, strict=True):
+        theirs.ln_1.weight.copy_(block.attn_norm.weight)
+        theirs.attn.c_attn.weight.copy_(block.qkv.weight.T)  # GPT-2 stores matrices transposed
+        theirs.attn.c_proj.weight.copy_(block.out.weight.T)
+        theirs.ln_2.weight.copy_(block.ff_norm.weight)
+        theirs.mlp.c_fc.weight.copy_(block.up.weight.T)
+        theirs.mlp.c_proj.weight.copy_(block.down.weight.T)
+
+
+@torch.no_grad()
+def share_llama(other: nn.Module, ours: TransformerWrapper) -> None:
+    """The weights of Hugging Face's Llama into ours, whose biases become 0."""
+    ours.token_emb.emb.weight.copy_(other.model.embed_tokens.weight)
+    ours.attn_layers.final_norm.gamma.copy_(other.model.norm.weight - 1)
+    ours.to_logits.weight.copy_(other.lm_head.weight)
+    sublayers = iter(ours.attn_layers.layers)
+    for block in other.model.layers:
+        first, second = next(sublayers), next(sublayers)
+        attention, feedforward = block.self_attn, block.mlp
+        first.norm.gamma.copy_(block.input_layernorm.weight - 1)
+        q, k = (interleaved(each.weight, attention.head_dim) for each in (attention.q_proj, attention.k_proj))
+        _into_attention(first.attention, q, k, attention.v_proj.weight, attention.o_proj.weight)
+        second.norm.gamma.copy_(block.post_attention_layernorm.weight - 1)
+        second.feedforward.up.weight.copy_(torch.cat((feedforward.up_proj.weight, feedforward.gate_proj.weight)))
+        second.feedforward.up.bias.zero_()
+        second.feedforward.down.weight.copy_(feedforward.down_proj.weight)
+
+
+def interleaved(weight: Tensor, head: int) -> Tensor:
+    """Rows `[h d, D]` whose pairs of features (k, k + d / 2) become neighbours, as ours rotates them."""
+    return weight.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def _into_attention(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    attention.projections.q.weight.copy_(q)
+    attention.projections.k.weight.copy_(k)
+    attention.projections.v.weight.copy_(v)
+    attention.out.weight.copy_(out)
