@@ -73,7 +73,7 @@ class Block(nn.Module):
 class BareGPT(nn.Module):
     """Tokens `[b, n]` to logits `[b, n, v]`, or to the mean cross-entropy where targets `[b, n]` are given."""
 
-    future: Tensor
+    slots: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -83,9 +83,7 @@ class BareGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.dim, bias=shape.bias)
         self.head = nn.Linear(shape.dim, shape.vocab, bias=False)
-        # one row for each position: 0 where a query may look, -inf in its future
-        future = torch.full((shape.context, shape.context), float("-inf")).triu(1)
-        self.register_buffer("future", future, persistent=False)
+        self.register_buffer("slots", torch.arange(shape.context), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 writes = name.endswith(("out.weight", "down.weight"))  # into the residual stream, 2 a layer
@@ -120,7 +118,7 @@ class BareGPT(nn.Module):
     def decode_one(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """One token `[b]` at `position [1]` (a tensor, so that no step recompiles); logits `[b, v]`."""
         x = self.token_emb(token[:, None]) + self.pos_emb(position)
-        mask = self.future[position]
+        mask = self.slots <= position[:, None]  # what has been written
         for block, entry in zip(self.blocks, cache, strict=True):
             x = block(x, entry, position, mask)
         return self.head(self.norm(x[:, -1]))

@@ -105,7 +105,6 @@ def gpt2(shape: Shape) -> nn.Module:
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=None,
-        pad_token_id=0,
     )
     return GPT2LMHeadModel(config)
 
@@ -124,7 +123,6 @@ def llama(shape: Shape) -> nn.Module:
         rms_norm_eps=1e-12,  # ours divides by the length as it is
         bos_token_id=0,
         eos_token_id=None,
-        pad_token_id=0,
     )
     return LlamaForCausalLM(config)
 

@@ -78,4 +78,13 @@ class Settings:
 
 def quick(settings: Settings) -> Settings:
     """Three rounds of less: to see that all is well."""
-    return replace(settings, rounds=3, batches=(1, 8), new=32, lengths=settings.lengths[:3], memory=settings.memory[:2])
+    return replace(
+        settings,
+        rows=2,
+        rounds=3,
+        batches=settings.batches[:2],
+        new=32,
+        lengths=settings.lengths[:2],
+        memory=settings.memory[:1],
+        vocabulary=4096,
+    )

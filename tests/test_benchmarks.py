@@ -252,6 +252,7 @@ def test_rounds_grow_few_with_length(benchmarks: SimpleNamespace) -> None:
     settings = benchmarks.settings.Settings(rounds=9)
     assert [settings.fewer(length) for length in (64, 1024, 2048, 16384)] == [9, 9, 4, 3]
     assert benchmarks.settings.Settings(rounds=2).fewer(16384) == 2
+    assert benchmarks.settings.quick(settings).rounds == 3
 
 
 # measuring
