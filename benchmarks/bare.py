@@ -118,7 +118,8 @@ class BareGPT(nn.Module):
     def decode_one(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """One token `[b]` at `position [1]` (a tensor, so that no step recompiles); logits `[b, v]`."""
         x = self.token_emb(token[:, None]) + self.pos_emb(position)
-        mask = self.slots <= position[:, None]  # what has been written
+        # what has been written; in the kernel's own terms, since a mask of bools would be converted in every layer
+        mask = torch.where(self.slots <= position[:, None], 0.0, float("-inf")).to(x.dtype)
         for block, entry in zip(self.blocks, cache, strict=True):
             x = block(x, entry, position, mask)
         return self.head(self.norm(x[:, -1]))
