@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
@@ -13,6 +14,7 @@ from x_transformers.call import Span
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.float32 import KeepsFloat32
 from x_transformers.loading import ReadsReference
+from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import Feature, Rule, opt
 
 
@@ -135,9 +137,23 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `2 * cos.shape[-1]` features of `(b, h, n, d)` in adjacent pairs, in float32."""
     width = 2 * cos.shape[-1]
+    # a compiler makes one kernel of all that is below, but none of complex numbers
+    if t.shape[-1] % 2 == 0 and t.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        return _multiply(t, torch.complex(cos, sin))
     even, odd = t[..., 0:width:2], t[..., 1:width:2]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(t.dtype)
     return turned if width == t.shape[-1] else torch.cat((turned, t[..., width:]), dim=-1)
+
+
+def _multiply(t: Tensor, turns: Tensor) -> Tensor:
+    """`(b, h, n, d)` by the complex numbers `(1|b, 1, n, r/2)`: one kernel on the way there, and one on the way back.
+    Features that do not rotate are multiplied by 1.
+    """
+    pairs = at_least_float32(t).unflatten(-1, (-1, 2))
+    if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    turns = F.pad(turns, (0, pairs.shape[-2] - turns.shape[-1]), value=1.0)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(t.dtype)
 
 
 def build(
