@@ -1,8 +1,9 @@
 """The same decoders from bare PyTorch, from this library, and from Hugging Face's transformers, with the same weights.
 
-Two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 gets the GELU of the others, an
-untied head and no dropout; what it has beside them are biases, which are zero. Our Llama has beside the other the
-biases of gated feedforwards, which are zero, too. `benchmarks.agreement` checks that they compute the same.
+Two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 gets an untied head and no dropout;
+what it has beside the others are biases, which are zero. Our Llama has beside the other the biases of gated
+feedforwards, which are zero, too. `benchmarks.agreement` checks that they compute the same, GPT-2 with the others' GELU;
+then it gets back its own (`as_shipped`). Hugging Face's models are called as their users call them.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def our_llama(shape: Shape) -> AutoregressiveWrapper:
 
 
 def gpt2(shape: Shape) -> nn.Module:
-    """Hugging Face's GPT-2 as it comes, less dropout, with an untied head and the GELU of the others."""
+    """Hugging Face's GPT-2 as it comes, less dropout, with an untied head and, so far, the GELU of the others."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -107,6 +108,15 @@ def gpt2(shape: Shape) -> nn.Module:
         eos_token_id=None,
     )
     return GPT2LMHeadModel(config)
+
+
+def as_shipped(model: nn.Module) -> None:
+    """Give a GPT-2 its own GELU, which is an approximation of the others'."""
+    from transformers.activations import ACT2FN
+
+    for module in model.modules():
+        if type(module).__name__ == "GPT2MLP":
+            module.act = ACT2FN["gelu_new"]
 
 
 def llama(shape: Shape) -> nn.Module:
@@ -151,7 +161,10 @@ def of_ours(model: AutoregressiveWrapper, cache: str = "static") -> Contestant:
 
 def of_hugging_face(model: nn.Module) -> Contestant:
     def logits(tokens: Tensor) -> Tensor:
-        return model(tokens, use_cache=False).logits
+        return model(tokens).logits
+
+    def loss(tokens: Tensor) -> Tensor:
+        return model(tokens, labels=tokens).loss
 
     def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:
         given: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new}
@@ -159,7 +172,7 @@ def of_hugging_face(model: nn.Module) -> Contestant:
             given |= {"cache_implementation": "static", "compile_config": compile_config(backend)}
         return model.generate(prompt, min_new_tokens=new, do_sample=False, **given)[:, prompt.shape[1] :]
 
-    return Contestant(model, logits, partial(next_token_loss, logits), generate)
+    return Contestant(model, logits, loss, generate)
 
 
 def next_token_loss(logits: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.agreement import TOKENS, agree, check
 from benchmarks.bare import BareGPT, Shape
-from benchmarks.contestants import Contestant, gpt2, of_bare, of_hugging_face, of_ours, our_gpt
+from benchmarks.contestants import Contestant, as_shipped, gpt2, of_bare, of_hugging_face, of_ours, our_gpt
 from benchmarks.measure import side_by_side
 from benchmarks.settings import Settings
 from benchmarks.speed import Figures, step
@@ -85,5 +85,6 @@ def long_steps(settings: Settings, length: int) -> dict[str, Callable[[], None]]
         each.model.to(settings.device).eval()
     check_long(contestants, tokens)
     for each in contestants.values():
+        as_shipped(each.model)
         each.model.to(settings.dtype)
     return {name: step(each.model, each.loss, tokens) for name, each in contestants.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.agreement import check
 from benchmarks.bare import Shape
-from benchmarks.contestants import Contestant, gpts, llamas
+from benchmarks.contestants import Contestant, as_shipped, gpts, llamas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class Settings:
                 each.model.to(self.device).eval()
             check(family, tokens)
             for each in family.values():
+                as_shipped(each.model)
                 each.model.to(self.dtype)
         return families[0] | families[1]
 

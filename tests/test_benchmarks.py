@@ -220,6 +220,7 @@ def test_sections_run_in_bfloat16(benchmarks: SimpleNamespace, tiny: Any) -> Non
         assert figures_of(benchmarks, section, settings)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Hugging Face's, within a graph
 @pytest.mark.parametrize("section", ["training", "prefill", "decoding"])
 def test_compiled_contestants_are_compiled(
     section: str, benchmarks: SimpleNamespace, tiny: Any, monkeypatch: pytest.MonkeyPatch
