@@ -2,8 +2,8 @@
 
 Two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 gets an untied head and no dropout;
 what it has beside the others are biases, which are zero. Our Llama has beside the other the biases of gated
-feedforwards, which are zero, too. `benchmarks.agreement` checks that they compute the same, GPT-2 with the others' GELU;
-then it gets back its own (`as_shipped`). Hugging Face's models are called as their users call them.
+feedforwards, which are zero, too. `benchmarks.agreement` checks that they compute the same, GPT-2 with the GELU of the
+others; then it gets back its own (`as_shipped`). Hugging Face's models are called as their users call them.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ HOUSE = (
     ("F0", ["errors", "ops", "float32"]),
     ("F1", ["documents"]),
     ("F1", ["visibility"]),
+    ("F1", ["block_masks"]),
     ("F1", ["options.schema", "call", "loading", "prepared"]),
     ("F1", ["options"]),
     ("F2", ["streams", "norms", "low_rank", "losses"]),

@@ -53,15 +53,14 @@ class Documents:
         behind = self.starts_k[owner + 1] - self.starts_q[owner + 1]
         return torch.arange(n, device=owner.device) + behind - self.starts_k[owner]
 
-    def mask(self, i: int, j: int, *, causal: bool, window: int | None = None) -> Tensor:
-        """`(i, j)` bool, which keys each query sees, right-aligned within each document."""
-        of_q, of_k = _owners(self.starts_q, i), _owners(self.starts_k, j)
-        seen = of_q.unsqueeze(-1) == of_k
-        place = torch.arange(j, device=of_k.device) - self.starts_k[of_k]
-        distance = self.aligned(i).unsqueeze(-1) - place
-        if causal:
-            seen = seen & (distance >= 0)
-        return seen if window is None else seen & (distance <= window)
+    def owners(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """`(i,)` and `(j,)` numbers of the documents that queries and keys belong to."""
+        return _owners(self.starts_q, i), _owners(self.starts_k, j)
+
+    def slots(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """`(i,)` and `(j,)` places of queries and keys among the keys of their documents, right-aligned."""
+        owner = _owners(self.starts_k, j)
+        return self.aligned(i), torch.arange(j, device=owner.device) - self.starts_k[owner]
 
     def dead(self, i: int, *, causal: bool) -> Tensor:
         """`(1, 1, i, 1)` bool, True where a query sees no key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -139,3 +140,11 @@ def one_hot_straight_through(logits: Tensor, temperature: float = 1.0, dim: int 
 def mix_heads(t: Tensor, weight: Tensor) -> Tensor:
     """`out[b, o] = sum_h weight[o, h] t[b, h]` for `t (b, h, i, j)` and `weight (h, h, 1, 1)`."""
     return torch.einsum("oh,bhij->boij", weight.flatten(1).to(t.dtype), t)
+
+
+def by_row(t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Reads `t (1|b, n)` at a row and a place, both tensors of indices; a single row is that of all."""
+    if t.shape[0] > 1:
+        return lambda b, at: t[b, at]
+    (only,) = t
+    return lambda b, at: only[at]

@@ -23,10 +23,12 @@ class Hiding:
         slots: `(1|b, i)` and `(1|b, j)`; window: a key more than so many slots before the query is hidden.
         live: `(b, j)` bool, False hides a key from everyone.
         given: `(1|b, 1|h, 1|i, j)` bool, False hides a key from a query.
+        owners: `(i,)` and `(j,)` documents of a packed row; a key of another one than the query's is hidden.
         prefix: P, keys in front that no part above is about.
         shown: `(b, P)` bool, which of those are seen; None for all.
         diagonal: query t arrived together with key t + diagonal. None: that cannot be told without reading tensors.
         even: slots count every place, so that a window is as far on the axis of keys as it is in slots.
+        sorted: keys stand in the order of arrival.
     """
 
     queries: int
@@ -36,15 +38,18 @@ class Hiding:
     window: int | None = None
     live: Tensor | None = None
     given: Tensor | None = None
+    owners: tuple[Tensor, Tensor] | None = None
     prefix: int = 0
     shown: Tensor | None = None
     diagonal: int | None = None
     even: bool = False
+    sorted: bool = False
 
     @property
     def anything(self) -> bool:
         """Whether there is a part that may hide a key."""
-        return any(part is not None for part in (self.order, self.window, self.live, self.given, self.shown))
+        parts = (self.order, self.window, self.live, self.given, self.owners, self.shown)
+        return any(part is not None for part in parts)
 
     def seen(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """`(1|b, 1|h, 1|rows, columns)` bool, which of these keys, the prefix left out, these queries see."""
@@ -56,6 +61,10 @@ class Hiding:
             of_q, of_k = self.slots
             near = of_q[:, rows].unsqueeze(-1) - of_k[:, columns].unsqueeze(-2) <= self.window
             seen = near.unsqueeze(1) if seen is None else near.unsqueeze(1) & seen
+        if self.owners is not None:
+            of_q, of_k = self.owners
+            own = (of_k[columns] == of_q[rows].unsqueeze(-1))[None, None]
+            seen = own if seen is None else own & seen
         if self.live is not None:
             live = self.live[:, None, None, columns]
             seen = live if seen is None else live & seen
@@ -77,7 +86,10 @@ class Hiding:
 
     def dead(self) -> Tensor:
         """`(1|b, 1|h, i, 1)` bool, True where a query sees no key; without the mask, where padding decides."""
-        if self.window is not None or self.given is not None or self.shown is not None or self.live is None:
+        unlike = self.given is not None or self.owners is not None or self.shown is not None
+        if not unlike and self.window is not None and self.sorted:
+            dead = self._out_of_reach()[:, None, :, None]
+        elif unlike or self.window is not None or self.live is None:
             dead = ~self.mask().any(dim=-1, keepdim=True)
         elif self.order is None:
             dead = ~self.live.any(dim=-1)[:, None, None, None]
@@ -86,6 +98,21 @@ class Hiding:
             first = of_k.expand_as(self.live).masked_fill(~self.live, torch.iinfo(of_k.dtype).max).amin(dim=-1)
             dead = (of_q < first.unsqueeze(-1))[:, None, :, None]
         return dead.expand(-1, -1, self.queries, -1)
+
+    def _out_of_reach(self) -> Tensor:
+        """`(1|b, i)` bool, True where the latest key that padding and order leave to a query lies before its window."""
+        assert self.slots is not None
+        assert self.window is not None
+        of_q, of_k = self.slots
+        never = torch.iinfo(of_k.dtype).min
+        latest = of_k if self.live is None else of_k.masked_fill(~self.live, never)
+        latest = latest.cummax(dim=-1).values
+        if self.order is None:
+            last = latest[:, -1:]
+        else:
+            before = torch.searchsorted(self.order[1].contiguous(), self.order[0].contiguous(), right=True)
+            last = latest[:, (before - 1).clamp(min=0)].masked_fill(before == 0, never)
+        return last < of_q - self.window
 
     # bounds that are known before any tensor is read
 
@@ -102,7 +129,7 @@ class Hiding:
     def clear(self, start: int, stop: int) -> tuple[int, int]:
         """The same for keys that each of these queries sees for certain; nothing, if that is not known."""
         first, last = self.reach(start, stop)
-        if self.live is not None or self.given is not None:
+        if self.live is not None or self.given is not None or self.owners is not None:
             return first, first
         if self.diagonal is None or (self.window is not None and not self.even):
             return first, first

@@ -39,11 +39,7 @@ def bind_attn_bias(bias: Tensor, queries: int, keys: int) -> Any:
         )
     full = F.pad(bias, (keys - bias.shape[-1], 0))
     full = full[(None,) * (4 - full.ndim)].expand(-1, -1, queries, -1)
-
-    def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + full[b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, q, k]
-
-    return BoundScore(needs=Needs.BIAS, stage=Stage.BIAS, at=at, dense=lambda: full)
+    return BoundScore(needs=Needs.BIAS, stage=Stage.BIAS, dense=lambda: full)
 
 
 def check_input(x: Tensor, dim: int) -> None:

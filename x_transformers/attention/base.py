@@ -65,9 +65,11 @@ class BoundScore:
     Args:
         needs: `BIAS` or `POINTWISE`.
         stage: its place in the pipeline; lower comes first.
-        at: `(score, b, h, q, k) -> score`, the signature that FlexAttention takes; `k` counts real keys.
-        dense: for a bias, makes its closed form `(1|b, 1|h, i, j)`; computed once a pass, shared by the layers.
-        at_reads_dense: `at` looks up the closed form, which must then be there before a kernel traces `at`.
+        at: makes `(score, b, h, q, k) -> score`, the signature that FlexAttention takes; `k` counts real keys. What it
+            reads is computed when it is made, once a pass, and is tensors only: a number would become a part of the
+            kernel. A tensor with a gradient it reads at one place only, since kernels cannot add up several.
+        dense: for a bias, makes its closed form `(1|b, 1|h, i, j)`; computed once a pass, shared by the layers. A bias
+            without `at` is read from there.
         tiles: for a bias that has them without the closed form, makes tiles of at most so many rows.
         pointwise: for a pointwise function, the same on whole tensors of scores.
         pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what the way back needs.
@@ -79,19 +81,25 @@ class BoundScore:
         *,
         needs: Needs,
         stage: float,
-        at: ScoreFunction,
+        at: Callable[[], ScoreFunction] | None = None,
         dense: Callable[[], Tensor] | None = None,
-        at_reads_dense: bool = False,
         tiles: Callable[[int], Tiles] | None = None,
         pointwise: Callable[[Tensor], Tensor] | None = None,
         pointwise_: Callable[[Tensor, Tensor], Tensor] | None = None,
         chain: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.needs, self.stage, self.at = needs, stage, at
-        self.at_reads_dense = at_reads_dense
+        self.needs, self.stage = needs, stage
+        self.make_at, self._at = at, None
         self.pointwise, self.pointwise_, self.chain = pointwise, pointwise_, chain
         self.make_dense, self._dense = dense, None
         self.make_tiles, self._tiles = tiles, {}
+
+    @property
+    def at(self) -> ScoreFunction:
+        """The function of single scores."""
+        if self._at is None:
+            self._at = look_up(self.dense) if self.make_at is None else self.make_at()
+        return self._at
 
     @property
     def dense(self) -> Tensor:
@@ -108,6 +116,16 @@ class BoundScore:
         if height not in self._tiles:
             self._tiles[height] = self.make_tiles(height)
         return self._tiles[height]
+
+
+def look_up(table: Tensor) -> ScoreFunction:
+    """Adds `table`, `(1|b, 1|h, i, j)`."""
+    rows, heads = table.shape[0] > 1, table.shape[1] > 1
+
+    def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + table[b if rows else 0, h if heads else 0, q, k]
+
+    return at
 
 
 class Stage:

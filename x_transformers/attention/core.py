@@ -126,11 +126,11 @@ class Core:
     def _choice(self, request: Request, needs: Needs, grad: bool) -> tuple[Backend, str]:
         """The same as `choose`; the last answer is remembered, since eager decoding asks for every layer and token."""
         q, visible = request.q, request.visible
-        width = max(q.shape[-1], request.v.shape[-1]) if Needs.DOCUMENTS in needs else 0
+        width = max(q.shape[-1], request.v.shape[-1])
         if torch.compiler.is_compiling():
-            # lengths of a graph may be symbols, which nothing should be decided by; 1 never is one
-            queries = 1 if q.shape[-2] == 1 else 0
-            return self.choose(Situation(q.device.type, q.dtype, grad, True, width, queries), needs)
+            # lengths of a graph may be symbols, which nothing should be decided by; a length of 1 never is one
+            queries = 1 if q.shape[-2] == 1 else MANY
+            return self.choose(Situation(q.device.type, q.dtype, grad, True, width, queries, visible.skips), needs)
         asked = (q.device, q.dtype, grad, width, q.shape[-2], visible.skips, needs, self.flash)
         if asked != self._asked:
             situation = Situation(q.device.type, q.dtype, grad, False, width, q.shape[-2], visible.skips)
@@ -143,14 +143,24 @@ class Core:
             logger.warning(message)
 
 
+MANY = 2**31 - 1
+"""Queries of a graph, whose number may change from run to run."""
+
+FULL, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A finding on a CPU: one backend is the slower one where another can do the work as well.
+    """A finding: one backend is the slower one where another can do the work as well.
 
     Attributes:
         slow, fast: their names.
         needs: any of these is there. skips: only where whole stretches of keys are hidden.
-        least, most: queries. half: also in half precision. graph: only inside of a compiled graph.
+        least, most: queries.
+        dtypes: in which it holds.
+        device: on which. graph: only inside of a compiled graph.
+        expected: nothing was measured yet; it follows from what the kernels are documented to do.
     """
 
     slow: str
@@ -159,42 +169,54 @@ class Measured:
     skips: bool = False
     least: int = 0
     most: float = math.inf
-    half: bool = True
+    dtypes: tuple[torch.dtype, ...] = (*FULL, *HALF)
+    device: str = "cpu"
     graph: bool = False
+    expected: bool = False
 
     def holds(self, situation: Situation, needs: Needs) -> bool:
         """Whether it is about such a pass."""
-        if not (needs & self.needs) or (self.skips and not situation.skips):
+        if self.device != situation.device or situation.dtype not in self.dtypes:
             return False
-        if (situation.dtype.itemsize < 4 and not self.half) or (self.graph and not situation.compiling):
+        if self.graph and not situation.compiling:
+            return False
+        if not (needs & self.needs) or (self.skips and not situation.skips):
             return False
         return self.least <= situation.queries <= self.most
 
     def __str__(self) -> str:
+        holds = "is expected to be" if self.expected else "is"
         where = " in a compiled graph" if self.graph else ""
         least = f" from {self.least} tokens on" if self.least > 1 else ""
         most = "" if math.isinf(self.most) else f" up to {int(self.most)} token{'s' * (self.most > 1)}"
-        return f"{self.slow} is slower than {self.fast} on a CPU{where}{least}{most}"
+        return f"{self.slow} {holds} slower than {self.fast} on {DEVICES[self.device]}{where}{least}{most}"
 
 
+VISIBLE = Needs.MASK | Needs.BIAS | Needs.DOCUMENTS
 MEASURED = (
-    Measured(slow="sdpa", fast="explicit", needs=~Needs.NOTHING, least=1, most=1, half=False, graph=True),
-    Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=512, half=False),
-    Measured(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=512, half=False),
+    Measured(slow="sdpa", fast="explicit", needs=~Needs.NOTHING, least=1, most=1, dtypes=FULL, graph=True),
+    Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=512, dtypes=FULL),
+    Measured(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=512, dtypes=FULL),
     Measured(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=2048),
     Measured(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=2048),
     Measured(slow="blocked", fast="explicit", needs=Needs.POINTWISE | Needs.SINK, most=255),
     Measured(slow="flex", fast="explicit", needs=~Needs.NOTHING),
+    Measured(slow="sdpa", fast="flex", needs=VISIBLE, least=128, dtypes=HALF, device="cuda", expected=True),
+    Measured(slow="sdpa", fast="flex", needs=VISIBLE, least=2048, dtypes=FULL, device="cuda", expected=True),
+    Measured(slow="flex", fast="explicit", needs=~Needs.NOTHING, most=127, device="cuda", expected=True),
 )
-"""Found with 6 heads of 64 features on two threads, training and evaluation alike. A graph makes one loop of what the
-explicit backend does for one query. Those for biases and masks at length are about memory too: what sdpa adds to the
-scores has a number for every pair of tokens."""
+"""On a CPU found with 6 heads of 64 features on two threads, training and evaluation alike. A graph makes one loop of what
+the explicit backend does for one query. Biases and masks at length are about memory too: what sdpa adds to the scores
+has a number for every pair of tokens.
+
+On a GPU expected until measured. With a mask or a bias, sdpa leaves its fastest kernel and reads a number for every
+pair of tokens; flex computes both where it needs them, and skips what nobody sees, in blocks of 128. In full precision
+its matrix products lose that advantage, which leaves memory. The scores of fewer queries than a block has are few, and
+soon written out."""
 
 
 def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: Needs) -> str | None:
     """Why to pass over a backend in favour of another able one, or of the explicit one; None if it is the one."""
-    if situation.device != "cpu":
-        return None
     others = {each.name for each in able} | {Explicit.name}
     found = (each for each in MEASURED if each.slow == backend.name and each.fast in others)
     return next((str(each) for each in found if each.holds(situation, needs)), None)

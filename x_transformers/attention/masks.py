@@ -81,6 +81,7 @@ def _build(
         shown=shown,
         diagonal=diagonal,
         even=not own or query.placed is None,
+        sorted=keys.ordered,
     )
     triangle = plain and hides and own and diagonal == 0 and prefix == 0
     if triangle and (keys.live is None or _ends_in_padding(call, keys.live)):
@@ -114,19 +115,34 @@ def _within(documents: Documents, call: Call, keys: Span, causal: bool, own: boo
     if window is None and call.attn_mask is None:
         dead = not own and documents.dead(i, causal=causal)
         return Visibility(is_causal=causal, dead=dead, documents=documents)
-    seen = documents.mask(i, j, causal=causal, window=window)[None, None]
+    hiding = _apart(documents, i, j, causal, window, own)
     if own and call.attn_mask is not None:
-        seen = seen & _fit(call.attn_mask, j)
-    return Visibility(hiding=Hiding(i, j, given=seen), dead=True)
+        hiding = replace(hiding, given=_fit(call.attn_mask, j))
+    # among the tokens themselves each sees itself
+    return Visibility(hiding=hiding, dead=not own or hiding.given is not None)
+
+
+def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | None, own: bool) -> Hiding:
+    """What keeps documents apart, causality and a window within each."""
+    of_q, of_k = documents.slots(i, j)
+    return Hiding(
+        i,
+        j,
+        order=(of_q, of_k) if causal else None,
+        slots=None if window is None else (of_q.unsqueeze(0), of_k.unsqueeze(0)),
+        window=window,
+        owners=documents.owners(i, j),
+        diagonal=0 if own else None,
+        even=own,
+    )
 
 
 def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
-    """The same with a mask in place of documents, for kernels that know nothing of these."""
+    """The same with documents among what hides keys, for kernels that do not take their boundaries."""
     assert visible.documents is not None
-    mask = visible.documents.mask(i, j, causal=visible.is_causal)[None, None]
-    return Visibility(
-        prefix=visible.prefix, hiding=Hiding(i, j, given=mask), dead=False if visible.dead is None else visible.dead
-    )
+    own = visible.documents.starts_q is visible.documents.starts_k
+    hiding = _apart(visible.documents, i, j, visible.is_causal, None, own)
+    return Visibility(prefix=visible.prefix, hiding=hiding, dead=False if visible.dead is None else visible.dead)
 
 
 def _fit(mask: Tensor, keys: int) -> Tensor:

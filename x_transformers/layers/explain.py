@@ -86,7 +86,8 @@ def explain_sublayers(
                 needs |= Needs.DOCUMENTS
             one_way = causal and not name.endswith("cross-attention")
             skips = one_way or fn.max_attend_past is not None
-            chosen, why = fn.core.choose(situation._replace(queries=seq_len, skips=skips), needs)
+            width = max(fn.shape.dim_head, fn.shape.value_dim_head)
+            chosen, why = fn.core.choose(situation._replace(width=width, queries=seq_len, skips=skips), needs)
             backend = chosen.name
             seen = seq_len if not causal else (seq_len + 1) // 2
             seen = seen if fn.max_attend_past is None else min(seen, fn.max_attend_past + 1)

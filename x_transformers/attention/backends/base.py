@@ -23,7 +23,7 @@ class Situation(NamedTuple):
     width: int = 0
     """Features of the wider of a head's queries and values, where it is known."""
     queries: int = 0
-    """How many, where it is known and matters."""
+    """How many, where it is known and matters; in a graph only one is told from many."""
     skips: bool = False
     """Causality or a window hides whole stretches of keys."""
 

@@ -1,22 +1,43 @@
-"""FlexAttention: fused for any function of single scores, where the device has a kernel for it."""
+"""FlexAttention: fused for any function of single scores, and for all that bounds what a query sees (2412.05496)."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
-from x_transformers.attention.base import Needs
+from x_transformers.attention.base import Needs, ScoreFunction
+from x_transformers.block_masks import block_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+SINCE = Version("2.7")
+"""The version of PyTorch whose kernels take heads of any width up to the widest, and lengths that change."""
+
+RECENT = Version(Version(torch.__version__).base_version) >= SINCE
+
+NARROWEST, WIDEST = 16, 256
+"""Features of a head that the kernels of a GPU multiply at once, and those that they have room for."""
+
+KERNELS = 64
+"""Compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
 
 
 class Flex(Backend):
-    """Fused softmax attention with score functions and a learned sink.
+    """Fused softmax attention with score functions, blocks that are left out, and a learned sink.
 
-    The sink is applied behind the kernel, on its output and log-sum-exp: `out * sigmoid(lse - sink)`.
+    Hidden keys are no part of the scores: a function of one query and one key says which they are, and blocks of which
+    it leaves nothing are not visited. It reads tensors with a number for each token, and is the same for all layers
+    that see alike. The sink is applied behind the kernel, on its output and log-sum-exp: `out * sigmoid(lse - sink)`.
+    Queries that see nothing give zeros.
     """
 
     name = "flex"
@@ -24,6 +45,8 @@ class Flex(Backend):
     provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS
 
     def refuses(self, situation: Situation, needs: Needs) -> str | None:
+        if not RECENT:
+            return f"flex needs PyTorch {SINCE}"
         if situation.device not in ("cuda", "xpu", "cpu"):
             return f"flex has no kernel for {situation.device}"
         if situation.device == "cpu" and situation.grad:
@@ -32,56 +55,72 @@ class Flex(Backend):
             return "flex gives no log-sum-exp in a graph for a CPU, which a learned sink needs"
         if situation.dtype is torch.float64:
             return "flex has no kernel for float64"
+        if situation.device != "cpu" and situation.width > WIDEST:
+            return f"flex takes heads of at most {WIDEST} features"
         return None
 
     def attend(self, request: Request) -> Weighed:
         from torch.nn.attention.flex_attention import flex_attention
 
         run: Callable[..., Any] = flex_attention
-        if request.q.is_cuda and not torch.compiler.is_compiling():
+        if not request.q.is_cpu and not torch.compiler.is_compiling():
             run = _compiled(flex_attention)
+        q, k, v = request.q, request.k, request.v
+        if not q.is_cpu:
+            q, k, v = _at_least(q, NARROWEST), _at_least(k, NARROWEST), _at_least(v, NARROWEST)
         result = run(
-            request.q,
-            request.k,
-            request.v,
+            q,
+            k,
+            v,
             score_mod=_score_mod(request),
+            block_mask=_blocks(request),
             scale=request.scale,
-            enable_gqa=request.k.shape[1] != request.q.shape[1],
+            enable_gqa=k.shape[1] != q.shape[1],
             **({} if request.sink is None else _return_lse()),
         )
-        out = result
+        out = result if request.sink is None else result[0]
+        if out.shape[-1] != request.v.shape[-1]:
+            out = out[..., : request.v.shape[-1]]
         if request.sink is not None:
-            out, lse = result[0], getattr(result[1], "lse", result[1])
+            lse = getattr(result[1], "lse", result[1])
             out = out * torch.sigmoid(lse - request.sink[None, :, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
-        dead = request.visible.dead
-        return Weighed(out if dead is None else out.masked_fill(dead, 0.0))
+        return Weighed(out)
 
 
-def _score_mod(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """All modifications and the mask as one function; the prefix keys are outside of every bias."""
-    visible, prefix = request.visible, request.visible.prefix
-    for bound in request.scores:
-        if bound.at_reads_dense:
-            _ = bound.dense
-    mask = None
-    if visible.mask is not None:
-        seen = visible.mask if visible.dead is None else visible.mask | visible.dead
-        mask = seen.expand(*request.q.shape[:3], -1)
+def _blocks(request: Request) -> BlockMask | None:
+    """The blocks to visit, made once a pass for all layers that see alike; None for all of them."""
+    visible = request.visible
+    if visible.hiding is None:
+        return None
+    rule = ("blocks", id(visible))
+    if rule not in request.memo:
+        # what is told apart by its id stays in the memo, so that the id stays its own
+        request.memo[rule] = block_mask(visible.hiding, request.q), visible
+    return request.memo[rule][0]
+
+
+def _score_mod(request: Request) -> ScoreFunction | None:
+    """All modifications as one function; the prefix keys are outside of every bias."""
+    if not request.scores:
+        return None
+    steps = tuple((score.at, score.needs is Needs.BIAS) for score in request.scores)
+    prefix, keys = request.visible.prefix, request.k.shape[-2]
+    real = torch.arange(-prefix, keys - prefix, device=request.q.device) if prefix else None
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        for bound in request.scores:
-            if bound.needs is Needs.BIAS and prefix:
-                real = (k - prefix).clamp(min=0)
-                score = torch.where(k >= prefix, bound.at(score, b, h, q, real), score)
+        for at, is_bias in steps:
+            if real is None or not is_bias:
+                score = at(score, b, h, q, k)
             else:
-                score = bound.at(score, b, h, q, k)
-        if mask is not None:
-            score = torch.where(mask[b, h, q, k], score, float("-inf"))
-        elif visible.is_causal:
-            score = torch.where(q >= k, score, float("-inf"))
+                score = torch.where(real[k] >= 0, at(score, b, h, q, real[k].clamp(min=0)), score)
         return score
 
     return score_mod
+
+
+def _at_least(t: Tensor, width: int) -> Tensor:
+    """`(b, h, n, d)` with zeros for the features that are missing."""
+    return t if t.shape[-1] >= width else F.pad(t, (0, width - t.shape[-1]))
 
 
 def _return_lse() -> dict[str, Any]:
@@ -95,4 +134,9 @@ def _return_lse() -> dict[str, Any]:
 
 @functools.cache
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(fn, dynamic=False)
+    """The kernel for eager passes. Lengths that change are symbols from the second one on."""
+    # later versions of PyTorch let each compiled function have a bound of its own
+    own: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        own["recompile_limit"] = KERNELS
+    return torch.compile(fn, **own)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Tiles
+from x_transformers.attention.base import BoundScore, ScoreFunction, Tiles
 from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError
 from x_transformers.float32 import KeepsFloat32
 from x_transformers.loading import ReadsReference
+from x_transformers.ops import by_row
 from x_transformers.options.schema import Feature, opt
 
 
@@ -62,15 +63,18 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
     def bind(self, query: Span, keys: Span) -> BoundScore:
         bound = super().bind(query, keys)
 
-        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            row_q = query.pos[b if query.pos.shape[0] > 1 else 0, q]
-            row_k = keys.pos[b if keys.pos.shape[0] > 1 else 0, k]
-            return score - (row_q - row_k).abs() * self.slopes[h]
+        def make_at() -> ScoreFunction:
+            of_q, of_k, slopes = by_row(query.pos), by_row(keys.pos), self.slopes
+
+            def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return score - (of_q(b, q) - of_k(b, k)).abs() * slopes[h]
+
+            return at
 
         def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
             return self.bias(query.pos[:, rows].unsqueeze(-1) - keys.pos[:, columns].unsqueeze(-2))
 
-        bound.at, bound.at_reads_dense = at, False
+        bound.make_at = make_at
         if bound.make_tiles is None:
             bound.make_tiles = lambda height: Tiles(tile)
         return bound

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage, Tiles
+from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError, did_you_mean
 
@@ -44,23 +44,30 @@ class DistanceBias(ScoreMod):
         def dense() -> Tensor:
             return self.bias(query.pos.unsqueeze(-1) - keys.pos.unsqueeze(-2))
 
-        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            table = bound.dense
-            return score + table[b if table.shape[0] > 1 else 0, h, q, k]
-
         def tiles(height: int) -> Tiles:
             return self._strip(query, keys, height)
 
         even = query.contiguous and keys.contiguous
-        bound = BoundScore(
+        return BoundScore(
             needs=self.needs,
             stage=self.stage,
-            at=at,
+            at=(lambda: self._at_distance(query, keys)) if even else None,
             dense=dense,
-            at_reads_dense=True,
             tiles=tiles if even else None,
         )
-        return bound
+
+    def _at_distance(self, query: Span, keys: Span) -> ScoreFunction:
+        """For consecutive positions: `(h, i + j - 1)` biases, one for each distance that occurs."""
+        i, j = len(query), len(keys)
+        nearest = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
+        rising = nearest + torch.arange(i + j - 1, device=query.pos.device)
+        table = self.bias(rising.unsqueeze(0)).squeeze(-2)
+        first = torch.arange(j - 1, i + j - 1, device=query.pos.device)
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score + table[h, first[q] - k]
+
+        return at
 
     def _strip(self, query: Span, keys: Span, height: int) -> Tiles:
         """Tiles of consecutive positions: what depends on distance alone is the same for each stretch of queries, but

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage, Tiles
+from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.cache import Shape
 from x_transformers.call import LayerCall
 from x_transformers.errors import ConfigError, InputError
@@ -71,13 +71,6 @@ class DataDependentAlibi(ScoreMod):
         _refuse_context(layer)
         own, every = self._sums(x, layer)
 
-        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            if self.one_way:
-                return score + own[b, h, q] - every[b, h, k]
-            behind = layer.keys.index[k] > layer.call.query.index[q]
-            back = every[b, h + self.heads, k] - own[b, h + self.heads, q]
-            return score + torch.where(behind, back, own[b, h, q] - every[b, h, k])
-
         def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
             behind = layer.keys.index[columns] > layer.call.query.index[rows].unsqueeze(-1)
             return self._between(inputs[0][..., rows], inputs[1][..., columns], behind)
@@ -85,11 +78,26 @@ class DataDependentAlibi(ScoreMod):
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
-            at=at,
+            at=lambda: self._at(own, every, layer),
             dense=lambda: tile((own, every), slice(None), slice(None)),
-            at_reads_dense=True,
             tiles=lambda height: Tiles(tile, (own, every)),
         )
+
+    def _at(self, own: Tensor, every: Tensor, layer: LayerCall) -> ScoreFunction:
+        """The function of single scores."""
+        # keys may be the queries themselves, and a kernel can give each tensor the gradient of one place only
+        own_forward, own_backward = own[:, : self.heads], own[:, self.heads :]
+        forward, backward = every[:, : self.heads].clone(), every[:, self.heads :].clone()
+        of_q, of_k = layer.call.query.index, layer.keys.index
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score + own_forward[b, h, q] - forward[b, h, k]
+
+        def at_both(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            before, behind = own_forward[b, h, q] - forward[b, h, k], backward[b, h, k] - own_backward[b, h, q]
+            return score + torch.where(of_k[k] > of_q[q], behind, before)
+
+        return at if self.one_way else at_both
 
     def _between(self, own: Tensor, every: Tensor, behind: Tensor) -> Tensor:
         """`(b, h, i, j)` of running sums `(b, c, i)` and `(b, c, j)`; behind `(i, j)`: the key comes later."""
@@ -177,13 +185,7 @@ class PerRowDataDependentAlibi(ScoreMod):
             every = layer.entry.grow("forget", w[..., memory:, :])
             w = torch.cat((w[..., :memory, :], every), dim=-2) if memory else every
 
-        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return score + bound.dense[b, h, q, k]
-
-        bound = BoundScore(
-            needs=self.needs, stage=self.stage, at=at, dense=lambda: self._dense(u, w, layer), at_reads_dense=True
-        )
-        return bound
+        return BoundScore(needs=self.needs, stage=self.stage, dense=lambda: self._dense(u, w, layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """The bias `(b, h, n, n)` between the tokens of `x (b, n, D)`, for use alone."""

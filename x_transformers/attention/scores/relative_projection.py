@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreMod, Stage
+from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage
 from x_transformers.call import LayerCall
 from x_transformers.errors import InputError
-from x_transformers.ops import at_least_float32
+from x_transformers.ops import at_least_float32, by_row
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
@@ -55,17 +55,23 @@ class RelativeProjPositionalBias(ScoreMod):
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
         by_distance, call = self._by_distance(x), layer.call
 
-        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return score + bound.dense[b, h, q, k]
+        def make_at() -> ScoreFunction:
+            of_q, of_k = by_row(call.query.pos), by_row(layer.keys.pos)
+            last = torch.full((1,), by_distance.shape[-1] - 1, device=x.device)
 
-        bound = BoundScore(
+            def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                distance = of_q(b, q) - of_k(b, k)
+                where = torch.minimum(distance.clamp(min=0), last[h * 0])
+                return score + torch.where(where == distance, by_distance[b, h, q, where], 0.0)
+
+            return at
+
+        return BoundScore(
             needs=self.needs,
             stage=self.stage,
-            at=at,
+            at=make_at,
             dense=lambda: _read(by_distance, call.query.pos, layer.keys.pos),
-            at_reads_dense=True,
         )
-        return bound
 
     def forward(self, x: Tensor, seq_len_k: int | None = None) -> Tensor:
         """The bias `(b, h, n, j)` of the queries `x (b, n, D)`, for use alone.

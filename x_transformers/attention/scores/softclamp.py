@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Needs, ScoreMod, Stage
+from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage
 from x_transformers.call import Span
 from x_transformers.errors import ConfigError
 from x_transformers.ops import softclamp
@@ -41,8 +41,13 @@ class SoftclampLogits(ScoreMod):
         self.value = value
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
-        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return torch.tanh(score / self.value) * self.value
+        def make_at() -> ScoreFunction:
+            value = torch.full((1,), self.value, dtype=torch.float32, device=query.pos.device)
+
+            def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return torch.tanh(score / value[h * 0]) * value[h * 0]
+
+            return at
 
         def pointwise_(scores: Tensor, out: Tensor) -> Tensor:
             return torch.mul(scores.div_(self.value).tanh_(), self.value, out=out)
@@ -53,7 +58,7 @@ class SoftclampLogits(ScoreMod):
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
-            at=at,
+            at=make_at,
             pointwise=lambda scores: softclamp(scores, self.value),
             pointwise_=pointwise_,
             chain=chain,

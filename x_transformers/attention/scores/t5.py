@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.base import BoundScore, ScoreFunction
 from x_transformers.attention.scores.base import DistanceBias, build_bias
+from x_transformers.call import Span
 from x_transformers.errors import ConfigError
+from x_transformers.ops import by_row
 from x_transformers.options.schema import Feature, opt
 
 
@@ -69,6 +72,26 @@ class RelativePositionBias(DistanceBias):
         far = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact) * (buckets - exact)
         far = (exact + far.long()).clamp(max=buckets - 1)
         return torch.where(distance < exact, distance, far) + offset
+
+    def bind(self, query: Span, keys: Span) -> BoundScore:
+        bound = super().bind(query, keys)
+        if bound.make_at is None:
+            bound.make_at = lambda: self._at_any_distance(query, keys)
+        return bound
+
+    def _at_any_distance(self, query: Span, keys: Span) -> ScoreFunction:
+        """For positions of any kind: biases of the distances up to the last bucket, which all farther ones share."""
+        of_q, of_k = by_row(query.pos), by_row(keys.pos)
+        most = torch.full((1,), self.max_distance, device=query.pos.device)
+        table = self.bias(torch.arange(-self.max_distance, self.max_distance + 1, device=query.pos.device)[None])
+        table = table.squeeze(-2)
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            farthest = most[h * 0]
+            distance = torch.minimum(torch.maximum(of_q(b, q) - of_k(b, k), -farthest), farthest)
+            return score + table[h, distance + farthest]
+
+        return at
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
         key = f"{prefix}relative_attention_bias.weight"

@@ -1,0 +1,372 @@
+"""FlexAttention visits the blocks that it must, reads no mask of all pairs, and has the gradients of the others."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from catalogue import BASE, CASES, Case, call, close, name_of, tokens
+from promises import LENGTH, arguments
+from torch import Tensor, fx
+from torch.nn.attention import flex_attention as kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from x_transformers import TransformerWrapper, block_masks
+from x_transformers.attention.backends import flex
+from x_transformers.attention.backends.base import Backend, Request, Situation
+from x_transformers.attention.backends.explicit import Explicit
+from x_transformers.attention.backends.flex import Flex
+from x_transformers.attention.base import Needs
+from x_transformers.attention.core import MANY, Core
+from x_transformers.attention.masks import spelled_out, visibility
+from x_transformers.attention.scores.softclamp import SoftclampLogits
+from x_transformers.block_masks import block_mask, build
+from x_transformers.call import Call, Span
+from x_transformers.documents import Documents
+from x_transformers.visibility import Hiding, Visibility
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    block_masks.of_rule.cache_clear()
+    yield
+    torch.compiler.reset()
+    block_masks.of_rule.cache_clear()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in a short sequence, the last one not full."""
+    monkeypatch.setattr(block_masks, "SIDE", 4)
+
+
+# what hides keys, in every form
+
+
+def row(n: int) -> Tensor:
+    return torch.arange(n)
+
+
+def hidings() -> dict[str, Hiding]:
+    """Twelve queries, or as many as it says, and 18 keys or less."""
+    q, k = row(12), row(18)
+    order, slots = (q, row(12)), (q[None], row(12)[None])
+    padded = row(12) >= torch.tensor([[0], [5], [12]])
+    shifted = (row(12) - torch.tensor([[0], [5], [12]])).clamp(min=0)
+    owners = torch.tensor([0] * 5 + [1] + [2] * 6)
+    pairs = torch.rand(3, 4, 12, 12) > 0.5
+    shown = torch.tensor([[True, False], [False, False], [True, True]])
+    apart = spelled_out(
+        Visibility(is_causal=True, documents=Documents(*[torch.tensor([0, 5, 5, 9, 12])] * 2, 5, 5)), 12, 12
+    )
+    assert apart.hiding is not None
+    return {
+        "causal": Hiding(12, 12, order=order),
+        "memories": Hiding(12, 18, order=(q + 6, k)),
+        "a step": Hiding(1, 18, order=(torch.tensor([13]), k)),
+        "window": Hiding(12, 12, order=order, slots=slots, window=3),
+        "both sides": Hiding(12, 12, slots=slots, window=0),
+        "padding": Hiding(12, 12, order=order, live=padded),
+        "padding and window": Hiding(12, 12, order=order, slots=(shifted, shifted), window=3, live=padded),
+        "context": Hiding(12, 18, live=torch.rand(3, 18) > 0.5),
+        "ring": Hiding(
+            2, 5, order=(q[6:8], torch.tensor([5, 6, 7, 99, 4])), slots=(q[None, 6:8], row(5)[None]), window=6
+        ),
+        "pairs": Hiding(12, 12, order=order, given=pairs),
+        "pairs of all": Hiding(12, 12, given=pairs[:1, :1]),
+        "keys of all queries": Hiding(12, 12, given=pairs[:1, :, :1]),
+        "documents": Hiding(12, 12, owners=(owners, owners)),
+        "causal documents": apart.hiding,
+        "prefix": Hiding(12, 12, order=order, slots=slots, window=2, live=padded, prefix=2),
+        "prefix that is hidden": Hiding(12, 12, order=order, live=padded, prefix=2, shown=shown),
+        "prefix alone": Hiding(12, 12, prefix=2, shown=shown),
+    }
+
+
+def tiles(t: Tensor, side: int, value: bool) -> Tensor:
+    """`(b, h, i, j)` to `(b, h, blocks, blocks, side, side)`, filled up with `value`."""
+    i, j = (-size % side for size in t.shape[-2:])
+    t = torch.nn.functional.pad(t, (0, j, 0, i), value=value)
+    return t.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).transpose(-2, -3)
+
+
+@pytest.mark.parametrize("name", hidings())
+def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
+    """The function is the mask; no block is left out that has a pair, and none taken for whole that is not."""
+    hiding = hidings()[name]
+    blocks, seen = build(hiding, torch.device("cpu")), hiding.mask()
+    seen = seen.expand(-1, -1, hiding.queries, -1)
+    b, h, q, k = torch.meshgrid(*map(torch.arange, seen.shape), indexing="ij")
+    assert torch.equal(blocks.mask_mod(b, h, q, k).expand(seen.shape), seen)
+    parts = tiles(seen, 4, False)
+    some, every = parts.flatten(-2).any(dim=-1), parts.flatten(-2).all(dim=-1)
+    full = chosen(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    partial = chosen(blocks.kv_num_blocks, blocks.kv_indices)
+    assert not (full & partial).any()
+    assert not (full & ~every).any()
+    assert not (some & ~(full | partial)).any()
+    assert blocks.shape[-2:] == (hiding.queries, hiding.prefix + hiding.keys)
+    if name in ("causal", "memories", "a step", "window", "context", "pairs of all", "documents", "prefix alone"):
+        exact = kernel.create_block_mask(blocks.mask_mod, *seen.shape, device="cpu", BLOCK_SIZE=4)
+        assert torch.equal(exact.to_dense(), blocks.to_dense().expand_as(exact.to_dense())), "more blocks than needed"
+        assert torch.equal(chosen(exact.full_kv_num_blocks, exact.full_kv_indices), full.expand_as(every))
+
+
+def chosen(count: Tensor | None, which: Tensor | None) -> Tensor:
+    """`(b, h, blocks, blocks)` bool of how many are listed, and which."""
+    assert count is not None
+    assert which is not None
+    listed = torch.arange(which.shape[-1]) < count.unsqueeze(-1)
+    return torch.zeros_like(listed).scatter(-1, which.long(), listed)
+
+
+@pytest.mark.parametrize("name", hidings())
+def test_queries_that_see_nothing(name: str) -> None:
+    """They are told without a mask wherever keys stand in order."""
+    hiding = hidings()[name]
+    dead = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
+    assert torch.equal(hiding.dead().expand(dead.shape), dead)
+    if name in ("window", "both sides", "padding and window"):
+        hiding = Hiding(**{**vars(hiding), "sorted": True})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Hiding, "mask", refuse)
+            assert torch.equal(hiding.dead().expand(dead.shape), dead)
+
+
+def refuse(*_: Any) -> Tensor:
+    raise AssertionError("a mask of all pairs was made")
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made inside of it."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            self.numbers = max(self.numbers, each.numel() if isinstance(each, Tensor) else 0)
+        return made
+
+
+def test_nothing_for_every_pair() -> None:
+    n = 2048
+    slots, live = row(n)[None], row(n) >= torch.tensor([[0], [700]])
+    owners = row(n) // 300
+    hiding = Hiding(n, n, order=(row(n), row(n)), slots=(slots, slots), window=90, live=live, owners=(owners, owners))
+    with Largest() as largest:
+        build(hiding, torch.device("cpu"))
+    assert n <= largest.numbers <= 2 * n
+
+
+# one block mask for many
+
+
+def span(n: int, live: Tensor | None = None) -> Span:
+    return Span(row(n), row(n)[None], row(n)[None], live, contiguous=True)
+
+
+def causal(n: int, window: int | None = None, live: Tensor | None = None) -> Visibility:
+    tokens = span(n, live)
+    return visibility(Call(tokens, tokens, True), tokens, causal=True, own=True, window=window, prefix=0)
+
+
+def test_rules_without_tensors_stay() -> None:
+    like = torch.zeros(1, 1, 9, 8)
+
+    def made(*given: Any) -> Any:
+        hiding = causal(9, *given).hiding
+        assert hiding is not None
+        return block_mask(hiding, like)
+
+    with torch.inference_mode():
+        first = made()
+    assert made() is first
+    assert not first.kv_indices.is_inference(), "training could not save it for the way back"
+    window = made(3)
+    assert made(3) is window
+    assert made(4) is not window
+    assert made(None, row(9) >= torch.tensor([[2]])) is not made(None, row(9) >= torch.tensor([[2]]))
+    b, h, q, k = torch.meshgrid(*map(torch.arange, (1, 1, 9, 9)), indexing="ij")
+    assert torch.equal(window.mask_mod(b, h, q, k), (k <= q) & (q - k <= 3))
+    many = [Hiding(n, n, order=(row(n), row(n)), diagonal=0) for n in range(1, block_masks.KEPT + 9)]
+    for hiding in many:
+        block_mask(hiding, like)
+    assert block_masks.of_rule.cache_info().currsize == block_masks.KEPT
+
+
+def by_flex(core: Core, *asked: Any) -> tuple[Backend, str]:
+    return Flex(), "made to"
+
+
+def twins(case: Case, stack: str = "decoder", **more: Any) -> tuple[TransformerWrapper, TransformerWrapper]:
+    """The same weights, weighed explicitly and by flex."""
+    one, two = case.build(stack, attn_flash=False, **more), case.build(stack, **more)
+    two.load_state_dict(one.state_dict())
+    for branch in two.attn_layers.branches("a", "c"):
+        core = branch.attention.core
+        core.choose = by_flex.__get__(core)  # type: ignore[method-assign]
+    return one, two
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel written out in tensor operations, without a compiler; it knows no gradients of what scores read."""
+    monkeypatch.setattr(kernel, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+@torch.no_grad()
+def test_layers_share_their_blocks(monkeypatch: pytest.MonkeyPatch, unfused: None) -> None:
+    """One for the layers with a window, and one for those without, in every pass with padding."""
+    built: list[Hiding] = []
+    make = block_masks.build
+    monkeypatch.setattr(block_masks, "build", lambda hiding, device: (built.append(hiding), make(hiding, device))[1])
+    explicit, ours = twins(BASE, depth=4, attn_max_attend_past=(2, None, 2, None))
+    ids = tokens(2, LENGTH)
+    for passes in (1, 2):
+        close(
+            call(ours, ids, seq_start_pos=torch.tensor([0, 3])), call(explicit, ids, seq_start_pos=torch.tensor([0, 3]))
+        )
+        assert len(built) == 2 * passes
+    built.clear()
+    call(ours, ids)
+    call(ours, ids)
+    assert len(built) == 2, "what no tensor decides is made once"
+
+
+WAYS = ("plain", "both_masks", "left_padding", "packed", "attn_mask", "attn_bias", "memories", "prepended")
+SLOTS = ("score", "mask", "keys", "sink", "metric")
+MET = [case for case in CASES if case.features and case.features[0].slot in SLOTS]
+
+
+@pytest.mark.parametrize("case", [*MET, BASE], ids=name_of)
+@torch.no_grad()
+def test_ways_to_call(case: Case, small_blocks: None, unfused: None) -> None:
+    explicit, ours = twins(case)
+    ids, ways = tokens(2, LENGTH), arguments(explicit, 2, LENGTH, rows=2)
+    for way in WAYS:
+        close(call(ours, ids, **ways[way]), call(explicit, ids, **ways[way]))
+
+
+# the way back, and graphs. On a CPU there is no fused backward pass; its meaning is there, written out.
+
+
+class Reads:
+    """Runs graphs as they are, and notes how often each tensor with a gradient is read inside of a score function."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.reads: list[int] = []
+        self.kernels = 0
+
+    def __call__(self, graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        self.graphs += 1
+        for node in graph.graph.nodes:
+            if node.op != "call_function" or "flex_attention" not in str(node.target):
+                continue
+            self.kernels += 1
+            body, captured = getattr(graph, node.args[3].target).graph, node.args[7]
+            places = [each for each in body.nodes if each.op == "placeholder"][5:]
+            for place, source in zip(places, captured, strict=True):
+                example = source.meta["example_value"] if isinstance(source, fx.Node) else source
+                if isinstance(example, Tensor) and example.requires_grad:
+                    self.reads.append(len(place.users))
+        return graph.forward
+
+
+LEARNED = {
+    "t5_bias-1": "decoder",
+    "dynamic_bias-1": "encoder",
+    "relative_projection-1": "decoder",
+    "forgetting-1": "decoder",
+    "forgetting-2": "decoder",
+    "learned_sink-1": "decoder",
+    "softclamp_logits-1": "decoder",
+    "window-1": "decoder",
+}
+TRAINED = [(stack, case) for case in CASES for name, stack in LEARNED.items() if case.name == name]
+TRAINED.append(("encoder", next(case for case in CASES if case.name == "forgetting-1")))
+
+
+@pytest.mark.parametrize(("stack", "case"), TRAINED, ids=name_of)
+def test_gradients(stack: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one full graph, with padding, in which a row sees nothing; each tensor has its gradient from one place."""
+    monkeypatch.setattr(kernel, "_validate_device", lambda *_: None)
+    explicit, ours = twins(case, stack, depth=1)
+    ids, mask = tokens(3, LENGTH), torch.arange(LENGTH) < torch.tensor([[LENGTH], [6], [0]])
+    counter = Reads()
+    compiled = torch.compile(ours, fullgraph=True, backend=counter)
+    outs = [model(ids, mask=mask) for model in (explicit, compiled)]
+    close(outs[1], outs[0])
+    assert (counter.graphs, counter.kernels) == (1, 1)
+    assert all(reads == 1 for reads in counter.reads)
+    assert bool(counter.reads) == (case.features[0].slot == "score" and case.name != "softclamp_logits-1")
+    for out in outs:
+        out.square().mean().backward()
+    for (name, one), two in zip(explicit.named_parameters(), ours.parameters(), strict=True):
+        if one.grad is not None or two.grad is not None:
+            torch.testing.assert_close(two.grad, one.grad, atol=2e-5, rtol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_lengths_and_numbers_that_change() -> None:
+    """Neither a length, nor a window, nor a bound of the clamp is a part of a kernel."""
+    graphs = Reads()
+    run = torch.compile(kernel.flex_attention, backend=graphs)
+    for n, window, clamp in ((9, 2, 2.0), (10, 3, 3.0), (11, 4, 4.0), (12, 5, 5.0)):
+        tokens = span(n, row(n) >= torch.tensor([[0], [3]]))
+        scores = (SoftclampLogits(clamp).bind(tokens, tokens),)
+        q, k, v = torch.randn(3, 2, 2, n, 8)
+        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.live), scores)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "flex_attention", run)
+            close(Flex().attend(asked).out, Explicit().attend(asked).out)
+    assert graphs.graphs == 2, "one for the first length, and one for all others"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_compiled_models(backend: str) -> None:
+    """Longer than a block, which is not full, with padding, and a row that sees nothing."""
+    case = Case("many", keywords={"rel_pos_bias": True, "attn_softclamp_logits": True, "attn_max_attend_past": 140})
+    explicit, ours = twins(case, depth=1, max_seq_len=150)
+    ids, start = tokens(3, 150), torch.tensor([0, 20, 150])
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    close(compiled(ids, seq_start_pos=start), explicit(ids, seq_start_pos=start))
+
+
+def test_narrow_heads_are_filled_up() -> None:
+    t = torch.randn(1, 2, 3, 8)
+    wide = flex._at_least(t, 16)
+    assert wide.shape[-1] == 16
+    close(wide @ wide.mT, t @ t.mT)
+    assert flex._at_least(t, 8) is t
+
+
+# when it runs
+
+
+GPU = Situation("cuda", torch.bfloat16, grad=True, width=64, queries=MANY)
+
+
+def test_when_flex_runs() -> None:
+    """On a GPU it hosts what is not plain causality, but for few queries."""
+    core = BASE.build().attn_layers.branches("a")[0].attention.core
+    for needs in (Needs.MASK, Needs.BIAS, Needs.MASK | Needs.POINTWISE, Needs.SINK, Needs.DOCUMENTS):
+        assert core.choose(GPU, needs)[0].name == "flex"
+        added = not needs & (Needs.POINTWISE | Needs.SINK)
+        assert core.choose(GPU._replace(queries=1), needs)[0].name == ("sdpa" if added else "explicit")
+        single = core.choose(GPU._replace(queries=1024, dtype=torch.float32), needs)
+        assert single[0].name == ("sdpa" if added else "flex")
+    assert core.choose(GPU, Needs.NOTHING)[0].name == "sdpa"
+    assert core.choose(GPU, Needs.BIAS | Needs.DROPOUT)[0].name == "sdpa"
+    wide, why = core.choose(GPU._replace(width=512), Needs.POINTWISE)
+    assert wide.name == "explicit"
+    assert "at most 256 features" in why
+    assert "sdpa is expected to be slower than flex on a GPU" in core.choose(GPU, Needs.MASK)[1]
+
+
+def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "RECENT", False)
+    assert Flex().refuses(GPU, Needs.MASK) == "flex needs PyTorch 2.7"
