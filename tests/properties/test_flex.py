@@ -309,6 +309,31 @@ def test_gradients(stack: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(two.grad, one.grad, atol=2e-5, rtol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+EVERY = [
+    {
+        "alibi_pos_bias": True,
+        "attn_max_attend_past": 3,
+        "attn_num_mem_kv": 2,
+        "shift_tokens": 1,
+        "num_memory_tokens": 2,
+    },
+    {"rel_pos_bias": True, "add_value_residual": True, "num_residual_streams": 2, "attn_softclamp_logits": True},
+    {"attn_data_dependent_alibi": True, "unet_skips": True, "depth": 4, "attn_head_learned_sink": True},
+    {"dynamic_pos_bias": True, "integrate_layers": True, "cross_attend": True, "attn_gate_values": True},
+]
+
+
+@pytest.mark.parametrize("keywords", EVERY, ids=lambda keywords: "-".join(keywords))
+def test_what_layers_leave_for_each_other(keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph goes on with what the layers before left, whatever they run on."""
+    monkeypatch.setattr(kernel, "_validate_device", lambda *_: None)
+    explicit, ours = twins(Case("every", keywords=keywords), "cross" if "cross_attend" in keywords else "decoder")
+    ids, counter = tokens(2, LENGTH), Reads()
+    compiled = torch.compile(ours, fullgraph=True, backend=counter)
+    close(call(compiled, ids), call(explicit, ids))
+    assert (counter.graphs, counter.kernels) == (1, len(ours.attn_layers.branches("a", "c")))
+
+
 @torch.no_grad()
 def test_lengths_and_numbers_that_change() -> None:
     """Neither a length, nor a window, nor a bound of the clamp is a part of a kernel."""
@@ -361,6 +386,8 @@ def test_when_flex_runs() -> None:
         assert single[0].name == ("sdpa" if added else "flex")
     assert core.choose(GPU, Needs.NOTHING)[0].name == "sdpa"
     assert core.choose(GPU, Needs.BIAS | Needs.DROPOUT)[0].name == "sdpa"
+    for keeps, name in ((False, "flex"), (True, "sdpa")):
+        assert core.choose(GPU._replace(compiling=True, keeps=keeps), Needs.BIAS)[0].name == name
     wide, why = core.choose(GPU._replace(width=512), Needs.POINTWISE)
     assert wide.name == "explicit"
     assert "at most 256 features" in why

@@ -130,7 +130,10 @@ class Core:
         if torch.compiler.is_compiling():
             # lengths of a graph may be symbols, which nothing should be decided by; a length of 1 never is one
             queries = 1 if q.shape[-2] == 1 else MANY
-            return self.choose(Situation(q.device.type, q.dtype, grad, True, width, queries, visible.skips), needs)
+            layer = request.layer
+            keeps = layer is not None and (layer.entry is not None or layer.states is not None)
+            situation = Situation(q.device.type, q.dtype, grad, True, width, queries, visible.skips, keeps)
+            return self.choose(situation, needs)
         asked = (q.device, q.dtype, grad, width, q.shape[-2], visible.skips, needs, self.flash)
         if asked != self._asked:
             situation = Situation(q.device.type, q.dtype, grad, False, width, q.shape[-2], visible.skips)

@@ -64,9 +64,12 @@ class Seen:
         return twin
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Way:
     """Everything that changes from sublayer to sublayer.
+
+    It has slots, since of an object with a `__dict__` the compiler of PyTorch 2.13 loses the attributes that are set
+    behind a FlexAttention.
 
     Attributes:
         call: the pass; its memo fills on the way.

@@ -26,6 +26,8 @@ class Situation(NamedTuple):
     """How many, where it is known and matters; in a graph only one is told from many."""
     skips: bool = False
     """Causality or a window hides whole stretches of keys."""
+    keeps: bool = False
+    """In a graph: the pass leaves something in a cache, or for the next segment."""
 
 
 @dataclass(eq=False)

@@ -53,6 +53,9 @@ class Flex(Backend):
             return "flex has no backward on a CPU"
         if situation.device == "cpu" and situation.compiling and Needs.SINK in needs:
             return "flex gives no log-sum-exp in a graph for a CPU, which a learned sink needs"
+        if situation.compiling and situation.keeps:
+            # of objects that were there before it, the compiler of PyTorch 2.13 loses the attributes that are set after
+            return "flex in a graph would lose what the pass leaves in a cache"
         if situation.dtype is torch.float64:
             return "flex has no kernel for float64"
         if situation.device != "cpu" and situation.width > WIDEST:
