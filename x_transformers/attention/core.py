@@ -208,9 +208,9 @@ MEASURED = (
     Measured(slow="sdpa", fast="flex", needs=VISIBLE, least=2048, dtypes=FULL, device="cuda", expected=True),
     Measured(slow="flex", fast="explicit", needs=~Needs.NOTHING, most=127, device="cuda", expected=True),
 )
-"""On a CPU found with 6 heads of 64 features on two threads, training and evaluation alike. A graph makes one loop of what
-the explicit backend does for one query. Biases and masks at length are about memory too: what sdpa adds to the scores
-has a number for every pair of tokens.
+"""On a CPU found with 6 heads of 64 features on two threads, training and evaluation alike. A graph makes one loop of
+what the explicit backend does for one query. Biases and masks at length are about memory too: what sdpa adds to the
+scores has a number for every pair of tokens.
 
 On a GPU expected until measured. With a mask or a bias, sdpa leaves its fastest kernel and reads a number for every
 pair of tokens; flex computes both where it needs them, and skips what nobody sees, in blocks of 128. In full precision
