@@ -54,7 +54,7 @@ def test_hand_made_configurations_are_of_features(benchmarks: dict[str, ModuleTy
 @pytest.mark.parametrize(
     ("name", "keywords", "fused"),
     [
-        ("alibi", ["alibi_pos_bias"], "SDPA; blocks on a CPU"),
+        ("alibi", ["alibi_pos_bias"], "Flex; blocks on a CPU"),
         ("learned_sink", ["attn_head_learned_sink"], "Flex; blocks on a CPU"),
         ("sigmoid", ["attn_sigmoid"], "no"),
         ("inverted_attention", ["cross_attn_inverted_attention"], "SDPA in part"),

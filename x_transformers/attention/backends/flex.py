@@ -25,7 +25,7 @@ SINCE = Version("2.7")
 RECENT = Version(Version(torch.__version__).base_version) >= SINCE
 
 NARROWEST, WIDEST = 16, 256
-"""Features of a head that the kernels of a GPU multiply at once, and those that they have room for."""
+"""Features of a head that kernels multiply at once, and those that the ones of a GPU have room for."""
 
 KERNELS = 64
 """Compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
@@ -51,8 +51,9 @@ class Flex(Backend):
             return f"flex has no kernel for {situation.device}"
         if situation.device == "cpu" and situation.grad:
             return "flex has no backward on a CPU"
-        if situation.device == "cpu" and situation.compiling and Needs.SINK in needs:
-            return "flex gives no log-sum-exp in a graph for a CPU, which a learned sink needs"
+        if situation.device == "cpu" and situation.compiling:
+            # there is no log-sum-exp, and PyTorch 2.13 writes no kernel that reads what the graph itself makes
+            return "flex does not run inside of a compiled graph on a CPU"
         if situation.compiling and situation.keeps:
             # of objects that were there before it, the compiler of PyTorch 2.13 loses the attributes that are set after
             return "flex in a graph would lose what the pass leaves in a cache"
@@ -68,9 +69,7 @@ class Flex(Backend):
         run: Callable[..., Any] = flex_attention
         if not request.q.is_cpu and not torch.compiler.is_compiling():
             run = _compiled(flex_attention)
-        q, k, v = request.q, request.k, request.v
-        if not q.is_cpu:
-            q, k, v = _at_least(q, NARROWEST), _at_least(k, NARROWEST), _at_least(v, NARROWEST)
+        q, k, v = (_at_least(t, NARROWEST) for t in (request.q, request.k, request.v))
         result = run(
             q,
             k,
