@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A row is a floor, or a step inside of one; a name covers what lies under it, and the
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
-    ("F0", ["errors", "ops", "float32"]),
+    ("F0", ["errors", "ops", "float32", "memo"]),
     ("F1", ["documents"]),
     ("F1", ["visibility"]),
     ("F1", ["block_masks"]),
@@ -28,7 +28,7 @@ HOUSE = (
     ("F6", ["layers.residuals.base", "layers.sequence", "layers.spans"]),
     ("F6", ["layers"]),
     ("F6", ["layers.branch", "layers.around"]),
-    ("F6", ["layers.catalog", "layers.way"]),
+    ("F6", ["layers.catalog", "layers.way", "layers.regional"]),
     ("F6", ["layers.plan", "layers.traversal"]),
     ("F6", ["layers.packing"]),
     ("F6", ["layers.arguments", "layers.assembly"]),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.documents import Documents
+from x_transformers.memo import Memo
 
 
 @dataclass(eq=False)
@@ -119,7 +120,7 @@ class Call:
     attn_mask: Tensor | None = None
     attn_bias: Tensor | None = None
     capture: Capture = Capture()
-    memo: dict[Any, Any] = field(default_factory=dict)
+    memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
 
     @property
     def shown(self) -> Tensor | None:
@@ -131,11 +132,7 @@ class Call:
 
     def tables(self, transform: Any, keys: Span) -> Any:
         """What a query/key transform reads of the positions of these keys; the layers of one pass share it."""
-        rule = ("tables", id(transform), id(keys))
-        if rule not in self.memo:
-            # both stay in the memo, so that their ids stay theirs
-            self.memo[rule] = transform.tables(self.query, keys), transform, keys
-        return self.memo[rule][0]
+        return self.memo.once(lambda: transform.tables(self.query, keys), "tables", transform, keys)
 
 
 @dataclass(frozen=True, eq=False)

@@ -238,9 +238,6 @@ def _attend(backend: Backend, request: Request) -> Weighed:
 
 def _spelled_out(request: Request) -> Visibility:
     """The mask that keeps documents apart, made once a pass."""
-    visible, shape = request.visible, (request.q.shape[-2], request.k.shape[-2])
-    rule = ("documents", id(visible))
-    if rule not in request.memo:
-        # it stays in the memo, so that its id stays its own
-        request.memo[rule] = spelled_out(visible, *shape), visible
-    return request.memo[rule][0]
+    visible = request.visible
+    i, j = request.q.shape[-2], request.k.shape[-2]
+    return request.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)

@@ -42,17 +42,15 @@ def visibility(
         shown: `(b, P)` bool, which of those are seen; None for all.
         documents: where the documents of a packed row begin.
     """
-    rule = (id(keys), causal, own, window, prefix, id(shown), id(documents))
-    if rule not in call.memo:
-        if keys.near is not None and window is not None and keys.near <= window:
-            window = None
-        # what is told apart by its id stays in the memo, so that the id stays its own
+
+    def make() -> Visibility:
+        near = keys.near is not None and window is not None and keys.near <= window
+        reach = None if near else window
         if documents is not None:
-            seen = _within(documents, call, keys, causal, own, window)
-        else:
-            seen = _build(call, keys, causal, own, window, prefix, shown)
-        call.memo[rule] = seen, shown, documents
-    return call.memo[rule][0]
+            return _within(documents, call, keys, causal, own, reach)
+        return _build(call, keys, causal, own, reach, prefix, shown)
+
+    return call.memo.once(make, "visibility", keys, causal, own, window, prefix, shown, documents)
 
 
 def _build(

@@ -40,6 +40,7 @@ from x_transformers.layers.conditioning import build_condition, build_injection,
 from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
 from x_transformers.layers.packing import packed_kinds, read_documents
 from x_transformers.layers.plan import SCHEMAS, StackPlan, make_plan
+from x_transformers.layers.regional import Regional
 from x_transformers.layers.sequence import Repeat, check_order, repeated
 from x_transformers.layers.spans import lay_out
 from x_transformers.layers.traversal import Given, Traversal
@@ -103,6 +104,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             self.packed = packed_kinds(plan)
         faults.raise_if_any(type(self).__name__)
         self.final_norm = norm(dim) if norm_places(options).final else None
+        self.regional = None
         self.context_dropout = options["context_dropout"].cross_attn_tokens_dropout
         # what cross-attentions hand on must be about the same keys
         self.one_context = options.on("value_residual") or options["residual_scores"].cross_residual_attn
@@ -221,6 +223,22 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         """How far back each sublayer of an order of execution looks, which is all that a cache must keep for it."""
         branches = self.branches("a", "c", "f")
         return tuple(branches[i].attention.reach if branches[i].kind == "a" else None for i in order)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each sublayer by itself from now on, in place. Sublayers of one build share a graph, so that a deep
+        stack takes no longer to compile than a shallow one; between them PyTorch runs as ever.
+
+        Passes with a cache stay as they are (`generate(compile = True)` compiles those), and so do copies of this
+        stack. `torch.compile` of the whole model takes precedence where both are used.
+
+        Args:
+            options: of `torch.compile`: `mode`, `dynamic`, `fullgraph`, `backend` ...
+        """
+        self.regional = Regional(**options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # graphs belong to this object and this process
+        return {**self.__dict__, "regional": None}
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """What Muon may orthogonalise: value, output and feedforward matrices (2502.16982)."""

@@ -23,6 +23,7 @@ from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import newest
 from x_transformers.layers.recompute import run_twice, stretches
+from x_transformers.layers.regional import Regional
 from x_transformers.layers.residuals.base import StreamFrame
 from x_transformers.layers.sequence import LayerSequence, Step
 from x_transformers.layers.spans import within_reach
@@ -98,6 +99,7 @@ class Traversal(nn.Module):
     one_context: bool
     output_clamp: float | None
     final_norm: Norm | None
+    regional: Regional | None
 
     def traverse(self, x: Tensor, call: Call, kv: KVCache | None, given: Given) -> tuple[Tensor, Tensor, Seen]:
         """`(b, n, D)` through all sublayers: the output, the stream before it, and what was kept on the way."""
@@ -136,6 +138,9 @@ class Traversal(nn.Module):
         sources, branches = self.skip_sources.values(), list(self.layers)
         keeps_states = call.causal and (bool(given.states) or seen.keeps_states)
         x, carry = way.stream, way.carry
+        # caches change from pass to pass, which graphs would have to be made anew for
+        regional = self.regional if kv is None and not torch.compiler.is_compiling() else None
+        alone = None if regional is None else regional.call(call)
         for step in steps:
             branch: Branch = branches[step.layer]  # type: ignore[assignment]
             if given.transform is not None and step.begins and step.block > 0:
@@ -158,7 +163,11 @@ class Traversal(nn.Module):
                 self._tell_context(layer, step, given)
             elif given.deep_embeds is not None and step.nth < given.deep_embeds.shape[2]:
                 layer.deep_embed = given.deep_embeds[:, :, step.nth]
-            passed = branch(x, layer)
+            if regional is not None and alone is not None:
+                layer.call = alone
+                passed = regional(branch, x, layer)
+            else:
+                passed = branch(x, layer)
             if branch.running:
                 seen.add_states(layer.states, branch.running)
             if passed.record is not None:
@@ -188,14 +197,15 @@ class Traversal(nn.Module):
             memory, memory_mask = _nth(given.mems, step.nth), _nth(given.mem_masks, step.nth)
             memory = None if memory is not None and memory.shape[-2] == 0 else memory
             layer.memory = memory
-        rule = ("keys", None if memory is None else memory.shape[-2], id(memory_mask), reach)
-        if rule not in call.memo:
+
+        def bind() -> tuple[Span, Span, tuple[BoundScore, ...]]:
             keys = call.keys
             if kv is not None and reach is not None:
                 keys = within_reach(keys, kv, reach, len(call.query))
-            # the mask stays in the memo, so that its id stays its own
-            call.memo[rule] = self._bind(call, keys, memory, memory_mask, batch), memory_mask
-        layer.keys, layer.fresh, layer.biases = call.memo[rule][0]
+            return self._bind(call, keys, memory, memory_mask, batch)
+
+        count = None if memory is None else memory.shape[-2]
+        layer.keys, layer.fresh, layer.biases = call.memo.once(bind, "keys", count, memory_mask, reach)
         if given.additional:
             layer.additional, layer.additional_mask = _nth(given.additional, step.nth), given.additional_mask
             if layer.additional is not None and layer.additional_mask is not None:
@@ -245,13 +255,13 @@ class Traversal(nn.Module):
             length, batch = source.shape[1], source.shape[0]
         else:
             length, batch = held.shape[-2], held.shape[0]
-        rule = ("context", length, id(mask))
-        if rule not in call.memo:
+
+        def span() -> Span:
             places = torch.arange(length, device=call.query.index.device)
             live = None if mask is None else check_mask(mask, batch, length, "context_mask")
-            # the mask stays in the memo, so that its id stays its own
-            call.memo[rule] = Span(places, places[None], places[None], live), mask
-        layer.keys = layer.fresh = keys = call.memo[rule][0]
+            return Span(places, places[None], places[None], live)
+
+        layer.keys = layer.fresh = keys = call.memo.once(span, "context", length, mask)
         layer.context = call.query.index.new_empty(0) if source is None else source
         layer.kv_residual = residual
         layer.rotations = self._rotations_of_context(call, keys, entry, pos, batch)
@@ -260,10 +270,11 @@ class Traversal(nn.Module):
         """A random part of the context, its mask, and where it stood: another one for each sublayer, unless they share
         what they saw.
         """
-        if self.one_context and "dropped context" in call.memo:
-            return call.memo["dropped context"]
-        call.memo["dropped context"] = dropped = drop_context(context, mask, self.context_dropout)
-        return dropped
+
+        def drop() -> tuple[Tensor, Tensor | None, Tensor]:
+            return drop_context(context, mask, self.context_dropout)
+
+        return call.memo.once(drop, "dropped context") if self.one_context else drop()
 
     def _rotations_of_context(
         self, call: Call, keys: Span, entry: Entry | None, pos: Tensor | None, batch: int

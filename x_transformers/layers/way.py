@@ -97,7 +97,7 @@ class Way:
             # others' entries stay theirs: what earlier sublayers left for the caller points to them
             kv.entries = [each.twin() if number in numbers else each for number, each in enumerate(self.kv.entries)]
         return Way(
-            replace(self.call, memo=dict(self.call.memo)),
+            replace(self.call, memo=self.call.memo.fork()),
             self.stream,
             self.carry,
             self.seen.fork(),

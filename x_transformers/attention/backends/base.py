@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
+from x_transformers.memo import Memo
 from x_transformers.ops import pad_left
 
 
@@ -59,7 +60,7 @@ class Request:
     layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
-    memo: dict[Any, Any] = field(default_factory=dict)
+    memo: Memo = field(default_factory=lambda: Memo())
 
 
 @dataclass(eq=False)
@@ -124,11 +125,11 @@ def additive_bias(request: Request) -> Tensor | None:
     biases = [score for score in request.scores if score.needs is Needs.BIAS]
     if not biases:
         return None
-    rule = ("additive_bias", request.visible.prefix, *(id(bias) for bias in biases))
-    if rule not in request.memo:
+
+    def make() -> Tensor:
         total = biases[0].dense
         for bias in biases[1:]:
             total = total + bias.dense
-        # the objects stay in the memo, so that their ids stay theirs
-        request.memo[rule] = pad_left(total, request.visible.prefix, 0.0), biases
-    return request.memo[rule][0]
+        return pad_left(total, request.visible.prefix, 0.0)
+
+    return request.memo.once(make, "additive bias", request.visible.prefix, *biases)

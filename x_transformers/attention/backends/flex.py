@@ -94,11 +94,8 @@ def _blocks(request: Request) -> BlockMask | None:
     visible = request.visible
     if visible.hiding is None:
         return None
-    rule = ("blocks", id(visible))
-    if rule not in request.memo:
-        # what is told apart by its id stays in the memo, so that the id stays its own
-        request.memo[rule] = block_mask(visible.hiding, request.q), visible
-    return request.memo[rule][0]
+    hiding = visible.hiding
+    return request.memo.once(lambda: block_mask(hiding, request.q), "blocks", visible)
 
 
 def _score_mod(request: Request) -> ScoreFunction | None:

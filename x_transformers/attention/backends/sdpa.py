@@ -69,20 +69,21 @@ def _mask(request: Request) -> Tensor | None:
     """
     visible = request.visible
     bias = additive_bias(request) if request.scores else None
-    rule = ("sdpa_mask", id(visible), id(bias), request.q.dtype)
-    if rule not in request.memo:
-        seen = visible.mask
-        if seen is None and visible.is_causal and bias is not None:
+
+    def make() -> Tensor | None:
+        seen, total = visible.mask, bias
+        if seen is None and visible.is_causal and total is not None:
             i, j = request.q.shape[-2], request.k.shape[-2]
             seen = torch.ones(i, j, dtype=torch.bool, device=request.q.device).tril(j - i)
         if seen is not None and visible.dead is not None:
             # a mask with one row for all queries stays one
             seen = seen | (visible.dead if seen.shape[-2] > 1 else visible.dead[..., :1, :])
-        if bias is not None:
-            bias = bias.to(request.q.dtype)
-            bias = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
-        elif seen is not None and request.q.device.type == "cpu":
+        if total is not None:
+            total = total.to(request.q.dtype)
+            return total if seen is None else total.masked_fill(~seen, float("-inf"))
+        if seen is not None and request.q.device.type == "cpu":
             # each call would turn it into this; once a pass is enough
-            bias = torch.zeros_like(seen, dtype=request.q.dtype).masked_fill(~seen, float("-inf"))
-        request.memo[rule] = (seen if bias is None else bias), visible
-    return request.memo[rule][0]
+            return torch.zeros_like(seen, dtype=request.q.dtype).masked_fill(~seen, float("-inf"))
+        return seen
+
+    return request.memo.once(make, "sdpa mask", visible, bias, request.q.dtype)
