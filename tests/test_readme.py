@@ -54,6 +54,7 @@ WITHOUT_PAPER = {
     "Bounds inside of the feedforward",
     "An order of your own",
     "Deep embeddings",
+    "Blocks compiled one by one",
     "Predicting the next embedding",
     "Top-a",
     "A filter of your own",
