@@ -73,7 +73,7 @@ def bits_per_byte(model: AutoregressiveWrapper, windows: Tensor, length: int) ->
 
 
 def main() -> None:
-    options = arguments(__doc__, "length_extrapolation", steps=200)
+    options = arguments(__doc__, "length_extrapolation", steps=160)
     lengths = [CONTEXT * times for times in TIMES]
     text, held_out = read_text(None, lengths[-1])
     held_out = spaced_windows(held_out, lengths[-1], most=WINDOWS)
