@@ -794,7 +794,7 @@ def test_steps_compile_once(name, kwargs, graphs):
     assert graphs() <= 2  # one more that serves any room
 
 
-@pytest.mark.parametrize("name", ["absolute", "memory tokens, rotary", "cross", "memory kv"])
+@pytest.mark.parametrize("name", ["memory tokens, rotary", "cross"])
 def test_prompts_compile_once(name, graphs):
     """One graph reads prompts of all lengths, and one the tokens behind them."""
     model, x = build(name, max_seq_len=200), torch.randint(0, VOCAB, (2, 9))
