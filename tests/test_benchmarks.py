@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-pytest.importorskip("transformers", reason="contestants come from the extra `hf`")
+needs_contestants = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="contestants come from the extra `hf`"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = "agreement contestants features lengths measure memory plot report results_file run settings weights"
@@ -91,6 +94,7 @@ def moved(benchmarks: SimpleNamespace, shape: Any) -> tuple[dict[str, Any], dict
     return gpts, llamas
 
 
+@needs_contestants
 def test_contestants_have_the_same_parameters(benchmarks: SimpleNamespace, shape: Any) -> None:
     """But for biases: of GPT-2, and of our gated feedforwards."""
     gpts, llamas = benchmarks.contestants.gpts(shape), benchmarks.contestants.llamas(shape)
@@ -102,6 +106,7 @@ def test_contestants_have_the_same_parameters(benchmarks: SimpleNamespace, shape
     assert parameters(llamas["our Llama"].model) == parameters(llamas["Llama"].model) + shape.layers * 2 * wide
 
 
+@needs_contestants
 def test_contestants_agree(benchmarks: SimpleNamespace, shape: Any) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(0, shape.vocab, (2, shape.context))
@@ -113,6 +118,7 @@ def test_contestants_agree(benchmarks: SimpleNamespace, shape: Any) -> None:
             torch.testing.assert_close(other, first, atol=1e-4, rtol=0)
 
 
+@needs_contestants
 def test_losses_are_of_all_tokens_but_the_first(benchmarks: SimpleNamespace, shape: Any) -> None:
     tokens = torch.randint(0, shape.vocab, (2, 9))
     for family in moved(benchmarks, shape):
@@ -121,6 +127,7 @@ def test_losses_are_of_all_tokens_but_the_first(benchmarks: SimpleNamespace, sha
             torch.testing.assert_close(each.loss(tokens), wanted, atol=1e-5, rtol=0)
 
 
+@needs_contestants
 @pytest.mark.parametrize(
     ("part", "what"),
     [
@@ -143,6 +150,7 @@ def test_what_disagrees_is_not_measured(part: str, what: str, benchmarks: Simple
         benchmarks.agreement.check(gpts, torch.randint(0, shape.vocab, (2, shape.context)))
 
 
+@needs_contestants
 def test_windows_and_padding_agree_where_they_cannot_be_felt(benchmarks: SimpleNamespace, shape: Any) -> None:
     lengths = benchmarks.lengths
     torch.manual_seed(0)
@@ -158,6 +166,7 @@ def test_windows_and_padding_agree_where_they_cannot_be_felt(benchmarks: SimpleN
         lengths.check_long(wrong, tokens)
 
 
+@needs_contestants
 def test_windows_are_windows(benchmarks: SimpleNamespace, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks.lengths, "WINDOW", 4)
     contestants = benchmarks.lengths.long(dataclasses.replace(shape, layers=1))
@@ -182,6 +191,7 @@ def test_every_section_is_here(benchmarks: SimpleNamespace) -> None:
 ALL = {"bare", "ours", "GPT-2", "our Llama", "Llama"}
 
 
+@needs_contestants
 @pytest.mark.parametrize(
     ("section", "cases", "contestants"),
     [
@@ -207,6 +217,7 @@ def test_features_run(benchmarks: SimpleNamespace, tiny: Any) -> None:
     assert next(iter(figures)) == "plain"
 
 
+@needs_contestants
 def test_memory_runs(benchmarks: SimpleNamespace, tiny: Any, in_here: list[str]) -> None:
     figures = figures_of(benchmarks, "memory", tiny)
     assert list(figures) == ["8 rows of 32 tokens", "a vocabulary of 64", "one row of 32 tokens"]
@@ -214,12 +225,14 @@ def test_memory_runs(benchmarks: SimpleNamespace, tiny: Any, in_here: list[str])
     assert {*in_here} == {*benchmarks.lengths.NAMES, *benchmarks.memory.SPARING}
 
 
+@needs_contestants
 def test_sections_run_in_bfloat16(benchmarks: SimpleNamespace, tiny: Any) -> None:
     settings = dataclasses.replace(tiny, dtype=torch.bfloat16, batches=(2,), lengths=(16,))
     for section in ("training", "prefill", "decoding", "lengths"):
         assert figures_of(benchmarks, section, settings)
 
 
+@needs_contestants
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Hugging Face's, within a graph
 @pytest.mark.parametrize("section", ["training", "prefill", "decoding"])
 def test_compiled_contestants_are_compiled(
@@ -308,6 +321,7 @@ def test_files_are_named_by_the_machine(benchmarks: SimpleNamespace) -> None:
     )
 
 
+@needs_contestants
 def test_command_line(
     benchmarks: SimpleNamespace,
     tiny: Any,

@@ -99,3 +99,16 @@ def test_copies_are_not_compiled(graphs: Callable[[], int]) -> None:
     # the graph of the whole is one, blocks and all
     close(torch.compile(compiled, **EAGER)(ids), plain(ids))
     assert graphs() == 1
+
+
+def test_what_passes_are_asked_for(graphs: Callable[[], int]) -> None:
+    """Records, recurrent memory and padding on either side."""
+    plain, compiled = twins(BASE, rel_pos_bias=True, shift_tokens=1)
+    ids = tokens(2, 7)
+    (_, one), (_, two) = (model(ids, return_intermediates=True) for model in (plain, compiled))
+    for theirs, ours in zip(one.attn_intermediates, two.attn_intermediates, strict=True):
+        close(ours.post_softmax_attn, theirs.post_softmax_attn)
+    for theirs, ours in zip(one.layer_hiddens, two.layer_hiddens, strict=True):
+        close(ours, theirs)
+    for given in ({"mask": torch.arange(7) < torch.tensor([[7], [4]])}, {"seq_start_pos": torch.tensor([0, 3])}):
+        close(call(compiled, ids, **given), call(plain, ids, **given))
