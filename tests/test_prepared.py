@@ -9,7 +9,7 @@ from torch import nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attention.projections import PACKED_BYTES, Projections
 from x_transformers.norms import GainNorm
-from x_transformers.prepared import Prepares, prepared
+from x_transformers.prepared import Prepares, plain_map, prepared
 
 OPTIONS = [
     {},
@@ -107,6 +107,50 @@ def test_maps_that_are_hooked_or_replaced_are_called():
         assert second.ready is None
         net(torch.randint(0, 20, (1, 3)))
     assert seen == ["hooked"]
+
+
+class Counted(torch.Tensor):
+    """Another kind of tensor, as quantised weights are."""
+
+
+def hook(module: nn.Linear) -> None:
+    module.register_forward_hook(lambda *_: None)
+
+
+def hook_before(module: nn.Linear) -> None:
+    module.register_forward_pre_hook(lambda *_: None)
+
+
+def replace_forward(module: nn.Linear) -> None:
+    module.forward = lambda x: nn.functional.linear(x, module.weight, module.bias)
+
+
+def replace_weight(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Counted))
+
+
+def derive(module: nn.Linear) -> None:
+    torch.nn.utils.parametrizations.weight_norm(module)
+
+
+@pytest.mark.parametrize("change", [hook, hook_before, replace_forward, replace_weight, derive])
+def test_only_plain_maps_are_read_without_a_call(change):
+    module = nn.Linear(4, 6)
+    found = plain_map(module)
+    assert found is not None
+    assert found.weight is module.weight
+    assert found.bias is module.bias
+    change(module)
+    assert plain_map(module) is None
+
+
+@pytest.mark.parametrize("part", ["layers.0.attention.out", "layers.1.feedforward.up", "layers.1.feedforward.down"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_hooks_see_every_token(part, cache):
+    model, seen = AutoregressiveWrapper(build()), []
+    model.net.attn_layers.get_submodule(part).register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    model.generate(torch.randint(0, 20, (1, 4)), 3, cache=cache)
+    assert seen == [4, 1, 1]
 
 
 def test_large_matrices_are_not_copied():

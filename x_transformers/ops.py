@@ -65,7 +65,8 @@ def split_heads(t: Tensor, heads: int) -> Tensor:
 
 def merge_heads(t: Tensor) -> Tensor:
     """`(b, h, n, d) -> (b, n, h*d)`."""
-    return t.flatten(1).unsqueeze(1) if t.shape[2] == 1 else t.transpose(1, 2).flatten(2)
+    b, _, n, _ = t.shape
+    return t.reshape(b, 1, -1) if n == 1 else t.transpose(1, 2).flatten(2)
 
 
 def expand_kv_heads(t: Tensor, heads: int) -> Tensor:

@@ -52,6 +52,7 @@ from x_transformers.loading import ReadsReference
 from x_transformers.ops import merge_heads, split_heads, widest
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
+from x_transformers.prepared import Map, Prepares, plain_map
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -88,7 +89,7 @@ def _grow(name: str, t: Tensor, layer: LayerCall) -> Tensor:
     return torch.cat((t[..., :m, :], layer.entry.grow(name, t[..., m:, :])), dim=-2)
 
 
-class Attention(Configured, ReadsReference):
+class Attention(Configured, Prepares, ReadsReference):
     """`softmax(q k^T / sqrt(d)) v` over the tokens themselves or a context, with whatever options add to it.
 
     Args:
@@ -332,6 +333,10 @@ class Attention(Configured, ReadsReference):
         keys = (self.projections.k, None if self.latent_kv is None else self.latent_kv.sub_keys)
         clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads)
 
+    def prepare(self) -> Map | None:
+        """The output projection, if it is a plain linear map."""
+        return plain_map(self.out)
+
     # the way of the data
 
     def run(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Intermediates | None, Carry]:
@@ -393,7 +398,8 @@ class Attention(Configured, ReadsReference):
         heads = weighed.out
         if self.values or layer.deltas.out is not None:
             heads = self._behind(heads, xq, raw, visible.dead, layer)
-        out = self.out(merge_heads(heads if heads.dtype == dtype else heads.to(dtype)))
+        merged, plain = merge_heads(heads if heads.dtype == dtype else heads.to(dtype)), self.at_hand
+        out = self.out(merged) if plain is None else F.linear(merged, *plain)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
         if call.row_mask is not None:
@@ -468,13 +474,14 @@ class Attention(Configured, ReadsReference):
 
     def _project(self, xq: Tensor, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor, Span]:
         """Queries, keys and values as they come from their maps, and where the keys stand."""
-        packed = self.projections.at_hand
+        projections = self.projections
+        packed = projections.at_hand
         if packed is not None and xk is xq and self._reads_plainly(layer):
-            return *self.projections.together(xq, packed), layer.fresh
-        q = self.projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
+            return *projections.together(xq, packed), layer.fresh
+        q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)
         xk, xv = _sources(xk, xv, layer)
         if self.latent_kv is None:
-            k, v = self.projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
+            k, v = projections.keys_values(xk, xv, layer.deltas.k, layer.deltas.v)
             assert k is not None
             return q, k, v, layer.fresh
         span, streams = layer.fresh, self.latent_kv(xk)
@@ -482,7 +489,7 @@ class Attention(Configured, ReadsReference):
             # what is cached is projected and rotated anew in every pass
             streams, span = {name: _grow(name, t, layer) for name, t in streams.items()}, layer.keys
         latent = streams["latent"].squeeze(1)
-        k, v = self.projections.keys_values(latent, latent, layer.deltas.k, layer.deltas.v)
+        k, v = projections.keys_values(latent, latent, layer.deltas.k, layer.deltas.v)
         return q, join_sub_keys(k, streams), v, span
 
     def _reads_plainly(self, layer: LayerCall) -> bool:

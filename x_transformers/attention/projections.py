@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, opt, require
-from x_transformers.prepared import Prepares
+from x_transformers.prepared import Prepares, plain_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +111,12 @@ class Projections(Prepares):
 
     def prepare(self) -> Tensor | None:
         """`((h + 2g) d, D)`: the three matrices in one. None if they are large, read inputs or make heads of different
-        widths, or have been hooked or replaced by other modules.
+        widths, or are no plain maps (any more).
         """
-        maps = [self.q, self.k, self.v]
-        if any(type(each) is not nn.Linear or each._forward_hooks or each._forward_pre_hooks for each in maps):
-            return None
+        maps = [plain_map(each) for each in (self.q, self.k, self.v)]
         weights = [each.weight.detach() for each in maps if each is not None]
+        if len(weights) < len(maps):
+            return None
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         if size > PACKED_BYTES or len({weight.shape[1] for weight in weights}) > 1:
             return None

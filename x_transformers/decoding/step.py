@@ -345,6 +345,9 @@ def compiled_advance(**options: Any) -> Step:
     """`advance`, compiled to a full graph with the given options of `torch.compile`."""
     # graphs are kept, and their number is limited, for each code object; other models' graphs belong to copies of it
     own = FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
+    if options.get("backend", "inductor") == "inductor" and not {"mode", "options"} & set(options):
+        # a step has 14 inputs a layer, whose shapes would be checked again for each token
+        options["options"] = {"size_asserts": False}
     return torch.compile(own, **{"fullgraph": True, **options})
 
 

@@ -20,6 +20,7 @@ from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, opt, require
 from x_transformers.options.signatures import parameter, show_keywords
+from x_transformers.prepared import Map, Prepares, plain_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ FEATURES = (
 SCHEMA = Schema(FEATURES)
 
 
-class FeedForward(Configured, ReadsReference):
+class FeedForward(Configured, Prepares, ReadsReference):
     """`down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:
@@ -127,7 +128,8 @@ class FeedForward(Configured, ReadsReference):
 
     def forward(self, x: Tensor, deep_embed: Tensor | None = None) -> Tensor:
         """`(..., dim) -> (..., dim_out)`, times `deep_embed` if there is one."""
-        x = self.up(x)
+        plain = self.at_hand
+        x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
         else:
@@ -136,10 +138,15 @@ class FeedForward(Configured, ReadsReference):
             x = self.norm(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        x = self.down(x)
+        x = self.down(x) if plain is None else F.linear(x, *plain[1])
         if self.sublayer_dropout:
             x = F.dropout(x, self.sublayer_dropout, self.training)
         return x if deep_embed is None else x * deep_embed
+
+    def prepare(self) -> tuple[Map, Map] | None:
+        """Both linear maps, if they are plain ones."""
+        up, down = plain_map(self.up), plain_map(self.down)
+        return None if up is None or down is None else (up, down)
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """The weights of the linear maps, which Muon may orthogonalise, those of a custom activation included."""

@@ -99,8 +99,8 @@ class Branch(ReadsReference):
             stream: `(b, n, D)`, or `(b, n, s, D)` where the residual connection keeps several streams.
             layer: what this sublayer gets beside it. Its memory is raw; it passes the norm here.
         """
-        before = stream
-        x, kept = self.residual.read(stream)
+        before, residual, norm = stream, self.residual, self.norm
+        x, kept = residual.read(stream)
         branch_input = x
         if self.reader is not None:
             carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
@@ -112,8 +112,8 @@ class Branch(ReadsReference):
         memory_input = x
         if self.shift is not None or layer.memory is not None:
             x, layer = self._prepare(x, layer)
-        elif self.norm is not None:
-            x = self.norm(x, layer.condition)
+        elif norm is not None:
+            x = norm(x, layer.condition)
         record, carry = None, layer.carry
         if self.kind == "f":
             out = self.feedforward(x, layer.deep_embed)
@@ -125,7 +125,7 @@ class Branch(ReadsReference):
             out = out * self.output_scale
         if self.output_norm is not None:
             out = self.output_norm(out, layer.condition)
-        stream = self.residual.write(out, kept, layer)
+        stream = residual.write(out, kept, layer)
         if self.stream_norm is not None:
             condition = layer.condition
             if condition is not None and stream.ndim == 4:
