@@ -88,7 +88,9 @@ def provenance(section: Section) -> str:
     threads = f"{on['threads']} thread{'s' if on['threads'] != '1' else ''}"
     place = f"{on['processor']}, {threads}" if on["device"] == "cpu" else on["device"]
     versions = f"Python {on['python']}, PyTorch {on['torch']}, transformers {on['transformers']}"
-    return f"{on['date']}, {place}, {on['dtype']}; {versions}; medians of up to {on['rounds']} rounds."
+    processes = int(on.get("processes", 1))
+    often = f"up to {on['rounds']} rounds" + (f" in each of {processes} processes" if processes > 1 else "")
+    return f"{on['date']}, {place}, {on['dtype']}; {versions}; medians of {often}."
 
 
 def blocks(machine: str, sections: Mapping[str, Section]) -> Iterator[str]:

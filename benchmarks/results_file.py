@@ -24,7 +24,8 @@ def where(settings: Settings) -> dict[str, str]:
     dtype = str(settings.dtype).removeprefix("torch.")
     here = machine() if settings.device != "cpu" else {**machine(), "device": "cpu"}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {**here, "dtype": dtype, "rounds": str(settings.rounds), "date": today}
+    often = {"rounds": str(settings.rounds), "processes": str(settings.processes)}
+    return {**here, "dtype": dtype, **often, "date": today}
 
 
 def size(settings: Settings) -> dict[str, Any]:

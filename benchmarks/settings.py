@@ -21,6 +21,7 @@ class Settings:
         shape: of the models.
         rows: of a batch of training and prefill.
         rounds: of which the median is taken; long ones get fewer, at least 3.
+        processes: that measure one after the other; the medians of their figures are recorded.
         batches: prompts that are decoded together.
         prompt, new: tokens of a prompt, and behind it.
         lengths: tokens of one row, in small models of `short` layers.
@@ -36,6 +37,7 @@ class Settings:
     shape: Shape = field(default_factory=Shape)
     rows: int = 4
     rounds: int = 9
+    processes: int = 1
     batches: tuple[int, ...] = (1, 8, 64)
     prompt: int = 64
     new: int = 128

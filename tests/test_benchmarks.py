@@ -341,6 +341,7 @@ def test_command_line(
     for wrong, why in (
         (["speed"], "there is no section speed; there are training, "),
         (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
+        (["--processes", "0"], "--processes is 0; it must be at least 1"),
         (["--device", "cuda"], "torch finds no GPU"),
     ):
         if wrong[-1] == "cuda" and torch.cuda.is_available():
@@ -351,6 +352,34 @@ def test_command_line(
 
 
 # the README
+
+
+@needs_contestants
+def test_medians_of_processes(
+    benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> None:
+        speeds = [{"bare": 3.0, "ours": 1.0}, {"bare": 1.0, "ours": 9.0}, {"bare": 2.0, "ours": 5.0}]
+        here = Path(command[command.index("--folder") + 1])
+        benchmarks.results_file.record("prefill", {"eager": speeds[len(commands)]}, tiny, here)
+        commands.append(command)
+
+    monkeypatch.setattr(benchmarks.run.subprocess, "run", run)
+    threads = str(torch.get_num_threads())
+    arguments = ["prefill", "--processes", "3", "--rounds", "5", "--quick", "--threads", threads]
+    benchmarks.run.main([*arguments, "--folder", str(tmp_path)])
+    (written,) = benchmarks.results_file.recorded(tmp_path).values()
+    assert written["prefill"]["figures"] == {"eager": {"bare": 2.0, "ours": 5.0}}
+    assert written["prefill"]["on"]["processes"] == "3"
+    assert len(commands) == 3
+    for command in commands:
+        assert command[1:4] == ["-m", "benchmarks.run", "prefill"]
+        assert command[command.index("--rounds") + 1] == "5"
+        assert "--quick" in command
+        assert "--compile" not in command
+        assert "--processes" not in command
 
 
 def test_tables_by_hand(benchmarks: SimpleNamespace) -> None:
