@@ -19,6 +19,7 @@ TITLES = {
     "lengths": "Lengths: tokens per second of a training step on one row; {short} layers",
     "features": "Features: training steps with one option, relative to the plain decoder; {short} layers, one row",
     "memory": "Memory: MiB that training takes at its peak, beyond Python and its libraries",
+    "limits": "Limits: tokens per second beside what matrix products (training) or reading weights (decoding) allow",
 }
 
 PICTURES = {

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.features import features
 from benchmarks.lengths import lengths
+from benchmarks.limits import limits
 from benchmarks.measure import ROOT
 from benchmarks.memory import memory
 from benchmarks.report import printed
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[tuple[str, Figures]]]] = {
     "lengths": lengths,
     "features": features,
     "memory": memory,
+    "limits": limits,
 }
 QUICK = Path("runs") / "benchmarks"
 
@@ -60,11 +62,15 @@ def measure_again(section: str, settings: Settings, folder: Path, arguments: Seq
             subprocess.run(command, check=True, cwd=ROOT)
             (sections,) = recorded(here).values()
             found.append(sections[section]["figures"])
-    figures = {
-        case: {name: statistics.median(each[case][name] for each in found) for name in first}
-        for case, first in found[0].items()
-    }
+    figures = {case: medians([each[case] for each in found]) for case in found[0]}
     return record(section, figures, settings, folder)
+
+
+def medians(found: Sequence[Figures]) -> Figures:
+    """Those of the first contestant; of the others by their ratios to it, since the machine's speed changes."""
+    first = next(iter(found[0]))
+    base = statistics.median(each[first] for each in found)
+    return {name: base * statistics.median(each[name] / each[first] for each in found) for name in found[0]}
 
 
 def passed_on(options: argparse.Namespace) -> list[str]:

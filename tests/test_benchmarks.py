@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 needs_contestants = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="contestants come from the extra `hf`"
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = "agreement contestants features lengths measure memory plot report results_file run settings weights"
-SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory")
+MODULES = "agreement contestants features lengths limits measure memory plot report results_file run settings weights"
+SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory", "limits")
 MOST = 60_000  # bytes of a picture
 
 
@@ -226,9 +228,30 @@ def test_memory_runs(benchmarks: SimpleNamespace, tiny: Any, in_here: list[str])
 
 
 @needs_contestants
+def test_limits_run(benchmarks: SimpleNamespace, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmarks.limits.COPIED, "cpu", 2**20)
+    monkeypatch.setitem(benchmarks.limits.WIDTHS, "cpu", 64)
+    figures = figures_of(benchmarks, "limits", tiny)
+    assert list(figures) == ["eager, training", "eager, decoding at batch 1"]
+    assert all(list(each) == ["limit", "our Llama", "Llama"] for each in figures.values())
+    assert all(0 < rate < 1e12 for each in figures.values() for rate in each.values())
+
+
+@needs_contestants
+def test_limits_are_of_what_is_computed_and_read(benchmarks: SimpleNamespace, shape: Any) -> None:
+    """The products of a pass, counted by PyTorch; and the same weights in both models."""
+    limits, (ours, other) = benchmarks.limits, benchmarks.contestants.llamas(shape).values()
+    assert sum(t.numel() for t in limits.maps(ours.model)) == sum(t.numel() for t in limits.maps(other.model))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        other.model.eval()(torch.zeros(3, shape.context, dtype=torch.long))
+    seen = 2 * 2 * shape.layers * shape.dim * shape.context / 2  # half of them: it computes what causality hides, too
+    assert counter.get_total_flops() / (3 * shape.context) == limits.products(ours.model, shape) + seen
+
+
+@needs_contestants
 def test_sections_run_in_bfloat16(benchmarks: SimpleNamespace, tiny: Any) -> None:
     settings = dataclasses.replace(tiny, dtype=torch.bfloat16, batches=(2,), lengths=(16,))
-    for section in ("training", "prefill", "decoding", "lengths"):
+    for section in ("training", "prefill", "decoding", "lengths", "limits"):
         assert figures_of(benchmarks, section, settings)
 
 
@@ -361,7 +384,7 @@ def test_medians_of_processes(
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> None:
-        speeds = [{"bare": 3.0, "ours": 1.0}, {"bare": 1.0, "ours": 9.0}, {"bare": 2.0, "ours": 5.0}]
+        speeds = [{"bare": 3.0, "ours": 1.0}, {"bare": 1.0, "ours": 9.0}, {"bare": 2.0, "ours": 1.0}]
         here = Path(command[command.index("--folder") + 1])
         benchmarks.results_file.record("prefill", {"eager": speeds[len(commands)]}, tiny, here)
         commands.append(command)
@@ -371,7 +394,7 @@ def test_medians_of_processes(
     arguments = ["prefill", "--processes", "3", "--rounds", "5", "--quick", "--threads", threads]
     benchmarks.run.main([*arguments, "--folder", str(tmp_path)])
     (written,) = benchmarks.results_file.recorded(tmp_path).values()
-    assert written["prefill"]["figures"] == {"eager": {"bare": 2.0, "ours": 5.0}}
+    assert written["prefill"]["figures"] == {"eager": {"bare": 2.0, "ours": 2.0 * 0.5}}
     assert written["prefill"]["on"]["processes"] == "3"
     assert len(commands) == 3
     for command in commands:
@@ -409,6 +432,7 @@ def measured(benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path) -> Path:
         "lengths": {"256 tokens": long, "16,384 tokens": {name: rate / 4 for name, rate in long.items()}},
         "features": {"1,024 tokens": {"plain": 800.0, "rotary": 720.0}},
         "memory": {"one row of 2,048 tokens": dict.fromkeys(long, 2.0**30), "wide": {"plain": 2.0**21}},
+        "limits": {"eager, training": {"limit": 2000.0, "our Llama": 900.0, "Llama": 600.0}},
     }
     for section, figures in made_up.items():
         benchmarks.results_file.record(section, figures, tiny, tmp_path)
