@@ -7,6 +7,7 @@ that `Decoder(attn_qk_norm = True)` sets the field `qk_norm` of the feature that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import types
@@ -86,12 +87,18 @@ class Options:
     def __getitem__(self, feature: str) -> Any:
         return self.values[feature]
 
+    @functools.cached_property
+    def _enabled(self) -> dict[str, Feature]:
+        """The features that are on, by name: asked for at every slot of every layer, and always the same."""
+        every = self.schema.features
+        return {name: every[name] for name, value in self.values.items() if every[name].enabled(value)}
+
     def on(self, feature: str) -> bool:
-        return feature in self.values and self.schema.features[feature].enabled(self.values[feature])
+        return feature in self._enabled
 
     def enabled(self, slot: str | None = None) -> list[Feature]:
         """The features that are on, in the order of the catalogue."""
-        return [f for f in self.schema.features.values() if self.on(f.name) and slot in (None, f.slot)]
+        return [feature for feature in self._enabled.values() if slot in (None, feature.slot)]
 
     def switch(self, feature: Feature) -> str:
         """The keyword by which a user switched a feature on, in backquotes, else the feature's name."""
@@ -135,6 +142,7 @@ class Schema:
         self.fields: dict[str, dataclasses.Field[Any]] = {}
         self.owner: dict[str, Feature] = {}
         self.hints: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}  # of features whose options are all immutable, so that calls may share them
         for feature in features:
             if not dataclasses.is_dataclass(feature.options) or not feature.options.__dataclass_params__.frozen:  # type: ignore[attr-defined]
                 raise TypeError(f"the options of feature {feature.name} must be a frozen dataclass")
@@ -147,6 +155,8 @@ class Schema:
                 self.owner[entry.name] = feature
                 self.fields[entry.name] = entry
                 self.hints[entry.name] = hints[entry.name]
+            if all(entry.default_factory is dataclasses.MISSING for entry in dataclasses.fields(feature.options)):
+                self.defaults[feature.name] = feature.options()
 
     def parse(self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None) -> Options:
         """Sort keywords (without prefix) to their owners, and check each feature by itself.
@@ -167,6 +177,9 @@ class Schema:
             sorted_[self.owner[keyword].name][keyword] = value
         values: dict[str, Any] = {}
         for name, feature in self.features.items():
+            if not sorted_[name] and name in self.defaults:
+                values[name] = self.defaults[name]
+                continue
             with faults.catching(lambda message: self.in_full(message, prefix)):
                 values[name] = feature.options(**sorted_[name])
             if name not in values:
