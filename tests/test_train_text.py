@@ -1,9 +1,12 @@
 """The main job: it trains, leaves what it promises, resumes exactly, and refuses in one sentence."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors import safe_open
 from x_transformers.checkpoints.files import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = ("--steps", 6, "--look-every", 1e9)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -39,8 +43,25 @@ def run(*arguments: object, processes: int = 1, killed: Path | None = None) -> s
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of real text that is quickly read."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_bytes((ROOT / "README.md").read_bytes() * 4)
+    path.write_bytes((ROOT / "README.md").read_bytes())
     return path
+
+
+@pytest.fixture(scope="module")
+def begun(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Runs of one process on a device, "whole" or "killed" behind step 3. Tests share them and go on in copies."""
+
+    @functools.cache
+    def folder(kind: str, device: str) -> Path:
+        place = tmp_path_factory.mktemp(kind)
+        killed = place / "killed.py" if kind == "killed" else None
+        done = run("--data", text, *STEPS, "--out", place / "run", "--device", device, killed=killed)
+        assert done.returncode == (0 if killed is None else 9), done.stderr
+        if killed is None:
+            assert "held-out bits per byte" in done.stderr + done.stdout
+        return place / "run"
+
+    return folder
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -49,19 +70,17 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
-def test_trains_and_resumes_to_the_same_losses(text: Path, tmp_path: Path) -> None:
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    done = run("--data", text, "--steps", 6, "--out", whole, "--look-every", 1e9)
-    assert done.returncode == 0, done.stderr
-    assert "held-out bits per byte" in done.stderr + done.stdout
+def test_trains_and_resumes_to_the_same_losses(text: Path, tmp_path: Path, begun: Callable[[str, str], Path]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = begun("whole", device)
     assert (whole / "curve.png").stat().st_size > 1000
     newest = whole / "checkpoints" / (whole / "checkpoints/latest").read_text().strip()
     with safe_open(str(newest / "model.safetensors"), framework="pt") as file:
         assert len(list(file.keys())) > 10
 
-    arguments = ("--data", text, "--steps", 6, "--out", halves, "--look-every", 1e9)
-    assert run(*arguments, killed=tmp_path / "killed.py").returncode == 9
-    resumed = run(*arguments, "--resume")
+    halves = shutil.copytree(begun("killed", device), tmp_path / "halves")
+    assert losses(halves) == losses(whole)[:3]
+    resumed = run("--data", text, *STEPS, "--out", halves, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(halves) == losses(whole)
 
@@ -69,20 +88,23 @@ def test_trains_and_resumes_to_the_same_losses(text: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("processes", [(1, 2), (2, 1)], ids=["1-2", "2-1"])
-def test_any_number_of_processes_takes_the_same_steps(processes: tuple[int, int], text: Path, tmp_path: Path) -> None:
+def test_any_number_of_processes_takes_the_same_steps(
+    processes: tuple[int, int], text: Path, tmp_path: Path, begun: Callable[[str, str], Path]
+) -> None:
     """A run that is killed, and resumed by another number of processes; its weights are one file."""
-    whole, halves = ("--steps", 6, "--out", tmp_path / "whole"), ("--steps", 6, "--out", tmp_path / "halves")
-    common = ("--data", text, "--look-every", 1e9, "--device", "cpu")
-    assert run(*common, *whole).returncode == 0
-    assert run(*common, *halves, processes=processes[0], killed=tmp_path / "killed.py").returncode != 0
-    resumed = run(*common, *halves, "--resume", processes=processes[1])
+    halves = tmp_path / "halves"
+    given = ("--data", text, *STEPS, "--out", halves, "--device", "cpu")
+    if processes[0] == 1:
+        shutil.copytree(begun("killed", "cpu"), halves)
+    else:
+        assert run(*given, processes=processes[0], killed=tmp_path / "killed.py").returncode != 0
+    assert [step for step, _ in losses(halves)] == [1, 2, 3]
+    resumed = run(*given, "--resume", processes=processes[1])
     assert resumed.returncode == 0, resumed.stderr
-    for (step, loss), (wanted_step, wanted) in zip(
-        losses(tmp_path / "halves"), losses(tmp_path / "whole"), strict=True
-    ):
+    for (step, loss), (wanted_step, wanted) in zip(losses(halves), losses(begun("whole", "cpu")), strict=True):
         assert step == wanted_step
         assert loss == pytest.approx(wanted, abs=1e-4)
-    weights = tmp_path / "halves/checkpoints/step-00000006/model.safetensors"
+    weights = halves / "checkpoints/step-00000006/model.safetensors"
     assert load_model(weights).net.num_tokens == 256
 
 
