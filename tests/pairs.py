@@ -105,16 +105,27 @@ def _grown(first: int, friends: list[int], left: list[int]) -> list[int]:
     return row
 
 
-def judge_row(row: list[Case], stack: str) -> Iterator[Verdict]:
-    """The row as one model; where more than two of it refuse each other, as several that hold the same pairs."""
+def judge_row(row: list[Case], stack: str, right: list[set[Case]] | None = None) -> Iterator[Verdict]:
+    """The row as one model; where more than two of it refuse each other, as several that hold the same pairs.
+
+    Args:
+        row: options that meet.
+        stack: the kind of stack.
+        right: rows that were found right on the way here; what is a part of one holds no pair that is new.
+    """
+    right = [] if right is None else right
+    if any(whole.issuperset(row) for whole in right):
+        return
     verdict = judge(together(row), stack)
+    if verdict.kind == "right":
+        right.append(set(row))
     if verdict.kind != "refused" or len(row) <= 2:
         yield verdict
         return
     lonely, rest = _culprit(row, stack)
     half = len(rest) // 2
     for part in (rest, [lonely, *rest[:half]], [lonely, *rest[half:]]):
-        yield from judge_row(part, stack)
+        yield from judge_row(part, stack, right)
 
 
 def _culprit(row: list[Case], stack: str) -> tuple[Case, list[Case]]:
