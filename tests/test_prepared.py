@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-from x_transformers.attention.projections import PACKED_BYTES, Projections
+from x_transformers.attention.projections import Projections
+from x_transformers.errors import ShapeError
+from x_transformers.models.embeddings import AbsolutePositionalEmbedding
 from x_transformers.norms import GainNorm
-from x_transformers.prepared import Prepares, plain_map, prepared
+from x_transformers.prepared import COPIED_BYTES, Prepares, plain_map, prepared
 
 OPTIONS = [
     {},
@@ -85,6 +87,37 @@ def test_nothing_is_left_behind():
     assert all(part.ready is None for part in net.modules() if isinstance(part, Prepares))
 
 
+def test_children_are_ordinary_attributes_meanwhile():
+    net, x = build(), torch.randint(0, 20, (1, 3))
+    stack, old = net.attn_layers, net.to_logits
+    with prepared(net), torch.no_grad():
+        assert net.__dict__["attn_layers"] is stack
+        # who exchanges a child finds the new one, and who takes one away finds none
+        net.to_logits = nn.Linear(24, 7)
+        del stack.final_norm
+        stack.final_norm = None
+        assert net(x).shape[-1] == 7
+        assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}
+    assert net.to_logits is not old
+    assert stack.final_norm is None
+    assert not any(name in part.__dict__ for part in net.modules() for name, _ in part.named_children())
+
+
+@pytest.mark.parametrize("l2norm_embed", [False, True])
+@torch.no_grad()
+def test_tables_of_positions(l2norm_embed):
+    table, x = AbsolutePositionalEmbedding(8, 12, l2norm_embed), torch.zeros(3, 5, 8)
+    for given in ({}, {"offset": 7}, {"seq_start_pos": torch.tensor([0, 2, 4])}, {"pos": torch.arange(5).flip(0)}):
+        expected = table(x, **given)
+        with prepared(table):
+            torch.testing.assert_close(table(x, **given), expected)
+    with prepared(table), pytest.raises(ShapeError, match="max_seq_len"):
+        table(x, offset=8)
+    table.emb = nn.Embedding(12, 8, max_norm=0.1)
+    assert table.prepare() is None
+    assert AbsolutePositionalEmbedding(1024, COPIED_BYTES // 4096 + 1).prepare() is None
+
+
 def test_changed_weights_are_read_by_the_next_text():
     model, x = AutoregressiveWrapper(build()), torch.randint(0, 20, (1, 4))
     for cache in ("dynamic", "static"):
@@ -144,17 +177,25 @@ def test_only_plain_maps_are_read_without_a_call(change):
     assert plain_map(module) is None
 
 
-@pytest.mark.parametrize("part", ["layers.0.attention.out", "layers.1.feedforward.up", "layers.1.feedforward.down"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "pos_emb.emb",
+        "attn_layers.layers.0.attention.out",
+        "attn_layers.layers.1.feedforward.up",
+        "attn_layers.layers.1.feedforward.down",
+    ],
+)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_hooks_see_every_token(part, cache):
     model, seen = AutoregressiveWrapper(build()), []
-    model.net.attn_layers.get_submodule(part).register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    model.net.get_submodule(part).register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
     model.generate(torch.randint(0, 20, (1, 4)), 3, cache=cache)
     assert seen == [4, 1, 1]
 
 
 def test_large_matrices_are_not_copied():
-    wide = 8 * -(-int((PACKED_BYTES / 4 / 3) ** 0.5) // 8) + 8
+    wide = 8 * -(-int((COPIED_BYTES / 4 / 3) ** 0.5) // 8) + 8
     part = Projections(
         dim=wide, dim_context=wide, heads=8, kv_heads=8, key_heads=8, dim_head=wide // 8, value_dim_head=wide // 8
     )

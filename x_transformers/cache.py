@@ -284,16 +284,18 @@ class StaticCache(KVCache):
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
         twin = object.__new__(StaticCache)  # a copy, in a third of the time that `copy.copy` takes
         twin.__dict__.update(self.__dict__)
-        twin.index = self.filled + self.places[:count]
         twin.filled = self.filled + count
         twin.fresh = not self.used
         twin.used = self.used or count > 0
-        twin.shown = None if torch.compiler.is_compiling() or self.shown is None else self.shown + count
-        if twin.shown is not None and twin.shown > self.capacity:
+        if torch.compiler.is_compiling() or self.shown is None:
+            twin.shown, twin.index = None, self.filled + self.places[:count]
+        elif self.shown + count > self.capacity:
             raise InputError(
                 f"{count} new slots do not fit into a static cache of {self.capacity} that holds {self.shown}; make it "
                 "larger."
             )
+        else:
+            twin.shown, twin.index = self.shown + count, self.places.narrow(0, self.shown, count)
         places = [ring.place(twin.index) for ring in self.rings]
         # sublayers that left nothing in the first pass leave nothing later; compiled passes must not ask which it is
         twin.entries = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, opt, require
-from x_transformers.prepared import Prepares, plain_map
+from x_transformers.prepared import COPIED_BYTES, Prepares, plain_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,7 @@ class Projections(Prepares):
         weights = [each.weight.detach() for each in maps if each is not None]
         if len(weights) < len(maps):
             return None
-        size = sum(weight.numel() * weight.element_size() for weight in weights)
-        if size > PACKED_BYTES or len({weight.shape[1] for weight in weights}) > 1:
+        if sum(weight.nbytes for weight in weights) > COPIED_BYTES or len({weight.shape[1] for weight in weights}) > 1:
             return None
         if self.q.out_features // self.heads != self.v.out_features // self.kv_heads:
             return None
@@ -129,10 +128,6 @@ class Projections(Prepares):
         heads, groups = self.heads, self.kv_heads
         q, k, v = split_heads(F.linear(x, weights), heads + 2 * groups).split_with_sizes((heads, groups, groups), -3)
         return q, k, v
-
-
-PACKED_BYTES = 2**23
-"""Of matrices larger than this, reading the weights takes the time, not the number of calls."""
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:

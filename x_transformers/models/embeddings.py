@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.float32 import KeepsFloat32
 from x_transformers.ops import l2norm
+from x_transformers.prepared import COPIED_BYTES, Prepares, is_plain
 
 
 class TokenEmbedding(nn.Module):
@@ -65,7 +66,7 @@ class SharedTokenEmbedding(TokenEmbedding):
         return self._owner[0].emb
 
 
-class AbsolutePositionalEmbedding(nn.Module):
+class AbsolutePositionalEmbedding(Prepares):
     """A learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:
@@ -80,6 +81,19 @@ class AbsolutePositionalEmbedding(nn.Module):
         self.max_seq_len, self.l2norm_embed = max_seq_len, l2norm_embed
         self.emb = nn.Embedding(max_seq_len, dim)
 
+    def prepare(self) -> Tensor | None:
+        """`(1, max_seq_len, dim)`: what comes out for every position, unless the table is large or no plain one."""
+        if (
+            not is_plain(self.emb, nn.Embedding)
+            or self.emb.max_norm is not None
+            or self.emb.weight.nbytes > COPIED_BYTES
+        ):
+            return None
+        return self._scaled(self.emb.weight.detach()).unsqueeze(0)
+
+    def _scaled(self, embeds: Tensor) -> Tensor:
+        return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
+
     def forward(
         self,
         x: Tensor,
@@ -93,11 +107,14 @@ class AbsolutePositionalEmbedding(nn.Module):
             ShapeError: if a position lies behind the table.
         """
         n = x.shape[1]
-        if pos is None and isinstance(offset, int) and seq_start_pos is None and offset + n > self.max_seq_len:
-            raise ShapeError(
-                f"{offset + n} tokens were given, but there are absolute positions for `max_seq_len` = "
-                f"{self.max_seq_len}; shorten the input, or use rotary positions."
-            )
+        if pos is None and isinstance(offset, int) and seq_start_pos is None:
+            if offset + n > self.max_seq_len:
+                raise ShapeError(
+                    f"{offset + n} tokens were given, but there are absolute positions for `max_seq_len` = "
+                    f"{self.max_seq_len}; shorten the input, or use rotary positions."
+                )
+            if self.at_hand is not None:
+                return self.at_hand.narrow(1, offset, n)
         pos = positions(n, x.device, pos, seq_start_pos, offset)
         try:
             embeds = self.emb(pos)
@@ -106,7 +123,7 @@ class AbsolutePositionalEmbedding(nn.Module):
                 f"position {int(pos.max())} is asked for, but there are absolute positions for `max_seq_len` = "
                 f"{self.max_seq_len}."
             ) from error
-        return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
+        return self._scaled(embeds)
 
 
 class ScaledSinusoidalEmbedding(KeepsFloat32):
