@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, close, is_foundation, name_of, one_of_each, static_cache, tokens
+from catalogue import BASE, Case, call, close, is_foundation, one_of_each, static_cache, tokens
 from torch import Tensor, fx
 
 from x_transformers import TransformerWrapper
@@ -27,11 +27,6 @@ class Counter:
         return graph.forward
 
 
-def foundation(exempt: str) -> list[tuple[str, Case]]:
-    """The features that most models are made of; decoding compiles twice."""
-    return [(stack, case) for stack, case in one_of_each("decoder", exempt=exempt) if is_foundation(case)]
-
-
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.compiler.reset()
@@ -39,9 +34,11 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def shallow(case: Case, stack: str) -> TransformerWrapper:
-    """With one block where that is enough: tracing takes as long as the model is deep."""
-    if "depth" in case.keywords:
+def build(case: Case, stack: str) -> TransformerWrapper:
+    """With one block where no feature is about several, and where that is enough: tracing takes as long as the model is
+    deep.
+    """
+    if is_deep(case):
         return case.build(stack)
     try:
         return case.build(stack, depth=1)
@@ -49,13 +46,21 @@ def shallow(case: Case, stack: str) -> TransformerWrapper:
         return case.build(stack)
 
 
+def is_deep(case: Case) -> bool:
+    return "depth" in case.keywords or any(feature.group == "stack" for feature in case.features)
+
+
 @functools.cache
-def groups(stack: str) -> tuple[Case, ...]:
-    """Few models that have every feature between them, the first example of each."""
+def groups(stack: str, exempt: str = "compile", *, foundation: bool = False) -> tuple[Case, ...]:
+    """Few models that have every feature between them, the first example of each; or those that most models are made
+    of.
+    """
     made: list[Case] = []
-    for _, case in one_of_each(stack, exempt="compile"):
+    for _, case in one_of_each(stack, exempt=exempt):
+        if foundation and not is_foundation(case):
+            continue
         for at, group in enumerate(made):
-            if len(group.features) < MOST and _fit(group, case, stack):
+            if len(group.features) < MOST and is_deep(group) == is_deep(case) and _fit(group, case, stack):
                 made[at] = group & case
                 break
         else:
@@ -67,39 +72,42 @@ def _fit(one: Case, two: Case, stack: str) -> bool:
     if any(one.keywords[name] is not two.keywords[name] for name in one.keywords.keys() & two.keywords.keys()):
         return False
     try:
-        shallow(one & two, stack)
+        build(one & two, stack)
     except ConfigError:
         return False
     return True
 
 
-@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="compile"), ids=name_of)
+@pytest.mark.parametrize("part", range(PARTS))
 @torch.no_grad()
-def test_forward_is_one_graph(stack: str, case: Case) -> None:
-    deep = any(feature.group == "stack" for feature in case.features)
-    model, counter = case.build(stack) if deep else shallow(case, stack), Counter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for _ in range(2):
-        ids = tokens(2, LENGTH)
-        close(call(compiled, ids), call(model, ids))
-    assert counter.graphs == 1
+def test_every_feature_of_a_decoder(part: int) -> None:
+    for case in groups("decoder")[part::PARTS]:
+        torch.compiler.reset()
+        model, counter = build(case, "decoder"), Counter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for _ in range(2):
+            ids = tokens(2, LENGTH)
+            close(call(compiled, ids), call(model, ids))
+        assert counter.graphs == 1, str(case)
 
 
-@pytest.mark.parametrize(("stack", "case"), foundation("compiled_decoding"), ids=name_of)
+@pytest.mark.parametrize("part", range(PARTS))
 @torch.no_grad()
-def test_decoding_is_two_graphs(stack: str, case: Case) -> None:
-    model, counter = case.build(stack, depth=1), Counter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    ids, end = tokens(2, LENGTH), 3
-    step = {"input_not_include_cache": True, "return_intermediates": True}
-    out, state = call(compiled, ids[:, :end], cache=static_cache(model, 2, LENGTH + 1), **step)
-    outputs = [out]
-    while end < LENGTH:
-        out, state = call(compiled, ids[:, end : end + 1], cache=state, **step)
-        outputs.append(out)
-        end += 1
-    close(torch.cat(outputs, dim=1), call(model, ids))
-    assert counter.graphs <= 2
+def test_decoding_is_two_graphs(part: int) -> None:
+    for case in groups("decoder", "compiled_decoding", foundation=True)[part::PARTS]:
+        torch.compiler.reset()
+        model, counter = case.build(depth=1), Counter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        ids, end = tokens(2, LENGTH), 3
+        step = {"input_not_include_cache": True, "return_intermediates": True}
+        out, state = call(compiled, ids[:, :end], cache=static_cache(model, 2, LENGTH + 1), **step)
+        outputs = [out]
+        while end < LENGTH:
+            out, state = call(compiled, ids[:, end : end + 1], cache=state, **step)
+            outputs.append(out)
+            end += 1
+        close(torch.cat(outputs, dim=1), call(model, ids))
+        assert counter.graphs <= 2, str(case)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -109,7 +117,7 @@ def test_every_feature_of_an_encoder(part: int) -> None:
     """With padding; a second length makes one more graph, which serves all others."""
     for number, case in enumerate(groups("encoder")[part::PARTS]):
         torch.compiler.reset()
-        model, counter = shallow(case, "encoder"), Counter()
+        model, counter = build(case, "encoder"), Counter()
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         lengths = (8, 7, 11) if number == 0 else (8,)  # tracing any length takes three times as long
         for n in lengths:
@@ -122,7 +130,7 @@ def test_every_feature_of_an_encoder(part: int) -> None:
 def test_every_feature_trains_towards_a_context(part: int) -> None:
     for case in groups("cross")[part::PARTS]:
         torch.compiler.reset()
-        model, counter = shallow(case, "cross").train(), Counter()
+        model, counter = build(case, "cross").train(), Counter()
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         call(compiled, tokens(2, LENGTH)).square().mean().backward()
         assert counter.graphs == 1, str(case)
