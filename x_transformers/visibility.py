@@ -147,6 +147,10 @@ class Visibility:
         hiding: what hides keys; None: nothing does.
         dead: `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all, or whether there may be such queries.
         documents: without a mask: the rule holds within each document of a packed row.
+
+    Attributes:
+        masks: whether there is a mask.
+        skips: whether whole stretches of keys are hidden, so that a kernel that goes by blocks has less to do.
     """
 
     def __init__(
@@ -159,18 +163,10 @@ class Visibility:
         documents: Documents | None = None,
     ) -> None:
         self.prefix, self.is_causal, self.hiding, self.documents = prefix, is_causal, hiding, documents
+        self.masks = hiding is not None and not is_causal
+        self.skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
         self._mask: Tensor | None = None
         self._dead = dead
-
-    @property
-    def masks(self) -> bool:
-        """Whether there is a mask."""
-        return self.hiding is not None and not self.is_causal
-
-    @property
-    def skips(self) -> bool:
-        """Whether whole stretches of keys are hidden, so that a kernel that goes by blocks has less to do."""
-        return self.hiding is not None and (self.hiding.order is not None or self.hiding.window is not None)
 
     @property
     def may_be_dead(self) -> bool:

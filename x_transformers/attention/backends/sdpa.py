@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,23 +42,26 @@ class SDPA(Backend):
         return None
 
     def attend(self, request: Request) -> Weighed:
-        visible = request.visible
-        mask = _mask(request) if visible.masks or request.scores else None
-        with sdpa_kernel(self.kernels) if self.kernels is not None else NOTHING:
-            out = F.scaled_dot_product_attention(
-                request.q,
-                request.k,
-                request.v,
-                attn_mask=mask,
-                dropout_p=request.dropout,
-                is_causal=visible.is_causal and mask is None,
-                scale=request.scale,
-                enable_gqa=request.k.shape[1] != request.q.shape[1],
-            )
-        return Weighed(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
+        if self.kernels is None:
+            return _weighed(request)
+        with sdpa_kernel(self.kernels):
+            return _weighed(request)
 
 
-NOTHING = nullcontext()
+def _weighed(request: Request) -> Weighed:
+    visible = request.visible
+    mask = _mask(request) if visible.masks or request.scores else None
+    out = F.scaled_dot_product_attention(
+        request.q,
+        request.k,
+        request.v,
+        attn_mask=mask,
+        dropout_p=request.dropout,
+        is_causal=visible.is_causal and mask is None,
+        scale=request.scale,
+        enable_gqa=request.k.shape[1] != request.q.shape[1],
+    )
+    return Weighed(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
 
 
 def _mask(request: Request) -> Tensor | None:
