@@ -51,6 +51,13 @@ def is_deep(case: Case) -> bool:
 
 
 @functools.cache
+def is_fused(case: Case, stack: str) -> bool:
+    """Whether a fused kernel hosts all attentions; beside a feature that none hosts, no other is traced in one."""
+    cores = [branch.attention.core for branch in build(case, stack).attn_layers.branches("a", "c")]
+    return all(any(backend.lacks(core.needs) is None for backend in core.fused) for core in cores)
+
+
+@functools.cache
 def groups(stack: str, exempt: str = "compile", *, foundation: bool = False) -> tuple[Case, ...]:
     """Few models that have every feature between them, the first example of each; or those that most models are made
     of.
@@ -60,7 +67,8 @@ def groups(stack: str, exempt: str = "compile", *, foundation: bool = False) -> 
         if foundation and not is_foundation(case):
             continue
         for at, group in enumerate(made):
-            if len(group.features) < MOST and is_deep(group) == is_deep(case) and _fit(group, case, stack):
+            alike = is_deep(group) == is_deep(case) and is_fused(group, stack) == is_fused(case, stack)
+            if len(group.features) < MOST and alike and _fit(group, case, stack):
                 made[at] = group & case
                 break
         else:
