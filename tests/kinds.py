@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from catalogue import perturb
+from catalog import perturb
 from torch import Tensor
 
 from x_transformers import ContinuousTransformerWrapper, Decoder, MultiInputTransformerWrapper, XValTransformerWrapper

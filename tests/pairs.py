@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from catalogue import BASE, Case
+from catalog import BASE, Case
 from loguru import logger
 from promises import PROMISES, Trial
 from table import cases_of, pairs_of, refused

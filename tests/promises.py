@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from catalogue import (
+from catalog import (
     DIM,
     VOCABULARY,
     beside,

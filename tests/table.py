@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from catalogue import DIM, HEADS, VOCABULARY, Case
+from catalog import DIM, HEADS, VOCABULARY, Case
 from torch import nn
 
 ON = True

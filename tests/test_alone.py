@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import close, perturb
+from catalog import close, perturb
 from torch import Tensor, nn
 
 from x_transformers import Attention, FeedForward

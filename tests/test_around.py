@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import close
+from catalog import close
 from torch import Tensor, nn
 
 from x_transformers import default_device

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import perturb
+from catalog import perturb
 from torch import Tensor
 from torch._dynamo.utils import counters
 

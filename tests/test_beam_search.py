@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from catalogue import perturb
+from catalog import perturb
 from test_autoregressive import DIM, NETS, SLIDING, VOCAB, build, rows_of, surroundings
 
 from x_transformers import Decoder, TransformerWrapper

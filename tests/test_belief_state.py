@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import perturb
+from catalog import perturb
 from torch import Tensor
 
 from x_transformers import BeliefStateWrapper, Decoder, Encoder, TransformerWrapper

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, VOCABULARY, close, perturb, tokens
+from catalog import BASE, VOCABULARY, close, perturb, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import close, perturbed
+from catalog import close, perturbed
 from loguru import logger
 from torch import nn
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import perturb
+from catalog import perturb
 from torch import Tensor
 
 from x_transformers import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper, Decoder, Encoder

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from catalogue import perturb
+from catalog import perturb
 from test_autoregressive import build as build_autoregressive
 
 from x_transformers import DPO, Decoder, Encoder, TransformerWrapper

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from catalogue import decode
+from catalog import decode
 from torch import Tensor, nn
 
 from x_transformers import Attention, Decoder, Encoder, TransformerWrapper

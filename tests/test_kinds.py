@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import close, perturb
+from catalog import close, perturb
 from kinds import KINDS, Inputs, Kind
 
 from x_transformers import Decoder, Encoder

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import decode, perturbed
+from catalog import decode, perturbed
 from torch import Tensor
 
 from x_transformers import Attention, Decoder, TransformerWrapper

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import close, perturb
+from catalog import close, perturb
 
 from x_transformers import AutoregressiveWrapper, Decoder, MultiInputTransformerWrapper
 from x_transformers.errors import ConfigError, InputError

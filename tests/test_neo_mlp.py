@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import close, perturb
+from catalog import close, perturb
 
 from x_transformers import NeoMLP
 from x_transformers.errors import ConfigError, ShapeError

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import close, perturb
+from catalog import close, perturb
 from loguru import logger
 from promises import keeps_the_past, pads
 from torch import Tensor, nn
 
 from x_transformers import AttentionPool, AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
-from x_transformers.call import Capture
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.models.asked import calc_entropy, calc_z_loss
+from x_transformers.forward_pass.call import Capture
 from x_transformers.models.embeddings import TokenEmbedding
+from x_transformers.models.requested_outputs import calc_entropy, calc_z_loss
 
 STACK = {"dim": 16, "depth": 2, "heads": 4, "attn_dim_head": 8, "verbose": False}
 IDS = torch.arange(12).reshape(2, 6)

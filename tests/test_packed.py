@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, Case, beside, close, contexts, name_of, one_of_each, perturb, tokens
+from catalog import BASE, Case, beside, close, contexts, name_of, one_of_each, perturb, tokens
 from torch import Tensor
 
 from x_transformers import (
@@ -24,9 +24,9 @@ from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.varlen import Varlen
 from x_transformers.attention.base import Needs, Visibility
-from x_transformers.attention.masks import spelled_out
-from x_transformers.documents import Documents
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.documents import Documents
+from x_transformers.masks.builder import spelled_out
 from x_transformers.x_transformers import CoPE
 
 LENGTHS = (4, 1, 6, 3)

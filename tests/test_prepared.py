@@ -10,8 +10,8 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attention.projections import Projections
 from x_transformers.errors import ShapeError
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding
-from x_transformers.norms import GainNorm
-from x_transformers.prepared import COPIED_BYTES, Prepares, plain_map, prepared
+from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, plain_map, prepared
+from x_transformers.modules.norms import GainNorm
 
 OPTIONS = [
     {},
@@ -84,7 +84,7 @@ def test_nothing_is_left_behind():
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert all(part.ready is None for part in net.modules() if isinstance(part, Prepares))
+    assert all(part.ready is None for part in net.modules() if isinstance(part, PreparesForInference))
 
 
 def test_children_are_ordinary_attributes_meanwhile():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import close, perturbed
+from catalog import close, perturbed
 from loguru import logger
 from torch import Tensor, nn
 

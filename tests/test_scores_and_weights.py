@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import catalogue
+import catalog
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 DIM, HEADS, WIDTH = 12, 2, 4
 SMALL = {"dim": DIM, "heads": HEADS, "attn_dim_head": WIDTH, "depth": 2, "verbose": False}
 close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-5)
-perturbed = functools.partial(catalogue.perturbed, noise=0.3)
+perturbed = functools.partial(catalog.perturbed, noise=0.3)
 
 
 @pytest.fixture(autouse=True)

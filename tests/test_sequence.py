@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from catalogue import close, perturbed
+from catalog import close, perturbed
 from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerBlock, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.layers.execution_order import repeated
 from x_transformers.layers.plan import make_plan
-from x_transformers.layers.sequence import repeated
 
 DIM = 8
 SMALL = {"dim": DIM, "depth": 2, "heads": 2, "attn_dim_head": 4, "verbose": False}
@@ -207,7 +207,7 @@ def test_layers_without_a_combiner_have_none() -> None:
 @torch.no_grad()
 def test_shift_by_hand() -> None:
     x = torch.arange(1.0, 13.0).reshape(1, 3, 4)
-    from x_transformers.layers.branches.shift import ShiftTokens
+    from x_transformers.layers.branches.shift import TokenShift
 
     class Nothing:
         states = None
@@ -218,9 +218,9 @@ def test_shift_by_hand() -> None:
 
             shown = None
 
-    causal, _ = ShiftTokens(1, 4, causal=True)(x, None, Nothing())  # type: ignore[arg-type]
+    causal, _ = TokenShift(1, 4, causal=True)(x, None, Nothing())  # type: ignore[arg-type]
     assert causal[0].tolist() == [[1, 2, 0, 0], [5, 6, 3, 4], [9, 10, 7, 8]]
-    both, _ = ShiftTokens(1, 4, causal=False)(x, None, Nothing())  # type: ignore[arg-type]
+    both, _ = TokenShift(1, 4, causal=False)(x, None, Nothing())  # type: ignore[arg-type]
     # slices of one feature: from the right, unmoved, from the left; the fourth does not fill a slice
     assert both[0].tolist() == [[5, 2, 0, 4], [9, 6, 3, 8], [0, 10, 7, 12]]
 

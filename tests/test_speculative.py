@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, Case, beside, further_ids, name_of, one_of_each, tokens
+from catalog import BASE, Case, beside, further_ids, name_of, one_of_each, tokens
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import close, tokens
+from catalog import close, tokens
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper

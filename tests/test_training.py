@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sharded
 import torch
-from catalogue import BASE, close, tokens
+from catalog import BASE, close, tokens
 from torch import nn
 
 from x_transformers import AutoregressiveWrapper, XTransformer

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers import Attention, Decoder, FeedForward, TransformerWrapper
-from x_transformers.attention.masks import causal_mask
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
 from x_transformers.attention.qk.rotary import RotaryEmbedding, rotate
@@ -18,13 +17,14 @@ from x_transformers.attention.scores.t5 import RelativePositionBias
 from x_transformers.layers.branches.dropout import drop_context, drop_layer
 from x_transformers.layers.branches.scale import LayerScaleGain
 from x_transformers.layers.residuals.plain import Residual
+from x_transformers.masks.builder import causal_mask
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
     ScaledSinusoidalEmbedding,
     TokenEmbedding,
     frac_gradient,
 )
-from x_transformers.norms import LayerNorm, RMSNorm, ScaleNorm, SimpleRMSNorm
+from x_transformers.modules.norms import LayerNorm, RMSNorm, ScaleNorm, SimpleRMSNorm
 from x_transformers.ops import (
     expand_kv_heads,
     l2norm,

@@ -2,7 +2,7 @@
 
 import functools
 
-import catalogue
+import catalog
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from x_transformers import Attention, Decoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.low_rank import LoRALinear
+from x_transformers.modules.lora import LoRALinear
 from x_transformers.ops import expand_kv_heads, project_away
 
 SMALL = {"dim": 8, "dim_head": 4, "heads": 2}
-perturbed = functools.partial(catalogue.perturbed, noise=0.3)
+perturbed = functools.partial(catalog.perturbed, noise=0.3)
 
 
 def plain_out(attention: Attention, x: Tensor) -> Tensor:

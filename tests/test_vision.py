@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import close, perturb
+from catalog import close, perturb
 
 from x_transformers import Decoder, Encoder, ViTransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError

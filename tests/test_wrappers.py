@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import close, perturb
+from catalog import close, perturb
 from torch import Tensor
 
 from x_transformers import (

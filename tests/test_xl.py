@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from catalogue import perturb
+from catalog import perturb
 from torch import Tensor
 
 from x_transformers import Decoder, TransformerWrapper, XLAutoregressiveWrapper

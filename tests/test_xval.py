@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import perturb
+from catalog import perturb
 
 from x_transformers import Decoder, XValAutoregressiveWrapper, XValTransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError

@@ -8,9 +8,9 @@ from x_transformers.dpo import DPO
 from x_transformers.encoder_decoder import XTransformer
 from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.pool import AttentionPool
-from x_transformers.layers.stacks import (
+from x_transformers.layers.named_stacks import (
     CrossAttender,
     Decoder,
     Encoder,
@@ -23,8 +23,8 @@ from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.modules.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
-from x_transformers.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper

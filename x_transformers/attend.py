@@ -8,30 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.arguments import bind_attn_bias, check_mask, check_pairs
-from x_transformers.attention.backends.base import Request, Weighed
-from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowMod, Rows, Stage
+from x_transformers.attention.backends.base import AttentionOutput, Request
+from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowMod, RowContext, Stage
+from x_transformers.attention.call_adapter import without_hidden
 from x_transformers.attention.core import Core
 from x_transformers.attention.keys import sink, zero
-from x_transformers.attention.masks import causal_mask as create_causal_mask
-from x_transformers.attention.masks import causal_mask as onnx_create_causal_mask
-from x_transformers.attention.masks import visibility
 from x_transformers.attention.qk import l2_distance
-from x_transformers.attention.reference import rename_parts
+from x_transformers.attention.reference_weights import rename_parts
 from x_transformers.attention.scores import cog, selective, talking_heads
 from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
 from x_transformers.attention.scores.softclamp import FEATURE as SOFTCLAMP
-from x_transformers.attention.standalone import without_hidden
+from x_transformers.attention.validation import bind_attn_bias, check_mask, check_pairs
 from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
 from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
-from x_transformers.call import Call, Carry, Deltas, LayerCall, Span
-from x_transformers.documents import UNPACKABLE, Documents, check_packing, documents_of, refuse_beside
 from x_transformers.errors import Faults, InputError, ShapeError
-from x_transformers.intermediates import Intermediates
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.forward_pass.call import Call, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.documents import UNPACKABLE, Documents, check_packing, documents_of, refuse_beside
+from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.masks.builder import causal_mask as create_causal_mask
+from x_transformers.masks.builder import causal_mask as onnx_create_causal_mask
+from x_transformers.masks.builder import visibility
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Schema
@@ -78,13 +78,13 @@ class GivenAddend(RowMod):
     """`logits <- logits + fn(queries, logits)`, of masked logits; a `CoPE`, for example."""
 
     stage = Stage.CONTEXTUAL
-    one_way = True
+    requires_causal = True
 
     def __init__(self, fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.fn = fn
 
-    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         return logits + self.fn(rows.q, logits).to(logits.dtype), None
 
 
@@ -230,7 +230,7 @@ class Attend(Configured, ReadsReference):
         request, dtype = self._request(q, k, v, mask, attn_bias, None, None, None, flash_pack_seq_kwargs, causal)
         return self._weigh(request, self.core.fused_alone).out.to(dtype), Intermediates()
 
-    def _weigh(self, request: Request, weigh: Callable[[Request], Weighed]) -> Weighed:
+    def _weigh(self, request: Request, weigh: Callable[[Request], AttentionOutput]) -> AttentionOutput:
         if request.plain_q is request.q:
             return weigh(request)
         # distances need float32, and autocast would narrow them again
@@ -315,7 +315,7 @@ class Attend(Configured, ReadsReference):
         causal = self.causal if causal is None else causal
         parts = [(self.switches[name], part) for name, part in self.parts.items() if isinstance(part, Part)]
         for name, part in parts:
-            if part.one_way and not causal:
+            if part.requires_causal and not causal:
                 raise InputError(f"{name} was built for causal attention; `causal = False` makes no sense with it.")
             if causal and getattr(part, "across_queries", False):
                 raise InputError(f"{name} normalises over all queries; it cannot be causal.")

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.decoding.arguments import check_length_and_end
 from x_transformers.decoding.beam import Beams, noisy
 from x_transformers.decoding.caches import CacheChoice, modify_cached_kv
 from x_transformers.decoding.filters import (
@@ -22,6 +21,7 @@ from x_transformers.decoding.filters import (
     top_k,
     top_p,
 )
+from x_transformers.decoding.generation_inputs import check_length_and_end
 from x_transformers.decoding.loop import (
     Decoding,
     check_next_token_net,
@@ -41,12 +41,12 @@ from x_transformers.decoding.speculative import Drafter, Lookup, Policy, Specula
 from x_transformers.decoding.speculative import Model as DraftModel
 from x_transformers.decoding.step import Prefill, Sequences, Step, compiled_advance, compiled_prefill
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.loading import ReadsReference
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import prepared
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
-from x_transformers.prepared import prepared
 
 __all__ = [
     "FILTER_LOGITS_FN",

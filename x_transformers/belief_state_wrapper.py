@@ -9,17 +9,17 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from x_transformers.decoding.arguments import check_seq_len
 from x_transformers.decoding.filters import find_filter, min_p
+from x_transformers.decoding.generation_inputs import check_seq_len
 from x_transformers.decoding.loop import Decoding, evaluating, make_reader
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.loading import ReadsReference
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.decoding.arguments import check_seq_len, cut_arguments
+from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
 from x_transformers.decoding.loop import evaluating, in_shape, make_reader, streamed
 from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.loading import ReadsReference
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.loading import ReadsReference
 from x_transformers.losses import next_token_log_probs
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import masked_mean
 from x_transformers.options.configured import Configured
 

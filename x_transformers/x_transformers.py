@@ -1,7 +1,7 @@
 """The reference's import path. Everything here lives elsewhere."""
 
 from x_transformers.attention.attention import Attention
-from x_transformers.attention.qk.given import apply_polar_pos_emb, apply_rotary_pos_emb, rotate_half
+from x_transformers.attention.qk.caller_rotations import apply_polar_pos_emb, apply_rotary_pos_emb, rotate_half
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
 from x_transformers.attention.qk.polar import PolarEmbedding
 from x_transformers.attention.qk.rotary import RotaryEmbedding
@@ -16,32 +16,32 @@ from x_transformers.feedforward.activations import ReluSquared, SoLU
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.feedforward.glu import GLU
 from x_transformers.feedforward.softclamp import softclamp_gelu, softclamp_silu
-from x_transformers.intermediates import LayerIntermediates
-from x_transformers.layers.around import AdaptiveLayerScale, FoldAxially, LayerScale, Scale, ShiftTokens, shift
+from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.depth.aggregated import AttentionResidual
 from x_transformers.layers.depth.lime import DynamicLIMe
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.pool import AttentionPool
-from x_transformers.layers.residuals.gated import GRUGating
-from x_transformers.layers.residuals.mv_split import MVSplitResidualUpdate
-from x_transformers.layers.residuals.orthogonal import OrthogonalResidualUpdate
-from x_transformers.layers.residuals.plain import Residual
-from x_transformers.layers.residuals.streams import GatedMultiResidual, HyperConnection, sinkhorn
-from x_transformers.layers.stacks import (
+from x_transformers.layers.named_stacks import (
     CrossAttender,
     Decoder,
     Encoder,
     PrefixDecoder,
     TransformerBlock,
 )
+from x_transformers.layers.residuals.gated import GRUGating
+from x_transformers.layers.residuals.mv_split import MVSplitResidualUpdate
+from x_transformers.layers.residuals.orthogonal import OrthogonalResidualUpdate
+from x_transformers.layers.residuals.plain import Residual
+from x_transformers.layers.residuals.streams import GatedMultiResidual, HyperConnection, sinkhorn
 from x_transformers.layers.unet import ConcatCombine
-from x_transformers.low_rank import LoRALinear
-from x_transformers.models.asked import calc_entropy, calc_z_loss
+from x_transformers.layers.wrappers import AdaptiveLayerScale, FoldAxially, LayerScale, Scale, ShiftTokens, shift
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding, TokenEmbedding
 from x_transformers.models.heads import LinearNoBias
+from x_transformers.models.requested_outputs import calc_entropy, calc_z_loss
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
-from x_transformers.norms import (
+from x_transformers.modules.lora import LoRALinear
+from x_transformers.modules.norms import (
     AdaptiveLayerNorm,
     AdaptiveRMSNorm,
     Derf,

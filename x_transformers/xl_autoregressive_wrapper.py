@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache import KVCache
-from x_transformers.decoding.arguments import Arguments, check_length_and_end, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.generation_inputs import Arguments, check_length_and_end, cut_arguments
 from x_transformers.decoding.loop import Decoding, check_next_token_net, evaluating, in_shape, streamed
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.loading import ReadsReference
 from x_transformers.losses import token_losses
 from x_transformers.models.embeddings import check_ids
-from x_transformers.models.frame import interspersed
+from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.configured import Configured
 

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.decoding.arguments import check_seq_len, cut_arguments
 from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
 from x_transformers.decoding.loop import evaluating, make_reader, streamed
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable, chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.loading import ReadsReference
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 

@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, cases, close, name_of, one_of_each, tokens
+from catalog import BASE, CASES, Case, call, cases, close, name_of, one_of_each, tokens
 from promises import LENGTH, arguments
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attention.backends import sdpa
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.base import Needs
 from x_transformers.attention.core import Core
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError
+from x_transformers.forward_pass.call import Span
 
 # Which kernel serves a feature: on a CPU and on CUDA; None is the default of `attn_flash`, True demands a fused one.
 SDPA = {"cpu": "sdpa", "cpu, training": "sdpa", "cuda": "sdpa", "cuda, training": "sdpa"}
@@ -186,7 +186,7 @@ def test_one_query_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in (Explicit, sdpa.SDPA):
         attend = backend.attend
 
-        def spy(self: Backend, request: Request, attend: Any = attend) -> Weighed:
+        def spy(self: Backend, request: Request, attend: Any = attend) -> AttentionOutput:
             seen.append((self.name, request.q.shape[-2]))
             return attend(self, request)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import Case, call, cases, close, name_of, tokens
+from catalog import Case, call, cases, close, name_of, tokens
 from promises import LENGTH
 
 

@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, close, name_of, one_of_each, tokens
+from catalog import BASE, Case, call, close, name_of, one_of_each, tokens
 from promises import LENGTH, arguments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-from x_transformers.attention import masks
 from x_transformers.attention.backends import blocked
 from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.blocked import Blocked
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.base import BoundScore, Needs
-from x_transformers.attention.masks import visibility
 from x_transformers.attention.scores.alibi import AlibiPositionalBias
 from x_transformers.attention.scores.softclamp import SoftclampLogits
-from x_transformers.call import Call, Span
-from x_transformers.visibility import Hiding
+from x_transformers.forward_pass.call import Call, Span
+from x_transformers.masks import builder as masks
+from x_transformers.masks.builder import visibility
+from x_transformers.masks.visibility import MaskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ def test_keys_out_of_reach_are_not_read() -> None:
 def test_bounds_are_what_the_mask_says(queries: int, keys: int, window: int | None) -> None:
     """With more keys than queries (memories), as many, and fewer (a causal context)."""
     order = torch.arange(queries) + keys - queries, torch.arange(keys)
-    hiding = Hiding(
+    hiding = MaskSpec(
         queries,
         keys,
         order=order,
@@ -268,10 +268,10 @@ def test_activation_checkpointing() -> None:
 def test_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Causality, padding, windows and distance biases go through a long training pass without one."""
 
-    def refuse(self: Hiding) -> Tensor:
+    def refuse(self: MaskSpec) -> Tensor:
         raise AssertionError("a mask of all pairs was made")
 
-    monkeypatch.setattr(Hiding, "mask", refuse)
+    monkeypatch.setattr(MaskSpec, "mask", refuse)
     monkeypatch.setattr(blocked, "TALLEST", 128)
     ids = torch.zeros(2, 512, dtype=torch.long)
     left, right = torch.tensor([0, 500]), torch.arange(512) < torch.tensor([[512], [30]])
@@ -289,9 +289,9 @@ def test_padding_at_the_end_needs_no_mask(keywords: dict[str, Any], monkeypatch:
     ids, lengths = tokens(2, LENGTH), torch.tensor([[LENGTH], [6]])
     mask = torch.arange(LENGTH) < lengths
     holes = mask & (torch.arange(LENGTH) != 3)
-    made: list[Hiding] = []
-    make = Hiding.mask
-    monkeypatch.setattr(Hiding, "mask", lambda self: (made.append(self), make(self))[1])
+    made: list[MaskSpec] = []
+    make = MaskSpec.mask
+    monkeypatch.setattr(MaskSpec, "mask", lambda self: (made.append(self), make(self))[1])
     ended = call(model, ids, mask=mask)
     assert not made
     call(model, ids, mask=holes)

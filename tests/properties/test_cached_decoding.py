@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import BASE, CASES, Case, call, cases, close, decode, name_of, one_of_each, static_cache, tokens
+from catalog import BASE, CASES, Case, call, cases, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import CHUNKS, arguments, decodes
 from torch import Tensor
 
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 
 DECODERS = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="decoding"), ids=name_of)
 ONE_OF_EACH = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="decoding"), ids=name_of)

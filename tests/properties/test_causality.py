@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, cases, name_of, one_of_each
+from catalog import BASE, Case, cases, name_of, one_of_each
 from promises import LENGTH, arguments, keeps_its_length, keeps_the_past
 
 CAUSAL = pytest.mark.parametrize(("stack", "case"), cases("decoder", "cross", exempt="causality"), ids=name_of)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, close, is_foundation, one_of_each, static_cache, tokens
+from catalog import BASE, Case, call, close, is_foundation, one_of_each, static_cache, tokens
 from torch import Tensor, fx
 
 from x_transformers import TransformerWrapper

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, close, name_of, tokens
+from catalog import BASE, CASES, Case, call, close, name_of, tokens
 from torch._dynamo.utils import counters
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper

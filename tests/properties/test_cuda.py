@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, close, name_of, tokens
+from catalog import BASE, CASES, Case, call, close, name_of, tokens
 from test_compile import Counter
 from torch import Tensor
 

@@ -5,25 +5,26 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, close, name_of, tokens
+from catalog import BASE, CASES, Case, call, close, name_of, tokens
 from promises import LENGTH, arguments
 from torch import Tensor, fx
 from torch.nn.attention import flex_attention as kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from x_transformers import TransformerWrapper, block_masks
+from x_transformers import TransformerWrapper
 from x_transformers.attention.backends import flex
 from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.base import Needs
 from x_transformers.attention.core import MANY, Core
-from x_transformers.attention.masks import spelled_out, visibility
 from x_transformers.attention.scores.softclamp import SoftclampLogits
-from x_transformers.block_masks import block_mask, build
-from x_transformers.call import Call, Span
-from x_transformers.documents import Documents
-from x_transformers.visibility import Hiding, Visibility
+from x_transformers.forward_pass.call import Call, Span
+from x_transformers.forward_pass.documents import Documents
+from x_transformers.masks import block_masks
+from x_transformers.masks.block_masks import block_mask, build
+from x_transformers.masks.builder import spelled_out, visibility
+from x_transformers.masks.visibility import MaskSpec, Visibility
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def row(n: int) -> Tensor:
     return torch.arange(n)
 
 
-def hidings() -> dict[str, Hiding]:
+def hidings() -> dict[str, MaskSpec]:
     """Twelve queries, or as many as it says, and 18 keys or less."""
     q, k = row(12), row(18)
     order, slots = (q, row(12)), (q[None], row(12)[None])
@@ -62,25 +63,25 @@ def hidings() -> dict[str, Hiding]:
     )
     assert apart.hiding is not None
     return {
-        "causal": Hiding(12, 12, order=order),
-        "memories": Hiding(12, 18, order=(q + 6, k)),
-        "a step": Hiding(1, 18, order=(torch.tensor([13]), k)),
-        "window": Hiding(12, 12, order=order, slots=slots, window=3),
-        "both sides": Hiding(12, 12, slots=slots, window=0),
-        "padding": Hiding(12, 12, order=order, live=padded),
-        "padding and window": Hiding(12, 12, order=order, slots=(shifted, shifted), window=3, live=padded),
-        "context": Hiding(12, 18, live=torch.rand(3, 18) > 0.5),
-        "ring": Hiding(
+        "causal": MaskSpec(12, 12, order=order),
+        "memories": MaskSpec(12, 18, order=(q + 6, k)),
+        "a step": MaskSpec(1, 18, order=(torch.tensor([13]), k)),
+        "window": MaskSpec(12, 12, order=order, slots=slots, window=3),
+        "both sides": MaskSpec(12, 12, slots=slots, window=0),
+        "padding": MaskSpec(12, 12, order=order, live=padded),
+        "padding and window": MaskSpec(12, 12, order=order, slots=(shifted, shifted), window=3, live=padded),
+        "context": MaskSpec(12, 18, live=torch.rand(3, 18) > 0.5),
+        "ring": MaskSpec(
             2, 5, order=(q[6:8], torch.tensor([5, 6, 7, 99, 4])), slots=(q[None, 6:8], row(5)[None]), window=6
         ),
-        "pairs": Hiding(12, 12, order=order, given=pairs),
-        "pairs of all": Hiding(12, 12, given=pairs[:1, :1]),
-        "keys of all queries": Hiding(12, 12, given=pairs[:1, :, :1]),
-        "documents": Hiding(12, 12, owners=(owners, owners)),
+        "pairs": MaskSpec(12, 12, order=order, given=pairs),
+        "pairs of all": MaskSpec(12, 12, given=pairs[:1, :1]),
+        "keys of all queries": MaskSpec(12, 12, given=pairs[:1, :, :1]),
+        "documents": MaskSpec(12, 12, owners=(owners, owners)),
         "causal documents": apart.hiding,
-        "prefix": Hiding(12, 12, order=order, slots=slots, window=2, live=padded, prefix=2),
-        "prefix that is hidden": Hiding(12, 12, order=order, live=padded, prefix=2, shown=shown),
-        "prefix alone": Hiding(12, 12, prefix=2, shown=shown),
+        "prefix": MaskSpec(12, 12, order=order, slots=slots, window=2, live=padded, prefix=2),
+        "prefix that is hidden": MaskSpec(12, 12, order=order, live=padded, prefix=2, shown=shown),
+        "prefix alone": MaskSpec(12, 12, prefix=2, shown=shown),
     }
 
 
@@ -128,9 +129,9 @@ def test_queries_that_see_nothing(name: str) -> None:
     dead = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
     assert torch.equal(hiding.dead().expand(dead.shape), dead)
     if name in ("window", "both sides", "padding and window"):
-        hiding = Hiding(**{**vars(hiding), "sorted": True})
+        hiding = MaskSpec(**{**vars(hiding), "sorted": True})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Hiding, "mask", refuse)
+            patch.setattr(MaskSpec, "mask", refuse)
             assert torch.equal(hiding.dead().expand(dead.shape), dead)
 
 
@@ -154,7 +155,7 @@ def test_nothing_for_every_pair() -> None:
     n = 2048
     slots, live = row(n)[None], row(n) >= torch.tensor([[0], [700]])
     owners = row(n) // 300
-    hiding = Hiding(n, n, order=(row(n), row(n)), slots=(slots, slots), window=90, live=live, owners=(owners, owners))
+    hiding = MaskSpec(n, n, order=(row(n), row(n)), slots=(slots, slots), window=90, live=live, owners=(owners, owners))
     with Largest() as largest:
         build(hiding, torch.device("cpu"))
     assert n <= largest.numbers <= 2 * n
@@ -190,7 +191,7 @@ def test_rules_without_tensors_stay() -> None:
     assert made(None, row(9) >= torch.tensor([[2]])) is not made(None, row(9) >= torch.tensor([[2]]))
     b, h, q, k = torch.meshgrid(*map(torch.arange, (1, 1, 9, 9)), indexing="ij")
     assert torch.equal(window.mask_mod(b, h, q, k), (k <= q) & (q - k <= 3))
-    many = [Hiding(n, n, order=(row(n), row(n)), diagonal=0) for n in range(1, block_masks.KEPT + 9)]
+    many = [MaskSpec(n, n, order=(row(n), row(n)), diagonal=0) for n in range(1, block_masks.KEPT + 9)]
     for hiding in many:
         block_mask(hiding, like)
     assert block_masks.of_rule.cache_info().currsize == block_masks.KEPT
@@ -219,7 +220,7 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_layers_share_their_blocks(monkeypatch: pytest.MonkeyPatch, unfused: None) -> None:
     """One for the layers with a window, and one for those without, in every pass with padding."""
-    built: list[Hiding] = []
+    built: list[MaskSpec] = []
     make = block_masks.build
     monkeypatch.setattr(block_masks, "build", lambda hiding, device: (built.append(hiding), make(hiding, device))[1])
     explicit, ours = twins(BASE, depth=4, attn_max_attend_past=(2, None, 2, None))

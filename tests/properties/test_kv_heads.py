@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, HEADS, Case, call, close, name_of, one_of_each, tokens
+from catalog import BASE, HEADS, Case, call, close, name_of, one_of_each, tokens
 from promises import decodes, decodes_ragged, keeps_the_past, learns, pads
 
 from x_transformers import TransformerWrapper

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
+from catalog import BASE, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import another
 
 from x_transformers import TransformerWrapper

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, context_width, contexts, name_of, one_of_each, tokens
+from catalog import BASE, Case, call, cases, close, context_width, contexts, name_of, one_of_each, tokens
 from promises import LENGTH, another, decodes_ragged, pads
 
 from x_transformers import CrossAttender, Decoder, Encoder, TransformerWrapper

@@ -5,7 +5,7 @@ import inspect
 import itertools
 
 import pytest
-from catalogue import Case
+from catalog import Case
 from pairs import covering_sample, judge_row, together
 from table import CROSS, ELSEWHERE, FAMILIES, NOT_IN, OPTIONS, REFUSED, cases_of, may_meet, pairs_of, refused
 

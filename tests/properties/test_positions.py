@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
+from catalog import BASE, CASES, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
 from promises import CHUNKS, LENGTH, keeps_the_past
 
 EVERY = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "encoder", exempt="positions"), ids=name_of)

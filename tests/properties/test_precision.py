@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, CASES, Case, call, cases, decode, name_of, static_cache, tokens
+from catalog import BASE, CASES, Case, call, cases, decode, name_of, static_cache, tokens
 from promises import LENGTH, running
 from torch import Tensor
 

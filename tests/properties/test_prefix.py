@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, close, name_of, one_of_each, tokens
+from catalog import BASE, Case, call, close, name_of, one_of_each, tokens
 from promises import LENGTH, another
 from torch import Tensor
 

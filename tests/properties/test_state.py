@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, cases, close, name_of, one_of_each, perturb, tokens
+from catalog import BASE, Case, call, cases, close, name_of, one_of_each, perturb, tokens
 from safetensors.torch import load_file, save_file
 
 from x_transformers import TransformerWrapper

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import BASE, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
+from catalog import BASE, Case, call, close, decode, name_of, one_of_each, static_cache, tokens
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
@@ -178,8 +178,8 @@ def test_taking_back(static: bool, kind: dict[str, Any]) -> None:
         end += count
         _, wrong = call(model, other, cache=record.cache, **step)
         state = wrong.cache
-        state.retract(3)
-        state.retract(2)
+        state.rollback(3)
+        state.rollback(2)
     close(torch.cat(outputs, dim=1), call(model, ids))
 
 
@@ -189,19 +189,19 @@ def test_what_cannot_be_taken_back() -> None:
     _, state = model(tokens(2, 30), return_intermediates=True)
     _, state = model(tokens(2, 1), cache=state, input_not_include_cache=True, return_intermediates=True)
     with pytest.raises(InputError, match="a window has dropped"):
-        state.cache.retract(2)
+        state.cache.rollback(2)
     _, static = model(
         tokens(2, 3), cache=static_cache(model, 2, 40), input_not_include_cache=True, return_intermediates=True
     )
     with pytest.raises(InputError, match="a window has dropped"):
-        static.cache.retract(static.cache.rings[0].room - 2)
+        static.cache.rollback(static.cache.rings[0].room - 2)
     options: tuple[dict[str, Any], ...] = ({"shift_tokens": 1}, {"attn_selective": True})
     for option in options:
         model = BASE.build(**option)
         _, state = model(tokens(2, 5), return_intermediates=True)
         _, state = model(tokens(2, 2), cache=state, input_not_include_cache=True, return_intermediates=True)
         with pytest.raises(InputError, match="cannot be undone"):
-            state.cache.retract(1)
+            state.cache.rollback(1)
 
 
 @torch.no_grad()

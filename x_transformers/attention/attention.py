@@ -10,49 +10,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.arguments import check_input
-from x_transformers.attention.backends.base import Request, Weighed
+from x_transformers.attention.backends.base import AttentionOutput, Request
 from x_transformers.attention.base import (
     AttentionShape,
     BoundScore,
     KeyMod,
-    Metric,
     Needs,
     Part,
     QKNorm,
     QKTransform,
     RowMod,
     ScoreMod,
-    Seen,
+    ValueContext,
+    Similarity,
     ValueMod,
     Weighting,
     WeightMod,
 )
+from x_transformers.attention.call_adapter import given_rotations, standalone_call
 from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import clip_factors, clip_heads
 from x_transformers.attention.core import Core
 from x_transformers.attention.keys.additional import join_additional
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
-from x_transformers.attention.masks import visibility
-from x_transformers.attention.output import build_output
+from x_transformers.attention.output_projection import build_output
 from x_transformers.attention.projections import Projections
-from x_transformers.attention.qk.given import Pair
-from x_transformers.attention.reference import translate
+from x_transformers.attention.qk.caller_rotations import Pair
+from x_transformers.attention.reference_weights import translate
 from x_transformers.attention.scores.residual import ResidualScores
-from x_transformers.attention.standalone import given_rotations, standalone_call
+from x_transformers.attention.validation import check_input
 from x_transformers.attention.values.residual import ValueMix, mix_values
 from x_transformers.attention.weights.delta import given_delta
 from x_transformers.cache import Shape
-from x_transformers.call import Carry, Deltas, LayerCall, Span
-from x_transformers.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError
-from x_transformers.intermediates import Intermediates
-from x_transformers.loading import ReadsReference
+from x_transformers.forward_pass.call import Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
+from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.masks.builder import visibility
+from x_transformers.modules.inference import Map, PreparesForInference, plain_map
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import merge_heads, split_heads, widest
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
-from x_transformers.prepared import Map, Prepares, plain_map
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -89,7 +89,7 @@ def _grow(name: str, t: Tensor, layer: LayerCall) -> Tensor:
     return torch.cat((t[..., :m, :], layer.entry.grow(name, t[..., m:, :])), dim=-2)
 
 
-class Attention(Configured, Prepares, ReadsReference):
+class Attention(Configured, PreparesForInference, ReadsReference):
     """`softmax(q k^T / sqrt(d)) v` over the tokens themselves or a context, with whatever options add to it.
 
     Args:
@@ -146,9 +146,9 @@ class Attention(Configured, Prepares, ReadsReference):
             self.dim_context = source = dim if dim_context is None else dim_context
             latent = parsed["latent"]
             self.subheads = latent.latent_rope_subheads
-            self.still = head.still(heads, shape.kv_heads)
+            self.unrotated_heads = head.unrotated_heads(heads, shape.kv_heads)
             if self.subheads is not None:
-                self.still = heads - self.subheads * heads // shape.kv_heads, shape.kv_heads - self.subheads
+                self.unrotated_heads = heads - self.subheads * heads // shape.kv_heads, shape.kv_heads - self.subheads
             self.latent_q = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
             self.latent_kv = None
             if latent.use_latent_kv:
@@ -165,7 +165,7 @@ class Attention(Configured, Prepares, ReadsReference):
         self.qk_norms: Slot[QKNorm] = _build("qk_norm", parsed, shape, faults)
         self.scores: Slot[ScoreMod] = _build("score", parsed, shape, faults)
         self.keys: Slot[KeyMod] = _build("keys", parsed, shape, faults)
-        self.metrics: Slot[Metric] = _build("metric", parsed, shape, faults)
+        self.metrics: Slot[Similarity] = _build("metric", parsed, shape, faults)
         sinks: Slot[LearnedSink] = _build("sink", parsed, shape, faults)
         self.sink = next(iter(sinks), None)
         self.rows: Slot[RowMod] = _build("row", parsed, shape, faults)
@@ -264,9 +264,9 @@ class Attention(Configured, Prepares, ReadsReference):
         return {f"{slot}.{name}": part for slot, parts in slots.items() if parts for name, part in parts.items()}
 
     @property
-    def one_way(self) -> list[str]:
+    def requires_causal(self) -> list[str]:
         """The keywords that need causality at every call."""
-        return [self.switches[path.split(".")[1]] for path, part in self.parts().items() if part.one_way]
+        return [self.switches[path.split(".")[1]] for path, part in self.parts().items() if part.requires_causal]
 
     @property
     def across_queries(self) -> bool:
@@ -289,9 +289,9 @@ class Attention(Configured, Prepares, ReadsReference):
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
         """Raise an `InputError` if the parts cannot do with this causality, or with a cache."""
-        if not causal and self.one_way:
+        if not causal and self.requires_causal:
             raise InputError(
-                f"{self.one_way[0]} was built for causal attention; `causal = False` makes no sense with it."
+                f"{self.requires_causal[0]} was built for causal attention; `causal = False` makes no sense with it."
             )
         if (causal or cached) and self.across_queries:
             raise InputError(
@@ -410,7 +410,7 @@ class Attention(Configured, Prepares, ReadsReference):
         return out, self._record(weighed, raw, own_kv, layer), carry
 
     def _record(
-        self, weighed: Weighed, raw: Tensor, own_kv: tuple[Tensor, Tensor] | None, layer: LayerCall
+        self, weighed: AttentionOutput, raw: Tensor, own_kv: tuple[Tensor, Tensor] | None, layer: LayerCall
     ) -> Intermediates | None:
         """What the caller asked to see, and where the cache is."""
         call = layer.call
@@ -431,7 +431,7 @@ class Attention(Configured, Prepares, ReadsReference):
             return layer.causal
         return layer.call.causal if layer.context is None else self.causal
 
-    def _leave(self, raw: Tensor, weighed: Weighed, layer: LayerCall) -> Carry:
+    def _leave(self, raw: Tensor, weighed: AttentionOutput, layer: LayerCall) -> Carry:
         """What later sublayers may read: the first values and the latest scores of this kind, if anybody will."""
         carry = layer.carry
         if self.leaves_values and layer.kind not in carry.values:
@@ -502,10 +502,10 @@ class Attention(Configured, Prepares, ReadsReference):
         """Transform by positions: every head, or the last ones."""
         for transform in layer.rotations:
             tables = layer.call.tables(transform, keys)
-            if self.still is None:
+            if self.unrotated_heads is None:
                 q, k = transform.apply_tables(q, k, tables)
                 continue
-            still_q, still_k = self.still
+            still_q, still_k = self.unrotated_heads
             turned_q, turned_k = transform.apply_tables(q[:, still_q:], k[:, still_k:], tables)
             q, k = torch.cat((q[:, :still_q], turned_q), dim=1), torch.cat((k[:, :still_k], turned_k), dim=1)
         return q, k
@@ -532,7 +532,7 @@ class Attention(Configured, Prepares, ReadsReference):
         own = raw[..., raw.shape[-2] - n :, :]
         if self.latent_kv is not None and layer.context is None:
             own = raw.index_select(-2, layer.keys.find(layer.call.query.index))
-        seen = Seen(x, own, dead, layer)
+        seen = ValueContext(x, own, dead, layer)
         for mod in self.values:
             out = out if mod.outer else mod.after(out, seen)
         if layer.deltas.out is not None:
@@ -661,7 +661,7 @@ class Attention(Configured, Prepares, ReadsReference):
         """
         xq = self._view_of_queries(x, context)
         causal = self.causal if causal is None else causal
-        if polar_pos_emb is not None and self.still is not None:
+        if polar_pos_emb is not None and self.unrotated_heads is not None:
             raise InputError("`polar_pos_emb` turns all heads alike; drop `rotate_num_heads`, or the sub-heads.")
         self.check_causality(causal, cached=cache is not None)
         documents = self._documents(xq, flash_pack_seq_kwargs, cache, context)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from x_transformers.cache import Shape
-from x_transformers.call import LayerCall, Span
+from x_transformers.forward_pass.call import LayerCall, Span
+from x_transformers.masks.visibility import Visibility
 from x_transformers.ops import reorder_heads
-from x_transformers.visibility import Visibility
 
 
 class Needs(enum.Flag):
@@ -155,14 +155,14 @@ class Part(nn.Module):
         reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops one,
             and a name that ends with a dot stands for all below it.
         per_head: this part's entries that run over query heads, and along which axes.
-        one_way: the part is made for causal attention, so that no call may lift causality.
+        requires_causal: the part is made for causal attention, so that no call may lift causality.
         whole_past: the part reads keys in the order of arrival, or also those that a window hides, so that a cache
             must keep all of them.
     """
 
     reference: ClassVar[Mapping[str, str | None]] = {}
     per_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    one_way = False
+    requires_causal = False
     whole_past = False
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
@@ -203,7 +203,7 @@ class After:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowContext:
     """What a row modification may look at.
 
     Attributes:
@@ -229,7 +229,7 @@ class RowMod(Part):
         """What becomes of the learned sink's logits `(h,)` beside these rows."""
         return logits
 
-    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         raise NotImplementedError
 
 
@@ -266,7 +266,7 @@ class WeightMod(Part):
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ValueContext:
     """What a value modification may look at behind the weighing.
 
     Attributes:
@@ -299,7 +299,7 @@ class ValueMod(Part):
         """All values, `(b, g, j, e)`, cached and memory ones included."""
         return v
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         """Attention's output `(b, h, n, e)` to `(b, h, n, out_width(e))`."""
         return out
 
@@ -312,7 +312,7 @@ class ValueMod(Part):
         return weight
 
 
-class Metric(nn.Module):
+class Similarity(nn.Module):
     """Another likeness of queries and keys than their product, as the product of wider ones. The last to touch them."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,15 +383,15 @@ __all__ = [
     "BoundScore",
     "KeyMod",
     "LayerCall",
-    "Metric",
     "Needs",
     "Part",
     "QKNorm",
     "QKTransform",
     "RowMod",
-    "Rows",
+    "RowContext",
     "ScoreMod",
-    "Seen",
+    "ValueContext",
+    "Similarity",
     "Span",
     "Stage",
     "Tiles",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from x_transformers.attention import latent
 from x_transformers.attention.keys import memory, sink, zero
-from x_transformers.attention.output import ON_ATTN, OUTPUT
+from x_transformers.attention.output_projection import ON_ATTN, OUTPUT
 from x_transformers.attention.projections import CONTEXT, GROUPED, HEADS
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
@@ -20,7 +20,7 @@ from x_transformers.attention.scores import (
 )
 from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
 from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
-from x_transformers.documents import UNPACKABLE
+from x_transformers.forward_pass.documents import UNPACKABLE
 from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from loguru import logger
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.backends.blocked import Blocked
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.sdpa import SDPA
 from x_transformers.attention.backends.varlen import Varlen
 from x_transformers.attention.base import Needs, Visibility
-from x_transformers.attention.masks import spelled_out
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.masks.builder import spelled_out
 
 
 class Core:
@@ -87,7 +87,7 @@ class Core:
             return able[0], "`flash = True`"
         return self.explicit, "; ".join(str(reason) for reason in reasons.values())
 
-    def __call__(self, request: Request) -> Weighed:
+    def __call__(self, request: Request) -> AttentionOutput:
         """Weigh as asked."""
         needs = self._needs(request)
         backend, why = self._choice(request, needs, _learns(request))
@@ -95,7 +95,7 @@ class Core:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return _attend(backend, request)
 
-    def fused_alone(self, request: Request) -> Weighed:
+    def fused_alone(self, request: Request) -> AttentionOutput:
         """Weigh by a fused kernel, whatever `flash` says.
 
         Raises:
@@ -230,7 +230,7 @@ def _learns(request: Request) -> bool:
     return torch.is_grad_enabled() and (request.q.requires_grad or request.k.requires_grad or request.v.requires_grad)
 
 
-def _attend(backend: Backend, request: Request) -> Weighed:
+def _attend(backend: Backend, request: Request) -> AttentionOutput:
     if request.visible.documents is not None and not backend.reads_documents:
         request.visible = _spelled_out(request)
     return backend.attend(request)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, plain_map
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, opt, require
-from x_transformers.prepared import COPIED_BYTES, Prepares, plain_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class HeadOptions:
             f"`value_dim_head` is {self.value_dim_head}; it must be at least 1.",
         )
 
-    def still(self, heads: int, kv_heads: int) -> tuple[int, int] | None:
+    def unrotated_heads(self, heads: int, kv_heads: int) -> tuple[int, int] | None:
         """How many query heads and key heads in front are not rotated, or None if all are."""
         rotated = self.rotate_num_heads
         if rotated is None or rotated == heads:
@@ -69,7 +69,7 @@ class ContextOptions:
     dim_context: int | None = opt(None, "width of the context that cross-attention reads; default `dim`")
 
 
-class Projections(Prepares):
+class Projections(PreparesForInference):
     """`q = W_q x`, `k = W_k s`, `v = W_v s`, without biases, split into heads.
 
     Args:

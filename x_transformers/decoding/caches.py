@@ -9,9 +9,9 @@ from torch import Tensor
 
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import InputError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.base import Model
-from x_transformers.models.frame import interspersed
+from x_transformers.models.memory_layout import interspersed
 
 CacheChoice = str | KVCache | LayerIntermediates
 """`"dynamic"`, `"static"`, or what an earlier call returned."""

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.decoding.arguments import Arguments
 from x_transformers.decoding.caches import CacheChoice, first_cache, window_of
 from x_transformers.decoding.filters import contrastive_decode_fn
+from x_transformers.decoding.generation_inputs import Arguments
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
 from x_transformers.decoding.step import Branching, Cached, Prefill, Reader, Rerun, Sequences, Step

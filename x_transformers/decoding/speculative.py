@@ -74,7 +74,7 @@ class Drafter(ABC):
         """Only the first `length` tokens of the sequences are as they were when guesses were made."""
 
 
-class Model(Drafter):
+class ModelDrafter(Drafter):
     """Guesses by a smaller model, drawn as the model's own tokens are.
 
     Args:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache import KVCache, StaticCache
-from x_transformers.call import Capture
-from x_transformers.decoding.arguments import Arguments
 from x_transformers.decoding.caches import slots_of_newest
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.decoding.generation_inputs import Arguments
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.base import Model
 
 Step = Callable[[Model, Tensor, KVCache, "Tensor | None", "dict[str, Any]"], Tensor]
@@ -215,12 +215,12 @@ class Cached(Branching):
         count = self.length - length
         if count <= 0:
             return
-        if self.net.layout.every is None and self.cache.can_retract(count):
+        if self.net.layout.every is None and self.cache.can_roll_back(count):
             assert self.record is not None
             self.record = copy.copy(self.record)
             assert self.record.cache is not None
             self.cache, self.length = self.record.cache, length
-            self.cache.retract(count)
+            self.cache.rollback(count)
             return
         # what was read before stays as it was; tokens behind it are read again beside the next ones
         self.cache, self.length = self.marked

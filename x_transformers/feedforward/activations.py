@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
-from x_transformers.norms import LayerNorm
+from x_transformers.modules.norms import LayerNorm
 from x_transformers.options.schema import Feature, opt, require
 
 Activation = Callable[[Tensor], Tensor]

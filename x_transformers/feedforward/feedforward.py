@@ -14,13 +14,13 @@ from x_transformers.errors import Faults
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
-from x_transformers.loading import ReadsReference, rename, rename_prefix
-from x_transformers.norms import LayerNorm
+from x_transformers.modules.inference import Map, PreparesForInference, plain_map
+from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, opt, require
 from x_transformers.options.signatures import parameter, show_keywords
-from x_transformers.prepared import Map, Prepares, plain_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ FEATURES = (
 SCHEMA = Schema(FEATURES)
 
 
-class FeedForward(Configured, Prepares, ReadsReference):
+class FeedForward(Configured, PreparesForInference, ReadsReference):
     """`down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:

@@ -11,19 +11,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from x_transformers.attention.attention import Attention
-from x_transformers.call import Carry, LayerCall
 from x_transformers.feedforward.feedforward import FeedForward
-from x_transformers.intermediates import Intermediates
+from x_transformers.forward_pass.call import Carry, LayerCall
+from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
 from x_transformers.layers.branches.scale import OutputScale
-from x_transformers.layers.branches.shift import ShiftTokens
+from x_transformers.layers.branches.shift import TokenShift
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import ResidualConnection
-from x_transformers.loading import ReadsReference, rename, rename_prefix
-from x_transformers.norms import Norm
+from x_transformers.modules.norms import Norm
+from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 
 
-class Passed(NamedTuple):
+class SublayerOutput(NamedTuple):
     """What a sublayer leaves behind.
 
     Attributes:
@@ -66,7 +66,7 @@ class Branch(ReadsReference):
         *,
         reader: DepthReader | None,
         norm: Norm | None,
-        shift: ShiftTokens | None,
+        shift: TokenShift | None,
         output_norm: Norm | None,
         stream_norm: Norm | None,
         scale: OutputScale | None,
@@ -92,7 +92,7 @@ class Branch(ReadsReference):
         """The function of this sublayer."""
         return self.feedforward if self.kind == "f" else self.attention
 
-    def forward(self, stream: Tensor, layer: LayerCall) -> Passed:
+    def forward(self, stream: Tensor, layer: LayerCall) -> SublayerOutput:
         """One sublayer.
 
         Args:
@@ -133,7 +133,7 @@ class Branch(ReadsReference):
             stream = self.stream_norm(stream, condition)
         if self.dropout and self.training:
             stream = drop_layer(before, stream, self.dropout)
-        return Passed(stream, branch_input, memory_input, record, carry)
+        return SublayerOutput(stream, branch_input, memory_input, record, carry)
 
     def _prepare(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
         """Norm and shift, of the input and of the recurrent memory before it."""

@@ -4,17 +4,18 @@ attention or of the feedforward, for what acts inside of them).
 
 from __future__ import annotations
 
-from x_transformers import norms
 from x_transformers.attention import catalog as attention
 from x_transformers.attention.qk import polar, rotary
 from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
 from x_transformers.feedforward import feedforward
-from x_transformers.layers import conditioning, output, recompute, structure, unet, views
+from x_transformers.layers import checkpointing as recompute
+from x_transformers.layers import conditioning, output, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
 from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, plain, resi_dual, streams
+from x_transformers.modules import norms
 from x_transformers.options.schema import Schema
 
 STACK_FEATURES = (

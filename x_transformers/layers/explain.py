@@ -84,8 +84,8 @@ def explain_sublayers(
                 needs |= Needs.MASK
             elif fn.packed:
                 needs |= Needs.DOCUMENTS
-            one_way = causal and not name.endswith("cross-attention")
-            skips = one_way or fn.max_attend_past is not None
+            requires_causal = causal and not name.endswith("cross-attention")
+            skips = requires_causal or fn.max_attend_past is not None
             width = max(fn.shape.dim_head, fn.shape.value_dim_head)
             chosen, why = fn.core.choose(situation._replace(width=width, queries=seq_len, skips=skips), needs)
             backend = chosen.name

@@ -10,20 +10,29 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from x_transformers.attention.arguments import check_context, check_input, check_pairs
 from x_transformers.attention.base import QKTransform, ScoreMod
-from x_transformers.attention.qk.given import GivenPolar, GivenRotation
+from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.polar import PolarEmbedding
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.attention.validation import check_context, check_input, check_pairs
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import KVCache, Shape, StaticCache
-from x_transformers.call import Call, Capture, Span
-from x_transformers.documents import Documents, refuse_beside
 from x_transformers.errors import ConfigError, Faults, InputError, StateDictError
-from x_transformers.intermediates import Intermediates, LayerIntermediates
-from x_transformers.layers.additional import deal_pairs, deal_residuals
-from x_transformers.layers.arguments import (
+from x_transformers.forward_pass.call import Call, Capture, Span
+from x_transformers.forward_pass.documents import Documents, refuse_beside
+from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
+from x_transformers.layers.additional_kv import deal_pairs, deal_residuals
+from x_transformers.layers.branch import Branch
+from x_transformers.layers.branches.norm_placement import norm_places
+from x_transformers.layers.build import build_branch, check_value_residual, norm_of
+from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
+from x_transformers.layers.compile_blocks import Regional
+from x_transformers.layers.conditioning import build_condition, build_injection, newest
+from x_transformers.layers.execution_order import Repeat, check_order, repeated
+from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
+from x_transformers.layers.packing import packed_kinds, read_documents
+from x_transformers.layers.pass_inputs import (
     BlockTransform,
     block_transform,
     check_covers_places,
@@ -32,21 +41,12 @@ from x_transformers.layers.arguments import (
     new_tokens,
     offset_positions,
 )
-from x_transformers.layers.assembly import build_branch, check_value_residual, norm_of
-from x_transformers.layers.branch import Branch
-from x_transformers.layers.branches.norm_placement import norm_places
-from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
-from x_transformers.layers.conditioning import build_condition, build_injection, newest
-from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
-from x_transformers.layers.packing import packed_kinds, read_documents
 from x_transformers.layers.plan import SCHEMAS, StackPlan, make_plan
-from x_transformers.layers.regional import Regional
-from x_transformers.layers.sequence import Repeat, check_order, repeated
-from x_transformers.layers.spans import lay_out
-from x_transformers.layers.traversal import Given, Traversal
+from x_transformers.layers.runner import PassInputs, Traversal
+from x_transformers.layers.token_layout import build_token_layout
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
-from x_transformers.loading import ReadsReference, rename, rename_prefix
-from x_transformers.norms import ADAPTIVE
+from x_transformers.modules.norms import ADAPTIVE
+from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 from x_transformers.ops import reference_head_order
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
@@ -426,7 +426,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         if attn_bias is not None and kv is not None and kv.is_static and not kv.fresh:
             check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
             attn_bias = attn_bias[..., : kv.shown]  # type: ignore[attr-defined]
-        query, keys = lay_out(
+        query, keys = build_token_layout(
             batch,
             n,
             x.device,
@@ -456,7 +456,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             attn_bias=attn_bias,
             capture=capture,
         )
-        given = Given(
+        given = PassInputs(
             order=order,
             context=context,
             context_mask=context_mask,
@@ -523,7 +523,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             )
 
     def _take_memories(
-        self, given: Given, mems: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None, condition: Any
+        self, given: PassInputs, mems: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None, condition: Any
     ) -> None:
         """What the segment before left: memories of attention, then running states."""
         if condition is not None and condition.ndim == 3 and condition.shape[1] > 1:

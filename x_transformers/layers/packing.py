@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.documents import Documents, check_packing, documents_of
 from x_transformers.errors import ConfigError
+from x_transformers.forward_pass.documents import Documents, check_packing, documents_of
 from x_transformers.layers.plan import StackPlan
 
 ARGUMENTS = {"a": "flash_pack_seq_kwargs", "c": "flash_pack_seq_context_kwargs"}

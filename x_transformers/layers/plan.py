@@ -8,7 +8,7 @@ from typing import Any
 
 from x_transformers.errors import Faults, did_you_mean
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
-from x_transformers.layers.sequence import LayerSequence, layer_sequence
+from x_transformers.layers.execution_order import LayerSequence, layer_sequence
 from x_transformers.options.per_layer import distribute
 from x_transformers.options.schema import Options, Surroundings, accepts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
-from x_transformers.layers.sequence import LayerSequence
+from x_transformers.layers.execution_order import LayerSequence
 from x_transformers.options.schema import Feature, Rule, opt
 
 

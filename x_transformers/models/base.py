@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.spans import check_start
-from x_transformers.loading import ReadsReference
-from x_transformers.models.asked import Asked, z_loss
+from x_transformers.layers.token_layout import check_start
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, build_positions
-from x_transformers.models.frame import Layout
-from x_transformers.models.framing import framed
+from x_transformers.models.internal_sequence import framed
+from x_transformers.models.memory_layout import Layout
 from x_transformers.models.recurrence import moved_down, new_memories, recycled
+from x_transformers.models.requested_outputs import RequestedOutputs, z_loss
 from x_transformers.models.tokens import Tokens, new_tokens
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 
 
@@ -220,7 +220,7 @@ class Model(Configured, ReadsReference):
         self,
         x: Tensor,
         tokens: Tokens,
-        asked: Asked,
+        asked: RequestedOutputs,
         arguments: dict[str, Any],
         *,
         seq_start_pos: Tensor | None = None,

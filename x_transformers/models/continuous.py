@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.call import Capture
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.models.asked import Asked
 from x_transformers.models.base import Model, check_common, given, valid_tokens
 from x_transformers.models.heads import LinearNoBias
-from x_transformers.norms import LayerNorm
+from x_transformers.models.requested_outputs import RequestedOutputs
+from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
 
 
@@ -152,7 +152,7 @@ class ContinuousTransformerWrapper(Model):
         if lens is not None:
             mask = _mask_of(lens, x, mask, cache)
         tokens = self._tokens(x.shape[1], cache, prepend_embeds, only_new=input_not_include_cache, age=cache_age)
-        asked = Asked(return_intermediates, return_mems, return_attn, capture=capture)
+        asked = RequestedOutputs(return_intermediates, return_mems, return_attn, capture=capture)
 
         embeds, stack_pos = self._place(self.project_in(tokens.newest(x, 1)), tokens, pos, seq_start_pos)
         if sum_embeds is not None:

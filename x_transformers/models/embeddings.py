@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
-from x_transformers.float32 import KeepsFloat32
+from x_transformers.modules.float32_buffers import KeepsFloat32
+from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.ops import l2norm
-from x_transformers.prepared import COPIED_BYTES, Prepares, is_plain
 
 
 class TokenEmbedding(nn.Module):
@@ -66,7 +66,7 @@ class SharedTokenEmbedding(TokenEmbedding):
         return self._owner[0].emb
 
 
-class AbsolutePositionalEmbedding(Prepares):
+class AbsolutePositionalEmbedding(PreparesForInference):
     """A learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.call import Capture
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.models.asked import Asked
 from x_transformers.models.base import Model, check_common, given
 from x_transformers.models.embeddings import check_ids, frac_gradient
 from x_transformers.models.heads import LinearNoBias
+from x_transformers.models.requested_outputs import RequestedOutputs
 from x_transformers.models.tokens import Tokens
-from x_transformers.norms import LayerNorm
+from x_transformers.modules.norms import LayerNorm
 
 
 class MultiInputTransformerWrapper(Model):
@@ -149,7 +149,7 @@ class MultiInputTransformerWrapper(Model):
         weight = None
         if return_attn_z_loss:
             weight = self.attn_z_loss_weight if attn_z_loss_weight is None else attn_z_loss_weight
-        asked = Asked(return_intermediates, return_mems, return_attn, weight, capture=capture)
+        asked = RequestedOutputs(return_intermediates, return_mems, return_attn, weight, capture=capture)
 
         embeds, stack_pos = self._place(self._embed(x, tokens), tokens, pos, seq_start_pos)
         if sum_embeds is not None:

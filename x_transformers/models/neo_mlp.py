@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, ShapeError
-from x_transformers.layers.stacks import Encoder
-from x_transformers.loading import ReadsReference
+from x_transformers.layers.named_stacks import Encoder
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 
 

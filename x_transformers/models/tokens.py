@@ -6,7 +6,7 @@ from torch import Tensor
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.models.frame import Layout
+from x_transformers.models.memory_layout import Layout
 
 
 class Tokens:

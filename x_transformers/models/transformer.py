@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.call import Capture
 from x_transformers.errors import InputError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.pool import AttentionPool
-from x_transformers.loading import rename
-from x_transformers.models.asked import Asked, calc_entropy
 from x_transformers.models.base import Model, given, valid_tokens
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
@@ -35,8 +33,10 @@ from x_transformers.models.heads import (
     sigsoftmax,
 )
 from x_transformers.models.options import check_options
+from x_transformers.models.requested_outputs import RequestedOutputs, calc_entropy
 from x_transformers.models.tokens import Tokens
-from x_transformers.norms import LayerNorm
+from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.state_dict import rename
 from x_transformers.ops import masked_mean
 
 
@@ -306,7 +306,7 @@ class TransformerWrapper(Model):
         z_loss = None
         if return_attn_z_loss:
             z_loss = self.attn_z_loss_weight if attn_z_loss_weight is None else attn_z_loss_weight
-        asked = Asked(
+        asked = RequestedOutputs(
             return_intermediates,
             return_mems,
             return_attn,
@@ -373,7 +373,7 @@ class TransformerWrapper(Model):
 
     # its steps
 
-    def _check_asked(self, asked: Asked, logits_to_keep: int | None) -> None:
+    def _check_asked(self, asked: RequestedOutputs, logits_to_keep: int | None) -> None:
         if (asked.both or asked.entropies) and self.to_logits is None:
             raise InputError("this model has no head (`return_only_embed`); logits and entropies cannot be returned.")
         if asked.next_embed and self.to_next_embed_pred is None:
@@ -464,14 +464,19 @@ class TransformerWrapper(Model):
             return masked_mean(features[:, leading:], valid)
         return features[:, excised:] if excised else features
 
-    def _reads_logits(self, asked: Asked) -> bool:
+    def _reads_logits(self, asked: RequestedOutputs) -> bool:
         """Whether logits are asked for, as the output, beside it, or in the record."""
         if self.to_logits is None:
             return False
         return asked.both or asked.entropies or not (asked.features or (self.returns_pooled and not asked.record))
 
     def _output(
-        self, features: Tensor, logits: Any, pooled: Tensor | None, record: LayerIntermediates | None, asked: Asked
+        self,
+        features: Tensor,
+        logits: Any,
+        pooled: Tensor | None,
+        record: LayerIntermediates | None,
+        asked: RequestedOutputs,
     ) -> Any:
         """Which of them is the output; the record gets what else there is."""
         if record is not None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.loading import ReadsReference
-from x_transformers.norms import LayerNorm
+from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.call import Capture
 from x_transformers.errors import ConfigError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.models.asked import Asked
 from x_transformers.models.base import Model, check_common, given
 from x_transformers.models.embeddings import TokenEmbedding, check_ids
 from x_transformers.models.heads import TiedLogits
+from x_transformers.models.requested_outputs import RequestedOutputs
 
 
 class XValTransformerWrapper(Model):
@@ -143,7 +143,7 @@ class XValTransformerWrapper(Model):
         if x_num.shape != x.shape:
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         tokens = self._tokens(x.shape[1], cache, prepend_embeds, only_new=input_not_include_cache, age=cache_age)
-        asked = Asked(return_intermediates, return_mems, return_attn, capture=capture)
+        asked = RequestedOutputs(return_intermediates, return_mems, return_attn, capture=capture)
 
         embeds, stack_pos = self._place(
             self._embed(tokens.newest(x, 1), tokens.newest(x_num, 1)), tokens, pos, seq_start_pos

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
-from x_transformers.memo import Memo
+from x_transformers.forward_pass.memo import Memo
 from x_transformers.ops import pad_left
 
 
@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(eq=False)
-class Weighed:
+class AttentionOutput:
     """`out` `(b, h, i, e)`, and the scores if they were asked for.
 
     Attributes:
@@ -102,7 +102,7 @@ class Backend(ABC):
         """Why this device, dtype or mode is refused although the parts would fit, or None."""
 
     @abstractmethod
-    def attend(self, request: Request) -> Weighed:
+    def attend(self, request: Request) -> AttentionOutput:
         """Weigh the values."""
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.base import BoundScore, Needs, Tiles
+from x_transformers.masks.visibility import MaskSpec
 from x_transformers.ops import at_least_float32
-from x_transformers.visibility import Hiding
 
 TALLEST, SHORTEST = 128, 16
 AREA = 2**20
@@ -53,15 +53,15 @@ class Blocked(Backend):
             return "blocked does not run inside of a compiled graph"
         return None
 
-    def attend(self, request: Request) -> Weighed:
+    def attend(self, request: Request) -> AttentionOutput:
         plan, inputs = plan_of(request)
         out, lse = Weigh.apply(plan, request.q, request.k, request.v, *inputs)
         if request.sink is not None:
             out = out * torch.sigmoid(lse - request.sink.to(lse.dtype)[None, :, None, None]).to(out.dtype)
-        return Weighed(out)
+        return AttentionOutput(out)
 
 
-class Step(NamedTuple):
+class Block(NamedTuple):
     """One modification of the scores: a bias, and where its inputs stand among all; or a function of single scores."""
 
     by: Tiles | BoundScore
@@ -80,7 +80,7 @@ class Block(NamedTuple):
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
-class Passed(NamedTuple):
+class BlockOutput(NamedTuple):
     """What the way back through a block needs.
 
     Attributes:
@@ -130,9 +130,9 @@ class Plan:
     scale: float
     height: int
     prefix: int
-    hiding: Hiding | None
+    hiding: MaskSpec | None
     shadow: Tensor | None
-    steps: tuple[Step, ...]
+    steps: tuple[Block, ...]
     empty: bool
     sums: bool
     steep: bool
@@ -159,7 +159,7 @@ class Plan:
         inputs: Sequence[Tensor],
         memory: Memory,
         lse: Tensor | None = None,
-    ) -> Passed:
+    ) -> BlockOutput:
         """The weights of a block.
 
         Args:
@@ -173,7 +173,7 @@ class Plan:
         scores, left = self.modify(by_heads(product, heads), block, inputs, memory)
         weights = memory.take("weights", shape)
         self.weigh(scores, by_heads(weights, heads), lse)
-        return Passed(weights, left)
+        return BlockOutput(weights, left)
 
     def modify(
         self, scores: Tensor, block: Block, inputs: Sequence[Tensor], memory: Memory
@@ -249,10 +249,10 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
     height = block_height(b * h, i, request.k.shape[-2])
     for score in request.scores:
         if score.needs is not Needs.BIAS:
-            steps.append(Step(score))
+            steps.append(Block(score))
             continue
         tiles = score.tiles(height)
-        steps.append(Step(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
+        steps.append(Block(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
         inputs += tiles.inputs
     hiding, shadow = visible.hiding, None
     if hiding is not None and hiding.live is not None:
@@ -283,7 +283,7 @@ def block_height(heads: int, queries: int, keys: int) -> int:
     return min(height, queries)
 
 
-def hide(scores: Tensor, hiding: Hiding, block: Block) -> None:
+def hide(scores: Tensor, hiding: MaskSpec, block: Block) -> None:
     """Fill what a block must not see with minus infinity, in place."""
     if hiding.shown is not None:
         scores[..., : hiding.prefix].masked_fill_(~hiding.shown[:, None, None, :], NEVER)
@@ -320,7 +320,7 @@ class Weigh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        keep, kept = plan.keep and any(ctx.needs_input_grad), list[Passed]()
+        keep, kept = plan.keep and any(ctx.needs_input_grad), list[BlockOutput]()
         with torch.autocast("cpu", enabled=False):
             heads, (queries, keys, values) = q.shape[:2], (folded(q, k.shape[1]), flat(k), flat(v))
             out = queries.new_empty(*q.shape[:3], v.shape[-1])
@@ -383,10 +383,10 @@ class Weigh(torch.autograd.Function):
         )
 
 
-def kept_passes(plan: Plan, kept: Sequence[Tensor]) -> Iterator[Passed]:
+def kept_passes(plan: Plan, kept: Sequence[Tensor]) -> Iterator[BlockOutput]:
     """The passes of all blocks, from their tensors in a row."""
     for start in range(0, len(kept), plan.numbers):
-        yield Passed(kept[start], list(kept[start + 1 : start + plan.numbers]))
+        yield BlockOutput(kept[start], list(kept[start + 1 : start + plan.numbers]))
 
 
 def folded(q: Tensor, groups: int) -> Tensor:

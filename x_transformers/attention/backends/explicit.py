@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
-from x_transformers.attention.base import After, Needs, RowMod, Rows, Stage
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
+from x_transformers.attention.base import After, Needs, RowMod, RowContext, Stage
 from x_transformers.ops import expand_kv_heads, max_neg_value, pad_left
 
 
@@ -21,7 +21,7 @@ class Explicit(Backend):
     def refuses(self, situation: Situation, needs: Needs) -> str | None:
         return None
 
-    def attend(self, request: Request) -> Weighed:
+    def attend(self, request: Request) -> AttentionOutput:
         q, heads = request.q, request.q.shape[1]
         k, v = expand_kv_heads(request.k, heads), expand_kv_heads(request.v, heads)
         mask = _mask(request)
@@ -38,11 +38,11 @@ class Explicit(Backend):
             used = _only_alive(used, request)
         out = used @ v
         if not request.capture:
-            return Weighed(out)
+            return AttentionOutput(out)
         if request.sink is not None:
             shown = torch.cat((weights[..., :1], shown), dim=-1)
         plain = logits if mask is None else logits.masked_fill(~mask, 0.0)
-        return Weighed(out, similarities, joined, shown, plain)
+        return AttentionOutput(out, similarities, joined, shown, plain)
 
 
 def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list[After]]:
@@ -64,7 +64,7 @@ def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tens
         if isinstance(step, RowMod):
             assert request.layer is not None
             queries = request.q if request.plain_q is None else request.plain_q
-            logits, after = step.change(logits, Rows(queries, mask, request.visible.prefix, request.layer))
+            logits, after = step.change(logits, RowContext(queries, mask, request.visible.prefix, request.layer))
             if after is not None:
                 later.append(after)
             # what rows add to the most negative number may overflow half precision

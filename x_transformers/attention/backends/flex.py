@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.base import Needs, ScoreFunction
-from x_transformers.block_masks import block_mask
+from x_transformers.masks.block_masks import block_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -63,7 +63,7 @@ class Flex(Backend):
             return f"flex takes heads of at most {WIDEST} features"
         return None
 
-    def attend(self, request: Request) -> Weighed:
+    def attend(self, request: Request) -> AttentionOutput:
         from torch.nn.attention.flex_attention import flex_attention
 
         run: Callable[..., Any] = flex_attention
@@ -86,7 +86,7 @@ class Flex(Backend):
         if request.sink is not None:
             lse = getattr(result[1], "lse", result[1])
             out = out * torch.sigmoid(lse - request.sink[None, :, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
-        return Weighed(out)
+        return AttentionOutput(out)
 
 
 def _blocks(request: Request) -> BlockMask | None:

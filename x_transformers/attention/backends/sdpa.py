@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed, additive_bias
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation, additive_bias
 from x_transformers.attention.base import Needs
 from x_transformers.errors import ConfigError
 
@@ -41,14 +41,14 @@ class SDPA(Backend):
     def refuses(self, situation: Situation, needs: Needs) -> str | None:
         return None
 
-    def attend(self, request: Request) -> Weighed:
+    def attend(self, request: Request) -> AttentionOutput:
         if self.kernels is None:
             return _weighed(request)
         with sdpa_kernel(self.kernels):
             return _weighed(request)
 
 
-def _weighed(request: Request) -> Weighed:
+def _weighed(request: Request) -> AttentionOutput:
     visible = request.visible
     mask = _mask(request) if visible.masks or request.scores else None
     out = F.scaled_dot_product_attention(
@@ -61,7 +61,7 @@ def _weighed(request: Request) -> Weighed:
         scale=request.scale,
         enable_gqa=request.k.shape[1] != request.q.shape[1],
     )
-    return Weighed(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
+    return AttentionOutput(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
 
 
 def _mask(request: Request) -> Tensor | None:

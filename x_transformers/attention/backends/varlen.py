@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, Weighed
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.base import Needs
 
 SINCE = Version("2.13")
@@ -40,7 +40,7 @@ class Varlen(Backend):
             return "varlen needs an Ampere GPU or a later one"
         return None
 
-    def attend(self, request: Request) -> Weighed:
+    def attend(self, request: Request) -> AttentionOutput:
         from torch.nn.attention.varlen import varlen_attn
 
         visible = request.visible
@@ -63,7 +63,7 @@ class Varlen(Backend):
         )
         assert isinstance(out, Tensor)
         out = out[..., : request.v.shape[-1]].transpose(0, 1).unsqueeze(0)
-        return Weighed(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
+        return AttentionOutput(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
 
 
 def _flat(t: Tensor, width: int) -> Tensor:

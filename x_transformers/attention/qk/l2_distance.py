@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import Metric
+from x_transformers.attention.base import Similarity
 from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import Feature, Rule, opt
 
@@ -18,7 +18,7 @@ class DistanceOptions:
     l2_distance: bool = opt(False, "scores are -|q - k|^2 in place of q k^T, with the same scale")
 
 
-class L2Distance(Metric):
+class L2Distance(Similarity):
     """`q' = [2 q, -|q|^2, -1]`, `k' = [k, 1, |k|^2]`, so that `q' k'^T = -|q - k|^2`; in float32 or wider.
 
     The term of the query stays, since not every weighting is blind to it (learned sinks, sigmoids).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, QKNorm
 from x_transformers.errors import ConfigError
-from x_transformers.norms import MultiheadRMSNorm
+from x_transformers.modules.norms import MultiheadRMSNorm
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, opt, require
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.float32 import KeepsFloat32
-from x_transformers.loading import ReadsReference
+from x_transformers.forward_pass.call import Span
+from x_transformers.modules.float32_buffers import KeepsFloat32
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import Feature, Rule, opt
 

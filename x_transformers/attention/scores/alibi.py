@@ -12,10 +12,10 @@ from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, ScoreFunction, Tiles
 from x_transformers.attention.scores.base import DistanceBias, build_bias
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError
-from x_transformers.float32 import KeepsFloat32
-from x_transformers.loading import ReadsReference
+from x_transformers.forward_pass.call import Span
+from x_transformers.modules.float32_buffers import KeepsFloat32
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import by_row
 from x_transformers.options.schema import Feature, opt
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.forward_pass.call import Span
 
 Bias = TypeVar("Bias", bound="DistanceBias")
 

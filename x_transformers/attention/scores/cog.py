@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.attention.base import After, RowMod, Rows, Stage
+from x_transformers.attention.base import After, RowMod, RowContext, Stage
 from x_transformers.options.schema import Feature, opt
 
 
@@ -21,7 +21,7 @@ class CogSigned(RowMod):
 
     stage = Stage.SIGN
 
-    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         sign = logits.sign()
         return logits.abs(), After(Stage.RESIGN, lambda weights: weights * sign.to(weights.dtype))
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.cache import Shape
-from x_transformers.call import LayerCall
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, reorder_heads, split_heads
 from x_transformers.options.schema import Feature, Rule, opt, require
 
@@ -63,7 +63,7 @@ class DataDependentAlibi(ScoreMod):
         self, dim: int, heads: int, causal: bool = True, bias_init: float = 5.0, post_log_scale: float = 1.0
     ) -> None:
         super().__init__()
-        self.heads, self.one_way, self.scale = heads, causal, post_log_scale
+        self.heads, self.requires_causal, self.scale = heads, causal, post_log_scale
         self.to_gates = nn.Linear(dim, heads if causal else 2 * heads)
         nn.init.constant_(self.to_gates.bias, bias_init)
 
@@ -97,12 +97,12 @@ class DataDependentAlibi(ScoreMod):
             before, behind = own_forward[b, h, q] - forward[b, h, k], backward[b, h, k] - own_backward[b, h, q]
             return score + torch.where(of_k[k] > of_q[q], behind, before)
 
-        return at if self.one_way else at_both
+        return at if self.requires_causal else at_both
 
     def _between(self, own: Tensor, every: Tensor, behind: Tensor) -> Tensor:
         """`(b, h, i, j)` of running sums `(b, c, i)` and `(b, c, j)`; behind `(i, j)`: the key comes later."""
         bias = own.unsqueeze(-1) - every.unsqueeze(-2)
-        if self.one_way:
+        if self.requires_causal:
             return bias
         forward, backward = bias.split(self.heads, dim=1)
         return torch.where(behind, -backward, forward)
@@ -163,7 +163,7 @@ class PerRowDataDependentAlibi(ScoreMod):
 
     needs = Needs.BIAS
     stage = Stage.BIAS
-    one_way = True
+    requires_causal = True
     whole_past = True
     reference: ClassVar = {"data_dependent_alibi.to_forget_gates.0.weight": "to_uw.weight"}
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage
-from x_transformers.call import LayerCall
 from x_transformers.errors import InputError
+from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, by_row
 from x_transformers.options.schema import Feature, Rule, opt, require
 

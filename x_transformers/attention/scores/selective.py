@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.base import After, AttentionShape, RowMod, Rows, Stage
+from x_transformers.attention.base import After, AttentionShape, RowMod, RowContext, Stage
 from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.ops import at_least_float32, pad_left
@@ -50,10 +50,10 @@ class Selective(RowMod):
     """
 
     stage = Stage.SELECTIVE
-    one_way = True
+    requires_causal = True
     whole_past = True
 
-    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         layer, query, keys = rows.layer, rows.layer.call.query, rows.layer.keys
         if layer.context is not None:
             raise InputError("`selective` lets tokens suppress tokens before them; it takes no `context`.")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError
+from x_transformers.forward_pass.call import Span
 from x_transformers.ops import softclamp
 from x_transformers.options.schema import Feature, opt
 

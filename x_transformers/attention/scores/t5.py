@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import BoundScore, ScoreFunction
 from x_transformers.attention.scores.base import DistanceBias, build_bias
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError
+from x_transformers.forward_pass.call import Span
 from x_transformers.ops import by_row
 from x_transformers.options.schema import Feature, opt
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, RowMod, Rows, Stage, WeightMod
+from x_transformers.attention.base import After, AttentionShape, RowMod, RowContext, Stage, WeightMod
 from x_transformers.ops import mix_heads
 from x_transformers.options.schema import Feature, opt
 
@@ -39,7 +39,7 @@ class PreTalkingHeads(RowMod):
         super().__init__()
         self.weight = nn.Parameter(_identity(heads))
 
-    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         return logits + mix_heads(logits, self.weight), None
 
 
@@ -69,7 +69,7 @@ class ProductTalkingHeads(RowMod):
         super().__init__()
         self.weight = nn.Parameter(_identity(heads))
 
-    def change(self, logits: Tensor, rows: Rows) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         factor = mix_heads(logits, self.weight)
         return logits, After(Stage.MULTIPLY, lambda weights: weights * factor)
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, Seen, ValueMod
+from x_transformers.attention.base import AttentionShape, ValueContext, ValueMod
 from x_transformers.errors import ConfigError
-from x_transformers.low_rank import LoRALinear
+from x_transformers.modules.lora import LoRALinear
 from x_transformers.ops import merge_heads, split_heads
 from x_transformers.options.schema import Feature, opt, require
 
@@ -32,7 +32,7 @@ class HeadGate(ValueMod):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, 10.0)
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         return out * split_heads(self.gate(seen.x), out.shape[-3]).sigmoid()
 
 
@@ -100,7 +100,7 @@ class ValueGates(ValueMod):
         self.input = gate("gate_values", shape.dim) if options.gate_values else None
         self.output = gate("output_gate", width) if options.output_gate else None
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         logits = None
         if self.input is not None:
             logits = split_heads(self.input(seen.x), self.heads)

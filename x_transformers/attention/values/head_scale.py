@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, Seen, ValueMod
+from x_transformers.attention.base import AttentionShape, ValueContext, ValueMod
 from x_transformers.options.schema import Feature, opt
 
 
@@ -27,7 +27,7 @@ class HeadScale(ValueMod):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1, heads, 1, 1))
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         return out * self.scale
 
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, Seen, ValueMod
+from x_transformers.attention.base import AttentionShape, ValueContext, ValueMod
 from x_transformers.attention.values.base import SequenceRunner, SequenceState
 from x_transformers.cache import Entry, Shape
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.norms import MultiheadRMSNorm
+from x_transformers.modules.norms import MultiheadRMSNorm
 from x_transformers.ops import reference_head_order, split_heads
 from x_transformers.options.schema import Feature, opt, require
 
@@ -89,7 +89,7 @@ class HybridBranch(ValueMod):
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
         return {} if self.recurrent else {"hybrid_input": (1, shape.dim)}
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         branch = split_heads(self._checked(self._branch(seen), seen.x.shape[1]), self.heads)
         branch = branch if self.order is None else branch[:, self.order]
         share = 0.5 if self.mix is None else split_heads(self.mix(seen.x), self.heads).sigmoid()
@@ -103,7 +103,7 @@ class HybridBranch(ValueMod):
             )
         return y
 
-    def _branch(self, seen: Seen) -> Tensor:
+    def _branch(self, seen: ValueContext) -> Tensor:
         """What the module gives for the tokens of this pass, `(b, n, h * e)`, behind what it has seen."""
         call, n = seen.layer.call, seen.x.shape[1]
         if call.causal and self.two_ways:
@@ -127,7 +127,7 @@ class HybridBranch(ValueMod):
             entry.grow("hybrid_input", seen.x[:, None])
         return y[:, -n:]
 
-    def _anew(self, entry: Entry, seen: Seen) -> Tensor:
+    def _anew(self, entry: Entry, seen: ValueContext) -> Tensor:
         """The same of a module without a state, which runs over everything again."""
         keys, index = seen.layer.call.keys, seen.layer.call.query.index
         x, live = _behind_memory(entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _live(seen, keys.index), seen)
@@ -138,13 +138,13 @@ class HybridBranch(ValueMod):
         return y[:, torch.searchsorted(keys.index, index) + y.shape[1] - len(keys)]
 
 
-def _live(seen: Seen, index: Tensor) -> Tensor | None:
+def _live(seen: ValueContext, index: Tensor) -> Tensor | None:
     """`(b, n)` bool, which of the tokens at these places others may see."""
     keys = seen.layer.call.keys
     return None if keys.live is None else keys.live[:, torch.searchsorted(keys.index, index)]
 
 
-def _behind_memory(x: Tensor, live: Tensor | None, seen: Seen) -> tuple[Tensor, Tensor | None]:
+def _behind_memory(x: Tensor, live: Tensor | None, seen: ValueContext) -> tuple[Tensor, Tensor | None]:
     """Recurrent memory in front, and which of its tokens count."""
     if seen.layer.memory is None:
         return x, live

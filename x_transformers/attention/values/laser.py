@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.attention.base import Seen, ValueMod
+from x_transformers.attention.base import ValueContext, ValueMod
 from x_transformers.ops import at_least_float32, log, softclamp
 from x_transformers.options.schema import Feature, Rule, opt, require
 
@@ -35,7 +35,7 @@ class Laser(ValueMod):
     def weigh(self, v: Tensor) -> Tensor:
         return softclamp(at_least_float32(v), self.clamp).exp()
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         out = log(out)
         return out if seen.dead is None else out.masked_fill(seen.dead, 0.0)
 

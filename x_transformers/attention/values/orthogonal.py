@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import Seen, ValueMod
+from x_transformers.attention.base import ValueContext, ValueMod
 from x_transformers.errors import InputError
 from x_transformers.ops import expand_kv_heads, project_away
 from x_transformers.options.schema import Feature, Rule, opt
@@ -41,7 +41,7 @@ class OrthogonalToOwnValue(ValueMod):
             return weight
         return weight.unflatten(-1, (2, heads, -1)).transpose(-3, -2).flatten(-3)
 
-    def after(self, out: Tensor, seen: Seen) -> Tensor:
+    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         if seen.layer.context is not None:
             raise InputError(
                 "`orthog_projected_values` compares a token's output with its own value, and in cross-attention "

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from x_transformers.attention.base import AttentionShape, ValueMod
-from x_transformers.call import LayerCall
-from x_transformers.norms import MultiheadRMSNorm
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.modules.norms import MultiheadRMSNorm
 from x_transformers.options.schema import Feature, opt
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import Weighting
 from x_transformers.errors import InputError
-from x_transformers.intermediates import Intermediates
+from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import at_least_float32, one_hot_straight_through
 from x_transformers.options.schema import Feature, opt
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from x_transformers.layers.residuals.base import Place
-from x_transformers.norms import checked_condition
+from x_transformers.layers.residuals.base import SublayerContext
+from x_transformers.modules.norms import checked_condition
 from x_transformers.options.schema import Feature, opt
 
 
@@ -73,7 +73,7 @@ class AdaptiveGain(OutputScale):
         return out * self.to_gamma(checked_condition(condition, self.to_gamma.in_features)).sigmoid()
 
 
-def build(options: LayerScaleOptions, place: Place) -> LayerScaleGain:
+def build(options: LayerScaleOptions, place: SublayerContext) -> LayerScaleGain:
     """The part for one sublayer."""
     offset = place.options["norm"].norm_add_unit_offset
     return LayerScaleGain(place.dim, options.layerscale_init_value, offset)
@@ -93,7 +93,7 @@ FEATURE = Feature(
 )
 
 
-def build_adaptive(options: AdaptiveLayerScaleOptions, place: Place) -> AdaptiveGain:
+def build_adaptive(options: AdaptiveLayerScaleOptions, place: SublayerContext) -> AdaptiveGain:
     """The part for one sublayer."""
     return AdaptiveGain(place.dim, place.options["condition"].width(place.dim))
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
 from x_transformers.errors import ConfigError
+from x_transformers.forward_pass.call import LayerCall
 from x_transformers.options.schema import Feature, opt
 
 
@@ -20,7 +20,7 @@ class ShiftOptions:
     )
 
 
-class ShiftTokens(nn.Module):
+class TokenShift(nn.Module):
     """Cuts the features into slices and moves each by another number of tokens.
 
     Causal: slices move right by 0 ... k; else by -k ... k. Places without a token are zero, and so is what hidden
@@ -58,7 +58,7 @@ class ShiftTokens(nn.Module):
             before = _only(memory, None if live is None else live[:, : memory.shape[-2]])
         past = 0 if before is None else before.shape[-2]
         moved = visible if before is None else torch.cat((before, visible), dim=-2)
-        rows = None if layer.call.query.placed is None else Rows.of(layer.call.query.placed, past)
+        rows = None if layer.call.query.placed is None else LiveRows.of(layer.call.query.placed, past)
         if layer.states is not None and self.causal:
             newest = self._newest(moved, rows)
             layer.states.put("shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
@@ -67,14 +67,14 @@ class ShiftTokens(nn.Module):
             memory = self._shift(memory, hidden if self.causal else torch.cat((hidden, visible), dim=-2), 0)
         return self._shift(x, moved, past, rows), memory
 
-    def _newest(self, whole: Tensor, rows: Rows | None) -> Tensor:
+    def _newest(self, whole: Tensor, rows: LiveRows | None) -> Tensor:
         """The last k inputs, for the cache; zeros where there are fewer."""
         if rows is not None:
             places = rows.count - self.amount + torch.arange(self.amount, device=whole.device)
             return rows.take(whole, places)
         return F.pad(whole, (0, 0, max(self.amount - whole.shape[-2], 0), 0))[..., -self.amount :, :]
 
-    def _shift(self, t: Tensor, source: Tensor, start: int, rows: Rows | None = None) -> Tensor:
+    def _shift(self, t: Tensor, source: Tensor, start: int, rows: LiveRows | None = None) -> Tensor:
         """`t` with each slice but the unmoved ones taken from `source`, of which `t` is the part from `start` on."""
         n, m = t.shape[-2], source.shape[-2]
         pieces = []
@@ -92,7 +92,7 @@ class ShiftTokens(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class LiveRows:
     """Tokens of rows with padding between or before them, which their neighbours do not notice.
 
     Attributes:
@@ -106,7 +106,7 @@ class Rows:
     count: Tensor
 
     @classmethod
-    def of(cls, placed: Tensor, past: int) -> Rows:
+    def of(cls, placed: Tensor, past: int) -> LiveRows:
         """From `(b, n)`, which columns are tokens, behind `past` columns that all are."""
         placed = F.pad(placed, (past, 0), value=True)
         columns = (~placed).to(torch.uint8).argsort(dim=-1, stable=True)

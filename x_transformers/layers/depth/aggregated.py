@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.depth.base import DepthReader
-from x_transformers.layers.residuals.base import Place
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.layers.residuals.base import SublayerContext
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
@@ -87,7 +87,7 @@ class AttentionResidual(ReadsReference, DepthReader):
             rename(state, f"{prefix}to_query.1.{name}.weight", f"{prefix}{name}.weight")
 
 
-def build(options: AggregatedOptions, place: Place) -> AttentionResidual:
+def build(options: AggregatedOptions, place: SublayerContext) -> AttentionResidual:
     """The part for one sublayer."""
     views = 3 if place.kind == "a" and place.options.on("qkv_views") else 1
     return AttentionResidual(place.dim, views, **options.attn_aggregated_residual_kwargs)

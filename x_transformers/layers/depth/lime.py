@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from x_transformers.errors import InputError
 from x_transformers.layers.depth.base import DepthReader
-from x_transformers.layers.residuals.base import Place
-from x_transformers.loading import ReadsReference, rename
-from x_transformers.norms import RMSNorm
+from x_transformers.layers.residuals.base import SublayerContext
+from x_transformers.modules.norms import RMSNorm
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt
 
 
@@ -64,7 +64,7 @@ class DynamicLIMe(ReadsReference, DepthReader):
             rename(state, f"{prefix}to_weights.1.{name}", f"{prefix}to_weights.{name}")
 
 
-def build(options: LIMeOptions, place: Place) -> DynamicLIMe:
+def build(options: LIMeOptions, place: SublayerContext) -> DynamicLIMe:
     """The part for one sublayer."""
     views = 3 if place.kind == "a" and not place.first else 1
     softmax = place.options["lime_weights"].layer_integrate_use_softmax

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
 from x_transformers.errors import ConfigError
-from x_transformers.norms import Norm
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.modules.norms import Norm
 from x_transformers.options.schema import Feature, Options, opt
 
 
@@ -24,7 +24,7 @@ class ResidualKeywordOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class SublayerContext:
     """Where in a stack a part is built.
 
     Attributes:
@@ -91,7 +91,7 @@ class OneStream(ResidualConnection):
         return self.write(x, residual)
 
 
-def own_keywords(place: Place, known: Iterable[str]) -> dict[str, Any]:
+def own_keywords(place: SublayerContext, known: Iterable[str]) -> dict[str, Any]:
     """The further arguments that a user gave for the residual connection.
 
     Raises:

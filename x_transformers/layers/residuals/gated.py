@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.options.schema import Feature, opt
 
 
@@ -42,7 +42,7 @@ class GRUGating(ReadsReference, OneStream):
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def build(options: GateOptions, place: Place) -> GRUGating:
+def build(options: GateOptions, place: SublayerContext) -> GRUGating:
     """The part for one sublayer."""
     own_keywords(place, ())
     return GRUGating(place.dim, place.options["residual_scale"].learned)

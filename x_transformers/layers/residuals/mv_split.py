@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
 from x_transformers.ops import masked_mean
 from x_transformers.options.schema import Feature, opt
 
@@ -80,7 +80,7 @@ def means(t: Tensor, layer: LayerCall | None) -> Tensor:
     return (totals[..., :-1] / totals[..., -1:].clamp(min=1)).to(t.dtype)
 
 
-def build(options: MVSplitOptions, place: Place) -> MVSplitResidualUpdate:
+def build(options: MVSplitOptions, place: SublayerContext) -> MVSplitResidualUpdate:
     """The part for one sublayer."""
     keywords: dict[str, Any] = own_keywords(place, ("learned", "init_alpha", "init_beta"))
     return MVSplitResidualUpdate(place.dim, **keywords)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, opt
 
@@ -45,7 +45,7 @@ class OrthogonalResidualUpdate(ReadsReference, OneStream):
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def build(options: OrthogonalOptions, place: Place) -> OrthogonalResidualUpdate:
+def build(options: OrthogonalOptions, place: SublayerContext) -> OrthogonalResidualUpdate:
     """The part for one sublayer."""
     own_keywords(place, ())
     return OrthogonalResidualUpdate(place.dim, place.options["residual_scale"].learned)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import OneStream, Place, own_keywords
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt
 
 
@@ -55,7 +55,7 @@ class Residual(ReadsReference, OneStream):
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def plain_residual(place: Place) -> Residual:
+def plain_residual(place: SublayerContext) -> Residual:
     """The part for one sublayer, unless another residual connection is chosen."""
     own_keywords(place, ())
     options = place.options["residual_scale"]

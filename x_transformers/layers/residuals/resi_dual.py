@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from x_transformers.call import LayerCall
-from x_transformers.layers.residuals.base import Place, ResidualConnection, StreamFrame, own_keywords
-from x_transformers.norms import Norm
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
+from x_transformers.modules.norms import Norm
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
@@ -61,7 +61,7 @@ class ResiDual(ResidualConnection):
         return torch.stack((self.norm(x + out, condition), y + self.scale * out), dim=-2)
 
 
-def build(options: ResiDualOptions, place: Place) -> ResiDual:
+def build(options: ResiDualOptions, place: SublayerContext) -> ResiDual:
     """The part for one sublayer."""
     own_keywords(place, ())
     return ResiDual(place.norm(place.dim), options.resi_dual_scale)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.call import LayerCall
 from x_transformers.errors import ConfigError, ShapeError
-from x_transformers.layers.residuals.base import Place, ResidualConnection, StreamFrame, own_keywords
-from x_transformers.loading import ReadsReference, rename
-from x_transformers.norms import LayerNorm
+from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
+from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 Kept = tuple[Tensor, Tensor]
@@ -218,7 +218,7 @@ class GatedMultiResidual(StreamConnection):
         return stream + beta.unsqueeze(-1) * out.unsqueeze(-2)
 
 
-def build(options: StreamOptions, place: Place) -> ResidualConnection:
+def build(options: StreamOptions, place: SublayerContext) -> ResidualConnection:
     """The part for one sublayer."""
     shared: dict[str, Any] = {
         "layer_index": place.index,

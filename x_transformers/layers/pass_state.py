@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from x_transformers.cache import Entry, KVCache
-from x_transformers.call import Call, Capture, Carry
-from x_transformers.intermediates import Intermediates, LayerIntermediates
-from x_transformers.layers.branch import Passed
-from x_transformers.layers.sequence import Step
+from x_transformers.forward_pass.call import Call, Capture, Carry
+from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
+from x_transformers.layers.branch import SublayerOutput
+from x_transformers.layers.execution_order import Step
 
 
-class Seen:
+class Recorder:
     """Collects what the caller asked to see."""
 
     def __init__(self, capture: Capture) -> None:
@@ -28,7 +28,7 @@ class Seen:
         self.blocks: list[Tensor] = []
         self.records: list[Intermediates] = []
 
-    def add(self, step: Step, stream: Tensor, passed: Passed) -> None:
+    def add(self, step: Step, stream: Tensor, passed: SublayerOutput) -> None:
         """Keep what is wanted of the stream before and behind one sublayer."""
         if self.capture.hiddens:
             self.inputs.append(passed.branch_input)
@@ -57,15 +57,15 @@ class Seen:
             cache=kv,
         )
 
-    def fork(self) -> Seen:
+    def fork(self) -> Recorder:
         """A collection that goes its own way from here."""
-        twin = Seen(self.capture)
+        twin = Recorder(self.capture)
         twin.__dict__.update({name: list(kept) for name, kept in self.__dict__.items() if isinstance(kept, list)})
         return twin
 
 
 @dataclass(eq=False, slots=True)
-class Way:
+class PassState:
     """Everything that changes from sublayer to sublayer.
 
     It has slots, since of an object with a `__dict__` the compiler of PyTorch 2.13 loses the attributes that are set
@@ -84,19 +84,19 @@ class Way:
     call: Call
     stream: Tensor
     carry: Carry
-    seen: Seen
+    seen: Recorder
     kv: KVCache | None = None
     states: list[Tensor | None] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
 
-    def fork(self, numbers: Container[int]) -> Way:
+    def fork(self, numbers: Container[int]) -> PassState:
         """A way that goes on from here through the sublayers of these numbers, and leaves this one as it is."""
         kv = None
         if self.kv is not None:
             kv = copy.copy(self.kv)
             # others' entries stay theirs: what earlier sublayers left for the caller points to them
-            kv.entries = [each.twin() if number in numbers else each for number, each in enumerate(self.kv.entries)]
-        return Way(
+            kv.entries = [each.copy() if number in numbers else each for number, each in enumerate(self.kv.entries)]
+        return PassState(
             replace(self.call, memo=self.call.memo.fork()),
             self.stream,
             self.carry,

@@ -11,13 +11,13 @@ from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.norm_placement import norm_places
 from x_transformers.layers.branches.output_init import output_keywords, output_scale
-from x_transformers.layers.branches.shift import ShiftTokens
+from x_transformers.layers.branches.shift import TokenShift
+from x_transformers.layers.execution_order import LayerSequence
 from x_transformers.layers.plan import LayerPlan, StackPlan
-from x_transformers.layers.residuals.base import Place
+from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.layers.residuals.plain import plain_residual
-from x_transformers.layers.sequence import LayerSequence
 from x_transformers.layers.views import residual_views
-from x_transformers.norms import LayerNorm
+from x_transformers.modules.norms import LayerNorm
 from x_transformers.options.schema import Options
 
 
@@ -53,7 +53,7 @@ def build_branch(stack: Stack, plan: StackPlan, layer: LayerPlan, index: int, no
     where, factor = norm_places(options), output_scale(options)
     if layer.kind == "f" and options["macaron"].macaron:
         factor *= 0.5
-    place = Place(
+    place = SublayerContext(
         dim=dim,
         index=index,
         kind=layer.kind,
@@ -72,7 +72,7 @@ def build_branch(stack: Stack, plan: StackPlan, layer: LayerPlan, index: int, no
         _one(options, "residual", place) or plain_residual(place),
         reader=_one(options, "reader", place),
         norm=norm(dim) if where.before else None,
-        shift=ShiftTokens(shift, dim, stack.causal or stack.looks_back) if shift else None,
+        shift=TokenShift(shift, dim, stack.causal or stack.looks_back) if shift else None,
         output_norm=norm(dim) if where.output else None,
         stream_norm=norm(dim) if where.behind else None,
         scale=_one(options, "branch scale", place),
@@ -81,7 +81,7 @@ def build_branch(stack: Stack, plan: StackPlan, layer: LayerPlan, index: int, no
     )
 
 
-def _one(options: Options, slot: str, place: Place) -> Any:
+def _one(options: Options, slot: str, place: SublayerContext) -> Any:
     """The part that a slot's feature builds for one sublayer, or None if no feature of the slot is on."""
     chosen = options.enabled(slot)
     if not chosen:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.base import turn
-from x_transformers.call import Span
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.call import Span
 from x_transformers.ops import at_least_float32
 
 Pair = tuple[Tensor, Tensor | float]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RotationRows:
     """A caller's table over every key, newest last: `(1|b, N, features)`."""
 
     table: Tensor
@@ -79,7 +79,7 @@ class GivenPolar(QKTransform):
         return 2 * dim_head
 
     def tables(self, query: Span, keys: Span) -> tuple[Tensor, Tensor]:
-        rows = Rows(self.angles)
+        rows = RotationRows(self.angles)
         return rows.of(query, query), rows.of(keys, query)
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def _check_angles(freqs: Tensor, t: Tensor, fits: bool, width: str) -> None:
 
 def _pair(pair: Pair, span: Span, query: Span | None) -> Pair:
     angles, factor = pair
-    return Rows(angles).of(span, query), Rows(factor).of(span, query) if isinstance(
+    return RotationRows(angles).of(span, query), RotationRows(factor).of(span, query) if isinstance(
         factor, Tensor
     ) and factor.ndim else factor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import AttentionShape, Part, ValueMod
-from x_transformers.loading import rename, rename_prefix
+from x_transformers.modules.state_dict import rename, rename_prefix
 from x_transformers.ops import reference_head_order
 
 _REFERENCE = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Prepares(nn.Module):
+class PreparesForInference(nn.Module):
     """A module that may keep something derived from its weights.
 
     Attributes:
@@ -67,7 +67,7 @@ COPIED_BYTES = 2**23
 def prepared(*modules: nn.Module) -> Iterator[None]:
     """Let all modules inside of these work out beforehand what they can. Weights must not change meanwhile."""
     inner = [part for module in modules for part in module.modules()]
-    parts = [part for part in inner if isinstance(part, Prepares)]
+    parts = [part for part in inner if isinstance(part, PreparesForInference)]
     with within_reach(inner):
         try:
             for part in parts:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.documents import Documents
-from x_transformers.memo import Memo
+from x_transformers.forward_pass.documents import Documents
+from x_transformers.forward_pass.memo import Memo
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.masks.visibility import MaskSpec
 from x_transformers.ops import by_row, pad_left
-from x_transformers.visibility import Hiding
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -29,7 +29,7 @@ KEPT = 64
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Part(NamedTuple):
+class BlockPart(NamedTuple):
     """One thing that hides keys.
 
     Attributes:
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     every: Tensor
 
 
-class Rule(NamedTuple):
+class BlockRule(NamedTuple):
     """What decides visibility where no tensor does: `k <= q + diagonal` and `q + diagonal - k <= window`."""
 
     queries: int
@@ -55,7 +55,7 @@ class Rule(NamedTuple):
     device: torch.device
 
 
-def block_mask(hiding: Hiding, like: Tensor) -> BlockMask:
+def block_mask(hiding: MaskSpec, like: Tensor) -> BlockMask:
     """The blocks that a kernel visits. Where no tensor decides about them they are made once for all passes.
 
     Args:
@@ -73,23 +73,23 @@ def _passing(like: Tensor) -> bool:
     return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def rule_of(hiding: Hiding, device: torch.device) -> Rule | None:
+def rule_of(hiding: MaskSpec, device: torch.device) -> BlockRule | None:
     """The rule, if it says everything; None if tensors have a say."""
     parts = hiding.live, hiding.given, hiding.owners, hiding.shown
     uneven = hiding.window is not None and not hiding.even
     if hiding.diagonal is None or uneven or any(part is not None for part in parts):
         return None
     causal = hiding.order is not None
-    return Rule(hiding.queries, hiding.keys, hiding.prefix, causal, hiding.window, hiding.diagonal, device)
+    return BlockRule(hiding.queries, hiding.keys, hiding.prefix, causal, hiding.window, hiding.diagonal, device)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def of_rule(rule: Rule) -> BlockMask:
+def of_rule(rule: BlockRule) -> BlockMask:
     """The block mask of a rule. It may serve training, whoever asked first."""
     with torch.inference_mode(False):
         keys = torch.arange(rule.keys, device=rule.device)
         queries = torch.arange(rule.queries, device=rule.device) + rule.diagonal
-        hiding = Hiding(
+        hiding = MaskSpec(
             rule.queries,
             rule.keys,
             order=(queries, keys) if rule.causal else None,
@@ -100,7 +100,7 @@ def of_rule(rule: Rule) -> BlockMask:
         return build(hiding, rule.device)
 
 
-def build(hiding: Hiding, device: torch.device) -> BlockMask:
+def build(hiding: MaskSpec, device: torch.device) -> BlockMask:
     """The block mask of whatever hides keys."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -119,7 +119,7 @@ def build(hiding: Hiding, device: torch.device) -> BlockMask:
     )
 
 
-def parts_of(hiding: Hiding) -> list[Part]:
+def parts_of(hiding: MaskSpec) -> list[BlockPart]:
     """What hides keys, one by one. Keys of the prefix are let through by each, but for those that are not shown."""
     parts, prefix = [], hiding.prefix
     if hiding.order is not None:
@@ -148,27 +148,27 @@ def _all(functions: tuple[MaskFunction, ...]) -> MaskFunction:
     return seen
 
 
-def _at_most(of_k: Tensor, of_q: Tensor) -> Part:
+def _at_most(of_k: Tensor, of_q: Tensor) -> BlockPart:
     """Keys are seen whose number, of `(1|b, P + j)`, is at most the query's, of `(1|b, i)`."""
     key, query = by_row(of_k), by_row(of_q)
     (first_k, last_k), (first_q, last_q) = _bounds(of_k), _bounds(of_q)
-    return Part(
+    return BlockPart(
         lambda b, h, q, k: key(b, k) <= query(b, q),
         (first_k.unsqueeze(-2) <= last_q.unsqueeze(-1)).unsqueeze(1),
         (last_k.unsqueeze(-2) <= first_q.unsqueeze(-1)).unsqueeze(1),
     )
 
 
-def _same(of_q: Tensor, of_k: Tensor) -> Part:
+def _same(of_q: Tensor, of_k: Tensor) -> BlockPart:
     """Keys are seen whose number, of `(j,)`, is the query's, of `(i,)`."""
     (first_k, last_k), (first_q, last_q) = _bounds(of_k), _bounds(of_q)
     first_q, last_q = first_q.unsqueeze(-1), last_q.unsqueeze(-1)
     meet = (first_k <= last_q) & (first_q <= last_k)
     one = (first_q == last_q) & (first_k == last_k)
-    return Part(lambda b, h, q, k: of_k[k] == of_q[q], meet[None, None], (meet & one)[None, None])
+    return BlockPart(lambda b, h, q, k: of_k[k] == of_q[q], meet[None, None], (meet & one)[None, None])
 
 
-def _live(hiding: Hiding) -> Part:
+def _live(hiding: MaskSpec) -> BlockPart:
     """Keys are seen that are live, and those of the prefix that are shown."""
     live, shown = hiding.live, hiding.shown
     if shown is None:
@@ -179,17 +179,17 @@ def _live(hiding: Hiding) -> Part:
         rows = max(len(live), len(shown))
         live = torch.cat((shown.expand(rows, -1), live.expand(rows, -1)), dim=-1)
     key, (least, most) = by_row(live), _bounds(live)
-    return Part(lambda b, h, q, k: key(b, k), most[:, None, None], least[:, None, None])
+    return BlockPart(lambda b, h, q, k: key(b, k), most[:, None, None], least[:, None, None])
 
 
-def _given(seen: Tensor) -> Part:
+def _given(seen: Tensor) -> BlockPart:
     """Pairs of `(1|b, 1|h, 1|i, P + j)`."""
     rows, heads, queries = (size > 1 for size in seen.shape[:3])
     least, most = _bounds(seen)
     if queries:
         (least, _), (_, most) = (_bounds(t.mT) for t in (least, most))
         least, most = least.mT, most.mT
-    return Part(lambda b, h, q, k: seen[b if rows else 0, h if heads else 0, q if queries else 0, k], most, least)
+    return BlockPart(lambda b, h, q, k: seen[b if rows else 0, h if heads else 0, q if queries else 0, k], most, least)
 
 
 def _in_front(of_k: Tensor, prefix: int) -> Tensor:

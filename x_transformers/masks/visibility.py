@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from x_transformers.documents import Documents
+from x_transformers.forward_pass.documents import Documents
 from x_transformers.ops import pad_left
 
 ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
-class Hiding:
+class MaskSpec:
     """What hides keys. A key is seen where all of it allows it; a part that is None hides nothing.
 
     Attributes:
@@ -158,7 +158,7 @@ class Visibility:
         *,
         prefix: int = 0,
         is_causal: bool = False,
-        hiding: Hiding | None = None,
+        hiding: MaskSpec | None = None,
         dead: Tensor | bool = False,
         documents: Documents | None = None,
     ) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.call import Call, LayerCall
-from x_transformers.layers.branch import Branch, Passed
-from x_transformers.memo import Memo
+from x_transformers.forward_pass.call import Call, LayerCall
+from x_transformers.forward_pass.memo import Memo
+from x_transformers.layers.branch import Branch, SublayerOutput
 
 GRAPHS = 64
 """Kinds of sublayers, in training and in evaluation, for lengths that are fixed and for those that change."""
@@ -40,9 +40,9 @@ class Regional:
         """The pass as a graph of a single block may know it: what others made is no part of it."""
         return replace(call, memo=Memo(forgets=True))
 
-    def __call__(self, branch: Branch, x: Tensor, layer: LayerCall) -> Passed:
+    def __call__(self, branch: Branch, x: Tensor, layer: LayerCall) -> SublayerOutput:
         return self.run(branch, x, layer)
 
 
-def _run(branch: Branch, x: Tensor, layer: LayerCall) -> Passed:
+def _run(branch: Branch, x: Tensor, layer: LayerCall) -> SublayerOutput:
     return branch(x, layer)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.call import Capture
 from x_transformers.errors import InputError
-from x_transformers.intermediates import Intermediates, LayerIntermediates
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.ops import at_least_float32, max_neg_value
 
 
-class Asked:
+class RequestedOutputs:
     """What a caller asked for.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.layers.stacks import CrossAttender
+from x_transformers.layers.named_stacks import CrossAttender
 from x_transformers.options.configured import Configured
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.loading import ReadsReference, rename
+from x_transformers.modules.inference import PreparesForInference
+from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, Options, Rule, opt, require
-from x_transformers.prepared import Prepares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Norm(nn.Module):
         raise NotImplementedError
 
 
-class GainNorm(Prepares, Norm):
+class GainNorm(PreparesForInference, Norm):
     """A norm with a gain `gamma + offset` for each feature.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 
 Pair = tuple[Tensor, Tensor]
 

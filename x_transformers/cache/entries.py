@@ -63,7 +63,7 @@ class Entry:
             for name in streams:
                 streams[name] = fn(streams[name])
 
-    def twin(self) -> Entry:
+    def copy(self) -> Entry:
         """An entry of the same streams, which goes its own way."""
         return self._share(Entry())
 
@@ -106,7 +106,7 @@ class WindowEntry(Entry):
         tail = stream[..., first:, :]
         return (stream[..., : self.prefix, :], tail) if self.prefix else (tail,)
 
-    def twin(self) -> WindowEntry:
+    def copy(self) -> WindowEntry:
         twin = WindowEntry(self.reach, self.prefix)
         self._share(twin)
         return twin

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.call import Span
 from x_transformers.errors import ConfigError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.call import Span
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.options.signatures import parameter, show_keywords

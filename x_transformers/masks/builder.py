@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from x_transformers.call import Call, Span
-from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.call import Call, Span
+from x_transformers.forward_pass.documents import Documents
+from x_transformers.masks.visibility import MaskSpec, Visibility
 from x_transformers.ops import pad_left
-from x_transformers.visibility import Hiding, Visibility
 
 
 def visibility(
@@ -67,7 +67,7 @@ def _build(
     known = not own or (call.aligned and len(call.keys) == len(query))
     diagonal = len(keys) - len(query) if known else None
     index, slot = (query.index, query.slot) if own else _beside(query, keys)
-    hiding = Hiding(
+    hiding = MaskSpec(
         queries=len(query),
         keys=len(keys),
         order=(index, keys.index) if hides else None,
@@ -120,10 +120,10 @@ def _within(documents: Documents, call: Call, keys: Span, causal: bool, own: boo
     return Visibility(hiding=hiding, dead=not own or hiding.given is not None)
 
 
-def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | None, own: bool) -> Hiding:
+def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | None, own: bool) -> MaskSpec:
     """What keeps documents apart, causality and a window within each."""
     of_q, of_k = documents.slots(i, j)
-    return Hiding(
+    return MaskSpec(
         i,
         j,
         order=(of_q, of_k) if causal else None,

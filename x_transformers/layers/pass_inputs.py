@@ -9,7 +9,7 @@ from torch import Tensor
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 
 BlockTransform = Callable[[int, Tensor], Tensor]
 

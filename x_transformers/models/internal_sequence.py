@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.arguments import check_mask, check_static_mask
-from x_transformers.intermediates import LayerIntermediates
-from x_transformers.models.frame import Frame, Layout, interspersed
+from x_transformers.attention.validation import check_mask, check_static_mask
+from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.models.memory_layout import Frame, Layout, interspersed
 from x_transformers.models.tokens import Tokens
 from x_transformers.ops import pad_left
 

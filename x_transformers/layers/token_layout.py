@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.arguments import check_mask, check_static_mask
+from x_transformers.attention.validation import check_mask, check_static_mask
 from x_transformers.cache import KVCache, StaticCache
-from x_transformers.call import Span
-from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.call import Span
+from x_transformers.forward_pass.documents import Documents
 
 
-def lay_out(
+def build_token_layout(
     batch: int,
     n: int,
     device: torch.device,

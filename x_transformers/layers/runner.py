@@ -11,29 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.arguments import bind_attn_bias, check_mask
 from x_transformers.attention.base import BoundScore, QKTransform, ScoreMod
-from x_transformers.attention.qk.given import GivenRotation
+from x_transformers.attention.qk.caller_rotations import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.validation import bind_attn_bias, check_mask
 from x_transformers.cache import Entry, KVCache
-from x_transformers.call import Call, Carry, Deltas, LayerCall, Span
-from x_transformers.documents import Documents
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.call import Call, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.documents import Documents
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.checkpointing import run_twice, stretches
+from x_transformers.layers.compile_blocks import Regional
 from x_transformers.layers.conditioning import newest
-from x_transformers.layers.recompute import run_twice, stretches
-from x_transformers.layers.regional import Regional
+from x_transformers.layers.execution_order import LayerSequence, Step
+from x_transformers.layers.pass_state import PassState, Recorder, folded, unfolded
 from x_transformers.layers.residuals.base import StreamFrame
-from x_transformers.layers.sequence import LayerSequence, Step
-from x_transformers.layers.spans import within_reach
-from x_transformers.layers.way import Seen, Way, folded, unfolded
-from x_transformers.norms import Norm
+from x_transformers.layers.token_layout import within_reach
+from x_transformers.modules.norms import Norm
 from x_transformers.ops import softclamp
 
 
 @dataclass(eq=False)
-class Given:
+class PassInputs:
     """What a caller gives to a pass beside tokens, keys and masks.
 
     Attributes:
@@ -101,13 +101,13 @@ class Traversal(nn.Module):
     final_norm: Norm | None
     regional: Regional | None
 
-    def traverse(self, x: Tensor, call: Call, kv: KVCache | None, given: Given) -> tuple[Tensor, Tensor, Seen]:
+    def traverse(self, x: Tensor, call: Call, kv: KVCache | None, given: PassInputs) -> tuple[Tensor, Tensor, Recorder]:
         """`(b, n, D)` through all sublayers: the output, the stream before it, and what was kept on the way."""
-        way = Way(
+        way = PassState(
             call,
             x if self.frame is None else self.frame.expand(x),
             Carry(),
-            Seen(call.capture),
+            Recorder(call.capture),
             kv=kv,
             states=list(given.states),
         )
@@ -126,13 +126,13 @@ class Traversal(nn.Module):
                 kv.entries = way.kv.entries
         return self._finish(way.stream, given.condition), way.stream, way.seen
 
-    def _walked(self, steps: Sequence[Step], given: Given, way: Way) -> Way:
+    def _walked(self, steps: Sequence[Step], given: PassInputs, way: PassState) -> PassState:
         """Where some sublayers lead to from a point that stays as it is."""
         further = way.fork({step.number for step in steps})
         self._walk(steps, given, further)
         return further
 
-    def _walk(self, steps: Sequence[Step], given: Given, way: Way) -> None:
+    def _walk(self, steps: Sequence[Step], given: PassInputs, way: PassState) -> None:
         """Run some sublayers; the way goes on behind them."""
         call, seen, skips, kv, nothing = way.call, way.seen, way.skips, way.kv, Deltas()
         sources, branches = self.skip_sources.values(), list(self.layers)
@@ -158,9 +158,9 @@ class Traversal(nn.Module):
                 layer.states = running_states(branch.running, layer.entry, way.states, keeps_states)
             if step.kind == "a":
                 reach = kv.reach(step.number) if kv is not None and kv.reaches and not kv.fresh else None
-                self._tell_own(layer, step, given, x.shape[0], kv, reach)
+                self._self_attention_inputs(layer, step, given, x.shape[0], kv, reach)
             elif step.kind == "c":
-                self._tell_context(layer, step, given)
+                self._cross_attention_inputs(layer, step, given)
             elif given.deep_embeds is not None and step.nth < given.deep_embeds.shape[2]:
                 layer.deep_embed = given.deep_embeds[:, :, step.nth]
             if regional is not None and alone is not None:
@@ -188,8 +188,8 @@ class Traversal(nn.Module):
 
     # what a sublayer is told
 
-    def _tell_own(
-        self, layer: LayerCall, step: Step, given: Given, batch: int, kv: KVCache | None, reach: int | None
+    def _self_attention_inputs(
+        self, layer: LayerCall, step: Step, given: PassInputs, batch: int, kv: KVCache | None, reach: int | None
     ) -> None:
         call, memory, memory_mask = layer.call, None, None
         layer.rotations = given.rotations
@@ -238,7 +238,7 @@ class Traversal(nn.Module):
             biases = (*biases, bind_attn_bias(bias, len(call.query), len(keys)))
         return keys, fresh, biases
 
-    def _tell_context(self, layer: LayerCall, step: Step, given: Given) -> None:
+    def _cross_attention_inputs(self, layer: LayerCall, step: Step, given: PassInputs) -> None:
         call, entry = layer.call, layer.entry
         held = None if entry is None else entry.get("k")
         residual = _nth(given.kv_residuals["c"], step.nth) if given.kv_residuals else None

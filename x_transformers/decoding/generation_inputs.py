@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 
 _REFUSED = {
     "seq_start_pos": "give `prompt_lens`, or the prompts as a list",

@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from x_transformers.layers.sequence import Step
+from x_transformers.layers.execution_order import Step
 from x_transformers.options.schema import Feature, opt, require
 
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from x_transformers.attention.arguments import bind_attn_bias, check_context, check_mask, check_pairs
 from x_transformers.attention.base import QKTransform, ScoreMod
-from x_transformers.attention.qk.given import GivenPolar, GivenRotation, Pair
+from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation, Pair
+from x_transformers.attention.validation import bind_attn_bias, check_context, check_mask, check_pairs
 from x_transformers.cache import Entry, KVCache
-from x_transformers.call import Call, Capture, Carry, Deltas, LayerCall, Span
-from x_transformers.documents import Documents
+from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.intermediates import Intermediates
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.documents import Documents
+from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import max_neg_value
-from x_transformers.streams import WindowEntry
 
 
 def standalone_call(

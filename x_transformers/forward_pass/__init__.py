@@ -1,0 +1,1 @@
+"""State of one forward pass, read by every layer."""

@@ -1,0 +1,1 @@
+"""Which key each query may attend to."""
