@@ -13,7 +13,7 @@ from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.filters import top_k
 from x_transformers.decoding.loop import Decoding, cut_behind_end
 from x_transformers.decoding.sampling import adjuster, chooser, identity
-from x_transformers.decoding.speculative import Draft, Drafter, Lookup, Model, Policy, Speculation
+from x_transformers.decoding.speculative import Draft, Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.errors import InputError
 
@@ -182,7 +182,7 @@ def test_the_distribution_is_that_of_the_model(kind: str, filtered: bool) -> Non
     for _ in range(RUNS):
         sequences = Sequences(torch.tensor([[0], [2]]))
         expert = Chain(target)
-        drafter = Model(Chain(other), policy, VOCABULARY) if kind == "model" else Stubborn()
+        drafter = ModelDrafter(Chain(other), policy, VOCABULARY) if kind == "model" else Stubborn()
         decoding = Decoding(sequences, expert, chooser(1.0, identity, {}), VOCABULARY)
         speculation = Speculation(decoding, [expert], drafter, policy, 2)
         speculation.began = True

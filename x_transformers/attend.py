@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.backends.base import AttentionOutput, Request
-from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowMod, RowContext, Stage
+from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowContext, RowMod, Stage
 from x_transformers.attention.call_adapter import without_hidden
 from x_transformers.attention.core import Core
 from x_transformers.attention.keys import sink, zero

@@ -37,8 +37,7 @@ from x_transformers.decoding.loop import (
 )
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
 from x_transformers.decoding.sampling import adjuster, chooser, gumbel_noise, gumbel_sample, identity
-from x_transformers.decoding.speculative import Drafter, Lookup, Policy, Speculation
-from x_transformers.decoding.speculative import Model as DraftModel
+from x_transformers.decoding.speculative import Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Prefill, Sequences, Step, compiled_advance, compiled_prefill
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
@@ -424,7 +423,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             draft = draft_model.net if isinstance(draft_model, AutoregressiveWrapper) else draft_model
             draft = same_vocabulary(draft, net.num_tokens, "`draft_model`")
             models.append(draft)
-            drafter = DraftModel(
+            drafter = ModelDrafter(
                 make_reader(
                     draft, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
                 ),

@@ -61,7 +61,7 @@ class Blocked(Backend):
         return AttentionOutput(out)
 
 
-class Block(NamedTuple):
+class ScoreStep(NamedTuple):
     """One modification of the scores: a bias, and where its inputs stand among all; or a function of single scores."""
 
     by: Tiles | BoundScore
@@ -132,7 +132,7 @@ class Plan:
     prefix: int
     hiding: MaskSpec | None
     shadow: Tensor | None
-    steps: tuple[Block, ...]
+    steps: tuple[ScoreStep, ...]
     empty: bool
     sums: bool
     steep: bool
@@ -249,10 +249,10 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
     height = block_height(b * h, i, request.k.shape[-2])
     for score in request.scores:
         if score.needs is not Needs.BIAS:
-            steps.append(Block(score))
+            steps.append(ScoreStep(score))
             continue
         tiles = score.tiles(height)
-        steps.append(Block(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
+        steps.append(ScoreStep(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
         inputs += tiles.inputs
     hiding, shadow = visible.hiding, None
     if hiding is not None and hiding.live is not None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
-from x_transformers.attention.base import After, Needs, RowMod, RowContext, Stage
+from x_transformers.attention.base import After, Needs, RowContext, RowMod, Stage
 from x_transformers.ops import expand_kv_heads, max_neg_value, pad_left
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.attention.base import After, RowMod, RowContext, Stage
+from x_transformers.attention.base import After, RowContext, RowMod, Stage
 from x_transformers.options.schema import Feature, opt
 
 

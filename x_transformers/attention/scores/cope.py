@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, RowMod, RowContext, Stage
+from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.ops import at_least_float32, max_neg_value, mix_heads
 from x_transformers.options.schema import Feature, opt, require

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.base import After, AttentionShape, RowMod, RowContext, Stage
+from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage
 from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.ops import at_least_float32, pad_left

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, RowMod, RowContext, Stage, WeightMod
+from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage, WeightMod
 from x_transformers.ops import mix_heads
 from x_transformers.options.schema import Feature, opt
 
