@@ -20,7 +20,7 @@ HOUSE = (
     ("F2", ["cache.kv_cache"]),
     ("F2", ["cache"]),
     ("F2", ["forward_pass.intermediates"]),
-    ("F2", ["masks.builder"]),
+    ("F2", ["masks.builder", "modules.branch_function"]),
     ("F3", ["attention"]),
     ("F3", ["attention.call_adapter", "attention.core"]),
     ("F4", ["attend"]),

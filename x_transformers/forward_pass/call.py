@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -238,3 +238,17 @@ class LayerCall:
     def kind(self) -> str:
         """What the sublayer is: "a" for self-attention, "c" for cross-attention."""
         return "a" if self.context is None else "c"
+
+
+class BranchOutput(NamedTuple):
+    """Output of the function of one branch.
+
+    Attributes:
+        out: `(b, n, D)` the output, to be added to the residual stream.
+        record: the `Intermediates` of an attention, if scores or a cache were requested.
+        carry: values for later sublayers.
+    """
+
+    out: Tensor
+    record: Any
+    carry: Carry

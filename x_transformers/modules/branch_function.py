@@ -1,0 +1,76 @@
+"""The function of a branch: what one sublayer of a stack runs between reading and writing the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from x_transformers.cache.entries import Shape
+from x_transformers.forward_pass.call import BranchOutput, LayerCall
+
+
+class BranchCost(NamedTuple):
+    """What `explain()` shows of a branch function.
+
+    Attributes:
+        backend: the kernel that runs, or "" if there is no choice.
+        why: the reason for the choice.
+        flops: floating-point operations per token of a forward pass, matrix products only.
+    """
+
+    backend: str
+    why: str
+    flops: int
+
+
+class BranchFunction(nn.Module):
+    """Abstract base class of attentions, feedforwards and other functions of a branch.
+
+    A stack calls a branch function as a module, `fn(x, layer=layer)`, so that hooks, checkpoint wrappers and
+    `fully_shard` act on it. `forward` then returns `run(x, layer)`. Without `layer`, `forward` is the public call of
+    the module by itself.
+
+    Attributes:
+        state_names: names of the states of fixed size that the function keeps from pass to pass.
+        features: names of the features that are on.
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    features: tuple[str, ...] = ()
+
+    def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
+        """Compute the output of the branch from its normalized input `(b, n, D)`."""
+        raise NotImplementedError
+
+    def cache_streams(self, rotations: Sequence[Any] = ()) -> dict[str, Shape]:
+        """Return the streams that grow with the sequence, as `{name: (heads, width)}`."""
+        return {}
+
+    @property
+    def reach(self) -> int | None:
+        """Number of earlier slots that the function reads at most; None if it may read all of them."""
+        return None
+
+    @property
+    def requires_causal(self) -> list[str]:
+        """The keywords of parts that only work in causal passes."""
+        return []
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """True if the function keeps the documents of packed rows apart."""
+        return False
+
+    def check_causality(self, causal: bool, cached: bool = False) -> None:
+        """Raise an `InputError` if the function does not support this causality, or a cache."""
+
+    def muon_parameters(self) -> Iterator[Tensor]:
+        """Yield the matrices that Muon may orthogonalize (2502.16982)."""
+        yield from ()
+
+    def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
+        """Return the backend that would run, the reason for it, and the cost per token."""
+        flops = 2 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        return BranchCost("", "", flops)
