@@ -51,7 +51,7 @@ WITHOUT_PAPER = {
     "Query-dependent position bias",
     "A zero key",
     "Custom attention functions",
-    "Bounds inside of the feedforward",
+    "Soft-clamped feedforwards",
     "An order of your own",
     "Deep embeddings",
     "Blocks compiled one by one",
