@@ -52,17 +52,17 @@ WITHOUT_PAPER = {
     "A zero key",
     "Custom attention functions",
     "Soft-clamped feedforwards",
-    "An order of your own",
+    "Custom layer orders",
     "Deep embeddings",
-    "Blocks compiled one by one",
+    "Compiling block by block",
     "Predicting the next embedding",
     "Top-a",
-    "A filter of your own",
+    "Custom filters",
     "Beam search",
     "Streaming",
     "Static caches",
-    "Windows in caches",
-    "Prefixes read once",
+    "Windowed caches",
+    "Reusing a prefix",
 }
 """Sections of ideas that nobody published, or that nobody could find."""
 
