@@ -1,4 +1,4 @@
-"""How near our Llama, and Hugging Face's, come to what the machine can do.
+"""How near the bare Llama, ours, and Hugging Face's come to what the machine can do.
 
 Training can be no faster than the matrix products that it consists of, and a token that is decoded alone takes at least
 the time in which all weights are read. Both limits are measured here, as tokens per second, beside the contestants. On
@@ -62,7 +62,7 @@ def decoding(settings: Settings, shape: Shape, backend: str | None) -> Figures:
 
 
 def agreeing(settings: Settings, shape: Shape) -> dict[str, Contestant]:
-    """Both Llamas, which agree, in evaluation mode, on the device and in the dtype."""
+    """All Llamas, which agree, in evaluation mode, on the device and in the dtype."""
     torch.manual_seed(0)
     contestants = llamas(shape)
     for each in contestants.values():
