@@ -131,7 +131,7 @@ class BareLlama(nn.Module):
         `position (1,)` is a tensor, so that no step recompiles.
         """
         # hides slots that are not written yet; additive, since a boolean mask would be converted in every layer
-        mask = torch.where(self.slots <= position[:, None], 0.0, float("-inf")).to(self.cos.dtype)
+        mask = self.cos.new_zeros(1, self.shape.context).masked_fill(self.slots > position[:, None], float("-inf"))
         return self._read(token[:, None], position, cache, mask)
 
     def _read(self, tokens: Tensor, position: Tensor, cache: Cache, mask: Tensor | None = None) -> Tensor:

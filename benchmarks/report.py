@@ -17,7 +17,7 @@ TITLES = {
     "prefill": "Prefill: tokens per second of a pass to logits, without gradients; {rows} rows of {context:,} tokens",
     "decoding": "Decoding: new tokens per second, greedily; prompts of {prompt} tokens, {new} new ones",
     "lengths": "Lengths: tokens per second of a training step on one row; {short} layers",
-    "features": "Features: training steps with one option, relative to the plain decoder; {short} layers, one row",
+    "features": "Features: training steps with one option, relative to the plain decoder; {short} layers",
     "memory": "Memory: MiB that training takes at its peak, beyond Python and its libraries",
     "limits": "Limits: tokens per second beside what matrix products (training) or reading weights (decoding) allow",
     "kernels": "Kernels: operations that are not views, forward and backward, per layer; traffic in activations",

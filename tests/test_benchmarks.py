@@ -22,7 +22,10 @@ needs_contestants = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = "agreement bare_llama contestants features lengths limits measure memory plot report results_file run settings weights"
+MODULES = (
+    "agreement bare_llama contestants features gpu lengths limits measure memory plot "
+    "report results_file run settings weights"
+)
 SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory", "limits", "kernels")
 MOST = 60_000  # bytes of a picture
 
