@@ -127,7 +127,7 @@ def test_all_faults_in_one_error() -> None:
         ({"rotary_pos_emb": True, "rotate_num_heads": 5}, "between 1 and the 4 heads"),
         ({"rotary_xpos": True, "attn_num_mem_kv": 2}, "have no position"),
         ({"alibi_pos_bias": True, "alibi_num_heads": 5}, "between 1 and the 4 heads"),
-        ({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopes": [1.0]}}, "`slopes` holds 1 numbers"),
+        ({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopes": [1.0]}}, "`slopes` contains 1 numbers"),
         ({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopez": [1.0]}}, "Did you mean `slopes`"),
         ({"rel_pos_bias": True, "rel_pos_kwargs": {"slopes": [1.0]}}, "RelativePositionBias takes nothing there"),
         ({"rel_pos_kwargs": {"slopes": [1.0]}}, "switch one on, or drop them"),

@@ -1,4 +1,7 @@
-"""Talking heads: logits or weights of one head are a learned mix of those of all heads (2003.02436)."""
+"""Talking-heads attention: learned mixes of the logits or weights of all heads (arXiv 2003.02436).
+
+Each mix is a matrix `W (h, h)` over heads: `T_h = sum_h' W[h, h'] t_h'`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class PreOptions:
-    pre_talking_heads: bool = opt(False, "add a learned mix of all heads to the logits, before biases and masks")
+    pre_talking_heads: bool = opt(False, "add a learned mix of the logits of all heads, before biases and masks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PostOptions:
-    post_talking_heads: bool = opt(False, "weights are a learned mix of all heads, behind dropout")
+    post_talking_heads: bool = opt(False, "use a learned mix of the weights of all heads, after dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,10 @@ class ProductOptions:
 
 
 class PreTalkingHeads(RowMod):
-    """`logits_h <- logits_h + sum_h' W[h, h'] logits_h'`; W starts as the identity, which doubles the logits."""
+    """Mix of logits: `logits_h <- logits_h + sum_h' W[h, h'] logits_h'`.
+
+    W is initialized to the identity, which doubles the logits.
+    """
 
     stage = Stage.MIX
     reference: ClassVar = {"attend.pre_softmax_talking_heads.weight": "weight"}
@@ -44,7 +50,7 @@ class PreTalkingHeads(RowMod):
 
 
 class PostTalkingHeads(WeightMod):
-    """`weights_h <- sum_h' W[h, h'] weights_h'`; W starts as the identity."""
+    """Mix of weights: `weights_h <- sum_h' W[h, h'] weights_h'`, with W initialized to the identity."""
 
     stage = Stage.MIX_WEIGHTS
     reference: ClassVar = {"attend.post_softmax_talking_heads.weight": "weight"}
@@ -59,7 +65,10 @@ class PostTalkingHeads(WeightMod):
 
 
 class ProductTalkingHeads(RowMod):
-    """`weights <- weights * T` with `T_h = sum_h' W[h, h'] score_h'`, of the scaled scores before biases and masks."""
+    """Product of weights and mixed scores: `weights_h <- weights_h * sum_h' W[h, h'] scores_h'`.
+
+    The scores are the scaled dot products, before biases and masks. W is initialized to the identity.
+    """
 
     stage = Stage.PRODUCT
     reference: ClassVar = {"attend.pre_scale_post_talking_heads.weight": "weight"}
@@ -75,21 +84,21 @@ class ProductTalkingHeads(RowMod):
 
 
 def _identity(heads: int) -> Tensor:
-    return torch.eye(heads)[..., None, None]
+    return torch.eye(heads)[..., None, None]  # the shape of a convolution, as in checkpoints of the reference
 
 
 def build_pre(options: PreOptions, shape: AttentionShape, **_: Any) -> PreTalkingHeads:
-    """The part for one attention."""
+    """Build the mix of one attention."""
     return PreTalkingHeads(shape.heads)
 
 
 def build_post(options: PostOptions, shape: AttentionShape, **_: Any) -> PostTalkingHeads:
-    """The part for one attention."""
+    """Build the mix of one attention."""
     return PostTalkingHeads(shape.heads)
 
 
 def build_product(options: ProductOptions, shape: AttentionShape, **_: Any) -> ProductTalkingHeads:
-    """The part for one attention."""
+    """Build the mix of one attention."""
     return ProductTalkingHeads(shape.heads)
 
 
@@ -100,7 +109,7 @@ PRE = Feature(
     options=PreOptions,
     enabled=lambda options: options.pre_talking_heads,
     build=build_pre,
-    summary="a learned mix of all heads is added to the logits",
+    summary="logits plus a learned mix of those of all heads",
     paper="2003.02436",
     examples=({"attn_pre_talking_heads": True},),
 )
@@ -124,7 +133,7 @@ PRODUCT = Feature(
     options=ProductOptions,
     enabled=lambda options: options.pre_scale_post_talking_heads,
     build=build_product,
-    summary="weights multiplied by a learned mix of scores",
+    summary="weights times a learned mix of the scores of all heads",
     paper="2003.02436",
     examples=({"attn_pre_scale_post_talking_heads": True},),
 )
