@@ -74,7 +74,7 @@ class TestSigmoid:
         assert (weights[is_hidden(logits)] == 0).all()
 
     def test_it_has_no_sink(self) -> None:
-        with pytest.raises(ConfigError, match="`head_learned_sink` takes part in a normalisation"):
+        with pytest.raises(ConfigError, match="`head_learned_sink` takes part in a normalization"):
             attention(sigmoid=True, head_learned_sink=True)
 
 
@@ -153,7 +153,7 @@ class TestHard:
         with pytest.raises(InputError, match="`attn_flash = True` keeps none"):
             Decoder(**SMALL, attn_flash=True)(inputs(), return_gumbel_log_probs=True)
         _, record = Decoder(**SMALL, attn_flash=True)(inputs(), return_hiddens=True)
-        with pytest.raises(InputError, match="holds no scores"):
+        with pytest.raises(InputError, match="has no scores"):
             log_prob_from_hard_attend(record.attn_intermediates[0])
 
 
@@ -275,7 +275,7 @@ class TestInverted:
             more = {"cross_attend": True} if stack is Decoder else {}
             with pytest.raises(ConfigError, match="`cross_attn_inverted_attention` normalises over the queries"):
                 stack(**SMALL, **more, cross_attn_inverted_attention=True)
-        with pytest.raises(ConfigError, match="`head_learned_sink` is one more key"):
+        with pytest.raises(ConfigError, match="`head_learned_sink` competes with keys"):
             self.build(head_learned_sink=True)
         stack = CrossAttender(**SMALL, cross_attn_inverted_attention=True)
         with pytest.raises(InputError, match="neither causal nor cached"):
