@@ -66,7 +66,10 @@ class Faults:
         """Raise a `ConfigError` with all collected messages, if there are any.
 
         Args:
-            subject: name of what is being built, in front of the messages.
+            subject: name of the class that is being built, put in front of the messages.
+
+        Raises:
+            ConfigError: if there are messages; its attribute `faults` is the list of them.
         """
         if not self.messages:
             return

@@ -39,7 +39,7 @@ class L2Distance(Similarity):
 
 
 def build(options: DistanceOptions, **_: Any) -> L2Distance:
-    """The part for one attention."""
+    """Build the similarity of one attention."""
     return L2Distance()
 
 

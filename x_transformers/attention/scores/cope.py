@@ -127,7 +127,11 @@ def _interpolate(by_position: Tensor, position: Tensor) -> Tensor:
 
 
 def build(options: CopeOptions, shape: AttentionShape, **_: Any) -> CoPE:
-    """Build the encoding of one attention."""
+    """Build the encoding of one attention.
+
+    Raises:
+        ConfigError: if the attention is not causal.
+    """
     if not shape.causal:
         raise ConfigError("`use_cope` counts the keys up to the query; it needs causal self-attention.")
     return CoPE(

@@ -28,7 +28,11 @@ class DynamicOptions:
 
 
 class GainOnlyLayerNorm(nn.Module):
-    """LayerNorm over the last axis with a gain but no bias: `(x - mean) / std * gamma`."""
+    """LayerNorm over the last axis with a gain but no bias: `(x - mean) / std * gamma`.
+
+    Args:
+        dim: width of the axis.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()

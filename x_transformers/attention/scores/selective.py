@@ -97,7 +97,11 @@ class Selective(RowMod):
 
 
 def build(options: SelectiveOptions, shape: AttentionShape, **_: Any) -> Selective:
-    """Build the modification for one attention."""
+    """Build the modification for one attention.
+
+    Raises:
+        ConfigError: if the attention is not causal.
+    """
     if not shape.causal:
         raise ConfigError("`selective` lets tokens suppress earlier ones for later ones, so it needs causal attention.")
     return Selective()

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage, WeightMod
+from x_transformers.attention.base import After, AttentionShape, Part, RowContext, RowMod, Stage, WeightMod
 from x_transformers.ops import mix_heads
 from x_transformers.options.schema import Feature, opt
 
@@ -31,7 +32,22 @@ class ProductOptions:
     pre_scale_post_talking_heads: bool = opt(False, "multiply the weights by a learned mix of the scores of all heads")
 
 
-class PreTalkingHeads(RowMod):
+class HeadMix(Part):
+    """Abstract modification with a learned matrix over heads.
+
+    Args:
+        heads: number h of query heads. The matrix is initialized to the identity.
+    """
+
+    per_head: ClassVar = {"weight": (0, 1)}
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        # `(h, h, 1, 1)`, the shape of a convolution, as in checkpoints of the reference
+        self.weight = nn.Parameter(rearrange(torch.eye(heads), "o h -> o h 1 1"))
+
+
+class PreTalkingHeads(HeadMix, RowMod):
     """Mix of logits: `logits_h <- logits_h + sum_h' W[h, h'] logits_h'`.
 
     W is initialized to the identity, which doubles the logits.
@@ -39,32 +55,22 @@ class PreTalkingHeads(RowMod):
 
     stage = Stage.MIX
     reference: ClassVar = {"attend.pre_softmax_talking_heads.weight": "weight"}
-    per_head: ClassVar = {"weight": (0, 1)}
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(_identity(heads))
 
     def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         return logits + mix_heads(logits, self.weight), None
 
 
-class PostTalkingHeads(WeightMod):
+class PostTalkingHeads(HeadMix, WeightMod):
     """Mix of weights: `weights_h <- sum_h' W[h, h'] weights_h'`, with W initialized to the identity."""
 
     stage = Stage.MIX_WEIGHTS
     reference: ClassVar = {"attend.post_softmax_talking_heads.weight": "weight"}
-    per_head: ClassVar = {"weight": (0, 1)}
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(_identity(heads))
 
     def forward(self, weights: Tensor) -> Tensor:
         return mix_heads(weights, self.weight)
 
 
-class ProductTalkingHeads(RowMod):
+class ProductTalkingHeads(HeadMix, RowMod):
     """Product of weights and mixed scores: `weights_h <- weights_h * sum_h' W[h, h'] scores_h'`.
 
     The scores are the scaled dot products, before biases and masks. W is initialized to the identity.
@@ -72,19 +78,10 @@ class ProductTalkingHeads(RowMod):
 
     stage = Stage.PRODUCT
     reference: ClassVar = {"attend.pre_scale_post_talking_heads.weight": "weight"}
-    per_head: ClassVar = {"weight": (0, 1)}
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(_identity(heads))
 
     def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
         factor = mix_heads(logits, self.weight)
         return logits, After(Stage.MULTIPLY, lambda weights: weights * factor)
-
-
-def _identity(heads: int) -> Tensor:
-    return torch.eye(heads)[..., None, None]  # the shape of a convolution, as in checkpoints of the reference
 
 
 def build_pre(options: PreOptions, shape: AttentionShape, **_: Any) -> PreTalkingHeads:

@@ -24,6 +24,9 @@ class HeadGate(ValueMod):
     """Gate per head: `out_h <- out_h * sigmoid(w_h x + beta_h)`.
 
     Weights start at 0 and biases at 10, so that gates are open at first.
+
+    Args:
+        shape: widths of the attention.
     """
 
     reference: ClassVar = {"to_v_head_gate.weight": "gate.weight", "to_v_head_gate.bias": "gate.bias"}

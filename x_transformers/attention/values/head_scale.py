@@ -18,7 +18,11 @@ class HeadScaleOptions:
 
 
 class HeadScale(ValueMod):
-    """Factor per head: `out_h <- s_h * out_h`, with parameters `(1, h, 1, 1)` that start at 1."""
+    """Factor per head: `out_h <- s_h * out_h`, with parameters `(1, h, 1, 1)` that start at 1.
+
+    Args:
+        heads: number h of query heads.
+    """
 
     reference: ClassVar = {"head_scale_params": "scale"}
     per_head: ClassVar = {"scale": (1,)}

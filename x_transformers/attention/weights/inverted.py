@@ -37,7 +37,11 @@ class Inverted(Weighting):
 
 
 def build(options: InvertedOptions, shape: AttentionShape, **_: Any) -> Inverted:
-    """Build the weighting of one attention."""
+    """Build the weighting of one attention.
+
+    Raises:
+        ConfigError: if the attention is causal.
+    """
     if shape.causal:
         raise ConfigError(
             "`inverted_attention` normalizes over the queries, so that earlier ones would see later ones; it cannot be "
