@@ -1,4 +1,4 @@
-"""Copies of weights from one contestant to another."""
+"""Copying of weights from one contestant to others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from x_transformers import TransformerWrapper
 
 @torch.no_grad()
 def share_gpt(bare: BareGPT, ours: TransformerWrapper, other: nn.Module | None = None) -> None:
-    """The weights of a bare GPT (one without biases) into ours and into Hugging Face's GPT-2, whose biases become 0."""
+    """Copy the weights of a bare GPT without biases to ours and to Hugging Face's GPT-2, whose biases become 0."""
     ours.token_emb.emb.weight.copy_(bare.token_emb.weight)
-    ours.pos_emb.emb.weight.copy_(bare.pos_emb.weight * bare.shape.dim**0.5)  # ours scales what it reads
-    ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)  # ours stores gains less one
+    ours.pos_emb.emb.weight.copy_(bare.pos_emb.weight * bare.shape.dim**0.5)  # ours scales its embedding by D ** -0.5
+    ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)  # ours stores gains minus 1
     ours.to_logits.weight.copy_(bare.head.weight)
     sublayers = iter(ours.attn_layers.layers)
     for block in bare.blocks:
@@ -49,7 +49,7 @@ def _share_gpt2(bare: BareGPT, other: nn.Module) -> None:
 
 @torch.no_grad()
 def share_llama(bare: BareLlama, ours: TransformerWrapper, other: nn.Module | None = None) -> None:
-    """Copy the weights of a bare Llama into ours, whose biases become 0, and into Hugging Face's."""
+    """Copy the weights of a bare Llama to ours, whose biases become 0, and to Hugging Face's."""
     head = bare.shape.dim // bare.shape.heads
     ours.token_emb.emb.weight.copy_(bare.token_emb.weight)
     ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)
@@ -90,7 +90,7 @@ def _share_hugging_face(bare: BareLlama, other: nn.Module) -> None:
 
 
 def interleaved(weight: Tensor, head: int) -> Tensor:
-    """Rows `[h d, D]` whose pairs of features (k, k + d / 2) become neighbours, as ours rotates them."""
+    """Reorder the rows of `(h d, D)` so that rotated pairs of features (k, k + d / 2) become neighbors, as in ours."""
     return weight.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).reshape(weight.shape)
 
 
