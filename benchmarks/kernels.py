@@ -182,15 +182,23 @@ def count(make: Callable[[int], nn.Module], loss: Callable[[nn.Module, Tensor], 
 def _pass(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], rows: int) -> Counter:
     """Count one forward and backward pass. Gradients are returned, not accumulated."""
     ids = torch.randint(0, VOCABULARY, (rows, LENGTH))
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # it replaces kernels by sequences of others
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    with _counting(), Counter() as counter, FusesRMSNorm(counter):
+        torch.autograd.grad(loss(model, ids), parameters, allow_unused=True)
+    return counter
+
+
+@contextmanager
+def _counting() -> Iterator[None]:
+    """Use one thread, since models are small, and no deterministic kernels, which consist of several operations."""
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
     try:
-        with Counter() as counter, FusesRMSNorm(counter):
-            parameters = [each for each in model.parameters() if each.requires_grad]
-            torch.autograd.grad(loss(model, ids), parameters, allow_unused=True)
+        yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-    return counter
+        torch.set_num_threads(threads)
 
 
 # the models
@@ -280,11 +288,14 @@ def _arguments(model: TransformerWrapper, rows: int) -> dict[str, Tensor]:
 def kernels(settings: Settings) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield kernels and traffic per layer: of the models, and of the plain decoder with each feature."""
     models = {name: count_model(name) for name in model_names()}
-    yield "kernels", {name: each.kernels for name, each in models.items()}
+    yield "operations", {name: each.kernels for name, each in models.items()}
     yield "traffic", {name: each.traffic for name, each in models.items()}
     plain = _without((), True, False)
     features = {name: count_feature(name) for name in feature_names()}
-    yield "kernels by feature", {"plain": plain.kernels, **{n: plain.kernels + c.kernels for n, c in features.items()}}
+    yield (
+        "operations by feature",
+        {"plain": plain.kernels, **{n: plain.kernels + c.kernels for n, c in features.items()}},
+    )
     yield "traffic by feature", {"plain": plain.traffic, **{n: plain.traffic + c.traffic for n, c in features.items()}}
 
 
