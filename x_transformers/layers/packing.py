@@ -1,66 +1,75 @@
-"""Packed rows in a stack: which attentions keep documents apart, and what a caller says of the documents."""
+"""Packed rows in a stack: the attentions that keep documents apart, and the documents that a caller specifies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
 from x_transformers.errors import ConfigError
-from x_transformers.forward_pass.documents import Documents, check_packing, documents_of
+from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
+from x_transformers.layers.kinds import KINDS
+from x_transformers.layers.pass_inputs import PassInputs
 from x_transformers.layers.plan import StackPlan
 
-ARGUMENTS = {"a": "flash_pack_seq_kwargs", "c": "flash_pack_seq_context_kwargs"}
-"""The arguments that tell self- and cross-attention of documents."""
-
-KEYWORDS = {"a": "attn_flash_pack_seq", "c": "cross_attn_flash_pack_seq"}
+PACKABLE = {letter: kind for letter, kind in KINDS.items() if kind.documents_argument is not None}
+"""The kinds of branches that can keep the documents of packed rows apart."""
 
 
 def packed_kinds(plan: StackPlan) -> frozenset[str]:
-    """The kinds of attention that keep the documents of a packed row apart.
+    """Return the letters of the kinds that keep the documents of a packed row apart.
 
     Raises:
-        ConfigError: if only some layers of a kind do, or the stack could not keep documents apart.
+        ConfigError: if only some layers of a kind do, or if another option of the stack would mix documents.
     """
-    kinds = set()
-    for kind, keyword in KEYWORDS.items():
-        asked = {layer.options["backend"].flash_pack_seq for layer in plan.of(kind)}
-        if len(asked) > 1:
-            raise ConfigError(f"`{keyword}` differs between layers, but a row is packed for all of them or for none.")
-        if True in asked:
-            kinds.add(kind)
-    if "a" in kinds and not plan.options.on("rotary"):
-        raise ConfigError(
-            "`attn_flash_pack_seq` counts positions within each document, which absolute ones do not; it needs "
-            "`rotary_pos_emb = True`."
-        )
-    if "c" in kinds and plan.options.on("context_dropout"):
-        raise ConfigError(
-            "`cross_attn_flash_pack_seq` divides the context into documents, of which `cross_attn_tokens_dropout` may "
-            "leave nothing; drop one of them."
-        )
-    return frozenset(kinds)
+    packed = set()
+    for letter, kind in PACKABLE.items():
+        requested = {layer.options["backend"].flash_pack_seq for layer in plan.of(letter)}
+        if len(requested) > 1:
+            raise ConfigError(
+                f"`{kind.prefix}flash_pack_seq` differs between layers, but a row is packed for all of them or for "
+                "none; pass one value."
+            )
+        if True not in requested:
+            continue
+        packed.add(letter)
+        if kind.is_self_attention and not plan.options.on("rotary"):
+            raise ConfigError(
+                "`attn_flash_pack_seq` counts positions within each document, which absolute positions do not; it "
+                "needs `rotary_pos_emb = True`."
+            )
+        if kind.is_cross_attention and plan.options.on("context_dropout"):
+            raise ConfigError(
+                "`cross_attn_flash_pack_seq` divides the context into documents, and `cross_attn_tokens_dropout` may "
+                "drop all tokens of one; drop one of the two options."
+            )
+        # without self-attention, nothing but such features could join the documents of the queries
+        mixing = plan.options.unpackable() if kind.is_cross_attention else []
+        if mixing and not any(layer.kind.is_self_attention for layer in plan.layers):
+            raise ConfigError(kind.in_full(" ".join(mixing)))
+    return frozenset(packed)
 
 
-def read_documents(
-    packed: frozenset[str], given: Mapping[str, Any], x: Tensor, context: Tensor | None, *, cached: bool
-) -> dict[str, Documents]:
-    """The documents that each kind of attention sees, from the arguments of a pass.
+def read_documents(packed: frozenset[str], inputs: PassInputs) -> dict[str, Documents]:
+    """Return the documents that each kind of attention keeps apart in a pass, by letter.
 
     Args:
-        packed: the kinds that keep documents apart.
-        given: the arguments, by name; None where there is none.
-        x: `(1, n, D)`. context: `(1, m, Dc)`.
-        cached: the pass has a cache.
+        packed: letters of the kinds that keep documents apart.
+        inputs: the arguments of the pass.
 
     Raises:
-        InputError: if documents are told of where none are meant, or the other way round.
+        InputError: if documents are specified for a kind that does not keep them apart, or missing for one that does,
+            or if an argument contradicts them.
     """
     documents = {}
-    for kind, name in ARGUMENTS.items():
-        check_packing(given[name], packed=kind in packed, cached=cached, name=name, keyword=KEYWORDS[kind])
-        if given[name] is not None:
-            keys = context.shape[1] if kind == "c" and context is not None else None
-            documents[kind] = documents_of(given[name], batch=x.shape[0], queries=x.shape[1], keys=keys, name=name)
+    x, context = inputs.x, inputs.context
+    for letter, kind in PACKABLE.items():
+        name, keyword = str(kind.documents_argument), f"{kind.prefix}flash_pack_seq"
+        given = getattr(inputs, name)
+        check_packing(given, packed=letter in packed, cached=inputs.cache is not None, name=name, keyword=keyword)
+        if given is None:
+            continue
+        keys = context.shape[1] if kind.is_cross_attention and context is not None else None
+        documents[letter] = documents_of(given, batch=x.shape[0], queries=x.shape[1], keys=keys, name=name)
+        if kind.is_self_attention:
+            names = ("mask", "self_attn_kv_mask", "attn_mask", "seq_start_pos", "mems", "self_attn_additional_kv")
+            refuse_beside(name, **{each: getattr(inputs, each) for each in names})
+        else:
+            refuse_beside(name, context_mask=inputs.context_mask)
     return documents

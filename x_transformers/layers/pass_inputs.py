@@ -1,86 +1,96 @@
-"""What a caller of a stack gives beside tokens, read and checked."""
+"""Inputs of one pass through a stack: the arguments of its `forward`, as one object.
+
+`AttentionLayers.forward` puts its arguments into `PassInputs` on its first line. The functions of `begin_pass.py` check
+them and fill in the fields that the sublayers read; from then on nothing changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from x_transformers.attention.base import QKTransform
 from x_transformers.cache import KVCache
-from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.call import Capture, Span
+from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.execution_order import Repeat
 
 BlockTransform = Callable[[int, Tensor], Tensor]
+KeysValues = tuple[Tensor, Tensor]
 
 
-def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None) -> BlockTransform | None:
-    """One function of block number and stream, from what a caller may give."""
-    if given is None or callable(given):
-        return given
-    functions = dict(given)
-    return lambda block, stream: functions[block](stream) if block in functions else stream
+@dataclass(eq=False, slots=True)
+class PassInputs:
+    """Arguments of `AttentionLayers.forward`, which documents them, and what the sublayers read of them.
 
-
-def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
-    """`(b, n, L, D)` factors of the new tokens from a table `(V, L, D)` and ids that cover at least them.
-
-    An id of -1 stands for a slot that is no token; its factors are 1.
+    Attributes:
+        x: `(b, n, D)`; with a cache, from `begin_pass` on only the tokens that run.
+        order: indices of the built sublayers, in the order of execution.
+        causal_pass: True if tokens do not see later ones in this pass.
+        attention_memories: recurrent memory `(b, l, D)` of each executed self-attention, or None.
+        running_states: running states that the previous segment left, in the order of the sublayers that keep them.
+        condition: from `begin_pass` on `(b, 1|n, c)`, the input of adaptive norms and scales.
+        injection: `(b, 1|n, D)`, added to the input of each sublayer.
+        deep_embeds: `(b, n, L, D)`, factors of the outputs of the first L executed feedforwards.
+        block_transform: `(block, stream) -> stream` at the entry of each executed block but the first.
+        rotations: query/key transforms of self-attention.
+        additional: keys and values for each executed self-attention.
+        kv_residuals: by letter of the kind, what is added to the source of keys and values of each such layer.
+        documents: by letter of the kind, the documents of a packed row and of its keys.
     """
-    batch, n, dim = x.shape
-    if table.ndim != 3 or table.shape[-1] != dim or ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < n:
-        raise ShapeError(
-            f"`deep_embeds_and_ids` has shapes {tuple(table.shape)} and {tuple(ids.shape)}; they must be (V, L, {dim}) "
-            f"and ({batch}, n) for the {n} tokens."
-        )
-    ids = ids[:, ids.shape[1] - n :, None, None]
-    return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
 
-
-def new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tensor:
-    """The tokens of x that are not cached yet."""
-    if kv.is_static and not only_new:
-        raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
-    new = x.shape[1] if only_new else x.shape[1] - kv.length
-    if age is None:
-        age = new
-    if not 1 <= age <= max(new, 0) and not (kv.dropped and age >= 1):
-        raise InputError(
-            f"{age} tokens are to run (`cache_age`), but x has {x.shape[1]} tokens and the cache holds {kv.length}; "
-            "between 1 and the number of tokens that are not cached can run. Pass the whole sequence, or the new "
-            "tokens with `input_not_include_cache = True`."
-        )
-    return x if age == x.shape[1] else x[:, x.shape[1] - age :]
-
-
-def offset_positions(offset: int, x: Tensor, pos: Tensor | None, kv: KVCache | None) -> Tensor | None:
-    """The positions of tokens that do not begin at 0; with a cache, what it holds decides.
-
-    Raises:
-        InputError: if positions are given, or the cache holds another number of tokens.
-    """
-    if pos is not None:
-        raise InputError("`pos` and `seq_pos_offset` both say where the tokens stand; drop one of them.")
-    if kv is None:
-        return torch.arange(offset, offset + x.shape[1], device=x.device)
-    if kv.is_static or offset != kv.length:
-        raise InputError(
-            f"`seq_pos_offset` is {offset}; new tokens stand behind the cached ones, as the cache knows. Drop it, or "
-            "give the positions of all tokens as `pos`."
-        )
-    return None
-
-
-def check_covers_places(bias: Tensor, capacity: int) -> None:
-    """Raise unless a bias has a column for each place of a static cache, which cannot be told otherwise."""
-    if bias.shape[-1] not in (1, capacity):
-        raise ShapeError(
-            f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for each of "
-            f"its {capacity} places, prefix slots included."
-        )
-
-
-def holds_context(cache: LayerIntermediates | KVCache) -> bool:
-    """Whether an earlier pass has read the context into the cache."""
-    kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
-    return kv is not None and any(entry.get("k") is not None for entry in kv.entries)
+    x: Tensor
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    self_attn_kv_mask: Tensor | None = None
+    mems: Sequence[Tensor | None] | None = None
+    mem_masks: Sequence[Tensor | None] | None = None
+    seq_start_pos: Tensor | None = None
+    seq_pos_offset: int | None = None
+    cache: LayerIntermediates | KVCache | None = None
+    input_not_include_cache: bool = False
+    cache_age: int | None = None
+    return_hiddens: bool = False
+    return_gumbel_log_probs: bool = False
+    rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None
+    polar_pos_emb: tuple[Tensor, Tensor] | None = None
+    pos: Tensor | None = None
+    context_pos: Tensor | None = None
+    attn_bias: Tensor | None = None
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
+    self_attn_additional_kv: LayerIntermediates | Sequence[KeysValues] | None = None
+    additional_kv_mask: Tensor | None = None
+    detach_additional_kv: bool = False
+    route_additional_kv_to_top: bool = True
+    condition: Tensor | None = None
+    in_attn_cond: Tensor | None = None
+    layers_execute_order: Sequence[int] | None = None
+    repeat_blocks: Sequence[Repeat] | Repeat | None = None
+    self_attn_kv_residuals: Tensor | None = None
+    cross_attn_kv_residuals: Tensor | None = None
+    flash_pack_seq_kwargs: Mapping[str, Any] | None = None
+    flash_pack_seq_context_kwargs: Mapping[str, Any] | None = None
+    causal: bool | None = None
+    transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None
+    places: Tensor | None = None
+    prefix: int | None = 0
+    capture: Capture | None = None
+    pairs: Callable[[Span, Span], Tensor] | None = None
+    # filled in by `begin_pass`
+    order: tuple[int, ...] = field(default=(), init=False)
+    causal_pass: bool = field(default=False, init=False)
+    attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
+    running_states: Sequence[Tensor | None] = field(default=(), init=False)
+    injection: Tensor | None = field(default=None, init=False)
+    deep_embeds: Tensor | None = field(default=None, init=False)
+    block_transform: BlockTransform | None = field(default=None, init=False)
+    rotations: tuple[QKTransform, ...] = field(default=(), init=False)
+    additional: Sequence[KeysValues | None] = field(default=(), init=False)
+    kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
+    documents: Mapping[str, Documents] | None = field(default=None, init=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from x_transformers.layers.kinds import BranchKind
 from x_transformers.options.schema import Feature, Options, Rule, opt
 
 
@@ -12,10 +13,10 @@ class ViewOptions:
     qkv_receive_diff_residuals: bool = opt(False, "queries, keys and values of self-attention read views of their own")
 
 
-def residual_views(options: Options, kind: str) -> int:
+def residual_views(options: Options, kind: BranchKind) -> int:
     """How many inputs the residual connection makes for a sublayer; what reads earlier layers makes its own."""
     makes = options.on("residual_streams") and not options.enabled("reader")
-    return 3 if kind == "a" and makes and options.on("qkv_views") else 1
+    return 3 if kind.is_self_attention and makes and options.on("qkv_views") else 1
 
 
 FEATURE = Feature(

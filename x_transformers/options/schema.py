@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from x_transformers.errors import ConfigError, Faults, did_you_mean
 
@@ -32,11 +32,15 @@ class Rule:
 
     Attributes:
         when: receives the options that meet in one layer; true where the combination is meant.
-        why: what the conflict is, and what to change.
+        why: what the conflict is, and what to change; or a function of the same options that returns it.
     """
 
     when: Callable[[Options | Surroundings], bool]
-    why: str
+    why: str | Callable[[Options | Surroundings], str]
+
+    def sentence(self, options: Options | Surroundings) -> str:
+        """Return the conflict in words."""
+        return self.why if isinstance(self.why, str) else self.why(options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class Feature:
         warns: rules that are checked when it is on, and whose sentence is said to the user.
         idle: names of keywords that have no effect with these options although the feature is on.
         examples: small keyword sets, with prefixes, as a user would write them; the tests run over them.
+        unpackable: why the documents of a packed row cannot be kept apart with it; None if they can.
         exempt: property of the test suite -> the sentence that says why it cannot hold.
     """
 
@@ -72,17 +77,20 @@ class Feature:
     refuses: tuple[Rule, ...] = ()
     warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
+    unpackable: str | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
     exempt: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options of every feature of one group, by feature name, and the kind of layer if there is one around."""
+    """The options of every feature of one group, by feature name."""
 
     schema: Schema
     values: Mapping[str, Any]
-    kind: str | None = None
+    # rules read these two of a layer's surroundings; options by themselves belong to no layer
+    is_self_attention: ClassVar[bool] = False
+    is_cross_attention: ClassVar[bool] = False
 
     def __getitem__(self, feature: str) -> Any:
         return self.values[feature]
@@ -104,10 +112,9 @@ class Options:
         """The keyword by which a user switched a feature on, in backquotes, else the feature's name."""
         return _switches(feature, self, "")
 
-    def chosen(self, slot: str) -> Feature:
-        """The one feature that is on in a slot where exactly one must be."""
-        (feature,) = self.enabled(slot)
-        return feature
+    def unpackable(self) -> list[str]:
+        """Return why documents of packed rows cannot be kept apart, one sentence for each feature that is on."""
+        return [unpackable(feature) for feature in self.enabled() if feature.unpackable is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,17 +123,22 @@ class Surroundings:
 
     Attributes:
         groups: the options.
-        kind: "a" self-attention, "c" cross-attention, "f" feedforward; None outside of a layer.
+        is_self_attention, is_cross_attention: what the layer is; both False for others, and outside of a layer.
     """
 
     groups: tuple[Options, ...]
-    kind: str | None = None
+    is_self_attention: bool = False
+    is_cross_attention: bool = False
 
     def __getitem__(self, feature: str) -> Any:
         return next(options[feature] for options in self.groups if feature in options.values)
 
     def on(self, feature: str) -> bool:
         return any(options.on(feature) for options in self.groups)
+
+    def unpackable(self) -> list[str]:
+        """Return why documents of packed rows cannot be kept apart, one sentence for each feature that is on."""
+        return [sentence for options in self.groups for sentence in options.unpackable()]
 
 
 class Schema:
@@ -210,11 +222,12 @@ class Schema:
         for feature in options.enabled():
             for rule in feature.refuses:
                 if rule.when(surroundings):
-                    faults.add(self.in_full(rule.why, prefix))
+                    faults.add(self.in_full(rule.sentence(surroundings), prefix))
 
     def unwise(self, options: Options, surroundings: Options | Surroundings) -> list[str]:
         """The sentence of each warning rule of an enabled feature that its surroundings meet."""
-        return [rule.why for feature in options.enabled() for rule in feature.warns if rule.when(surroundings)]
+        rules = (rule for feature in options.enabled() for rule in feature.warns)
+        return [rule.sentence(surroundings) for rule in rules if rule.when(surroundings)]
 
     def without_effect(self, options: Options, given: Iterable[str], prefix: str | None = None) -> list[str]:
         """Sentences about given keywords that change nothing because their feature is off."""
@@ -296,6 +309,11 @@ def _switches(feature: Feature, options: Options, prefix: str) -> str:
         if getattr(options[feature.name], entry.name) != default_of(entry)
     ]
     return given[0] if given else feature.name
+
+
+def unpackable(feature: Feature) -> str:
+    """Return why documents of packed rows cannot be kept apart with a feature that declares it."""
+    return f"`flash_pack_seq` keeps the documents of a row apart, but {feature.unpackable}; drop one of them."
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -248,7 +248,7 @@ FEATURE = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`cross_attn_data_dependent_alibi` would let a context forget tokens that it never had; drop it.",
         ),
         Rule(

@@ -125,7 +125,7 @@ FEATURE = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`use_rel_proj_pos_bias` would measure the distance of tokens to those of a context, with which they "
             "share no places; drop it.",
         ),

@@ -16,10 +16,6 @@ class ResidualScoreOptions:
     residual_attn: bool = opt(False, "self-attention adds the logits of the self-attention before it")
     cross_residual_attn: bool = opt(False, "cross-attention adds the logits of the cross-attention before it")
 
-    def shared(self, kind: str) -> bool:
-        """Whether attentions of this kind ("a" or "c") hand on their logits."""
-        return {"a": self.residual_attn, "c": self.cross_residual_attn}.get(kind, False)
-
 
 class ResidualScores(RowMod):
     """`scores <- scores + logits of the attention of the same kind before`, if there was one.

@@ -73,7 +73,7 @@ FEATURE = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`orthog_projected_values` compares a token's output with its own value, and in cross-attention tokens "
             "have none; drop it there.",
         ),

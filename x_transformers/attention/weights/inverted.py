@@ -55,7 +55,7 @@ FEATURE = Feature(
     paper="OpenReview WgQZNoQ5AB",
     refuses=(
         Rule(
-            when=lambda o: o.kind == "a",
+            when=lambda o: o.is_self_attention,
             why="`attn_inverted_attention` would invert self-attention; write `cross_attn_inverted_attention`.",
         ),
         Rule(
@@ -63,5 +63,6 @@ FEATURE = Feature(
             why="`head_learned_sink` is one more key, and `inverted_attention` lets queries compete; drop one of them.",
         ),
     ),
+    unpackable="`inverted_attention` lets the queries of all documents compete",
     examples=({"cross_attend": True, "cross_attn_inverted_attention": True},),
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.norms import checked_condition
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,16 @@ class LayerScaleOptions:
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveLayerScaleOptions:
     use_adaptive_layerscale: bool = opt(False, "a factor per channel on sublayer outputs, set by `condition`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputClampOptions:
+    softclamp_output: bool = opt(False, "bound the stream after the last layer, before the final norm")
+    softclamp_output_value: float = opt(30.0, "the bound")
+
+    def __post_init__(self) -> None:
+        value = self.softclamp_output_value
+        require(value > 0, f"`softclamp_output_value` is {value}; it must be positive.")
 
 
 class OutputScale(nn.Module):
@@ -112,4 +122,15 @@ ADAPTIVE = Feature(
         {"use_adaptive_layerscale": True},
         {"use_adaptive_layerscale": True, "use_adaptive_rmsnorm": True, "dim_condition": 6},
     ),
+)
+
+OUTPUT_CLAMP = Feature(
+    name="softclamp_output",
+    group="stack",
+    slot="output",
+    options=OutputClampOptions,
+    enabled=lambda options: options.softclamp_output,
+    summary="a bound `c * tanh(x / c)` on the stream after the last layer",
+    paper="2408.00118",
+    examples=({"softclamp_output": True, "softclamp_output_value": 1.5},),
 )

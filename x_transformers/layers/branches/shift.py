@@ -135,5 +135,6 @@ FEATURE = Feature(
     ),
     summary="some features of a token are those of its neighbours",
     paper="2305.13048",
+    unpackable="`shift_tokens` would move features from one document into the next",
     examples=({"shift_tokens": 1}, {"shift_tokens": (1, 0, 2, 1)}),
 )

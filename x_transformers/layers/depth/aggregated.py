@@ -89,7 +89,7 @@ class AttentionResidual(ReadsReference, DepthReader):
 
 def build(options: AggregatedOptions, place: SublayerContext) -> AttentionResidual:
     """The part for one sublayer."""
-    views = 3 if place.kind == "a" and place.options.on("qkv_views") else 1
+    views = 3 if place.kind.is_self_attention and place.options.on("qkv_views") else 1
     return AttentionResidual(place.dim, views, **options.attn_aggregated_residual_kwargs)
 
 

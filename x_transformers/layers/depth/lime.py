@@ -66,7 +66,7 @@ class DynamicLIMe(ReadsReference, DepthReader):
 
 def build(options: LIMeOptions, place: SublayerContext) -> DynamicLIMe:
     """The part for one sublayer."""
-    views = 3 if place.kind == "a" and not place.first else 1
+    views = 3 if place.kind.is_self_attention and not place.first else 1
     softmax = place.options["lime_weights"].layer_integrate_use_softmax
     return DynamicLIMe(place.dim, place.index + 1, views, use_softmax=softmax)
 

@@ -96,6 +96,7 @@ FEATURE = Feature(
     build=build,
     summary="residual connection that treats mean and deviation apart",
     paper="2605.06169",
+    unpackable="`mv_split_residual` takes means over all documents",
     examples=(
         {"mv_split_residual": True},
         {"mv_split_residual": True, "residual_fn_kwargs": {"learned": True, "init_beta": 0.5}},
