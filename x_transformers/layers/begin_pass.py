@@ -13,19 +13,24 @@ from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import check_context, check_input, check_pairs
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Capture, Span
+from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.memo import Memo
 from x_transformers.layers.conditioning import newest
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.packing import read_documents
-from x_transformers.layers.pass_inputs import PassInputs
-from x_transformers.layers.pass_state import PassState, Recorder
-from x_transformers.layers.per_layer_inputs import read_layer_inputs
+from x_transformers.layers.pass_state import PassInputs, PassState, Recorder
+from x_transformers.layers.per_layer_inputs import (
+    additional_by_layer,
+    block_transform,
+    deep_embeds,
+    kv_residuals_by_layer,
+)
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout
 
 NOTHING = Capture()
+NOTHING_CARRIED = Carry()
 
 
 def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
@@ -35,21 +40,27 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         InputError: if arguments do not fit the stack or each other.
         ShapeError: if an argument has a shape that does not fit `x`.
     """
-    check_inputs(stack, inputs)
+    x = inputs.x
+    if x.ndim != 3 or x.shape[-1] != stack.dim or not x.is_floating_point():
+        check_input(x, stack.dim)
+    if inputs.cache is not None or inputs.causal is not None or inputs.context is not None or stack.cross_attend:
+        check_inputs(stack, inputs)
     if stack.packed or inputs.flash_pack_seq_kwargs is not None or inputs.flash_pack_seq_context_kwargs is not None:
         inputs.documents = read_documents(stack.packed, inputs) or None
     kv = inputs.cache.cache if isinstance(inputs.cache, LayerIntermediates) else inputs.cache
     if inputs.seq_pos_offset:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
-        inputs.x = uncached_tokens(inputs, kv)
-    inputs.causal_pass = causal = stack.causal if inputs.causal is None else inputs.causal
+        inputs.x = x = uncached_tokens(inputs, kv)
+    causal = stack.causal if inputs.causal is None else inputs.causal
     inputs.order = stack.sequence.order
     if inputs.layers_execute_order is not None or inputs.repeat_blocks is not None:
         inputs.order = stack.order_of(inputs.layers_execute_order, inputs.repeat_blocks)
     if kv is not None or (inputs.return_hiddens and causal and stack.can_cache_kv and inputs.documents is None):
         kv = begin_cache(stack, inputs, kv)
-    capture = requested(stack, inputs)
+    capture = NOTHING if inputs.capture is None else inputs.capture
+    if inputs.return_gumbel_log_probs or (inputs.return_hiddens and inputs.capture is None):
+        capture = requested(stack, inputs)
     query, keys = build_token_layout(inputs, kv)
     if inputs.attn_mask is not None or inputs.attn_bias is not None or inputs.pairs is not None:
         read_masks(stack, inputs, query, keys, kv)
@@ -58,31 +69,51 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         keys=keys,
         causal=causal,
         aligned=kv is None or kv.fresh,
-        newest=len(query) == 1 and (kv is None or kv.ends_with_newest),
+        newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
         row_mask=inputs.mask.bool() if inputs.mask is not None and inputs.cache is None else None,
         attn_mask=inputs.attn_mask,
         attn_bias=inputs.attn_bias,
         capture=capture,
         memo=Memo(),
     )
-    inputs.rotations = rotations_of_pass(stack, inputs, kv)
+    read_optional_inputs(stack, inputs, kv)
+    stream = x if stack.frame is None else stack.frame.expand(x)
+    own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
+    windows = kv is not None and kv.reaches and not kv.fresh
+    shares_keys = not own_keys and not windows and stack.rel_pos is None
+    states = list(inputs.running_states)
+    return PassState(call, stream, Recorder(capture), shares_keys, NOTHING_CARRIED, kv, states)
+
+
+def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> None:
+    """Fill in the fields of a pass that only some stacks and callers have."""
+    if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None:
+        inputs.rotations = given_rotations(stack, inputs, kv)
+    elif stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None:
+        inputs.rotations = stack.rotations
+    if inputs.context_pos is not None:
+        inputs.context_pos = checked_context_pos(stack, inputs.context_pos)
     if inputs.condition is not None or stack.need_condition:
         read_condition(stack, inputs)
     if inputs.in_attn_cond is not None or stack.injection is not None:
         read_injection(stack, inputs)
     if inputs.mems:
         read_memories(stack, inputs)
-    read_layer_inputs(stack, inputs)
-    stream = inputs.x if stack.frame is None else stack.frame.expand(inputs.x)
-    return PassState(call, stream, Recorder(capture), kv, states=list(inputs.running_states))
+    if inputs.deep_embeds_and_ids is not None:
+        inputs.deep_embeds = deep_embeds(*inputs.deep_embeds_and_ids, x=inputs.x)
+    if inputs.transform_block_inputs is not None:
+        inputs.block_transform = block_transform(inputs.transform_block_inputs)
+    if inputs.self_attn_additional_kv is not None:
+        inputs.additional = additional_by_layer(stack, inputs, inputs.self_attn_additional_kv)
+    if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
+        inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
 
 
 # checks
 
 
 def check_inputs(stack: LayerStack, inputs: PassInputs) -> None:
-    """Raise an `InputError` or `ShapeError` unless the input, the context, the cache and causality fit the stack."""
-    check_input(inputs.x, stack.dim)
+    """Raise an `InputError` or `ShapeError` unless the context, the cache and causality fit the stack."""
     cache, context = inputs.cache, inputs.context
     if cache is not None:
         refuse_cache_unless_causal(stack)
@@ -125,15 +156,13 @@ def refuse_cache_unless_causal(stack: LayerStack) -> None:
 
 
 def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
-    """Return what the pass records for the caller: by default everything, with `return_hiddens` and without a cache.
+    """Return what a pass that returns intermediates records: by default everything, scores only without a cache.
 
     Raises:
         InputError: if log-probabilities are requested of a stack that demands fused kernels.
     """
     capture = inputs.capture
     if capture is None:
-        if not inputs.return_hiddens and not inputs.return_gumbel_log_probs:
-            return NOTHING
         scores = inputs.return_hiddens and inputs.cache is None and stack.may_show_scores()
         capture = Capture(scores=scores, hiddens=inputs.return_hiddens)
     if inputs.return_gumbel_log_probs:
@@ -248,30 +277,34 @@ def check_covers_places(bias: Tensor, capacity: int) -> None:
         )
 
 
-def rotations_of_pass(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> tuple[QKTransform, ...]:
-    """Return the transforms of self-attention: those that the caller gives, or the stack's own.
+def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> tuple[QKTransform, ...]:
+    """Return the transforms of self-attention that the caller gives instead of the stack's own.
 
     Raises:
-        InputError: if the caller gives two, or one that the cache has no room for.
+        InputError: if there are two, or one that the cache has no room for.
     """
     rotary, polar = inputs.rotary_pos_emb, inputs.polar_pos_emb
-    if inputs.context_pos is not None:
-        if not stack.cross_attend or not isinstance(stack.rotary_pos_emb, RotaryEmbedding):
-            raise InputError(
-                "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
-            )
-        pos = inputs.context_pos
-        inputs.context_pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
-    if rotary is None and polar is None:
-        return stack.rotations
-    if rotary is not None and polar is not None:
-        raise InputError("`rotary_pos_emb` and `polar_pos_emb` both transform queries and keys; pass one of them.")
     if polar is None:
         assert rotary is not None
         return (GivenRotation(rotary),)
+    if rotary is not None:
+        raise InputError("`rotary_pos_emb` and `polar_pos_emb` both transform queries and keys; pass one of them.")
     if stack.polar_pos_emb is None and kv is not None and kv.is_static:
         raise InputError("`polar_pos_emb` makes keys wider than the static cache has room for; use a dynamic one.")
     return (GivenPolar(*polar),)
+
+
+def checked_context_pos(stack: LayerStack, pos: Tensor) -> Tensor:
+    """Return the positions of the context as `(1|b, m)`.
+
+    Raises:
+        InputError: if the stack has nothing that would read them.
+    """
+    if not stack.cross_attend or not isinstance(stack.rotary_pos_emb, RotaryEmbedding):
+        raise InputError(
+            "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
+        )
+    return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
 
 # inputs of the sublayers

@@ -86,6 +86,8 @@ class Branch(ReadsReference):
         """Names of the running states that this sublayer keeps in causal passes."""
         self.uses_cache = kind.is_attention or bool(self.running)
         """True if the sublayer reads and writes an entry of the cache."""
+        # most connections read the stream as it is; every call that is saved here is saved once a layer and token
+        self.reads_stream = type(residual).read is ResidualConnection.read
 
     @property
     def fn(self) -> BranchFunction:
@@ -103,7 +105,7 @@ class Branch(ReadsReference):
             The new stream, what was read from the old one, the record of an attention, and values for later layers.
         """
         before, residual, norm = stream, self.residual, self.norm
-        x, kept = residual.read(stream)
+        x, kept = (stream, stream) if self.reads_stream else residual.read(stream)
         branch_input = x
         if self.reader is not None:
             carry = replace(layer.carry, history=(*layer.carry.history, branch_input))

@@ -20,8 +20,7 @@ from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import newest
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
-from x_transformers.layers.pass_inputs import PassInputs
-from x_transformers.layers.pass_state import PassState
+from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import keys_in_window
 
@@ -31,7 +30,6 @@ def self_attention_inputs(
 ) -> None:
     """Fill in what a self-attention reads: its keys and their positions, and recurrent memory and keys before them."""
     call, kv = layer.call, state.kv
-    layer.rotations = inputs.rotations
     memory = memory_mask = reach = None
     if inputs.attention_memories:
         memory, memory_mask = nth(inputs.attention_memories, step.nth), nth(inputs.mem_masks, step.nth)
@@ -39,14 +37,11 @@ def self_attention_inputs(
         layer.memory = memory
     if kv is not None and kv.reaches and not kv.fresh:
         reach = kv.reach(step.number)
-    if memory is None and reach is None and stack.rel_pos is None and call.attn_bias is None:
-        layer.keys, layer.fresh = call.keys, call.query
-    else:
-        # layers with equally long memories and windows share the result, and with it masks and tables made of it
-        count = None if memory is None else memory.shape[-2]
-        layer.keys, layer.fresh, layer.biases = call.memo.once(
-            lambda: _bind(stack, inputs, state, memory, memory_mask, reach), "keys", count, memory_mask, reach
-        )
+    # layers with equally long memories and windows share the result, and with it masks and tables made of it
+    count = None if memory is None else memory.shape[-2]
+    layer.keys, layer.fresh, layer.biases = call.memo.once(
+        lambda: _bind(stack, inputs, state, memory, memory_mask, reach), "keys", count, memory_mask, reach
+    )
     if inputs.additional:
         layer.additional, layer.additional_mask = nth(inputs.additional, step.nth), inputs.additional_kv_mask
         if layer.additional is not None and layer.additional_mask is not None:

@@ -19,7 +19,7 @@ from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
 from x_transformers.layers.explain import Explanation, explain_stack
-from x_transformers.layers.pass_inputs import BlockTransform, PassInputs
+from x_transformers.layers.pass_state import BlockTransform, PassInputs
 from x_transformers.layers.plan import make_plan
 from x_transformers.layers.reference_names import translate_stack
 from x_transformers.layers.runner import finish, recomputes, run_recomputing, run_steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.layers.kinds import KINDS
-from x_transformers.layers.pass_inputs import PassInputs
+from x_transformers.layers.pass_state import PassInputs
 from x_transformers.layers.plan import StackPlan
 
 PACKABLE = {letter: kind for letter, kind in KINDS.items() if kind.documents_argument is not None}

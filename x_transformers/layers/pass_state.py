@@ -1,18 +1,99 @@
-"""State of one pass through a stack: the residual stream, values for later layers, and recorded intermediates."""
+"""Inputs and state of one pass through a stack: its arguments, what changes while the layers run, and what is recorded.
+
+`AttentionLayers.forward` puts its arguments into `PassInputs` on its first line. The functions of `begin_pass.py` check
+them and fill in the fields that the sublayers read; from then on only `PassState` changes.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
+from x_transformers.attention.base import QKTransform
 from x_transformers.cache import Entry, KVCache
-from x_transformers.forward_pass.call import Call, Capture, Carry
+from x_transformers.forward_pass.call import Call, Capture, Carry, Span
+from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
-from x_transformers.layers.execution_order import Step
+from x_transformers.layers.execution_order import Repeat, Step
+
+BlockTransform = Callable[[int, Tensor], Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class PassInputs:
+    """Arguments of `AttentionLayers.forward`, which documents them, and what the sublayers read of them.
+
+    Attributes:
+        x: `(b, n, D)`; with a cache, from `begin_pass` on only the tokens that run.
+        order: indices of the built sublayers, in the order of execution.
+        attention_memories: recurrent memory `(b, l, D)` of each executed self-attention, or None.
+        running_states: running states that the previous segment left, in the order of the sublayers that keep them.
+        condition: from `begin_pass` on `(b, 1|n, c)`, the input of adaptive norms and scales.
+        injection: `(b, 1|n, D)`, added to the input of each sublayer.
+        deep_embeds: `(b, n, L, D)`, factors of the outputs of the first L executed feedforwards.
+        block_transform: `(block, stream) -> stream` at the entry of each executed block but the first.
+        rotations: query/key transforms of self-attention.
+        additional: keys and values for each executed self-attention.
+        kv_residuals: by letter of the kind, what is added to the source of keys and values of each such layer.
+        documents: by letter of the kind, the documents of a packed row and of its keys.
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    self_attn_kv_mask: Tensor | None = None
+    mems: Sequence[Tensor | None] | None = None
+    mem_masks: Sequence[Tensor | None] | None = None
+    seq_start_pos: Tensor | None = None
+    seq_pos_offset: int | None = None
+    cache: LayerIntermediates | KVCache | None = None
+    input_not_include_cache: bool = False
+    cache_age: int | None = None
+    return_hiddens: bool = False
+    return_gumbel_log_probs: bool = False
+    rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None
+    polar_pos_emb: tuple[Tensor, Tensor] | None = None
+    pos: Tensor | None = None
+    context_pos: Tensor | None = None
+    attn_bias: Tensor | None = None
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
+    self_attn_additional_kv: LayerIntermediates | Sequence[KeysValues] | None = None
+    additional_kv_mask: Tensor | None = None
+    detach_additional_kv: bool = False
+    route_additional_kv_to_top: bool = True
+    condition: Tensor | None = None
+    in_attn_cond: Tensor | None = None
+    layers_execute_order: Sequence[int] | None = None
+    repeat_blocks: Sequence[Repeat] | Repeat | None = None
+    self_attn_kv_residuals: Tensor | None = None
+    cross_attn_kv_residuals: Tensor | None = None
+    flash_pack_seq_kwargs: Mapping[str, Any] | None = None
+    flash_pack_seq_context_kwargs: Mapping[str, Any] | None = None
+    causal: bool | None = None
+    transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None
+    places: Tensor | None = None
+    prefix: int | None = 0
+    capture: Capture | None = None
+    pairs: Callable[[Span, Span], Tensor] | None = None
+    # filled in by `begin_pass`
+    order: tuple[int, ...] = field(default=(), init=False)
+    attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
+    running_states: Sequence[Tensor | None] = field(default=(), init=False)
+    injection: Tensor | None = field(default=None, init=False)
+    deep_embeds: Tensor | None = field(default=None, init=False)
+    block_transform: BlockTransform | None = field(default=None, init=False)
+    rotations: tuple[QKTransform, ...] = field(default=(), init=False)
+    additional: Sequence[KeysValues | None] = field(default=(), init=False)
+    kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
+    documents: Mapping[str, Documents] | None = field(default=None, init=False)
 
 
 class Recorder:
@@ -85,8 +166,10 @@ class PassState:
         call: the pass; its memo fills while the layers run.
         stream: `(b, n, D)`, or `(b, n, s, D)` for several streams.
         recorder: intermediates for the caller.
-        kv: the cache, whose entries the sublayers fill.
+        shares_keys: all self-attentions read the keys of the pass as they are: there is no recurrent memory, window or
+            bias, and nothing that the caller gives to single layers.
         carry: values from earlier sublayers for later ones.
+        kv: the cache, whose entries the sublayers fill.
         states: running states of the previous segment, of the sublayers that have not run yet.
         skips: place in the order of execution -> the stream at its entry.
     """
@@ -94,8 +177,9 @@ class PassState:
     call: Call
     stream: Tensor
     recorder: Recorder
+    shares_keys: bool
+    carry: Carry
     kv: KVCache | None = None
-    carry: Carry = field(default_factory=lambda: Carry())  # graphs cannot call a class here
     states: list[Tensor | None] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
 
@@ -115,8 +199,9 @@ class PassState:
             replace(self.call, memo=self.call.memo.fork()),
             self.stream,
             self.recorder.fork(),
-            kv,
+            self.shares_keys,
             self.carry,
+            kv,
             list(self.states),
             dict(self.skips),
         )

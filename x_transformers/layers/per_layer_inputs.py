@@ -11,31 +11,8 @@ from torch import Tensor
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
-from x_transformers.layers.pass_inputs import BlockTransform, KeysValues, PassInputs
+from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
 from x_transformers.layers.stack import LayerStack
-
-
-def read_layer_inputs(stack: LayerStack, inputs: PassInputs) -> None:
-    """Fill in the inputs of single layers, for those that execute."""
-    if inputs.deep_embeds_and_ids is not None:
-        inputs.deep_embeds = deep_embeds(*inputs.deep_embeds_and_ids, inputs.x)
-    if inputs.transform_block_inputs is not None:
-        inputs.block_transform = block_transform(inputs.transform_block_inputs)
-    if inputs.self_attn_additional_kv is not None:
-        inputs.additional = keys_values_by_layer(
-            inputs.self_attn_additional_kv,
-            stack.sequence.count(SELF_ATTENTION.letter, inputs.order),
-            to_top=inputs.route_additional_kv_to_top,
-            detach=inputs.detach_additional_kv,
-        )
-    if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
-        inputs.kv_residuals = {
-            kind.letter: residuals_by_layer(residuals, stack.sequence.count(kind.letter, inputs.order), name)
-            for kind, residuals, name in (
-                (SELF_ATTENTION, inputs.self_attn_kv_residuals, "self_attn_kv_residuals"),
-                (CROSS_ATTENTION, inputs.cross_attn_kv_residuals, "cross_attn_kv_residuals"),
-            )
-        }
 
 
 def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
@@ -64,22 +41,24 @@ def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
     return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
 
 
-def keys_values_by_layer(
-    given: LayerIntermediates | Sequence[KeysValues], layers: int, *, to_top: bool, detach: bool
+def additional_by_layer(
+    stack: LayerStack, inputs: PassInputs, given: LayerIntermediates | Sequence[KeysValues]
 ) -> list[KeysValues | None]:
     """Return additional keys and values for each self-attention that executes, or None.
 
     Args:
+        stack: the stack.
+        inputs: how the pairs are distributed, `route_additional_kv_to_top` and `detach_additional_kv`.
         given: a pair for each layer, or the record of another model's pass, whose self-attentions are read.
-        layers: number of self-attentions that execute.
-        to_top: the last pairs go to the last layers; else the first pairs go to the first layers.
-        detach: no gradient flows into them.
     """
+    layers = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     pairs = _pairs_of_record(given) if isinstance(given, LayerIntermediates) else [(k, v) for k, v in given]
-    if detach:
+    if inputs.detach_additional_kv:
         pairs = [(k.detach(), v.detach()) for k, v in pairs]
     missing: list[KeysValues | None] = [None] * max(layers - len(pairs), 0)
-    return [*missing, *pairs[max(len(pairs) - layers, 0) :]] if to_top else [*pairs[:layers], *missing]
+    if inputs.route_additional_kv_to_top:
+        return [*missing, *pairs[max(len(pairs) - layers, 0) :]]
+    return [*pairs[:layers], *missing]
 
 
 def _pairs_of_record(record: LayerIntermediates) -> list[KeysValues]:
@@ -96,14 +75,19 @@ def _pairs_of_record(record: LayerIntermediates) -> list[KeysValues]:
     return pairs
 
 
-def residuals_by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | None]:
-    """Return what is added to the source of keys and values of each layer of a kind, or None.
+def kv_residuals_by_layer(stack: LayerStack, inputs: PassInputs) -> dict[str, list[Tensor | None]]:
+    """Return, by letter of the kind, what is added to the source of keys and values of each layer that executes."""
+    return {
+        kind.letter: _by_layer(residuals, stack.sequence.count(kind.letter, inputs.order), name)
+        for kind, residuals, name in (
+            (SELF_ATTENTION, inputs.self_attn_kv_residuals, "self_attn_kv_residuals"),
+            (CROSS_ATTENTION, inputs.cross_attn_kv_residuals, "cross_attn_kv_residuals"),
+        )
+    }
 
-    Args:
-        given: `(b, m, D)` for the first layer only, or `(L, b, m, D)` for the first L.
-        layers: number of layers of the kind that execute.
-        name: name of the argument, for messages.
-    """
+
+def _by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | None]:
+    """Split `(L, b, m, D)` into tensors for the first L layers; `(b, m, D)` is for the first layer only."""
     if given is None:
         return [None] * layers
     if given.ndim not in (3, 4):

@@ -13,10 +13,11 @@ from x_transformers.layers.branch import Branch
 from x_transformers.layers.branch_inputs import cross_attention_inputs, running_states, self_attention_inputs
 from x_transformers.layers.checkpointing import recompute, split_by_recomputation
 from x_transformers.layers.execution_order import Step
-from x_transformers.layers.pass_inputs import PassInputs
-from x_transformers.layers.pass_state import PassState, fold_streams, unfold_streams
+from x_transformers.layers.pass_state import PassInputs, PassState, fold_streams, unfold_streams
 from x_transformers.layers.stack import LayerStack
 from x_transformers.ops import softclamp
+
+NO_DELTAS = Deltas()
 
 
 def recomputes(stack: LayerStack, state: PassState) -> bool:
@@ -30,7 +31,7 @@ def recomputes(stack: LayerStack, state: PassState) -> bool:
 
 def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, state: PassState) -> None:
     """Run some sublayers; `state` moves on to after the last one."""
-    call, recorder, skips, kv, no_deltas = state.call, state.recorder, state.skips, state.kv, Deltas()
+    call, recorder, skips, kv = state.call, state.recorder, state.skips, state.kv
     skip_sources, layers = stack.skip_sources, list(stack.layers)
     keeps_states = call.causal and (bool(inputs.running_states) or recorder.keeps_states)
     x, carry = state.stream, state.carry
@@ -47,7 +48,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
                 skips[step.number] = x
             if step.layer in skip_sources:
                 x = stack.skip_combines[str(step.layer)](x, skips)
-        layer = LayerCall(call, carry=carry, deltas=no_deltas, condition=inputs.condition, injection=inputs.injection)
+        layer = LayerCall(call, carry=carry, deltas=NO_DELTAS, condition=inputs.condition, injection=inputs.injection)
         if inputs.documents is not None:
             layer.documents = inputs.documents.get(kind.letter)
         if kv is not None and branch.uses_cache:
@@ -55,7 +56,11 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         if branch.running:
             layer.states = running_states(branch.running, layer.entry, state.states, keeps_states)
         if kind.is_self_attention:
-            self_attention_inputs(stack, step, inputs, state, layer)
+            layer.rotations = inputs.rotations
+            if state.shares_keys:
+                layer.keys, layer.fresh = call.keys, call.query
+            else:
+                self_attention_inputs(stack, step, inputs, state, layer)
         elif kind.is_cross_attention:
             cross_attention_inputs(stack, step, inputs, layer)
         elif kind.is_feedforward and inputs.deep_embeds is not None and step.nth < inputs.deep_embeds.shape[2]:

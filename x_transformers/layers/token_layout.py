@@ -11,7 +11,7 @@ from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Span
 from x_transformers.layers.kinds import SELF_ATTENTION
-from x_transformers.layers.pass_inputs import PassInputs
+from x_transformers.layers.pass_state import PassInputs
 
 
 def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span, Span]:
