@@ -16,7 +16,7 @@ from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.memo import Memo
-from x_transformers.layers.conditioning import newest
+from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.packing import read_documents
 from x_transformers.layers.pass_state import PassInputs, PassState, Recorder
@@ -321,7 +321,7 @@ def read_condition(stack: LayerStack, inputs: PassInputs) -> None:
             "`mems` cannot be combined with a `condition` for each token: memory tokens have no condition. Pass a "
             "condition of shape (b, c), or drop `mems`."
         )
-    condition = newest(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim_condition, "condition")
+    condition = select_new_tokens(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim_condition, "condition")
     inputs.condition = condition if stack.condition_mlp is None else stack.condition_mlp(condition)
 
 
@@ -329,7 +329,7 @@ def read_injection(stack: LayerStack, inputs: PassInputs) -> None:
     """Compute what is added to every sublayer's input, `(b, 1|n, D)`."""
     given = inputs.in_attn_cond
     if given is not None:
-        given = newest(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim, "in_attn_cond")
+        given = select_new_tokens(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim, "in_attn_cond")
     inputs.injection = given if stack.injection is None else stack.injection(inputs.x, given)
 
 

@@ -17,7 +17,7 @@ from x_transformers.cache import Entry
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Call, LayerCall, Span
 from x_transformers.layers.branches.dropout import drop_context
-from x_transformers.layers.conditioning import newest
+from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
@@ -50,7 +50,7 @@ def self_attention_inputs(
     if inputs.kv_residuals is not None:
         residual = nth(inputs.kv_residuals[SELF_ATTENTION.letter], step.nth)
         if residual is not None:
-            residual = newest(residual, len(residual), len(call.query), stack.dim, "self_attn_kv_residuals")
+            residual = select_new_tokens(residual, len(residual), len(call.query), stack.dim, "self_attn_kv_residuals")
         layer.kv_residual = residual
 
 
@@ -84,7 +84,7 @@ def _bind(
 
 
 def _columns_of(bias: Tensor, keys: Span, held: Span) -> Tensor:
-    """Return the columns of a caller's bias, whose last one is that of the newest key, for the keys in a window."""
+    """Return the columns of a caller's bias, whose last one is of the newest key, for the keys in a window."""
     if held is keys or bias.shape[-1] > len(keys):
         return bias
     full = F.pad(bias, (len(keys) - bias.shape[-1], 0))

@@ -57,7 +57,7 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         norm=norm(dim) if where.before else None,
         shift=TokenShift(shift, dim, hides_future) if shift else None,
         output_norm=norm(dim) if where.output else None,
-        stream_norm=norm(dim) if where.behind else None,
+        stream_norm=norm(dim) if where.after else None,
         scale=_one(options, "branch scale", context),
         output_scale=factor,
         dropout=skip,

@@ -1,7 +1,7 @@
-"""The catalogue: every feature of a stack.
+"""Catalog of the features of a stack.
 
-Adding a paper means one new file and one line here, or in the catalogue of attention or of the feedforward for
-features that act inside them.
+A new paper is one new file and one line here; a feature that acts inside of attention or of the feedforward goes into
+their own catalogs instead. The order is that of signatures and of `help`.
 """
 
 from __future__ import annotations
