@@ -436,7 +436,7 @@ def test_what_sees_the_whole_sequence_keeps_no_cache(pool: str) -> None:
     assert not model.can_cache_kv
     _, record = model(IDS, return_intermediates=True)
     for call in (lambda: model(IDS, cache=record), lambda: model.static_cache(2, 8)):
-        with pytest.raises(InputError, match="made of all tokens at once"):
+        with pytest.raises(InputError, match="from all tokens at once"):
             call()
     with pytest.raises(InputError, match="`logits_to_keep`"):
         model(IDS, logits_to_keep=1)
@@ -487,7 +487,7 @@ def test_recycling_has_no_cache_and_still_generates() -> None:
     model = build(recycling=True)
     assert not model.can_cache_kv
     _, record = model(IDS, return_intermediates=True)
-    with pytest.raises(InputError, match="made of all tokens at once"):
+    with pytest.raises(InputError, match="from all tokens at once"):
         model(IDS, cache=record)
     assert AutoregressiveWrapper(model).generate(IDS, 3).shape == (2, 3)
     with pytest.raises(InputError, match="`recycle_steps` is 0"):
@@ -559,15 +559,18 @@ def test_sinusoids_of_each_row() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"average_pool_embed": True, "use_cls_token": True}, "`average_pool_embed` and `use_cls_token` both"),
-        ({"use_cls_token": True, "attn_pool": True}, "`use_cls_token` and `attn_pool` both"),
-        ({"average_pool_embed": True, "attn_pool": True}, "`average_pool_embed` and `attn_pool` both"),
+        (
+            {"average_pool_embed": True, "use_cls_token": True},
+            "`average_pool_embed` and `use_cls_token` are alternatives",
+        ),
+        ({"use_cls_token": True, "attn_pool": True}, "`use_cls_token` and `attn_pool` are alternatives"),
+        ({"average_pool_embed": True, "attn_pool": True}, "`average_pool_embed` and `attn_pool` are alternatives"),
         ({"looped": True}, "`looped` is not available in this version"),
         ({"max_looped_steps": 3}, "`max_looped_steps` is not available in this version"),
         ({"num_output_heads": 0}, "`num_output_heads` is 0"),
-        ({"num_output_heads": 2, "mixture_of_softmax": True}, "`mixture_of_softmax` goes with one head"),
-        ({"num_output_heads": 2, "tie_embedding": True}, "`tie_embedding` goes with one head"),
-        ({"num_output_heads": 2, "to_logits": nn.Linear(16, 5)}, "`to_logits` goes with one head"),
+        ({"num_output_heads": 2, "mixture_of_softmax": True}, "`mixture_of_softmax` works with one head"),
+        ({"num_output_heads": 2, "tie_embedding": True}, "`tie_embedding` works with one head"),
+        ({"num_output_heads": 2, "to_logits": nn.Linear(16, 5)}, "`to_logits` works with one head"),
         ({"tie_embedding": True, "emb_dim": 8}, "`tie_embedding` needs embeddings of the stack's width 16"),
         ({"tie_embedding": True, "logits_dim": 8}, "`tie_embedding` takes its logits from the token table"),
         ({"tie_embedding": True, "to_logits": nn.Linear(16, 5)}, "drop `to_logits`"),
