@@ -218,24 +218,11 @@ class Model(Configured, ReadsReference):
         Returns:
             Features `(b, leading + n, D)`; the record of the pass, or None if only the output was requested; and the
             embeddings `(b, p + n, E)` before dropout.
-        """
-        if inputs.sum_embeds is not None:
-            more = inputs.sum_embeds
-            embeds = embeds + (more if more.shape[-2] == 1 else span.newest(more, -2))
-        if self.post_emb_norm is not None:
-            embeds = self.post_emb_norm(embeds)
-        if inputs.prepend_embeds is not None and span.starts:
-            embeds = torch.cat((self._check_prepended(inputs.prepend_embeds, len(embeds)), embeds), dim=1)
-        if self.emb_frac_gradient != 1:
-            embeds = frac_gradient(embeds, self.emb_frac_gradient)
-        x = embeds
-        if self.emb_dropout and not self.drops_memory_tokens:
-            x = self._dropped(x)
-        if self.project_emb is not None:
-            x = self.project_emb(x)
-        if self.cls_token is not None:
-            x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
 
+        Raises:
+            InputError: if arguments do not fit the model or each other.
+        """
+        items, embeds = self._items(embeds, inputs, span)
         kv = span.kv
         if inputs.stack.get("return_gumbel_log_probs"):  # they are part of the record
             inputs.return_intermediates = True
@@ -252,10 +239,12 @@ class Model(Configured, ReadsReference):
         }
         if inputs.mems is not None and self.shift_mem_down:
             arguments["mems"] = shifted_down(inputs.mems, self.shift_mem_down, self.attn_layers, arguments)
-        sequence = None
+        # Most passes run tokens only. With anything around the tokens, arguments over tokens must be moved to the columns
+        # that the tokens have inside of the stack.
+        x, sequence = items, None
         prefixed = span.leading if kv is None or span.starts else kv.prefix
         if prefixed or self.memory_tokens is not None or inputs.prepend_mask is not None:
-            sequence = surround(x, span, self.layout, self.memory_tokens, inputs.seq_start_pos)
+            sequence = surround(items, span, self.layout, self.memory_tokens, inputs.seq_start_pos)
             if inputs.prepend_mask is not None and span.starts:
                 sequence.hide_prepended(inputs.prepend_mask, self.num_cls_tokens)
             x, arguments = sequence.x, sequence.over_columns(arguments)
@@ -289,6 +278,29 @@ class Model(Configured, ReadsReference):
             features = sequence.without_memory(features)
         record.initial_embeds, record.last_layer_hiddens = embeds, features[:, self.num_cls_tokens :]
         return features, record, embeds
+
+    def _items(self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> tuple[Tensor, Tensor]:
+        """Return class tokens, prepended embeddings and tokens, `(b, leading + n, D)`, and the last two `(b, p + n, E)`
+        as they were before dropout.
+        """
+        if inputs.sum_embeds is not None:
+            more = inputs.sum_embeds
+            embeds = embeds + (more if more.shape[-2] == 1 else span.newest(more, -2))
+        if self.post_emb_norm is not None:
+            embeds = self.post_emb_norm(embeds)
+        if inputs.prepend_embeds is not None and span.starts:
+            embeds = torch.cat((self._check_prepended(inputs.prepend_embeds, len(embeds)), embeds), dim=1)
+        if self.emb_frac_gradient != 1:
+            embeds = frac_gradient(embeds, self.emb_frac_gradient)
+        items = embeds
+        if self.emb_dropout and not self.drops_memory_tokens:
+            items = self._dropped(items)
+        if self.project_emb is not None:
+            items = self.project_emb(items)
+        if self.cls_token is not None:
+            classes = self.cls_token.to(items.dtype).expand(len(items), -1, -1)
+            items = torch.cat((classes, items), dim=1)
+        return items, embeds
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Apply the embedding dropout."""

@@ -54,7 +54,6 @@ class ModelInputs:
     z_loss_weight: float | None = None
     capture: Capture | None = None
     logits_to_keep: int | None = None
-    excise_prepend_embeds: bool = False
 
     @property
     def needs_record(self) -> bool:

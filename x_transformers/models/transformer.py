@@ -108,22 +108,13 @@ class TransformerWrapper(Model):
         self.returns_pooled = options.attn_pool and not layers.causal
 
     def _build_heads(self, options: ModelOptions) -> None:
-        dim, heads = self.attn_layers.dim, options.num_output_heads
-        self.has_multiple_heads, self.squeeze_out_last_dim = heads > 1, options.squeeze_out_last_dim
+        dim = self.attn_layers.dim
+        self.has_multiple_heads = options.num_output_heads > 1
+        self.squeeze_out_last_dim: bool = options.squeeze_out_last_dim
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
         self.own_to_logits = options.to_logits is None
-        self.to_logits: nn.Module | None = None
-        if not options.return_only_embed:
-            width = self.num_tokens if options.logits_dim is None else options.logits_dim
-            if options.tie_embedding:
-                assert isinstance(self.token_emb, TokenEmbedding)
-                scale = dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale
-                self.to_logits = TiedLogits(self.token_emb, scale)
-            elif options.to_logits is not None:
-                self.to_logits = options.to_logits
-            else:
-                self.to_logits = Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
+        self.to_logits = _build_head(options, dim, self.num_tokens, self.token_emb)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
 
@@ -252,7 +243,6 @@ class TransformerWrapper(Model):
             z_loss_weight=attn_z_loss_weight,
             capture=capture,
             logits_to_keep=logits_to_keep,
-            excise_prepend_embeds=excise_prepend_embeds,
         )
         if return_logits_and_embeddings or return_logit_entropies or return_next_embed_pred or logits_to_keep:
             self._check_requested(inputs)
@@ -273,9 +263,7 @@ class TransformerWrapper(Model):
             embeds = self._add_further_embeddings(embeds, inputs, span)
         if self.ff_deep_embed is not None and kwargs.get("deep_embeds_and_ids") is None:
             kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, ids)
-        recycling = None
-        if self.recycling or recycle_steps is not None:
-            recycling = self._recycling(recycle_steps)
+        recycling = self._recycling(recycle_steps) if self.recycling or recycle_steps is not None else None
         features, record, initial_embeds = self._run_stack(embeds, inputs, span, recycling)
 
         pooled = None
@@ -310,8 +298,6 @@ class TransformerWrapper(Model):
         record.logits = logits if self.returns_pooled else None
         record.logit_entropies = each_head(logits, calc_entropy) if return_logit_entropies else None
         return with_requested(out, record, inputs)
-
-    # its steps
 
     def _check_requested(self, inputs: ModelInputs) -> None:
         logits = inputs.return_logits_and_embeddings or inputs.return_logit_entropies
@@ -396,6 +382,20 @@ class TransformerWrapper(Model):
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         for name in ("to_mixture.0.weight", "combine_mixture.weight"):
             rename(state, prefix + name, f"{prefix}mixture.{name}")
+
+
+def _build_head(options: ModelOptions, dim: int, num_tokens: int, token_emb: nn.Module) -> nn.Module | None:
+    """Build the map from features to logits, or None if a pass returns features."""
+    if options.return_only_embed:
+        return None
+    if options.tie_embedding:
+        assert isinstance(token_emb, TokenEmbedding)
+        return TiedLogits(token_emb, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
+    if options.to_logits is not None:
+        return options.to_logits
+    width = num_tokens if options.logits_dim is None else options.logits_dim
+    heads = options.num_output_heads
+    return Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
 
 
 def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
