@@ -329,11 +329,11 @@ def test_bad_options():
     ("kwargs", "error", "said"),
     [
         ({"rollout_steps": 0}, InputError, "`rollout_steps` is 0"),
-        ({"prepend_embeds": torch.zeros(2, 1, DIM)}, InputError, "`prepend_embeds` cannot be given to the loss"),
-        ({"return_mems": True}, InputError, "`return_mems` cannot be given"),
+        ({"prepend_embeds": torch.zeros(2, 1, DIM)}, InputError, "`prepend_embeds` cannot be passed to the loss"),
+        ({"return_mems": True}, InputError, "`return_mems` cannot be passed"),
         ({"lens": torch.tensor([1])}, ShapeError, "2 whole numbers"),
         ({"mask": torch.ones(2, 4).bool()}, ShapeError, r"`mask` has shape \(2, 4\); it must be \(2, 8\)"),
-        ({"mask": torch.ones(2, 8).bool(), "lens": torch.tensor([1, 2])}, InputError, "give one of them"),
+        ({"mask": torch.ones(2, 8).bool(), "lens": torch.tensor([1, 2])}, InputError, "pass one of them"),
         ({"rollout_steps": 2, "mask": torch.ones(2, 8).bool()}, InputError, "which roll-outs move"),
     ],
 )
@@ -344,17 +344,17 @@ def test_bad_input_of_the_loss(kwargs, error, said):
 
 def test_bad_input():
     model, x = build(), torch.randn(2, 3, WIDTH)
-    with pytest.raises(ShapeError, match=r"`loss_fn` gives a tensor of shape \(\)"):
+    with pytest.raises(ShapeError, match=r"`loss_fn` returns a tensor of shape \(\)"):
         build(loss_fn=F.mse_loss)(x)
     narrow = build(net={"dim_out": 3})
     with pytest.raises(ShapeError, match="width 3 and x has 5"):
         narrow(x)
-    with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+    with pytest.raises(InputError, match="returns vectors of width 3 and reads vectors of width 5"):
         narrow.generate(x, 2)
     for kwargs, said in (
         ({"temperature": -1.0}, "`temperature` is -1.0"),
         ({"prompt_lens": [0, 3]}, r"`prompt_lens` holds \[0, 3\]"),
-        ({"lens": torch.tensor([1, 2])}, "give `prompt_lens`"),
+        ({"lens": torch.tensor([1, 2])}, "pass `prompt_lens`"),
         ({"seq_start_pos": torch.tensor([1, 2])}, "give `prompt_lens`"),
     ):
         for refusing in (model.generate, model.stream):
@@ -368,8 +368,8 @@ def test_bad_input():
             refusing(Tensor(2, 0, WIDTH), 2)
         with pytest.raises(ShapeError, match="reads vectors of width 5"):
             refusing(x[..., 1:], 2)
-    with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+    with pytest.raises(InputError, match="returns vectors of width 3 and reads vectors of width 5"):
         narrow.stream(x, 2)
     for begun in (lambda: own.generate(x, 2), lambda: next(own.stream(x, 2))):
-        with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+        with pytest.raises(InputError, match="returns vectors of width 3 and reads vectors of width 5"):
             begun()

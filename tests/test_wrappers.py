@@ -194,7 +194,7 @@ KINDS = (
         (
             *((lambda x=x: (x()[0], torch.zeros(x()[0].shape)), given, words) for x, given, words in WRONG_IDS),
             (only(ZEROS, torch.zeros(2, 3)), {}, r"`x_num` \(2, 3\); they must be equal"),
-            (only(ZEROS[:, :0], torch.zeros(2, 0)), {}, "with a token at least"),
+            (only(ZEROS[:, :0], torch.zeros(2, 0)), {}, "with at least one token"),
             (only(ZEROS, ZEROS.float()), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
         ),
     ),

@@ -250,7 +250,7 @@ def test_refusals():
         model(x, x_num[:, 1:])
     with pytest.raises(ShapeError, match=r"`mask` has shape \(2, 4\)"):
         model(x, x_num, mask=torch.ones(2, 4).bool())
-    with pytest.raises(InputError, match="`return_mems` cannot be given"):
+    with pytest.raises(InputError, match="`return_mems` cannot be passed"):
         model(x, x_num, return_mems=True)
     for refusing in (model.generate, model.stream):  # streams refuse at once
         with pytest.raises(ShapeError, match="`start_numbers` must have the shapes"):

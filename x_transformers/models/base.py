@@ -239,8 +239,8 @@ class Model(Configured, ReadsReference):
         }
         if inputs.mems is not None and self.shift_mem_down:
             arguments["mems"] = shifted_down(inputs.mems, self.shift_mem_down, self.attn_layers, arguments)
-        # Most passes run tokens only. With anything around the tokens, arguments over tokens must be moved to the columns
-        # that the tokens have inside of the stack.
+        # Most passes run tokens only. If there is anything around the tokens, arguments over tokens have to become
+        # arguments over the columns of the internal sequence.
         x, sequence = items, None
         prefixed = span.leading if kv is None or span.starts else kv.prefix
         if prefixed or self.memory_tokens is not None or inputs.prepend_mask is not None:
