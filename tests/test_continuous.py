@@ -76,7 +76,7 @@ def test_loss(name):
 
 def test_the_longest_sequence():
     model, x = build("absolute"), torch.randn(1, 25, WIDTH)
-    assert model(x).isfinite()  # the last one is a target alone
+    assert model(x).isfinite()  # the last one is only a target
 
 
 def test_probabilistic_loss():
@@ -196,7 +196,7 @@ def test_roll_outs_of_a_probabilistic_model_are_samples():
 
 @pytest.mark.parametrize("net", [{}, PROBABILISTIC], ids=["", "probabilistic"])
 @pytest.mark.parametrize("name", NETS)
-def test_caches_agree_and_prompts_of_different_lengths_equal_each_alone(name, net):
+def test_caches_agree_and_ragged_prompts_equal_single_ones(name, net):
     model, x, kwargs = build(name, net=net), torch.randn(3, 5, WIDTH), surroundings(name, 3)
     out = {}
     for lens in (None, (5, 2, 3)):
@@ -260,7 +260,7 @@ def test_the_window(name):
         torch.testing.assert_close(model.net(seen)[:, -1], new[:, step], atol=2e-5, rtol=1e-4)
     cached = model.generate(x, 8)
     assert cached.isfinite().all()
-    if name != "memory tokens":  # one layer deep and where distances alone matter, a rolling cache is exact
+    if name != "memory tokens":  # one layer deep and where only distances matter, a rolling cache is exact
         torch.testing.assert_close(cached, new, atol=2e-5, rtol=1e-4)
 
 
@@ -293,10 +293,10 @@ def test_temperature():
 
 def test_round_trips():
     model, x = build("memory tokens", net=PROBABILISTIC, equal_loss_weight_batch=True), torch.randn(2, 6, WIDTH)
-    twin = ContinuousAutoregressiveWrapper.from_config(model.config)
-    twin.load_state_dict(model.state_dict())
+    copied = ContinuousAutoregressiveWrapper.from_config(model.config)
+    copied.load_state_dict(model.state_dict())
     assert all(key.startswith("net.") for key in model.state_dict())
-    torch.testing.assert_close(twin(x), model(x))
+    torch.testing.assert_close(copied(x), model(x))
 
 
 def test_low_precision():

@@ -1,4 +1,4 @@
-"""What a `TransformerWrapper` makes of features: heads, mixtures, pools, recycling, and every flag of a pass."""
+"""Outputs of a `TransformerWrapper`: heads, mixtures, pools, recycling, and every flag of a pass."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ def tensors(out: Any) -> list[Tensor]:
 @EACH_HEAD
 @torch.no_grad()
 def test_every_flag_returns_what_it_says(head: str) -> None:
-    """All combinations: the output is the same whatever comes beside it, features are `(b, n, D)`."""
+    """All combinations: the output is the same whatever is returned with it, features are `(b, n, D)`."""
     model = build(**HEADS[head])
     features = model(IDS, return_embeddings=True)
     assert features.shape == (2, 6, 16)
@@ -85,8 +85,8 @@ def test_every_flag_returns_what_it_says(head: str) -> None:
                     p = logits.softmax(dim=-1)
                     close(got, -(p * p.log()).sum(dim=-1))
         if both:
-            out, beside = out
-            close(beside, features)
+            out, second = out
+            close(second, features)
         elif embeds:
             close(out, features)
             continue
@@ -169,7 +169,7 @@ def test_a_mixture_is_log_probabilities() -> None:
 
 
 def test_a_mixture_of_large_logits_keeps_gradients() -> None:
-    """Where a probability underflows, its logarithm must not."""
+    """A probability may underflow, its logarithm must not."""
     model = build(mixture_of_softmax=True)
     model.to_logits.weight.data *= 1e4
     out = model(IDS)
@@ -196,10 +196,10 @@ def test_a_tied_copy_reads_its_own_table() -> None:
     model = build(tie_embedding=True, l2norm_embed=True)
     features = model(IDS, return_embeddings=True)
     close(model(IDS), features @ model.token_emb.emb.weight.T * 16**-0.5)
-    twin = copy.deepcopy(model)
-    before = twin(IDS)
+    copied = copy.deepcopy(model)
+    before = copied(IDS)
     perturb(model)
-    assert torch.equal(twin(IDS), before)
+    assert torch.equal(copied(IDS), before)
     assert not any("to_logits" in name for name in model.state_dict())
     assert model.to_logits(features).shape == (2, 6, 24)
 
@@ -250,7 +250,7 @@ def test_next_embeddings() -> None:
         build()(IDS, return_next_embed_pred=True)
 
 
-# losses beside
+# further losses
 
 
 @torch.no_grad()
@@ -333,7 +333,7 @@ def test_padding_does_not_enter_a_pool(pool: str, memory: int, count: int) -> No
 
 
 @torch.no_grad()
-def test_a_mean_is_of_tokens_alone() -> None:
+def test_a_mean_covers_tokens_only() -> None:
     model = build(Encoder, average_pool_embed=True, num_memory_tokens=2)
     mask = torch.arange(6) < torch.tensor([[6], [0]])
     for cut in (False, True):
@@ -458,7 +458,7 @@ def test_recycling_reads_the_output_again() -> None:
     assert torch.equal(model(IDS), model(IDS))
 
 
-def test_recycling_learns_from_the_last_step_alone() -> None:
+def test_recycling_learns_from_the_last_step_only() -> None:
     model = build(recycling=True)
     calls = []
     model.attn_layers.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))

@@ -1,4 +1,4 @@
-"""What training needs around a model: groups of parameters, Muon, and several processes."""
+"""Training: groups of parameters, Muon, and several processes."""
 
 import copy
 import json
@@ -104,7 +104,7 @@ def test_muon_refuses() -> None:
             Muon([nn.Parameter(torch.randn(3, 3))], **wrong)  # type: ignore[arg-type]
 
 
-def test_a_process_alone() -> None:
+def test_a_single_process() -> None:
     with joined() as alone:
         assert alone == Processes()
     x = tokens(4, 3)

@@ -82,8 +82,8 @@ def test_models_are_saved_and_copied(options: str) -> None:
     img = images(model)
     again = ViTransformerWrapper.from_config(json.loads(json.dumps(model.config))).eval()
     again.load_state_dict(model.state_dict())
-    for twin in (again, copy.deepcopy(model)):
-        assert torch.equal(twin(img), model(img))
+    for copied in (again, copy.deepcopy(model)):
+        assert torch.equal(copied(img), model(img))
 
 
 @torch.no_grad()

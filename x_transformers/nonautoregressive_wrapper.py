@@ -222,7 +222,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         masked = self._draw_masked(x, t, valid)
         shown = self._show(x, masked)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
-            logits = self.net(shown, **self._condition(shown, kwargs), **kwargs)
+            logits = self.net(shown, **self._training_condition(shown, kwargs), **kwargs)
         critic_loss = None
         if self.token_critic is not None and not only_train_generator:
             sampled = self._sample(logits.detach(), generator_sample_temperature)
@@ -271,7 +271,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             replaced = replaced & ~swapped
         return x.masked_fill(replaced, self.mask_id)
 
-    def _condition(self, shown: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def _training_condition(self, shown: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the argument of self-conditioning, in training."""
         if self.to_self_cond is None or float(torch.rand(())) >= self.self_cond_train_prob:
             return self._self_condition(shown)

@@ -20,7 +20,7 @@ from x_transformers.models.memory_layout import MemoryLayout
 class ModelInputs:
     """Arguments of a model's `forward`, under their public names. An argument that a model does not have is None.
 
-    Tensors over tokens cover the tokens alone, never memory tokens or prepended embeddings.
+    Tensors over tokens cover only the tokens, never memory tokens or prepended embeddings.
 
     Attributes:
         stack: arguments that the model passes on to its stack.
@@ -161,7 +161,7 @@ def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: M
         if not inputs.input_not_include_cache:
             raise InputError("a static cache accepts only new tokens; pass `input_not_include_cache = True`.")
         if layout.every is None and started:
-            # Without interspersed memory each token takes one slot, so the slots that the device has counted tell the
+            # Without interspersed memory each token takes one slot, so the slots that the device has counted are the
             # position. Reading the host's count instead would put a Python number that changes at every step into a
             # compiled step, which would then compile again.
             counted = kv.filled if kv.shown is None else kv.shown  # type: ignore[attr-defined]

@@ -179,7 +179,7 @@ class InternalSequence:
         if leading:
             front = torch.arange(leading, device=pos.device).expand(pos.shape[0], -1)
             item = torch.cat((front, item), dim=-1)
-        # A memory token stands directly before the item that opens its group, at the positions that the slots of the
+        # A memory token comes directly before the item that opens its group, at the positions that the slots of the
         # group leave free.
         columns = self.column_map.columns[-self.column_map.new :]
         owner = torch.where(columns < 0, -1 - columns, columns)

@@ -1,4 +1,4 @@
-"""Where memory tokens (2006.11527) stand among the items of a model's internal sequence.
+"""Placement of memory tokens (2006.11527) among the items of a model's internal sequence.
 
 The *items* of a row are its prepended embeddings and tokens. Memory tokens come before all items, or, when
 interspersed, before every group of `every` items, counted from the first item of each row. `MemoryLayout` is the rule,
