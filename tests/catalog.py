@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from torch import Tensor, nn
 

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import checkout  # noqa: F401
+
 import x_transformers
 
 FROZEN = Path(__file__).with_name("surface.json")
