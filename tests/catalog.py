@@ -45,11 +45,19 @@ WRAPPER_KEYWORDS = frozenset(inspect.signature(TransformerWrapper).parameters)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Features that meet in one model: one of them, or two in a pair, or none in the base model."""
+    """Features that meet in one model: one of them, or two in a pair, or none in the base model.
+
+    Attributes:
+        name: the test id.
+        features: which they are.
+        keywords: as a user writes them.
+        number: of the feature's example, from 1, if there is one feature.
+    """
 
     name: str
     features: tuple[Feature, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -68,16 +76,19 @@ class Case:
         return perturb(TransformerWrapper(**{**WRAPPER, **wrapper}, attn_layers=layers)).eval()
 
     def exemption(self, of: str) -> str | None:
-        """Why the property cannot hold here, if a feature says so."""
-        return next((feature.exempt[of] for feature in self.features if of in feature.exempt), None)
+        """Return why the property cannot hold here, if a feature says so of all its examples or of this one."""
+        return next(iter(self._exemptions(of)), None)
+
+    def _exemptions(self, of: str) -> list[str]:
+        keys = (of,) if self.number is None else (of, (of, self.number))
+        return [feature.exempt[key] for feature in self.features for key in keys if key in feature.exempt]
 
     def without_gradient(self) -> list[re.Pattern[str]]:
         """Names of parameters that cannot have a gradient: what the exemption says in front of its `: `.
 
         They are written for a decoder without cross-attention.
         """
-        sentences = [f.exempt["gradients"] for f in self.features if "gradients" in f.exempt]
-        return [re.compile(sentence.split(": ")[0]) for sentence in sentences]
+        return [re.compile(sentence.split(": ")[0]) for sentence in self._exemptions("gradients")]
 
     def __and__(self, other: Case) -> Case:
         return Case(f"{self}+{other}", (*self.features, *other.features), {**self.keywords, **other.keywords})
@@ -87,7 +98,7 @@ BASE = Case("plain")
 CASES = (
     BASE,
     *(
-        Case(f"{feature.name}-{index}", (feature,), example)
+        Case(f"{feature.name}-{index}", (feature,), example, index)
         for feature in FEATURES
         for index, example in enumerate(feature.examples, start=1)
     ),

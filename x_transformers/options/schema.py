@@ -56,7 +56,8 @@ class Feature:
         warns: rules that are checked when it is on, and whose sentence is said to the user.
         idle: names of keywords that have no effect with these options although the feature is on.
         examples: small keyword sets, with prefixes, as a user would write them; the tests run over them.
-        exempt: property of the test suite -> the sentence that says why it cannot hold.
+        exempt: property of the test suite -> the sentence that says why it cannot hold; with the key (property,
+            number), for one example only, numbered from 1.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Feature:
     warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
     examples: tuple[Mapping[str, Any], ...] = ()
-    exempt: Mapping[str, str] = field(default_factory=dict)
+    exempt: Mapping[str | tuple[str, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
