@@ -98,7 +98,7 @@ def expected(case: Case, kind: str, flash: bool | None, where: str) -> str:
 
 @pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross"), ids=name_of)
 def test_the_kernel_is_the_expected_one(stack: str, case: Case) -> None:
-    """What only adds to scores or bounds them runs fused wherever there is a kernel for it."""
+    """Features that only add to scores or bound them run fused wherever there is a kernel for it."""
     for flash in (None, True, False):
         if "attn_flash" in case.keywords and flash is not None:
             continue
@@ -172,8 +172,8 @@ LONG = {
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in LONG], ids=name_of)
 def test_the_kernel_of_long_sequences(case: Case) -> None:
-    """What SDPA has no kernel for, or a slow one, runs by blocks on a CPU (in half precision from longer ones on), by
-    FlexAttention on a GPU.
+    """Features without a kernel of SDPA, or with a slow one, run by blocks on a CPU (longer sequences in half
+    precision), by FlexAttention on a GPU.
     """
     model = case.build("decoder")
     for name, situation in SITUATIONS.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import Case, beside, cases, close, context_width, contexts, name_of, perturb, tokens
+from catalog import Case, cases, close, context_width, contexts, name_of, other_inputs, perturb, tokens
 from torch import Tensor, nn
 
 from x_transformers import (
@@ -134,7 +134,7 @@ def test_every_feature(stack: str, case: Case) -> None:
         return
     packed, plain = found
     ids, width = tokens(1, TOTAL), context_width(packed)
-    given: dict[str, Any] = {**beside(packed, ids), "flash_pack_seq_kwargs": packing(*LENGTHS)}
+    given: dict[str, Any] = {**other_inputs(packed, ids), "flash_pack_seq_kwargs": packing(*LENGTHS)}
     alone: list[dict[str, Any]] = [{} for _ in LENGTHS]
     if width is not None:
         memories = [contexts(width)[row : row + 1, :length] for row, length in enumerate(CONTEXTS)]
@@ -143,7 +143,7 @@ def test_every_feature(stack: str, case: Case) -> None:
         alone = [{"context": memory} for memory in memories]
     together = packed(ids, **given)
     for one, two, more in zip(ids.split(LENGTHS, 1), together.split(LENGTHS, 1), alone, strict=True):
-        close(two, plain(one, **{**beside(plain, one), **more}))
+        close(two, plain(one, **{**other_inputs(plain, one), **more}))
 
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[], Any], Callable[[Any], Tensor]]] = {

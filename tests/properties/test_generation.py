@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import Case, beside, call, cases, close, further_ids, name_of, one_of_each, tokens
+from catalog import Case, call, cases, close, further_ids, name_of, one_of_each, other_inputs, tokens
 from torch import nn
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
@@ -34,7 +34,7 @@ def changed(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
 
 
 def arguments(model: TransformerWrapper, ids: torch.Tensor) -> dict[str, Any]:
-    given = beside(model, ids)
+    given = other_inputs(model, ids)
     if "embed_ids" in given:
         given["embed_ids"] = further_ids(model)
     return given

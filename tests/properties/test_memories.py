@@ -17,7 +17,7 @@ def recurrent(case: Case, stack: str) -> TransformerWrapper:
 
 @DECODERS
 @torch.no_grad()
-def test_segments_are_one_pass(stack: str, case: Case) -> None:
+def test_segments_equal_one_pass(stack: str, case: Case) -> None:
     model = recurrent(case, stack)
     ids = tokens(2, 3 * SEGMENT)
     wanted, mems, outputs = call(model, ids), None, []
@@ -25,15 +25,15 @@ def test_segments_are_one_pass(stack: str, case: Case) -> None:
         out, mems = call(model, segment, mems=mems, return_mems=True)
         outputs.append(out)
     close(torch.cat(outputs, dim=1), wanted)
-    # a memory for each self-attention, then running states if there are any; three views of the stream stand in front
+    # a memory for each self-attention, then running states if there are any; three views of the stream add an axis
     attentions = sum(model.attn_layers.layer_types[index] == "a" for index in model.attn_layers.sequence.order)
     assert all(mem.shape[-3:] == (2, 3 * SEGMENT, 16) for mem in mems[:attentions])
 
 
 @DECODERS
 @torch.no_grad()
-def test_masked_memory_is_masked_past(stack: str, case: Case) -> None:
-    """What `mem_masks` hides is hidden as it would be in one pass, and does not matter."""
+def test_masked_memory_equals_a_masked_past(stack: str, case: Case) -> None:
+    """Tokens that `mem_masks` hides are hidden as they would be in one pass, and do not matter."""
     model = recurrent(case, stack)
     ids, shown = tokens(2, 2 * SEGMENT), torch.rand(2, SEGMENT) > 0.4
     shown[:, 0] = True
@@ -50,7 +50,7 @@ def test_masked_memory_is_masked_past(stack: str, case: Case) -> None:
 
 @DECODERS
 @torch.no_grad()
-def test_decoding_behind_a_memory(stack: str, case: Case) -> None:
+def test_decoding_after_a_memory(stack: str, case: Case) -> None:
     model = recurrent(case, stack)
     first, second = tokens(2, SEGMENT), tokens(2, SEGMENT)
     _, mems = call(model, first, return_mems=True)

@@ -12,7 +12,7 @@ READS = pytest.mark.parametrize("case", [c for c in CASES if c.name in POSITIONA
 
 @EVERY
 @torch.no_grad()
-def test_the_usual_positions_change_nothing(stack: str, case: Case) -> None:
+def test_default_positions_change_nothing(stack: str, case: Case) -> None:
     model = case.build(stack)
     ids, pos = tokens(2, LENGTH), torch.arange(LENGTH)
     wanted = call(model, ids)
@@ -59,7 +59,7 @@ def test_only_differences_matter(case: Case) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_positions_of_new_tokens_or_of_all(case: Case, kind: str) -> None:
-    """With a cache, `pos` speaks of the new tokens or of all so far; without it, positions go on as slots do."""
+    """With a cache, `pos` covers the new tokens or all tokens so far; without it, positions continue as slots do."""
     model = case.build()
     ids, pos = tokens(2, LENGTH), torch.randint(0, 20, (2, LENGTH))
     wanted = call(model, ids, pos=pos)
@@ -92,7 +92,7 @@ def test_positions_of_new_tokens_or_of_all(case: Case, kind: str) -> None:
 
 @torch.no_grad()
 def test_floating_positions_are_embeddings() -> None:
-    """They take the place of the table, and rotation does not read them."""
+    """They replace the table, and rotation does not read them."""
     ids = tokens(2, LENGTH)
     model = BASE.build(rotary_pos_emb=True)
     embeds = torch.randn(LENGTH, 16)

@@ -13,7 +13,7 @@ EVERY = pytest.mark.parametrize(
     ("stack", "case"), cases("decoder", "encoder", "cross", exempt="precision"), ids=name_of
 )
 HALF = 0.05
-"""What numbers of size one may be off in bfloat16, on average."""
+"""Average error of numbers of size one in bfloat16."""
 
 POSITIONS = [c for c in CASES if c.features and c.features[0].name in ("rotary", "alibi", "t5_bias", "dynamic_bias")]
 

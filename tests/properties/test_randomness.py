@@ -285,7 +285,7 @@ def test_dropout_of_an_output(name: str) -> None:
 @pytest.mark.parametrize("flash", [False, None])
 @torch.no_grad()
 def test_the_mean_over_draws_is_evaluation(name: str, flash: bool | None) -> None:
-    """What is dropped enters the output linearly, so that the kept ones have to be scaled up."""
+    """Dropped entries enter the output linearly, so that the kept ones have to be scaled up."""
     if name == "FeedForward":
         model = BY_NAME[name].build(dropout=0.3)
     else:
