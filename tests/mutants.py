@@ -411,7 +411,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         checkout = copy_checkout(Path(folder))  # the tree may change while mutants run
         selections = dict.fromkeys(mutation.tests for mutation in chosen)
-        for tests, (code, words) in zip(selections, pool.map(functools.partial(run_tests, checkout), selections)):
+        for tests, (code, words) in zip(
+            selections, pool.map(functools.partial(run_tests, checkout), selections), strict=True
+        ):
             if code != 0:
                 sys.exit(f"without any mutation, `{tests}` ends with {code}:\n{words}")
         for noticed, line in pool.map(functools.partial(verdict, root=checkout), made):
