@@ -99,6 +99,20 @@ def test_rows_without_visible_keys_are_zero(flash: bool | None) -> None:
     assert (out[:, 2:].abs().sum(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("flash", [None, False, True])
+@torch.no_grad()
+def test_attention_of_hidden_tokens_is_zero(flash: bool | None) -> None:
+    """With `mask`, the output of attention is zero for every token that it hides, and for no other one."""
+    model = BASE.build(attn_flash=flash)
+    attention = model.attn_layers.branches("a")[0].attention
+    x, mask = torch.randn(2, 5, 16), torch.arange(5) < torch.tensor([[3], [5]])
+    out = attention(x, mask=mask)
+    assert torch.equal((out == 0).all(dim=-1), ~mask)
+    stack = Encoder(dim=16, depth=1, heads=4, only_attn=True, pre_norm_has_final_norm=False, attn_flash=flash).eval()
+    moved = stack(x, mask=mask) - x
+    assert torch.equal((moved == 0).all(dim=-1), ~mask)
+
+
 @torch.no_grad()
 def test_a_stack_pads_as_a_model_does() -> None:
     keywords = {"dim": 16, "depth": 2, "heads": 4, "attn_dim_head": 8, "verbose": False}

@@ -74,7 +74,7 @@ class Feature:
     warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
     examples: tuple[Mapping[str, Any], ...] = ()
-    exempt: Mapping[str | tuple[str, int], str] = field(default_factory=dict)
+    exempt: Mapping[Any, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
