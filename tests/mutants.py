@@ -186,8 +186,8 @@ MUTATIONS = (
     # positions
     Mutation(
         "keys are rotated one position further",
-        r"self\._table\(keys\.pos, -1\.0\)",
-        "self._table(keys.pos + 1, -1.0)",
+        r"\(keys\.pos, -1\.0\)",
+        "(keys.pos + 1, -1.0)",
         "test_query_key.py properties/test_positions.py -k 'rotat or rotary or xpos or positions'",
         "attention/qk/*.py",
     ),
@@ -202,7 +202,7 @@ MUTATIONS = (
         "interpolation of positions is ignored",
         r" / self\.interpolation_factor",
         "",
-        "test_query_key.py test_units.py",
+        "test_query_key.py test_standalone_attention.py properties/test_positions.py -k 'by_formula or rotat'",
         "attention/qk/*.py",
     ),
     Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = (
         "ALiBi is half as steep",
         r"-distance\.abs\(\)\.unsqueeze\(-3\)",
         "-0.5 * distance.abs().unsqueeze(-3)",
-        "test_scores_and_weights.py",
+        "properties/test_positions.py -k by_formula",
         "attention/scores/*.py",
     ),
     # heads
@@ -231,7 +231,7 @@ MUTATIONS = (
         "the first heads rotate instead of the last",
         r"torch\.cat\(\(t\[:, :rest\], rotate\(t\[:, rest:\], cos, sin\)\), dim=1\)",
         "torch.cat((rotate(t[:, :-rest], cos, sin), t[:, -rest:]), dim=1)",
-        "test_query_key.py",
+        "properties/test_positions.py -k by_formula",
         "attention/qk/*.py",
     ),
     Mutation(
