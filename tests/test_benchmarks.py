@@ -86,7 +86,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def moved(benchmarks: SimpleNamespace, shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both families with weights that are nowhere at their beginnings, shared anew."""
+    """Both families with weights that are all away from their initial values, then shared."""
     gpts, llamas = benchmarks.contestants.gpts(shape), benchmarks.contestants.llamas(shape)
     bare, bare_llama = gpts["bare"].model, llamas["bare Llama"].model
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_contestants_agree(benchmarks: SimpleNamespace, shape: Any) -> None:
 
 
 @needs_contestants
-def test_losses_are_of_all_tokens_but_the_first(benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_losses_cover_all_tokens_but_the_first(benchmarks: SimpleNamespace, shape: Any) -> None:
     tokens = torch.randint(0, shape.vocab, (2, 9))
     for family in moved(benchmarks, shape):
         for each in family.values():
@@ -142,7 +142,9 @@ def test_losses_are_of_all_tokens_but_the_first(benchmarks: SimpleNamespace, sha
         ("loss", "losses of"),
     ],
 )
-def test_what_disagrees_is_not_measured(part: str, what: str, benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_disagreeing_contestants_are_not_measured(
+    part: str, what: str, benchmarks: SimpleNamespace, shape: Any
+) -> None:
     torch.manual_seed(0)
     gpts, _ = moved(benchmarks, shape)
     ours = gpts["ours"]
@@ -157,7 +159,7 @@ def test_what_disagrees_is_not_measured(part: str, what: str, benchmarks: Simple
 
 
 @needs_contestants
-def test_windows_and_padding_agree_where_they_cannot_be_felt(benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_windows_and_padding_agree_where_they_have_no_effect(benchmarks: SimpleNamespace, shape: Any) -> None:
     lengths = benchmarks.lengths
     torch.manual_seed(0)
     tokens = torch.randint(0, shape.vocab, (1, shape.context))
@@ -173,7 +175,7 @@ def test_windows_and_padding_agree_where_they_cannot_be_felt(benchmarks: SimpleN
 
 
 @needs_contestants
-def test_windows_are_windows(benchmarks: SimpleNamespace, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_limit_attention(benchmarks: SimpleNamespace, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks.lengths, "WINDOW", 4)
     contestants = benchmarks.lengths.long(dataclasses.replace(shape, layers=1))
     tokens = torch.randint(0, shape.vocab, (1, 16))
@@ -190,7 +192,7 @@ def figures_of(benchmarks: SimpleNamespace, section: str, settings: Any) -> dict
     return dict(benchmarks.run.SECTIONS[section](settings))
 
 
-def test_every_section_is_here(benchmarks: SimpleNamespace) -> None:
+def test_every_section_is_listed(benchmarks: SimpleNamespace) -> None:
     assert tuple(benchmarks.run.SECTIONS) == SECTIONS == tuple(benchmarks.report.TITLES)
 
 
@@ -242,7 +244,7 @@ def test_limits_run(benchmarks: SimpleNamespace, tiny: Any, monkeypatch: pytest.
 
 
 @needs_contestants
-def test_limits_are_of_what_is_computed_and_read(benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_limits_count_operations_and_bytes(benchmarks: SimpleNamespace, shape: Any) -> None:
     """The products of a pass, counted by PyTorch; and the same weights in all models."""
     limits, (bare, ours, other) = benchmarks.limits, benchmarks.contestants.llamas(shape).values()
     assert len({sum(t.numel() for t in limits.maps(each.model)) for each in (bare, ours, other)}) == 1
@@ -294,7 +296,7 @@ def test_feedforwards_have_a_width_that_hardware_likes(benchmarks: SimpleNamespa
     assert widths == {64: 256, 96: 256, 384: 1024, 1024: 2816, 2048: 5632}
 
 
-def test_rounds_grow_few_with_length(benchmarks: SimpleNamespace) -> None:
+def test_longer_runs_have_fewer_rounds(benchmarks: SimpleNamespace) -> None:
     settings = benchmarks.settings.Settings(rounds=9)
     assert [settings.fewer(length) for length in (64, 1024, 2048, 16384)] == [9, 9, 4, 3]
     assert benchmarks.settings.Settings(rounds=2).fewer(16384) == 2
@@ -315,8 +317,8 @@ def test_peaks_of_memory_are_those_of_the_run(benchmarks: SimpleNamespace) -> No
     assert benchmarks.measure.peak_over(lambda: None, "cpu") < 8 * 2**20
 
 
-def test_a_process_of_its_own(benchmarks: SimpleNamespace) -> None:
-    """What its parent holds does not count."""
+def test_memory_is_measured_in_a_separate_process(benchmarks: SimpleNamespace) -> None:
+    """Memory of the parent process does not count."""
     held = torch.zeros(256 * 2**20).fill_(1.0)
     arguments = "--length=32 --rows=1 --layers=1 --dim=64 --heads=1 --vocab=50 --threads=1"
     assert benchmarks.measure.in_process("benchmarks.memory", "ours", *arguments.split()) < held.nbytes / 8
@@ -325,7 +327,7 @@ def test_a_process_of_its_own(benchmarks: SimpleNamespace) -> None:
 # the record
 
 
-def test_a_section_replaces_itself_alone(
+def test_a_section_replaces_only_itself(
     benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = benchmarks.results_file.record
@@ -345,7 +347,7 @@ def test_a_section_replaces_itself_alone(
     assert list(benchmarks.results_file.recorded(tmp_path)) == sorted([path.stem, other.stem])
 
 
-def test_files_are_named_by_the_machine(benchmarks: SimpleNamespace) -> None:
+def test_files_are_named_after_the_machine(benchmarks: SimpleNamespace) -> None:
     on = {"processor": "Intel(R) Xeon(R) Processor", "threads": "2", "device": "cpu", "dtype": "float32"}
     assert benchmarks.results_file.name_of(on) == "intel-xeon-processor-2-threads-float32"
     assert (
@@ -392,7 +394,7 @@ def test_command_line(
 
 
 @needs_contestants
-def test_medians_of_processes(
+def test_medians_over_processes(
     benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
@@ -419,7 +421,7 @@ def test_medians_of_processes(
         assert "--processes" not in command
 
 
-def test_tables_by_hand(benchmarks: SimpleNamespace) -> None:
+def test_rendered_tables(benchmarks: SimpleNamespace) -> None:
     report = benchmarks.report
     figures = {"eager": {"bare": 1000.0, "ours": 950.0, "GPT-2": 500.0}, "compiled": {"bare": 2000.0, "ours": 2000.0}}
     assert report.table("training", figures) == (
@@ -457,7 +459,7 @@ def measured(benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tables_say_when_and_on_what(benchmarks: SimpleNamespace, measured: Path) -> None:
+def test_tables_name_date_and_machine(benchmarks: SimpleNamespace, measured: Path) -> None:
     written = benchmarks.report.figures(measured)
     ((machine, sections),) = benchmarks.results_file.recorded(measured).items()
     for section, title in benchmarks.report.TITLES.items():
@@ -472,7 +474,7 @@ def test_tables_say_when_and_on_what(benchmarks: SimpleNamespace, measured: Path
         assert f"]({name}-{machine}.png)" in written
 
 
-def test_pictures_are_small_light_and_alike(benchmarks: SimpleNamespace, measured: Path, tmp_path: Path) -> None:
+def test_pictures_are_small_and_consistent(benchmarks: SimpleNamespace, measured: Path, tmp_path: Path) -> None:
     ((machine, sections),) = benchmarks.results_file.recorded(measured).items()
     again = tmp_path / "again"
     again.mkdir()
@@ -488,7 +490,7 @@ def test_pictures_are_small_light_and_alike(benchmarks: SimpleNamespace, measure
     assert len(benchmarks.plot.draw(machine, sections, again)) == 1
 
 
-def test_the_readme_has_the_figures_as_they_are_recorded(benchmarks: SimpleNamespace) -> None:
+def test_the_readme_shows_the_recorded_figures(benchmarks: SimpleNamespace) -> None:
     report = benchmarks.report
     readme = report.README.read_text(encoding="utf-8")
     assert report.written(readme) == readme, "run `python -m benchmarks.table --write`"
@@ -502,8 +504,8 @@ def test_the_readme_names_every_module_with_a_command(benchmarks: SimpleNamespac
             assert f"python -m benchmarks.{path.stem}" in readme
 
 
-def test_pictures_are_drawn_of_the_record(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
-    """Those beside the README are they, and it shows them."""
+def test_pictures_show_the_record(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+    """The pictures next to the README are these, and the README shows them."""
     stored = {path.name for path in (ROOT / "benchmarks").glob("*.png")}
     drawn = set()
     for machine, sections in benchmarks.results_file.recorded().items():

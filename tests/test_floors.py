@@ -1,4 +1,4 @@
-"""A module imports from lower floors only, or from the `base` of its own folder. Siblings stay strangers."""
+"""A module imports from lower floors only, or from the `base` of its own folder. Siblings do not import each other."""
 
 import ast
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def step_of(module: str) -> int:
 
 
 def imports(path: Path, package: list[str], modules: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and module, relative to the package, of each import from the package itself."""
+    """Yield line and module, relative to the package, of each import from the package itself."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found = [alias.name.split(".") for alias in node.names]
@@ -110,7 +110,7 @@ def test_imports_go_down() -> None:
     assert not faults, "\n".join(["imports must go down:", *faults])
 
 
-def test_faults_are_seen(tmp_path: Path) -> None:
+def test_upward_imports_are_found(tmp_path: Path) -> None:
     root = tmp_path / PACKAGE
     files = {
         "ops.py": "import torch\nfrom x_transformers import attend",

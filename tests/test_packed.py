@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import BASE, Case, beside, close, contexts, name_of, one_of_each, perturb, tokens
+from catalog import BASE, Case, close, contexts, name_of, one_of_each, other_inputs, perturb, tokens
 from torch import Tensor
 
 from x_transformers import (
@@ -78,11 +78,11 @@ def test_documents_are_what_each_is_alone(stack: str, case: Case) -> None:
     ids = tokens(1, sum(LENGTHS))
     width = packed.attn_layers.branches("c")[0].attention.dim_context
     rows = [contexts(width)[r : r + 1, :m] for r, m in enumerate(CONTEXTS)]
-    given = {**beside(packed, ids), "context": torch.cat(rows, dim=1)}
+    given = {**other_inputs(packed, ids), "context": torch.cat(rows, dim=1)}
     given |= {"flash_pack_seq_kwargs": packs(LENGTHS), "flash_pack_seq_context_kwargs": packs(LENGTHS, CONTEXTS)}
     together = packed(ids, **given)
     for one, two, context in zip(ids.split(LENGTHS, 1), together.split(LENGTHS, 1), rows, strict=True):
-        close(two, plain(one, **{**beside(plain, one), "context": context}))
+        close(two, plain(one, **{**other_inputs(plain, one), "context": context}))
 
 
 VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {

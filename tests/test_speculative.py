@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import BASE, Case, beside, further_ids, name_of, one_of_each, tokens
+from catalog import BASE, Case, further_ids, name_of, one_of_each, other_inputs, tokens
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
@@ -44,7 +44,7 @@ def test_every_feature_generates_the_same_tokens(stack: str, case: Case) -> None
     """Also those whose caches hold running states, which go back to what they were."""
     model = case.build(stack)
     prompts = ragged()
-    given = beside(model, torch.zeros(len(prompts), 1, dtype=torch.long))
+    given = other_inputs(model, torch.zeros(len(prompts), 1, dtype=torch.long))
     if "embed_ids" in given:
         given["embed_ids"] = further_ids(model)
     same_as_alone(model, prompts, {"draft_model": noisy(model), "draft_tokens": 3}, **given)

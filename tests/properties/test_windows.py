@@ -143,7 +143,7 @@ def test_recurrent_memory_and_a_bias_of_the_caller(static: bool) -> None:
 @pytest.mark.parametrize("most", [12, 2])
 @torch.no_grad()
 def test_a_sliding_model_with_windows(most: int) -> None:
-    """Dropping slots of the whole cache leaves alone what a window is shorter than."""
+    """Dropping slots of the whole cache changes nothing for windows that are shorter."""
     model = BASE.build(depth=3, attn_max_attend_past=(3, None, 7), alibi_pos_bias=True)
     ids = tokens(2, N)
     _, state = model(ids[:, :19], return_intermediates=True)

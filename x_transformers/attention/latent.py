@@ -113,7 +113,7 @@ FEATURE = Feature(
         ),
     ),
     exempt={
-        "shared_heads": "sub-heads and projected heads stand in two tensors, so that copies of heads are not one repeat"
+        ("shared_heads", 2): "sub-heads and projected heads are two tensors: copies of heads are not one repeat",
     },
     examples=(
         {"attn_use_latent_q": True, "attn_dim_latent_q": 8, "attn_use_latent_kv": True, "attn_dim_latent_kv": 6},

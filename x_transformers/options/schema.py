@@ -72,7 +72,8 @@ class Feature:
         idle: receives the options, and returns the names of those that have no effect although the feature is on.
         unpackable: why it cannot keep the documents of packed rows apart; None if it can.
         examples: small sets of keywords, with prefixes, as a user would write them; tests run over them.
-        exempt: properties of the test suite that cannot hold for the feature, each with the reason.
+        exempt: properties of the test suite that cannot hold for the feature, each with the reason; a key (property, n)
+            is about the n-th example only, from 1.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Feature:
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
     unpackable: str | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
-    exempt: Mapping[str, str] = field(default_factory=dict)
+    exempt: Mapping[Any, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
