@@ -320,6 +320,13 @@ def test_competing_queries() -> None:
         CrossAttender(**SMALL, cross_attn_flash_pack_seq=True, cross_attn_inverted_attention=True)
 
 
+def test_shifts_between_documents_of_queries_alone() -> None:
+    """Without self-attention, nothing else would join the documents; with it, the whole row is one sequence."""
+    with pytest.raises(ConfigError, match=r"`cross_attn_flash_pack_seq`.*`shift_tokens` would move"):
+        CrossAttender(**SMALL, cross_attn_flash_pack_seq=True, shift_tokens=1)
+    Decoder(**SMALL, cross_attend=True, cross_attn_flash_pack_seq=True, shift_tokens=1)
+
+
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "memory tokens": ({"num_memory_tokens": 2}, "`num_memory_tokens` belong to no document"),
     "class tokens": ({"use_cls_token": True}, "`use_cls_token`"),

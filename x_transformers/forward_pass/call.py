@@ -133,7 +133,7 @@ class Call:
     memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
 
     @property
-    def shown(self) -> Tensor | None:
+    def live(self) -> Tensor | None:
         """`(b, n)` bool, True for tokens of this pass that others may see; None if they may see all.
 
         Parts that mix tokens in other ways than by keys (shifts, means, recurrent modules) must leave out the others.
