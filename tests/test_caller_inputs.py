@@ -369,7 +369,7 @@ def test_keywords_that_a_stack_sets_or_cannot_have() -> None:
         ({"attn_rotate_num_heads": 2}, "use `rotate_num_heads`"),
         ({"attn_qkv_receive_diff_residuals": True}, "use `qkv_receive_diff_residuals`"),
         ({"cross_attn_causal": True}, "depends on how many tokens follow; drop it"),
-        ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs beside the context"),
+        ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs besides the context"),
         ({"cross_attn_max_attend_past": 2}, "`cross_attn_max_attend_past` limits how far back"),
         ({"cross_attn_use_rel_proj_pos_bias": True}, "`cross_attn_use_rel_proj_pos_bias` needs distances"),
         ({"rotary_emb_dim": 9}, "`rotary_emb_dim` is 9; heads have `attn_dim_head` = 8"),
@@ -391,7 +391,7 @@ def test_positions_with_an_offset() -> None:
     assert (moved - stack(x)).abs().max() > 1e-4
     _, state = stack(x[:, :3], return_hiddens=True)
     torch.testing.assert_close(stack(x, cache=state, seq_pos_offset=3), stack(x)[:, 3:])
-    with pytest.raises(InputError, match="`seq_pos_offset` is 2; new tokens stand behind the cached ones"):
+    with pytest.raises(InputError, match="`seq_pos_offset` is 2, but the positions of new tokens follow"):
         stack(x, cache=state, seq_pos_offset=2)
-    with pytest.raises(InputError, match="both say where the tokens stand"):
+    with pytest.raises(InputError, match="both set the positions of the tokens"):
         stack(x, pos=torch.arange(5), seq_pos_offset=2)
