@@ -202,7 +202,7 @@ MUTATIONS = (
         "interpolation of positions is ignored",
         r" / self\.interpolation_factor",
         "",
-        "test_query_key.py test_standalone_attention.py properties/test_positions.py -k 'by_formula or rotat'",
+        "properties/test_positions.py -k by_formula",
         "attention/qk/*.py",
     ),
     Mutation(

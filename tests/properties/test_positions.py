@@ -9,6 +9,7 @@ from promises import CHUNKS, LENGTH, keeps_the_past
 from torch import Tensor
 
 from x_transformers import Decoder
+from x_transformers.x_transformers import RotaryEmbedding
 
 EVERY = pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", "encoder", exempt="positions"), ids=name_of)
 POSITIONAL = ("plain", "rotary-1", "rotary-4", "alibi-1", "t5_bias-1", "dynamic_bias-1", "absolute_positions-2")
@@ -164,6 +165,8 @@ def test_interpolation_by_formula() -> None:
     x, pos = torch.randn(2, LENGTH, 16), torch.randperm(LENGTH)
     wanted = one_layer(rotary_pos_emb=True)(x, pos=pos)
     close(one_layer(rotary_pos_emb=True, rotary_interpolation_factor=3.0)(x, pos=3 * pos), wanted)
+    angles = RotaryEmbedding(4, interpolation_factor=3.0)(3 * pos)[0]
+    close(angles, RotaryEmbedding(4)(pos)[0])
 
 
 @torch.no_grad()

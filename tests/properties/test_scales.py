@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from catalog import close
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers import Attention, Encoder
 from x_transformers.attend import Attend
@@ -90,3 +90,13 @@ def test_adaptive_layer_scale_begins_small() -> None:
     scaled, plain = stacks(use_adaptive_layerscale=True, dim_condition=3)
     x = torch.randn(B, N, D)
     close(scaled(x, condition=torch.randn(B, 3)) - x, torch.tensor(-2.0).sigmoid() * (plain(x) - x))
+
+
+@torch.no_grad()
+def test_a_gated_stream_is_the_state_of_a_recurrent_cell() -> None:
+    """`GRU(input = branch, state = stream)`."""
+    gated, plain = stacks(gate_residual=True)
+    (cell,) = (part for part in gated.modules() if isinstance(part, nn.GRUCell))
+    x = torch.randn(B, N, D)
+    wanted = cell((plain(x) - x).flatten(0, 1), x.flatten(0, 1))
+    close(gated(x), wanted.unflatten(0, (B, N)))
