@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from x_transformers.decoding.filters import find_filter, min_p
+from x_transformers.decoding.filters import min_p
 from x_transformers.decoding.generation_inputs import check_seq_len
-from x_transformers.decoding.loop import Decoding, evaluating, make_reader
+from x_transformers.decoding.loop import Decoding, make_reader
+from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
-from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
@@ -185,32 +187,30 @@ class BeliefStateWrapper(Configured, ReadsReference):
 
     # generation
 
+    @takes_options(
+        "temperature cache_kv suffix filter_logits_fn filter_kwargs decode_backwards * filter_before_temperature",
+        further=False,
+        temperature=1.25,
+        cache_kv=False,
+        filter_logits_fn=min_p,
+    )
     def generate_with_suffix_cond(
         self,
         prompts: Tensor | Sequence[Tensor],
         seq_len: int,
-        temperature: float = 1.25,
-        cache_kv: bool = False,
+        options: GenerationOptions,
         suffix: Tensor | None = None,
-        filter_logits_fn: str | Callable[..., Tensor] = min_p,
-        filter_kwargs: Mapping[str, Any] | None = None,
         decode_backwards: bool = False,
-        *,
-        filter_before_temperature: bool = False,
     ) -> Tensor:
         """Continue each prompt by `seq_len` tokens that lead to a suffix, in evaluation mode.
 
         Args:
             prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
-            seq_len: tokens to generate.
-            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
-            cache_kv: keep keys and values. False runs the whole sequence at each step.
-            suffix: `(m,)` ids for all rows, or `(b, m)`; default nothing but the end.
-            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
-            filter_kwargs: keywords of the filter; default `min_p = 0.1`.
+            seq_len: number of tokens to generate.
+            suffix: `(m,)` ids for all rows, or `(b, m)`; default only the end.
             decode_backwards: the prompts are ends, and what comes before them is generated, from the right to the left,
                 in which order it is returned. The forward state is that of a random token.
-            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            [options]
 
         Returns:
             The new tokens, `(..., seq_len)`.
@@ -221,25 +221,20 @@ class BeliefStateWrapper(Configured, ReadsReference):
         check_seq_len(seq_len)
         if decode_backwards and suffix is not None:
             raise InputError("`suffix` is what forward decoding leads to; drop it, or `decode_backwards`.")
-        if filter_kwargs is None:
-            filter_kwargs = {"min_p": 0.1} if filter_logits_fn in (min_p, "min_p") else {}
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs, filter_before_temperature)
-        net = self.backward_decoder if decode_backwards else self.forward_decoder
         if decode_backwards:
             prompts = _reversed(prompts)
-        read = read_prompts(prompts, None, 0, net.num_tokens, may_be_empty=decode_backwards)
-        with torch.inference_mode(), evaluating(self):
-            other = self._other_state(read, suffix, decode_backwards)
-            reader = make_reader(
-                net,
-                read,
-                seq_len,
-                {"prepend_embeds": self._end(len(read.tokens))} if decode_backwards else {},
-                cache_kv=cache_kv,
-                growing=lambda first, last: {"return_embeddings": True},
-            )
-            paired = _Paired(reader, self.text_head, other, backwards=decode_backwards)
-            decoding = Decoding(Sequences(read.tokens, read.start), paired, choose, self.num_tokens)
+        read = read_prompts(prompts, None, 0, self.num_tokens, may_be_empty=decode_backwards)
+        if decode_backwards:
+            options = replace(options, arguments={"prepend_embeds": self._end(len(read.tokens))})
+        view = InferenceView(self)
+        own = view.of(self)
+        with torch.inference_mode(), view:
+            other = own._other_state(read, suffix, decode_backwards)
+            net = own.backward_decoder if decode_backwards else own.forward_decoder
+            growing = lambda first, last: {"return_embeddings": True}  # noqa: E731
+            reader = make_reader(net, read, seq_len, options, growing=growing)
+            paired = _Paired(reader, own.text_head, other, backwards=decode_backwards)
+            decoding = Decoding(Sequences(read.tokens, read.start), paired, options.choose, self.num_tokens)
             new = list(decoding.run(seq_len, None, 0))
         # outside of inference mode: tokens that training may use
         tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, did_you_mean
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import evaluating
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import pad_left
 from x_transformers.options.configured import Configured

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.models.embeddings import check_ids
+from x_transformers.modules.inference import evaluating
 from x_transformers.ops import at_least_float32
 
 

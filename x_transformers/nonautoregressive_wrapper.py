@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import evaluating
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured

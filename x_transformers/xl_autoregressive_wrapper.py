@@ -6,7 +6,7 @@ segments before it left, `mems_s`; generation fills the last segment, and once t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache import KVCache
-from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.generation import Generation
 from x_transformers.decoding.generation_inputs import Arguments, check_length_and_end, cut_arguments
-from x_transformers.decoding.loop import Decoding, check_next_token_net, evaluating, in_shape, streamed
-from x_transformers.decoding.prompts import Prompts, read_prompts
-from x_transformers.decoding.sampling import chooser
+from x_transformers.decoding.loop import Decoding, check_next_token_net, in_shape, streamed
+from x_transformers.decoding.options import GenerationOptions, takes_options
+from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.configured import Configured
@@ -144,19 +145,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         counts = (labels != self.ignore_index).sum(dim=-1).clamp(min=1)
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
+    @takes_options("eos_token temperature filter_logits_fn filter_kwargs mems * cache_kv filter_before_temperature")
     def generate(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        mems: Memories | None = None,
-        *,
-        cache_kv: bool = True,
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
+        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Tensor:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
@@ -164,14 +155,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
 
         Args:
             start_tokens: `(..., n)` ids, any number of segments long.
-            seq_len: tokens to generate.
-            eos_token: what ends a row; `pad_value`s follow. When all rows have ended, generation does.
-            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
-            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
-            filter_kwargs: keywords of the filter.
+            seq_len: number of tokens to generate.
             mems: memory to begin with.
-            cache_kv: keep keys and values within a segment.
-            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            [options]
             kwargs: of the model's passes. Masks cover the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
                 and generated tokens (`embed_ids` may be functions of the ids so far).
 
@@ -181,67 +167,51 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        decoding, read = self._begin(
-            start_tokens,
-            seq_len,
-            eos_token,
-            temperature=temperature,
-            filter_logits_fn=filter_logits_fn,
-            filter_kwargs=filter_kwargs,
-            mems=mems,
-            cache_kv=cache_kv,
-            filter_before_temperature=filter_before_temperature,
-            **kwargs,
-        )
-        with torch.inference_mode(), evaluating(self):
-            new = list(decoding.run(seq_len, eos_token, self.pad_value))
-        # outside of inference mode: tokens that training may use
-        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
-        return tokens.reshape(*read.lead, tokens.shape[1])
+        generation = self._begin(start_tokens, seq_len, mems, options)
+        with torch.inference_mode(), generation.view:
+            new = list(generation.steps(seq_len))
+        return generation.join(new)
 
     def stream(
         self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
     ) -> Iterator[Tensor]:
-        """The tokens of `generate`, `(...)` each, as they come; the model is in evaluation mode until the last one.
+        """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
-            start_tokens, seq_len, eos_token, options: as in `generate`.
+            start_tokens: `(..., n)` ids, any number of segments long.
+            seq_len: number of tokens to generate.
+            eos_token: ends a row, as in `generate`.
+            options: as in `generate`.
+
+        Returns:
+            An iterator over tensors of ids, one for each step.
 
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        decoding, read = self._begin(start_tokens, seq_len, eos_token, **options)
-        steps = partial(decoding.run, seq_len, eos_token, self.pad_value)
-        return streamed(steps, in_shape(read.lead), self)
+        names = "eos_token temperature filter_logits_fn filter_kwargs cache_kv filter_before_temperature"
+        mems = options.pop("mems", None)
+        given = GenerationOptions.read(names, {"eos_token": eos_token, **options})
+        generation = self._begin(start_tokens, seq_len, mems, given)
+        return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
 
     def _begin(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        eos_token: int | None,
-        *,
-        temperature: float = 1.0,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        mems: Memories | None = None,
-        cache_kv: bool = True,
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Decoding, Prompts]:
-        """Check everything; the decoding, and the prompts as they were read."""
+        self, start_tokens: Tensor, seq_len: int, mems: Memories | None, options: GenerationOptions
+    ) -> Generation:
         net = self.net
-        check_length_and_end(seq_len, eos_token, net.num_tokens)
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
         if read.start is not None:
             raise InputError(
                 "the prompts have different lengths, so their segments would begin at different columns; generate "
                 "from one length at a time."
             )
-        _refuse(kwargs)
-        final = read.tokens.shape[1] + max(seq_len, 1) - 1
-        reader = _InSegments(net, Arguments(kwargs, read.width, final), mems, cache_kv and net.can_cache_kv)
-        return Decoding(Sequences(read.tokens), reader, choose, net.num_tokens), read
+        _refuse(options.arguments)
+        arguments = Arguments(options.arguments, read.width, read.tokens.shape[1] + max(seq_len, 1) - 1)
+        view = InferenceView(net)
+        reader = _InSegments(view.of(net), arguments, mems, options.cache_kv and net.can_cache_kv)
+        decoding = Decoding(Sequences(read.tokens), reader, options.choose, net.num_tokens)
+        return Generation(decoding, read, view, options, self.pad_value)
 
 
 class _Memory:

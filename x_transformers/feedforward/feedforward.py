@@ -128,7 +128,7 @@ class FeedForward(Configured, PreparesForInference, ReadsReference):
 
     def forward(self, x: Tensor, deep_embed: Tensor | None = None) -> Tensor:
         """`(..., dim) -> (..., dim_out)`, times `deep_embed` if there is one."""
-        plain = self.at_hand
+        plain = self.ready
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)

@@ -17,7 +17,7 @@ from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.base import DistanceBias
 from x_transformers.attention.validation import check_context, check_input, check_pairs
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
-from x_transformers.cache import KVCache, Shape, StaticCache
+from x_transformers.cache import CacheHeader, KVCache, Shape, StaticCache
 from x_transformers.errors import ConfigError, Faults, InputError, StateDictError
 from x_transformers.forward_pass.call import Call, Capture, Span
 from x_transformers.forward_pass.documents import Documents, refuse_beside
@@ -35,7 +35,6 @@ from x_transformers.layers.packing import packed_kinds, read_documents
 from x_transformers.layers.pass_inputs import (
     BlockTransform,
     block_transform,
-    check_covers_places,
     deep_embeds,
     holds_context,
     new_tokens,
@@ -50,6 +49,9 @@ from x_transformers.modules.state_dict import ReadsReference, rename, rename_pre
 from x_transformers.ops import reference_head_order
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
+
+NO_PREFIX = CacheHeader()
+"""Header of a pass in which every slot is a token."""
 
 
 class AttentionLayers(Configured, ReadsReference, Traversal):
@@ -332,7 +334,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         *,
         places: Tensor | None = None,
-        prefix: int | None = 0,
+        header: CacheHeader = NO_PREFIX,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
@@ -383,8 +385,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
                 `max_seqlen_k`: the length of the longest one.
             flash_pack_seq_context_kwargs: the same for cross-attention, between x and the context.
             places: `(b, all tokens so far)` bool, False for slots that are no tokens of their row (wrappers).
-            prefix: leading slots that are no tokens, which windows keep in a cache; None if there are such between
-                the tokens (wrappers).
+            header: what a cache must know of slots that are no tokens (wrappers).
             capture: what to keep for the caller; default everything with `return_hiddens` and without a cache.
             pairs: makes a further `attn_mask` from queries and keys.
 
@@ -414,7 +415,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         order = self.sequence.order
         if layers_execute_order is not None or repeat_blocks is not None:
             order = self.order_of(layers_execute_order, repeat_blocks)
-        kv = self._cache_for_pass(kv, n, order, prefix, keep=return_hiddens and causal and not documents)
+        kv = self._cache_for_pass(kv, n, order, header, keep=return_hiddens and causal and not documents)
         if capture is None:
             explicit = return_hiddens and cache is None and self._may_show_scores()
             capture = Capture(scores=explicit, hiddens=return_hiddens)
@@ -423,9 +424,8 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
                 raise InputError("log-probabilities need scores, but `attn_flash = True` keeps none; leave it at None.")
             return_hiddens, capture = True, replace(capture, scores=True)
 
-        if attn_bias is not None and kv is not None and kv.is_static and not kv.fresh:
-            check_covers_places(attn_bias, kv.capacity)  # type: ignore[attr-defined]
-            attn_bias = attn_bias[..., : kv.shown]  # type: ignore[attr-defined]
+        if attn_bias is not None and kv is not None:
+            attn_bias = kv.cut_bias(attn_bias)
         query, keys = build_token_layout(
             batch,
             n,
@@ -495,32 +495,14 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         return out, record
 
     def _cache_for_pass(
-        self, kv: KVCache | None, n: int, order: tuple[int, ...], prefix: int | None, keep: bool
+        self, kv: KVCache | None, n: int, order: tuple[int, ...], header: CacheHeader, keep: bool
     ) -> KVCache | None:
-        """The cache, begun for n tokens; a new one if the caller is to get one and gave none."""
+        """Begin the cache for n tokens; make one if the caller is to get one and gave none."""
         if kv is None:
             if not keep or not self.can_cache_kv:
                 return None
             kv = KVCache()
-        kv = kv.begin(n)
-        if kv.order not in (None, order):
-            raise InputError(f"the cache was filled by layers {kv.order}, but layers {order} are to run; keep one.")
-        if kv.fresh:
-            self._prepare_windows(kv, order, prefix)
-        kv.order = order
-        return kv
-
-    def _prepare_windows(self, kv: KVCache, order: tuple[int, ...], prefix: int | None) -> None:
-        """Tell a cache before its first pass what windows let it drop."""
-        if not isinstance(kv, StaticCache):
-            kv.prefix = prefix or 0
-            kv.reaches = () if prefix is None else self.reaches(order)
-        elif kv.rings and (prefix is None or prefix > kv.ring_prefix):
-            raise InputError(
-                f"the static cache keeps windows behind {kv.ring_prefix} leading slots, but this model has memory "
-                "tokens or prepended embeddings beyond them; let the model make it (`model.static_cache`, with "
-                "`prepended`)."
-            )
+        return kv.begin(n, order=order, reaches=() if kv.started else self.reaches(order), header=header)
 
     def _take_memories(
         self, given: PassInputs, mems: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None, condition: Any
@@ -575,7 +557,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         """The transforms of self-attention: what a caller gives, in place of the stack's own."""
         if rotary is not None and polar is not None:
             raise InputError("`rotary_pos_emb` and `polar_pos_emb` both turn queries and keys; pass one of them.")
-        if polar is not None and self.polar_pos_emb is None and kv is not None and kv.is_static:
+        if polar is not None and self.polar_pos_emb is None and kv is not None and kv.capacity is not None:
             raise InputError("`polar_pos_emb` makes keys wider than the static cache has room for; use a dynamic one.")
         if polar is not None:
             return (GivenPolar(*polar),)

@@ -39,8 +39,7 @@ def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
 
 def new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tensor:
     """The tokens of x that are not cached yet."""
-    if kv.is_static and not only_new:
-        raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
+    kv.check_only_new(only_new)
     new = x.shape[1] if only_new else x.shape[1] - kv.length
     if age is None:
         age = new
@@ -63,21 +62,12 @@ def offset_positions(offset: int, x: Tensor, pos: Tensor | None, kv: KVCache | N
         raise InputError("`pos` and `seq_pos_offset` both say where the tokens stand; drop one of them.")
     if kv is None:
         return torch.arange(offset, offset + x.shape[1], device=x.device)
-    if kv.is_static or offset != kv.length:
+    if kv.known_length != offset:
         raise InputError(
             f"`seq_pos_offset` is {offset}; new tokens stand behind the cached ones, as the cache knows. Drop it, or "
             "give the positions of all tokens as `pos`."
         )
     return None
-
-
-def check_covers_places(bias: Tensor, capacity: int) -> None:
-    """Raise unless a bias has a column for each place of a static cache, which cannot be told otherwise."""
-    if bias.shape[-1] not in (1, capacity):
-        raise ShapeError(
-            f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for each of "
-            f"its {capacity} places, prefix slots included."
-        )
 
 
 def holds_context(cache: LayerIntermediates | KVCache) -> bool:

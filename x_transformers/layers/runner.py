@@ -27,7 +27,6 @@ from x_transformers.layers.conditioning import newest
 from x_transformers.layers.execution_order import LayerSequence, Step
 from x_transformers.layers.pass_state import PassState, Recorder, folded, unfolded
 from x_transformers.layers.residuals.base import StreamFrame
-from x_transformers.layers.token_layout import within_reach
 from x_transformers.modules.norms import Norm
 from x_transformers.ops import softclamp
 
@@ -113,7 +112,7 @@ class Traversal(nn.Module):
         )
         steps = self.steps if given.order == self.sequence.order else self.sequence.steps(given.order)
         # buffers that are written in place would be read, when a block runs again, as later passes left them
-        if self.checkpoint_every is None or not torch.is_grad_enabled() or (kv is not None and kv.is_static):
+        if self.checkpoint_every is None or not torch.is_grad_enabled() or (kv is not None and kv.capacity is not None):
             self._walk(steps, given, way)
         else:
             way = way.fork(())  # the caller's cache is filled at the end, and blocks that run again find it empty
@@ -201,7 +200,7 @@ class Traversal(nn.Module):
         def bind() -> tuple[Span, Span, tuple[BoundScore, ...]]:
             keys = call.keys
             if kv is not None and reach is not None:
-                keys = within_reach(keys, kv, reach, len(call.query))
+                keys = kv.within_reach(keys, reach, len(call.query))
             return self._bind(call, keys, memory, memory_mask, batch)
 
         count = None if memory is None else memory.shape[-2]

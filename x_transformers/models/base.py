@@ -169,7 +169,7 @@ class Model(Configured, ReadsReference):
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         if kv is None:
             raise InputError("the intermediates given as `cache` hold none; ask for them with `return_intermediates`.")
-        if kv.is_static and self.layout.every is not None and torch.compiler.is_compiling():
+        if kv.capacity is not None and self.layout.every is not None and torch.compiler.is_compiling():
             raise InputError(
                 "interspersed memory tokens make steps of different lengths; compiled decoding needs memory tokens in "
                 "front alone."
@@ -266,7 +266,7 @@ class Model(Configured, ReadsReference):
             input_not_include_cache=True,
             return_hiddens=True,
             capture=asked.kept(self.attn_layers, tokens.kv is not None),
-            prefix=None if framing.frame is not None else framing.before,
+            header=framing.header(),
             **arguments,
         )
         framing.remember(record, out)

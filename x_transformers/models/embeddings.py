@@ -113,8 +113,8 @@ class AbsolutePositionalEmbedding(PreparesForInference):
                     f"{offset + n} tokens were given, but there are absolute positions for `max_seq_len` = "
                     f"{self.max_seq_len}; shorten the input, or use rotary positions."
                 )
-            if self.at_hand is not None:
-                return self.at_hand.narrow(1, offset, n)
+            if self.ready is not None:
+                return self.ready.narrow(1, offset, n)
         pos = positions(n, x.device, pos, seq_start_pos, offset)
         try:
             embeds = self.emb(pos)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
+from x_transformers.cache import CacheHeader
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.memory_layout import Frame, Layout, interspersed
 from x_transformers.models.tokens import Tokens
@@ -55,20 +56,17 @@ class Framing:
         return t[:, self.memory :] if self.memory else t
 
     def remember(self, record: LayerIntermediates, out: Tensor) -> None:
-        """Fill in the memory tokens' outputs, and what a later cached pass must know."""
+        """Fill in the memory tokens' outputs."""
         if self.frame is not None:
             record.memory_tokens = self.frame.keep_memory(out, self.layout.memory)
         elif self.memory:
             record.memory_tokens = out[:, : self.memory]
-        kv, tokens = record.cache, self.tokens
-        if kv is None:
-            return
-        if tokens.starts:
-            kv.prepended = tokens.leading
-            kv.prefix = self.layout.slots(tokens.leading) if self.frame is not None else self.before
-            kv.prefix_mask = self.prefix_mask
-        if not kv.is_static or self.frame is not None:
-            kv.tokens = (0 if tokens.kv is None else tokens.kv.tokens) + tokens.count + tokens.leading
+
+    def header(self) -> CacheHeader:
+        """Return what a cache must know of slots that are no tokens."""
+        leading, interspersed = self.tokens.leading, self.frame is not None
+        prefix = self.layout.slots(leading) if interspersed else self.before
+        return CacheHeader(prefix, leading, self.prefix_mask, self.tokens.count + leading, interspersed)
 
     # the caller's arguments
 
@@ -106,13 +104,13 @@ class Framing:
     def _token_count(self) -> int:
         """Tokens so far, or as many as a static cache has room for."""
         so_far = self.tokens.so_far
-        return self.tokens.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr]
+        return self.tokens.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr, operator]
 
     def _mask(self, t: Tensor, name: str) -> Tensor:
         kv, batch = self.tokens.kv, self.x.shape[0]
-        if kv is not None and kv.is_static:
+        if kv is not None and kv.capacity is not None:
             least = self.tokens.count if self.tokens.starts else 0
-            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)  # type: ignore[attr-defined]
+            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)
         else:
             t = check_mask(t, batch, self._token_count(), name)
         front = self.prefix_mask

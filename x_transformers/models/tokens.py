@@ -55,9 +55,7 @@ class Tokens:
     @property
     def so_far(self) -> int | None:
         """Tokens of a row up to the last new one, or None where a started static cache counts them on the device."""
-        if self.kv is None or (self.kv.is_static and self.starts):
-            return self.count
-        return None if self.kv.is_static else self.kv.tokens - self.kv.prepended + self.count
+        return self.count if self.kv is None else self.kv.count_tokens_with(self.count)
 
 
 def new_tokens(n: int, kv: KVCache | None, leading: int, *, only_new: bool, age: int | None, layout: Layout) -> Tokens:
@@ -77,14 +75,8 @@ def new_tokens(n: int, kv: KVCache | None, leading: int, *, only_new: bool, age:
     if kv is None:
         return Tokens(n, n, 0, leading, None, True)
     held, started = kv.tokens - kv.prepended, kv.started
-    first: int | Tensor = held
-    if kv.is_static:
-        if not only_new:
-            raise InputError("a static cache takes new tokens alone; pass `input_not_include_cache = True`.")
-        if layout.every is None and started:
-            # slots and tokens grow alike; counted on the device, so that a compiled step sees no number change
-            counted = kv.filled if kv.shown is None else kv.shown  # type: ignore[attr-defined]
-            first = counted - kv.prefix
+    kv.check_only_new(only_new)
+    first = kv.count_tokens(layout.every is not None)
     new = n if only_new else n - held
     age = new if age is None else age
     if not 0 <= age <= max(new, 0) or (age == 0 and not leading):

@@ -102,7 +102,7 @@ class GainNorm(PreparesForInference, Norm):
 
     def gain(self) -> Tensor:
         """The factor of each feature."""
-        if self.ready is not None and not torch.is_grad_enabled():
+        if self.ready is not None:
             return self.ready
         return self.gamma + 1 if self.unit_offset else self.gamma
 
