@@ -19,7 +19,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_m
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.modules.inference import evaluating
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured
@@ -337,8 +337,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         """
         _check_generation(batch_size, start_temperature, filter_thres)
         _check_kwargs(kwargs, self.self_cond)
-        with evaluating(self):
-            tokens = self._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
+        view = InferenceView(self)
+        with view:
+            tokens = view.of(self)._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
         return tokens if batch_size is not None else tokens[0]
 
     def _fill(
