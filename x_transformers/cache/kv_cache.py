@@ -102,17 +102,18 @@ class KVCache:
         own.entries = [entry.copy() for entry in self.entries]
         own.length = self.length + count
         own.fresh, own.started = not self.started, own.length > 0
-        if order is not None:
+        if order is not None and order != own.order:
             own._take_order(order)
         if header is not None:
             own.tokens += header.items
             if own.fresh:
                 own.prefix, own.prepended, own.prefix_mask = header.prefix, header.prepended, header.prefix_mask
-                own.reaches = () if header.interspersed else reaches
+                bounded = any(reach is not None for reach in reaches) and not header.interspersed
+                own.reaches = reaches if bounded else ()
         return own
 
     def _take_order(self, order: tuple[int, ...]) -> None:
-        if self.order not in (None, order):
+        if self.order is not None:
             raise InputError(f"the cache was filled by layers {self.order}, but layers {order} are to run; keep one.")
         self.order = order
 
@@ -153,8 +154,8 @@ class KVCache:
         """Return the number of tokens after a pass over `new` ones, or None if only the device can know."""
         return self.tokens - self.prepended + new
 
-    def check_only_new(self, only_new: bool) -> None:
-        """Raise an `InputError` if the cache cannot tell new tokens from those it holds, and is not told."""
+    def refuse_whole_sequence(self) -> None:
+        """Raise an `InputError` if the host does not know how many tokens of a whole sequence are cached already."""
 
     def mask_width(self, count: int) -> tuple[int, int]:
         """Return the least and the greatest number of columns of a mask in a pass over `count` new slots."""

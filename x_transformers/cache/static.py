@@ -58,8 +58,8 @@ class StaticCache(KVCache):
         rings = [None if reach is None else Ring(reach, prefix, step) for reach in reaches]
         # a ring that would be as long as all slots only costs the arithmetic of its places
         rings = [ring if ring is not None and ring.places < capacity else None for ring in rings]
-        self.reaches = tuple(None if ring is None else ring.reach for ring in rings)
         self.rings = tuple(dict.fromkeys(ring for ring in rings if ring is not None))
+        self.reaches = tuple(None if ring is None else ring.reach for ring in rings) if self.rings else ()
         for number, shapes in enumerate(streams):
             ring = rings[number] if number < len(rings) else None
             buffers = {
@@ -95,9 +95,9 @@ class StaticCache(KVCache):
         own.__dict__.update(self.__dict__)
         own.filled = self.filled + count
         own.fresh, own.started = not self.started, self.started or count > 0
-        if order is not None:
+        if order is not None and order != own.order:
             own._take_order(order)
-        if header is not None:
+        if header is not None and (own.fresh or header.interspersed):
             own._take_header(header)
         if torch.compiler.is_compiling() or self.shown is None:
             own.shown, own.index = None, self.filled + self.places[:count]
@@ -110,12 +110,11 @@ class StaticCache(KVCache):
             own.shown, own.index = self.shown + count, self.places.narrow(0, self.shown, count)
         places = [ring.place(own.index) for ring in self.rings] if self.rings else ()
         # sublayers that left nothing in the first pass leave nothing later; compiled passes must not ask which it is
-        own.entries = [
-            entry.at(own.index if nth is None else places[nth], own.fresh, own.shown)
-            if own.shown is None or self.fresh or entry.grown or entry.states
-            else entry
-            for entry, nth in zip(self.entries, self.nth_ring, strict=True)
-        ]
+        own.entries = []
+        for entry, nth in zip(self.entries, self.nth_ring, strict=True):
+            if own.shown is None or self.fresh or entry.grown or entry.states:
+                entry = entry.at(own.index if nth is None else places[nth], own.fresh, own.shown)
+            own.entries.append(entry)
         return own
 
     def _take_header(self, header: CacheHeader) -> None:
@@ -173,9 +172,8 @@ class StaticCache(KVCache):
     def count_tokens_with(self, new: int) -> int | None:
         return None if self.started else new
 
-    def check_only_new(self, only_new: bool) -> None:
-        if not only_new:
-            raise InputError("a static cache takes only new tokens; pass `input_not_include_cache = True`.")
+    def refuse_whole_sequence(self) -> None:
+        raise InputError("a static cache takes only new tokens; pass `input_not_include_cache = True`.")
 
     def mask_width(self, count: int) -> tuple[int, int]:
         return count if self.fresh else 0, self.capacity

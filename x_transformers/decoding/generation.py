@@ -44,8 +44,8 @@ class Generation:
     pad_value: int
 
     def steps(self, seq_len: int, every: int = 1) -> Iterator[Tensor]:
-        """Yield at most `seq_len` columns of tokens `(b, 1)`; see `until_ended`."""
-        yield from self.decoding.run(seq_len, self.options.eos_token, self.pad_value, every)
+        """Return an iterator over at most `seq_len` columns of tokens `(b, 1)`; see `until_ended`."""
+        return self.decoding.run(seq_len, self.options.eos_token, self.pad_value, every)
 
     @property
     def every(self) -> int:

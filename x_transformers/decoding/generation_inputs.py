@@ -91,6 +91,7 @@ class Arguments:
             for name, ids in self.embed_ids.items():
                 if isinstance(ids, Tensor):
                     _check_covers(f"embed_ids[{name!r}]", ids, -1, final, align is None)
+        self.fixed = not (self.masks or self.covering or self.embed_ids) and growing is None
 
     def at(
         self, length: int, tokens: Callable[[], Tensor], *, first: int, new: int, keep_masks: bool = False

@@ -76,8 +76,8 @@ class Decoding:
         return logits
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
-        """Take at most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
-        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
+        """Return an iterator over at most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
+        return until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
 
 
 def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
@@ -217,8 +217,13 @@ def streamed(
         view: modules that run, prepared from the first step to the last, or until the caller closes the stream.
     """
     with view:
-        # inference mode must end before each `yield`, since the caller's code runs there
-        for each in torch.inference_mode()(steps)():
+        remaining = steps()
+        while True:
+            # inference mode must end before each `yield`, since the caller's code runs there
+            with torch.inference_mode():
+                each = next(remaining, None)
+            if each is None:
+                return
             yield shown(each)
 
 

@@ -168,7 +168,7 @@ class Speculation:
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
         """At most `seq_len` tokens, `(b, 1)` each; see `until_ended`. Rounds look for ends by themselves."""
-        yield from until_ended(self._columns(seq_len, eos_token), eos_token, pad_value, every=0)
+        return until_ended(self._columns(seq_len, eos_token), eos_token, pad_value, every=0)
 
     def _columns(self, seq_len: int, eos_token: int | None) -> Iterator[Tensor]:
         while seq_len > 0:

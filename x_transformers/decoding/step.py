@@ -200,7 +200,11 @@ class Cached(Branching):
         start = sequences.start if sequences.start is None else sequences.start_after(self.first)
         # masks that grew with the text would be another graph for each step
         keep_masks = self.cache.capacity is not None and self.net.layout.every is None
-        arguments = self.arguments.at(self.length, sequences.tokens, first=self.first, new=new, keep_masks=keep_masks)
+        if self.arguments.fixed:
+            arguments = self.arguments.constant
+        else:
+            tokens = sequences.tokens
+            arguments = self.arguments.at(self.length, tokens, first=self.first, new=new, keep_masks=keep_masks)
         if self.first_step is not None and self.record is not None and new == 1:
             given = (self.net, sequences.newest(1), self.cache, start, arguments)
             if self.step is not None:
@@ -211,7 +215,9 @@ class Cached(Branching):
         run = self.prefill if compiled and self.prefill is not None else read_prompt
         few = new * sequences.parts[-1].shape[0] <= FEW
         with PlainKernels() if few and self.plain and not compiled else nullcontext():
-            logits, record = run(self.net, sequences.newest(new), self.cache, start, arguments, last)
+            part = sequences.parts[-1]
+            ids = part if part.shape[1] == new else sequences.newest(new)
+            logits, record = run(self.net, ids, self.cache, start, arguments, last)
         if self.record is None:
             self.arguments.forget_prepended()
         self.record = record if self.first_step is None else settled(record)

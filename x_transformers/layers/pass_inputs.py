@@ -39,7 +39,8 @@ def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
 
 def new_tokens(x: Tensor, kv: KVCache, only_new: bool, age: int | None) -> Tensor:
     """The tokens of x that are not cached yet."""
-    kv.check_only_new(only_new)
+    if not only_new:
+        kv.refuse_whole_sequence()
     new = x.shape[1] if only_new else x.shape[1] - kv.length
     if age is None:
         age = new

@@ -75,7 +75,8 @@ def new_tokens(n: int, kv: KVCache | None, leading: int, *, only_new: bool, age:
     if kv is None:
         return Tokens(n, n, 0, leading, None, True)
     held, started = kv.tokens - kv.prepended, kv.started
-    kv.check_only_new(only_new)
+    if not only_new:
+        kv.refuse_whole_sequence()
     first = kv.count_tokens(layout.every is not None)
     new = n if only_new else n - held
     age = new if age is None else age
