@@ -48,8 +48,8 @@ def cosine_schedule(t: Tensor) -> Tensor:
 SCHEDULES: dict[str, Schedule] = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
-def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """The `ceil((1 - thres) * v)` largest logits of the last axis; the others become -inf.
+def remove_fraction(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """Keep the `ceil((1 - thres) * v)` largest logits of the last axis; the others become -inf.
 
     Raises:
         InputError: if nothing would be kept.
@@ -61,15 +61,19 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter(-1, indices, values)
 
 
-def gumbel_noise(t: Tensor) -> Tensor:
+def clamped_gumbel_noise(t: Tensor) -> Tensor:
     """`-ln(-ln(u))` with `u` uniform in (0, 1), of t's shape."""
     return -log(-log(torch.rand_like(t), 1e-10), 1e-10)
 
 
-def gumbel_sample(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
+def sample_along(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
     """A draw from `softmax(t / temperature)` over an axis."""
     scale = temperature.clamp(min=1e-10) if isinstance(temperature, Tensor) else max(temperature, 1e-10)
-    return (t / scale + gumbel_noise(t)).argmax(dim=dim)
+    return (t / scale + clamped_gumbel_noise(t)).argmax(dim=dim)
+
+
+# the names of the reference library in this module; those in `autoregressive_wrapper` are other functions
+top_k, gumbel_noise, gumbel_sample = remove_fraction, clamped_gumbel_noise, sample_along
 
 
 def get_mask_subset_prob(mask: Tensor, prob: float | Tensor, min_mask: int = 0) -> Tensor:
@@ -359,8 +363,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             left = (self.steps - step) / self.steps
             logits, features = self._predict(tokens, features, kwargs)
             if filter_thres is not None:
-                logits = top_k(logits, filter_thres)
-            sampled = gumbel_sample(logits, max(start_temperature * left, 1e-3))
+                logits = remove_fraction(logits, filter_thres)
+            sampled = sample_along(logits, max(start_temperature * left, 1e-3))
             tokens = torch.where(masked, sampled, tokens)
             if count > 0:
                 doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
@@ -389,7 +393,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         """`(b, n)`, larger where a token should rather be masked again."""
         if self.token_critic is not None:
             judged = self._judge(tokens, kwargs)
-            return judged + gumbel_noise(judged) * noise_level
+            return judged + clamped_gumbel_noise(judged) * noise_level
         return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
