@@ -46,18 +46,18 @@ __all__ = [
 
 
 class AutoregressiveWrapper(Configured, ReadsReference):
-    """A model that is trained to predict the next token, and generates by predicting it again and again.
+    """Training of a model to predict the next token, and generation from it.
 
     Args:
         net: the model.
         ignore_index: label that does not count in the loss.
-        pad_value: id put where `ignore_index` stood, before shorter prompts, and behind a row's end token.
+        pad_value: id that replaces `ignore_index` in the input, and fills shorter prompts and rows that have ended.
         mask_prob: fraction of the keys that is hidden in the loss pass (2210.13432), in [0, 1).
         add_attn_z_loss: add the z-loss of attention; its weight is the model's `attn_z_loss_weight`.
         next_embed_loss_weight: weight of the error of the next token's embedding, which a model with
             `add_continuous_pred_head` predicts too.
-        loss_chunk_size: the loss is computed for so many tokens at a time, so that the logits of a large vocabulary
-            never stand in memory together; None for all at once. The head then runs twice in training.
+        loss_chunk_size: number of tokens for which the loss is computed at a time, so that the logits of a large
+            vocabulary are never in memory together; None for all at once. The head then runs twice in training.
         looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
             have.
 
@@ -110,7 +110,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def max_seq_len(self) -> int:
-        """The model's own."""
+        """Length of the model's table of positions."""
         return self.net.max_seq_len
 
     # training
@@ -123,7 +123,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
+        """Compute the mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
 
         A model that predicts embeddings adds the mean of `|pred[t] - embedding[t + 1]|` over the same places and all
         features, times its weight.
@@ -132,7 +132,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
             return_outputs: also return `(logits, intermediates)`, logits `(b, n - 1, v)`.
             prepend_embeds: `(b, p, E)` embeddings before the tokens; nothing is predicted at their places.
-            lens: `(b,)` valid tokens of each row, from the left.
+            lens: `(b,)` number of valid tokens of each row, from the left.
             kwargs: of the model's pass.
 
         Returns:
@@ -145,14 +145,14 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         chunked = self.loss_chunk_size is not None
         if chunked and return_outputs:
             raise InputError(
-                "`return_outputs` gives the logits of all tokens, which `loss_chunk_size` keeps out of memory; call "
+                "`return_outputs` returns the logits of all tokens, which `loss_chunk_size` keeps out of memory; call "
                 "the net itself for them, or build the wrapper without `loss_chunk_size`."
             )
         kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
         x = x.long()  # bytes could not hold `ignore_index`
         if lens is not None:
-            behind = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
-            x = x.masked_fill(behind, self.ignore_index)
+            padding = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
+            x = x.masked_fill(padding, self.ignore_index)
         shown = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0:
             kept = self._drop_keys(shown)
@@ -183,7 +183,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 
     def _drop_keys(self, x: Tensor) -> Tensor:
-        """`(b, n)` bool, False at random tokens that no query sees; the first token always stays."""
+        """Draw a `(b, n)` mask, False at random tokens that no query sees; the first token is always kept."""
         noise = torch.randn(x.shape, device=x.device)
         noise[:, 0] = -torch.finfo(noise.dtype).max
         count = min(int(x.shape[1] * self.mask_prob), x.shape[1] - 1)
@@ -191,7 +191,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return torch.ones_like(x, dtype=torch.bool).scatter_(1, hidden, False)
 
     def _cross_entropy(self, out: Tensor, labels: Tensor, arguments: Mapping[str, Any] | None) -> Tensor:
-        """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy.
+        """Compute the mean over the labels that count.
+
+        Ignored logits take part too, with weight 0: a slice without them would be a copy.
 
         Args:
             out: logits, or features if the loss is computed in chunks.
@@ -207,7 +209,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return mean_over(each, labels != self.ignore_index)
 
     def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the labels that count and all features of `|predicted[t] - embeds[t + 1]|`."""
+        """Compute the mean of `|predicted[t] - embeds[t + 1]|` over the labels that count and all features."""
         errors = (predicted[:, :-1] - embeds[:, 1:].detach()).abs().mean(dim=-1)
         return mean_over(errors, labels[:, :-1] != self.ignore_index)
 
@@ -354,7 +356,7 @@ def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float
 
 
 def _check_chunks(net: TransformerWrapper, chunk: int) -> None:
-    """Raise a `ConfigError` unless the loss can be computed for so many tokens at a time."""
+    """Raise a `ConfigError` unless the loss can be computed for `chunk` tokens at a time."""
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ConfigError(f"`loss_chunk_size` is {chunk!r}; it must be a whole number of tokens, at least 1, or None.")
     if not net.own_to_logits and not isinstance(net.to_logits, nn.Linear):
@@ -376,7 +378,7 @@ def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any])
     if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers, "
-            "the valid tokens of each row."
+            "the number of valid tokens of each row."
         )
     if (
         lens.device.type == "cpu"

@@ -47,13 +47,13 @@ _TTT = {
 
 
 class XLAutoregressiveWrapper(Configured, ReadsReference):
-    """A model that is trained and generates in segments, with recurrent memory between them.
+    """Training and generation in segments, with recurrent memory between them.
 
     Args:
-        net: the model; its `max_seq_len` is the length of a segment, its `max_mem_len` what is remembered.
+        net: the model; its `max_seq_len` is the length of a segment, its `max_mem_len` that of the memory.
         ignore_index: label that does not count in the loss.
-        pad_value: id put where `ignore_index` stood, and behind a row's end token.
-        tbptt_steps: gradients flow through the memory of so many segments, then they are cut.
+        pad_value: id that replaces `ignore_index` in the input, and fills rows that have ended.
+        tbptt_steps: number of segments through whose memory gradients flow before they are cut.
         ttt_module_paths, ttt_lr, ttt_wd, ttt_use_muon, ttt_muon_steps, ttt_muon_lr, ttt_low_rank_paths,
             ttt_custom_loss_module, ttt_next_latent_loss, episodic_mem_len: refused, since training at test time is not
             available in this version.
@@ -97,20 +97,20 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def max_seq_len(self) -> int:
-        """The length of a segment."""
+        """Length of a segment."""
         return self.net.max_seq_len
 
     def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
-        """The loss over all segments, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
+        """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
-        Segment c has `n_c` of the N targets. Rows weigh alike, and one without a valid target counts as 0.
+        Segment c has `n_c` of the N targets. All rows have the same weight; one without a valid target counts as 0.
 
         Args:
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
             mems: what an earlier pass of the model left as its memory.
             dropout_mems: read no memory at all.
-            kwargs: of the model's passes. What speaks of single tokens (`mask`, `self_attn_kv_mask`, `pos`,
-                `sum_embeds`, `embed_ids`) is cut as the tokens are; masked tokens stay hidden in the memory.
+            kwargs: of the model's passes. Arguments over tokens (`mask`, `self_attn_kv_mask`, `pos`, `sum_embeds`,
+                `embed_ids`) are cut as the tokens are; masked tokens stay hidden in the memory.
 
         Returns:
             A scalar; zero, attached to the graph, if there is no valid target.
@@ -215,11 +215,11 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
 
 
 class _Memory:
-    """What the segments so far left, and which of it may be seen.
+    """Memory that the segments so far have left, and its mask.
 
     Args:
         net: the model.
-        mems: what it begins with.
+        mems: memory to begin with.
     """
 
     def __init__(self, net: TransformerWrapper, mems: Memories | None) -> None:
@@ -228,12 +228,12 @@ class _Memory:
         self.seen: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Of a pass that reads it."""
+        """Return the arguments of a pass that reads it."""
         masks = None if self.seen is None or self.mems is None else [self.seen] * len(self.mems)
         return {"mems": self.mems, "mem_masks": masks}
 
     def read(self, segment: Tensor, arguments: dict[str, Any], *, detach: bool = True, blind: bool = False) -> Tensor:
-        """Logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
+        """Return logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
         past = {} if blind else self.arguments()
         logits, mems = self.net(segment, return_mems=True, detach_mems=detach, **past, **arguments)
         if not blind:
@@ -242,7 +242,7 @@ class _Memory:
         return logits
 
     def _remember_mask(self, segment: Tensor, arguments: Mapping[str, Any]) -> None:
-        """Tokens that are masked in a segment stay so in the memory of it."""
+        """Append the segment's mask: masked tokens stay masked in its memory."""
         masks = [arguments[name].bool() for name in ("mask", "self_attn_kv_mask") if arguments.get(name) is not None]
         if not masks and self.seen is None:
             return
@@ -282,7 +282,7 @@ class _InSegments(Reader):
         logits: Tensor | None = None
         size, tokens = self.net.max_seq_len, sequences.tokens()
         while sequences.length - self.first >= size:
-            # also one whose tokens were read one by one: this pass gives the memory that `forward` would have
+            # also one whose tokens were read one by one: this pass leaves the memory that `forward` would have
             last = self.first + size
             arguments = self._at(last, tokens, size)
             logits = self.memory.read(tokens[:, self.first : last], arguments)
@@ -294,7 +294,7 @@ class _InSegments(Reader):
         return logits
 
     def _read_rest(self, length: int, tokens: Tensor) -> Tensor:
-        """What there is of the last segment."""
+        """Read the incomplete last segment."""
         begin = self.length if self.caching else self.first
         self.length = length
         arguments = {**self._at(length, tokens, length - begin), **self.memory.arguments()}
@@ -312,7 +312,7 @@ class _InSegments(Reader):
 
 
 _REFUSED = {
-    "prepend_embeds": "it would stand in front of every segment; read it with the net, and pass its memory as `mems`",
+    "prepend_embeds": "it would be in front of every segment; read it with the net, and pass its memory as `mems`",
     "prepend_mask": "there are no prepended embeddings",
     "mem_masks": "the memory's masks come from `mask`",
     "return_mems": "call the net itself",
