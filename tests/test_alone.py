@@ -291,7 +291,7 @@ def test_projected_biases() -> None:
     record = weighed(module, x)
     close(alone(x), record.pre_softmax_attn - record.qk_similarities)
     close(alone(x[:, 4:], seq_len_k=N), alone(x)[:, :, 4:])
-    with pytest.raises(InputError, match="`seq_len_k` is 5; the 6 queries are the last keys"):
+    with pytest.raises(InputError, match="`seq_len_k` is 5; it must be at least 6"):
         alone(x, seq_len_k=5)
 
 

@@ -283,7 +283,7 @@ def test_gradients_of_weighing_stay_within_documents() -> None:
     [
         ({"mask": torch.ones(1, 5).bool()}, "drop `mask`"),
         ({"row_mask": torch.ones(1, 5).bool()}, "drop `row_mask`"),
-        ({"flash_pack_seq_kwargs": packs((3, 3))}, "must rise from 0 to the 5"),
+        ({"flash_pack_seq_kwargs": packs((3, 3))}, "must rise from 0 to the number of tokens, 5"),
         ({"q": torch.zeros(2, 2, 5, 8), "k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8)}, "2 rows"),
         ({"options": {"selective": True}, "q": torch.zeros(1, 2, 4, 8)}, "4 queries and 5 keys; `selective`"),
         ({"options": {"cope": CoPE(8, 2, 4)}, "flash_pack_seq_kwargs": packs((3, 2), (2, 3))}, "differently"),
@@ -354,7 +354,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too few tokens": (
         _with(cu_seqlens_q=boundaries(3, 1)),
         InputError,
-        r"is \[0, 3, 4\]; it must rise from 0 to the 5",
+        r"is \[0, 3, 4\]; it must rise from 0 to the number of tokens, 5",
     ),
     "falls": (_with(cu_seqlens_q=torch.tensor([0, 6, 5])), InputError, "must rise"),
     "not from 0": (_with(cu_seqlens_k=torch.tensor([1, 3, 5])), InputError, "`cu_seqlens_k`.* must rise"),

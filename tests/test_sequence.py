@@ -309,7 +309,7 @@ def test_a_prefix_decoder_pads_masks_and_remembers() -> None:
 
 
 def test_prefix_decoder_refusals() -> None:
-    with pytest.raises(ConfigError, match="causal behind its prefix: drop `causal`"):
+    with pytest.raises(ConfigError, match="causal after its prefix: drop `causal`"):
         PrefixDecoder(**SMALL, causal=True)
     stack = PrefixDecoder(**SMALL)
     with pytest.raises(ShapeError, match=r"`prefix_attn_len` has shape \(3,\)"):

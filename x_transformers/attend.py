@@ -26,7 +26,7 @@ from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.forward_pass.call import Call, Carry, Deltas, LayerCall, Span
-from x_transformers.forward_pass.documents import UNPACKABLE, Documents, check_packing, documents_of, refuse_beside
+from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
 from x_transformers.masks.builder import causal_mask as onnx_create_causal_mask
@@ -34,7 +34,7 @@ from x_transformers.masks.builder import visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Schema
+from x_transformers.options.schema import Schema, unpackable
 from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
@@ -135,8 +135,8 @@ class Attend(Configured, ReadsReference):
         if not 0 <= dropout < 1:
             faults.add(f"`dropout` is {dropout}; it must lie in [0, 1).")
         for feature in parsed.enabled() if flash_pack_seq else ():
-            if feature.name in UNPACKABLE:
-                faults.add(UNPACKABLE[feature.name])
+            if feature.unpackable is not None:
+                faults.add(unpackable(feature))
         if cope is not None and not causal:
             faults.add("`cope` counts the keys up to the query; it needs `causal = True`.")
         needy = [parsed.switch(feature) for feature in parsed.enabled() if feature.name in NEED_HEADS]

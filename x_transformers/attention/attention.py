@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.backends.base import AttentionOutput, Request
+from x_transformers.attention.backends.base import AttentionOutput, Request, Situation
 from x_transformers.attention.base import (
     AttentionShape,
     BoundScore,
@@ -44,10 +44,11 @@ from x_transformers.attention.values.residual import ValueMix, mix_values
 from x_transformers.attention.weights.delta import given_delta
 from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError
-from x_transformers.forward_pass.call import Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall, Span
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import visibility
+from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import merge_heads, split_heads, widest
@@ -89,7 +90,7 @@ def _grow(name: str, t: Tensor, layer: LayerCall) -> Tensor:
     return torch.cat((t[..., :m, :], layer.entry.grow(name, t[..., m:, :])), dim=-2)
 
 
-class Attention(Configured, PreparesForInference, ReadsReference):
+class Attention(Configured, PreparesForInference, ReadsReference, BranchFunction):
     """`softmax(q k^T / sqrt(d)) v` over the tokens themselves or a context, with whatever options add to it.
 
     Args:
@@ -303,6 +304,33 @@ class Attention(Configured, PreparesForInference, ReadsReference):
         yield from self.projections.v.parameters()
         yield from self.out.parameters()
 
+    def explain(
+        self, situation: Situation, *, causal: bool, bias: ScoreMod | None, training: bool, seq_len: int, **_: Any
+    ) -> BranchCost:
+        """Return the backend that would run, the reason for it, and the cost of a token.
+
+        Args:
+            situation: device and dtype.
+            causal: tokens see only the past.
+            bias: a score modification that the stack adds.
+            training: explain training, which needs dropout.
+            seq_len: number of keys.
+        """
+        needs = self.core.needs if training else self.core.needs & ~Needs.DROPOUT
+        needs |= Needs.NOTHING if bias is None else bias.needs
+        if self.max_attend_past is not None:
+            needs |= Needs.MASK
+        elif self.packed:
+            needs |= Needs.DOCUMENTS
+        skips = causal or self.max_attend_past is not None
+        width = max(self.shape.dim_head, self.shape.value_dim_head)
+        chosen, why = self.core.choose(situation._replace(width=width, queries=seq_len, skips=skips), needs)
+        seen = seq_len if not causal else (seq_len + 1) // 2
+        seen = seen if self.max_attend_past is None else min(seen, self.max_attend_past + 1)
+        flops = super().explain(situation).flops
+        flops += 2 * seen * self.heads * (self.shape.dim_head + self.shape.value_dim_head)
+        return BranchCost(chosen.name, why, flops)
+
     def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
         """Shrink query and key weights in place, so that no logit of those given exceeds tau (2507.20534).
 
@@ -339,7 +367,7 @@ class Attention(Configured, PreparesForInference, ReadsReference):
 
     # the way of the data
 
-    def run(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Intermediates | None, Carry]:
+    def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
         """Attend as one sublayer of a pass.
 
         Args:
@@ -407,7 +435,7 @@ class Attention(Configured, PreparesForInference, ReadsReference):
         carry = layer.carry
         if self.leaves_values or self.leaves_scores:
             carry = self._leave(raw, weighed, layer)
-        return out, self._record(weighed, raw, own_kv, layer), carry
+        return BranchOutput(out, self._record(weighed, raw, own_kv, layer), carry)
 
     def _record(
         self, weighed: AttentionOutput, raw: Tensor, own_kv: tuple[Tensor, Tensor] | None, layer: LayerCall
@@ -622,7 +650,9 @@ class Attention(Configured, PreparesForInference, ReadsReference):
         attn_delta: Tensor | None = None,
         flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
         causal: bool | None = None,
-    ) -> Tensor | tuple[Tensor, Intermediates]:
+        *,
+        layer: LayerCall | None = None,
+    ) -> Tensor | tuple[Tensor, Intermediates] | BranchOutput:
         """Attend outside of a stack.
 
         Args:
@@ -659,6 +689,8 @@ class Attention(Configured, PreparesForInference, ReadsReference):
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
+        if layer is not None:
+            return self.run(x, layer)
         xq = self._view_of_queries(x, context)
         causal = self.causal if causal is None else causal
         if polar_pos_emb is not None and self.unrotated_heads is not None:

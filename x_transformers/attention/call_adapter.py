@@ -95,7 +95,7 @@ def standalone_call(
     if attn_bias is not None:
         attn_bias = check_pairs(attn_bias, "attn_bias", **size)
     if mem is not None:
-        keys, fresh = (span.behind(mem.shape[1], mem_mask, batch) for span in (keys, fresh))
+        keys, fresh = (span.after_memory(mem.shape[1], mem_mask, batch) for span in (keys, fresh))
     call = Call(
         query=query,
         keys=own,

@@ -103,7 +103,10 @@ FEATURE = Feature(
         Rule(
             when=lambda o: (
                 o["latent"].use_latent_kv
-                and (o["heads"].qkv_receive_diff_residuals or (o.kind == "a" and (o.on("qkv_views") or o.on("lime"))))
+                and (
+                    o["heads"].qkv_receive_diff_residuals
+                    or (o.is_self_attention and (o.on("qkv_views") or o.on("lime")))
+                )
             ),
             why="`use_latent_kv` makes keys and values from one input, but `qkv_receive_diff_residuals` (with which "
             "`integrate_layers` comes) gives them inputs of their own; drop one of them.",

@@ -44,6 +44,10 @@ class CacheHeader:
     interspersed: bool = False
 
 
+NO_PREFIX = CacheHeader()
+"""Header of a pass in which every slot is a token."""
+
+
 class KVCache:
     """A cache that concatenates: any length, any shape, nothing to plan.
 

@@ -14,6 +14,8 @@ from x_transformers.errors import Faults
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.forward_pass.call import BranchOutput, LayerCall
+from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
@@ -91,7 +93,7 @@ FEATURES = (
 SCHEMA = Schema(FEATURES)
 
 
-class FeedForward(Configured, PreparesForInference, ReadsReference):
+class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFunction):
     """Feedforward network: `down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:
@@ -131,7 +133,13 @@ class FeedForward(Configured, PreparesForInference, ReadsReference):
         elif core.output_proj_depth is not None:
             nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
 
-    def forward(self, x: Tensor, deep_embed: Tensor | None = None) -> Tensor:
+    def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
+        """Compute the output of one sublayer of a stack."""
+        return BranchOutput(self._compute(x, layer.deep_embed), None, layer.carry)
+
+    def forward(
+        self, x: Tensor, deep_embed: Tensor | None = None, *, layer: LayerCall | None = None
+    ) -> Tensor | BranchOutput:
         """Apply the network to each token.
 
         Args:
@@ -141,6 +149,9 @@ class FeedForward(Configured, PreparesForInference, ReadsReference):
         Returns:
             `(..., dim_out)`.
         """
+        return self._compute(x, deep_embed) if layer is None else self.run(x, layer)
+
+    def _compute(self, x: Tensor, deep_embed: Tensor | None) -> Tensor:
         plain = self.ready
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:

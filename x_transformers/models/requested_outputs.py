@@ -63,11 +63,11 @@ class RequestedOutputs:
             InputError: if scores are asked for that its kernels do not keep.
         """
         shows = self.attn or self.z_loss is not None
-        if shows and not stack._may_show_scores():
+        if shows and not stack.may_show_scores():
             raise InputError("attention scores are asked for, but `attn_flash = True` keeps none; leave it at None.")
         given = self.capture
         if given is None:
-            scores = shows or (self.intermediates and not cached and stack._may_show_scores())
+            scores = shows or (self.intermediates and not cached and stack.may_show_scores())
             return Capture(scores, self.intermediates, self.mems)
         if (shows and not given.scores) or (self.mems and not given.memories):
             return Capture(given.scores or shows, given.hiddens, given.memories or self.mems)
