@@ -8,11 +8,13 @@ So a generation runs a second tree of modules, which shares parameters and buffe
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from types import TracebackType
 from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
@@ -152,7 +154,7 @@ class InferenceView:
         if kind is dict:
             items = {name: self._mapped(each) for name, each in value.items()}
             return items if any(each is not value[name] for name, each in items.items()) else value
-        if not _is_ours(kind) or not hasattr(value, "__dict__"):
+        if not _is_ours(kind) or not hasattr(value, "__dict__") or _is_plain_data(kind):
             return value
         found = self._found.get(id(value))
         if found is not None:
@@ -181,6 +183,12 @@ class InferenceView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._context.__exit__(kind, error, trace)
+
+
+@functools.cache
+def _is_plain_data(kind: type) -> bool:
+    """Return True for enums and frozen dataclasses: options and plans, which hold no modules."""
+    return issubclass(kind, Enum) or (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen)
 
 
 def _is_ours(kind: type) -> bool:
