@@ -1,4 +1,4 @@
-"""What every causal model promises, as checks that tests of one feature, of pairs and of head counts share.
+"""Properties of every causal model, as checks that tests of one feature, of pairs and of head counts share.
 
 Each check takes a model and raises an `AssertionError` where it breaks the promise.
 """
@@ -31,7 +31,7 @@ LENGTH = 10
 LENGTHS = (10, 7, 3)
 CHUNKS = (4, 3, 1, 2)
 SEEN = 1e-4
-"""What must move moves by more than this."""
+"""Outputs that must change change by more than this."""
 
 
 def another(ids: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def decodes(model: TransformerWrapper, *, static: bool, whole: bool = False, chu
 
 @torch.no_grad()
 def pads(model: TransformerWrapper, *, left: bool) -> None:
-    """Each row of a ragged batch is what the row alone is, whatever stands in its padding."""
+    """Each row of a ragged batch equals the single row, whatever its padding contains."""
     n = max(LENGTHS)
     ids = tokens(len(LENGTHS), n)
     lengths = torch.tensor(LENGTHS)
@@ -127,7 +127,7 @@ def pads(model: TransformerWrapper, *, left: bool) -> None:
 
 @torch.no_grad()
 def decodes_ragged(model: TransformerWrapper, *, static: bool) -> None:
-    """A left-padded batch decodes to what each row alone gives."""
+    """A left-padded batch decodes to the same as single rows."""
     n = max(LENGTHS)
     ids = tokens(len(LENGTHS), n)
     start = n - torch.tensor(LENGTHS)
@@ -161,7 +161,7 @@ def running(model: TransformerWrapper) -> list[tuple[str, nn.Parameter]]:
 def gradients(model: TransformerWrapper, **given: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and gradients of all parameters that run, each of which is used and has a finite one.
 
-    In a combination some may be zero by right: a gain in front of a norm, a bias of all keys beside a softmax.
+    In a combination some may be zero by right: a gain in front of a norm, a bias of all keys before a softmax.
     """
     out = call(model, tokens(3, LENGTH), **given)
     (out * torch.randn_like(out)).sum().backward()
@@ -171,14 +171,15 @@ def gradients(model: TransformerWrapper, **given: Any) -> Iterator[tuple[str, Te
         yield name, parameter.grad
 
 
-# The same promises for thousands of models: each row of a ragged batch runs alone once, and all else is held to it.
+# The same properties for thousands of models: each row of a ragged batch runs by itself once, and everything else is
+# compared with it.
 
 PROMPTS, NEW = (5, 3, 1), 3
 """Lengths of ragged prompts, and how many tokens they are continued by."""
 
 
 class Trial:
-    """A model and what it gives for rows of several lengths, each alone.
+    """A model and its outputs for single rows of several lengths.
 
     Args:
         model: the model.
@@ -193,16 +194,16 @@ class Trial:
         self.start = LENGTH - self.lengths
         self.mask = torch.arange(LENGTH) < self.lengths[:, None]
         self.alone = [call(self.model, self.ids[r : r + 1, :n], [r]) for r, n in enumerate(LENGTHS)]
-        # the same rows at the end of the axis, behind tokens that nobody may see
+        # the same rows at the end of the axis, after hidden tokens
         self.late = torch.stack([row.roll(int(s)) for row, s in zip(self.ids, self.start, strict=True)])
 
     def early(self, together: Tensor) -> None:
-        """The outputs of rows that stand at the start."""
+        """Return the outputs of rows at the start."""
         for row, alone in enumerate(self.alone):
             close(together[row : row + 1, : alone.shape[1]], alone)
 
     def at_the_end(self, together: Tensor) -> None:
-        """The outputs of rows that stand at the end."""
+        """Return the outputs of rows at the end."""
         for row, alone in enumerate(self.alone):
             close(together[row : row + 1, LENGTH - alone.shape[1] :], alone)
 
@@ -223,13 +224,13 @@ def is_causal(trial: Trial) -> None:
 
 @torch.no_grad()
 def is_batched_causally(trial: Trial) -> None:
-    """Rows of a batch, cut anywhere, are what they are alone."""
+    """Rows of a batch, cut anywhere, equal single rows."""
     trial.early(call(trial.model, trial.ids))
 
 
 @torch.no_grad()
 def is_batched(trial: Trial) -> None:
-    """Rows of a batch are what they are alone."""
+    """Rows of a batch equal single rows."""
     together = call(trial.model, trial.ids)
     for row in range(len(LENGTHS)):
         alone = trial.alone[0] if row == 0 else call(trial.model, trial.ids[row : row + 1], [row])
@@ -238,32 +239,32 @@ def is_batched(trial: Trial) -> None:
 
 @torch.no_grad()
 def pads_right(trial: Trial) -> None:
-    """What stands behind the mask does not matter."""
+    """Masked tokens after a row do not matter."""
     trial.early(call(trial.model, trial.ids, mask=trial.mask))
 
 
 @torch.no_grad()
 def pads_left(trial: Trial) -> None:
-    """What stands in front of a row does not matter."""
+    """Padding before a row does not matter."""
     trial.at_the_end(call(trial.model, trial.late, seq_start_pos=trial.start))
 
 
 @torch.no_grad()
 def decodes_in_chunks(trial: Trial) -> None:
-    """Through a growing cache, chunks and single tokens give what each row gives alone."""
+    """With a dynamic cache, chunks and single tokens equal single rows."""
     trial.early(decode(trial.model, trial.ids, (5, 3, 1, 1)))
 
 
 @torch.no_grad()
 def decodes_ragged_in_chunks(trial: Trial) -> None:
-    """Through fixed buffers, rows that start late give what each gives alone."""
+    """With a static cache, rows that start late equal single rows."""
     cache = static_cache(trial.model, len(LENGTHS), LENGTH + 2)
     trial.at_the_end(decode(trial.model, trial.late, (5, 1, 3, 1), cache=cache, seq_start_pos=trial.start))
 
 
 @torch.no_grad()
 def generates(trial: Trial) -> None:
-    """Ragged prompts go on with the tokens that are most likely for each alone."""
+    """Ragged prompts continue with the most likely tokens of single prompts."""
     prompts = [row[:n] for row, n in zip(trial.ids, PROMPTS, strict=True)]
     given = beside(trial.model, trial.ids)
     if "embed_ids" in given:
@@ -273,7 +274,7 @@ def generates(trial: Trial) -> None:
         whole = torch.cat((prompt, new[row]))[None]
         logits = call(trial.model, whole, [row])[0, len(prompt) - 1 : -1]
         chosen = logits.gather(-1, new[row, :, None])[:, 0]
-        close(chosen, logits.amax(dim=-1), 1e-4)  # equal logits may be told apart by rounding
+        close(chosen, logits.amax(dim=-1), 1e-4)  # rounding may decide between equal logits
 
 
 def has_gradients(trial: Trial) -> None:
@@ -285,9 +286,9 @@ def has_gradients(trial: Trial) -> None:
 @torch.no_grad()
 def reads_its_state(trial: Trial) -> None:
     """Another model with this one's state is this model."""
-    twin = trial.build()
-    twin.load_state_dict(trial.model.state_dict())
-    assert torch.equal(call(twin, trial.ids[:1], [0]), trial.alone[0])
+    copied = trial.build()
+    copied.load_state_dict(trial.model.state_dict())
+    assert torch.equal(call(copied, trial.ids[:1], [0]), trial.alone[0])
 
 
 @torch.no_grad()
@@ -330,4 +331,4 @@ PROMISES: dict[str, dict[str, Callable[[Trial], None]]] = {
     "encoder": {"batch": is_batched, **_BOTH},
     "cross": {**_CAUSAL, "context": masks_its_context, **_BOTH},
 }
-"""What is asked of every combination, by kind of stack. The last one changes the model."""
+"""Checks of every combination, by kind of stack. The last one changes the model."""

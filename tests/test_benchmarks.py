@@ -22,8 +22,11 @@ needs_contestants = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = "agreement contestants features lengths limits measure memory plot report results_file run settings weights"
-SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory", "limits")
+MODULES = (
+    "agreement bare_llama contestants features gpu lengths limits measure memory plot "
+    "report results_file run settings weights"
+)
+SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory", "limits", "kernels")
 MOST = 60_000  # bytes of a picture
 
 
@@ -85,12 +88,12 @@ def parameters(model: nn.Module) -> int:
 def moved(benchmarks: SimpleNamespace, shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both families with weights that are nowhere at their beginnings, shared anew."""
     gpts, llamas = benchmarks.contestants.gpts(shape), benchmarks.contestants.llamas(shape)
-    bare, other = gpts["bare"].model, llamas["Llama"].model
+    bare, bare_llama = gpts["bare"].model, llamas["bare Llama"].model
     with torch.no_grad():
-        for parameter in (*bare.parameters(), *other.parameters()):
+        for parameter in (*bare.parameters(), *bare_llama.parameters()):
             parameter.add_(0.05 * torch.randn_like(parameter))
     benchmarks.weights.share_gpt(bare, gpts["ours"].model.net, gpts["GPT-2"].model)
-    benchmarks.weights.share_llama(other, llamas["our Llama"].model.net)
+    benchmarks.weights.share_llama(bare_llama, llamas["our Llama"].model.net, llamas["Llama"].model)
     for each in (*gpts.values(), *llamas.values()):
         each.model.eval()
     return gpts, llamas
@@ -104,8 +107,9 @@ def test_contestants_have_the_same_parameters(benchmarks: SimpleNamespace, shape
     assert parameters(gpts["ours"].model) == plain
     biases = [p.numel() for name, p in gpts["GPT-2"].model.named_parameters() if name.endswith("bias")]
     assert parameters(gpts["GPT-2"].model) == plain + sum(biases)
-    wide = int(shape.dim * benchmarks.contestants.LLAMA_MULT)
-    assert parameters(llamas["our Llama"].model) == parameters(llamas["Llama"].model) + shape.layers * 2 * wide
+    plain, wide = parameters(llamas["bare Llama"].model), benchmarks.bare_llama.inner_width(shape.dim)
+    assert parameters(llamas["Llama"].model) == plain
+    assert parameters(llamas["our Llama"].model) == plain + shape.layers * 2 * wide
 
 
 @needs_contestants
@@ -190,7 +194,7 @@ def test_every_section_is_here(benchmarks: SimpleNamespace) -> None:
     assert tuple(benchmarks.run.SECTIONS) == SECTIONS == tuple(benchmarks.report.TITLES)
 
 
-ALL = {"bare", "ours", "GPT-2", "our Llama", "Llama"}
+ALL = {"bare", "ours", "GPT-2", "bare Llama", "our Llama", "Llama"}
 
 
 @needs_contestants
@@ -233,15 +237,15 @@ def test_limits_run(benchmarks: SimpleNamespace, tiny: Any, monkeypatch: pytest.
     monkeypatch.setitem(benchmarks.limits.WIDTHS, "cpu", 64)
     figures = figures_of(benchmarks, "limits", tiny)
     assert list(figures) == ["eager, training", "eager, decoding at batch 1"]
-    assert all(list(each) == ["limit", "our Llama", "Llama"] for each in figures.values())
+    assert all(list(each) == ["limit", "bare Llama", "our Llama", "Llama"] for each in figures.values())
     assert all(0 < rate < 1e12 for each in figures.values() for rate in each.values())
 
 
 @needs_contestants
 def test_limits_are_of_what_is_computed_and_read(benchmarks: SimpleNamespace, shape: Any) -> None:
-    """The products of a pass, counted by PyTorch; and the same weights in both models."""
-    limits, (ours, other) = benchmarks.limits, benchmarks.contestants.llamas(shape).values()
-    assert sum(t.numel() for t in limits.maps(ours.model)) == sum(t.numel() for t in limits.maps(other.model))
+    """The products of a pass, counted by PyTorch; and the same weights in all models."""
+    limits, (bare, ours, other) = benchmarks.limits, benchmarks.contestants.llamas(shape).values()
+    assert len({sum(t.numel() for t in limits.maps(each.model)) for each in (bare, ours, other)}) == 1
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         other.model.eval()(torch.zeros(3, shape.context, dtype=torch.long))
     seen = 2 * 2 * shape.layers * shape.dim * shape.context / 2  # half of them: it computes what causality hides, too
@@ -282,7 +286,12 @@ def test_compiled_contestants_are_compiled(
     figures = figures_of(benchmarks, section, dataclasses.replace(tiny, backend=backend, batches=(2,)))
     assert [case.split(",")[0] for case in figures] == ["eager", "compiled"]
     assert {*seen} == {*figures[next(reversed(figures))]} == ALL
-    assert {name: seen.count(name) for name in ("bare", "ours", "our Llama")} == {"bare": 1, "ours": 1, "our Llama": 1}
+    assert all(seen.count(name) == 1 for name in ("bare", "ours", "bare Llama", "our Llama"))
+
+
+def test_feedforwards_have_a_width_that_hardware_likes(benchmarks: SimpleNamespace) -> None:
+    widths = {dim: benchmarks.bare_llama.inner_width(dim) for dim in (64, 96, 384, 1024, 2048)}
+    assert widths == {64: 256, 96: 256, 384: 1024, 1024: 2816, 2048: 5632}
 
 
 def test_rounds_grow_few_with_length(benchmarks: SimpleNamespace) -> None:
@@ -358,7 +367,12 @@ def test_command_line(
     benchmarks.run.main(["prefill", "training", "--quick", "--threads", threads, "--folder", str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(r"^prefill, eager\n  bare +[\d,]+ tokens/s  1\.00\n  ours ", printed, re.M)
-    assert re.search(r"^  ours / bare \d\.\d\d   ours / GPT-2 \d\.\d\d   our Llama / Llama \d\.\d\d$", printed, re.M)
+    assert re.search(
+        r"^  ours / bare \d\.\d\d   ours / GPT-2 \d\.\d\d   "
+        r"our Llama / bare Llama \d\.\d\d   our Llama / Llama \d\.\d\d$",
+        printed,
+        re.M,
+    )
     ((_, sections),) = benchmarks.results_file.recorded(tmp_path).items()
     assert list(sections) == ["prefill", "training"]
     for wrong, why in (
@@ -433,6 +447,10 @@ def measured(benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path) -> Path:
         "features": {"1,024 tokens": {"plain": 800.0, "rotary": 720.0}},
         "memory": {"one row of 2,048 tokens": dict.fromkeys(long, 2.0**30), "wide": {"plain": 2.0**21}},
         "limits": {"eager, training": {"limit": 2000.0, "our Llama": 900.0, "Llama": 600.0}},
+        "kernels": {
+            "operations": {"bare": 26.0, "ours": 34.0},
+            "operations by feature": {"plain": 34.0, "rotary": 48.0},
+        },
     }
     for section, figures in made_up.items():
         benchmarks.results_file.record(section, figures, tiny, tmp_path)

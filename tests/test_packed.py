@@ -338,7 +338,7 @@ def test_what_stands_around_tokens(name: str) -> None:
 
 def test_absolute_positions() -> None:
     stack = Decoder(**SMALL, **PACKED, disable_abs_pos_emb=False)
-    with pytest.raises(ConfigError, match="absolute positions would not begin anew"):
+    with pytest.raises(ConfigError, match="absolute positions would not start again"):
         TransformerWrapper(num_tokens=24, max_seq_len=8, attn_layers=stack)
     TransformerWrapper(num_tokens=24, max_seq_len=8, attn_layers=stack, use_abs_pos_emb=False)
 

@@ -166,14 +166,15 @@ class StaticCache(KVCache):
     def count_tokens(self, interspersed: bool) -> int | Tensor:
         if interspersed or not self.started:
             return self.tokens - self.prepended
-        # slots and tokens grow alike; counted on the device, so that a compiled step sees no number change
+        # Without interspersed memory each token takes one slot, so the slots that the device has counted are the
+        # position. A compiled step would be compiled again for each value of the host's count.
         return (self.filled if self.shown is None else self.shown) - self.prefix
 
     def count_tokens_with(self, new: int) -> int | None:
         return None if self.started else new
 
     def refuse_whole_sequence(self) -> None:
-        raise InputError("a static cache takes only new tokens; pass `input_not_include_cache = True`.")
+        raise InputError("a static cache accepts only new tokens; pass `input_not_include_cache = True`.")
 
     def mask_width(self, count: int) -> tuple[int, int]:
         return count if self.fresh else 0, self.capacity
