@@ -426,7 +426,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, BranchFunction
         heads = weighed.out
         if self.values or layer.deltas.out is not None:
             heads = self._behind(heads, xq, raw, visible.dead, layer)
-        merged, plain = merge_heads(heads if heads.dtype == dtype else heads.to(dtype)), self.at_hand
+        merged, plain = merge_heads(heads if heads.dtype == dtype else heads.to(dtype)), self.ready
         out = self.out(merged) if plain is None else F.linear(merged, *plain)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
@@ -503,7 +503,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, BranchFunction
     def _project(self, xq: Tensor, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor, Span]:
         """Queries, keys and values as they come from their maps, and where the keys stand."""
         projections = self.projections
-        packed = projections.at_hand
+        packed = projections.ready
         if packed is not None and xk is xq and self._reads_plainly(layer):
             return *projections.together(xq, packed), layer.fresh
         q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), layer.deltas.q)

@@ -152,7 +152,7 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         return self._compute(x, deep_embed) if layer is None else self.run(x, layer)
 
     def _compute(self, x: Tensor, deep_embed: Tensor | None) -> Tensor:
-        plain = self.at_hand
+        plain = self.ready
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)

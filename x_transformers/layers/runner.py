@@ -26,7 +26,9 @@ def recomputes(stack: LayerStack, state: PassState) -> bool:
     Passes with a static cache do not: its buffers are written in place, so that a block that runs again would read them
     as later passes left them.
     """
-    return stack.checkpoint_every is not None and torch.is_grad_enabled() and not (state.kv and state.kv.is_static)
+    if stack.checkpoint_every is None or not torch.is_grad_enabled():
+        return False
+    return state.kv is None or state.kv.capacity is None
 
 
 def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, state: PassState) -> None:
