@@ -209,7 +209,7 @@ def test_options_of_weighing_that_are_refused(options: dict[str, Any], words: st
         ({"causal": True}, {"q": torch.zeros(2, 2, N + 1, D)}, "there are 7 queries and 6 keys"),
         ({"causal": True, "selective": True}, {"causal": False}, "`selective` was built for causal attention"),
         ({"causal": True, "cope": CoPE(D, 2, 4)}, {"causal": False}, "`cope` was built for causal attention"),
-        ({"inverted_attention": True}, {"causal": True}, "`inverted_attention` normalises over all queries"),
+        ({"inverted_attention": True}, {"causal": True}, "`inverted_attention` normalizes over all queries"),
     ],
 )
 def test_calls_of_weighing_that_are_refused(options: dict[str, Any], given: dict[str, Any], words: str) -> None:

@@ -265,7 +265,7 @@ def test_fused_weighing_by_documents(causal: bool) -> None:
     twin = Attend.from_config(packed.config)
     assert torch.equal(twin(q, k, v, flash_pack_seq_kwargs=packing)[0], wanted)
     half = Situation("cuda", torch.bfloat16, True, width=64)
-    assert fused.core.choose(half, Needs.DOCUMENTS)[0].name == "varlen"
+    assert fused.backends.choose(half, Needs.DOCUMENTS)[0].name == "varlen"
 
 
 def test_gradients_of_weighing_stay_within_documents() -> None:
@@ -446,7 +446,7 @@ def test_the_variable_length_kernel(causal: bool, of_keys: tuple[int, ...], monk
 
 
 def test_when_the_variable_length_kernel_runs() -> None:
-    core = Attention(16, dim_head=8, heads=2, flash_pack_seq=True, max_attend_past=None).core
+    core = Attention(16, dim_head=8, heads=2, flash_pack_seq=True, max_attend_past=None).attend.backends
     half = Situation("cuda", torch.bfloat16, True, width=64)
     documents = Needs.DOCUMENTS
     assert core.choose(half, documents)[0].name == "varlen"
@@ -461,7 +461,7 @@ def test_when_the_variable_length_kernel_runs() -> None:
         backend, reason = core.choose(situation, needs)
         assert backend.name == "sdpa"
         assert why in reason
-    without = Attention(16, flash_pack_seq=True, attend_sdp_kwargs={"enable_flash": False}).core
+    without = Attention(16, flash_pack_seq=True, attend_sdp_kwargs={"enable_flash": False}).attend.backends
     assert without.choose(half, documents)[0].name == "sdpa"
     rows = Decoder(**SMALL, **PACKED).explain("cuda", torch.bfloat16).rows
     assert [row.backend for row in rows] == ["varlen", ""]
@@ -473,7 +473,7 @@ def test_flex_keeps_documents_apart() -> None:
     model = Decoder(**SMALL, **PACKED, attn_flash=True).eval()
     x = torch.randn(1, sum(LENGTHS), 16)
     wanted = model(x, flash_pack_seq_kwargs=packs(LENGTHS))
-    model.branches("a")[0].attention.core.fused = (Flex(),)
+    model.branches("a")[0].attention.attend.backends.fused = (Flex(),)
     close(model(x, flash_pack_seq_kwargs=packs(LENGTHS)), wanted)
 
 

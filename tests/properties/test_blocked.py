@@ -50,7 +50,7 @@ def twins(case: Case, stack: str) -> tuple[TransformerWrapper, TransformerWrappe
     one, two = case.build(stack, attn_flash=False), case.build(stack)
     two.load_state_dict(one.state_dict())
     for branch in two.attn_layers.branches("a", "c"):
-        branch.attention.core.choose = by_blocks  # type: ignore[method-assign]
+        branch.attention.attend.backends.choose = by_blocks  # type: ignore[method-assign]
     return one, two
 
 
@@ -132,9 +132,9 @@ def test_no_weight_is_denormal() -> None:
     plan, inputs = blocked.plan_of(request(n, scores=lambda tokens: (ALIBI.bind(tokens, tokens),)))
     block = list(plan.blocks(n, n))[-1]
     rows = block.rows.stop - block.rows.start
-    scores, _ = plan.modify(torch.zeros(2, 4, rows, n), block, inputs, blocked.Memory(torch.empty(0), rows * n * 8))
+    scores, _ = plan.modify(torch.zeros(2, 4, rows, n), block, inputs, blocked.Scratch(torch.empty(0), rows * n * 8))
     assert (scores.softmax(dim=-1) < torch.finfo(torch.float32).tiny).any(), "nothing here could be denormal"
-    weights = plan.weigh(scores, torch.empty_like(scores))
+    weights = plan.softmax(scores, torch.empty_like(scores))
     assert (weights[weights > 0] >= torch.finfo(torch.float32).tiny).all()
     assert (weights == 0).any()
 
@@ -160,7 +160,7 @@ def test_layers_that_run_again_share_a_bias() -> None:
     ids = tokens(2, LENGTH)
     for model in (plain, again):
         for branch in model.attn_layers.branches("a"):
-            branch.attention.core.choose = by_blocks  # type: ignore[method-assign]
+            branch.attention.attend.backends.choose = by_blocks  # type: ignore[method-assign]
         model.train()(ids).square().sum().backward()
     for (name, one), two in zip(plain.named_parameters(), again.parameters(), strict=True):
         assert one.grad is not None, name

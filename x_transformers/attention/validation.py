@@ -9,6 +9,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, Stage
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.ops import max_neg_value
 
 
 def check_pairs(t: Tensor, name: str, *, batch: int, heads: int, queries: int, keys: int) -> Tensor:
@@ -40,6 +41,20 @@ def bind_attn_bias(bias: Tensor, queries: int, keys: int) -> Any:
     full = F.pad(bias, (keys - bias.shape[-1], 0))
     full = full[(None,) * (4 - full.ndim)].expand(-1, -1, queries, -1)
     return BoundScore(needs=Needs.BIAS, stage=Stage.BIAS, dense=lambda: full)
+
+
+def without_hidden(logits: Tensor, keys: int) -> Tensor:
+    """Return an earlier attention's logits without a sink's column, and with 0 where they were hidden.
+
+    Raises:
+        ShapeError: if they do not cover the keys.
+    """
+    if logits.ndim != 4 or logits.shape[-1] not in (keys, keys + 1):
+        raise ShapeError(
+            f"`prev_attn` has shape {tuple(logits.shape)}; it must be (b, h, i, {keys}), or have a sink's column more."
+        )
+    logits = logits[..., -keys:]
+    return logits.masked_fill(logits <= max_neg_value(logits) / 2, 0.0)
 
 
 def check_input(x: Tensor, dim: int) -> None:

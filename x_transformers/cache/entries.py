@@ -139,6 +139,10 @@ class StaticEntry(Entry):
         twin.rewritten = self.rewritten
         return twin
 
+    def copy(self) -> StaticEntry:
+        # the buffers are shared: to write the same tokens twice changes nothing
+        return self.at(self.index, self.fresh, self.shown)
+
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
         buffer = self.grown[name]

@@ -14,6 +14,8 @@ from x_transformers.errors import Faults
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.forward_pass.call import BranchOutput, LayerCall
+from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
@@ -87,7 +89,7 @@ FEATURES = (
 SCHEMA = Schema(FEATURES)
 
 
-class FeedForward(Configured, PreparesForInference, ReadsReference):
+class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFunction):
     """`down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:
@@ -126,8 +128,27 @@ class FeedForward(Configured, PreparesForInference, ReadsReference):
         elif core.output_proj_depth is not None:
             nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
 
-    def forward(self, x: Tensor, deep_embed: Tensor | None = None) -> Tensor:
-        """`(..., dim) -> (..., dim_out)`, times `deep_embed` if there is one."""
+    def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
+        """Map `(b, n, dim)` to `(b, n, dim_out)` as one sublayer of a pass."""
+        out = self.forward(x, layer=layer)
+        assert isinstance(out, BranchOutput)
+        return out
+
+    def forward(
+        self, x: Tensor, deep_embed: Tensor | None = None, *, layer: LayerCall | None = None
+    ) -> Tensor | BranchOutput:
+        """Map each token by itself.
+
+        Args:
+            x: `(..., dim)`.
+            deep_embed: factor of the output, broadcastable to it.
+            layer: the call of a sublayer, instead of `deep_embed`.
+
+        Returns:
+            `(..., dim_out)`; with `layer`, a `BranchOutput`.
+        """
+        if layer is not None:
+            deep_embed = layer.deep_embed
         plain = self.at_hand
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
@@ -141,15 +162,17 @@ class FeedForward(Configured, PreparesForInference, ReadsReference):
         x = self.down(x) if plain is None else F.linear(x, *plain[1])
         if self.sublayer_dropout:
             x = F.dropout(x, self.sublayer_dropout, self.training)
-        return x if deep_embed is None else x * deep_embed
+        if deep_embed is not None:
+            x = x * deep_embed
+        return x if layer is None else BranchOutput(x, None, layer.carry)
 
     def prepare(self) -> tuple[Map, Map] | None:
-        """Both linear maps, if they are plain ones."""
+        """Return both linear maps, if they are plain ones."""
         up, down = plain_map(self.up), plain_map(self.down)
         return None if up is None or down is None else (up, down)
 
     def muon_parameters(self) -> Iterator[Tensor]:
-        """The weights of the linear maps, which Muon may orthogonalise, those of a custom activation included."""
+        """Yield the matrices that Muon may orthogonalize (2502.16982), those of a custom activation included."""
         yield from (module.weight for module in self.modules() if isinstance(module, nn.Linear))
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:

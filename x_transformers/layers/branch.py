@@ -116,9 +116,9 @@ class Branch(ReadsReference):
             x = norm(x, layer.condition)
         record, carry = None, layer.carry
         if self.kind == "f":
-            out = self.feedforward(x, layer.deep_embed)
+            out, record, carry = self.feedforward(x, layer=layer)
         else:
-            out, record, carry = self.attention.run(x, layer)
+            out, record, carry = self.attention(x, layer=layer)
         if self.scale is not None:
             out = self.scale(out, layer.condition)
         if self.output_scale != 1:

@@ -9,7 +9,7 @@ from torch import nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.backends.base import Situation
-from x_transformers.attention.base import Needs, ScoreMod
+from x_transformers.attention.base import ScoreMod
 from x_transformers.feedforward.feedforward import FeedForward
 
 
@@ -74,24 +74,10 @@ def explain_sublayers(
     rows = []
     for name, fn in layers:
         features = tuple(feature for feature in fn.features if feature not in ALWAYS_ON)
-        backend = why = ""
-        flops = 2 * sum(p.numel() for p in fn.parameters() if p.ndim == 2)
-        if isinstance(fn, Attention):
-            needs = fn.core.needs if training else fn.core.needs & ~Needs.DROPOUT
-            if bias is not None and not name.endswith("cross-attention"):
-                needs |= bias.needs
-            if fn.max_attend_past is not None:
-                needs |= Needs.MASK
-            elif fn.packed:
-                needs |= Needs.DOCUMENTS
-            requires_causal = causal and not name.endswith("cross-attention")
-            skips = requires_causal or fn.max_attend_past is not None
-            width = max(fn.shape.dim_head, fn.shape.value_dim_head)
-            chosen, why = fn.core.choose(situation._replace(width=width, queries=seq_len, skips=skips), needs)
-            backend = chosen.name
-            seen = seq_len if not causal else (seq_len + 1) // 2
-            seen = seen if fn.max_attend_past is None else min(seen, fn.max_attend_past + 1)
-            flops += 2 * seen * fn.heads * (fn.shape.dim_head + fn.shape.value_dim_head)
+        own = not name.endswith("cross-attention")
+        backend, why, flops = fn.explain(
+            situation, causal=causal and own, bias=bias if own else None, training=training, seq_len=seq_len
+        )
         rows.append(Row(name, features, backend, why, count(fn), flops))
     return tuple(rows)
 

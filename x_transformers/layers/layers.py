@@ -617,7 +617,7 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
             raise InputError("only a causal stack can use a cache; build a Decoder, or pass no `cache`.")
 
     def _may_show_scores(self) -> bool:
-        return all(branch.attention.core.flash is not True for branch in self.branches("a", "c"))
+        return all(branch.attention.attend.backends.flash is not True for branch in self.branches("a", "c"))
 
     # checkpoints
 

@@ -141,6 +141,7 @@ class Traversal(nn.Module):
         # caches change from pass to pass, which graphs would have to be made anew for
         regional = self.regional if kv is None and not torch.compiler.is_compiling() else None
         alone = None if regional is None else regional.call(call)
+        learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         for step in steps:
             branch: Branch = branches[step.layer]  # type: ignore[assignment]
             if given.transform is not None and step.begins and step.block > 0:
@@ -163,6 +164,8 @@ class Traversal(nn.Module):
                 self._cross_attention_inputs(layer, step, given)
             elif given.deep_embeds is not None and step.nth < given.deep_embeds.shape[2]:
                 layer.deep_embed = given.deep_embeds[:, :, step.nth]
+            if learns and alone is None:
+                layer.remember_start()
             if regional is not None and alone is not None:
                 layer.call = alone
                 passed = regional(branch, x, layer)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage, WeightMod
+from x_transformers.attention.base import AttentionShape, RowContext, RowMod, Stage, WeightChange, WeightMod
 from x_transformers.ops import mix_heads
 from x_transformers.options.schema import Feature, opt
 
@@ -39,7 +39,7 @@ class PreTalkingHeads(RowMod):
         super().__init__()
         self.weight = nn.Parameter(_identity(heads))
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         return logits + mix_heads(logits, self.weight), None
 
 
@@ -69,9 +69,9 @@ class ProductTalkingHeads(RowMod):
         super().__init__()
         self.weight = nn.Parameter(_identity(heads))
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         factor = mix_heads(logits, self.weight)
-        return logits, After(Stage.MULTIPLY, lambda weights: weights * factor)
+        return logits, WeightChange(Stage.MULTIPLY, lambda weights: weights * factor)
 
 
 def _identity(heads: int) -> Tensor:
