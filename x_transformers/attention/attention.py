@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from x_transformers.attention.backends.base import AttentionOutput, Situation
 from x_transformers.attention.base import Needs, Part, ScoreMod
 from x_transformers.attention.build import build_parts
-from x_transformers.attention.call_adapter import AttentionInputs, CallableAlone
+from x_transformers.attention.call_adapter import AttentionInputs, CallAdapter
 from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import checked_logits, clip_factors, clip_heads
 from x_transformers.attention.heads import Heads
@@ -28,7 +28,7 @@ from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class Attention(Configured, PreparesForInference, ReadsReference, CallableAlone, BranchFunction):
+class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, BranchFunction):
     """Multi-head attention `softmax(q k^T / sqrt(d)) v` of the tokens to themselves or to a context.
 
     Args:

@@ -60,7 +60,7 @@ class AttentionInputs:
     causal: bool | None
 
 
-class CallableAlone(HeadProjection):
+class CallAdapter(HeadProjection):
     """Abstract base class of `Attention`: turns the arguments of a call outside of a stack into a `LayerCall`.
 
     Attributes:

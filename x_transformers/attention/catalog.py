@@ -1,4 +1,4 @@
-"""The features that an `Attention` can have, and the schema of its keywords."""
+"""Features of an `Attention`, and the schema of its keywords."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BackendOptions:
     attend_sdp_kwargs: dict | None = opt(None, "which of PyTorch's kernels may run: enable_flash, enable_math, ...")
     onnxable: bool = opt(False, "kept for old scripts; masks are always comparisons of index ranges")
     flash_pack_seq: bool = opt(
-        False, "rows are packed: documents, told by `flash_pack_seq_kwargs`, see only themselves"
+        False, "rows are packed: documents, specified by `flash_pack_seq_kwargs`, see only themselves"
     )
 
 
@@ -81,8 +81,8 @@ WINDOW = Feature(
     refuses=(
         Rule(
             when=lambda o: o.kind == "c",
-            why="`max_attend_past` would measure how far tokens lie before those of a context, with which they share "
-            "no places; drop it.",
+            why="`max_attend_past` would measure how far tokens are from those of a context, with which they share no "
+            "positions; drop it.",
         ),
     ),
     examples=({"attn_max_attend_past": 4},),

@@ -1,4 +1,4 @@
-"""The names that attention's weights have in the reference's checkpoints, and its order of heads."""
+"""Names of attention's weights in the reference's checkpoints, and its order of heads."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def translate(
     values: Iterable[ValueMod],
     has_keys: bool,
 ) -> None:
-    """Turn the reference's entries below a prefix into ours, in place.
+    """Rename the reference's entries below a prefix to ours, and reorder their heads, in place.
 
     Args:
-        state: of the whole model. prefix: of this attention.
-        shape: its heads.
-        parts: those with entries of their own, by path. values: those that say how the output's columns stand.
+        state: of the whole model.
+        prefix: of this attention.
+        shape: its numbers of heads.
+        parts: the parts with entries of their own, by path.
+        values: the parts that know the order of the columns of the output projection.
         has_keys: there is a map for keys.
     """
     if f"{prefix}to_q.weight" not in state:
@@ -76,7 +78,14 @@ def translate(
 
 
 def rename_parts(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], within: str = "") -> None:
-    """Rename what the parts declare; `within` are the first letters of their names that the state leaves out."""
+    """Rename the entries that the parts declare.
+
+    Args:
+        state: entries by name, changed in place.
+        prefix: of the module that the parts belong to.
+        parts: by path.
+        within: the beginning of the declared names that the state omits.
+    """
     for path, part in parts.items():
         for name, own in part.reference.items():
             old = prefix + name.removeprefix(within)
