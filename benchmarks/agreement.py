@@ -1,4 +1,4 @@
-"""Before a figure: contestants compute the same."""
+"""Check that contestants compute the same, before anything is measured."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ TOKENS, NEW = 64, 8
 
 @torch.no_grad()
 def check(contestants: Mapping[str, Contestant], tokens: Tensor) -> None:
-    """Logits, losses and greedy continuations of one family, all against the first.
+    """Compare logits, losses and greedy continuations of all contestants of one family with those of the first.
 
-    A continuation agrees if each of its tokens is the first model's likeliest, up to rounding.
+    A continuation agrees if each of its tokens is the most likely one for the first model, up to rounding.
 
     Args:
-        contestants: with the same weights, in float32.
-        tokens: `[b, n]`; at most 64 of each row are read.
+        contestants: contestants with the same weights, in float32.
+        tokens: `(b, n)` ids; at most 64 of each row are read.
 
     Raises:
-        AssertionError: with the contestant, and by how much it is off.
+        AssertionError: if a contestant disagrees; the message names it and the difference.
     """
     name, first = next(iter(contestants.items()))
     tokens = tokens[:, :TOKENS]
@@ -40,7 +40,7 @@ def check(contestants: Mapping[str, Contestant], tokens: Tensor) -> None:
 
 
 def agree(what: str, found: Tensor, wanted: Tensor) -> None:
-    """Raise an `AssertionError` where two tensors differ by more than 1e-4."""
+    """Raise an `AssertionError` if two tensors differ by more than 1e-4."""
     off = (found - wanted).abs().max().item()
-    if not off <= CLOSE:  # NaN is off as well
-        raise AssertionError(f"{what} differ by {off:.1e}; no figure is taken of models that do not agree.")
+    if not off <= CLOSE:  # also raises for NaN
+        raise AssertionError(f"{what} differ by {off:.1e}; models that disagree are not measured.")

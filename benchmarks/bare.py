@@ -1,8 +1,8 @@
-"""The measuring stick: the plainest fast GPT in bare PyTorch, without a line of the library.
+"""Baseline of all benchmarks: a minimal fast GPT in bare PyTorch, without any code of the library.
 
-Learned absolute positions, pre-LayerNorm, one fused projection for queries, keys and values, SDPA, a GELU
-feedforward of four times the width, an untied head. Decoding follows gpt-fast (a static cache: buffers of a
-fixed size, written by index, so that every step has the same shapes and compiles to one graph).
+It has learned absolute positions, pre-LayerNorm, one fused projection for queries, keys and values, SDPA, a GELU
+feedforward of four times the width, and an untied head. Decoding follows gpt-fast: a static cache of buffers with a
+fixed size, written by index, so that every step has the same shapes and compiles to one graph.
 
 Shapes: `b` batch, `n` sequence, `h` heads, `d` head dim, `D` model dim, `S` context, `v` vocabulary.
 """
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]
-"""For each layer the keys and the values, each `[b, h, S, d]`."""
+"""Keys and values of each layer, each `(b, h, S, d)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The size of a model; `bias` adds biases to projections and norms."""
+    """Size of a model; `bias` adds biases to projections and norms."""
 
     vocab: int = 256
     context: int = 256
@@ -33,7 +33,7 @@ class Shape:
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + feedforward(norm(x))`."""
+    """Transformer block: `x + attention(norm(x))`, then `x + feedforward(norm(x))`."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -53,9 +53,17 @@ class Block(nn.Module):
         position: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """`x [b, n, D]`; with a cache, its keys and values at the slots `position [n]` are written first.
+        """Apply the block.
 
-        With a `mask` (one decoding step) the queries read the whole cache, else causally what `x` itself brings.
+        Args:
+            x: `(b, n, D)` residual stream.
+            cache: keys and values of this layer; those of `x` are written at the slots `position` first.
+            position: `(n,)` slots in the cache.
+            mask: `(n, S)` added to the scores: queries then attend to the whole cache (one decoding step), and
+                otherwise causally to the tokens of `x`.
+
+        Returns:
+            `(b, n, D)`.
         """
         b, n, D = x.shape
         q, k, v = self.qkv(self.attn_norm(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -71,7 +79,7 @@ class Block(nn.Module):
 
 
 class BareGPT(nn.Module):
-    """Tokens `[b, n]` to logits `[b, n, v]`, or to the mean cross-entropy where targets `[b, n]` are given."""
+    """GPT from tokens `(b, n)` to logits `(b, n, v)`, or to the mean cross-entropy if targets `(b, n)` are given."""
 
     slots: Tensor
 
@@ -86,13 +94,13 @@ class BareGPT(nn.Module):
         self.register_buffer("slots", torch.arange(shape.context), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                writes = name.endswith(("out.weight", "down.weight"))  # into the residual stream, 2 a layer
+                writes = name.endswith(("out.weight", "down.weight"))  # into the residual stream, twice per layer
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if writes else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """One pass over whole sequences, as in training."""
+        """Process whole sequences, as in training."""
         x = self.token_emb(tokens) + self.pos_emb.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -102,13 +110,13 @@ class BareGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def empty_cache(self, batch: int) -> Cache:
-        """Buffers for a whole context, in the weights' dtype and on their device."""
+        """Allocate buffers for a whole context, with the dtype and device of the weights."""
         size = (batch, self.shape.heads, self.shape.context, self.shape.dim // self.shape.heads)
         new = self.token_emb.weight.new_zeros
         return [(new(size), new(size)) for _ in self.blocks]
 
     def prefill(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Read a prompt `[b, n]` into an empty cache; logits `[b, v]` of the token after it."""
+        """Read a prompt `(b, n)` into an empty cache, and return the logits `(b, v)` of the next token."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_emb(tokens) + self.pos_emb(position)
         for block, entry in zip(self.blocks, cache, strict=True):
@@ -116,9 +124,12 @@ class BareGPT(nn.Module):
         return self.head(self.norm(x[:, -1]))
 
     def decode_one(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """One token `[b]` at `position [1]` (a tensor, so that no step recompiles); logits `[b, v]`."""
+        """Read one token `(b,)`, and return the logits `(b, v)` of the next.
+
+        `position (1,)` is a tensor, so that no step recompiles.
+        """
         x = self.token_emb(token[:, None]) + self.pos_emb(position)
-        # what has been written; in the kernel's own terms, since a mask of bools would be converted in every layer
+        # hides slots that are not written yet; additive, since a boolean mask would be converted in every layer
         mask = torch.where(self.slots <= position[:, None], 0.0, float("-inf")).to(x.dtype)
         for block, entry in zip(self.blocks, cache, strict=True):
             x = block(x, entry, position, mask)
@@ -129,7 +140,7 @@ class BareGPT(nn.Module):
 def generate(
     model: BareGPT, prompt: Tensor, length: int, decode_one: Callable[[Tensor, Tensor, Cache], Tensor] | None = None
 ) -> Tensor:
-    """Greedily continue `prompt [b, n]` by `length` tokens `[b, length]`; `decode_one` may be a compiled one."""
+    """Greedily continue `prompt (b, n)` by `length` tokens `(b, length)`; `decode_one` may be compiled."""
     step = decode_one or model.decode_one
     cache = model.empty_cache(prompt.shape[0])
     tokens = [model.prefill(prompt, cache).argmax(-1)]

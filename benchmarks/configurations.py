@@ -1,4 +1,4 @@
-"""The catalogue at a size that can be measured: for each feature one model that has it, beside the same without it."""
+"""Configurations to measure: for each feature of the catalog, a model with the feature and the same one without it."""
 
 from __future__ import annotations
 
@@ -55,27 +55,27 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     "recurrent_memory": {"max_mem_len": LENGTH},
     "logits_dim": {"logits_dim": 2 * VOCABULARY},
 }
-"""In place of a feature's first example, where its numbers belong to the tiny models of the tests."""
+"""Keywords instead of a feature's first example, if the numbers of that are meant for the tiny models of tests."""
 
 WITHOUT: dict[str, dict[str, Any]] = {
     "custom_layers": {},
     "value_mix": {"add_value_residual": True, "learned_value_residual_mix": False},
 }
-"""What to compare with, where that is not simply the model without the feature's own keywords."""
+"""Keywords of the model to compare with, if it is not simply the model without the feature's own keywords."""
 
 NOT_CAUSAL = frozenset({"inverted_attention"})
-"""What a decoder refuses, and an encoder has."""
+"""Features that only encoders support."""
 
 
 @dataclass(frozen=True, eq=False)
 class Configuration:
-    """One feature as keywords.
+    """Keywords of a model with a feature, and of the model that it is compared with.
 
     Attributes:
-        feature: which.
-        having: keywords of a model that has it.
-        lacking: of the model it is compared with: what the feature needs around it, such as cross-attention.
-        causal: whether the stack is a decoder, and not an encoder.
+        feature: the feature.
+        having: keywords of the model with the feature.
+        lacking: keywords of the model without it: those that the feature depends on, such as cross-attention.
+        causal: True for a decoder, False for an encoder.
     """
 
     feature: Feature
@@ -85,7 +85,7 @@ class Configuration:
 
 
 def configuration(name: str) -> Configuration:
-    """That of the feature of this name."""
+    """Return the configuration of a feature by name."""
     feature = FEATURES[name]
     having = AT_SIZE.get(name) or feature.examples[0]
     lacking = WITHOUT.get(name)
@@ -96,22 +96,22 @@ def configuration(name: str) -> Configuration:
 
 
 def field_of(feature: Feature, keyword: str) -> str | None:
-    """The field of the feature's options that a keyword, as users write it, sets."""
+    """Return the field of a feature's options that a keyword sets, as users write it; None if there is none."""
     fields = feature.options.__dataclass_fields__
     names = (keyword.removeprefix(prefix) for prefix in PREFIXES[feature.group] if keyword.startswith(prefix))
     return next((name for name in names if name in fields), None)
 
 
 def owns(feature: Feature, keyword: str) -> bool:
-    """Whether the keyword is one of the feature's."""
-    if feature.group == "model":  # they stand in the wrapper's own signature; the first to show one owns it
+    """Return True if the keyword belongs to the feature."""
+    if feature.group == "model":  # the wrapper's own parameters; the first feature with it in an example owns it
         owners = (f for f in MODEL_FEATURES if any(keyword in example for example in f.examples))
         return keyword in WRAPPER_KEYWORDS and next(owners, None) is feature
     return field_of(feature, keyword) is not None
 
 
 def build(keywords: Mapping[str, Any], causal: bool = True) -> AutoregressiveWrapper:
-    """A decoder (or encoder) with these keywords, wrapped for the loss of its next token."""
+    """Build a decoder (or encoder) with these keywords, wrapped for the next-token loss."""
     given = copy.deepcopy(dict(keywords))
     wrapper = {name: given.pop(name) for name in list(given) if name in WRAPPER_KEYWORDS}
     layers = (Decoder if causal else Encoder)(**{**STACK, **given})
@@ -119,7 +119,7 @@ def build(keywords: Mapping[str, Any], causal: bool = True) -> AutoregressiveWra
 
 
 def arguments(model: TransformerWrapper) -> dict[str, Any]:
-    """What a pass of this model needs beside tokens: a context, a condition, memories of the last segment."""
+    """Return what a pass of this model needs besides tokens: context, condition, memories of the last segment."""
     layers, needed = model.attn_layers, {}
     for branch in layers.branches("c"):
         width = branch.attention.dim_context
@@ -132,5 +132,5 @@ def arguments(model: TransformerWrapper) -> dict[str, Any]:
 
 
 def tokens() -> Tensor:
-    """`(ROWS, LENGTH)` random ids."""
+    """Return random ids `(ROWS, LENGTH)`."""
     return torch.randint(0, VOCABULARY, (ROWS, LENGTH))

@@ -1,9 +1,9 @@
-"""The same decoders from bare PyTorch, from this library, and from Hugging Face's transformers, with the same weights.
+"""Contestants: the same decoders from bare PyTorch, this library and Hugging Face's transformers, with equal weights.
 
-Two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 gets an untied head and no dropout;
-what it has beside the others are biases, which are zero. Our Llama has beside the other the biases of gated
-feedforwards, which are zero, too. `benchmarks.agreement` checks that they compute the same, GPT-2 with the GELU of the
-others; then it gets back its own (`as_shipped`). Hugging Face's models are called as their users call them.
+There are two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 has an untied head and no
+dropout; its additional biases are zero, as are the biases that our Llama has in its gated feedforwards.
+`benchmarks.agreement` checks that they compute the same, GPT-2 with the GELU of the others; afterwards GPT-2 gets its
+own GELU back (`as_shipped`). Hugging Face's models are called as their users call them.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ Generate = Callable[[Tensor, int, str | None], Tensor]
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model, and how one asks it for what is measured.
+    """A model, and the functions of it that are measured.
 
     Attributes:
-        model: the module with the parameters.
-        logits: tokens `[b, n]` to `[b, n, v]`.
-        loss: tokens `[b, n]`, all of them read, to the mean cross-entropy of those behind the first.
-        generate: a prompt `[b, n]`, how many tokens follow it greedily, and the compiler's backend, or None for eager.
+        model: module with the parameters.
+        logits: maps tokens `(b, n)` to logits `(b, n, v)`.
+        loss: maps tokens `(b, n)` to the mean cross-entropy of all tokens but the first.
+        generate: maps a prompt `(b, n)`, the number of new tokens, and a compiler backend (None for eager) to the
+            greedy continuation.
     """
 
     model: nn.Module
@@ -55,21 +56,21 @@ class Contestant:
 
 
 def gpts(shape: Shape) -> dict[str, Contestant]:
-    """The bare model, ours, and GPT-2."""
+    """Build the bare model, ours, and GPT-2, with the same weights."""
     bare, ours, other = BareGPT(shape), our_gpt(shape), gpt2(shape)
     share_gpt(bare, ours.net, other)
     return dict(zip(GPT_NAMES, (of_bare(bare), of_ours(ours), of_hugging_face(other)), strict=True))
 
 
 def llamas(shape: Shape) -> dict[str, Contestant]:
-    """Ours, and Hugging Face's."""
+    """Build our Llama and Hugging Face's, with the same weights."""
     ours, other = our_llama(shape), llama(shape)
     share_llama(other, ours.net)
     return dict(zip(LLAMA_NAMES, (of_ours(ours), of_hugging_face(other)), strict=True))
 
 
 def our_gpt(shape: Shape, *, loss_chunk_size: int | None = None, **stack: Any) -> AutoregressiveWrapper:
-    """Ours of this shape; `stack` are keywords of the decoder."""
+    """Build our GPT of this shape, with more keywords for its decoder."""
     layers = Decoder(
         **{
             "dim": shape.dim,
@@ -90,7 +91,7 @@ def our_llama(shape: Shape) -> AutoregressiveWrapper:
 
 
 def gpt2(shape: Shape) -> nn.Module:
-    """Hugging Face's GPT-2 as it comes, less dropout, with an untied head and, so far, the GELU of the others."""
+    """Build Hugging Face's GPT-2 without dropout, with an untied head and, until `as_shipped`, the others' GELU."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -111,7 +112,7 @@ def gpt2(shape: Shape) -> nn.Module:
 
 
 def as_shipped(model: nn.Module) -> None:
-    """Give a GPT-2 its own GELU, which is an approximation of the others'."""
+    """Give a GPT-2 its own GELU back, which approximates that of the others; other models stay as they are."""
     from transformers.activations import ACT2FN
 
     for module in model.modules():
@@ -120,7 +121,7 @@ def as_shipped(model: nn.Module) -> None:
 
 
 def llama(shape: Shape) -> nn.Module:
-    """Hugging Face's Llama as it comes."""
+    """Build Hugging Face's Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -130,7 +131,7 @@ def llama(shape: Shape) -> nn.Module:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         max_position_embeddings=shape.context,
-        rms_norm_eps=1e-12,  # ours divides by the length as it is
+        rms_norm_eps=1e-12,  # ours adds next to nothing
         bos_token_id=0,
         eos_token_id=None,
     )
@@ -138,6 +139,8 @@ def llama(shape: Shape) -> nn.Module:
 
 
 def of_bare(model: BareGPT) -> Contestant:
+    """Return the bare model as a contestant; it compiles its decoding step once per backend."""
+
     def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:
         return bare_module.generate(model, prompt, new, compiled_step(backend) if backend else None)
 
@@ -152,6 +155,8 @@ def of_bare(model: BareGPT) -> Contestant:
 
 
 def of_ours(model: AutoregressiveWrapper, cache: str = "static") -> Contestant:
+    """Return a model of this library as a contestant."""
+
     def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:
         compiled = {"backend": backend} if backend else False
         return model.generate(prompt, new, temperature=0.0, cache=cache, compile=compiled)
@@ -160,6 +165,8 @@ def of_ours(model: AutoregressiveWrapper, cache: str = "static") -> Contestant:
 
 
 def of_hugging_face(model: nn.Module) -> Contestant:
+    """Return a model of Hugging Face's as a contestant."""
+
     def logits(tokens: Tensor) -> Tensor:
         return model(tokens).logits
 
@@ -176,11 +183,12 @@ def of_hugging_face(model: nn.Module) -> Contestant:
 
 
 def next_token_loss(logits: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Return the mean cross-entropy of all tokens but the first."""
     return F.cross_entropy(logits(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def compile_config(backend: str) -> Any:
-    """Hugging Face's own way to compile a step, on a CPU as well."""
+    """Return Hugging Face's settings for a compiled decoding step, which also apply on a CPU."""
     from transformers import CompileConfig
 
     config = CompileConfig(backend=backend, mode=None)

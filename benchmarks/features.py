@@ -1,7 +1,7 @@
-"""What should cost nothing, measured at length: `python -m benchmarks.features [NAME ...] [--length 1024]`.
+"""Cost of options that should be nearly free on long rows: `python -m benchmarks.features [NAME ...] [--length 1024]`.
 
-Training steps (forward, backward, AdamW; eager) of a small decoder with one option, beside the plain one. All run in
-turn, round after round. `benchmarks.run features` records all of them.
+Measures training steps (forward, backward, AdamW; eager) of a small decoder with one option, relative to the plain
+decoder. All run in turn, round after round. `benchmarks.run features` records all of them.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def features(settings: Settings) -> Iterator[tuple[str, Figures]]:
-    """Tokens per second, padding counted."""
+    """Yield tokens per second for each option; padding counts."""
     length = settings.features
     taken = seconds(FEATURES, settings, length)
     yield f"{length:,} tokens", {name: length / each for name, each in taken.items()}
 
 
 def seconds(names: Iterable[str], settings: Settings, length: int) -> dict[str, float]:
-    """Of a step, with the plain decoder's first."""
+    """Return seconds per training step, those of the plain decoder first."""
     names = dict.fromkeys(["plain", *names])
     return side_by_side({name: step(name, settings, length) for name in names}, settings.rounds, warmup=1)
 
 
 def step(name: str, settings: Settings, length: int) -> Callable[[], None]:
-    """A training step on one row, of which padding takes a quarter where it is what is measured."""
+    """Return a training step on one row; a quarter of it is padding in the cases that measure padding."""
     torch.manual_seed(0)
     shape = settings.shape
     layers = Decoder(dim=shape.dim, depth=settings.short, heads=shape.heads, verbose=False, **FEATURES[name])
@@ -64,14 +64,16 @@ def step(name: str, settings: Settings, length: int) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FEATURES)}; default all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"options to measure, out of {', '.join(FEATURES)}; default all"
+    )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(FEATURES))
     if unknown:
-        parser.error(f"there is no {', '.join(unknown)} here; there are {', '.join(FEATURES)}")
+        parser.error(f"unknown options {', '.join(unknown)}; choose from {', '.join(FEATURES)}")
     torch.set_num_threads(options.threads)
     taken = seconds(options.names or FEATURES, Settings(rounds=options.rounds), options.length)
     for name, each in taken.items():

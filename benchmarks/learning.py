@@ -1,8 +1,8 @@
-"""How soon the main job's recipe learns what nanoGPT's learns in twice the time: `python -m benchmarks.learning`.
+"""Quality after a given time of `examples/train_text.py`, and of nanoGPT's recipe: `python -m benchmarks.learning`.
 
-Both train on the same bytes, by wall time, on the same number of threads, one after the other: the default of
+Both train on the same bytes for a given wall time, with the same number of threads, one after the other: the default of
 `examples/train_text.py`, and nanoGPT's recipe for CPUs (4 layers, 4 heads, 128 dims, context 64, batch 12, AdamW,
-cosine schedule) through `benchmarks/bare.py`. Each is judged in its own context on all held-out bytes.
+cosine schedule) with the model of `benchmarks/bare.py`. Each is evaluated in its own context on all held-out bytes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PEAK, LEAST, WARMUP = 1e-3, 1e-4, 100
 
 @torch.no_grad()
 def bits_per_byte(loss: Callable[[Tensor], Tensor], held_out: Tensor, context: int) -> float:
-    """The mean over all held-out windows of `context` predictions."""
+    """Return the mean over all held-out windows with `context` predictions each."""
     windows = spaced_windows(held_out, context, len(held_out))
     nats = sum(loss(part).item() * len(part) for part in windows.split(64))
     return nats / len(windows) / math.log(2)
 
 
 def baseline(train: Tensor, held_out: Tensor, seconds: float, seed: int) -> dict[str, float]:
-    """The recipe of nanoGPT for so long."""
+    """Train nanoGPT's recipe for the given number of seconds, and evaluate it."""
     torch.manual_seed(seed)
     model = BareGPT(Shape(layers=4, heads=4, dim=128, context=BASELINE_CONTEXT))
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -68,7 +68,7 @@ def baseline(train: Tensor, held_out: Tensor, seconds: float, seed: int) -> dict
 
 
 def ours(held_out: Tensor, seconds: float, seed: int) -> dict[str, float]:
-    """The main job for so long, as a user runs it."""
+    """Run `examples/train_text.py` for the given number of seconds, as a user would, and evaluate it."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--minutes", str(seconds / 60), "--seed", str(seed), "--out", folder]
         run_script(EXAMPLES / "train_text.py", *arguments)
@@ -82,8 +82,8 @@ def ours(held_out: Tensor, seconds: float, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90, help="for the main job")
-    parser.add_argument("--baseline-seconds", type=float, default=180, help="for nanoGPT's recipe")
+    parser.add_argument("--seconds", type=float, default=90, help="duration of examples/train_text.py")
+    parser.add_argument("--baseline-seconds", type=float, default=180, help="duration of nanoGPT's recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "learning.json")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Training steps on one long row: the bare model, ours, GPT-2; ours with a window, and with padding."""
+"""Training steps on one long row: the bare model, ours, GPT-2, and ours with a window and with padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ("bare", "ours", "GPT-2", "window", "padding")
 
 
 def long(shape: Shape) -> dict[str, Contestant]:
-    """Contestants by name, with the same weights."""
+    """Build the contestants, with the same weights."""
     contestants = {name: long_one(name, shape) for name in NAMES}
     bare, other = contestants["bare"].model, contestants["GPT-2"].model
     for name in ("ours", "window", "padding"):
@@ -30,7 +30,10 @@ def long(shape: Shape) -> dict[str, Contestant]:
 
 
 def long_one(name: str, shape: Shape) -> Contestant:
-    """`window` and `padding` are ours with `attn_max_attend_past = 256`, and with a mask over the last quarter."""
+    """Build one contestant.
+
+    `window` is ours with `attn_max_attend_past = 256`, `padding` ours with a mask over the last quarter.
+    """
     if name == "bare":
         return of_bare(BareGPT(shape))
     if name == "GPT-2":
@@ -49,27 +52,27 @@ def long_one(name: str, shape: Shape) -> Contestant:
 
 
 def unpadded(tokens: Tensor) -> Tensor:
-    """`(b, n)` True for the first three quarters."""
+    """Return a mask `(b, n)` that is True for the first three quarters of each row."""
     length = tokens.shape[1]
     return (torch.arange(length, device=tokens.device) < length * 3 // 4).expand_as(tokens)
 
 
 @torch.no_grad()
 def check_long(contestants: Mapping[str, Contestant], tokens: Tensor) -> None:
-    """All agree on tokens that no window hides; with padding, on those before it.
+    """Check that all contestants agree on rows shorter than the window, and with padding, on the tokens before it.
 
     Raises:
-        AssertionError: with what does not.
+        AssertionError: if one disagrees; the message names it.
     """
     check({name: each for name, each in contestants.items() if name != "padding"}, tokens)
     tokens = tokens[:, :TOKENS]
     real = tokens[:, unpadded(tokens)[0]]
-    padded, alone = contestants["padding"].logits(tokens), contestants["bare"].logits(real)
-    agree("logits with padding and of bare without", padded[:, : real.shape[1]], alone)
+    padded, unpadded_logits = contestants["padding"].logits(tokens), contestants["bare"].logits(real)
+    agree("logits with padding and of bare without", padded[:, : real.shape[1]], unpadded_logits)
 
 
 def lengths(settings: Settings) -> Iterator[tuple[str, Figures]]:
-    """Tokens per second, padding counted, of forward, backward and AdamW."""
+    """Yield tokens per second of forward, backward and AdamW for each length; padding counts."""
     for length in settings.lengths:
         runs = long_steps(settings, length)
         seconds = side_by_side(runs, settings.fewer(length), warmup=1)
@@ -77,7 +80,7 @@ def lengths(settings: Settings) -> Iterator[tuple[str, Figures]]:
 
 
 def long_steps(settings: Settings, length: int) -> dict[str, Callable[[], None]]:
-    """A training step of each contestant on one row."""
+    """Return a training step of each contestant on one row."""
     torch.manual_seed(0)
     tokens = settings.tokens(1, length)
     contestants = long(replace(settings.shape, layers=settings.short, context=length))

@@ -1,9 +1,9 @@
-"""Parts of a README that a program writes: what stands between two marks."""
+"""Generated parts of a README, between two marks."""
 
 from __future__ import annotations
 
 
 def replaced(text: str, start: str, end: str, block: str) -> str:
-    """The text with `block`, its marks included, in place of what stands between the marks `start` and `end`."""
+    """Return the text with the part from mark `start` to mark `end` replaced by `block`, which includes the marks."""
     before, rest = text.split(start)
     return before + block + rest.split(end)[1]

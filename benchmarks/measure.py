@@ -1,4 +1,4 @@
-"""Timing side by side (every contestant in turn, round after round, medians of the rounds), and peaks of memory."""
+"""Measuring: timing of contestants in turn, round after round, with medians over rounds; and peaks of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each contestant. All of them run in each round, so that a slow minute hits them alike."""
+    """Return the median seconds of each contestant.
+
+    All contestants run in each round, so that a slow minute of the machine affects them equally.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         for name, run in contestants.items():
@@ -34,25 +37,26 @@ def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, w
 
 
 def settle() -> None:
-    """Wait until a GPU, if one is used, has done what it was given."""
+    """Wait for the GPU to finish, if one is used."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def peak_over(run: Callable[[], object], device: str) -> int:
-    """Bytes at the peak of `run` above those before it: a GPU's tensors, or memory of this process that is resident.
+    """Return the peak memory of `run` in bytes, minus the memory before it.
 
-    `resource.getrusage` would not do: a child's `ru_maxrss` begins at what its parent had.
+    On a GPU, this is the memory of tensors; on a CPU, the resident memory of this process. `resource.getrusage` does
+    not help, since a child's `ru_maxrss` starts at that of its parent.
 
     Raises:
-        OSError: on a CPU, where Linux's `/proc/self/clear_refs` cannot be written.
+        OSError: on a CPU, if Linux's `/proc/self/clear_refs` cannot be written to.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    CLEAR.write_text("5", encoding="ascii")  # the peak starts anew at what is resident now
+    CLEAR.write_text("5", encoding="ascii")  # resets the peak to the memory that is resident now
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
@@ -65,9 +69,9 @@ def _resident(field: str) -> int:
 
 
 def in_process(module: str, *arguments: str) -> int:
-    """The last number that `python -m module ...` prints, in a process of its own.
+    """Run `python -m module ...` in a separate process, and return the last number that it prints.
 
-    Freed tensors go back to the system at once (glibc): else a peak would show how the heap happened to be cut.
+    With glibc, freed tensors go back to the system at once; otherwise a peak would depend on fragmentation of the heap.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -76,7 +80,7 @@ def in_process(module: str, *arguments: str) -> int:
 
 
 def run_script(script: Path, *arguments: str) -> None:
-    """Run a script as a user would, quietly.
+    """Run a script as a user would, and capture its output.
 
     Raises:
         subprocess.CalledProcessError: if it fails.
@@ -85,7 +89,7 @@ def run_script(script: Path, *arguments: str) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Return a description of the machine and of the versions in use."""
     return {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),

@@ -1,8 +1,8 @@
 """Peak memory of training, in bytes: `python -m benchmarks.memory NAME [--length N] [--rows N] ...`.
 
-What a model, its gradients, AdamW and a few steps take, beyond Python and its libraries. `NAME` is a contestant of
-`benchmarks.lengths`, or one of `plain`, `chunked` (the loss in chunks), `again` (blocks that run again for their
-gradients) and `lean` (both), which are ours. On a CPU resident memory, which needs Linux; else a GPU's tensors.
+Measures a model, its gradients, AdamW and a few steps, without Python and its libraries. `NAME` is a contestant of
+`benchmarks.lengths`, or ours with options that save memory: `plain` (none), `chunked` (the loss in chunks), `again`
+(activation checkpointing) or `lean` (both). On a CPU it is resident memory, which needs Linux; on a GPU, tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.settings import Settings
 from benchmarks.speed import Figures, step
 
 CHUNK, STEPS = 256, 2
-SPARING: dict[str, dict[str, Any]] = {
+SAVING: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunked": {"loss_chunk_size": CHUNK},
     "again": {"checkpoint_every": 1},
@@ -29,18 +29,19 @@ SPARING: dict[str, dict[str, Any]] = {
 
 
 def memory(settings: Settings) -> Iterator[tuple[str, Figures]]:
-    """Contestants at the size of training; ours sparing memory with a large vocabulary; long rows."""
+    """Yield peaks for contestants at the size of training, for ours with a large vocabulary, and for long rows."""
     shape = settings.shape
     size = {"rows": 4 * settings.rows, "length": shape.context, "layers": shape.layers, "vocab": shape.vocab}
     yield f"{size['rows']} rows of {shape.context:,} tokens", _peaks(lengths.NAMES[:3], settings, size)
     wide = {**size, "vocab": settings.vocabulary}
-    yield f"a vocabulary of {settings.vocabulary:,}", _peaks(SPARING, settings, wide)
+    yield f"a vocabulary of {settings.vocabulary:,}", _peaks(SAVING, settings, wide)
     for length in settings.memory:
         size = {"rows": 1, "length": length, "layers": settings.short, "vocab": shape.vocab}
         yield f"one row of {length:,} tokens", _peaks(lengths.NAMES, settings, size)
 
 
 def _peaks(names: Iterable[str], settings: Settings, size: dict[str, int]) -> Figures:
+    """Return the peak of each contestant, measured in a separate process."""
     size = {**size, "dim": settings.shape.dim, "heads": settings.shape.heads, "threads": torch.get_num_threads()}
     where = ("--device", settings.device, "--dtype", str(settings.dtype).removeprefix("torch."))
     options = [text for name, number in size.items() for text in (f"--{name}", str(number))]
@@ -48,10 +49,10 @@ def _peaks(names: Iterable[str], settings: Settings, size: dict[str, int]) -> Fi
 
 
 def train(name: str, shape: Shape, rows: int, device: str, dtype: torch.dtype) -> None:
-    """A few steps of a new model."""
+    """Build a model and take a few training steps."""
     torch.manual_seed(0)
-    if name in SPARING:
-        contestant = of_ours(our_gpt(shape, **SPARING[name]))
+    if name in SAVING:
+        contestant = of_ours(our_gpt(shape, **SAVING[name]))
     else:
         contestant = lengths.long_one(name, shape)
     model = contestant.model.to(device, dtype)
@@ -63,7 +64,7 @@ def train(name: str, shape: Shape, rows: int, device: str, dtype: torch.dtype) -
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = (*lengths.NAMES, *SPARING)
+    names = (*lengths.NAMES, *SAVING)
     parser.add_argument("name", metavar="NAME", choices=names, help=f"of {', '.join(names)}")
     numbers = {"length": 256, "rows": 16, "layers": 6, "dim": 384, "heads": 6, "vocab": 256, "threads": 2}
     for option, default in numbers.items():
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     size = {"vocab": options.vocab, "layers": options.layers, "dim": options.dim, "heads": options.heads}
     shape, where = Shape(context=options.length, **size), (options.device, getattr(torch, options.dtype))
-    # what the libraries load when they are first used belongs to neither
+    # a first run, since memory that libraries take on first use does not count
     train(options.name, Shape(context=16, vocab=256, layers=1, dim=64, heads=1), 2, *where)
     print(measure.peak_over(lambda: train(options.name, shape, options.rows, *where), options.device))
 

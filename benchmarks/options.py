@@ -1,8 +1,8 @@
-"""What each option costs in training: `python -m benchmarks.options [FEATURE ...]`.
+"""Cost of each option in training: `python -m benchmarks.options [FEATURE ...]`.
 
-Tokens per second of a training step (forward and backward, eager) of a decoder that has the option, relative to the
-same decoder without it. Both run in turn, round after round. Costs of the features that are named, by default of
-all, go into `benchmarks/results/options.json`, from which `python -m benchmarks.table --write` makes the table of the
+Measures tokens per second of a training step (forward and backward, eager) of a decoder with the option, relative to
+the same decoder without it. Both run in turn, round after round. Results for the named features, by default all, are
+written to `benchmarks/results/options.json`, from which `python -m benchmarks.table --write` makes the table of the
 README.
 """
 
@@ -21,11 +21,11 @@ from benchmarks.measure import machine, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "options.json"
 TOGETHER = 6
-"""Options that are measured beside one and the same model without them."""
+"""Number of options that are measured in turn with the same model without them."""
 
 
 def step(keywords: Mapping[str, Any], causal: bool) -> Callable[[], None]:
-    """A training step of the model with these keywords, without an optimiser."""
+    """Return a training step of the model with these keywords, without an optimizer."""
     torch.manual_seed(0)
     model = build(keywords, causal)
     ids, needed = tokens(), arguments(model.net)
@@ -38,7 +38,7 @@ def step(keywords: Mapping[str, Any], causal: bool) -> Callable[[], None]:
 
 
 def costs(names: Iterable[str], rounds: int) -> Iterator[tuple[str, float]]:
-    """Name and relative speed of each feature; those that are compared with the same model run side by side."""
+    """Yield name and relative speed of each feature; features that are compared with the same model share its runs."""
     alike: dict[str, list[Configuration]] = {}
     for each in map(configuration, names):
         alike.setdefault(repr((each.causal, sorted(each.lacking.items()))), []).append(each)
@@ -52,12 +52,12 @@ def costs(names: Iterable[str], rounds: int) -> Iterator[tuple[str, float]]:
 
 
 def recorded(path: Path = RESULTS) -> list[dict[str, Any]]:
-    """The measurements so far, `{"machine": ..., "costs": {feature: relative speed}}` for each machine."""
+    """Return the measurements so far, `{"machine": ..., "costs": {feature: relative speed}}` for each machine."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def merge(past: list[dict[str, Any]], new: Mapping[str, float], on: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The measurements with new ones in place of what they repeat; features that are no more fall out."""
+    """Merge new measurements into past ones; drop what is measured again, and features that no longer exist."""
     kept = [
         {**each, "costs": {k: v for k, v in each["costs"].items() if k in FEATURES and k not in new}} for each in past
     ]
@@ -72,13 +72,13 @@ def merge(past: list[dict[str, Any]], new: Mapping[str, float], on: Mapping[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("features", nargs="*", metavar="FEATURE", help="names in the catalogue; default all")
+    parser.add_argument("features", nargs="*", metavar="FEATURE", help="names of features in the catalog; default all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     unknown = sorted(set(options.features) - set(FEATURES))
     if unknown:
-        parser.error(f"no features of the catalogue: {', '.join(unknown)}; the catalogue has {', '.join(FEATURES)}")
+        parser.error(f"unknown features {', '.join(unknown)}; the catalog has {', '.join(FEATURES)}")
     torch.set_num_threads(options.threads)
     measured = {}
     for name, cost in costs(options.features or FEATURES, options.rounds):

@@ -1,4 +1,4 @@
-"""Two pictures of each machine's figures: `python -m benchmarks.plot`. Speed by length, and ratios by task."""
+"""Pictures of each machine's figures, ratios by task and speed by length: `python -m benchmarks.plot`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.report import PICTURES, picture
 from benchmarks.results_file import Section, recorded
-from images.draw.style import COLOURS, STYLE, panels, save
+from images.draw.style import COLORS, STYLE, panels, save
 
 HERE = Path(__file__).parent
 TASKS = ("training", "prefill", "decoding")
@@ -20,15 +20,15 @@ AGAINST = {
     "ours / GPT-2": ("ours", "GPT-2"),
     "our Llama / Llama": ("our Llama", "Llama"),
 }
-GREY = "#5f6368"
+GRAY = "#5f6368"
 
 
 def draw_lengths(sections: Mapping[str, Section], axes: Axes) -> None:
-    """A line for each contestant: tokens per second by the length of a row."""
+    """Draw a line for each contestant: tokens per second over the length of a row."""
     figures = sections["lengths"]["figures"]
     tokens = [int(case.split()[0].replace(",", "")) for case in figures]
     contestants = list(next(iter(figures.values())))
-    styles = dict(zip(contestants, (GREY, *COLOURS), strict=False))
+    styles = dict(zip(contestants, (GRAY, *COLORS), strict=False))
     for name in contestants:
         rates = [each[name] for each in figures.values()]
         axes.plot(tokens, rates, color=styles[name], label=name, linewidth=1.4, marker="o", markersize=3)
@@ -40,13 +40,14 @@ def draw_lengths(sections: Mapping[str, Section], axes: Axes) -> None:
 
 
 def _ticks(figures: Mapping[str, Mapping[str, float]]) -> list[int]:
+    """Return 1, 2 or 5 times powers of ten within the range of the figures."""
     rates = [rate for each in figures.values() for rate in each.values()]
     every = [step * 10**power for power in range(9) for step in (1, 2, 5)]
     return [tick for tick in every if min(rates) / 2 < tick < 2 * max(rates)]
 
 
 def draw_ratios(sections: Mapping[str, Section], axes: Axes) -> None:
-    """Bars for each task and case: ours relative to the others; 1 is as fast."""
+    """Draw bars for each task and case: the speed of ours relative to the others; 1 means equally fast."""
     cases = {
         f"{task}\n{case.replace(', ', chr(10))}": each
         for task in TASKS
@@ -56,8 +57,8 @@ def draw_ratios(sections: Mapping[str, Section], axes: Axes) -> None:
     for number, (label, (ours, other)) in enumerate(AGAINST.items()):
         places = [place + (number - 1) * width for place in range(len(cases))]
         heights = [each[ours] / each[other] for each in cases.values()]
-        axes.bar(places, heights, width=0.92 * width, color=COLOURS[number], label=label)
-    axes.axhline(1, color=GREY, linewidth=0.8)
+        axes.bar(places, heights, width=0.92 * width, color=COLORS[number], label=label)
+    axes.axhline(1, color=GRAY, linewidth=0.8)
     axes.set(ylabel="speed relative to the other", ylim=(0, None))
     axes.set_xticks(range(len(cases)), list(cases), fontsize=7)
     axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -67,7 +68,7 @@ PAINTERS: dict[str, Callable[[Mapping[str, Section], Axes], None]] = {"ratios": 
 
 
 def draw(machine: str, sections: Mapping[str, Section], folder: Path) -> list[Path]:
-    """The pictures of a machine for which all is measured."""
+    """Draw those pictures of a machine for which everything has been measured, and return their paths."""
     drawn = []
     for name, (_, needs) in PICTURES.items():
         if needs <= sections.keys():
@@ -81,7 +82,7 @@ def draw(machine: str, sections: Mapping[str, Section], folder: Path) -> list[Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=HERE, help="where they go")
+    parser.add_argument("--folder", type=Path, default=HERE, help="output folder")
     folder = parser.parse_args().folder
     for machine, sections in recorded().items():
         for path in draw(machine, sections, folder):

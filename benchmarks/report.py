@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/README.md`, of the recorded figures; `python -m benchmarks.table --write` writes them."""
+"""Tables of the recorded figures in `benchmarks/README.md`; `python -m benchmarks.table --write` writes them."""
 
 from __future__ import annotations
 
@@ -19,54 +19,60 @@ TITLES = {
     "lengths": "Lengths: tokens per second of a training step on one row; {short} layers",
     "features": "Features: training steps with one option, relative to the plain decoder; {short} layers, one row",
     "memory": "Memory: MiB that training takes at its peak, beyond Python and its libraries",
-    "limits": "Limits: tokens per second beside what matrix products (training) or reading weights (decoding) allow",
+    "limits": "Limits: tokens per second, and the bound by matrix products (training) or weight reads (decoding)",
 }
 
 PICTURES = {
     "ratios": ("Ratios by task", frozenset({"training", "prefill", "decoding"})),
     "lengths": ("Speed by length", frozenset({"lengths"})),
 }
-"""Titles, and what has to be measured; `benchmarks.plot` draws them."""
+"""Title of each picture, and the sections that it needs; `benchmarks.plot` draws them."""
 
 
 def picture(name: str, machine: str) -> str:
-    """The name of its file."""
+    """Return the file name of a picture."""
     return f"{name}-{machine}.png"
 
 
 def ratios(figures: Mapping[str, float]) -> dict[str, float]:
-    """Each pair of contestants that were both there."""
+    """Return the ratio of each pair of contestants that were both measured."""
     return {f"{one} / {two}": figures[one] / figures[two] for one, two in PAIRS if {one, two} <= figures.keys()}
 
 
-def shown(section: str, value: float) -> str:
-    """A rate, or bytes as MiB."""
+def formatted(section: str, value: float) -> str:
+    """Format a rate, or bytes as MiB."""
     return f"{value / 2**20:,.0f}" if section == "memory" else f"{value:,.0f}"
 
 
 def printed(section: str, case: str, figures: Mapping[str, float]) -> str:
-    """For a terminal: a line for each contestant, with its ratio to the first; and the pairs."""
+    """Format the figures of a case for a terminal: contestants with their ratios to the first, and the pairs."""
     unit = "MiB" if section == "memory" else "tokens/s"
     first = next(iter(figures.values()))
-    lines = [f"  {name:<20} {shown(section, value):>10} {unit}  {value / first:.2f}" for name, value in figures.items()]
+    lines = [
+        f"  {name:<20} {formatted(section, value):>10} {unit}  {value / first:.2f}" for name, value in figures.items()
+    ]
     pairs = "   ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios(figures).items())
     return "\n".join((f"{section}, {case}", *lines, *(["  " + pairs] if pairs else [])))
 
 
 def table(section: str, figures: Mapping[str, Mapping[str, float]]) -> str:
-    """Cases by contestants, with ratios; where all are variants of one model, variants by their ratio to the first."""
-    beside = {case: each for case, each in figures.items() if "bare" in each}
-    blocks = [_beside(section, beside)] if beside else []
-    blocks += [_variants(section, case, each) for case, each in figures.items() if case not in beside]
+    """Return Markdown tables of figures.
+
+    Cases with the bare model share a table, with a row for each case and a column for each contestant. Every other case
+    has a table of its own, with a row for each variant and its ratio to the first.
+    """
+    compared = {case: each for case, each in figures.items() if "bare" in each}
+    blocks = [_compared(section, compared)] if compared else []
+    blocks += [_variants(section, case, each) for case, each in figures.items() if case not in compared]
     return "\n\n".join(blocks)
 
 
-def _beside(section: str, figures: Mapping[str, Mapping[str, float]]) -> str:
+def _compared(section: str, figures: Mapping[str, Mapping[str, float]]) -> str:
     contestants = list(dict.fromkeys(name for each in figures.values() for name in each))
     pairs = list(dict.fromkeys(pair for each in figures.values() for pair in ratios(each)))
     lines = [_row(["", *contestants, *pairs]), _row(["---", *["---:"] * (len(contestants) + len(pairs))])]
     for case, each in figures.items():
-        values = [shown(section, each[name]) if name in each else "" for name in contestants]
+        values = [formatted(section, each[name]) if name in each else "" for name in contestants]
         between = ratios(each)
         lines.append(_row([case, *values, *(f"{between[pair]:.2f}" if pair in between else "" for pair in pairs)]))
     return "\n".join(lines)
@@ -75,7 +81,7 @@ def _beside(section: str, figures: Mapping[str, Mapping[str, float]]) -> str:
 def _variants(section: str, case: str, figures: Mapping[str, float]) -> str:
     unit = "MiB" if section == "memory" else "tokens per second"
     first = next(iter(figures.values()))
-    rows = [_row([name, shown(section, value), f"{value / first:.2f}"]) for name, value in figures.items()]
+    rows = [_row([name, formatted(section, value), f"{value / first:.2f}"]) for name, value in figures.items()]
     return "\n".join((_row([case, unit, "relative"]), _row(["---", "---:", "---:"]), *rows))
 
 
@@ -84,7 +90,7 @@ def _row(cells: list[str]) -> str:
 
 
 def provenance(section: Section) -> str:
-    """When, and on what."""
+    """Return a sentence with the date, machine and versions of a section."""
     on = section["on"]
     threads = f"{on['threads']} thread{'s' if on['threads'] != '1' else ''}"
     place = f"{on['processor']}, {threads}" if on["device"] == "cpu" else on["device"]
@@ -95,7 +101,7 @@ def provenance(section: Section) -> str:
 
 
 def blocks(machine: str, sections: Mapping[str, Section]) -> Iterator[str]:
-    """Pictures and tables of a machine, in the order of the sections' titles."""
+    """Yield heading, pictures and tables of a machine, in the order of `TITLES`."""
     first = next(iter(sections.values()))["on"]
     threads = "" if first["device"] != "cpu" else f", {first['threads']} threads"
     yield f"### {first['processor'] if first['device'] == 'cpu' else first['device']}{threads}, {first['dtype']}"
@@ -110,12 +116,12 @@ def blocks(machine: str, sections: Mapping[str, Section]) -> Iterator[str]:
 
 
 def figures(folder: Path = FOLDER) -> str:
-    """What stands between the two marks, them included."""
+    """Return the generated part of the README, including its marks."""
     machines = recorded(folder)
     found = [each for name, sections in machines.items() for each in blocks(name, sections)]
-    return "\n\n".join((START, *(found or ["None are recorded yet."]), END))
+    return "\n\n".join((START, *(found or ["No figures are recorded yet."]), END))
 
 
 def written(readme: str) -> str:
-    """The README with the figures as they are now."""
+    """Return the README with the current figures."""
     return replaced(readme, START, END, figures())

@@ -1,4 +1,4 @@
-"""What was measured, a file for each machine: sections, each with where and when, and figures by contestant."""
+"""Files of results, one for each machine: sections with date, machine and versions, and figures by contestant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Section = dict[str, Any]
 
 
 def where(settings: Settings) -> dict[str, str]:
-    """Machine, versions, day, and how often everything ran."""
+    """Return machine, versions, date, and the number of rounds and processes."""
     dtype = str(settings.dtype).removeprefix("torch.")
     here = machine() if settings.device != "cpu" else {**machine(), "device": "cpu"}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -29,20 +29,20 @@ def where(settings: Settings) -> dict[str, str]:
 
 
 def size(settings: Settings) -> dict[str, Any]:
-    """What the tables tell of it."""
+    """Return the sizes that appear in the titles of tables."""
     shape = dataclasses.asdict(settings.shape)
     return {**shape, **{name: getattr(settings, name) for name in ("rows", "prompt", "new", "short")}}
 
 
 def name_of(on: Mapping[str, str]) -> str:
-    """A file's name: the device, the dtype, and a CPU's threads; so many as the figures depend on."""
+    """Return the name of a machine's file: its device, the dtype and, for a CPU, the number of threads."""
     named = [on["processor"], f"{on['threads']} threads"] if on["device"] == "cpu" else [on["device"]]
     plain = re.sub(r"\((R|TM)\)", "", " ".join((*named, on["dtype"])))
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
 
 
 def record(section: str, figures: Mapping[str, Mapping[str, float]], settings: Settings, folder: Path) -> Path:
-    """Put a section in place of what the machine's file had of it; the others stay."""
+    """Replace a section in the machine's file, keep the others, and return the path of the file."""
     on = where(settings)
     path = folder / f"{name_of(on)}.json"
     sections = read(path) if path.exists() else {}
@@ -54,10 +54,10 @@ def record(section: str, figures: Mapping[str, Mapping[str, float]], settings: S
 
 
 def read(path: Path) -> dict[str, Section]:
-    """The sections of a file."""
+    """Read the sections of a file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def recorded(folder: Path = FOLDER) -> dict[str, dict[str, Section]]:
-    """The sections of each machine, by the file's name."""
+    """Read the sections of each machine, by file name."""
     return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}

@@ -1,7 +1,7 @@
-"""Ratios to the bare model, and to Hugging Face's GPT-2 and Llama: `python -m benchmarks.run [SECTION ...]`.
+"""Speed and memory relative to the bare model and Hugging Face's models: `python -m benchmarks.run [SECTION ...]`.
 
-Contestants are first compared (`benchmarks.agreement`), then run in turn, round after round. Each table is printed as
-it comes; each section is recorded when it is done, in `benchmarks/results/machines/`, in place of the machine's last.
+Contestants must first agree (`benchmarks.agreement`); then they run in turn, round after round. Figures are printed
+case by case. Each finished section replaces the machine's earlier one in `benchmarks/results/machines/`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def measure(section: str, settings: Settings, folder: Path) -> Path:
     return record(section, figures, settings, folder)
 
 
-def measure_again(section: str, settings: Settings, folder: Path, arguments: Sequence[str]) -> Path:
-    """Measure one section in several processes, by this command with these arguments, and record their medians."""
+def measure_in_processes(section: str, settings: Settings, folder: Path, arguments: Sequence[str]) -> Path:
+    """Measure one section in several processes of this command with these arguments, and record the medians."""
     found = []
     with TemporaryDirectory() as place:
         for turn in range(settings.processes):
@@ -67,14 +67,17 @@ def measure_again(section: str, settings: Settings, folder: Path, arguments: Seq
 
 
 def medians(found: Sequence[Figures]) -> Figures:
-    """Those of the first contestant; of the others by their ratios to it, since the machine's speed changes."""
+    """Return the median of the first contestant, and those of the others by their ratios to it.
+
+    Ratios within a process are more stable than rates, since the speed of a machine changes with time.
+    """
     first = next(iter(found[0]))
     base = statistics.median(each[first] for each in found)
     return {name: base * statistics.median(each[name] / each[first] for each in found) for name in found[0]}
 
 
-def passed_on(options: argparse.Namespace) -> list[str]:
-    """The arguments of a process that measures in this one's place."""
+def process_arguments(options: argparse.Namespace) -> list[str]:
+    """Return the command-line arguments of a process that measures one section."""
     values = ("rounds", "threads", "device", "dtype")
     given = [word for name in values for word in (f"--{name}", str(getattr(options, name)))]
     return given + [f"--{name}" for name in ("compile", "quick") if getattr(options, name)]
@@ -82,15 +85,24 @@ def passed_on(options: argparse.Namespace) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default all")
-    parser.add_argument("--compile", action="store_true", help="also compiled (minutes of compilation)")
-    parser.add_argument("--quick", action="store_true", help=f"three rounds of less; recorded in {QUICK}")
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"sections to measure, out of {', '.join(SECTIONS)}; default all"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also measure compiled models (takes minutes to compile)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"three rounds at a smaller size; recorded in {QUICK}")
     parser.add_argument("--rounds", type=int, default=Settings.rounds)
-    parser.add_argument("--processes", type=int, default=1, help="of which the medians are recorded, one by one")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="number of processes to run one after the other, for medians over processes",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--folder", type=Path, help="where a machine's file is, or will be")
+    parser.add_argument("--folder", type=Path, help="folder of the machine's file")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.sections) - set(SECTIONS))
     if unknown:
@@ -99,9 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1.")
     if importlib.util.find_spec("transformers") is None:
-        parser.error("transformers is not installed; the extra `hf` brings it.")
+        parser.error("transformers is not installed; install the extra `hf`.")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, and torch finds no GPU; leave it away to measure the CPU.")
+        parser.error("--device is cuda, but torch finds no GPU; drop it to measure the CPU.")
     torch.set_num_threads(options.threads)
     settings = Settings(
         rounds=options.rounds,
@@ -113,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = options.folder or (QUICK if options.quick else FOLDER)
     for section in options.sections or SECTIONS:
         if settings.processes > 1:
-            print(measure_again(section, settings, folder, passed_on(options)), flush=True)
+            print(measure_in_processes(section, settings, folder, process_arguments(options)), flush=True)
         else:
             print(measure(section, settings, folder), flush=True)
 

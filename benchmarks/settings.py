@@ -1,4 +1,4 @@
-"""How large, how often, where: what every section of `benchmarks.run` reads."""
+"""Settings of all sections of `benchmarks.run`: sizes, repetitions, device."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from benchmarks.contestants import Contestant, as_shipped, gpts, llamas
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The size of a run.
+    """Settings of a run.
 
     Attributes:
-        shape: of the models.
-        rows: of a batch of training and prefill.
-        rounds: of which the median is taken; long ones get fewer, at least 3.
-        processes: that measure one after the other; the medians of their figures are recorded.
-        batches: prompts that are decoded together.
-        prompt, new: tokens of a prompt, and behind it.
-        lengths: tokens of one row, in small models of `short` layers.
-        short: those layers.
-        features: tokens of one row with single options.
-        memory: tokens of one row of which the peak of memory is taken.
-        vocabulary: of the models whose loss in chunks is measured.
+        shape: shape of the models.
+        rows: batch size of training and prefill.
+        rounds: number of rounds that a median is over; long cases get fewer, at least 3.
+        processes: number of processes that measure one after the other; the medians over processes are recorded.
+        batches: batch sizes of decoding.
+        prompt: number of tokens of a prompt.
+        new: number of new tokens after a prompt.
+        lengths: row lengths of the section "lengths".
+        short: number of layers of the models that read single long rows.
+        features: row length of the section "features".
+        memory: row lengths of the section "memory".
+        vocabulary: vocabulary size of the models whose chunked loss is measured.
         device: "cpu" or "cuda".
-        dtype: of the weights.
-        backend: of `torch.compile`, with which everything is measured once more; None for eager alone.
+        dtype: dtype of the weights.
+        backend: backend of `torch.compile`, to measure everything compiled as well; None for eager only.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -51,21 +52,21 @@ class Settings:
     backend: str | None = None
 
     def modes(self) -> Iterator[tuple[str, str | None]]:
-        """Names and backends: eager, and compiled if that is asked for."""
+        """Yield name and backend of each mode: eager and, if requested, compiled."""
         yield "eager", None
         if self.backend is not None:
             yield "compiled", self.backend
 
     def fewer(self, tokens: int) -> int:
-        """Rounds of something with so many tokens."""
+        """Return the number of rounds for a case with this number of tokens."""
         return min(self.rounds, max(3, self.rounds * 1024 // tokens))
 
     def tokens(self, rows: int, length: int) -> Tensor:
-        """`(rows, length)` random ids."""
+        """Return random ids `(rows, length)`."""
         return torch.randint(0, self.shape.vocab, (rows, length), device=self.device)
 
     def contestants(self, shape: Shape) -> dict[str, Contestant]:
-        """Both families, which agree, in evaluation mode, on the device and in the dtype."""
+        """Build both families, check that each agrees, and move them to the device and dtype, in evaluation mode."""
         torch.manual_seed(0)
         tokens = self.tokens(2, shape.context)
         families = gpts(shape), llamas(shape)
@@ -80,7 +81,7 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    """Three rounds of less: to see that all is well."""
+    """Return settings with three rounds and smaller sizes, for a quick check."""
     return replace(
         settings,
         rows=2,

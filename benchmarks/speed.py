@@ -1,4 +1,4 @@
-"""Tokens per second of all contestants: training, prefill, decoding."""
+"""Speed of all contestants in training, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Figures = dict[str, float]
 
 
 def training(settings: Settings) -> Iterator[tuple[str, Figures]]:
-    """Forward, backward and AdamW."""
+    """Yield tokens per second of forward, backward and AdamW."""
     for mode, backend in settings.modes():
         torch.compiler.reset()
         contestants = settings.contestants(settings.shape)
@@ -29,7 +29,7 @@ def training(settings: Settings) -> Iterator[tuple[str, Figures]]:
 def step(
     model: nn.Module, loss: Callable[[Tensor], Tensor], tokens: Tensor, backend: str | None = None
 ) -> Callable[[], None]:
-    """A training step on these tokens."""
+    """Return a training step on these tokens."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     run = compiled(loss, backend)
@@ -43,21 +43,24 @@ def step(
 
 
 def prefill(settings: Settings) -> Iterator[tuple[str, Figures]]:
-    """A forward pass to all logits, without gradients."""
+    """Yield tokens per second of a forward pass to all logits, without gradients."""
     for mode, backend in settings.modes():
         torch.compiler.reset()
         contestants = settings.contestants(settings.shape)
         tokens = settings.tokens(settings.rows, settings.shape.context)
-        runs = {name: partial(quietly, compiled(each.logits, backend), tokens) for name, each in contestants.items()}
+        runs = {
+            name: partial(without_gradients, compiled(each.logits, backend), tokens)
+            for name, each in contestants.items()
+        }
         yield mode, rates(runs, tokens.numel(), 2 * settings.rounds)
 
 
 def decoding(settings: Settings) -> Iterator[tuple[str, Figures]]:
-    """Greedy continuations of prompts of one length; new tokens per second, the reading of prompts included."""
+    """Yield new tokens per second of greedy continuations; the time to read the prompts counts."""
     shape = replace(settings.shape, context=settings.prompt + settings.new)
     for mode, backend in settings.modes():
         for batch in settings.batches:
-            torch.compiler.reset()  # a graph of its own for each batch
+            torch.compiler.reset()  # each batch size gets its own graph
             contestants = settings.contestants(shape)
             if backend is None:
                 contestants[DYNAMIC] = of_ours(contestants["ours"].model, "dynamic")
@@ -67,7 +70,7 @@ def decoding(settings: Settings) -> Iterator[tuple[str, Figures]]:
 
 
 @torch.no_grad()
-def quietly(logits: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+def without_gradients(logits: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     return logits(tokens)
 
 
@@ -76,5 +79,5 @@ def compiled(function: Callable[[Tensor], Tensor], backend: str | None) -> Calla
 
 
 def rates(runs: Mapping[str, Callable[[], object]], tokens: int, rounds: int) -> Figures:
-    """Tokens per second of runs of so many tokens."""
+    """Return tokens per second of runs with this number of tokens."""
     return {name: tokens / seconds for name, seconds in side_by_side(runs, rounds).items()}

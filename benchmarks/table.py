@@ -1,6 +1,6 @@
-"""The README's table of options, made from the catalogue and the recorded costs: `python -m benchmarks.table --write`.
+"""Table of options in the README, from the catalog and the recorded costs: `python -m benchmarks.table --write`.
 
-The figures of `benchmarks/README.md` are written with it. Without `--write` both are printed.
+It also writes the figures of `benchmarks/README.md`. Without `--write`, both are printed.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ NAMES = {"sdpa": "SDPA", "flex": "Flex", "blocked": "blocks", "varlen": "varlen"
 
 
 def keywords(case: Configuration) -> dict[str, object]:
-    """By which keywords (and values) a user switches the feature on, the measured ones first."""
+    """Return the keywords (and values) that switch the feature on, the measured ones first."""
     feature, switches = case.feature, {}
     for example in (case.having, *feature.examples):
         mine = {name: value for name, value in example.items() if owns(feature, name)}
-        if feature.group == "model":  # no options to ask: the first keyword switches, others shape
+        if (
+            feature.group == "model"
+        ):  # no options to evaluate: the first keyword switches the feature on, the others set sizes
             mine = dict(list(mine.items())[:1])
         found = {name: value for name, value in mine.items() if _switches(feature, name, value)}
         switches.update((name, value) for name, value in found.items() if name not in switches)
@@ -56,25 +58,25 @@ def keywords(case: Configuration) -> dict[str, object]:
 
 
 def _switches(feature: Feature, keyword: str, value: object) -> bool:
-    """Whether this alone turns the feature on; each keyword counts where the feature is never off."""
+    """Return True if this keyword by itself switches the feature on, or if the feature is always on."""
     name = field_of(feature, keyword)
     default = feature.options()
     if name is None or feature.enabled(default):
         return True
     try:
         return feature.enabled(dataclasses.replace(default, **{name: value}))
-    except ConfigError:  # it needs company
+    except ConfigError:  # the keyword needs others
         return value is True
 
 
 def kernels(model: TransformerWrapper, situation: Situation) -> set[str]:
-    """Names of the backends that serve training at length, in the model's attentions."""
+    """Return the names of the backends that the model's attentions use in training on long rows."""
     rows = model.attn_layers.explain(situation.device, situation.dtype, situation.grad, LONG).rows
     return {row.backend for row in rows if row.backend}
 
 
 def fused(case: Configuration) -> str:
-    """Which fused kernel hosts the option in training, on a GPU and on a CPU."""
+    """Return the fused kernel that supports the option in training, on a GPU and on a CPU."""
     model = build(case.having, case.causal).net
     gpu, cpu = kernels(model, CUDA) - {"explicit"}, kernels(model, CPU) - {"explicit"}
     if not gpu:
@@ -86,7 +88,7 @@ def fused(case: Configuration) -> str:
 
 
 def paper(number: str | None) -> str:
-    """A link to where the idea was published."""
+    """Return a link to the publication."""
     if number is None:
         return ""
     if number.startswith("OpenReview "):
@@ -95,7 +97,7 @@ def paper(number: str | None) -> str:
 
 
 def row(name: str, cost: float | None) -> str:
-    """The feature's line."""
+    """Return the table row of a feature."""
     case = configuration(name)
     cells = (
         "<br>".join(f"`{name} = False`" if value is False else f"`{name}`" for name, value in keywords(case).items()),
@@ -108,7 +110,7 @@ def row(name: str, cost: float | None) -> str:
 
 
 def provenance() -> Iterator[str]:
-    """Where the costs come from: a sentence for each machine."""
+    """Yield a sentence for each machine that costs were measured on."""
     size = f"{DEPTH} layers, {HEADS} heads, {DIM} dimensions, {ROWS} rows of {LENGTH} tokens"
     for each in sorted(recorded(), key=lambda each: -len(each["costs"])):
         machine, names = each["machine"], list(each["costs"])
@@ -122,7 +124,7 @@ def provenance() -> Iterator[str]:
 
 
 def table() -> str:
-    """What stands between the two marks, them included."""
+    """Return the generated part of the README, including its marks."""
     cost = {name: value for each in recorded() for name, value in each["costs"].items()}
     blocks = [START, *provenance()]
     for group, title in GROUPS.items():
@@ -132,13 +134,13 @@ def table() -> str:
 
 
 def written(readme: str) -> str:
-    """The README with the table as it is now."""
+    """Return the README with the current table."""
     return replaced(readme, START, END, table())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put them into the two files")
+    parser.add_argument("--write", action="store_true", help="write them to the two README files")
     if not parser.parse_args().write:
         print(table(), report.figures(), sep="\n\n")
         return

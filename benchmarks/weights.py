@@ -1,4 +1,4 @@
-"""Copies of weights from one contestant to another."""
+"""Copying of weights from one contestant to others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from x_transformers import TransformerWrapper
 
 @torch.no_grad()
 def share_gpt(bare: BareGPT, ours: TransformerWrapper, other: nn.Module | None = None) -> None:
-    """The weights of a bare GPT (one without biases) into ours and into Hugging Face's GPT-2, whose biases become 0."""
+    """Copy the weights of a bare GPT without biases to ours and to Hugging Face's GPT-2, whose biases become 0."""
     ours.token_emb.emb.weight.copy_(bare.token_emb.weight)
-    ours.pos_emb.emb.weight.copy_(bare.pos_emb.weight * bare.shape.dim**0.5)  # ours scales what it reads
-    ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)  # ours stores gains less one
+    ours.pos_emb.emb.weight.copy_(bare.pos_emb.weight * bare.shape.dim**0.5)  # ours scales its embedding by D ** -0.5
+    ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)  # ours stores gains minus 1
     ours.to_logits.weight.copy_(bare.head.weight)
     sublayers = iter(ours.attn_layers.layers)
     for block in bare.blocks:
@@ -48,7 +48,7 @@ def _share_gpt2(bare: BareGPT, other: nn.Module) -> None:
 
 @torch.no_grad()
 def share_llama(other: nn.Module, ours: TransformerWrapper) -> None:
-    """The weights of Hugging Face's Llama into ours, whose biases become 0."""
+    """Copy the weights of Hugging Face's Llama to ours, whose biases become 0."""
     ours.token_emb.emb.weight.copy_(other.model.embed_tokens.weight)
     ours.attn_layers.final_norm.gamma.copy_(other.model.norm.weight - 1)
     ours.to_logits.weight.copy_(other.lm_head.weight)
@@ -66,7 +66,7 @@ def share_llama(other: nn.Module, ours: TransformerWrapper) -> None:
 
 
 def interleaved(weight: Tensor, head: int) -> Tensor:
-    """Rows `[h d, D]` whose pairs of features (k, k + d / 2) become neighbours, as ours rotates them."""
+    """Reorder the rows of `(h d, D)` so that rotated pairs of features (k, k + d / 2) become neighbors, as in ours."""
     return weight.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).reshape(weight.shape)
 
 

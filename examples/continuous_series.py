@@ -1,8 +1,8 @@
-"""Forecast a noisy oscillation, with a band that says how sure the forecast is.
+"""Forecast a noisy oscillation, with a band that shows the uncertainty of the forecast.
 
-Each series swings with a period of its own, and its phase wanders, so that nobody can know where it will be far ahead.
-A model with a mean and a variance for each step is rolled out many times from what it has seen; between the quantiles
-of what it draws lies its band, which is to hold nine tenths of the truth.
+Each series has its own period, and its phase drifts at random, so that the far future cannot be known. A model that
+predicts a mean and a variance for each step is rolled out many times from the observed part. The band between the 5 %
+and the 95 % quantile of these roll-outs should contain nine tenths of the true values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TESTED, ROLL_OUTS = 32, 64
 
 
 def make_series(rows: int) -> Tensor:
-    """`(rows, SEEN + AHEAD, 1)`: sines with periods of 8 to 24 steps, a wandering phase and a little noise."""
+    """Return sines `(rows, SEEN + AHEAD, 1)` with periods of 8 to 24 steps, a drifting phase and a little noise."""
     frequency = 2 * math.pi / (8 + 16 * torch.rand(rows, 1))
     start = 2 * math.pi * torch.rand(rows, 1)
     phase = start + (frequency + 0.12 * torch.randn(rows, SEEN + AHEAD)).cumsum(dim=1)
@@ -29,7 +29,7 @@ def make_series(rows: int) -> Tensor:
 
 
 def build_model() -> ContinuousAutoregressiveWrapper:
-    """A decoder from numbers to a mean and a variance of the next number."""
+    """Build a decoder that reads numbers and predicts mean and variance of the next one."""
     net = ContinuousTransformerWrapper(
         dim_in=1,
         dim_out=1,

@@ -1,8 +1,8 @@
-"""Copy a string of letters with an encoder and a decoder, and look at how the decoder does it.
+"""Copy a string of letters with an encoder and a decoder, and draw how the decoder does it.
 
-The decoder never reads the string itself. It sees what the encoder made of it, through cross-attention, and has to find
-each letter there in its turn, and the end. Strings have different lengths, so a batch of them is padded and masked. The
-picture shows where the decoder looks while it writes.
+The decoder never reads the string itself. Through cross-attention it sees the encoder's output, where it has to find
+each letter in turn, and the end. Strings have different lengths, so a batch of them is padded and masked. The picture
+shows where the decoder attends while it writes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SHORTEST, LONGEST, BATCH, TESTED = 8, 32, 32, 1000
 
 
 def make_strings(rows: int) -> tuple[Tensor, Tensor]:
-    """Ids `(rows, LONGEST)` of random strings, padded on the right, and a mask of what is not padding."""
+    """Return ids `(rows, LONGEST)` of random strings, padded on the right, and a mask that is True for letters."""
     lengths = torch.randint(SHORTEST, LONGEST + 1, (rows, 1))
     mask = torch.arange(LONGEST) < lengths
     return torch.randint(len(LETTERS), (rows, LONGEST)).masked_fill(~mask, PAD), mask
 
 
 def framed(strings: Tensor, mask: Tensor) -> Tensor:
-    """What the decoder is to write, `(rows, LONGEST + 2)`: the start, the string, the end, and padding."""
+    """Return the decoder's targets `(rows, LONGEST + 2)`: start token, string, end token, padding."""
     rows = torch.arange(len(strings))
     target = torch.nn.functional.pad(strings, (1, 1), value=PAD)
     target[:, 0], target[rows, mask.sum(dim=1) + 1] = START, END
@@ -35,7 +35,7 @@ def framed(strings: Tensor, mask: Tensor) -> Tensor:
 
 
 def build_model() -> XTransformer:
-    """Two layers on either side, 0.24 million parameters; the decoder neither reads nor predicts padding."""
+    """Build encoder and decoder of two layers each (0.24 million parameters); the decoder ignores padding."""
     stack = {"num_tokens": len(LETTERS) + 3, "depth": 2, "heads": 4, "attn_dim_head": 16}
     return XTransformer(
         dim=64,
@@ -49,19 +49,19 @@ def build_model() -> XTransformer:
 
 
 def copy(model: XTransformer, strings: Tensor, mask: Tensor) -> Tensor:
-    """What the model writes for each string, up to the end that it chooses; `(rows, at most LONGEST + 1)`."""
+    """Return the model's copy of each string up to its end token, `(rows, at most LONGEST + 1)`."""
     start = torch.full((len(strings), 1), START)
     return model.generate(strings, start, LONGEST + 1, mask=mask, eos_token=END, temperature=0.0)
 
 
 def spell(ids: Tensor) -> list[str]:
-    """The strings that rows of ids stand for; a full stop is the end."""
+    """Return rows of ids as strings; a full stop is the end token."""
     return ["".join((LETTERS + "^.")[i] for i in row if i != PAD) for row in ids.tolist()]
 
 
 @torch.no_grad()
 def where_it_looks(model: XTransformer, strings: Tensor, mask: Tensor) -> list[Tensor]:
-    """Weights `(b, written, read)` of each layer's cross-attention while it writes, as the mean of its heads."""
+    """Return the cross-attention weights `(b, written, read)` of each layer, averaged over heads."""
     context = model.encoder(strings, mask=mask)
     written = framed(strings, mask)[:, :-1]
     _, record = model.decoder.net(written, context=context, context_mask=mask, return_intermediates=True)
@@ -78,17 +78,17 @@ def main() -> None:
 
     train(model, loss, options.steps, lr=3e-3)
 
-    strings, mask = make_strings(TESTED)  # of 26 ** 8 strings and more: none of them was seen in training
+    strings, mask = make_strings(TESTED)  # out of at least 26 ** 8 strings: none of them was in training
     wanted, written = spell(framed(strings, mask)[:, 1:]), spell(copy(model, strings, mask))
     right = sum(copied == string for copied, string in zip(written, wanted, strict=True))
     for string, copied in zip(wanted[:5], written[:5], strict=True):
         print(f"{string}\n{copied}  {'right' if copied == string else 'wrong'}")
-    print(f"exact copies: {right / TESTED:.1%} of {TESTED} strings that it never saw")
+    print(f"exact copies: {right / TESTED:.1%} of {TESTED} strings that were not in training")
 
     length = len(wanted[0])
     maps = [weights[0, :length, : length - 1] for weights in where_it_looks(model, strings[:1], mask[:1])]
     attention_maps(maps, wanted[0][:-1], wanted[0], options.out / "attention.png")
-    print(f"{options.out / 'attention.png'} shows where the decoder looks.")
+    print(f"{options.out / 'attention.png'} shows where the decoder attends.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Teach a decoder a preference, by pairs of its own samples (direct preference optimisation).
+"""Teach a decoder a preference by pairs of its own samples (direct preference optimization, DPO).
 
-The decoder first learns the names and words that Python's standard library is written in. Then it makes up names of its
-own, and a program judges them: it prefers words joined by an underscore, `read_line` to `readline`. The policy learns
-from pairs of names, while the reference, the decoder as it was, keeps it near to names that look real.
+The decoder first learns the names and words in the source of Python's standard library. Then it makes up names itself,
+and a program judges them: it prefers words joined by an underscore, `read_line` to `readline`. The policy learns from
+pairs of names; a frozen copy of the decoder, the reference, keeps it close to names that look real.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LONGEST, BATCH, SAMPLES = 16, 64, 512
 
 
 def read_names() -> Tensor:
-    """`(names, LONGEST + 2)` ids of all different names of at least 3 letters."""
+    """Return ids `(names, LONGEST + 2)` of all distinct names with at least 3 letters."""
     text = bytes(read_text(None, LONGEST)[0].numpy()).decode("utf-8", errors="ignore")
     names = sorted(set(re.findall(rf"\b[a-z_]{{3,{LONGEST}}}\b", text)))
     rows = [[END, *map(LETTERS.index, name), END, *[PAD] * (LONGEST - len(name))] for name in names]
@@ -33,24 +33,24 @@ def read_names() -> Tensor:
 
 
 def spell(ids: Tensor) -> list[str]:
-    """The names that rows of ids stand for."""
+    """Return rows of ids as names."""
     return ["".join(LETTERS[i] for i in row if i < END) for row in ids.tolist()]
 
 
 def is_preferred(ids: Tensor) -> Tensor:
-    """`(b,)` bool: whether an underscore joins two letters."""
+    """Return `(b,)` bool, True for names with an underscore between two letters."""
     return torch.tensor([re.search("[a-z]_[a-z]", name) is not None for name in spell(ids)])
 
 
 def build_model() -> AutoregressiveWrapper:
-    """A decoder over letters, which neither reads nor predicts padding."""
+    """Build a decoder over letters that ignores padding."""
     decoder = Decoder(dim=96, depth=3, heads=3, attn_dim_head=32, rotary_pos_emb=True, rotary_emb_dim=32)
     net = TransformerWrapper(num_tokens=len(LETTERS) + 2, max_seq_len=LONGEST + 2, attn_layers=decoder)
     return AutoregressiveWrapper(net, ignore_index=PAD, pad_value=PAD)
 
 
 def sample(model: AutoregressiveWrapper, rows: int) -> Tensor:
-    """`(rows, LONGEST + 2)` names that the model makes up."""
+    """Sample names from the model, as ids `(rows, LONGEST + 2)`."""
     start = torch.full((rows, 1), END)
     names = model.generate(start, LONGEST + 1, eos_token=END, filter_logits_fn="min_p")
     return F.pad(torch.cat((start, names), dim=1), (0, LONGEST + 1 - names.shape[1]), value=PAD)
@@ -58,20 +58,20 @@ def sample(model: AutoregressiveWrapper, rows: int) -> Tensor:
 
 @torch.no_grad()
 def surprise(dpo: DPO, ids: Tensor) -> float:
-    """Nats per letter that the reference finds in names: more in those that do not look real."""
+    """Return the reference's nats per letter on names; they are high for names that do not look real."""
     return -float(log_prob_from_model_and_seq(dpo.ref_model, ids)[ids[:, 1:] != PAD].mean())
 
 
 def draw(rows: Tensor) -> Tensor:
-    """A batch of rows."""
+    """Draw a random batch of rows."""
     return rows[torch.randint(len(rows), (BATCH,))]
 
 
 class Judge:
-    """Collects names that the model makes up, in two heaps, and notes how many of them are preferred.
+    """Pool of names that the model makes up, sorted into preferred ones and others.
 
     Args:
-        model: what makes them up.
+        model: model that the names are sampled from.
     """
 
     def __init__(self, model: AutoregressiveWrapper) -> None:
@@ -80,7 +80,7 @@ class Judge:
         self.fractions: list[float] = []
 
     def collect(self) -> Tensor:
-        """New names, which are added to the heaps."""
+        """Sample new names, add them to the pool, and return them."""
         new = sample(self.model, SAMPLES)
         judged = is_preferred(new)
         self.fractions.append(float(judged.float().mean()))
@@ -88,8 +88,8 @@ class Judge:
         self.others = torch.cat((self.others, new[~judged]))
         return new
 
-    def look(self, step: int) -> None:
-        """Collect at every tenth step."""
+    def after_step(self, step: int) -> None:
+        """Collect names after every tenth step."""
         if step % 10 == 0:
             self.collect()
 
@@ -100,7 +100,7 @@ def main() -> None:
     train(model, lambda: model(draw(names)), options.steps, lr=3e-3, name="learning names")
 
     judge = Judge(model)
-    dpo = DPO(model.net, beta=2.0, pad_id=PAD)  # trains the net itself; a frozen copy is the reference
+    dpo = DPO(model.net, beta=2.0, pad_id=PAD)  # trains the net itself; the reference is a frozen copy
     prompt = torch.arange(LONGEST + 2).expand(BATCH, -1) == 0
     before = judge.collect()
     train(
@@ -109,7 +109,7 @@ def main() -> None:
         10 * max(options.steps // 40, 1),
         lr=1e-4,
         name="preferences",
-        look=judge.look,
+        after_step=judge.after_step,
     )
     after = sample(model, SAMPLES)
     for when, new in (("before", before), ("after", after)):

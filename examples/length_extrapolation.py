@@ -1,8 +1,8 @@
-"""Train on short text, then read text that is eight times as long: which positions carry over?
+"""Train on short text, then read text that is eight times as long: which position encodings extrapolate?
 
-A small decoder for each way of telling positions learns from windows of 64 bytes of the source of Python's standard
-library. Then each of them predicts the same held-out bytes with 64, 128, 256 and 512 bytes of text before them. More
-text can only help a reader who understands it; where a curve rises, the model is lost at distances it never saw.
+For each position encoding, a small decoder learns from windows of 64 bytes of the source of Python's standard library.
+Then each of them predicts the same held-out bytes with 64, 128, 256 and 512 bytes of text before them. More text can
+only help a model that can use it; where a curve rises, the model fails at distances that were not in training.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from training import arguments, train
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
 CONTEXT, BATCH, TIMES, WINDOWS = 64, 32, (1, 2, 4, 8), 128
-SCORED = CONTEXT // 2  # bytes at the end of a window, which have at least as many before them
+SCORED = CONTEXT // 2  # bytes at the end of a window; each has at least as many bytes before it
 
 ROTARY = {"rotary_pos_emb": True, "rotary_emb_dim": 32}
-NO_TABLE = {"use_abs_pos_emb": False}  # rotary positions and the T5 bias leave it out by themselves
+NO_TABLE = {"use_abs_pos_emb": False}  # rotary positions and the T5 bias imply it
 POSITIONS = {
     "learned table": {},
     "sinusoids": {"scaled_sinu_pos_emb": True},
@@ -37,11 +37,11 @@ POSITIONS = {
     "ALiBi": NO_TABLE | {"alibi_pos_bias": True},
     "forget gates": NO_TABLE | {"attn_data_dependent_alibi": True},
 }
-OF_THE_MODEL = ("use_abs_pos_emb", "scaled_sinu_pos_emb")  # all others are the stack's
+OF_THE_MODEL = ("use_abs_pos_emb", "scaled_sinu_pos_emb")  # all others are keywords of the stack
 
 
 def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
-    """A decoder of two layers over bytes with these options, and room for the longest text."""
+    """Build a decoder of two layers over bytes with these options, for sequences up to the longest text."""
     decoder = Decoder(
         dim=64,
         depth=2,
@@ -64,7 +64,7 @@ def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
 
 @torch.no_grad()
 def bits_per_byte(model: AutoregressiveWrapper, windows: Tensor, length: int) -> float:
-    """Of the last `SCORED` bytes of windows, the last of which has so many bytes of text before it."""
+    """Return bits per byte of the last `SCORED` bytes of windows; the last byte has `length` bytes before it."""
     bits = []
     for rows in windows[:, -length - 1 :].split(32):
         logits = model.net(rows[:, :-1])[:, -SCORED:]
@@ -88,7 +88,7 @@ def main() -> None:
         curves[name] = [bits_per_byte(model, held_out, length) for length in lengths]
         print(f"{name:>28}" + "".join(f"{bits:8.3f}" for bits in curves[name]))
     extrapolation_curves(curves, lengths, options.out / "extrapolation.png")
-    print(f"{options.out / 'extrapolation.png'} shows them.")
+    print(f"{options.out / 'extrapolation.png'} shows the curves.")
 
 
 if __name__ == "__main__":

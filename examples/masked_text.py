@@ -1,9 +1,9 @@
-"""Fill in masked bytes of text from both sides, and write text by filling in a window of nothing but masks.
+"""Fill in masked bytes of text from both sides, and generate text by filling in windows of masks only.
 
-An encoder sees windows of the source of Python's standard library with a part of the bytes masked, between all and
-none, and predicts those; near the end it also learns to criticise what it filled in. It then fills in held-out text,
-says how likely it finds each byte given all others (the pseudo-likelihood), and writes windows of its own in 32 rounds,
-each of which keeps the new bytes that its critic likes best.
+An encoder reads windows of the source of Python's standard library in which a random fraction of the bytes is masked,
+and predicts the masked bytes; near the end of training it also learns to criticize its own predictions. It then fills
+in held-out text, scores each byte given all others (the pseudo-likelihood), and generates windows in 32 rounds, each of
+which keeps the new bytes that the critic scores best.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FRACTIONS = (0.02, 0.15, 0.3, 0.5, 0.8)
 
 
 def build_model() -> NonAutoregressiveWrapper:
-    """A small encoder over bytes and the mask, with a head that tells wrong bytes from right ones."""
+    """Build a small encoder over bytes and the mask token, with a critic head that detects wrong bytes."""
     net = TransformerWrapper(num_tokens=257, max_seq_len=LENGTH, attn_layers=small_stack(Encoder))
     start_evenly(net)
     return NonAutoregressiveWrapper(
@@ -39,13 +39,13 @@ def build_model() -> NonAutoregressiveWrapper:
 
 @torch.no_grad()
 def fill(model: NonAutoregressiveWrapper, rows: Tensor, masked: Tensor) -> Tensor:
-    """The rows with the likeliest byte in each masked place."""
+    """Return the rows with the most likely byte at each masked place."""
     return torch.where(masked, model.net(rows.masked_fill(masked, MASK))[..., :MASK].argmax(dim=-1), rows)
 
 
 @torch.no_grad()
 def pseudo_likelihood(model: NonAutoregressiveWrapper, rows: Tensor) -> float:
-    """Bits per byte of each byte given all others: one pass for each place, with that place masked."""
+    """Return bits per byte of each byte given all others, from one pass per place, with that place masked."""
     bits = []
     for place in range(LENGTH):
         masked = torch.arange(LENGTH) == place
@@ -55,7 +55,7 @@ def pseudo_likelihood(model: NonAutoregressiveWrapper, rows: Tensor) -> float:
 
 
 def readable(row: Tensor, masked: Tensor | None = None) -> str:
-    """A row as one line, with dots for masks and arrows for line ends."""
+    """Return a row as one line of text, with dots for masks and arrows for line ends."""
     text = bytes(row.tolist()).decode("latin-1")
     shown = [c if c.isprintable() else "↵" if c == "\n" else "?" for c in text]
     return "".join(c if masked is None or not masked[i] else "·" for i, c in enumerate(shown))
@@ -70,22 +70,22 @@ def main() -> None:
     def loss() -> Tensor:
         step = next(steps)
         windows = random_windows(text, BATCH, LENGTH, options.seed, step)
-        # there is little to criticise before the model fills in well
+        # the critic learns late: at first almost every prediction is wrong
         return model(windows, only_train_generator=step < 0.7 * options.steps).loss
 
     train(model, loss, options.steps, lr=1e-2, muon_lr=2e-2)
 
     rows = spaced_windows(held_out, LENGTH, most=TESTED)[:, :LENGTH]
-    lines = [f"{(rows == 32).float().mean():.0%} of the bytes are the commonest one, a space."]
+    lines = [f"{(rows == 32).float().mean():.0%} of the bytes are the most common one, a space."]
     for fraction in FRACTIONS:
         masked = torch.rand(rows.shape) < fraction
         right = (fill(model, rows, masked) == rows)[masked].float().mean()
-        lines.append(f"{fraction:4.0%} masked: {right:.1%} of the masked bytes are filled in as they were")
+        lines.append(f"{fraction:4.0%} masked: {right:.1%} of the masked bytes are filled in correctly")
     lines.append(f"pseudo-likelihood of held-out text: {pseudo_likelihood(model, rows[:64]):.2f} bits per byte")
     for row in rows[20:23]:
         masked = torch.rand(row.shape) < 0.15
         lines += ["", readable(row, masked), readable(fill(model, row[None], masked[None])[0]), readable(row)]
-    lines += ["", "Written from masks alone:"]
+    lines += ["", "Generated from masks only:"]
     lines += [
         readable(row) for row in model.generate(6, start_temperature=2.0, filter_thres=0.9, noise_level_scale=2.0)
     ]

@@ -1,8 +1,8 @@
-"""Continue series of numbers that stand among words, and name them (xVal).
+"""Continue series of numbers inside of text, and name their shape (xVal).
 
-In a text such as `series: 0.31 0.52 0.73 ... is a line .` one token stands for every number, and the number itself
-scales its embedding, so that numbers near to each other look alike. The model reads the first numbers of a series; it
-predicts those that follow, when they end, and the word for what it saw.
+In a text such as `series: 0.31 0.52 0.73 ... is a line .`, every number is the same token, and its value scales the
+embedding, so that close numbers have close embeddings. The model reads the first numbers of a series; it predicts the
+following ones, where they end, and the word for the shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEEN, AHEAD, BATCH, TESTED = 8, 8, 64, 512
 
 
 def make_texts(rows: int) -> tuple[Tensor, Tensor]:
-    """Ids and numbers `(rows, n)`; each series is a line, a bend or a wave, in equal parts, with a little noise."""
+    """Return ids and numbers `(rows, n)`; each series is a line, a bend or a wave, with a little noise."""
     kind = torch.randint(LINE, WAVE + 1, (rows,))
     level, slope, bent = 2 * torch.rand(3, rows, 1) - 1
     t = torch.arange(SEEN + AHEAD) / SEEN - 1
@@ -37,20 +37,20 @@ def make_texts(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def build_model() -> XValAutoregressiveWrapper:
-    """A decoder that predicts words and numbers."""
+    """Build a decoder that predicts words and numbers."""
     net = XValTransformerWrapper(
         num_tokens=len(WORDS),
         numerical_token_id=NUMBER,
         max_seq_len=SEEN + AHEAD + 5,
         attn_layers=Decoder(dim=64, depth=3, heads=4, attn_dim_head=16),
     )
-    # small beside the positions, so that the first norm leaves a number its size
+    # small compared to the position embeddings, so that the first norm does not remove the size of a number
     torch.nn.init.normal_(net.token_emb.emb.weight, std=0.1)
     return XValAutoregressiveWrapper(net)
 
 
 def error(predicted: Tensor, truth: Tensor) -> float:
-    """The root of the mean square."""
+    """Return the root mean square error."""
     return float((predicted - truth).square().mean().sqrt())
 
 
@@ -63,14 +63,14 @@ def main() -> None:
     (seen_ids, ids), (seen, numbers) = (part.tensor_split([SEEN + 1], dim=1) for part in (ids, numbers))
     made = model.generate(seen_ids, seen, ids.shape[1], temperature=0.0)
     truth, kinds, named = numbers[:, :AHEAD], ids[:, -2], made.sampled_token_ids[:, -2]
-    predicted = made.sampled_numbers[:, :AHEAD].nan_to_num(0.0)  # a word in place of a number counts as 0
+    predicted = made.sampled_numbers[:, :AHEAD].nan_to_num(0.0)  # a word where a number should be counts as 0
 
     print(f"{'':>6} error of {AHEAD} numbers   error of the last number seen")
     for kind in (LINE, BEND, WAVE):
         rows = kinds == kind
         of_last = error(seen[rows, -1:], truth[rows])
         print(f"{WORDS[kind]:>6} {error(predicted[rows], truth[rows]):19.3f} {of_last:31.3f}")
-    print(f"named right: {(named == kinds).float().mean():.0%}")
+    print(f"named correctly: {(named == kinds).float().mean():.0%}")
 
     forecasts = [
         Forecast(

@@ -1,4 +1,4 @@
-"""Pictures that the examples draw."""
+"""Pictures of the examples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 def learning_curve(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bits per byte of training and of held-out text against steps.
+    """Draw bits per byte of training and of held-out text over steps.
 
     Args:
         metrics: records with a `step`, and `bits_per_byte` or `held_out_bits_per_byte`.
-        path: of the PNG.
+        path: path of the PNG file.
     """
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     kinds: dict[str, dict[str, Any]] = {
@@ -36,12 +36,13 @@ def learning_curve(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def attention_maps(maps: Sequence[Tensor], read: str, written: str, path: Path) -> None:
-    """A panel for each layer: how much it looks at each letter read, for each letter written.
+    """Draw a panel of attention weights for each layer.
 
     Args:
         maps: weights `(written, read)` of each layer.
-        read, written: the letters.
-        path: of the PNG.
+        read: letters on the horizontal axis.
+        written: letters on the vertical axis.
+        path: path of the PNG file.
     """
     figure, row = plt.subplots(1, len(maps), figsize=(4 * len(maps), 4.2), layout="constrained", squeeze=False)
     for layer, (axes, weights) in enumerate(zip(row.flat, maps, strict=True), start=1):
@@ -53,8 +54,8 @@ def attention_maps(maps: Sequence[Tensor], read: str, written: str, path: Path) 
     plt.close(figure)
 
 
-def labelled_images(images: Tensor, titles: Sequence[str], right: Sequence[bool], path: Path) -> None:
-    """Grey images `(count, h, w)` in [0, 1], ten in a row; titles are red where something is not right."""
+def labeled_images(images: Tensor, titles: Sequence[str], right: Sequence[bool], path: Path) -> None:
+    """Draw gray images `(count, h, w)` in [0, 1], ten in a row; titles of wrong answers are red."""
     figure, grid = plt.subplots(-(-len(images) // 10), 10, figsize=(8, 0.95 * -(-len(images) // 10)), squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -67,7 +68,7 @@ def labelled_images(images: Tensor, titles: Sequence[str], right: Sequence[bool]
 
 
 def extrapolation_curves(curves: Mapping[str, Sequence[float]], lengths: Sequence[int], path: Path) -> None:
-    """Bits per byte of each curve against the length of the text, which doubles from tick to tick."""
+    """Draw bits per byte over the length of the text, which doubles from tick to tick."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, (name, bits) in enumerate(curves.items()):
         axes.plot(lengths, bits, marker="os^vDPX*<>"[number % 10], label=f"{name}: {bits[-1] - bits[0]:+.2f}")

@@ -1,4 +1,4 @@
-"""Pictures of lines and of series that the examples draw."""
+"""Pictures of lines and of time series for the examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch import Tensor
 
 
 class Forecast(NamedTuple):
-    """A series and what was predicted of its end; numbers `(n,)` that all end at one time."""
+    """A series and a prediction of its end.
+
+    Attributes:
+        title: title of the panel.
+        truth: `(n,)` true values.
+        predicted: `(m,)` predicted values of the last m steps.
+        band: lower and upper bounds `(m,)`, or None.
+    """
 
     title: str
     truth: Tensor
@@ -23,7 +30,7 @@ class Forecast(NamedTuple):
 
 
 def draw_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, x: str, y: str) -> None:
-    """Named lines, each of `(xs, ys)`, over axes that are named too."""
+    """Draw lines, given as `{label: (xs, ys)}`, over axes with these labels."""
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for label, (xs, ys) in lines.items():
         axes.plot(xs, ys, marker="o", markersize=3, label=label)
@@ -35,7 +42,7 @@ def draw_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], pat
 
 
 def draw_forecasts(forecasts: Sequence[Forecast], path: Path, *, columns: int, dots: bool = False) -> None:
-    """A panel for each series: the truth, what was predicted and, if there is one, its band."""
+    """Draw a panel for each series: the truth, the prediction and its band, if there is one."""
     rows = -(-len(forecasts) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(7.5, 1.7 * rows), layout="constrained", squeeze=False)
     for axes, (title, truth, predicted, band) in zip(grid.flat, forecasts, strict=True):

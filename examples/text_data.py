@@ -1,4 +1,4 @@
-"""What examples on text share: the bytes, windows of them, and the folder of a run."""
+"""Data of the text examples: bytes, windows of them, and the output folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "__pycache__"}
 
 
 def read_text(source: Path | None, context: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out bytes; files are held out by a checksum of their path, about one in twenty.
+    """Read training and held-out text as bytes.
+
+    About one file in twenty is held out, selected by a checksum of its path.
 
     Args:
-        source: a file (its last twentieth is held out) or a folder; None is Python's standard library.
-        context: bytes that a window needs.
+        source: a folder, or a file (whose last twentieth is held out); None for Python's standard library.
+        context: number of bytes in a window.
+
+    Returns:
+        Training and held-out bytes, each `(n,)` uint8.
 
     Raises:
-        SystemExit: with a sentence, if there is no text, or too little.
+        SystemExit: if there is no text, or too little; the message says what to change.
     """
     root = source or Path(sysconfig.get_path("stdlib"))
     try:
@@ -31,7 +36,7 @@ def read_text(source: Path | None, context: int) -> tuple[Tensor, Tensor]:
     for text, what in ((train, "training"), (held_out, "held-out")):
         if len(text) <= context + 1:
             raise SystemExit(
-                f"The data at {root} gives {len(text)} bytes of {what} text, but more than {context + 1} are needed; "
+                f"The data at {root} has {len(text)} bytes of {what} text, but more than {context + 1} are needed; "
                 "pass a longer file, or a folder with more files."
             )
     return train, held_out
@@ -52,24 +57,24 @@ def _parts(root: Path, pattern: str, left_out: set[str]) -> tuple[bytes, bytes]:
 
 
 def random_windows(text: Tensor, rows: int, length: int, seed: int, step: int) -> Tensor:
-    """`(rows, length)` windows that depend on the seed and the step alone, so that a resumed run sees the same."""
+    """Return random windows `(rows, length)`, which depend only on seed and step: a resumed run sees the same data."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     start = torch.randint(len(text) - length + 1, (rows, 1), generator=generator)
     return text[start + torch.arange(length)].long()
 
 
 def spaced_windows(text: Tensor, context: int, most: int) -> Tensor:
-    """`(windows, context + 1)` evenly spaced windows, whose predicted parts do not overlap."""
+    """Return evenly spaced windows `(windows, context + 1)` whose predicted parts do not overlap."""
     count = (len(text) - 1) // context
     chosen = torch.arange(0, count, max(-(-count // most), 1))
     return text[chosen[:, None] * context + torch.arange(context + 1)].long()
 
 
 def open_folder(folder: Path) -> None:
-    """Make a folder, and raise `SystemExit` with a sentence unless it can be written."""
+    """Create a folder; raise `SystemExit` if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise SystemExit(f"The folder {folder} cannot be written ({error.strerror}); pass another --out.") from error
+        raise SystemExit(f"The folder {folder} cannot be written to ({error.strerror}); pass another --out.") from error

@@ -1,4 +1,4 @@
-"""What examples on text build alike: a small stack of layers, and how a model over bytes starts."""
+"""Parts of the text examples' models: a small stack of layers, and the initialization of a model over bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Stack = TypeVar("Stack", Encoder, Decoder)
 
 
 def small_stack(kind: type[Stack]) -> Stack:
-    """Three layers with rotary positions and normalised queries and keys, each of which starts as the identity."""
+    """Build three layers with rotary positions and QK-RMSNorm; each sublayer starts as the identity."""
     return kind(
         dim=96,
         depth=3,
@@ -27,6 +27,6 @@ def small_stack(kind: type[Stack]) -> Stack:
 
 
 def start_evenly(net: TransformerWrapper) -> None:
-    """Embeddings of unit variance, as the optimisers want them, and a head near zero: all bytes begin alike."""
+    """Initialize embeddings with unit variance and the head near zero: all bytes are equally likely at first."""
     torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
     torch.nn.init.normal_(net.to_logits.weight, std=1e-4)

@@ -1,8 +1,9 @@
-"""Train a small decoder on the bytes of real text, and watch it learn.
+"""Train a small decoder on the bytes of real text.
 
-By default the text is the source of Python's own standard library; `--data` takes any file or folder. The run leaves
-`metrics.jsonl`, `curve.png` and checkpoints in `--out`, and `--resume` continues it where it stopped. Under `torchrun`
-processes share batches and model, take the same steps, and may go on in another number.
+By default the text is the source of Python's standard library; `--data` takes any file or folder. The run writes
+`metrics.jsonl`, `curve.png` and checkpoints to `--out`, and `--resume` continues it from the last checkpoint. Under
+`torchrun`, several processes share each batch and the model; they take the same steps as a single process would, and a
+run may be resumed with another number of processes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PROMPT = torch.tensor([*b"def "])
 
 
 def build_model() -> AutoregressiveWrapper:
-    """A decoder of 0.85 million parameters; embeddings of unit variance and a head near zero suit its optimisers."""
+    """Build a decoder of 0.85 million parameters, initialized for its optimizers."""
     decoder = Decoder(
         dim=128,
         depth=4,
@@ -53,11 +54,11 @@ def build_model() -> AutoregressiveWrapper:
 
 
 def build_optimizers(model: AutoregressiveWrapper) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the rest: embeddings, head and gains."""
+    """Build Muon for the matrices of the layers, and AdamW for the rest: embeddings, head and gains."""
     split = split_parameters(model)
     groups = [{"params": split.embeddings, "lr": 0.05}, {"params": split.others, "lr": 0.01}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    # in float32, steps do not depend on the number of processes
+    # in float32, the steps do not depend on the number of processes
     muon = Muon(split.matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", ns_dtype=torch.float32)
     for group in (*adamw.param_groups, *muon.param_groups):
         group["peak_lr"] = group["lr"]
@@ -65,7 +66,12 @@ def build_optimizers(model: AutoregressiveWrapper) -> dict[str, torch.optim.Opti
 
 
 class Run:
-    """A training run: its state, and what it leaves in its folder."""
+    """Training run: its state, and the files in its output folder.
+
+    Args:
+        options: command line, see `train_options.py`.
+        processes: processes that share the run.
+    """
 
     def __init__(self, options: argparse.Namespace, processes: Processes) -> None:
         self.options, self.out, self.processes = options, options.out, processes
@@ -73,7 +79,7 @@ class Run:
         torch.manual_seed(options.seed)
         self.model = self.whole = build_model().to(processes.device)
         if processes.count > 1:
-            self.whole = copy.deepcopy(self.model)  # for what the first process does alone
+            self.whole = copy.deepcopy(self.model)  # unsharded copy, with which the first process evaluates
             self.model = shard(self.model)
         self.optimizers = build_optimizers(self.model)
         self.loss = torch.compile(self.model) if options.compile else self.model
@@ -87,7 +93,9 @@ class Run:
         checkpoint = latest_checkpoint(self.out / "checkpoints")
         if not self.options.resume:
             if checkpoint is not None:
-                raise SystemExit(f"{self.out} holds a run already; continue it with --resume, or pass another --out.")
+                raise SystemExit(
+                    f"{self.out} already contains a run; continue it with --resume, or pass another --out."
+                )
             return
         if checkpoint is None:
             raise SystemExit(f"There is no checkpoint in {self.out} to resume from; start the run without --resume.")
@@ -100,12 +108,12 @@ class Run:
         self.step, self.seconds, self.metrics = progress["step"], progress["seconds"], progress["metrics"]
 
     def done(self) -> float:
-        """How much of the run is over, between 0 and 1: of its steps, or of its minutes of training."""
+        """Return the completed fraction of the run, in [0, 1]: of its steps, or of its minutes of training."""
         steps, minutes = self.options.steps, self.options.minutes
         return min(self.step / steps if steps else self.seconds / (60 * minutes), 1.0)
 
     def train_step(self) -> float:
-        """One step; the learning rates fall linearly to zero over the run. Returns nats per byte."""
+        """Take one step, and return its loss in nats per byte. Learning rates fall linearly to zero over the run."""
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - self.done())
@@ -118,10 +126,10 @@ class Run:
         return loss.item()
 
     def go(self) -> None:
-        """Train until the run is over or somebody stops it."""
+        """Train until the run is complete, or a signal stops it."""
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGTERM, self._stop)
-        saved, looked, smooth = time.monotonic(), self.seconds, math.nan
+        saved, evaluated, smooth = time.monotonic(), self.seconds, math.nan
         bar = tqdm(total=1.0, disable=not self.processes.leads, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")
         while self.done() < 1 and not self.stopped:
             start = time.perf_counter()
@@ -132,31 +140,31 @@ class Run:
                 self.stopped,
                 time.monotonic() - saved >= self.options.save_every,
             )
-            loss, seconds, stopped, due = self.processes.mean(*state)  # what all of them go by
+            loss, seconds, stopped, due = self.processes.mean(*state)  # all processes decide by the same values
             self.seconds, self.stopped = self.seconds + seconds, stopped > 0
             rate, bits = round(BATCH * CONTEXT / seconds), loss / math.log(2)
             self.metrics.append({"step": self.step, "loss": loss, "bits_per_byte": bits, "tokens_per_second": rate})
             smooth = bits if math.isnan(smooth) else 0.95 * smooth + 0.05 * bits
             bar.n = self.done()
             bar.set_postfix_str(f"step {self.step}  loss {loss:.3f}  {smooth:.3f} bits/byte  {rate:,} tokens/s")
-            if self.seconds - looked >= self.options.look_every:
-                looked = self.seconds
-                self.look(bar, windows=64)
+            if self.seconds - evaluated >= self.options.look_every:
+                evaluated = self.seconds
+                self.evaluate(bar, windows=64)
             if due > 0:
                 saved = time.monotonic()
                 self.save()
         if not self.stopped:
-            self.look(bar, windows=1024)
+            self.evaluate(bar, windows=1024)
         bar.close()
         self.save()
 
     def _stop(self, *_: Any) -> None:
-        # the step under way is finished first, so that what is saved is a whole one
+        # the current step is finished first, so that the checkpoint is between two steps
         self.stopped = True
 
     @torch.no_grad()
-    def look(self, bar: tqdm, windows: int) -> None:
-        """Held-out bits per byte, and a sample."""
+    def evaluate(self, bar: tqdm, windows: int) -> None:
+        """Evaluate held-out bits per byte, and print a sample."""
         weights = gathered(self.model)
         if not self.processes.leads:
             return
@@ -172,7 +180,7 @@ class Run:
         bar.write(f"{found}. A sample:\n{sample}\n")
 
     def save(self) -> None:
-        """A checkpoint, the metrics and the picture."""
+        """Write a checkpoint, the metrics and the picture."""
         progress = {"step": self.step, "seconds": self.seconds, "metrics": self.metrics, "seed": self.options.seed}
         folder = self.out / "checkpoints"
         save_checkpoint(folder, step=self.step, model=self.model, optimizers=self.optimizers, progress=progress)
@@ -192,7 +200,7 @@ def main() -> None:
                 print(stop, file=sys.stderr)
             sys.exit(2)
     if processes.leads:
-        print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} holds the run.")
+        print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} contains the run.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the small examples share: one loop of training, with a progress bar."""
+"""Command line and training loop of the small examples."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 
 def arguments(description: str, out: str, steps: int) -> argparse.Namespace:
-    """`--out`, `--seed` and `--steps` of the command line; seeds torch, and makes the folder."""
+    """Parse `--out`, `--seed` and `--steps`, seed torch, and create the output folder."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path("runs") / out, help="folder for what is drawn and written")
+    parser.add_argument("--out", type=Path, default=Path("runs") / out, help="folder for pictures and text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=steps, help="of training")
+    parser.add_argument("--steps", type=int, default=steps, help="number of training steps")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; it must be at least 1.")
@@ -34,18 +34,18 @@ def train(
     name: str = "training",
     *,
     muon_lr: float | None = None,
-    look: Callable[[int], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW on `loss()` of a fresh batch each step; the rate warms up over a tenth of the steps, then falls to zero.
+    """Train with AdamW; the learning rate warms up over a tenth of the steps, then falls linearly to zero.
 
     Args:
-        model: what is trained.
-        loss: of a step.
-        steps: how many.
-        lr: the highest learning rate of AdamW.
-        name: stands before the progress bar.
-        muon_lr: the highest learning rate of Muon, which then trains the matrices of the layers.
-        look: is called behind each step, with how many there were.
+        model: model to train.
+        loss: computes the loss of a new batch.
+        steps: number of steps.
+        lr: highest learning rate of AdamW.
+        name: label of the progress bar.
+        muon_lr: highest learning rate of Muon, which then trains the matrices of the layers instead of AdamW.
+        after_step: called after each step with the number of steps so far.
     """
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     matrices = [p for key, p in trained.items() if muon_lr is not None and "attn_layers." in key and p.ndim == 2]
@@ -70,6 +70,6 @@ def train(
             shape.step()
         smooth = now.item() if smooth is None else 0.95 * smooth + 0.05 * now.item()
         bar.set_postfix_str(f"loss {smooth:.4f}")
-        if look is not None:
-            look(step + 1)
+        if after_step is not None:
+            after_step(step + 1)
     model.eval()

@@ -1,14 +1,14 @@
-"""Read handwritten digits with a vision transformer.
+"""Classify handwritten digits with a vision transformer.
 
-scikit-learn carries 1,797 digits of 8 x 8 pixels. A fifth of them is held out; the others are shown to the model again
-and again, each time moved by up to one pixel. The picture shows the held-out digits that it is least sure of.
+scikit-learn ships 1,797 digits of 8 x 8 pixels. A fifth of them is held out; the model trains on the others, each time
+shifted by up to one pixel. The picture shows the held-out digits with the least confident predictions.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pictures import labelled_images
+from pictures import labeled_images
 from sklearn.datasets import load_digits
 from torch import Tensor
 from training import arguments, train
@@ -19,7 +19,7 @@ SIDE, PATCH, CLASSES, BATCH, DRAWN = 8, 4, 10, 64, 30
 
 
 def read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images `(b, 1, 8, 8)` in [0, 1] and labels `(b,)`: four fifths to train with, then a fifth held out."""
+    """Return images `(b, 1, 8, 8)` in [0, 1] and labels `(b,)`: four fifths for training, and the held-out fifth."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
@@ -28,8 +28,8 @@ def read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[train_part], labels[train_part]), (images[held_out], labels[held_out])
 
 
-def moved(images: Tensor) -> Tensor:
-    """Each image moved by -1, 0 or 1 pixels along either side, with empty pixels behind it."""
+def shifted(images: Tensor) -> Tensor:
+    """Shift each image by -1, 0 or 1 pixels along both axes, and fill with empty pixels."""
     b = len(images)
     pixel = torch.arange(SIDE)
     row, column = (pixel + torch.randint(3, (b, 1)) for _ in range(2))
@@ -38,7 +38,7 @@ def moved(images: Tensor) -> Tensor:
 
 
 def build_model() -> ViTransformerWrapper:
-    """Three layers over the four patches of an image, 0.15 million parameters."""
+    """Build three layers over the four patches of an image (0.15 million parameters)."""
     encoder = Encoder(dim=64, depth=3, heads=4, attn_dim_head=16)
     return ViTransformerWrapper(image_size=SIDE, patch_size=PATCH, channels=1, num_classes=CLASSES, attn_layers=encoder)
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     def loss() -> Tensor:
         drawn = torch.randint(len(images), (BATCH,))
-        return F.cross_entropy(model(moved(images[drawn])), labels[drawn])
+        return F.cross_entropy(model(shifted(images[drawn])), labels[drawn])
 
     train(model, loss, options.steps, lr=1e-2, muon_lr=2e-2)
 
@@ -64,8 +64,8 @@ def main() -> None:
         f"{guess}" if guess == label else f"{guess}, is {label}"
         for guess, label in zip(predicted[doubtful].tolist(), new_labels[doubtful].tolist(), strict=True)
     ]
-    labelled_images(new_images[doubtful, 0], titles, right[doubtful].tolist(), options.out / "digits.png")
-    print(f"{options.out / 'digits.png'} shows the {DRAWN} that it is least sure of.")
+    labeled_images(new_images[doubtful, 0], titles, right[doubtful].tolist(), options.out / "digits.png")
+    print(f"{options.out / 'digits.png'} shows the {DRAWN} least confident predictions.")
 
 
 if __name__ == "__main__":

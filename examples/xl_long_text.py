@@ -1,8 +1,8 @@
-"""Read long text in short segments, with memories of the segments before (Transformer-XL) and without.
+"""Read long text in short segments, with memories of earlier segments (Transformer-XL) and without.
 
 Two models, trained on the same windows of the source of Python's standard library, see 16 bytes at a time. One of them
-remembers what its layers read in the 64 bytes before; the other begins anew with each segment. Both then read held-out
-text, segment by segment, and the picture shows how well they predict the bytes at each place of a segment.
+keeps the inputs of its layers for the last 64 bytes as memories; the other starts over with each segment. Both then
+read held-out text segment by segment, and the picture shows how well they predict the bytes at each place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEGMENT, MEMORY, SEGMENTS, BATCH, TESTED = 16, 64, 8, 8, 64
 
 
 def build_model(memory: int) -> XLAutoregressiveWrapper:
-    """A small decoder that reads segments, and remembers so many bytes."""
+    """Build a small decoder that reads segments, with memories of the last `memory` bytes."""
     decoder = small_stack(Decoder)
     net = TransformerWrapper(num_tokens=256, max_seq_len=SEGMENT, max_mem_len=memory, attn_layers=decoder)
     start_evenly(net)
@@ -33,7 +33,7 @@ def build_model(memory: int) -> XLAutoregressiveWrapper:
 
 
 def train_model(memory: int, text: Tensor, options: Namespace, name: str) -> XLAutoregressiveWrapper:
-    """A model behind its training; all see the same windows of so many segments."""
+    """Train a model; all models see the same windows of `SEGMENTS` segments."""
     model = build_model(memory)
     length = SEGMENT * SEGMENTS + 1
     windows = (random_windows(text, BATCH, length, options.seed, step) for step in itertools.count())
@@ -43,7 +43,7 @@ def train_model(memory: int, text: Tensor, options: Namespace, name: str) -> XLA
 
 @torch.no_grad()
 def bits_by_place(model: XLAutoregressiveWrapper, rows: Tensor) -> Tensor:
-    """`(SEGMENT,)` bits per byte at each place of a segment; rows `(b, n * SEGMENT + 1)` are read from their start."""
+    """Return bits per byte at each place of a segment, `(SEGMENT,)`, over rows `(b, n * SEGMENT + 1)`."""
     segments = zip(rows[:, :-1].split(SEGMENT, dim=1), rows[:, 1:].split(SEGMENT, dim=1), strict=True)
     bits, mems = [], None
     for segment, following in segments:

@@ -291,7 +291,7 @@ def test_projected_biases() -> None:
     record = weighed(module, x)
     close(alone(x), record.pre_softmax_attn - record.qk_similarities)
     close(alone(x[:, 4:], seq_len_k=N), alone(x)[:, :, 4:])
-    with pytest.raises(InputError, match="`seq_len_k` is 5; the 6 queries are the last keys"):
+    with pytest.raises(InputError, match="`seq_len_k` is 5; it must be at least 6"):
         alone(x, seq_len_k=5)
 
 
@@ -423,7 +423,7 @@ def test_streams_are_folded_into_the_batch(make: Any, views: int) -> None:
     got = module(out, kept, **more)
     assert got.shape == folded.shape
     close(got.unflatten(0, (2, 2)).transpose(1, 2), module.write(out, own))
-    with pytest.raises(ShapeError, match=r"they must be \(batch \* 2, n, width\)"):
+    with pytest.raises(ShapeError, match=r"it must be \(batch \* 2, n, width\)"):
         module.prepare(folded[:3])
 
 
@@ -437,7 +437,7 @@ def test_reading_earlier_layers() -> None:
     close(mixes(hiddens[-1], hiddens=hiddens), mixes(hiddens[-1], torch.stack(hiddens)))
     with pytest.raises(InputError, match="`hiddens` is empty"):
         reader(hiddens=[])
-    with pytest.raises(InputError, match="`hiddens` holds 2 layers; this was built for `num_layers` = 3"):
+    with pytest.raises(InputError, match="`hiddens` contains 2 layers; this module was built for `num_layers` = 3"):
         mixes(hiddens[-1], hiddens[:2])
 
 

@@ -224,7 +224,7 @@ def test_memory_runs(benchmarks: SimpleNamespace, tiny: Any, in_here: list[str])
     figures = figures_of(benchmarks, "memory", tiny)
     assert list(figures) == ["8 rows of 32 tokens", "a vocabulary of 64", "one row of 32 tokens"]
     assert in_here == [name for each in figures.values() for name in each]
-    assert {*in_here} == {*benchmarks.lengths.NAMES, *benchmarks.memory.SPARING}
+    assert {*in_here} == {*benchmarks.lengths.NAMES, *benchmarks.memory.SAVING}
 
 
 @needs_contestants

@@ -62,7 +62,7 @@ def test_adaptive_norms(norm: type[nn.Module], plain: type[nn.Module]) -> None:
     gain = 1 + condition @ adaptive.to_gamma.weight.T
     close(adaptive(x, condition=condition), plain(DIM)(x) * gain[:, None])
     close(adaptive(x, condition=condition[:, None].expand(-1, 5, -1)), plain(DIM)(x) * gain[:, None])
-    with pytest.raises(InputError, match="needs `condition`"):
+    with pytest.raises(InputError, match="need `condition`"):
         adaptive(x)
     with pytest.raises(ShapeError, match=r"`condition` has shape \(2, 4\)"):
         adaptive(x, condition=torch.randn(2, 4))
@@ -163,7 +163,7 @@ def test_a_condition_that_nothing_reads_is_said() -> None:
     handler = logger.add(lambda message: said.append(str(message)), level="WARNING")
     Decoder(**{**SMALL, "verbose": True, "adaptive_condition_mlp": True})
     logger.remove(handler)
-    assert any("no adaptive norm or layer scale is on" in line for line in said)
+    assert any("no adaptive norm or scale is on" in line for line in said)
 
 
 # injections
@@ -338,8 +338,8 @@ def test_a_pool_of_blocks() -> None:
 
 def test_pools_that_make_no_sense() -> None:
     for keywords, words in (
-        ({"num_pooled_tokens": 2, "squeeze_output": True}, "needs a single query, but there are 2"),
-        ({"depth": 2, "use_transformer_blocks": False}, "more than one needs `use_transformer_blocks`"),
+        ({"num_pooled_tokens": 2, "squeeze_output": True}, "needs a single query, but `num_pooled_tokens` is 2"),
+        ({"depth": 2, "use_transformer_blocks": False}, "drop `use_transformer_blocks = False`"),
         ({"depth": 2, "add_residual": True}, "drop `add_residual`"),
         ({"num_pooled_tokens": -1}, "`num_pooled_tokens` is -1"),
     ):

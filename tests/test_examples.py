@@ -30,7 +30,7 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
         r"with memories: \d\.\d{3} held-out bits",
         "bits.png",
     ),
-    ("numbers_xval", {"BATCH": 4, "TESTED": 8}, r"named right: \d+%", "continued.png"),
+    ("numbers_xval", {"BATCH": 4, "TESTED": 8}, r"named correctly: \d+%", "continued.png"),
     ("continuous_series", {"BATCH": 4, "TESTED": 8, "ROLL_OUTS": 4}, r"1 to 12 +\d\.\d{3}", "forecasts.png"),
     ("masked_text", {"LENGTH": 16, "BATCH": 2, "TESTED": 32}, r"pseudo-likelihood of held-out text: \d", "text.txt"),
     ("dpo_preferences", {"SAMPLES": 64, "BATCH": 4}, r"after DPO: \d+%", "preferred.png"),
@@ -103,9 +103,9 @@ def test_digits_are_held_out_and_moved_by_a_pixel(example: ModuleType) -> None:
 
     dot = torch.zeros(200, 1, 8, 8)
     dot[:, :, 3, 4] = 1.0
-    places = {tuple(place.tolist()) for place in example.moved(dot)[:, 0].nonzero()[:, 1:]}
+    places = {tuple(place.tolist()) for place in example.shifted(dot)[:, 0].nonzero()[:, 1:]}
     assert places == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
-    assert example.moved(torch.ones(200, 1, 8, 8)).mean() < 1, "what moves in is empty"
+    assert example.shifted(torch.ones(200, 1, 8, 8)).mean() < 1, "what moves in is empty"
 
 
 @pytest.mark.parametrize("example", ["length_extrapolation"], indirect=True)

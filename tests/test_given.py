@@ -147,11 +147,11 @@ def test_additional_keys_at_each_step() -> None:
 
 def test_additional_keys_that_do_not_fit() -> None:
     attention, x = Attention(**SMALL), torch.randn(1, 3, 8)
-    with pytest.raises(ShapeError, match="keys have 4 features"):
+    with pytest.raises(ShapeError, match="keys must have 4 features"):
         attention(x, additional_key_values=(torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 4)))
     with pytest.raises(ShapeError, match="must divide the 2 heads"):
         attention(x, additional_key_values=(torch.randn(1, 3, 3, 4), torch.randn(1, 3, 3, 4)))
-    with pytest.raises(ShapeError, match="alike but for the width"):
+    with pytest.raises(ShapeError, match="alike except for the width"):
         attention(x, additional_key_values=(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)))
     with pytest.raises(ShapeError, match="additional_key_value_mask"):
         attention(
@@ -370,8 +370,8 @@ def test_keywords_that_a_stack_sets_or_cannot_have() -> None:
         ({"attn_qkv_receive_diff_residuals": True}, "use `qkv_receive_diff_residuals`"),
         ({"cross_attn_causal": True}, "depends on how many tokens follow; drop it"),
         ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs beside the context"),
-        ({"cross_attn_max_attend_past": 2}, "`cross_attn_max_attend_past` would measure"),
-        ({"cross_attn_use_rel_proj_pos_bias": True}, "`cross_attn_use_rel_proj_pos_bias` would measure"),
+        ({"cross_attn_max_attend_past": 2}, "`cross_attn_max_attend_past` limits how far back"),
+        ({"cross_attn_use_rel_proj_pos_bias": True}, "`cross_attn_use_rel_proj_pos_bias` needs distances"),
         ({"rotary_emb_dim": 9}, "`rotary_emb_dim` is 9; heads have `attn_dim_head` = 8"),
         ({"sandwich_coef": 1}, "no cross-attention is among the layers"),
     ):

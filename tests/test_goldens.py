@@ -267,7 +267,7 @@ def test_a_reference_file_of_another_model_is_refused(name: str) -> None:
     words = str(error.value)
     assert "missing: token_emb.emb.weight" in words
     assert "unexpected: attn_layers.no_such.weight" in words
-    assert "mis-shaped: attn_layers.final_norm.gamma is (3,), the model has (16,)" in words
+    assert "wrong shape: attn_layers.final_norm.gamma is (3,), the model has (16,)" in words
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 

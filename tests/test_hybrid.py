@@ -179,7 +179,7 @@ def test_refusals() -> None:
     two_ways = Encoder(**STACK, attn_hybrid_module=nn.GRU(16, 16, batch_first=True, bidirectional=True))
     with pytest.raises(InputError, match="let it see the future"):
         two_ways(torch.randn(1, 3, 16), causal=True)
-    with pytest.raises(ShapeError, match="`hybrid_module` gave shape"):
+    with pytest.raises(ShapeError, match="`hybrid_module` returned shape"):
         Decoder(**STACK, attn_hybrid_module=nn.Linear(16, 30))(torch.randn(1, 3, 16))
 
 

@@ -125,12 +125,12 @@ def test_all_faults_in_one_error() -> None:
         ({"rotary_pos_emb": True, "rotary_emb_dim": 16}, "heads have `attn_dim_head` = 8"),
         ({"rotary_pos_emb": True, "rotary_interpolation_factor": 0.5}, "must be at least 1"),
         ({"rotary_pos_emb": True, "rotate_num_heads": 5}, "between 1 and the 4 heads"),
-        ({"rotary_xpos": True, "attn_num_mem_kv": 2}, "have none"),
+        ({"rotary_xpos": True, "attn_num_mem_kv": 2}, "have no position"),
         ({"alibi_pos_bias": True, "alibi_num_heads": 5}, "between 1 and the 4 heads"),
-        ({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopes": [1.0]}}, "`slopes` holds 1 numbers"),
+        ({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopes": [1.0]}}, "`slopes` contains 1 numbers"),
         ({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopez": [1.0]}}, "Did you mean `slopes`"),
         ({"rel_pos_bias": True, "rel_pos_kwargs": {"slopes": [1.0]}}, "RelativePositionBias takes nothing there"),
-        ({"rel_pos_kwargs": {"slopes": [1.0]}}, "switch one on, or drop them"),
+        ({"rel_pos_kwargs": {"slopes": [1.0]}}, "add one, or drop them"),
         ({"rel_pos_bias": True, "rel_pos_num_buckets": 200}, "`rel_pos_num_buckets` is 200"),
         ({"dynamic_pos_bias": True, "dynamic_pos_bias_mlp_depth": 0}, "at least 1 hidden layer"),
         ({"attn_attend_sdp_kwargs": {"enable_flush": True}}, "enable_flush"),
@@ -208,7 +208,7 @@ def test_a_tuple_of_another_length_is_one_fault(more: dict[str, Any]) -> None:
         decoder(attn_kv_heads=(1, 2, 4), **more)
     assert str(error.value) == (
         "Decoder: `attn_kv_heads` is a tuple of 3 values, but there are 2 self-attention layers; "
-        "give one value, or 2 of them."
+        "pass one value, or 2 values."
     )
     with pytest.raises(ConfigError, match=r"`ff_glu` is a tuple of 1 values, but there are 2 feedforward layers"):
         decoder(ff_glu=(True,))
@@ -260,7 +260,7 @@ def test_keywords_that_others_silence_are_named(warnings: list[str]) -> None:
     decoder(attn_qk_norm=True, attn_qk_norm_dim_scale=True, attn_qk_norm_scale=3.0)
     decoder(ff_relu_squared=True, ff_swish=True)
     assert len(warnings) == 2
-    assert all("has no effect beside the other options" in sentence for sentence in warnings)
+    assert all("has no effect with the other options" in sentence for sentence in warnings)
 
 
 def test_unwise_values_are_named(warnings: list[str]) -> None:

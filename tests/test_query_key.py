@@ -61,7 +61,7 @@ def test_distances_beside_what_reads_queries() -> None:
     """Contextual positions read queries as they are, not as the metric widens them."""
     options = {**STACK, "attn_l2_distance": True, "attn_use_cope": True}
     assert Decoder(**options)(torch.randn(1, 5, 16)).isfinite().all()
-    with pytest.raises(ConfigError, match="`attn_l2_distance` measures lengths"):
+    with pytest.raises(ConfigError, match="`attn_l2_distance` depends on that length"):
         Decoder(**STACK, attn_l2_distance=True, rotary_xpos=True)
 
 

@@ -42,27 +42,27 @@ GALLERY = (
     "Training objectives",
     "Decoding",
 )
-"""The chapters of papers: under each heading two sentences, one block, and where the idea comes from."""
+"""The chapters of papers: under each heading two to four sentences, one block, and where the idea comes from."""
 
 ALONE = {"Models", "Training and sampling"}
 """The chapters whose blocks run each by itself."""
 
 WITHOUT_PAPER = {
-    "A bias of the query's own making",
+    "Query-dependent position bias",
     "A zero key",
-    "A function of your own",
-    "Bounds inside of the feedforward",
-    "An order of your own",
+    "Custom attention functions",
+    "Soft-clamped feedforwards",
+    "Custom layer orders",
     "Deep embeddings",
-    "Blocks compiled one by one",
+    "Compiling block by block",
     "Predicting the next embedding",
     "Top-a",
-    "A filter of your own",
+    "Custom filters",
     "Beam search",
     "Streaming",
     "Static caches",
-    "Windows in caches",
-    "Prefixes read once",
+    "Windowed caches",
+    "Reusing a prefix",
 }
 """Sections of ideas that nobody published, or that nobody could find."""
 
@@ -177,11 +177,11 @@ def test_contents_are_the_headings() -> None:
 
 
 @pytest.mark.parametrize("section", PAPERS, ids=lambda section: section.title)
-def test_a_section_is_two_sentences_and_a_block(section: Section) -> None:
+def test_a_section_is_a_few_sentences_and_a_block(section: Section) -> None:
     words, code, rest = section.text.partition("```python\n")
     assert code, "there is no block"
     plain = re.sub(r"`[^`]*`", "code", words)
-    assert len(re.findall(r"[.!?](?=\s|$)", plain)) == 2, plain
+    assert 2 <= len(re.findall(r"[.!?](?=\s|$)", plain)) <= 4, plain
     assert len(section.blocks) == 1
     cited = re.search(r"^Papers?: .*(https://|\(NeurIPS)", rest, re.M | re.S) is not None
     assert cited == (section.title not in WITHOUT_PAPER)

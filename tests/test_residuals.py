@@ -246,7 +246,7 @@ def test_resi_dual_formula() -> None:
 
 def test_resi_dual_says_where_norms_stand() -> None:
     for more in ({"pre_norm": False}, {"sandwich_norm": True}, {"pre_and_post_norm": True}):
-        with pytest.raises(ConfigError, match="`resi_dual` says where norms stand"):
+        with pytest.raises(ConfigError, match="`resi_dual` places norms by itself"):
             Decoder(**SMALL, resi_dual=True, **more)
 
 
@@ -271,7 +271,7 @@ def test_lime_views_belong_to_every_self_attention_but_the_first() -> None:
 
 def test_lime_needs_layers_in_order() -> None:
     for more in ({"weight_tie_layers": True}, {"layers_execute_order": (0, 1, 0, 1)}):
-        with pytest.raises(ConfigError, match="`integrate_layers` has one weight for each earlier layer"):
+        with pytest.raises(ConfigError, match="`integrate_layers` has a weight for each earlier layer"):
             Decoder(**SMALL, integrate_layers=True, **more)
     stack = decoder(integrate_layers=True)
     x = torch.randn(1, 4, DIM)
@@ -308,8 +308,8 @@ def test_attention_over_layers_at_its_start_is_itself_for_equal_layers() -> None
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"scale_residual": True, "num_residual_streams": 2}, "`scale_residual` scales the stream of a plain"),
-        ({"scale_residual": True, "mv_split_residual": True}, "`scale_residual` scales the stream of a plain"),
+        ({"scale_residual": True, "num_residual_streams": 2}, "`scale_residual` needs a plain"),
+        ({"scale_residual": True, "mv_split_residual": True}, "`scale_residual` needs a plain"),
         ({"scale_residual_constant": 0.5, "orthog_residual": True}, "`scale_residual_constant` belongs to the plain"),
         ({"gate_residual": True, "orthog_residual": True}, "are alternatives of one choice"),
         ({"gate_residual": True, "num_residual_streams": 2}, "are alternatives of one choice"),
@@ -324,7 +324,7 @@ def test_attention_over_layers_at_its_start_is_itself_for_equal_layers() -> None
         ),
         ({"attn_aggregated_residuals": True}, "`lora_rank` is 64; it must lie between 1 and 7"),
         ({"attn_aggregated_residual_kwargs": {"rank": 2}}, r"names \['rank'\]"),
-        ({"qkv_receive_diff_residuals": True}, "`qkv_receive_diff_residuals` needs something to make views from"),
+        ({"qkv_receive_diff_residuals": True}, "`qkv_receive_diff_residuals` needs several streams or layers"),
         (
             {
                 "attn_aggregated_residuals": True,
@@ -340,8 +340,8 @@ def test_attention_over_layers_at_its_start_is_itself_for_equal_layers() -> None
             "names `gamma`.*takes `learned`, `init_alpha`, `init_beta`",
         ),
         ({"num_residual_streams": 0}, "`num_residual_streams` is 0"),
-        ({"use_dynamic_tanh": True, "pre_norm": False}, "needs `pre_norm = True`"),
-        ({"use_dynamic_tanh": True, **GATED}, "neither `gated_multi_residual`"),
+        ({"use_dynamic_tanh": True, "pre_norm": False}, "set `pre_norm = True`"),
+        ({"use_dynamic_tanh": True, **GATED}, "drop `gated_multi_residual`"),
         ({"use_layerscale": True, "use_adaptive_layerscale": True}, "are alternatives of one choice"),
     ],
 )

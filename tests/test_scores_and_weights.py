@@ -74,7 +74,7 @@ class TestSigmoid:
         assert (weights[is_hidden(logits)] == 0).all()
 
     def test_it_has_no_sink(self) -> None:
-        with pytest.raises(ConfigError, match="`head_learned_sink` takes part in a normalisation"):
+        with pytest.raises(ConfigError, match="`head_learned_sink` takes part in a normalization"):
             attention(sigmoid=True, head_learned_sink=True)
 
 
@@ -153,7 +153,7 @@ class TestHard:
         with pytest.raises(InputError, match="`attn_flash = True` keeps none"):
             Decoder(**SMALL, attn_flash=True)(inputs(), return_gumbel_log_probs=True)
         _, record = Decoder(**SMALL, attn_flash=True)(inputs(), return_hiddens=True)
-        with pytest.raises(InputError, match="holds no scores"):
+        with pytest.raises(InputError, match="has no scores"):
             log_prob_from_hard_attend(record.attn_intermediates[0])
 
 
@@ -275,7 +275,7 @@ class TestInverted:
             more = {"cross_attend": True} if stack is Decoder else {}
             with pytest.raises(ConfigError, match="`cross_attn_inverted_attention` normalises over the queries"):
                 stack(**SMALL, **more, cross_attn_inverted_attention=True)
-        with pytest.raises(ConfigError, match="`head_learned_sink` is one more key"):
+        with pytest.raises(ConfigError, match="`head_learned_sink` competes with keys"):
             self.build(head_learned_sink=True)
         stack = CrossAttender(**SMALL, cross_attn_inverted_attention=True)
         with pytest.raises(InputError, match="neither causal nor cached"):
@@ -538,13 +538,13 @@ class TestForgetting:
     def test_refusals(self) -> None:
         on = {"attn_data_dependent_alibi": True}
         for keyword in ("alibi_pos_bias", "rel_pos_bias"):
-            with pytest.raises(ConfigError, match="in place of `alibi_pos_bias` and `rel_pos_bias`"):
+            with pytest.raises(ConfigError, match="like `alibi_pos_bias` and `rel_pos_bias`"):
                 Decoder(**SMALL, **on, **{keyword: True})
-        with pytest.raises(ConfigError, match="`cross_attn_data_dependent_alibi` would let a context forget"):
+        with pytest.raises(ConfigError, match="`cross_attn_data_dependent_alibi` has no meaning"):
             Decoder(**SMALL, cross_attend=True, cross_attn_data_dependent_alibi=True)
         with pytest.raises(ConfigError, match="`attn_data_dependent_alibi_per_row` looks back"):
             Encoder(**SMALL, **on, attn_data_dependent_alibi_per_row=True)
-        with pytest.raises(ConfigError, match=r"kwargs` names \['bias_init'\]; it takes \['post_log_scale'\] here"):
+        with pytest.raises(ConfigError, match=r"kwargs` contains \['bias_init'\]; it takes \['post_log_scale'\] here"):
             attention(
                 data_dependent_alibi=True,
                 data_dependent_alibi_per_row=True,
@@ -647,7 +647,7 @@ class TestResidualScores:
         Decoder(**SMALL, cross_attend=True, attn_flash=True, cross_attn_flash=False, cross_residual_attn=True)
 
     def test_cross_attention_is_needed(self) -> None:
-        with pytest.raises(ConfigError, match="`cross_residual_attn` is about cross-attention"):
+        with pytest.raises(ConfigError, match="`cross_residual_attn` connects cross-attentions"):
             Decoder(**SMALL, cross_residual_attn=True)
 
 

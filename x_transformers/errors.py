@@ -1,4 +1,4 @@
-"""Errors that say what was given, what the bound or the conflict is, and what to change."""
+"""Exceptions of the library. Messages say what was given, what is allowed and what to change."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 class ConfigError(ValueError, AssertionError):
-    """Options that cannot be built. Raised at construction, never later.
+    """Options with which nothing can be built; raised by constructors.
 
-    It is also an `AssertionError`, so that handlers written for libraries that assert keep working.
+    Also an `AssertionError`, so that code that expects assertions to fail keeps working.
     """
 
 
 class InputError(ValueError, AssertionError):
-    """A call whose arguments do not fit the model: values, dtypes or combinations."""
+    """Arguments of a call that do not fit the model: values, dtypes or combinations."""
 
 
 class ShapeError(InputError):
@@ -27,34 +27,50 @@ class TokenRangeError(InputError, IndexError):
 
 
 class StateDictError(RuntimeError, ValueError):
-    """A state dict that does not fit the model. The model keeps the weights it had."""
+    """A state dict that does not fit the model; the model keeps its weights."""
 
 
 class CheckpointError(RuntimeError, ValueError):
-    """A file or folder that cannot be read, or that belongs to something else."""
+    """A checkpoint file or folder that cannot be read, or that is of another kind."""
 
 
 class Faults:
-    """Collects every fault of one call, so that a user meets all of them in one `ConfigError`."""
+    """Collected faults of one constructor call, so that a user sees all of them in a single `ConfigError`.
+
+    Attributes:
+        messages: the messages so far, without duplicates.
+    """
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
+        """Collect a message, unless it is there already."""
         if message not in self.messages:
             self.messages.append(message)
 
     @contextmanager
-    def catching(self, say: Callable[[str], str] = str) -> Iterator[None]:
-        """Turn a `ConfigError` raised inside the block into collected messages, each rewritten by `say`."""
+    def catching(self, rewrite: Callable[[str], str] = str) -> Iterator[None]:
+        """Collect the messages of a `ConfigError` that the block raises, instead of raising it.
+
+        Args:
+            rewrite: function applied to each message.
+        """
         try:
             yield
         except ConfigError as error:
             for message in getattr(error, "faults", [str(error)]):
-                self.add(say(message))
+                self.add(rewrite(message))
 
     def raise_if_any(self, subject: str) -> None:
-        """Raise one `ConfigError` that lists the collected messages, if there are any."""
+        """Raise a `ConfigError` with all collected messages, if there are any.
+
+        Args:
+            subject: name of the class that is being built, put in front of the messages.
+
+        Raises:
+            ConfigError: if there are messages; its attribute `faults` is the list of them.
+        """
         if not self.messages:
             return
         if len(self.messages) == 1:
@@ -67,6 +83,6 @@ class Faults:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause naming the nearest known name, or an empty string."""
+    """Return a question that suggests the most similar known name, or an empty string if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean `{near[0]}`?" if near else ""

@@ -1,4 +1,4 @@
-"""Pure tensor functions that several rooms share."""
+"""Tensor functions that several packages share."""
 
 from __future__ import annotations
 
@@ -7,34 +7,48 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
 def l2norm(t: Tensor, groups: int = 1) -> Tensor:
-    """`t / max(|t|, 1e-12)` over the last axis, cut into `groups` equal parts that are normalised apart."""
+    """Normalize the last axis to unit length: `t / max(|t|, 1e-12)`.
+
+    Args:
+        t: `(..., d)`.
+        groups: cut the axis into this many equal parts and normalize each by itself.
+    """
     if groups == 1:
         return F.normalize(t, dim=-1)
     return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
 
 
 def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
-    """`t / max(|t|_1, eps)` over an axis."""
+    """Divide by the sum of absolute values over an axis: `t / max(|t|_1, eps)`."""
     return F.normalize(t, p=1, dim=dim, eps=eps)
 
 
 def softclamp(t: Tensor, value: float) -> Tensor:
-    """`value * tanh(t / value)`: nearly the identity around zero, bounded by `value` (2408.00118)."""
+    """Clamp smoothly: `value * tanh(t / value)`, nearly the identity around 0 (arXiv 2408.00118)."""
     return (t / value).tanh() * value
 
 
 def qk_l2_dist_squared(q: Tensor, k: Tensor) -> Tensor:
-    """`|q_i - k_j|^2`, `(b, h, i, j)`, of `q (b, h, i, d)` and `k (b, h, j, d)` or `(b, j, d)`."""
+    """Return squared distances of queries and keys, `|q_i - k_j|^2`.
+
+    Args:
+        q: queries `(b, h, i, d)`.
+        k: keys `(b, h, j, d)`, or `(b, j, d)` if all heads share them.
+
+    Returns:
+        `(b, h, i, j)`, clamped to at least 0.
+    """
     k = k.unsqueeze(1) if k.ndim == 3 else k
     return (q.square().sum(dim=-1)[..., None] + k.square().sum(dim=-1)[..., None, :] - 2 * q @ k.mT).clamp(min=0)
 
 
 def default_device(device: torch.device | str | None = None) -> torch.device | str:
-    """The device given, or the first one there is of xpu, cuda, mps and cpu."""
+    """Return `device`, or the first available of xpu, cuda, mps and cpu if it is None."""
     if device is not None:
         return device
     found = (name for name in ("xpu", "cuda", "mps") if getattr(torch, name).is_available())
@@ -42,83 +56,99 @@ def default_device(device: torch.device | str | None = None) -> torch.device | s
 
 
 def log(t: Tensor, eps: float = 1e-20) -> Tensor:
-    """`ln(max(t, eps))`."""
+    """Return the natural logarithm of `max(t, eps)`."""
     return t.clamp(min=eps).log()
 
 
 def max_neg_value(t: Tensor) -> float:
-    """The most negative finite number of `t`'s dtype, with which hidden logits are filled."""
+    """Return the most negative finite number of the dtype of `t`, which hidden logits are set to."""
     return -torch.finfo(t.dtype).max
 
 
 def pad_left(t: Tensor, count: int, value: float | bool) -> Tensor:
-    """Put `count` columns of `value` in front of the last axis."""
+    """Pad the last axis on the left with `count` columns of `value`."""
     return F.pad(t, (count, 0), value=value) if count > 0 else t
 
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
-    """`(b, n, h*d) -> (b, h, n, d)`; a plain view, since eager attention pays for every call."""
+    """Split the last axis into heads: `(b, n, h d) -> (b, h, n, d)`."""
+    # called for every projection of every layer and token: no einops here, and one view for a single token
     b, n, _ = t.shape
-    # the axes of a single token need not change places
     return t.view(b, heads, 1, -1) if n == 1 else t.view(b, n, heads, -1).transpose(1, 2)
 
 
 def merge_heads(t: Tensor) -> Tensor:
-    """`(b, h, n, d) -> (b, n, h*d)`."""
+    """Merge heads into the last axis: `(b, h, n, d) -> (b, n, h d)`."""
     b, _, n, _ = t.shape
     return t.reshape(b, 1, -1) if n == 1 else t.transpose(1, 2).flatten(2)
 
 
 def expand_kv_heads(t: Tensor, heads: int) -> Tensor:
-    """`(b, g, n, d) -> (b, h, n, d)`: query head `q` reads key/value head `q // (h // g)`."""
+    """Repeat key/value heads, `(b, g, n, d) -> (b, h, n, d)`: query head q uses key/value head `q // (h // g)`."""
     g = t.shape[-3]
     return t if g == heads else t.repeat_interleave(heads // g, dim=-3)
 
 
 def reference_head_order(heads: int, kv_heads: int) -> Tensor | None:
-    """Where our query heads stand in the reference, which tiles (`h % g`); None if the orders are the same."""
+    """Return the index of each of our query heads in the reference, or None if both have the same order.
+
+    With grouped heads, query head q uses key/value head `q // (h // g)` here and `q % g` in the reference.
+    """
     if kv_heads in (1, heads):
         return None
-    return torch.arange(heads).reshape(heads // kv_heads, kv_heads).T.flatten()
+    return rearrange(torch.arange(heads), "(r g) -> (g r)", g=kv_heads)
 
 
 def reorder_heads(t: Tensor, dim: int, order: Tensor) -> Tensor:
-    """`t` with the heads, of equal width along axis `dim`, in another order."""
+    """Return `t` with its heads in another order.
+
+    Args:
+        t: any tensor.
+        dim: axis of t that consists of heads of equal width.
+        order: `(h,)` indices of heads.
+    """
     width = t.shape[dim] // len(order)
     rows = (order[:, None] * width + torch.arange(width)).flatten()
     return t.index_select(dim, rows.to(t.device))
 
 
 def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the widest of their dtypes."""
+    """Return the tensors in the widest of their dtypes."""
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """`t`, in float32 if its dtype is narrower."""
+    """Return `t` in float32, or in float64 if that is its dtype."""
     return t if t.dtype is torch.float64 else t.float()
 
 
 def project_away(x: Tensor, y: Tensor) -> Tensor:
-    """The part of `x` that is orthogonal to `y` over the last axis: `x - <x, u> u` with `u = y / |y|`; x's dtype.
+    """Return the component of `x` orthogonal to `y` over the last axis: `x - <x, u> u` with `u = y / |y|`.
 
-    Where `x` is a multiple of `y` (a token that reads itself alone), nothing is left, and a norm must not make
-    something of the rounding: the result is 0, with a gradient of 0.
+    Args:
+        x: `(..., d)`.
+        y: of the same shape.
+
+    Returns:
+        a tensor of the shape and dtype of `x`. If `x` is a multiple of `y`, exactly 0 with gradient 0.
     """
     wide, unit = at_least_float32(x), l2norm(at_least_float32(y))
     rest = wide - (wide * unit).sum(dim=-1, keepdim=True) * unit
+    # A token that sees only itself has a multiple of its value as output. The rest is then rounding error, which a norm
+    # after it would scale up to unit size.
     size, whole = (t.detach().square().sum(dim=-1, keepdim=True) for t in (rest, wide))
     rounding = 8 * torch.finfo(wide.dtype).eps
     return rest.masked_fill(size <= rounding**2 * whole, 0.0).to(x.dtype)
 
 
 def masked_mean(t: Tensor, mask: Tensor | None = None, dim: int = 1) -> Tensor:
-    """Mean over axis `dim` of the places where `mask` holds; an axis without any gives zeros.
+    """Return the mean over axis `dim` of the entries where `mask` is True; 0 if there are none.
 
     Args:
         t: `(b, n, ...)`.
-        mask: `(b, n)` bool, or None for the plain mean.
+        mask: `(b, n)` bool; None for the mean over all entries.
+        dim: the axis of the mean.
     """
     if mask is None:
         return t.mean(dim=dim)
@@ -127,25 +157,34 @@ def masked_mean(t: Tensor, mask: Tensor | None = None, dim: int = 1) -> Tensor:
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, exactly, with the gradient of `soft`."""
+    """Return the value of `hard`, exactly, with the gradient of `soft`."""
     return hard.detach() + (soft - soft.detach())
 
 
 def one_hot_straight_through(logits: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
-    """A one where `logits` are largest (the first of equals), with the gradient of `softmax(logits / temperature)`."""
+    """Return `one_hot(argmax(logits))` with the gradient of `softmax(logits / temperature)`.
+
+    Args:
+        logits: any tensor. Of equal logits the first is the largest.
+        temperature: temperature of the gradient.
+        dim: axis of the one-hot vectors.
+
+    Returns:
+        a tensor of the shape and dtype of `logits`.
+    """
     soft = (at_least_float32(logits) / temperature).softmax(dim=dim)
     hard = torch.zeros_like(soft).scatter(dim, logits.argmax(dim=dim, keepdim=True), 1.0)
     return straight_through(hard, soft).to(logits.dtype)
 
 
 def mix_heads(t: Tensor, weight: Tensor) -> Tensor:
-    """`out[b, o] = sum_h weight[o, h] t[b, h]` for `t (b, h, i, j)` and `weight (h, h, 1, 1)`."""
+    """Mix heads: `out[b, o] = sum_h weight[o, h] t[b, h]`, with `t (b, h, i, j)` and `weight (h, h, 1, 1)`."""
     return torch.einsum("oh,bhij->boij", weight.flatten(1).to(t.dtype), t)
 
 
 def by_row(t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Reads `t (1|b, n)` at a row and a place, both tensors of indices; a single row is that of all."""
+    """Return a function that reads `t`, `(1|b, n)`, at tensors of row and column indices; all rows share one."""
     if t.shape[0] > 1:
-        return lambda b, at: t[b, at]
-    (only,) = t
-    return lambda b, at: only[at]
+        return lambda b, column: t[b, column]
+    (shared,) = t
+    return lambda b, column: shared[column]

@@ -1,6 +1,6 @@
-"""Draw the pictures of the README from the library's own outputs: `python -m images.draw [NAME ...]`.
+"""Draw the pictures of the README from outputs of the library: `python -m images.draw [NAME ...]`.
 
-Some models are trained for it, which takes a few minutes; `--quick` draws with next to no training.
+Some pictures need trained models, which takes a few minutes; `--quick` draws after a few training steps only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PICTURES = {
 
 
 def draw(name: str, folder: Path, quick: bool = False) -> Path:
-    """The picture of this name, into a folder."""
+    """Draw the picture of this name into a folder, and return its path."""
     path = folder / f"{name}.png"
     with plt.rc_context(STYLE):
         PICTURES[name](path, quick)
@@ -37,11 +37,13 @@ def draw(name: str, folder: Path, quick: bool = False) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default all")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where they go")
-    parser.add_argument("--quick", action="store_true", help="with next to no training")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"pictures to draw, out of {', '.join(PICTURES)}; default all"
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="output folder")
+    parser.add_argument("--quick", action="store_true", help="draw after a few training steps only")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums in one order, whatever the machine has
+    torch.set_num_threads(1)  # the order of sums must not depend on the machine
     for name in arguments.names or PICTURES:
         if name not in PICTURES:
             parser.error(f"there is no picture {name!r}; there are {', '.join(PICTURES)}.")

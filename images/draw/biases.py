@@ -1,4 +1,4 @@
-"""What relative positions add to the scores: logits less scores, as an attention records them."""
+"""Relative position biases: the difference of recorded logits and scores of an attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS, HEADS, HEAD = 48, 4, 1
 
 
 def bias(stack: Decoder | Encoder, x: Tensor) -> Tensor:
-    """`(i, j)` of one head of the first attention; NaN where a key is hidden."""
+    """Return the bias `(i, j)` of one head of the first attention; NaN for hidden keys."""
     _, record = stack.eval()(x, return_hiddens=True)
     first = record.attn_intermediates[0]
     added = (first.pre_softmax_attn - first.qk_similarities)[0, HEAD]
@@ -23,7 +23,7 @@ def bias(stack: Decoder | Encoder, x: Tensor) -> Tensor:
 
 
 def draw(path: Path, quick: bool = False) -> None:
-    """ALiBi, T5 (whose table is random at first), a dynamic bias, and forget gates that a random text sets."""
+    """Draw ALiBi, T5 (with its random initial table), a dynamic bias, and forget gates on random input."""
     torch.manual_seed(5)
     size: dict[str, Any] = {"dim": 32, "depth": 1, "heads": HEADS, "attn_dim_head": 16}
     gates = Decoder(**size, attn_data_dependent_alibi=True, attn_data_dependent_alibi_kwargs={"bias_init": 2.0})

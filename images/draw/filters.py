@@ -1,4 +1,4 @@
-"""Which tokens a filter of logits leaves, for a model that is sure and for one that is not."""
+"""Tokens that each sampling filter keeps, for a confident model and for an uncertain one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILTERS = {
 
 
 def draw(path: Path, quick: bool = False) -> None:
-    """Two rows: a peaked distribution and a flat one; what is kept is blue."""
+    """Draw a row for a peaked distribution and one for a flat one; kept tokens are blue."""
     ranks = torch.arange(VOCABULARY)
     logits = {"sure": -0.9 * ranks**0.75, "unsure": -0.25 * ranks**0.75}
     figure, axes = panels(len(FILTERS), (2.1, 1.7), rows=2)
@@ -27,8 +27,8 @@ def draw(path: Path, quick: bool = False) -> None:
         for column, (name, options) in enumerate(FILTERS.items()):
             left = FILTER_LOGITS_FN[name](values[None], **options)[0].isfinite()
             each = axes[row * len(FILTERS) + column]
-            heights, colours = values.softmax(dim=-1).tolist(), [KEPT if kept else DROPPED for kept in left.tolist()]
-            each.bar(ranks.tolist(), heights, color=colours)
+            heights, colors = values.softmax(dim=-1).tolist(), [KEPT if kept else DROPPED for kept in left.tolist()]
+            each.bar(ranks.tolist(), heights, color=colors)
             each.set(xticks=[], yticks=[])
             if row == 0:
                 each.set_title("\n".join((name, ", ".join(f"{key} = {value:g}" for key, value in options.items()))))

@@ -1,4 +1,4 @@
-"""Who sees whom: where the first attention of a stack or a model has weights."""
+"""Attention masks: the pairs of query and key with a positive weight in the first attention of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = {"dim": 16, "depth": 1, "heads": 1, "attn_dim_head": 16}
 
 
 def seen(model: TransformerWrapper, **arguments: object) -> Tensor:
-    """`(i, j)`, 1 where query i has a weight on key j."""
+    """Return `(i, j)`, 1 if query i has a positive weight on key j, else 0."""
     _, (weights,) = model(torch.zeros(1, TOKENS, dtype=torch.long), return_attn=True, **arguments)
     return (weights[0, 0] > 0).float()
 
@@ -25,14 +25,14 @@ def model(layers: Decoder | Encoder | PrefixDecoder, **options: object) -> Trans
 
 
 def memory_tokens() -> Tensor:
-    """The same, with the columns of memory tokens lighter."""
+    """Return the mask of a model with memory tokens, with smaller values in their columns, which are drawn lighter."""
     view = seen(model(Decoder(**SIZE), num_memory_tokens=2, memory_tokens_interspersed_every=4))
     group = torch.arange(len(view)) % 6
     return view * torch.where(group < 2, 0.45, 1.0)
 
 
 def draw(path: Path, quick: bool = False) -> None:
-    """Six panels; rows are queries, columns keys."""
+    """Draw six panels; rows are queries, columns are keys."""
     torch.manual_seed(0)
     start = torch.tensor([4])
     views = {

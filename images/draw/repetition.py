@@ -1,7 +1,7 @@
-"""A task that needs attention: sequences that repeat themselves, and small decoders that learn to go on.
+"""A task that needs attention: repeating sequences, and small decoders that learn to continue them.
 
-Each row is a pattern of different tokens, said over and over; patterns have different lengths, so that a token's
-follower is found by looking at what followed it before, and not by counting back.
+Each row repeats a pattern of distinct tokens. Patterns have different lengths, so that the next token is found by
+attending to what followed the current token earlier, not by counting back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VOCABULARY, LENGTH, PERIODS, ROWS = 32, 40, (10, 20), 32
 
 
 def repeated(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`(rows, LENGTH)` ids, and the `(rows,)` lengths of their patterns."""
+    """Return repeating ids `(rows, LENGTH)`, and the lengths `(rows,)` of their patterns."""
     patterns = torch.rand(rows, VOCABULARY, generator=generator).argsort(dim=-1)
     periods = torch.randint(PERIODS[0], PERIODS[1] + 1, (rows,), generator=generator)
     return patterns.gather(1, torch.arange(LENGTH) % periods[:, None]), periods
@@ -32,7 +32,7 @@ def decoder(stack: Mapping[str, Any]) -> TransformerWrapper:
 
 
 def train(stack: Mapping[str, Any], steps: int) -> tuple[TransformerWrapper, list[float]]:
-    """The model, and for each step its loss over the tokens that are repetitions, in nats."""
+    """Train a decoder; return it, and for each step its loss on the repeated tokens, in nats."""
     return _trained(tuple(stack.items()), steps)
 
 

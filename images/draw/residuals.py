@@ -1,4 +1,4 @@
-"""What the placement of norms does to the residual stream and to gradients, before any training."""
+"""Effect of norm placement on the residual stream and on gradients, at initialization."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from images.draw.style import COLOURS, panels, save
+from images.draw.style import COLORS, panels, save
 from x_transformers import Encoder
 
 DEPTH, DIM = 16, 64
@@ -21,7 +21,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 
 def measure(options: dict[str, Any], depth: int) -> tuple[Tensor, Tensor]:
-    """`(2 depth + 1,)` root mean squares of the stream, and `(depth,)` gradient norms of the feedforwards."""
+    """Return root mean squares of the stream `(2 depth + 1,)`, and gradient norms of the feedforwards `(depth,)`."""
     torch.manual_seed(0)
     stack = Encoder(dim=DIM, depth=depth, heads=4, attn_dim_head=16, **options)
     x, target = torch.randn(8, 32, DIM), torch.randn(8, 32, DIM)
@@ -35,12 +35,12 @@ def measure(options: dict[str, Any], depth: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(path: Path, quick: bool = False) -> None:
-    """Four placements."""
+    """Draw curves for four placements."""
     figure, (left, right) = panels(2, (4.0, 2.8))
-    for colour, (name, options) in zip(COLOURS, PLACEMENTS.items(), strict=True):
+    for color, (name, options) in zip(COLORS, PLACEMENTS.items(), strict=True):
         stream, gradients = measure(options, depth=2 if quick else DEPTH)
-        left.plot(stream, color=colour, label=name, linewidth=1.4)
-        right.plot(gradients, color=colour, linewidth=1.4)
+        left.plot(stream, color=color, label=name, linewidth=1.4)
+        right.plot(gradients, color=color, linewidth=1.4)
     left.set(title="root mean square of the stream", xlabel="sublayer")
     right.set(title="gradient of the feedforwards' weights", xlabel="block", ylim=(0, None))
     left.legend(fontsize=8)

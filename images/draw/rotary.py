@@ -1,4 +1,4 @@
-"""Rotary angles, and what they do to the score of two tokens that are alike."""
+"""Rotary angles, and their effect on the score of two equal vectors at a distance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from images.draw.style import COLOURS, matrix, panels, save
+from images.draw.style import COLORS, matrix, panels, save
 from x_transformers import Decoder
 from x_transformers.attention.qk.rotary import RotaryEmbedding, rotate
 
@@ -16,14 +16,14 @@ FEATURES, POSITIONS = 32, 129
 
 
 def embedding(**options: Any) -> RotaryEmbedding:
-    """The part of a decoder with these options."""
+    """Return the rotary embedding of a decoder with these options."""
     part = Decoder(dim=64, depth=1, heads=1, rotary_emb_dim=FEATURES, **options).rotary_pos_emb
     assert isinstance(part, RotaryEmbedding)
     return part
 
 
-def turned(part: RotaryEmbedding, pos: Tensor, sign: float) -> Tensor:
-    """`(n, r)`: a vector of equal features, of length 1, as a query (sign 1) or key (sign -1) at these positions."""
+def rotated(part: RotaryEmbedding, pos: Tensor, sign: float) -> Tensor:
+    """Return a unit vector of equal features as a query (sign 1) or key (sign -1) at each position, `(n, r)`."""
     angles, factor = part(pos)
     angles = angles[0, :, ::2]
     ones = torch.full((1, 1, len(pos), FEATURES), FEATURES**-0.5)
@@ -32,13 +32,13 @@ def turned(part: RotaryEmbedding, pos: Tensor, sign: float) -> Tensor:
 
 
 def scores(part: RotaryEmbedding) -> Tensor:
-    """`(n,)`: the product of the query at the last position with the key at each distance."""
+    """Return the dot product `(n,)` of the query at the last position and the key at each distance."""
     pos = torch.arange(POSITIONS)
-    return (turned(part, pos, -1.0) @ turned(part, pos[-1:], 1.0)[0]).flip(0)
+    return (rotated(part, pos, -1.0) @ rotated(part, pos[-1:], 1.0)[0]).flip(0)
 
 
 def draw(path: Path, quick: bool = False) -> None:
-    """Cosines of the angles; and scores against distance."""
+    """Draw cosines of the angles, and scores over distance."""
     plain = {"rotary_pos_emb": True}
     curves = {
         "rotary_pos_emb": plain,
@@ -51,8 +51,8 @@ def draw(path: Path, quick: bool = False) -> None:
     image = matrix(left, angles[0, :, ::2].cos().T, "cosines of the rotary angles", cmap="RdBu_r", aspect="auto")
     left.set(xlabel="position", ylabel="pair of features", xticks=range(0, POSITIONS, 32))
     figure.colorbar(image, ax=left, ticks=[-1, 0, 1])
-    for colour, (name, options) in zip(COLOURS, curves.items(), strict=True):
-        right.plot(scores(embedding(**options)), color=colour, label=name, linewidth=1.4)
+    for color, (name, options) in zip(COLORS, curves.items(), strict=True):
+        right.plot(scores(embedding(**options)), color=color, label=name, linewidth=1.4)
     right.set(title="score of two vectors that are alike", xlabel="distance", xticks=range(0, POSITIONS, 32))
     right.axhline(0, color="#9aa0a6", linewidth=0.6)
     right.legend(fontsize=7.5)

@@ -1,4 +1,4 @@
-"""How every picture looks: light, few colours, small files."""
+"""Common style of all pictures: light, few colors, small files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too
-KEPT, DROPPED = COLOURS[0], "#d5d8dc"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # also distinct for color-blind readers
+KEPT, DROPPED = COLORS[0], "#d5d8dc"
 STYLE = {
     "axes.edgecolor": "#9aa0a6",
     "axes.spines.right": False,
@@ -26,18 +26,18 @@ STYLE = {
     "font.size": 8.5,
     "legend.frameon": False,
 }
-COLOURS_IN_FILE = 96
+COLORS_IN_FILE = 96
 
 
 def panels(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` times `columns` panels, each of the given size in inches."""
+    """Create a figure with `rows` times `columns` panels, each of the given size in inches."""
     inches = (columns * size[0], rows * size[1])
     figure, axes = plt.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
     return figure, list(axes.flat)
 
 
 def matrix(axes: Axes, values: Tensor, title: str, **style: Any) -> Any:
-    """A `(i, j)` matrix of queries and keys; what is NaN stays blank."""
+    """Draw a matrix `(i, j)` of queries and keys; NaN stays blank."""
     for spine in axes.spines.values():
         spine.set_visible(True)
     axes.set(title=title, xticks=[], yticks=[])
@@ -45,9 +45,9 @@ def matrix(axes: Axes, values: Tensor, title: str, **style: Any) -> Any:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG with a palette of its own, without a date or the name of a program."""
+    """Write a PNG with a small palette and without metadata, so that equal figures give equal files."""
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=110)
     plt.close(figure)
-    picture = Image.open(raw).convert("RGB").quantize(COLOURS_IN_FILE, dither=Image.Dither.NONE)
+    picture = Image.open(raw).convert("RGB").quantize(COLORS_IN_FILE, dither=Image.Dither.NONE)
     picture.save(path, format="PNG", optimize=True)

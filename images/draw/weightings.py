@@ -1,4 +1,4 @@
-"""What stands in place of the softmax: the weights of one attention, with the same parameters throughout."""
+"""Alternatives to the softmax: the weights of one attention with the same parameters and input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def weights(options: dict[str, Any], state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """`(i, j)` of the first head."""
+    """Return the weights `(i, j)` of the first head."""
     attend = Attention(DIM, heads=4, dim_head=16, causal=True, **options)
     attend.load_state_dict(state)
     _, record = attend(x, return_intermediates=True)
@@ -31,10 +31,10 @@ def weights(options: dict[str, Any], state: dict[str, Tensor], x: Tensor) -> Ten
 
 
 def draw(path: Path, quick: bool = False) -> None:
-    """Six weightings; blue adds, red takes away."""
+    """Draw six weightings; blue is positive, red is negative."""
     torch.manual_seed(1)
     state = Attention(DIM, heads=4, dim_head=16, causal=True).state_dict()
-    x = 2.5 * torch.randn(1, TOKENS, DIM)  # logits that tell keys apart, as those of a trained model do
+    x = 2.5 * torch.randn(1, TOKENS, DIM)  # large enough for logits to distinguish keys, as in a trained model
     figure, axes = panels(3, (2.3, 2.5), rows=2)
     for each, (title, options) in zip(axes, CHOICES.items(), strict=True):
         matrix(each, weights(options, state, x), title, cmap="RdBu", vmin=-1, vmax=1)

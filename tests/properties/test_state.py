@@ -66,7 +66,7 @@ def test_a_file_that_does_not_fit_changes_nothing(stack: str, case: Case) -> Non
     state["no.such.weight"] = torch.zeros(1)
     with pytest.raises(StateDictError) as error:
         model.load_state_dict(state)
-    for words in (f"missing: {lost}", "unexpected: no.such.weight", f"mis-shaped: {bent}"):
+    for words in (f"missing: {lost}", "unexpected: no.such.weight", f"wrong shape: {bent}"):
         assert words in str(error.value)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

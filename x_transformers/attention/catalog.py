@@ -1,4 +1,4 @@
-"""Features of an `Attention`, and the schema of its keywords."""
+"""Catalog of the features of an `Attention`, and the schema of its keywords."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    flash: bool | None = opt(None, "None: the fastest backend that hosts the options; True: a fused one; False: none")
-    attend_sdp_kwargs: dict | None = opt(None, "which of PyTorch's kernels may run: enable_flash, enable_math, ...")
-    onnxable: bool = opt(False, "kept for old scripts; masks are always comparisons of index ranges")
+    flash: bool | None = opt(
+        None, "None: the fastest backend that hosts the options; True: a fused one; False: no fused one"
+    )
+    attend_sdp_kwargs: dict | None = opt(None, "PyTorch kernels that may run: enable_flash, enable_math, ...")
+    onnxable: bool = opt(False, "no effect, accepted for old scripts: masks are always made from index ranges")
     flash_pack_seq: bool = opt(
-        False, "rows are packed: documents, specified by `flash_pack_seq_kwargs`, see only themselves"
+        False, "rows are packed: the documents that `flash_pack_seq_kwargs` describes see only themselves"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    max_attend_past: int | None = opt(None, "a query sees itself and at most that many tokens before it")
+    max_attend_past: int | None = opt(None, "a query sees itself and at most this many tokens before it")
 
     def __post_init__(self) -> None:
         w = self.max_attend_past
@@ -75,14 +77,14 @@ WINDOW = Feature(
     slot="mask",
     options=WindowOptions,
     enabled=lambda options: options.max_attend_past is not None,
-    summary="a query sees a bounded past",
+    summary="sliding window: a query sees a limited past",
     paper="2004.05150",
     self_attention_only=True,
     refuses=(
         Rule(
             when=lambda o: o.kind == "c",
-            why="`max_attend_past` would measure how far tokens are from those of a context, with which they share no "
-            "positions; drop it.",
+            why="`max_attend_past` limits how far back in its own sequence a query sees, and in cross-attention "
+            "keys are in another; drop it there.",
         ),
     ),
     examples=({"attn_max_attend_past": 4},),

@@ -1,1 +1,1 @@
-"""The feedforward: wider, an activation, back."""
+"""Feedforward networks: expand, activate, project back."""

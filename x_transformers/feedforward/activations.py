@@ -1,4 +1,4 @@
-"""Activations of the feedforward."""
+"""Activations of the feedforward: GELU, squared ReLU (2109.08668), SoLU, SiLU, or a module of the user's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
-    custom_activation: Any = opt(None, "this module (a copy of it) or function in place of GELU")
-    relu_squared: bool = opt(False, "relu(x) ** 2 in place of GELU")
-    solu: bool = opt(False, "LayerNorm(softmax(x) * x) in place of GELU")
-    swish: bool = opt(False, "SiLU in place of GELU")
+    custom_activation: Any = opt(None, "replace GELU by this module (a copy of it) or function")
+    relu_squared: bool = opt(False, "replace GELU by relu(x) ** 2")
+    solu: bool = opt(False, "replace GELU by LayerNorm(softmax(x) * x)")
+    swish: bool = opt(False, "replace GELU by SiLU")
 
     def __post_init__(self) -> None:
         require(
@@ -35,11 +35,11 @@ class ActivationOptions:
         )
 
     def ranked(self) -> list[str]:
-        """The keywords that are given; the first one wins."""
+        """Return the keywords that are set, by precedence: the first one decides."""
         return [name for name in ("custom_activation", "relu_squared", "solu", "swish") if getattr(self, name)]
 
     def activation(self, dim: int) -> nn.Module:
-        """The one that is chosen, over `dim` features; by default the exact GELU."""
+        """Build the chosen activation over `dim` features; by default the exact GELU."""
         if self.custom_activation is not None:
             return _as_module(self.custom_activation)
         if self.relu_squared:
@@ -50,17 +50,20 @@ class ActivationOptions:
 
 
 class ReluSquared(nn.Module):
-    """`relu(x) ** 2` (2109.08668)."""
+    """Squared ReLU activation: `relu(x) ** 2` (2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation elementwise."""
         return F.relu(x).square()
 
 
 class SoLU(nn.Module):
-    """`LayerNorm(softmax(x) * x)`: features compete, which makes them easier to read (Elhage et al., 2022).
+    """SoLU activation: `LayerNorm(softmax(x) * x)` (Elhage et al., 2022).
+
+    The softmax lets features compete, which makes single features easier to interpret.
 
     Args:
-        dim: features.
+        dim: number of features.
     """
 
     def __init__(self, dim: int) -> None:
@@ -68,11 +71,12 @@ class SoLU(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation over the last axis of `(..., dim)`."""
         return self.norm(x.softmax(dim=-1) * x)
 
 
 class FunctionActivation(nn.Module):
-    """A plain function as a module."""
+    """Activation module that calls a function."""
 
     def __init__(self, function: Activation) -> None:
         super().__init__()
@@ -83,8 +87,11 @@ class FunctionActivation(nn.Module):
 
 
 def _as_module(given: Any) -> nn.Module:
+    """Return a module for a custom activation: a copy, so that layers do not share its parameters."""
     if isinstance(given, type):
-        raise ConfigError(f"`custom_activation` is the class {given.__name__}; pass an instance of it.")
+        raise ConfigError(
+            f"`custom_activation` is the class {given.__name__}; pass an instance of it, or a function of a tensor."
+        )
     return copy.deepcopy(given) if isinstance(given, nn.Module) else FunctionActivation(given)
 
 
@@ -95,7 +102,7 @@ FEATURE = Feature(
     options=ActivationOptions,
     enabled=lambda options: bool(options.ranked()),
     idle=lambda options: options.ranked()[1:],
-    summary="another activation than GELU",
+    summary="another activation instead of GELU",
     paper="2109.08668",
     examples=(
         {"ff_relu_squared": True},

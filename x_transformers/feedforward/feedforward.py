@@ -1,4 +1,4 @@
-"""Feedforward, plain or gated: `W' act(W x)` (1706.03762), `W' (W1 x * act(W2 x))` (2002.05202)."""
+"""Feedforward, plain (1706.03762) or gated (2002.05202): `W' act(W x)` or `W' (W1 x * act(W2 x))`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ from x_transformers.options.signatures import parameter, show_keywords
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardOptions:
     dim_out: int | None = opt(None, "width of the output; default `dim`")
-    mult: float = opt(4, "inner width is int(dim * mult)")
-    dropout: float = opt(0.0, "dropout behind the activation")
-    sublayer_dropout: float = opt(0.0, "dropout of the output")
-    no_bias: bool = opt(False, "linear maps without biases; the gated input keeps its own (2204.02311)")
-    zero_init_output: bool = opt(False, "the output map starts at zero")
-    output_proj_depth: int | None = opt(None, "std of the output map is (2 * fan_in * depth) ** -0.5 (2402.00838)")
+    mult: float = opt(4, "expansion: the inner width is int(dim * mult)")
+    dropout: float = opt(0.0, "dropout after the activation")
+    sublayer_dropout: float = opt(0.0, "dropout on the output")
+    no_bias: bool = opt(
+        False, "linear maps without biases, except for the input map of a gated feedforward (2204.02311)"
+    )
+    zero_init_output: bool = opt(False, "initialize the output map to zero")
+    output_proj_depth: int | None = opt(
+        None, "initialize the output map with std (2 * fan_in * depth) ** -0.5 (2402.00838)"
+    )
 
     def __post_init__(self) -> None:
         require(self.mult > 0, f"`mult` is {self.mult}; it must be positive.")
@@ -44,13 +48,13 @@ class FeedForwardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GLUOptions:
-    glu: bool = opt(False, "gated: up(x) * act(gate(x))")
-    glu_mult_bias: bool = opt(False, "with a learned factor for each inner channel")
+    glu: bool = opt(False, "gated linear unit: u * act(g) with [u, g] = up(x)")
+    glu_mult_bias: bool = opt(False, "multiply the gated values by a learned factor per inner channel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PostActNormOptions:
-    post_act_ln: bool = opt(False, "LayerNorm behind the activation")
+    post_act_ln: bool = opt(False, "LayerNorm after the activation")
 
 
 FEATURES = (
@@ -59,7 +63,7 @@ FEATURES = (
         group="ff",
         slot="feedforward",
         options=FeedForwardOptions,
-        summary="widths, dropouts and initialisation of the feedforward",
+        summary="widths, dropouts and initialization of the feedforward",
         examples=({"ff_mult": 2}, {"ff_no_bias": True}, {"ff_dropout": 0.1, "ff_sublayer_dropout": 0.1}),
     ),
     Feature(
@@ -80,7 +84,7 @@ FEATURES = (
         slot="feedforward",
         options=PostActNormOptions,
         enabled=lambda options: options.post_act_ln,
-        summary="LayerNorm behind the activation",
+        summary="LayerNorm after the activation",
         paper="2110.09456",
         examples=({"ff_post_act_ln": True},),
     ),
@@ -90,15 +94,16 @@ SCHEMA = Schema(FEATURES)
 
 
 class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFunction):
-    """`down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
+    """Feedforward network: `down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:
         dim: width of the input.
         dim_out: width of the output; default `dim`.
-        mult: inner width is `int(dim * mult)`.
+        mult: expansion; the inner width is `int(dim * mult)`.
+        options: keywords of the features below.
 
     Raises:
-        ConfigError: listing every unknown keyword and bad value.
+        ConfigError: if keywords are unknown or values are out of range; the message lists all of them.
     """
 
     def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **options: Any) -> None:
@@ -137,11 +142,11 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
     def forward(
         self, x: Tensor, deep_embed: Tensor | None = None, *, layer: LayerCall | None = None
     ) -> Tensor | BranchOutput:
-        """Map each token by itself.
+        """Apply the network to each token.
 
         Args:
-            x: `(..., dim)`.
-            deep_embed: factor of the output, broadcastable to it.
+            x: `(..., dim)` input.
+            deep_embed: `(..., dim_out)` factor on the output, or None.
             layer: the call of a sublayer, instead of `deep_embed`.
 
         Returns:
@@ -167,12 +172,12 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         return x if layer is None else BranchOutput(x, None, layer.carry)
 
     def prepare(self) -> tuple[Map, Map] | None:
-        """Return both linear maps, if they are plain ones."""
+        """Return the weights of both linear maps; None if one of them is not a plain `nn.Linear`."""
         up, down = plain_map(self.up), plain_map(self.down)
         return None if up is None or down is None else (up, down)
 
     def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize (2502.16982), those of a custom activation included."""
+        """Yield the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
         yield from (module.weight for module in self.modules() if isinstance(module, nn.Linear))
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:

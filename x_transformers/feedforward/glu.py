@@ -1,4 +1,4 @@
-"""The gated linear unit: half of a linear map, times an activation of the other half (2002.05202)."""
+"""Gated linear unit: `u * act(g)` with `[u, g] = W x + c` (2002.05202)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from x_transformers.ops import softclamp as clamp
 
 
 def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: Tensor | None) -> Tensor:
-    """`u * activation(g) * scale` of `projected = [u, g]`; with a bound c, `u` is `c * tanh(u / c)`."""
+    """Gate the two halves of a projection: `u * activation(g) * scale` with `[u, g] = projected`.
+
+    Args:
+        projected: `(..., 2 w)`, the value u and the gate g.
+        activation: activation of the gate.
+        bound: if given, bounds u by `c * tanh(u / c)`.
+        scale: `(w,)` learned factor, or None.
+
+    Returns:
+        `(..., w)`.
+    """
     up, gate = projected.chunk(2, dim=-1)
     up = up if bound is None else clamp(up, bound)
     out = up * activation(gate)
@@ -19,18 +29,19 @@ def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: 
 
 
 class GLU(nn.Module):
-    """`u * act(g) * m` with `[u, g] = W x + c`.
+    """Gated linear unit: `u * act(g) * m` with `[u, g] = W x + c`.
 
     Args:
         dim_in: width of the input.
         dim_out: width of the output.
-        activation: act.
-        mult_bias: with the learned factors m, `(dim_out,)`, initially 1.
-        softclamp: bound u, and the linear factor of a GELU or SiLU.
-        gate_softclamp_value, up_softclamp_value: the bounds of both.
+        activation: activation of the gate g.
+        mult_bias: multiply by a learned factor per channel, `m (dim_out,)`, initially 1.
+        softclamp: bound u, and the linear factor of the gate's GELU or SiLU.
+        gate_softclamp_value: bound of the gate's linear factor.
+        up_softclamp_value: bound of u.
 
     Raises:
-        ConfigError: if a bound is not positive, or an activation is to be bounded that has no linear factor.
+        ConfigError: if a bound is not positive, or `softclamp` is on with an activation other than GELU or SiLU.
     """
 
     def __init__(
@@ -53,5 +64,5 @@ class GLU(nn.Module):
         self.mult_bias = nn.Parameter(torch.ones(dim_out)) if mult_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim_in) -> (..., dim_out)`."""
+        """Map `x (..., dim_in)` to `(..., dim_out)`."""
         return gated(self.proj(x), self.act, self.bound, self.mult_bias)

@@ -1,4 +1,4 @@
-"""Bounds inside of the feedforward: `c * tanh(u / c)` of what enters the activation, or of the parts of a gate
+"""Bounds inside of the feedforward: `c * tanh(u / c)` on the input of the activation, or on both halves of a gate
 (2607.24653).
 """
 
@@ -17,10 +17,10 @@ from x_transformers.options.schema import Feature, Rule, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class SoftclampOptions:
-    softclamp_value: float | None = opt(None, "bound of what enters the activation of a plain feedforward")
-    glu_softclamp: bool = opt(False, "bound both parts of a gated feedforward")
+    softclamp_value: float | None = opt(None, "bound the input of the activation of a feedforward without gate")
+    glu_softclamp: bool = opt(False, "bound both halves of a gated feedforward")
     glu_gate_softclamp_value: float = opt(4.0, "bound of the gate")
-    glu_up_softclamp_value: float = opt(25.0, "bound of what is gated")
+    glu_up_softclamp_value: float = opt(25.0, "bound of the values that are gated")
 
     def __post_init__(self) -> None:
         for name in ("softclamp_value", "glu_gate_softclamp_value", "glu_up_softclamp_value"):
@@ -29,24 +29,24 @@ class SoftclampOptions:
 
 
 def softclamp_gelu(t: Tensor, value: float) -> Tensor:
-    """`softclamp(t) * Phi(t)`: a GELU whose linear factor is bounded by `value`."""
+    """Apply a GELU whose linear factor is bounded: `c * tanh(t / c) * Phi(t)` with `c = value`."""
     return softclamp(t, value) * 0.5 * (1 + torch.erf(t * 0.5**0.5))
 
 
 def softclamp_silu(t: Tensor, value: float) -> Tensor:
-    """`softclamp(t) * sigmoid(t)`: a SiLU whose linear factor is bounded by `value`."""
+    """Apply a SiLU whose linear factor is bounded: `c * tanh(t / c) * sigmoid(t)` with `c = value`."""
     return softclamp(t, value) * F.sigmoid(t)
 
 
 class BoundedGate(nn.Module):
-    """`clamp(gate) * Phi(gate)` for GELU, `clamp(gate) * sigmoid(gate)` for SiLU: only the linear factor is bounded.
+    """GELU or SiLU whose linear factor is bounded: `c * tanh(g / c) * Phi(g)` or `c * tanh(g / c) * sigmoid(g)`.
 
     Args:
-        activation: a `nn.GELU` or a `nn.SiLU`.
-        value: the bound.
+        activation: the `nn.GELU` or `nn.SiLU` to bound.
+        value: bound c.
 
     Raises:
-        ConfigError: for any other activation, which has no such factor.
+        ConfigError: if the activation is neither.
     """
 
     def __init__(self, activation: nn.Module, value: float) -> None:
@@ -54,11 +54,12 @@ class BoundedGate(nn.Module):
         if not isinstance(activation, (nn.GELU, nn.SiLU)):
             raise ConfigError(
                 f"`glu_softclamp` bounds the linear factor of GELU or SiLU, but the activation is "
-                f"{type(activation).__name__}; drop it or the other activation."
+                f"{type(activation).__name__}; drop one of them."
             )
         self.is_gelu, self.value = isinstance(activation, nn.GELU), value
 
     def forward(self, gate: Tensor) -> Tensor:
+        """Apply the activation elementwise."""
         return (softclamp_gelu if self.is_gelu else softclamp_silu)(gate, self.value)
 
 
@@ -68,12 +69,12 @@ FEATURE = Feature(
     slot="feedforward",
     options=SoftclampOptions,
     enabled=lambda options: options.softclamp_value is not None or options.glu_softclamp,
-    summary="bounds inside of the feedforward",
+    summary="soft bounds inside of the feedforward",
     paper="2607.24653",
     warns=(
         Rule(
             when=lambda o: o["ff_softclamp"].softclamp_value is not None and o.on("glu"),
-            why="`ff_softclamp_value` has no effect in a gated feedforward; `ff_glu_softclamp` bounds that.",
+            why="`ff_softclamp_value` has no effect in a gated feedforward; use `ff_glu_softclamp` there.",
         ),
         Rule(
             when=lambda o: o["ff_softclamp"].glu_softclamp and not o.on("glu"),

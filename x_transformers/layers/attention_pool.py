@@ -1,4 +1,4 @@
-"""Pooling by attention: learned queries read a sequence (1810.00825)."""
+"""Pooling by attention: learned queries attend to a sequence (1810.00825)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from x_transformers.options.configured import Configured
 
 
 class AttentionPool(Configured, nn.Module):
-    """`k` learned queries that attend to a context, by one attention or a stack of cross-attention blocks.
+    """Pooling of a context by k learned queries, through one attention or a stack of cross-attention blocks.
 
     Args:
-        dim: width of queries and output.
-        num_pooled_tokens: k; 0 leaves the queries to the caller.
+        dim: width of the queries and of the output.
+        num_pooled_tokens: number of learned queries k; 0 if the caller passes the queries.
         dim_context: width of the context; default `dim`.
-        add_residual: add the queries to what they read.
-        depth: blocks of cross-attention and feedforward; 1 means attention alone.
-        heads, dim_head: of the attention.
-        use_transformer_blocks: force blocks; default `depth > 1`.
-        squeeze_output: drop the token axis of a single query.
-        attn_kwargs: further keywords of the attention, without prefix.
+        add_residual: add the queries to the output of the attention.
+        depth: number of blocks of cross-attention and feedforward; 1 is a single attention without feedforward.
+        heads: number of heads of each attention.
+        dim_head: width of a head.
+        use_transformer_blocks: use blocks, also with `depth = 1`; default `depth > 1`.
+        squeeze_output: remove the token axis of a single query from the output.
+        attn_kwargs: more keywords for the attention, without prefix.
 
     Raises:
-        ConfigError: if options disagree.
+        ConfigError: if a value is out of range, or if options disagree.
     """
 
     def __init__(
@@ -69,15 +70,20 @@ class AttentionPool(Configured, nn.Module):
     def forward(
         self, context: Tensor, mask: Tensor | None = None, queries: Tensor | None = None, **arguments: Any
     ) -> Tensor:
-        """Pool.
+        """Pool a context.
 
         Args:
-            context: `(b, m, dim_context)`. mask: `(b, m)` bool, valid tokens of the context.
-            queries: `(k, dim)` or `(b, k, dim)` in place of the learned ones.
-            arguments: of the attention or the stack.
+            context: `(b, m, dim_context)` tokens to pool.
+            mask: `(b, m)` bool, True for valid tokens of the context.
+            queries: `(k, dim)` or `(b, k, dim)`, used instead of the learned queries.
+            arguments: more arguments for the forward pass of the attention or the stack.
 
         Returns:
             `(b, k, dim)`, or `(b, dim)` with `squeeze_output`.
+
+        Raises:
+            InputError: if there are no queries, or `squeeze_output` has to remove an axis of several.
+            ShapeError: if the queries have another shape.
         """
         given = self.queries if queries is None else queries
         if given is None:
@@ -89,7 +95,9 @@ class AttentionPool(Configured, nn.Module):
                 f"`queries` has shape {tuple(given.shape)}; it must be ({context.shape[0]}, k, {self.dim})."
             )
         if self.squeeze_output and given.shape[1] != 1:
-            raise InputError(f"`squeeze_output` drops the axis of a single query, but there are {given.shape[1]}.")
+            raise InputError(
+                f"`squeeze_output` removes the axis of a single query, but there are {given.shape[1]}; pass one query."
+            )
         out = self.pooler(given, context=context, context_mask=mask, **arguments)
         assert isinstance(out, Tensor)
         out = out + given if self.add_residual else out
@@ -102,8 +110,12 @@ def _check(tokens: int, depth: int, blocks: bool, squeeze: bool, residual: bool)
             f"AttentionPool: `num_pooled_tokens` is {tokens} and `depth` is {depth}; they must be at least 0 and 1."
         )
     if squeeze and tokens > 1:
-        raise ConfigError(f"AttentionPool: `squeeze_output` needs a single query, but there are {tokens}.")
+        raise ConfigError(
+            f"AttentionPool: `squeeze_output` needs a single query, but `num_pooled_tokens` is {tokens}; set it to 1."
+        )
     if depth > 1 and not blocks:
-        raise ConfigError(f"AttentionPool: `depth` is {depth}; more than one needs `use_transformer_blocks`.")
+        raise ConfigError(
+            f"AttentionPool: `depth` is {depth}, and more than 1 needs blocks; drop `use_transformer_blocks = False`."
+        )
     if residual and blocks:
-        raise ConfigError("AttentionPool: blocks have residuals of their own; drop `add_residual`.")
+        raise ConfigError("AttentionPool: blocks already add residuals; drop `add_residual`.")

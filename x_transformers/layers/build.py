@@ -74,7 +74,7 @@ def build_branch(stack: Stack, plan: StackPlan, layer: LayerPlan, index: int, no
         norm=norm(dim) if where.before else None,
         shift=TokenShift(shift, dim, stack.causal or stack.looks_back) if shift else None,
         output_norm=norm(dim) if where.output else None,
-        stream_norm=norm(dim) if where.behind else None,
+        stream_norm=norm(dim) if where.after else None,
         scale=_one(options, "branch scale", place),
         output_scale=factor,
         dropout=skip,

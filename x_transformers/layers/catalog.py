@@ -1,5 +1,7 @@
-"""The catalogue: every feature of a stack. Adding a paper means one new file and one line here (or in the catalogue of
-attention or of the feedforward, for what acts inside of them).
+"""Catalog of the features of a stack.
+
+A new paper is one new file and one line here; a feature that acts inside of attention or of the feedforward goes into
+their own catalogs instead. The order is that of signatures and of `help`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
 from x_transformers.feedforward import feedforward
 from x_transformers.layers import checkpointing as recompute
-from x_transformers.layers import conditioning, output, structure, unet, views
+from x_transformers.layers import conditioning, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
 from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, plain, resi_dual, streams
@@ -41,7 +43,7 @@ STACK_FEATURES = (
     scale.ADAPTIVE,
     output_init.DEPTH_SCALE,
     output_init.ZERO_INIT,
-    output.FEATURE,
+    scale.OUTPUT_CLAMP,
     shift.FEATURE,
     dropout.LAYER_DROPOUT,
     dropout.CONTEXT_DROPOUT,

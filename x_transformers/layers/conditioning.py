@@ -1,5 +1,7 @@
-"""What a caller gives to every layer beside the stream, and what becomes of it before the first one: the condition of
-adaptive norms, and an injection of the input into each sublayer (1909.01377, 2410.03020).
+"""Inputs that every layer reads besides the residual stream: the condition of adaptive norms and scales, and the
+injection of the stack's input into each sublayer (1909.01377, 2410.03020).
+
+Both are computed once per pass, before the first layer.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ from x_transformers.options.schema import Feature, Options, opt
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionOptions:
-    reinject_input: bool = opt(False, "a linear map of the stack's input is added to each sublayer's input")
+    reinject_input: bool = opt(False, "add a linear map of the stack's input to each sublayer's input")
     learned_reinject_input_gate: bool = opt(
-        False, "what is added (also `in_attn_cond` of a pass) has a gate for each token"
+        False, "gate what is added to each sublayer's input, token by token; applies to `in_attn_cond` too"
     )
 
 
 class ConditionMLP(nn.Module):
-    """`silu(W condition)`."""
+    """Map of the condition for adaptive norms and scales: `silu(W condition)`.
+
+    Args:
+        width: width of the condition.
+        out: width of the result.
+    """
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -33,12 +40,12 @@ class ConditionMLP(nn.Module):
 
 
 class Injection(nn.Module):
-    """`proj(x)`, or what the caller gives in its place, times `sigmoid(gate(x))`.
+    """Injection into each sublayer: `P x`, or a tensor of the caller's, times `sigmoid(g x)`.
 
     Args:
-        dim: width.
-        project: inject the stack's input.
-        gate: a learned gate for each token.
+        dim: model width D.
+        project: inject a linear map `P` of the stack's input; False: inject what the caller passes.
+        gate: multiply by a learned gate per token.
     """
 
     def __init__(self, dim: int, project: bool, gate: bool) -> None:
@@ -47,10 +54,24 @@ class Injection(nn.Module):
         self.gate = nn.Linear(dim, 1, bias=False) if gate else None
 
     def forward(self, x: Tensor, given: Tensor | None) -> Tensor | None:
-        """`(b, n, D)` to be added to each sublayer's input; x is the stack's input."""
+        """Return the tensor to add to each sublayer's input; None if nothing is injected.
+
+        Args:
+            x: `(b, n, D)` input of the stack.
+            given: `(b, 1|n, D)` the caller's `in_attn_cond`, or None.
+
+        Returns:
+            `(b, n, D)`, or `(b, 1|n, D)` if the caller's tensor has no gate; None.
+
+        Raises:
+            InputError: if the caller passes a tensor although the stack's input is injected.
+        """
         if self.proj is not None:
             if given is not None:
-                raise InputError("`reinject_input` injects the input; drop `in_attn_cond`.")
+                raise InputError(
+                    "`in_attn_cond` cannot be combined with `reinject_input`, which injects the stack's input; "
+                    "drop `in_attn_cond`."
+                )
             given = self.proj(x)
         if given is None or self.gate is None:
             return given
@@ -58,26 +79,36 @@ class Injection(nn.Module):
 
 
 def build_injection(options: InjectionOptions, dim: int) -> Injection:
-    """The stack's injection, also where only a caller injects."""
+    """Build the injection of a stack, also if only callers inject."""
     return Injection(dim, options.reinject_input, options.learned_reinject_input_gate)
 
 
 def build_condition(options: Options, dim: int) -> ConditionMLP | None:
-    """What the condition passes, if something reads it."""
+    """Build the map that the condition passes through; None if adaptive parts read the condition itself."""
     condition = options["condition"]
     if not condition.adaptive_condition_mlp:
         return None
     return ConditionMLP(condition.given_width(dim), condition.width(dim))
 
 
-def newest(t: Tensor, batch: int, n: int, width: int, name: str) -> Tensor:
-    """The part `(b, 1|n, width)` of a caller's tensor that speaks of the n tokens of this pass.
+def select_new_tokens(t: Tensor, batch: int, n: int, width: int, name: str) -> Tensor:
+    """Return the part of a caller's tensor that belongs to the n tokens of this pass.
+
+    In decoding with a cache, a caller may pass the tensor for the new tokens only, or for the whole sequence.
 
     Args:
-        t: `(b, width)` for all tokens, or `(b, 1, width)`, or `(b, new or all tokens, width)`.
+        t: `(b, width)` or `(b, 1, width)`, the same for all tokens; or `(b, m, width)` with m >= n, of which the last n
+            belong to this pass. The batch may be 1.
+        batch: batch size b of the pass.
+        n: number of tokens of the pass.
+        width: expected width.
+        name: name of the argument, for the error.
+
+    Returns:
+        `(b, 1|n, width)`.
 
     Raises:
-        ShapeError: if it has another shape.
+        ShapeError: if `t` has another shape.
     """
     shape = tuple(t.shape)
     t = t.unsqueeze(1) if t.ndim == 2 else t
@@ -95,7 +126,7 @@ FEATURE = Feature(
     slot="injection",
     options=InjectionOptions,
     enabled=lambda options: options.reinject_input or options.learned_reinject_input_gate,
-    summary="the input is added to each sublayer's input",
+    summary="the stack's input is added to each sublayer's input",
     paper="2410.03020",
     examples=({"reinject_input": True}, {"reinject_input": True, "learned_reinject_input_gate": True}),
 )

@@ -28,7 +28,7 @@ from x_transformers.layers.branches.norm_placement import norm_places
 from x_transformers.layers.build import build_branch, check_value_residual, norm_of
 from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
 from x_transformers.layers.compile_blocks import Regional
-from x_transformers.layers.conditioning import build_condition, build_injection, newest
+from x_transformers.layers.conditioning import build_condition, build_injection, select_new_tokens
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
 from x_transformers.layers.explain import ALWAYS_ON, Explanation, count, explain_sublayers, situation_of
 from x_transformers.layers.packing import packed_kinds, read_documents
@@ -560,13 +560,13 @@ class AttentionLayers(Configured, ReadsReference, Traversal):
         if given is None or not self.need_condition:
             needs = f"needs `condition`, (b, {self.dim_condition})" if self.need_condition else "reads no `condition`"
             raise InputError(f"this stack {needs}: adaptive norms and layer scales are what reads one.")
-        condition = newest(given, batch, n, self.dim_condition, "condition")
+        condition = select_new_tokens(given, batch, n, self.dim_condition, "condition")
         return condition if self.condition_mlp is None else self.condition_mlp(condition)
 
     def _injection(self, given: Tensor | None, x: Tensor) -> Tensor | None:
         """What is added to every sublayer's input, `(b, 1|n, D)`."""
         if given is not None:
-            given = newest(given, x.shape[0], x.shape[1], self.dim, "in_attn_cond")
+            given = select_new_tokens(given, x.shape[0], x.shape[1], self.dim, "in_attn_cond")
         return given if self.injection is None else self.injection(x, given)
 
     # checks

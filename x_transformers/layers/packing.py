@@ -1,4 +1,4 @@
-"""Packed rows in a stack: which attentions keep documents apart, and what a caller says of the documents."""
+"""Packed rows in a stack: the attentions that keep documents apart, and the documents that a caller specifies."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from x_transformers.forward_pass.documents import Documents, check_packing, docu
 from x_transformers.layers.plan import StackPlan
 
 ARGUMENTS = {"a": "flash_pack_seq_kwargs", "c": "flash_pack_seq_context_kwargs"}
-"""The arguments that tell self- and cross-attention of documents."""
+"""Arguments of a pass that specify the documents, for each kind of attention."""
 
 KEYWORDS = {"a": "attn_flash_pack_seq", "c": "cross_attn_flash_pack_seq"}
+"""Keywords that switch packed rows on, for each kind of attention."""
 
 
 def packed_kinds(plan: StackPlan) -> frozenset[str]:
-    """The kinds of attention that keep the documents of a packed row apart.
+    """Return the kinds of attention that keep the documents of a packed row apart.
 
     Raises:
-        ConfigError: if only some layers of a kind do, or the stack could not keep documents apart.
+        ConfigError: if only some layers of a kind do, or if another option of the stack would mix documents.
     """
     kinds = set()
     for kind, keyword in KEYWORDS.items():
-        asked = {layer.options["backend"].flash_pack_seq for layer in plan.of(kind)}
-        if len(asked) > 1:
-            raise ConfigError(f"`{keyword}` differs between layers, but a row is packed for all of them or for none.")
-        if True in asked:
+        requested = {layer.options["backend"].flash_pack_seq for layer in plan.of(kind)}
+        if len(requested) > 1:
+            raise ConfigError(
+                f"`{keyword}` differs between layers, but a row is packed for all layers or for none; pass one value."
+            )
+        if True in requested:
             kinds.add(kind)
     if "a" in kinds and not plan.options.on("rotary"):
         raise ConfigError(
-            "`attn_flash_pack_seq` counts positions within each document, which absolute ones do not; it needs "
+            "`attn_flash_pack_seq` counts positions within each document, which absolute positions do not; it needs "
             "`rotary_pos_emb = True`."
         )
     if "c" in kinds and plan.options.on("context_dropout"):
         raise ConfigError(
-            "`cross_attn_flash_pack_seq` divides the context into documents, of which `cross_attn_tokens_dropout` may "
-            "leave nothing; drop one of them."
+            "`cross_attn_flash_pack_seq` divides the context into documents, and `cross_attn_tokens_dropout` may drop "
+            "all tokens of one; drop one of the two options."
         )
     return frozenset(kinds)
 
@@ -46,16 +49,17 @@ def packed_kinds(plan: StackPlan) -> frozenset[str]:
 def read_documents(
     packed: frozenset[str], given: Mapping[str, Any], x: Tensor, context: Tensor | None, *, cached: bool
 ) -> dict[str, Documents]:
-    """The documents that each kind of attention sees, from the arguments of a pass.
+    """Return the documents that each kind of attention keeps apart in a pass.
 
     Args:
-        packed: the kinds that keep documents apart.
-        given: the arguments, by name; None where there is none.
-        x: `(1, n, D)`. context: `(1, m, Dc)`.
-        cached: the pass has a cache.
+        packed: kinds of attention that keep documents apart.
+        given: arguments of the pass by name, those of `ARGUMENTS` among them; None if not given.
+        x: `(1, n, D)` input.
+        context: `(1, m, Dc)` source of cross-attention, or None.
+        cached: True if the pass has a cache.
 
     Raises:
-        InputError: if documents are told of where none are meant, or the other way round.
+        InputError: if documents are specified for a kind that does not keep them apart, or missing for one that does.
     """
     documents = {}
     for kind, name in ARGUMENTS.items():

@@ -23,7 +23,7 @@ from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.checkpointing import run_twice, stretches
 from x_transformers.layers.compile_blocks import Regional
-from x_transformers.layers.conditioning import newest
+from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.execution_order import LayerSequence, Step
 from x_transformers.layers.pass_state import PassState, Recorder, folded, unfolded
 from x_transformers.layers.residuals.base import StreamFrame
@@ -217,7 +217,9 @@ class Traversal(nn.Module):
         if given.kv_residuals:
             residual = _nth(given.kv_residuals["a"], step.nth)
             if residual is not None:
-                residual = newest(residual, len(residual), len(call.query), self.dim, "self_attn_kv_residuals")
+                residual = select_new_tokens(
+                    residual, len(residual), len(call.query), self.dim, "self_attn_kv_residuals"
+                )
             layer.kv_residual = residual
 
     def _bind(

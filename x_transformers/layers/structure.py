@@ -1,4 +1,6 @@
-"""Which sublayers a stack has, in which order, and options of the stack as a whole."""
+"""Options for the sublayers of a stack and their order (macaron 1906.02762, tied layers 1909.11942, sandwich order
+1911.03864, PAR 2009.04534), and for the stack as a whole.
+"""
 
 from __future__ import annotations
 
@@ -10,55 +12,61 @@ from x_transformers.options.schema import Feature, Rule, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class StructureOptions:
-    depth: int | None = opt(None, "blocks")
-    heads: int = opt(8, "query heads of every attention")
-    cross_attend: bool = opt(False, "a cross-attention in each block; a forward pass then needs `context`")
-    only_cross: bool = opt(False, "with `cross_attend`: no self-attention")
-    only_attn: bool = opt(False, "no feedforwards")
+    depth: int | None = opt(None, "number of blocks")
+    heads: int = opt(8, "number of query heads of every attention")
+    cross_attend: bool = opt(False, "add cross-attention to each block; a forward pass then needs `context`")
+    only_cross: bool = opt(False, "with `cross_attend`: build no self-attention")
+    only_attn: bool = opt(False, "build no feedforwards")
 
     def __post_init__(self) -> None:
         require(self.depth is None or self.depth >= 1, f"`depth` is {self.depth}; it must be at least 1.")
         require(self.heads >= 1, f"`heads` is {self.heads}; it must be at least 1.")
         require(
             self.cross_attend or not self.only_cross,
-            "`only_cross` drops self-attention beside cross-attention; it needs `cross_attend = True`.",
+            "`only_cross` leaves out self-attention, which leaves no attention here; it needs `cross_attend = True`.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MacaronOptions:
-    macaron: bool = opt(False, "a feedforward before and one behind attention, each with factor 1/2")
+    macaron: bool = opt(False, "a feedforward before attention and one after it, each with factor 1/2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TyingOptions:
-    weight_tie_layers: bool = opt(False, "one block that runs `depth` times")
+    weight_tie_layers: bool = opt(False, "build one block and run it `depth` times")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderOptions:
-    layers_execute_order: tuple[int, ...] | None = opt(None, "indices of built sublayers in the order of execution")
+    layers_execute_order: tuple[int, ...] | None = opt(
+        None, "order of execution, as indices of built sublayers; an index may repeat"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomOptions:
-    custom_layers: tuple[str, ...] | str | None = opt(None, "sublayers by code: a, c and f")
+    custom_layers: tuple[str, ...] | str | None = opt(
+        None, "list of sublayers: a self-attention, c cross-attention, f feedforward"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SandwichOptions:
-    sandwich_coef: int | None = opt(None, "k attentions first and k feedforwards last")
+    sandwich_coef: int | None = opt(None, "sandwich order with k attentions first and k feedforwards last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParOptions:
-    par_ratio: int | None = opt(None, "attention in the first two thirds only, one for every so many sublayers")
+    par_ratio: int | None = opt(None, "PAR order: one attention per k sublayers, and only in the first two thirds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackOptions:
-    disable_abs_pos_emb: bool | None = opt(None, "no absolute positions in wrappers; default: with rotary or T5 bias")
-    rel_pos_kwargs: dict[str, Any] = opt({}, "further arguments of the bias module (ALiBi: `slopes`)")
+    disable_abs_pos_emb: bool | None = opt(
+        None, "leave out absolute positions in wrappers; default: only with rotary positions or a T5 bias"
+    )
+    rel_pos_kwargs: dict[str, Any] = opt({}, "more arguments for the relative position bias (ALiBi: `slopes`)")
     verbose: bool = opt(True, "warn about options that have no effect or are unwise")
 
 
@@ -78,7 +86,7 @@ MACARON = Feature(
     slot="structure",
     options=MacaronOptions,
     enabled=lambda options: options.macaron,
-    summary="half a feedforward on each side of attention",
+    summary="half a feedforward before and half a feedforward after attention",
     paper="1906.02762",
     examples=({"macaron": True},),
 )
@@ -94,7 +102,7 @@ TYING = Feature(
     refuses=tuple(
         Rule(
             when=lambda o, other=other: o.on(other),
-            why=f"`weight_tie_layers` repeats one block, but `{keyword}` asks for another list of layers; keep one.",
+            why=f"`weight_tie_layers` repeats one block, but `{keyword}` specifies another list of layers; keep one.",
         )
         for other, keyword in (
             ("custom_layers", "custom_layers"),
@@ -112,7 +120,7 @@ EXECUTE_ORDER = Feature(
     slot="structure",
     options=OrderOptions,
     enabled=lambda options: options.layers_execute_order is not None,
-    summary="sublayers in another order, or several times",
+    summary="custom order of execution, in which sublayers may repeat",
     examples=({"layers_execute_order": (0, 1, 0, 1, 2, 3)},),
 )
 
@@ -134,7 +142,7 @@ SANDWICH_ORDER = Feature(
     choice="order of layers",
     options=SandwichOptions,
     enabled=lambda options: options.sandwich_coef is not None,
-    summary="attentions first, feedforwards last",
+    summary="sandwich order: attentions first, feedforwards last",
     paper="1911.03864",
     examples=({"sandwich_coef": 1},),
 )
@@ -146,7 +154,7 @@ PAR = Feature(
     choice="order of layers",
     options=ParOptions,
     enabled=lambda options: options.par_ratio is not None,
-    summary="few attentions, in the first two thirds",
+    summary="PAR order: fewer attentions, in the first two thirds",
     paper="2009.04534",
     examples=({"par_ratio": 2},),
 )
@@ -164,7 +172,7 @@ STACK = Feature(
             when=lambda o: (
                 bool(o["stack"].rel_pos_kwargs) and not (o.on("alibi") or o.on("t5_bias") or o.on("dynamic_bias"))
             ),
-            why="`rel_pos_kwargs` are arguments of a relative position bias; switch one on, or drop them.",
+            why="`rel_pos_kwargs` are arguments of a relative position bias, but none is on; add one, or drop them.",
         ),
     ),
     examples=({"alibi_pos_bias": True, "rel_pos_kwargs": {"slopes": [0.5, 0.25, 0.125, 0.1]}},),

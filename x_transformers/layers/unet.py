@@ -15,15 +15,17 @@ from x_transformers.options.schema import Feature, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:
-    unet_skips: bool = opt(False, "blocks of the second half read the stream that entered their mirror image")
+    unet_skips: bool = opt(
+        False, "combine the stream in the second half with the input of the mirror-image block of the first half"
+    )
 
 
 class ConcatCombine(nn.Module):
-    """`W [skip ; x]`, over `(..., D)`.
+    """Skip connection that combines the stream with an earlier one: `W [skip ; x]`.
 
     Args:
-        dim: width D.
-        prev_layer_ind: which of the earlier streams is the skip.
+        dim: model width D.
+        prev_layer_ind: index of the skip among the earlier streams.
     """
 
     def __init__(self, dim: int, prev_layer_ind: int) -> None:
@@ -32,22 +34,32 @@ class ConcatCombine(nn.Module):
         self.combine = nn.Linear(2 * dim, dim, bias=False)
 
     def forward(self, x: Tensor, prev_layers: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
-        """`x (..., D)` and the earlier streams, each `(..., D)`, by place in the order of execution."""
+        """Combine the stream with the skip.
+
+        Args:
+            x: `(..., D)` stream.
+            prev_layers: earlier streams, each `(..., D)`, by their place in the order of execution.
+
+        Returns:
+            `(..., D)`.
+        """
         return self.combine(torch.cat((prev_layers[self.prev_layer_ind], x), dim=-1))
 
 
 def skip_sources(sequence: LayerSequence) -> dict[int, int]:
-    """For each built sublayer that combines, the place in the order of execution whose input it reads.
+    """Return, for each built sublayer with a skip, the place in the order of execution whose input it reads.
 
-    With D blocks: block `ceil(D/2) + k` reads what entered block `floor(D/2) - 1 - k`; the middle block of an odd
-    number has no skip.
+    In a stack of B blocks, block `ceil(B/2) + k` reads the input of block `floor(B/2) - 1 - k`; if B is odd, the middle
+    block has no skip.
 
     Raises:
-        ConfigError: if there are fewer than two blocks, or a source comes too late.
+        ConfigError: if there are fewer than two blocks, or a sublayer would run before its source.
     """
     blocks = len(sequence.kinds) // sequence.block
     if blocks < 2:
-        raise ConfigError(f"`unet_skips` joins a first and a second half, but there is {blocks} block; build more.")
+        raise ConfigError(
+            f"`unet_skips` joins a first and a second half, but there is {blocks} block; set `depth` to at least 2."
+        )
     half, upper = blocks // 2, -(-blocks // 2)
     sources = {(upper + k) * sequence.block: (half - 1 - k) * sequence.block for k in range(half)}
     check_sources(sequence.order, sources)
@@ -55,12 +67,12 @@ def skip_sources(sequence: LayerSequence) -> dict[int, int]:
 
 
 def check_sources(order: Sequence[int], sources: Mapping[int, int]) -> None:
-    """Raise a `ConfigError` if a sublayer would read a skip that no earlier place leaves."""
+    """Raise a `ConfigError` if a sublayer would run before the place whose input it reads."""
     for place, index in enumerate(order):
         if sources.get(index, -1) >= place:
             raise ConfigError(
-                f"with `unet_skips`, sublayer {index} reads what enters place {sources[index]} of the order of "
-                f"execution, but itself runs at place {place} of {tuple(order)}; let it run later."
+                f"with `unet_skips`, sublayer {index} reads the input of place {sources[index]} of the order of "
+                f"execution, but runs itself at place {place} of {tuple(order)}; run it later."
             )
 
 
@@ -75,11 +87,11 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o.on("weight_tying"),
-            why="`unet_skips` joins different blocks, but `weight_tie_layers` builds one; drop one of them.",
+            why="`unet_skips` joins different blocks, but `weight_tie_layers` builds only one; drop one of them.",
         ),
         Rule(
             when=lambda o: o["structure"].only_attn,
-            why="`unet_skips` joins blocks of attention and feedforward, and `only_attn` leaves none; "
+            why="`unet_skips` joins blocks of attention and feedforward, but `only_attn` builds no feedforwards; "
             "drop one of them.",
         ),
     ),

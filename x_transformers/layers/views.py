@@ -1,4 +1,4 @@
-"""Queries, keys and values that read the stream each in its own way (2409.19606)."""
+"""Separate views of the residual stream for queries, keys and values (2409.19606)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from x_transformers.options.schema import Feature, Options, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class ViewOptions:
-    qkv_receive_diff_residuals: bool = opt(False, "queries, keys and values of self-attention read views of their own")
+    qkv_receive_diff_residuals: bool = opt(
+        False, "queries, keys and values of self-attention each read their own view of the streams or layers"
+    )
 
 
 def residual_views(options: Options, kind: str) -> int:
-    """How many inputs the residual connection makes for a sublayer; what reads earlier layers makes its own."""
+    """Return the number of inputs that the residual connection makes for a sublayer: 3 with separate views, else 1.
+
+    A depth reader replaces that input, and makes the views itself.
+    """
     makes = options.on("residual_streams") and not options.enabled("reader")
     return 3 if kind == "a" and makes and options.on("qkv_views") else 1
 
@@ -24,18 +29,19 @@ FEATURE = Feature(
     slot="views",
     options=ViewOptions,
     enabled=lambda options: options.qkv_receive_diff_residuals,
-    summary="queries, keys and values read views of their own",
+    summary="separate views for queries, keys and values",
     paper="2409.19606",
     refuses=(
         Rule(
             when=lambda o: not any(o.on(name) for name in ("residual_streams", "aggregated_residuals", "lime")),
-            why="`qkv_receive_diff_residuals` needs something to make views from: `num_residual_streams` above 1, "
-            "`gated_multi_residual`, `attn_aggregated_residuals` or `integrate_layers`.",
+            why="`qkv_receive_diff_residuals` needs several streams or layers to make views of: set "
+            "`num_residual_streams` above 1, `gated_multi_residual`, `attn_aggregated_residuals` or "
+            "`integrate_layers`.",
         ),
         Rule(
             when=lambda o: o.on("residual_streams") and o.on("aggregated_residuals"),
-            why="`qkv_receive_diff_residuals` with several streams and `attn_aggregated_residuals`: both would make "
-            "the views; drop one of the three.",
+            why="`qkv_receive_diff_residuals` has two sources of views here, several streams and "
+            "`attn_aggregated_residuals`; drop one of the three.",
         ),
     ),
     examples=({"num_residual_streams": 2, "qkv_receive_diff_residuals": True, "shift_tokens": 1},),

@@ -1,6 +1,6 @@
-"""Buffers that stay in float32 whatever the module is cast to: frequencies, slopes, position scales.
+"""Buffers that stay in float32 when their module is cast: frequencies, slopes, position scales.
 
-`module.bfloat16()` would round an angle of 3,000 radians by several; results are cast instead.
+In bfloat16 an angle of 3,000 radians is off by several radians, so results are cast instead of buffers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own buffers move between devices but are never cast."""
+    """Base class of modules whose own buffers move between devices but are never cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = dict(self._buffers)

@@ -1,4 +1,4 @@
-"""A linear map that starts at zero, plain or through a narrow waist (2106.09685)."""
+"""Linear map that starts at zero, of full or low rank (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from x_transformers.errors import ConfigError
 
 
 class LoRALinear(nn.Module):
-    """`W x`, or `up(activation(down(x)))` with a rank; without biases, and zero at first.
+    """Linear map without bias that starts at zero: `W x`, or `up(activation(down(x)))` if it has a rank.
 
     Args:
         dim_in: width of the input.
-        dim_out: width of the output; default `dim_in`.
-        dim: the rank; None for one full matrix.
-        activation: between the two maps of a rank.
+        dim_out: width of the output; default: `dim_in`.
+        dim: the rank; default: one full matrix.
+        activation: module between the two maps of low rank; default: none.
 
     Raises:
-        ConfigError: if the rank is below 1, or not below either width.
+        ConfigError: if the rank is below 1, or not below the larger width.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim_in) -> (..., dim_out)`."""
+        """Map `(..., dim_in)` to `(..., dim_out)`."""
         if self.weight is not None:
             return F.linear(x, self.weight)
         return self.up(self.activation(self.down(x)))

@@ -1,4 +1,8 @@
-"""Normalisation layers. Every one is called as `norm(x)`; adaptive ones also read a condition."""
+"""Normalization layers and their options.
+
+Every norm is called as `norm(x, condition=None)` and acts on the last axis. Adaptive norms need the condition, the
+others ignore it. With `unit_offset`, a gain is stored minus 1, so that weight decay pulls it towards 1.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +22,35 @@ from x_transformers.options.schema import Feature, Options, Rule, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class NormOptions:
-    norm_add_unit_offset: bool = opt(True, "norms store gain - 1, so that weight decay pulls towards the identity")
+    norm_add_unit_offset: bool = opt(
+        True, "store the gains of norms minus 1, so that weight decay pulls them towards 1"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNormOptions:
-    use_rmsnorm: bool = opt(False, "RMSNorm in place of LayerNorm")
+    use_rmsnorm: bool = opt(False, "RMSNorm instead of LayerNorm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimpleRMSNormOptions:
-    use_simple_rmsnorm: bool = opt(False, "RMSNorm without parameters in place of LayerNorm")
+    use_simple_rmsnorm: bool = opt(False, "RMSNorm without parameters instead of LayerNorm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleNormOptions:
-    use_scalenorm: bool = opt(False, "ScaleNorm in place of LayerNorm")
+    use_scalenorm: bool = opt(False, "ScaleNorm, an RMSNorm with a single gain, instead of LayerNorm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicTanhOptions:
-    use_dynamic_tanh: bool = opt(False, "tanh of the scaled input in place of LayerNorm")
-    dynamic_tanh_init_alpha: float = opt(1.0, "initial scale of the input")
+    use_dynamic_tanh: bool = opt(False, "tanh of the scaled input instead of LayerNorm")
+    dynamic_tanh_init_alpha: float = opt(1.0, "initial scale of the tanh's input")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DerfOptions:
-    use_derf: bool = opt(False, "erf of the scaled and moved input in place of LayerNorm")
+    use_derf: bool = opt(False, "erf of the scaled and shifted input instead of LayerNorm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +66,12 @@ class AdaptiveRMSNormOptions:
 @dataclass(frozen=True, kw_only=True)
 class ConditionOptions:
     dim_condition: int | None = opt(None, "width of `condition`; default `dim`")
-    adaptive_condition_mlp: bool = opt(False, "adaptive parts read SiLU(W condition)")
-    adaptive_condition_mlp_expansion: int = opt(4, "width of that, in widths of `condition`")
+    adaptive_condition_mlp: bool = opt(
+        False, "map the condition by SiLU(W condition) before adaptive norms and scales read it"
+    )
+    adaptive_condition_mlp_expansion: int = opt(
+        4, "width of the mapped condition, as a multiple of the condition's width"
+    )
 
     def __post_init__(self) -> None:
         for name in ("dim_condition", "adaptive_condition_mlp_expansion"):
@@ -69,30 +79,42 @@ class ConditionOptions:
             require(value is None or value >= 1, f"`{name}` is {value}; it must be at least 1.")
 
     def given_width(self, dim: int) -> int:
-        """Width of what the caller gives."""
+        """Return the width of the condition that callers pass."""
         return dim if self.dim_condition is None else self.dim_condition
 
     def width(self, dim: int) -> int:
-        """Width of what adaptive parts read."""
+        """Return the width of the condition that adaptive norms and scales read."""
         return self.given_width(dim) * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
 
 
 class Norm(nn.Module):
-    """The contract: `forward(x, condition=None)`. Plain norms ignore the condition; adaptive ones need it."""
+    """Abstract base class of normalization layers.
+
+    Attributes:
+        adaptive: True if the norm needs a condition.
+    """
 
     adaptive = False
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Normalise over the last axis."""
+        """Normalize over the last axis.
+
+        Args:
+            x: `(..., D)` input.
+            condition: `(b, c)` or `(b, 1|n, c)`; adaptive norms need it, others ignore it.
+
+        Returns:
+            `(..., D)`.
+        """
         raise NotImplementedError
 
 
 class GainNorm(PreparesForInference, Norm):
-    """A norm with a gain `gamma + offset` for each feature.
+    """Abstract base class of norms with a learned gain per feature, `gamma + offset`.
 
     Args:
-        dim: width.
-        unit_offset: store the gain less one.
+        dim: width D.
+        unit_offset: store the gain minus 1.
     """
 
     def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
@@ -101,7 +123,7 @@ class GainNorm(PreparesForInference, Norm):
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
     def gain(self) -> Tensor:
-        """The factor of each feature."""
+        """Return the gain `(D,)`, from the prepared one while decoding without gradients."""
         if self.ready is not None and not torch.is_grad_enabled():
             return self.ready
         return self.gamma + 1 if self.unit_offset else self.gamma
@@ -111,11 +133,11 @@ class GainNorm(PreparesForInference, Norm):
 
 
 class LayerNorm(GainNorm):
-    """`(x - mean) / sqrt(var + 1e-5) * (gamma + offset)`, without a bias (1607.06450).
+    """LayerNorm without bias: `(x - mean) / sqrt(var + 1e-5) * (gamma + offset)` (1607.06450).
 
     Args:
-        dim: width.
-        unit_offset: store the gain less one.
+        dim: width D.
+        unit_offset: store the gain minus 1.
     """
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -123,11 +145,11 @@ class LayerNorm(GainNorm):
 
 
 class RMSNorm(ReadsReference, GainNorm):
-    """`x / |x| * sqrt(d) * (gamma + offset)` (1910.07467).
+    """RMSNorm: `x / |x| * sqrt(D) * (gamma + offset)` (1910.07467).
 
     Args:
-        dim: width.
-        unit_offset: store the gain less one.
+        dim: width D.
+        unit_offset: store the gain minus 1.
     """
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -138,7 +160,7 @@ class RMSNorm(ReadsReference, GainNorm):
 
 
 class SimpleRMSNorm(Norm):
-    """`x / |x| * sqrt(d)`, without parameters (2307.14995)."""
+    """RMSNorm without parameters: `x / |x| * sqrt(D)` (2307.14995)."""
 
     def __init__(self, dim: int, **_: Any) -> None:
         super().__init__()
@@ -148,11 +170,11 @@ class SimpleRMSNorm(Norm):
 
 
 class ScaleNorm(ReadsReference, Norm):
-    """`x / |x| * sqrt(d) * (gamma + offset)` with a single gain (1910.05895).
+    """ScaleNorm: `x / |x| * sqrt(D) * (gamma + offset)` with a single gain for all features (1910.05895).
 
     Args:
-        dim: width.
-        unit_offset: store the gain less one.
+        dim: width D.
+        unit_offset: store the gain minus 1.
     """
 
     def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
@@ -169,13 +191,14 @@ class ScaleNorm(ReadsReference, Norm):
 
 
 class DynamicTanh(Norm):
-    """`tanh(x * alpha) * gamma + beta`, feature by feature: it needs no statistics (2503.10622).
+    """Dynamic tanh: `tanh(x * alpha) * gamma + beta`, elementwise, without statistics of the input (2503.10622).
 
     Args:
-        dim: width.
-        init_alpha: initial input scale.
-        gamma, beta: initial gain and bias.
-        unit_offset: store gain and input scale less their initial values.
+        dim: width D.
+        init_alpha: initial value of the scale `alpha`.
+        gamma: initial value of the gain.
+        beta: initial value of the bias.
+        unit_offset: store the gain minus 1, and `alpha` minus its initial value.
     """
 
     def __init__(
@@ -200,12 +223,13 @@ class DynamicTanh(Norm):
 
 
 class Derf(Norm):
-    """`erf(x * alpha + s) * gamma + beta`, feature by feature (2512.10938).
+    """Derf: `erf(x * alpha + s) * gamma + beta`, elementwise, without statistics of the input (2512.10938).
 
     Args:
-        dim: width.
-        init_alpha, init_bias: initial input scale and shift.
-        unit_offset: store gain and input scale less one.
+        dim: width D.
+        init_alpha: initial value of the scale `alpha`.
+        init_bias: initial value of the shift `s`.
+        unit_offset: store the gain and `alpha` minus 1.
     """
 
     def __init__(
@@ -223,10 +247,10 @@ class Derf(Norm):
 
 
 class AdaptiveNorm(Norm):
-    """`normalised(x) * (A condition + 1)`, with A zero at first (2212.09748).
+    """Abstract base class of adaptive norms: `normalize(x) * (A condition + 1)`, with `A` zero at first (2212.09748).
 
     Args:
-        dim: width.
+        dim: width D.
         dim_condition: width of the condition; default `dim`.
     """
 
@@ -238,52 +262,66 @@ class AdaptiveNorm(Norm):
         self.to_gamma = nn.Linear(self.dim_condition, dim, bias=False)
         nn.init.zeros_(self.to_gamma.weight)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """The input without its scale."""
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize `x (..., D)` without a gain."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """`x (..., n, D)` by `condition (b, c)` or `(b, 1|n, c)`.
+        """Normalize over the last axis, with a gain computed from the condition.
+
+        Args:
+            x: `(b, n, D)` input, or `(3, b, n, D)` with three views.
+            condition: `(b, c)`, one for all tokens, or `(b, 1|n, c)`.
+
+        Returns:
+            The normalized input, of the shape of `x`.
 
         Raises:
-            InputError: without a condition. ShapeError: if it has another width.
+            InputError: if the condition is missing.
+            ShapeError: if the condition has the wrong width.
         """
-        return self.normalise(x) * (self.to_gamma(checked_condition(condition, self.dim_condition)) + 1)
+        return self.normalize(x) * (self.to_gamma(checked_condition(condition, self.dim_condition)) + 1)
 
 
 class AdaptiveLayerNorm(AdaptiveNorm):
-    """LayerNorm without parameters, times `A condition + 1`."""
+    """Adaptive LayerNorm: `(x - mean) / sqrt(var + 1e-5) * (A condition + 1)` (2212.09748)."""
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:])
 
 
 class AdaptiveRMSNorm(AdaptiveNorm):
-    """RMSNorm without parameters, times `A condition + 1`."""
+    """Adaptive RMSNorm: `x / |x| * sqrt(D) * (A condition + 1)` (2212.09748)."""
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=_TINY)
 
 
 def checked_condition(condition: Tensor | None, width: int) -> Tensor:
-    """The condition with a token axis.
+    """Return the condition with a token axis, `(b, 1|n, width)`.
 
     Raises:
-        InputError: if there is none. ShapeError: if its width is another.
+        InputError: if the condition is missing.
+        ShapeError: if it has the wrong width, or no batch axis.
     """
     if condition is None:
-        raise InputError(f"an adaptive part needs `condition`, (b, {width}) or (b, n, {width}).")
+        raise InputError(f"adaptive norms and scales need `condition`, (b, {width}) or (b, n, {width}); pass it.")
     if condition.ndim < 2 or condition.shape[-1] != width:
         raise ShapeError(f"`condition` has shape {tuple(condition.shape)}; it must be (b, {width}) or (b, n, {width}).")
     return condition.unsqueeze(1) if condition.ndim == 2 else condition
 
 
 _TINY = 1e-24
-"""Added under the root: a zero vector maps to zero, and no other vector notices."""
+"""Epsilon of RMSNorms: it maps a zero vector to zero, and is too small to change any other."""
 
 
 class MultiheadRMSNorm(nn.Module):
-    """`x / |x| * sqrt(d) * (gamma + 1)` over the last axis of `(b, heads, n, d)`, a gain for each head (2302.05442)."""
+    """RMSNorm per head, `x / |x| * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
+
+    Args:
+        dim: width d of a head.
+        heads: number of heads.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -291,6 +329,7 @@ class MultiheadRMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x (b, heads, n, d)` over the last axis."""
         return l2norm(x) * self.scale * (self.gamma + 1)
 
 
@@ -312,7 +351,7 @@ RMS_NORM = Feature(
     options=RMSNormOptions,
     enabled=lambda options: options.use_rmsnorm,
     build=RMSNorm,
-    summary="RMSNorm in place of LayerNorm",
+    summary="RMSNorm instead of LayerNorm",
     paper="1910.07467",
     examples=({"use_rmsnorm": True},),
 )
@@ -325,7 +364,7 @@ SIMPLE_RMS_NORM = Feature(
     options=SimpleRMSNormOptions,
     enabled=lambda options: options.use_simple_rmsnorm,
     build=SimpleRMSNorm,
-    summary="RMSNorm without parameters in place of LayerNorm",
+    summary="RMSNorm without parameters instead of LayerNorm",
     paper="2307.14995",
     examples=({"use_simple_rmsnorm": True},),
 )
@@ -338,7 +377,7 @@ SCALE_NORM = Feature(
     options=ScaleNormOptions,
     enabled=lambda options: options.use_scalenorm,
     build=ScaleNorm,
-    summary="one gain for all features in place of LayerNorm",
+    summary="ScaleNorm, with one gain for all features, instead of LayerNorm",
     paper="1910.05895",
     examples=({"use_scalenorm": True},),
 )
@@ -349,6 +388,8 @@ def _dynamic_tanh(dim: int, unit_offset: bool, options: Options) -> DynamicTanh:
 
 
 def _adaptive(make: type[AdaptiveNorm]) -> Any:
+    """Return a function that builds an adaptive norm from the options of a stack."""
+
     def build(dim: int, unit_offset: bool, options: Options) -> AdaptiveNorm:
         return make(dim, options["condition"].width(dim))
 
@@ -363,7 +404,7 @@ DYNAMIC_TANH = Feature(
     options=DynamicTanhOptions,
     enabled=lambda options: options.use_dynamic_tanh,
     build=_dynamic_tanh,
-    summary="tanh of the scaled input in place of LayerNorm",
+    summary="tanh of the scaled input instead of LayerNorm",
     paper="2503.10622",
     refuses=(
         Rule(
@@ -372,8 +413,8 @@ DYNAMIC_TANH = Feature(
                 or o.on("resi_dual")
                 or (o.on("residual_streams") and o["residual_streams"].gated_multi_residual)
             ),
-            why="`use_dynamic_tanh` stands before sublayers only: it does not scale what a stream has summed up. It "
-            "needs `pre_norm = True`, and neither `gated_multi_residual` nor `resi_dual`.",
+            why="`use_dynamic_tanh` works only before sublayers, since it does not rescale a stream that grows with "
+            "depth; set `pre_norm = True`, and drop `gated_multi_residual` and `resi_dual`.",
         ),
     ),
     examples=({"use_dynamic_tanh": True}, {"use_dynamic_tanh": True, "dynamic_tanh_init_alpha": 0.5}),
@@ -387,7 +428,7 @@ DERF = Feature(
     options=DerfOptions,
     enabled=lambda options: options.use_derf,
     build=Derf,
-    summary="erf of the scaled and moved input in place of LayerNorm",
+    summary="erf of the scaled and shifted input instead of LayerNorm",
     paper="2512.10938",
     examples=({"use_derf": True},),
 )
@@ -419,7 +460,7 @@ ADAPTIVE_RMS_NORM = Feature(
 )
 
 ADAPTIVE = ("adaptive_layernorm", "adaptive_rmsnorm", "adaptive_layerscale")
-"""Features that read the condition."""
+"""Names of the features that read the condition."""
 
 CONDITION = Feature(
     name="condition",
@@ -427,13 +468,13 @@ CONDITION = Feature(
     slot="condition",
     options=ConditionOptions,
     enabled=lambda options: options.adaptive_condition_mlp or options.dim_condition is not None,
-    summary="what adaptive norms and layer scales read",
+    summary="the condition that adaptive norms and scales read",
     paper="2212.09748",
     idle=lambda options: () if options.adaptive_condition_mlp else ("adaptive_condition_mlp_expansion",),
     warns=(
         Rule(
             when=lambda o: not any(o.on(name) for name in ADAPTIVE),
-            why="`dim_condition` and `adaptive_condition_mlp` have no effect: no adaptive norm or layer scale is on.",
+            why="`dim_condition` and `adaptive_condition_mlp` have no effect: no adaptive norm or scale is on.",
         ),
     ),
     examples=({"use_adaptive_layernorm": True, "adaptive_condition_mlp": True, "dim_condition": 6},),

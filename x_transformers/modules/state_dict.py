@@ -1,8 +1,8 @@
-"""Reading state dicts: ours, and those that x-transformers 2.31 wrote.
+"""Loading of state dicts, in our layout or in that of x-transformers 2.31 (the reference).
 
-A module that the reference laid out differently implements `translate_reference(state, prefix)`, which renames
-(and, where heads are grouped, permutes) the entries below `prefix` in place. Our own names are never names of
-the reference, so translating twice changes nothing, and nobody has to say which layout a file has.
+A module with another layout in the reference implements `translate_reference(state, prefix)`, which renames the entries
+below `prefix` in place and permutes grouped heads. None of our names is a name in the reference, so that translating
+twice changes nothing, and a user need not say which layout a file has.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from x_transformers.errors import StateDictError
 
 
 class ReadsReference(nn.Module):
-    """A module that takes both layouts, wherever it is nested, and never half of a file."""
+    """Base class of modules that load both layouts, wherever they are nested, and a file as a whole or not at all."""
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        """Rename the reference's entries below `prefix` to ours, in place."""
+        """Rename the entries of the reference below `prefix` to ours, in place."""
 
     def _load_from_state_dict(
         self,
@@ -31,18 +31,26 @@ class ReadsReference(nn.Module):
         unexpected_keys: Any,
         error_msgs: Any,
     ) -> None:
-        # torch calls this for every module, parents first, also where a user nests ours in a module of his own
+        # PyTorch calls this for every module, parents first, also if a user's own module contains ours
         self.translate_reference(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights in our layout or the reference's.
+        """Load weights in our layout or that of the reference.
+
+        Args:
+            state_dict: the weights; not changed.
+            strict: raise an error if entries are missing or unexpected.
+            assign: use the tensors of `state_dict` as parameters, instead of copying their values.
+
+        Returns:
+            the missing and unexpected keys, as `torch.nn.Module.load_state_dict` does.
 
         Raises:
-            StateDictError: when entries are missing, unexpected (both only if `strict`) or mis-shaped. All of
-                them are listed, and the model keeps the weights it had.
+            StateDictError: if entries are missing or unexpected (only if `strict`) or have other shapes. The message
+                lists all of them, and the model keeps its weights.
         """
         translated = dict(state_dict)
         translate(self, translated, "")
@@ -56,21 +64,21 @@ class ReadsReference(nn.Module):
             and isinstance(ours[key], Tensor)
             and tuple(translated[key].shape) != tuple(ours[key].shape)
         ]
-        groups = [("mis-shaped", misshaped)]
+        groups = [("wrong shape", misshaped)]
         if strict:
             groups += [("missing", missing), ("unexpected", unexpected)]
-        faults = [f"{name}: {_listed(keys)}" for name, keys in groups if keys]
+        faults = [f"{name}: {_list_keys(keys)}" for name, keys in groups if keys]
         if faults:
             raise StateDictError(
-                f"This state dict does not fit {type(self).__name__}, in our layout or in the reference's; the model "
-                "is unchanged. Build the model with the options that the weights were made with.\n  "
+                f"This state dict fits {type(self).__name__} neither in our layout nor in that of the reference; the "
+                "model is unchanged. Build it with the options of the model that the weights come from.\n  "
                 + "\n  ".join(faults)
             )
         return super().load_state_dict(translated, strict=strict, assign=assign)
 
 
 def translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Translate every entry of `state`, parents before their children."""
+    """Translate the entries of a module and of all modules in it, parents before children, in place."""
     if isinstance(module, ReadsReference):
         module.translate_reference(state, prefix)
     for name, child in module.named_children():
@@ -78,17 +86,17 @@ def translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
 
 
 def rename(state: dict[str, Any], old: str, new: str) -> None:
-    """Move one entry, if it is there."""
+    """Rename one entry, if it is there."""
     if old in state:
         state[new] = state.pop(old)
 
 
 def rename_prefix(state: dict[str, Any], old: str, new: str) -> None:
-    """Move every entry whose name begins with `old`."""
+    """Replace the prefix `old` of names by `new`."""
     for key in [key for key in state if key.startswith(old)]:
         state[new + key[len(old) :]] = state.pop(key)
 
 
-def _listed(keys: list[str], most: int = 12) -> str:
-    more = f" ... and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _list_keys(keys: list[str], limit: int = 12) -> str:
+    more = f" ... and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,1 +1,1 @@
-"""Keywords: flat outside, typed inside."""
+"""Keyword options: flat keywords for users, typed dataclasses inside the library."""

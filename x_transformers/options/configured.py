@@ -1,8 +1,8 @@
-"""Objects that remember, as plain data, how they were built.
+"""Configurations: objects record their constructor's arguments as plain data.
 
-`model.config` is JSON and `type(model).from_config(model.config)` builds the same model (with fresh weights).
-What is not plain data (a callable, a module of the user's) stands there as `{"$object": keyword}` and is asked for
-by that name.
+`model.config` can be written as JSON, and `type(model).from_config(model.config)` builds the same model with newly
+initialized weights. A value that is not plain data (a callable, a module of the user's) is recorded as
+`{"$object": keyword}`; `from_config` then needs it under that name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Built = TypeVar("Built", bound="Configured")
 
 
 class Configured:
-    """Mixin: records the arguments of the outermost constructor, and refuses unknown keywords in words."""
+    """Mixin that records the arguments of the constructor, and raises a `ConfigError` for unknown keywords.
+
+    If constructors call each other (a subclass its parent), the outermost call is recorded.
+    """
 
     _classes: ClassVar[dict[str, type[Configured]]] = {}
     _config: dict[str, Any]
@@ -32,38 +35,47 @@ class Configured:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The options as plain data: `{"class": name, "options": {keyword: value}}`."""
+        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`."""
         return copy.deepcopy(self._config)
 
     @classmethod
     def from_config(cls: type[Built], config: Mapping[str, Any], **objects: Any) -> Built:
-        """Build the object that `config` describes.
+        """Build an object from its configuration.
 
         Args:
-            config: what `.config` gave, perhaps by way of JSON.
-            objects: the values that are not plain data, by the names they have in the config.
+            config: value of `.config`, possibly written to JSON and read again.
+            objects: values that are not plain data, by their names in the configuration.
+
+        Returns:
+            An object of the class that the configuration names: this class or a subclass.
 
         Raises:
-            ConfigError: if the config is of another class, or an object it names is missing.
+            ConfigError: if the configuration belongs to another class, or an object that it names is missing.
         """
         name = config.get("class")
         target = Configured._classes.get(str(name))
         if target is None or not issubclass(target, cls):
-            raise ConfigError(f"this config describes a {name}, not a {cls.__name__}; call from_config of its class.")
+            raise ConfigError(
+                f"this config describes a {name}, not a {cls.__name__}; call `from_config` of its own class."
+            )
         missing = sorted(_object_names(config) - set(objects))
         if missing:
-            raise ConfigError(f"the config holds objects that are no plain data; pass {', '.join(missing)} by name.")
+            raise ConfigError(
+                f"the config contains objects that are not plain data; pass {', '.join(missing)} by name."
+            )
         options = {key: _build(value, objects) for key, value in config["options"].items()}
         return target(**options)
 
 
 def _recording(init: Any) -> Any:
+    """Wrap a constructor, so that its outermost call records the arguments in `_config`."""
     signature = inspect.signature(init)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     names = [name for name in signature.parameters if name != "self"]
 
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
             unknown = [] if takes_any else [name for name in kwargs if name not in names]
             if unknown:
@@ -82,6 +94,7 @@ def _recording(init: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
+    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none."""
     if isinstance(value, Configured):
         return value.config
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -104,6 +117,7 @@ def _is_config(value: Any) -> bool:
 
 
 def _build(value: Any, objects: Mapping[str, Any]) -> Any:
+    """Return the argument that `_plain` recorded, building nested configurations."""
     if _is_object(value):
         return objects[value["$object"]]
     if _is_config(value):
@@ -113,6 +127,7 @@ def _build(value: Any, objects: Mapping[str, Any]) -> Any:
 
 
 def _object_names(value: Any) -> set[str]:
+    """Return the names of the objects that a configuration needs, including those of nested ones."""
     if _is_object(value):
         return {value["$object"]}
     if _is_config(value):

@@ -1,4 +1,4 @@
-"""Per-layer values: a tuple as long as the layers of a kind gives each layer its own value."""
+"""Per-layer values: a tuple with one value for each layer of a kind."""
 
 from __future__ import annotations
 
@@ -13,21 +13,32 @@ from x_transformers.options.schema import Schema, accepts
 def distribute(
     given: Mapping[str, Any], count: int, schema: Schema, faults: Faults, prefix: str, kind: str
 ) -> list[dict[str, Any]]:
-    """Split keywords into one set for each of `count` layers.
+    """Split the keywords of one kind of layer into keywords for each layer.
 
-    A tuple (or list) of length `count` is distributed; every other value goes to each layer. A tuple that is not
-    itself a value of its keyword and has another length is a fault. Without layers of the kind there is nothing to do.
+    A tuple (or list) of `count` values is distributed over the layers; any other value goes to every layer.
+
+    Args:
+        given: keywords without prefix.
+        count: number of layers of the kind.
+        schema: owners of the keywords.
+        faults: collects an error for each tuple of another length.
+        prefix: prefix of the keywords, for errors.
+        kind: words for the kind, for errors.
+
+    Returns:
+        `count` dicts of keywords.
     """
     if count == 0:
         return []
     layers: list[dict[str, Any]] = [{} for _ in range(count)]
     for keyword, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
+        # a keyword whose own type is a tuple gets it whole in each layer
         is_value = keyword in schema.hints and accepts(schema.hints[keyword], value)
         if isinstance(value, tuple) and not is_value and len(value) != count:
             faults.add(
                 f"`{prefix}{keyword}` is a tuple of {len(value)} values, but there are {count} {kind} layers; "
-                f"give one value, or {count} of them."
+                f"pass one value, or {count} values."
             )
             continue
         split = isinstance(value, tuple) and not is_value
@@ -39,13 +50,20 @@ def distribute(
 def layer_schedule(
     start: float, end: float, depth: int, schedule: str | Callable[[float, float, float], float] = "cosine"
 ) -> tuple[float, ...]:
-    """Values that move from `start` to `end` over `depth` layers, for per-layer keywords.
+    """Return values from `start` to `end` for `depth` layers, to pass to per-layer keywords.
 
-    With `t = l / (depth - 1)`: `linear` is `start + (end - start) * t`, `cosine` is
-    `start + (end - start) * (1 - cos(pi * t)) / 2`; a callable receives `(start, end, t)`.
+    Args:
+        start: value of the first layer.
+        end: value of the last layer.
+        depth: number of layers, at least 2.
+        schedule: with `t = l / (depth - 1)` for layer l, "linear" is `start + (end - start) * t`, and "cosine" is
+            `start + (end - start) * (1 - cos(pi * t)) / 2`. A callable receives `(start, end, t)`.
+
+    Returns:
+        A tuple of `depth` values.
 
     Raises:
-        ConfigError: if `depth` is below 2 or the schedule's name is unknown.
+        ConfigError: if `depth` is below 2, or the name of the schedule is unknown.
     """
     if depth < 2:
         raise ConfigError(f"`depth` of a layer schedule is {depth}; it must be at least 2.")

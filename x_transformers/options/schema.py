@@ -1,7 +1,10 @@
-"""The feature catalogue's grammar: which keyword belongs to which feature, and what a call of keywords means.
+"""Features, their keywords, and the parsing of keywords into typed options.
 
-A feature owns a frozen, keyword-only dataclass. Its field names are its keywords (less the prefix of its group), so
-that `Decoder(attn_qk_norm = True)` sets the field `qk_norm` of the feature that owns it.
+A feature owns a frozen, keyword-only dataclass. The names of its fields are its keywords, without the prefix of its
+group: `Decoder(attn_qk_norm = True)` sets the field `qk_norm` of the feature that owns it. A `Schema` collects the
+features of one group. `Schema.parse` sorts keywords to their owners and checks each feature by itself; `check_choices`
+and `check_rules` then check features against each other. All of them collect their errors in `Faults`, so that a user
+sees every mistake of a call at once.
 """
 
 from __future__ import annotations
@@ -20,7 +23,12 @@ from x_transformers.errors import ConfigError, Faults, did_you_mean
 
 
 def opt(default: Any, doc: str) -> Any:
-    """A field of an options dataclass: its default, and the line that `help` shows."""
+    """Declare a field of an options dataclass.
+
+    Args:
+        default: default value; a dict is copied for each instance.
+        doc: description of the keyword, which `help()` shows.
+    """
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata={"doc": doc})
     return field(default=default, metadata={"doc": doc})
@@ -28,11 +36,11 @@ def opt(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Two features, or a feature and its surroundings, disagree in meaning.
+    """Conflict of a feature with other options of the same layer or stack.
 
     Attributes:
-        when: receives the options that meet in one layer; true where the combination is meant.
-        why: what the conflict is, and what to change.
+        when: receives the options of a layer and its stack, and returns True if they conflict.
+        why: sentence that says what the conflict is, and what to change.
     """
 
     when: Callable[[Options | Surroundings], bool]
@@ -41,22 +49,24 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """One idea, its keywords, and how it is built.
+    """One idea, usually one paper: its keywords, the function that builds it, and its conflicts with other options.
 
     Attributes:
-        name: the feature's name in `explain()`, tests and rules.
+        name: name of the feature in `explain()`, tests and rules.
         group: "stack" (`Decoder(...)`), "attn" (`attn_...`), "ff" (`ff_...`) or "model" (`TransformerWrapper(...)`).
-        slot: where it acts ("norm", "score", "qk", ...).
-        choice: features of one choice exclude each other; None where there is nothing to choose.
-        options: the dataclass of its keywords.
-        enabled: whether given options switch it on.
-        build: makes the part; its arguments are the business of the slot.
-        self_attention_only: `cross_attn_` does not inherit it from `attn_`.
-        refuses: rules that are checked when the feature is on.
-        warns: rules that are checked when it is on, and whose sentence is said to the user.
-        idle: names of keywords that have no effect with these options although the feature is on.
-        examples: small keyword sets, with prefixes, as a user would write them; the tests run over them.
-        exempt: property of the test suite -> the sentence that says why it cannot hold.
+        slot: the place where it acts ("norm", "score", "qk", ...).
+        options: dataclass of its keywords.
+        summary: short description for `help()` and the README's table of options.
+        enabled: receives the options, and returns True if they switch the feature on.
+        build: builds the part; each slot defines the arguments.
+        choice: name of a set of alternatives, of which at most one may be on; None if there are none.
+        paper: arXiv id, or "OpenReview ID".
+        self_attention_only: True if `cross_attn_` keywords do not inherit it from `attn_` keywords.
+        refuses: conflicts that raise a `ConfigError` when the feature is on.
+        warns: conflicts that are only reported when it is on.
+        idle: receives the options, and returns the names of those that have no effect although the feature is on.
+        examples: small sets of keywords, with prefixes, as a user would write them; tests run over them.
+        exempt: properties of the test suite that cannot hold for the feature, each with the reason.
     """
 
     name: str
@@ -78,7 +88,13 @@ class Feature:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options of every feature of one group, by feature name, and the kind of layer if there is one around."""
+    """Options of every feature of one group.
+
+    Attributes:
+        schema: schema that parsed the options.
+        values: options dataclass of each feature, by name; `options["rotary"]` is short for `options.values["rotary"]`.
+        kind: kind of the layer that the options belong to; None outside of a layer.
+    """
 
     schema: Schema
     values: Mapping[str, Any]
@@ -89,34 +105,33 @@ class Options:
 
     @functools.cached_property
     def _enabled(self) -> dict[str, Feature]:
-        """The features that are on, by name: asked for at every slot of every layer, and always the same."""
+        """Features that are on, by name; computed once, since every slot of every layer reads them."""
         every = self.schema.features
         return {name: every[name] for name, value in self.values.items() if every[name].enabled(value)}
 
     def on(self, feature: str) -> bool:
+        """Return True if the feature of this name is on."""
         return feature in self._enabled
 
     def enabled(self, slot: str | None = None) -> list[Feature]:
-        """The features that are on, in the order of the catalogue."""
+        """Return the features that are on, in the order of the catalog; with `slot`, only those of the slot."""
         return [feature for feature in self._enabled.values() if slot in (None, feature.slot)]
 
-    def switch(self, feature: Feature) -> str:
-        """The keyword by which a user switched a feature on, in backquotes, else the feature's name."""
-        return _switches(feature, self, "")
-
-    def chosen(self, slot: str) -> Feature:
-        """The one feature that is on in a slot where exactly one must be."""
-        (feature,) = self.enabled(slot)
-        return feature
+    def switch(self, feature: Feature, prefix: str = "") -> str:
+        """Return the first keyword of a feature that is not at its default, in backquotes; else the feature's name."""
+        for entry in dataclasses.fields(feature.options):
+            if getattr(self[feature.name], entry.name) != default_of(entry):
+                return f"`{prefix}{entry.name}`"
+        return feature.name
 
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """The options that meet in one layer, its own and the stack's, as rules read them.
+    """Options that apply in one layer, its own and the stack's, as input of rules.
 
     Attributes:
         groups: the options.
-        kind: "a" self-attention, "c" cross-attention, "f" feedforward; None outside of a layer.
+        kind: kind of the layer; None outside of a layer.
     """
 
     groups: tuple[Options, ...]
@@ -126,14 +141,19 @@ class Surroundings:
         return next(options[feature] for options in self.groups if feature in options.values)
 
     def on(self, feature: str) -> bool:
+        """Return True if the feature of this name is on in one of the groups."""
         return any(options.on(feature) for options in self.groups)
 
 
 class Schema:
-    """Keyword -> owner, for one group of features.
+    """Features of one group, with the owner, type and default of every keyword.
+
+    Args:
+        features: the features, in the order of signatures and of `help()`.
+        prefix: prefix of the keywords.
 
     Raises:
-        TypeError: at import, when a keyword has two owners or a feature's options are not a frozen dataclass.
+        TypeError: at import, if a keyword has two owners, or if the options of a feature are not a frozen dataclass.
     """
 
     def __init__(self, features: Sequence[Feature], prefix: str = "") -> None:
@@ -142,7 +162,8 @@ class Schema:
         self.fields: dict[str, dataclasses.Field[Any]] = {}
         self.owner: dict[str, Feature] = {}
         self.hints: dict[str, Any] = {}
-        self.defaults: dict[str, Any] = {}  # of features whose options are all immutable, so that calls may share them
+        # options at their defaults; only for features with immutable values, since calls share the object
+        self.defaults: dict[str, Any] = {}
         for feature in features:
             if not dataclasses.is_dataclass(feature.options) or not feature.options.__dataclass_params__.frozen:  # type: ignore[attr-defined]
                 raise TypeError(f"the options of feature {feature.name} must be a frozen dataclass")
@@ -159,40 +180,48 @@ class Schema:
                 self.defaults[feature.name] = feature.options()
 
     def parse(self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None) -> Options:
-        """Sort keywords (without prefix) to their owners, and check each feature by itself.
+        """Sort keywords to the features that own them, and build the options of each feature.
 
-        Unknown names, values of a wrong type and disagreeing fields are added to `faults`.
+        Args:
+            given: keywords without prefix.
+            faults: collects unknown keywords, values of a wrong type, and errors of a feature's own checks.
+            prefix: prefix of the keywords in errors; default that of the schema.
+
+        Returns:
+            The options; a feature with faults has its defaults.
         """
         prefix = self.prefix if prefix is None else prefix
-        sorted_: dict[str, dict[str, Any]] = {name: {} for name in self.features}
+        by_feature: dict[str, dict[str, Any]] = {name: {} for name in self.features}
         for keyword, value in given.items():
             if keyword not in self.owner:
                 faults.add(f"unknown keyword `{prefix}{keyword}`.{did_you_mean(keyword, self.owner)}")
                 continue
+            # options are frozen and JSON has no tuples
             value = tuple(value) if isinstance(value, list) else value
             if not accepts(self.hints[keyword], value):
                 wanted = self.fields[keyword].type
                 faults.add(f"`{prefix}{keyword}` is {value!r}; it must be of type {wanted}.")
                 continue
-            sorted_[self.owner[keyword].name][keyword] = value
+            by_feature[self.owner[keyword].name][keyword] = value
         values: dict[str, Any] = {}
         for name, feature in self.features.items():
-            if not sorted_[name] and name in self.defaults:
+            if not by_feature[name] and name in self.defaults:
                 values[name] = self.defaults[name]
                 continue
+            # `__post_init__` names fields; the user knows them with the prefix
             with faults.catching(lambda message: self.in_full(message, prefix)):
-                values[name] = feature.options(**sorted_[name])
+                values[name] = feature.options(**by_feature[name])
             if name not in values:
                 values[name] = feature.options()
         return Options(self, values)
 
     def in_full(self, message: str, prefix: str | None = None) -> str:
-        """The message with this group's keywords as the user writes them, prefix included."""
+        """Add the prefix to every keyword of this group that the message names in backquotes."""
         prefix = self.prefix if prefix is None else prefix
         return re.sub(r"`(\w+)", lambda m: f"`{prefix}{m[1]}" if m[1] in self.owner else m[0], message)
 
     def check_choices(self, options: Options, faults: Faults, prefix: str | None = None) -> None:
-        """Add a fault for each choice of which more than one alternative is on."""
+        """Add a fault for each choice with more than one alternative switched on."""
         prefix = self.prefix if prefix is None else prefix
         choices: dict[str, list[Feature]] = {}
         for feature in options.enabled():
@@ -200,24 +229,24 @@ class Schema:
                 choices.setdefault(feature.choice, []).append(feature)
         for choice, features in choices.items():
             if len(features) > 1:
-                names = " and ".join(_switches(f, options, prefix) for f in features)
+                names = " and ".join(options.switch(f, prefix) for f in features)
                 faults.add(f"{names} are alternatives of one choice ({choice}); keep one of them.")
 
     def check_rules(
         self, options: Options, surroundings: Options | Surroundings, faults: Faults, prefix: str | None = None
     ) -> None:
-        """Add a fault for each rule of an enabled feature that its surroundings meet."""
+        """Add a fault for each conflict of a feature that is on with its surroundings."""
         for feature in options.enabled():
             for rule in feature.refuses:
                 if rule.when(surroundings):
                     faults.add(self.in_full(rule.why, prefix))
 
     def unwise(self, options: Options, surroundings: Options | Surroundings) -> list[str]:
-        """The sentence of each warning rule of an enabled feature that its surroundings meet."""
+        """Return a sentence for each combination that is allowed but unwise (`Feature.warns`)."""
         return [rule.why for feature in options.enabled() for rule in feature.warns if rule.when(surroundings)]
 
     def without_effect(self, options: Options, given: Iterable[str], prefix: str | None = None) -> list[str]:
-        """Sentences about given keywords that change nothing because their feature is off."""
+        """Return a sentence for each given keyword that changes nothing: its feature is off, or ignores it."""
         prefix = self.prefix if prefix is None else prefix
         sentences = []
         idle = {name for feature in options.enabled() for name in feature.idle(options[feature.name])}
@@ -228,11 +257,11 @@ class Schema:
             if not options.on(feature.name):
                 sentences.append(f"`{prefix}{keyword}` has no effect: {feature.name} is off.")
             elif keyword in idle:
-                sentences.append(f"`{prefix}{keyword}` has no effect beside the other options of {feature.name}.")
+                sentences.append(f"`{prefix}{keyword}` has no effect with the other options of {feature.name}.")
         return sentences
 
     def parameters(self, prefix: str | None = None) -> list[inspect.Parameter]:
-        """Keyword-only parameters, for signatures that users see."""
+        """Return the keywords as keyword-only parameters of a signature."""
         prefix = self.prefix if prefix is None else prefix
         return [
             inspect.Parameter(
@@ -242,7 +271,7 @@ class Schema:
         ]
 
     def describe(self, prefix: str | None = None) -> str:
-        """One line a keyword, grouped by feature, for docstrings."""
+        """Return the description of all keywords, one line each, grouped by feature, for docstrings."""
         prefix = self.prefix if prefix is None else prefix
         lines: list[str] = []
         for feature in self.features.values():
@@ -254,7 +283,7 @@ class Schema:
 
 
 def default_of(entry: dataclasses.Field[Any]) -> Any:
-    """The default of an options field."""
+    """Return the default of a field; `inspect.Parameter.empty` if it has none."""
     if entry.default is not dataclasses.MISSING:
         return entry.default
     if entry.default_factory is not dataclasses.MISSING:
@@ -263,7 +292,10 @@ def default_of(entry: dataclasses.Field[Any]) -> Any:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a value fits an annotation. A bool is no number, and an int is a float."""
+    """Return True if a value fits an annotation.
+
+    A bool does not pass as a number (`attn_dropout = True` is a mistake), an int passes as a float.
+    """
     origin = typing.get_origin(hint)
     if hint is Any:
         return True
@@ -281,24 +313,14 @@ def accepts(hint: Any, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if origin is tuple:
         arms = typing.get_args(hint)
-        each = arms[0] if len(arms) == 2 and arms[1] is Ellipsis else Any
+        each = arms[0] if len(arms) == 2 and arms[1] is Ellipsis else Any  # tuple[int, ...]
         return isinstance(value, tuple) and all(accepts(each, item) for item in value)
     if hint is Callable or (origin is not None and origin is typing.get_origin(Callable[..., Any])):
         return callable(value)
     return isinstance(value, origin or hint)
 
 
-def _switches(feature: Feature, options: Options, prefix: str) -> str:
-    """The keywords by which a user switched a feature on, else its name."""
-    given = [
-        f"`{prefix}{entry.name}`"
-        for entry in dataclasses.fields(feature.options)
-        if getattr(options[feature.name], entry.name) != default_of(entry)
-    ]
-    return given[0] if given else feature.name
-
-
 def require(condition: bool, sentence: str) -> None:
-    """Raise a `ConfigError` with the sentence unless the condition holds."""
+    """Raise a `ConfigError` with the sentence if the condition is false."""
     if not condition:
         raise ConfigError(sentence)

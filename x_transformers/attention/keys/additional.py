@@ -1,4 +1,4 @@
-"""Keys and values that a caller gives, for example another model's: they stand in front and are used as they are."""
+"""A caller's additional keys and values, for example of another model: put in front and used unchanged."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from x_transformers.ops import expand_kv_heads
 
 
 def join_additional(k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """`[more_k, k]` and `[more_v, v]`; where their heads differ, all are spread over the query heads.
+    """Return `[more_k, k]` and `[more_v, v]`, joined along the keys.
 
     Args:
-        k, v: `(b, g, j, d)` and `(b, g, j, e)`.
-        more_k, more_v: `(b, g', A, d)` and `(b, g', A, e)`.
-        heads: query heads h, of which g' is a divisor.
+        k: keys `(b, g, j, d)`.
+        v: values `(b, g, j, e)`.
+        more_k: additional keys `(b, g', A, d)`.
+        more_v: additional values `(b, g', A, e)`.
+        heads: number h of query heads, a multiple of g'.
+
+    Returns:
+        `(b, g, A + j, d)` and `(b, g, A + j, e)`; with h instead of g heads if g' differs from g.
 
     Raises:
-        ShapeError: if the given keys and values do not fit.
+        ShapeError: if the additional keys and values do not fit each other or the attention.
     """
     shapes = f"additional keys and values have shapes {tuple(more_k.shape)} and {tuple(more_v.shape)}"
     if more_k.ndim != 4 or more_v.ndim != 4 or more_k.shape[:3] != more_v.shape[:3] or more_k.shape[0] != k.shape[0]:
-        raise ShapeError(f"{shapes}; they must be ({k.shape[0]}, heads, length, width), alike but for the width.")
+        raise ShapeError(f"{shapes}; they must be ({k.shape[0]}, heads, length, width), alike except for the width.")
     if more_k.shape[-1] != k.shape[-1] or more_v.shape[-1] != v.shape[-1]:
-        raise ShapeError(f"{shapes}; this attention's keys have {k.shape[-1]} features and its values {v.shape[-1]}.")
+        raise ShapeError(f"{shapes}; keys must have {k.shape[-1]} features and values {v.shape[-1]}.")
     if heads % more_k.shape[1]:
-        raise ShapeError(f"{shapes}; their heads must divide the {heads} heads of this attention.")
+        raise ShapeError(f"{shapes}; their number of heads must divide the {heads} heads of this attention.")
     if more_k.shape[1] != k.shape[1]:
         k, v, more_k, more_v = (expand_kv_heads(t, heads) for t in (k, v, more_k, more_v))
     return torch.cat((more_k.to(k.dtype), k), dim=-2), torch.cat((more_v.to(v.dtype), v), dim=-2)

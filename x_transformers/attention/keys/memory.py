@@ -1,4 +1,4 @@
-"""Learned memory keys and values, beside those of the tokens (1907.01470)."""
+"""Learned memory keys and values, in addition to those of the tokens (arXiv 1907.01470)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from x_transformers.options.schema import Feature, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    num_mem_kv: int = opt(0, "learned keys and values that every query sees")
+    num_mem_kv: int = opt(0, "number of learned keys and values that every query sees")
 
     def __post_init__(self) -> None:
         require(self.num_mem_kv >= 0, f"`num_mem_kv` is {self.num_mem_kv}; it must be at least 0.")
 
 
 class MemoryKeyValues(KeyMod):
-    """`k <- [mem_k, k]`, `v <- [mem_v, v]`, with parameters `(g, M, d)` and `(g, M, e)`, drawn from N(0, 1).
+    """Learned keys and values in front: `k <- [mem_k, k]`, `v <- [mem_v, v]`.
 
-    They have no position, and of the norms they pass only the unit-length one.
+    The parameters `(g, M, d)` and `(g, M, e)` are drawn from N(0, 1). They have no position. Of the norms of keys and
+    values only the one to unit length applies to them.
+
+    Args:
+        shape: widths of the attention.
+        count: their number M.
     """
 
     def __init__(self, shape: AttentionShape, count: int) -> None:
@@ -40,7 +45,7 @@ class MemoryKeyValues(KeyMod):
 
 
 def build(options: MemoryOptions, shape: AttentionShape, **_: Any) -> MemoryKeyValues:
-    """The part for one attention."""
+    """Build the memory of one attention."""
     return MemoryKeyValues(shape, options.num_mem_kv)
 
 
@@ -51,7 +56,7 @@ FEATURE = Feature(
     options=MemoryOptions,
     enabled=lambda options: options.num_mem_kv > 0,
     build=build,
-    summary="learned keys and values beside those of the tokens",
+    summary="learned keys and values besides those of the tokens",
     paper="1907.01470",
     examples=({"attn_num_mem_kv": 3},),
 )

@@ -1,4 +1,4 @@
-"""A learned attention sink: one logit for each head that joins the softmax and is dropped behind it (2508.10925)."""
+"""Learned attention sink: a logit per head takes part in the softmax and has no value (arXiv 2508.10925)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class SinkOptions:
-    head_learned_sink: bool = opt(False, "a learned logit for each head takes part in the softmax")
+    head_learned_sink: bool = opt(False, "add a learned logit for each head to the softmax")
 
 
 class LearnedSink(nn.Module):
-    """`weights = softmax([sink_h, scores])` without its first column; equals `out * sigmoid(lse - sink_h)`."""
+    """Attention sink: `weights = softmax([s_h, scores])` without the first column, `s_h` learned and 0 at first.
+
+    The output is then `out * sigmoid(lse - s_h)` for the output and log-sum-exp of the plain softmax, so that kernels
+    that return both need not know about the sink.
+
+    Args:
+        heads: number of query heads.
+    """
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -26,7 +33,7 @@ class LearnedSink(nn.Module):
 
 
 def build(options: SinkOptions, shape: AttentionShape, **_: Any) -> LearnedSink:
-    """The part for one attention."""
+    """Build the sink of one attention."""
     return LearnedSink(shape.heads)
 
 

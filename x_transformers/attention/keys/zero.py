@@ -1,4 +1,4 @@
-"""A zero key with a zero value, so that a head may attend to nothing ("off by one" attention)."""
+"""A key and value of zeros, so that a head can attend to nothing ("softmax off by one")."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroOptions:
-    add_zero_kv: bool = opt(False, "one key and value of zeros that every query sees")
+    add_zero_kv: bool = opt(False, "add a key and value of zeros that every query sees")
 
 
 class ZeroKeyValue(KeyMod):
-    """`k <- [0, k]`, `v <- [0, v]`: the softmax gains the term `exp(0)` in its denominator."""
+    """Zeros in front, `k <- [0, k]`, `v <- [0, v]`: the softmax becomes `exp(s_j) / (1 + sum_j' exp(s_j'))`."""
 
     count = 1
     nothing = True
@@ -29,7 +29,7 @@ class ZeroKeyValue(KeyMod):
 
 
 def build(options: ZeroOptions, **_: Any) -> ZeroKeyValue:
-    """The part for one attention."""
+    """Build the key of one attention."""
     return ZeroKeyValue()
 
 

@@ -1,1 +1,1 @@
-"""What happens to queries and keys between their projection and the scores."""
+"""Transforms of queries and keys between their projection and the scores."""

@@ -1,4 +1,4 @@
-"""What transforms by position share."""
+"""Polar coordinates, used by the learned and by the caller-given polar embedding (arXiv 2509.10534)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from torch import Tensor
 from x_transformers.ops import at_least_float32
 
 
-def turn(t: Tensor, angles: Tensor) -> Tensor:
-    """`[softplus(t) cos, softplus(t) sin]`, `(b, h, n, d)` to `(b, h, n, 2 d)`, in float32 and back."""
-    length = F.softplus(at_least_float32(t))
-    return torch.cat((length * angles.cos(), length * angles.sin()), dim=-1).to(t.dtype)
+def softplus_polar(t: Tensor, angles: Tensor) -> Tensor:
+    """Return `[softplus(t) cos(angles), softplus(t) sin(angles)]`: features become magnitudes at the given angles.
+
+    Args:
+        t: `(b, h, n, d)`.
+        angles: broadcastable to `t`.
+
+    Returns:
+        `(b, h, n, 2 d)` in the dtype of `t`; computed in float32 or wider.
+    """
+    magnitude = F.softplus(at_least_float32(t))
+    return torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1).to(t.dtype)

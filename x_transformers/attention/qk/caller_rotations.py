@@ -1,4 +1,8 @@
-"""Query/key transforms whose angles a caller computed: the pairs that rotary and polar embeddings return."""
+"""Query/key transforms with angles that a caller computed: the pairs that rotary and polar embeddings return.
+
+Rotary (arXiv 2104.09864, xPos 2212.10554): `q <- rotate(q, angles) * factor`, `k <- rotate(k, angles) / factor`.
+Polar (arXiv 2509.10534): `q <- softplus_polar(q, angles - bias)`, `k <- softplus_polar(k, angles)`.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +12,51 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.attention.qk.base import turn
+from x_transformers.attention.qk.base import softplus_polar
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Span
 from x_transformers.ops import at_least_float32
 
 Pair = tuple[Tensor, Tensor | float]
+"""Angles `(1|b, N, r)` and a factor of that shape or a number, as `RotaryEmbedding` returns them."""
 
 
 @dataclass(frozen=True, eq=False)
-class RotationRows:
-    """A caller's table over every key, newest last: `(1|b, N, features)`."""
+class CallerTable:
+    """A caller's table `(N, features)` or `(1|b, N, features)` with one row for each key, the newest last."""
 
     table: Tensor
 
-    def of(self, span: Span, query: Span | None) -> Tensor:
-        """`(1|b, 1, n, features)` for the tokens of a span.
+    def rows(self, span: Span, newest: Span | None) -> Tensor:
+        """Return the rows for the tokens of a span, `(1|b, 1, n, features)`.
 
         Args:
             span: the tokens.
-            query: the newest tokens, with which the table ends; None where it ends with the span itself.
+            newest: the span whose last token has the last row; None if the table ends with `span` itself.
+
+        Raises:
+            ShapeError: if the table has fewer rows than the span has tokens.
         """
         table = self.table if self.table.ndim == 3 else self.table.unsqueeze(0)
         if table.shape[-2] < len(span):
             raise ShapeError(
-                f"the given positions have shape {tuple(self.table.shape)}; they must cover all {len(span)} keys, "
-                "recurrent memory and cached tokens included."
+                f"the rotary or polar embedding has shape {tuple(self.table.shape)}; it must cover all {len(span)} "
+                "keys. Compute it for recurrent memory and cached tokens too."
             )
-        if query is None:
+        if newest is None:
             return table[:, None, table.shape[-2] - len(span) :]
-        rows = span.index - query.index[-1] - 1 + table.shape[-2]
+        # The slots of a static cache may be out of order (a ring), so each token's row is found by its distance from
+        # the newest token. Empty slots have indices outside of the table; they are masked, so that any row will do.
+        rows = span.index - newest.index[-1] - 1 + table.shape[-2]
         return table[:, None, rows.clamp(0, table.shape[-2] - 1)]
 
 
 class GivenRotation(QKTransform):
-    """Rotates adjacent pairs of the first features by given angles, `x0 cos - x1 sin, x1 cos + x0 sin`.
+    """Rotation of adjacent pairs of the first r features by given angles: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
 
     Args:
         queries: angles `(1|b, N, r)`, and a factor of that shape or a number; queries are multiplied by it.
-        keys: the same for keys, which are divided by it; None where they are the same tokens.
+        keys: the same for keys, which are divided by the factor. Default: keys are the tokens of `queries`.
     """
 
     def __init__(self, queries: Pair, keys: Pair | None = None) -> None:
@@ -54,21 +64,20 @@ class GivenRotation(QKTransform):
         self.queries, self.keys = queries, keys
 
     def tables(self, query: Span, keys: Span) -> tuple[Pair, Pair]:
-        return _pair(self.queries, query, query), _pair(
-            self.keys or self.queries, keys, query if self.keys is None else None
-        )
+        of_keys = _select_rows(self.queries, keys, query) if self.keys is None else _select_rows(self.keys, keys, None)
+        return _select_rows(self.queries, query, query), of_keys
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Pair, Pair]) -> tuple[Tensor, Tensor]:
         (q_angles, q_factor), (k_angles, k_factor) = tables
-        return _rotated(q, q_angles, q_factor), _rotated(k, k_angles, 1.0 / k_factor)
+        return _rotate(q, q_angles, q_factor), _rotate(k, k_angles, 1.0 / k_factor)
 
 
 class GivenPolar(QKTransform):
-    """Puts features, as lengths, at given angles.
+    """Polar coordinates with given angles: `q <- softplus_polar(q, angles - bias)`, `k <- softplus_polar(k, angles)`.
 
     Args:
         angles: `(1|b, N, d)`.
-        bias: `(h, 1, d)` between queries and keys.
+        bias: `(h, 1, d)` angle between queries and keys.
     """
 
     def __init__(self, angles: Tensor, bias: Tensor) -> None:
@@ -79,28 +88,39 @@ class GivenPolar(QKTransform):
         return 2 * dim_head
 
     def tables(self, query: Span, keys: Span) -> tuple[Tensor, Tensor]:
-        rows = RotationRows(self.angles)
-        return rows.of(query, query), rows.of(keys, query)
+        table = CallerTable(self.angles)
+        return table.rows(query, query), table.rows(keys, query)
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return turn(q, tables[0] - at_least_float32(self.bias)), turn(k, tables[1])
+        return softplus_polar(q, tables[0] - at_least_float32(self.bias)), softplus_polar(k, tables[1])
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """`(..., r)` with each adjacent pair `(x0, x1)` turned by a right angle: `(-x1, x0)`."""
+    """Rotate each adjacent pair of features by 90 degrees: `(x0, x1) -> (-x1, x0)`.
+
+    Args:
+        x: `(..., r)` with even r.
+
+    Returns:
+        `(..., r)`.
+    """
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
 def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, scale: Tensor | float = 1) -> Tensor:
-    """`(t cos + rotate_half(t) sin) * scale` over the first r features; the others stay as they are.
+    """Apply rotary embeddings to the first r features: `(t cos(freqs) + rotate_half(t) sin(freqs)) * scale`.
 
     Args:
-        t: `(b, h, n, d)` or `(b, n, d)`.
-        freqs: angles `(N, r)` or `(1|b, N, r)`, what a `RotaryEmbedding` returns; the last n rows count.
-        scale: a number, or a tensor of the shape of `freqs`: of keys, the reciprocal of that of queries.
+        t: `(b, h, n, d)` or `(b, n, d)`; features after the first r stay as they are.
+        freqs: angles `(N, r)` or `(1|b, N, r)`, as a `RotaryEmbedding` returns them. The last n rows are used.
+        scale: a number, or a tensor of the shape of `freqs`. With xPos, keys take the reciprocal of the queries'
+            scale.
+
+    Returns:
+        a tensor of the shape and dtype of `t`; computed in float32 or wider.
 
     Raises:
-        ShapeError: if there are fewer than n rows, or more than d angles.
+        ShapeError: if there are fewer than n rows, or more than d angles in a row.
     """
     n, middle = t.shape[-2], (None,) * (t.ndim - 3)
     _check_angles(freqs, t, freqs.shape[-1] <= t.shape[-1], f"at most {t.shape[-1]}")
@@ -110,22 +130,25 @@ def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, scale: Tensor | float = 1) ->
         return table[(slice(None), *middle, slice(table.shape[-2] - n, None))]
 
     factor = rows(scale) if isinstance(scale, Tensor) and scale.ndim else scale
-    return _rotated(t, rows(freqs), factor)
+    return _rotate(t, rows(freqs), factor)
 
 
 def apply_polar_pos_emb(t: Tensor, freqs: Tensor) -> Tensor:
-    """`[softplus(t) cos, softplus(t) sin]`, `(b, h, n, d)` to `(b, h, n, 2 d)`.
+    """Apply polar embeddings: `[softplus(t) cos(freqs), softplus(t) sin(freqs)]`.
 
     Args:
         t: `(b, h, n, d)`.
-        freqs: angles, broadcastable to `(b, h, N, d)`: three axes mean heads, as for the sum of both that a
-            `PolarEmbedding` returns. The last n rows count.
+        freqs: angles, broadcastable to `(b, h, N, d)`: for queries those that a `PolarEmbedding` returns, for keys
+            their sum with its bias. The first of three axes counts heads. The last n rows are used.
+
+    Returns:
+        `(b, h, n, 2 d)` in the dtype of `t`; computed in float32 or wider.
 
     Raises:
-        ShapeError: if there are fewer than n rows, or of another width.
+        ShapeError: if there are fewer than n rows, or if a row does not have d angles.
     """
     _check_angles(freqs, t, freqs.shape[-1] == t.shape[-1], str(t.shape[-1]))
-    return turn(t, freqs[..., freqs.shape[-2] - t.shape[-2] :, :])
+    return softplus_polar(t, freqs[..., freqs.shape[-2] - t.shape[-2] :, :])
 
 
 def _check_angles(freqs: Tensor, t: Tensor, fits: bool, width: str) -> None:
@@ -137,15 +160,17 @@ def _check_angles(freqs: Tensor, t: Tensor, fits: bool, width: str) -> None:
         )
 
 
-def _pair(pair: Pair, span: Span, query: Span | None) -> Pair:
+def _select_rows(pair: Pair, span: Span, newest: Span | None) -> Pair:
+    """Return the rows of both tables for the tokens of a span; a factor that is one number has no rows."""
     angles, factor = pair
-    return RotationRows(angles).of(span, query), RotationRows(factor).of(span, query) if isinstance(
-        factor, Tensor
-    ) and factor.ndim else factor
+    if isinstance(factor, Tensor) and factor.ndim:
+        factor = CallerTable(factor).rows(span, newest)
+    return CallerTable(angles).rows(span, newest), factor
 
 
-def _rotated(t: Tensor, angles: Tensor, factor: Tensor | float) -> Tensor:
+def _rotate(t: Tensor, angles: Tensor, factor: Tensor | float) -> Tensor:
+    """Return `(t cos + rotate_half(t) sin) * factor` over as many features as there are angles."""
     width = angles.shape[-1]
     part = at_least_float32(t[..., :width])
-    turned = ((part * angles.cos() + rotate_half(part) * angles.sin()) * factor).to(t.dtype)
-    return turned if width == t.shape[-1] else torch.cat((turned, t[..., width:]), dim=-1)
+    rotated = ((part * angles.cos() + rotate_half(part) * angles.sin()) * factor).to(t.dtype)
+    return rotated if width == t.shape[-1] else torch.cat((rotated, t[..., width:]), dim=-1)

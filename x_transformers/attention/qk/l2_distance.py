@@ -1,4 +1,7 @@
-"""Scores as negative squared distances of queries and keys: Lipschitz attention (2006.04710)."""
+"""L2 attention: scores are negative squared distances of queries and keys, `-|q - k|^2` (arXiv 2006.04710).
+
+With tied query and key projections this attention is Lipschitz continuous, which dot-product attention is not.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,20 @@ from x_transformers.options.schema import Feature, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceOptions:
-    l2_distance: bool = opt(False, "scores are -|q - k|^2 in place of q k^T, with the same scale")
+    l2_distance: bool = opt(False, "use -|q - k|^2 as scores instead of q k^T, with the same scale")
 
 
 class L2Distance(Similarity):
-    """`q' = [2 q, -|q|^2, -1]`, `k' = [k, 1, |k|^2]`, so that `q' k'^T = -|q - k|^2`; in float32 or wider.
+    """Negative squared distance as a product of wider vectors, which every attention kernel can compute.
 
-    The term of the query stays, since not every weighting is blind to it (learned sinks, sigmoids).
+    `q' = [2 q, -|q|^2, -1]`, `k' = [k, 1, |k|^2]`, so that `q' k'^T = -|q - k|^2`; in float32 or wider.
     """
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        # large terms cancel in the product, more than half precision can hold
         q, k = at_least_float32(q), at_least_float32(k)
         q_square, k_square = q.square().sum(dim=-1, keepdim=True), k.square().sum(dim=-1, keepdim=True)
+        # A softmax does not change if the query's own square is dropped, but sigmoids and learned sinks need it.
         return (
             torch.cat((2 * q, -q_square, -torch.ones_like(q_square)), dim=-1),
             torch.cat((k, torch.ones_like(k_square), k_square), dim=-1),
@@ -34,7 +39,7 @@ class L2Distance(Similarity):
 
 
 def build(options: DistanceOptions, **_: Any) -> L2Distance:
-    """The part for one attention."""
+    """Build the similarity of one attention."""
     return L2Distance()
 
 
@@ -50,8 +55,8 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o.on("rotary") and o["rotary"].rotary_xpos,
-            why="`rotary_xpos` lengthens keys with their position, and `l2_distance` measures lengths, so that outputs "
-            "would depend on where a sequence starts; use `rotary_pos_emb`.",
+            why="`rotary_xpos` changes the length of keys with their position, and `l2_distance` depends on that "
+            "length: outputs would depend on where a sequence starts. Use `rotary_pos_emb` instead.",
         ),
     ),
     examples=({"attn_l2_distance": True},),

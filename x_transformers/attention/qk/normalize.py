@@ -1,4 +1,4 @@
-"""QK norms: unit length (2010.04245), and RMSNorm per head (2302.05442)."""
+"""Normalization of queries and keys, to unit length (arXiv 2010.04245) or by an RMSNorm per head (2302.05442)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from x_transformers.options.schema import Feature, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class UnitNormOptions:
-    qk_norm: bool = opt(False, "queries and keys have unit length; the logit scale becomes `qk_norm_scale`")
-    qk_norm_groups: int = opt(1, "normalise that many equal parts of a head apart")
-    qk_norm_scale: float = opt(10, "logit scale")
-    qk_norm_dim_scale: bool = opt(False, "learned scale per feature in place of `qk_norm_scale`")
+    qk_norm: bool = opt(False, "normalize queries and keys to unit length; the logit scale becomes `qk_norm_scale`")
+    qk_norm_groups: int = opt(1, "cut each head into this many equal parts, each normalized by itself")
+    qk_norm_scale: float = opt(10, "factor of the logits")
+    qk_norm_dim_scale: bool = opt(False, "learn a scale per feature instead of using `qk_norm_scale`")
 
 
 class QKUnitNorm(QKNorm):
-    """`q <- q / |q|`, `k <- k / |k|`, in `groups` parts.
+    """Unit length for each of `groups` parts of a head: `q <- q / |q|`, `k <- k / |k|`.
 
-    Without a learned scale the logits are multiplied by `scale`; with one, queries and keys are multiplied by learned
-    vectors (initially `d ** 0.25`) and the usual `1 / sqrt(d)` stays.
+    Without learned scales the logits are `scale * q k^T`. With them, `q` and `k` are multiplied by vectors
+    `(h, 1, d)` and `(g, 1, d)` that start at `d ** 0.25`, and the usual `1 / sqrt(d)` stays.
+
+    Args:
+        shape: widths of the attention.
+        groups: parts of a head, each normalized by itself.
+        scale: factor of the logits.
+        dim_scale: learn a scale per feature instead.
 
     Raises:
-        ConfigError: if the groups do not divide a head, or leave parts of fewer than 3 features.
+        ConfigError: if `groups` does not divide `dim_head`, or leaves parts of fewer than 3 features.
     """
 
     def __init__(self, shape: AttentionShape, groups: int, scale: float, dim_scale: bool) -> None:
@@ -59,15 +65,22 @@ class QKUnitNorm(QKNorm):
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNormOptions:
-    qk_rmsnorm: bool = opt(False, "RMSNorm with a gain for each head on queries and keys")
-    k_rmsnorm: bool = opt(False, "the same on keys alone")
+    qk_rmsnorm: bool = opt(False, "RMSNorm on queries and keys, with a gain for each head")
+    k_rmsnorm: bool = opt(False, "the same on keys only")
 
     def __post_init__(self) -> None:
-        require(not (self.qk_rmsnorm and self.k_rmsnorm), "`qk_rmsnorm` already normalises the keys; drop `k_rmsnorm`.")
+        require(not (self.qk_rmsnorm and self.k_rmsnorm), "`qk_rmsnorm` normalizes the keys already; drop `k_rmsnorm`.")
 
 
 class QKRMSNorm(QKNorm):
-    """`MultiheadRMSNorm` on keys, and on queries unless `keys_only`. Learned memory keys pass by."""
+    """RMSNorm of queries and keys per head: `x <- x / |x| * sqrt(d) * (gamma + 1)`.
+
+    Learned memory keys are not normalized.
+
+    Args:
+        shape: widths of the attention.
+        keys_only: leave queries as they are.
+    """
 
     def __init__(self, shape: AttentionShape, keys_only: bool) -> None:
         super().__init__()
@@ -82,12 +95,12 @@ class QKRMSNorm(QKNorm):
 
 
 def build_unit(options: UnitNormOptions, shape: AttentionShape, **_: Any) -> QKUnitNorm:
-    """The part for one attention."""
+    """Build the norm of one attention."""
     return QKUnitNorm(shape, options.qk_norm_groups, options.qk_norm_scale, options.qk_norm_dim_scale)
 
 
 def build_rms(options: RMSNormOptions, shape: AttentionShape, **_: Any) -> QKRMSNorm:
-    """The part for one attention."""
+    """Build the norm of one attention."""
     return QKRMSNorm(shape, keys_only=options.k_rmsnorm)
 
 
@@ -99,7 +112,7 @@ UNIT = Feature(
     enabled=lambda options: options.qk_norm,
     build=build_unit,
     idle=lambda options: ("qk_norm_scale",) if options.qk_norm_dim_scale else (),
-    summary="queries and keys of unit length",
+    summary="queries and keys normalized to unit length",
     paper="2010.04245",
     examples=(
         {"attn_qk_norm": True},

@@ -1,4 +1,4 @@
-"""Polar position embedding: content as magnitudes, positions as angles (PoPE, 2509.10534)."""
+"""Polar position embedding (PoPE): features are magnitudes, positions are angles (arXiv 2509.10534)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.attention.qk.base import turn
+from x_transformers.attention.qk.base import softplus_polar
 from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
@@ -20,21 +20,29 @@ from x_transformers.options.schema import Feature, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class PolarOptions:
-    polar_pos_emb: bool = opt(False, "features are lengths, and positions are their angles")
-    polar_bias_uniform_init: bool = opt(False, "angles between queries and keys start uniform in (-2 pi, 0), not at 0")
+    polar_pos_emb: bool = opt(False, "polar position embedding: features become magnitudes, positions their angles")
+    polar_bias_uniform_init: bool = opt(
+        False, "initialize the angles between queries and keys uniformly in (-2 pi, 0), not at 0"
+    )
 
 
 class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
-    """`q <- [softplus(q) cos a, softplus(q) sin a]` with `a = pos * base ** (-c / d)`; keys the same with `a + delta`.
+    """Polar position embedding with learned angles between queries and keys.
 
-    A score is then `sum_c softplus(q_c) softplus(k_c) cos(a_q - a_k - delta_c)`. The learned angle `delta`, `(h, 1, d)`
-    and kept within `[-2 pi, 0]`, is taken off the query instead of put on the key, so that keys stay shared by heads.
+    Feature c of a token at position `pos` has the angle `a_c = pos * base ** (-c / d)`:
+
+        q <- [softplus(q) cos(a - delta), softplus(q) sin(a - delta)]
+        k <- [softplus(k) cos(a), softplus(k) sin(a)]
+
+    so that a score is `sum_c softplus(q_c) softplus(k_c) cos(a_q - a_k - delta_c)`. The learned `delta`, `(h, 1, d)`,
+    is clamped to `[-2 pi, 0]`. The paper adds it to the key; subtracting it from the query gives the same scores, and
+    heads can then share their keys.
 
     Args:
         dim: features d of a head.
         heads: query heads h.
-        bias_uniform_init: `delta` starts uniform in (-2 pi, 0), else at 0.
-        base: of the frequencies.
+        bias_uniform_init: initialize `delta` uniformly in (-2 pi, 0) instead of at 0.
+        base: base of the frequencies.
     """
 
     inv_freq: Tensor
@@ -48,43 +56,46 @@ class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             nn.init.uniform_(self.learned_bias, -2 * math.pi, 0.0)
 
     def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Angles `(1|b, n, d)`, and the learned ones `(h, 1, d)`.
+        """Return the angles of positions and the learned angles.
 
         Args:
-            t: `(n,)` or `(b, n)` positions.
-            offset: added to all of them.
+            t: positions `(n,)` or `(b, n)`.
+            offset: number added to all positions.
+
+        Returns:
+            angles `(1|b, n, d)`, and `bias`, `(h, 1, d)`.
         """
         pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         return pos.unsqueeze(-1) * self.inv_freq, self.bias
 
     @property
     def bias(self) -> Tensor:
-        """The learned angles within their bounds, `(h, 1, d)`."""
+        """Learned angles `delta`, clamped to `[-2 pi, 0]`: `(h, 1, d)`."""
         return self.learned_bias.clamp(-2 * math.pi, 0.0)
 
     def width(self, dim_head: int) -> int:
         return 2 * dim_head
 
     def tables(self, query: Span, keys: Span) -> tuple[Tensor, Tensor]:
-        """Angles of queries and of keys, `(1|b, 1, n, d)`, float32."""
+        """Return the angles of queries and of keys, `(1|b, 1, n, d)`, in float32."""
         return query.pos[:, None, :, None] * self.inv_freq, keys.pos[:, None, :, None] * self.inv_freq
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return turn(q, tables[0] - at_least_float32(self.bias)), turn(k, tables[1])
+        return softplus_polar(q, tables[0] - at_least_float32(self.bias)), softplus_polar(k, tables[1])
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        # derived from the width; a file of a half-precision model holds them rounded
+        # frequencies follow from the width, and half-precision checkpoints contain them rounded: keep our own
         state.pop(f"{prefix}inv_freq", None)
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        """Put the reference's learned angles into our order of heads."""
+        """Reorder the learned angles of the reference from its order of heads to ours, in place."""
         name = f"{prefix}learned_bias"
         if name in state:
             state[name] = reorder_heads(state[name], 0, order)
 
 
 def build(options: PolarOptions, *, heads: int, dim_head: int, **_: Any) -> PolarEmbedding:
-    """The part for a stack whose attentions have `heads` query heads of `dim_head` features."""
+    """Build the embedding of a stack whose attentions have `heads` query heads of `dim_head` features."""
     return PolarEmbedding(dim_head, heads, options.polar_bias_uniform_init)
 
 
@@ -96,13 +107,13 @@ FEATURE = Feature(
     options=PolarOptions,
     enabled=lambda options: options.polar_pos_emb,
     build=build,
-    summary="content as lengths, positions as angles",
+    summary="features as magnitudes, positions as angles",
     paper="2509.10534",
     refuses=tuple(
         Rule(
             when=lambda o, other=other: o.on(other),
-            why=f"`polar_pos_emb` doubles the width of queries and keys, but those of `{keyword}` have no position; "
-            "use `rotary_pos_emb`.",
+            why=f"`polar_pos_emb` doubles the width of queries and keys, but the vectors of `{keyword}` have no "
+            "position and keep theirs. Use `rotary_pos_emb` instead.",
         )
         for other, keyword in (("memory_kv", "attn_num_mem_kv"), ("cope", "attn_use_cope"))
     ),

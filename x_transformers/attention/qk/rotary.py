@@ -1,4 +1,8 @@
-"""Rotary position embedding (2104.09864), interpolated (2306.15595), with xPos's decay (2212.10554)."""
+"""Rotary position embedding (arXiv 2104.09864), with position interpolation (2306.15595) and xPos (2212.10554).
+
+The pair of features `(2k, 2k + 1)` of a token at position `pos` is rotated by `pos * base ** (-2k / r)`, so that a
+score depends on positions only through the distance of query and key.
+"""
 
 from __future__ import annotations
 
@@ -21,34 +25,39 @@ from x_transformers.options.schema import Feature, Rule, opt
 @dataclass(frozen=True, kw_only=True)
 class RotaryOptions:
     rotary_pos_emb: bool = opt(False, "rotate queries and keys by their positions")
-    rotary_xpos: bool = opt(False, "rotary with xPos's exponential decay; causal stacks only")
-    rotary_emb_dim: int | None = opt(None, "features of a head that rotate; default half of them, rounded up to even")
-    rotary_interpolation_factor: float = opt(1.0, "positions are divided by this, >= 1")
-    rotary_base_rescale_factor: float = opt(1.0, "NTK-aware: the base 10000 becomes 10000 * f ** (r / (r - 2))")
-    rotary_xpos_scale_base: float = opt(512, "xPos: tokens over which the decay acts")
-    rotate_num_heads: int | None = opt(None, "only the last k heads rotate; needs as many kv heads as heads")
+    rotary_xpos: bool = opt(False, "rotary embedding with the exponential decay of xPos; causal stacks only")
+    rotary_emb_dim: int | None = opt(
+        None, "number of features of a head to rotate; default: half of them, rounded up to even"
+    )
+    rotary_interpolation_factor: float = opt(1.0, "divide positions by this, >= 1")
+    rotary_base_rescale_factor: float = opt(
+        1.0, "NTK-aware scaling by f: the base 10000 becomes 10000 * f ** (r / (r - 2))"
+    )
+    rotary_xpos_scale_base: float = opt(512, "xPos: number of tokens that sets the scale of the decay")
+    rotate_num_heads: int | None = opt(None, "rotate only the last k heads; needs as many kv heads as heads")
 
 
 Tables = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines of queries, and of keys; each `(1|b, 1, n, r/2)`."""
 
 
 class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
-    """Rotates adjacent feature pairs `(2k, 2k + 1)` by the angle `pos * base ** (-2k / r) / interpolation`.
+    """Rotation of adjacent feature pairs `(2k, 2k + 1)` by the angle `pos * base ** (-2k / r) / interpolation_factor`.
 
-    With xPos, queries are also multiplied by `zeta_k ** (pos / scale_base)` and keys divided by it, where
-    `zeta_k = (2k + 0.4 r) / (1.4 r)`. Only differences of positions matter, so the centre is 0.
+    With xPos, queries are also multiplied by `zeta_k ** (pos / scale_base)` and keys are divided by it, where
+    `zeta_k = (2k + 0.4 r) / (1.4 r) < 1`, so that a score decays with `zeta_k ** (distance / scale_base)`.
 
     Args:
-        dim: rotated features r, even.
-        use_xpos: with decay.
-        scale_base: tokens over which the decay acts.
+        dim: number r of rotated features, even; the other features of a head stay as they are.
+        use_xpos: decay scores with distance.
+        scale_base: number of tokens that sets the scale of the decay.
         interpolation_factor: divides positions, >= 1.
-        base: of the frequencies.
-        base_rescale_factor: NTK-aware change of the base.
-        num_heads: rotate only the last heads; None rotates all.
+        base: base of the frequencies.
+        base_rescale_factor: NTK-aware scaling f of the base, to `base * f ** (r / (r - 2))`.
+        num_heads: rotate only the last `num_heads` heads; default: all.
 
     Raises:
-        ConfigError: if r is odd or below 2, if r is 2 with a rescaled base, or if the interpolation is below 1.
+        ConfigError: if r is odd or below 2, if r is 2 with a rescaled base, or if the interpolation factor is below 1.
     """
 
     inv_freq: Tensor
@@ -67,26 +76,38 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
     ) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ConfigError(f"`rotary_emb_dim` is {dim}; features rotate in pairs, so it must be even and >= 2.")
+            raise ConfigError(
+                f"`rotary_emb_dim` is {dim}; it must be even and at least 2, since features rotate in pairs."
+            )
         if interpolation_factor < 1:
             raise ConfigError(f"`rotary_interpolation_factor` is {interpolation_factor}; it must be at least 1.")
         if base_rescale_factor != 1:
             if dim == 2:
-                raise ConfigError("`rotary_base_rescale_factor` needs more than 2 rotated features.")
+                raise ConfigError(
+                    "`rotary_base_rescale_factor` needs more than 2 rotated features; increase `rotary_emb_dim`."
+                )
+            # NTK-aware: the exponent is such that the lowest frequency, base ** (-(r - 2) / r), is divided by exactly
+            # the factor (as interpolation would), while the highest one, which tells neighbors apart, stays at 1.
             base = base * base_rescale_factor ** (dim / (dim - 2))
         self.dim, self.use_xpos, self.num_heads = dim, use_xpos, num_heads
         self.interpolation_factor, self.scale_base = interpolation_factor, scale_base
         pairs = torch.arange(0, dim, 2).float()
         self.register_buffer("inv_freq", 1.0 / base ** (pairs / dim), persistent=False)
+        # xPos: high frequencies (small k) decay fastest. Positions are often measured from the middle of the sequence;
+        # a score depends on their differences only, and with a fixed origin cached keys stay valid.
         zeta = (pairs + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("xpos_log", zeta.log() / scale_base, persistent=False)
 
     def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor | float]:
-        """Angles `(1|b, n, r)`, repeated for each pair, and the xPos factor of queries (1. without xPos).
+        """Return the angles of positions and the xPos factor of queries, for `apply_rotary_pos_emb`.
 
         Args:
-            t: `(n,)` or `(b, n)` positions.
-            offset: added to all of them.
+            t: positions `(n,)` or `(b, n)`.
+            offset: number added to all positions.
+
+        Returns:
+            angles `(1|b, n, r)`, the same for both features of a pair, and the factor of queries: a tensor of that
+            shape, or 1.0 without xPos. Keys take its reciprocal.
         """
         pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
@@ -95,16 +116,16 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         return angles, (pos.unsqueeze(-1) * self.xpos_log).exp().repeat_interleave(2, dim=-1)
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:
-        """`forward` for positions 0 ... seq_len - 1."""
+        """Return `forward` for the positions 0 ... seq_len - 1."""
         return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
 
     def tables(self, query: Span, keys: Span) -> Tables:
-        """Cosines and sines `(1|b, 1, n, r/2)`, float32, of queries and of keys."""
-        q = self._table(query.pos, 1.0)
+        """Return cosines and sines `(1|b, 1, n, r/2)` of queries and of keys, times xPos factors, in float32."""
+        q = self._cos_sin(query.pos, 1.0)
         same = keys.pos is query.pos and not self.use_xpos
-        return q, q if same else self._table(keys.pos, -1.0)
+        return q, q if same else self._cos_sin(keys.pos, -1.0)
 
-    def _table(self, pos: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, pos: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         pos = pos[:, None, :, None]
         angles = pos * self.inv_freq / self.interpolation_factor
         cos, sin = angles.cos(), angles.sin()
@@ -117,8 +138,8 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         q, k = self._rotate_heads(q, *tables[0]), self._rotate_heads(k, *tables[1])
         if self.use_xpos and k.dtype is torch.float16 and not torch.compiler.is_compiling() and k.isinf().any():
             raise InputError(
-                "xPos scales keys beyond what float16 can hold at this length; use bfloat16 or float32, or a larger "
-                "`rotary_xpos_scale_base`."
+                "xPos scales the keys of this sequence beyond the range of float16; use bfloat16 or float32, or a "
+                "larger `rotary_xpos_scale_base`."
             )
         return q, k
 
@@ -129,85 +150,101 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         return torch.cat((t[:, :rest], rotate(t[:, rest:], cos, sin)), dim=1)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        # derived from the options; a file of a half-precision model holds them rounded
+        # both follow from the options, and half-precision checkpoints contain them rounded: keep our own
         for name in ("inv_freq", "scale"):
             state.pop(f"{prefix}{name}", None)
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `2 * cos.shape[-1]` features of `(b, h, n, d)` in adjacent pairs, in float32."""
+    """Rotate adjacent pairs of the first r features: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
+
+    Args:
+        t: `(b, h, n, d)`.
+        cos: `(1|b, 1, n, r/2)`.
+        sin: of the same shape.
+
+    Returns:
+        a tensor of the shape and dtype of `t`; computed in float32 or wider.
+    """
     width = 2 * cos.shape[-1]
     if t.shape[-1] % 2 == 0:
         compiling = torch.compiler.is_compiling()
         if compiling and t.device.type == "cpu" and t.shape[-2] != 1:
-            return turn(t, cos, sin)
+            return rotate_uncompiled(t, cos, sin)
         if not compiling and t.device.type in ("cpu", "cuda"):
-            return _multiply(t, cos, sin)
-    # a compiler makes one kernel of all that is below, with what stands around it
+            return _rotate_as_complex(t, cos, sin)
+    # a compiler fuses these operations with their neighbors; in eager mode each would be a kernel of its own
     even, odd = t[..., 0:width:2], t[..., 1:width:2]
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(t.dtype)
-    return turned if width == t.shape[-1] else torch.cat((turned, t[..., width:]), dim=-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(t.dtype)
+    return rotated if width == t.shape[-1] else torch.cat((rotated, t[..., width:]), dim=-1)
 
 
-def _multiply(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`(b, h, n, d)` by the complex numbers `cos + i sin (1|b, 1, n, r/2)`: one kernel on the way there, and one on
-    the way back. Features that do not rotate are multiplied by 1.
+def _rotate_as_complex(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply pairs as complex numbers by `cos + i sin`: one kernel forward and one backward.
+
+    Features that do not rotate are multiplied by 1.
     """
     pairs = at_least_float32(t).unflatten(-1, (-1, 2))
+    # `view_as_complex` needs the two numbers of a pair next to each other, and pairs at even addresses
     if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
         pairs = pairs.clone(memory_format=torch.contiguous_format)
-    turns = torch.complex(cos, sin)
-    turns = F.pad(turns, (0, pairs.shape[-2] - turns.shape[-1]), value=1.0)
-    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(t.dtype)
+    factors = torch.complex(cos, sin)
+    factors = F.pad(factors, (0, pairs.shape[-2] - factors.shape[-1]), value=1.0)
+    return torch.view_as_real(torch.view_as_complex(pairs) * factors).flatten(-2).to(t.dtype)
 
 
-@torch.library.custom_op("x_transformers::turn", mutates_args=())
-def turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`_multiply` as one operation of a compiled graph, to `(b, h, n, d)` without gaps.
+@torch.library.custom_op("x_transformers::rotate", mutates_args=())
+def rotate_uncompiled(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Run `_rotate_as_complex` as one operation that a compiler does not look into; returns a contiguous tensor.
 
-    A CPU reads the numbers of a pair, which stand side by side, one by one in a loop that the compiler makes, and
-    spends four times as long on it. For complex numbers it makes no loops.
+    Compiled for a CPU, the loop over interleaved pairs loads numbers one by one instead of as vectors, which takes
+    four times as long. PyTorch's kernel for complex numbers is vectorized.
     """
-    return _multiply(t, cos, sin).contiguous()
+    return _rotate_as_complex(t, cos, sin).contiguous()
 
 
-@turn.register_fake
+@rotate_uncompiled.register_fake
 def _(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
-def _keep_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _turn_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _rotate_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     cos, sin = ctx.saved_tensors
-    return turn(gradient, cos, -sin), None, None
+    # the inverse of a rotation is its transpose: rotate by the opposite angle (xPos factors stay, as they should)
+    return rotate_uncompiled(gradient, cos, -sin), None, None
 
 
-turn.register_autograd(_turn_back, setup_context=_keep_tables)
+rotate_uncompiled.register_autograd(_rotate_gradient, setup_context=_save_tables)
 
 
 def build(
     options: RotaryOptions, *, heads: int, dim_head: int, causal: bool, kv_heads: set[int], **_: Any
 ) -> RotaryEmbedding:
-    """The part for a stack whose heads have `dim_head` features.
+    """Build the embedding of a stack whose heads have `dim_head` features.
 
     Raises:
-        ConfigError: if more features or heads are to rotate than there are.
+        ConfigError: if more features or heads are to rotate than there are, if grouped heads are to rotate in part, or
+            if xPos is requested for a stack that is not causal.
     """
     dim = options.rotary_emb_dim
     if dim is None:
         dim = max(2, dim_head // 2 + dim_head // 2 % 2)
     if dim > dim_head:
-        raise ConfigError(f"`rotary_emb_dim` is {dim}; heads have `attn_dim_head` = {dim_head} features.")
+        raise ConfigError(f"`rotary_emb_dim` is {dim}; it must be at most `attn_dim_head` = {dim_head}.")
     if options.rotary_xpos and not causal:
-        raise ConfigError("`rotary_xpos` needs a causal stack; use `rotary_pos_emb` in an Encoder.")
+        raise ConfigError("`rotary_xpos` needs a causal stack; use `rotary_pos_emb` in an `Encoder`.")
     rotated = options.rotate_num_heads
     if rotated is not None and not 1 <= rotated <= heads:
-        raise ConfigError(f"`rotate_num_heads` is {rotated}; it must lie between 1 and the {heads} heads.")
+        raise ConfigError(f"`rotate_num_heads` is {rotated}; it must be between 1 and the {heads} heads.")
     if rotated not in (None, heads) and kv_heads != {heads}:
-        raise ConfigError("`rotate_num_heads` needs as many kv heads as heads; drop `attn_kv_heads` or rotate all.")
+        raise ConfigError(
+            "`rotate_num_heads` needs as many kv heads as heads, since keys rotate too; drop `attn_kv_heads` or rotate "
+            "all heads."
+        )
     return RotaryEmbedding(
         dim,
         use_xpos=options.rotary_xpos,
@@ -232,7 +269,7 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o["rotary"].rotary_xpos and o.on("memory_kv"),
-            why="`rotary_xpos` decays keys by position, and the keys of `attn_num_mem_kv` have none; use "
+            why="`rotary_xpos` scales keys by their position, and the keys of `attn_num_mem_kv` have no position; use "
             "`rotary_pos_emb`.",
         ),
     ),

@@ -1,1 +1,1 @@
-"""What changes single scores."""
+"""Modifications of scores and of whole rows of logits, before the softmax."""

@@ -1,4 +1,4 @@
-"""ALiBi: a penalty that grows linearly with distance, with a fixed slope for each head (2108.12409)."""
+"""ALiBi: a penalty on scores, linear in the distance, with a fixed slope for each head (arXiv 2108.12409)."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class AlibiOptions:
 
 
 class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
-    """`bias[h, i, j] = -|i - j| * slope[h]`.
+    """Attention with linear biases: `bias[h, i, j] = -|i - j| * slope[h]`.
 
-    For `k` heads, a power of two, the slopes are `2 ** (-8 (t + 1) / k)`; otherwise those of the largest power of two
-    below, followed by every second slope of the next one. Heads beyond `k` get 0.
+    If the number k of biased heads is a power of two, head t has the slope `2 ** (-8 (t + 1) / k)`. Otherwise the
+    slopes are those for the largest power of two below k, followed by every second slope for the next power of two.
 
     Args:
-        heads: heads with a bias, k.
-        total_heads: heads in all; default k.
-        slopes: `k` slopes in place of the standard ones.
+        heads: number k of heads with a bias.
+        total_heads: number of all heads; default: k. Heads after the first k have no bias.
+        slopes: k slopes to use instead of the standard ones.
 
     Raises:
-        ConfigError: if k exceeds the heads there are, or `slopes` does not hold k numbers.
+        ConfigError: if k is not between 1 and `total_heads`, or if `slopes` does not contain k numbers.
     """
 
     slopes: Tensor
@@ -49,12 +49,12 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
         super().__init__()
         total_heads = heads if total_heads is None else total_heads
         if not 1 <= heads <= total_heads:
-            raise ConfigError(f"`alibi_num_heads` is {heads}; it must lie between 1 and the {total_heads} heads.")
+            raise ConfigError(f"`alibi_num_heads` is {heads}; it must be between 1 and the {total_heads} heads.")
         given = alibi_slopes(heads) if slopes is None else [float(slope) for slope in slopes]
         if len(given) != heads:
-            raise ConfigError(f"`slopes` holds {len(given)} numbers; ALiBi with {heads} heads needs {heads}.")
+            raise ConfigError(f"`slopes` contains {len(given)} numbers; ALiBi on {heads} heads needs {heads}.")
         self.standard = (*given, *[0.0] * (total_heads - heads))
-        # saved, since reading a checkpoint may reorder the heads
+        # persistent, since reading a checkpoint of the reference may reorder the heads
         self.register_buffer("slopes", torch.tensor(self.standard, dtype=torch.float32))
 
     def bias(self, distance: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
         state.setdefault(f"{prefix}slopes", self._standard_slopes())
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        # not the buffer's own, which an earlier checkpoint may have reordered
+        # start from the standard order: an earlier checkpoint may have reordered the buffer already
         slopes = self._standard_slopes()
         state[f"{prefix}slopes"] = slopes[order.to(slopes.device)]
 
@@ -93,7 +93,7 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """The standard slopes for `heads` heads."""
+    """Return the standard slopes for `heads` heads."""
 
     def power_of_two(count: int) -> list[float]:
         return [2 ** (-8 * (t + 1) / count) for t in range(count)]
@@ -103,7 +103,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def build(options: AlibiOptions, *, heads: int, kwargs: dict[str, Any], **_: Any) -> AlibiPositionalBias:
-    """The part for a stack of `heads` heads."""
+    """Build the bias of a stack of `heads` heads."""
     biased = heads if options.alibi_num_heads is None else options.alibi_num_heads
     return build_bias(AlibiPositionalBias, kwargs, heads=biased, total_heads=heads)
 

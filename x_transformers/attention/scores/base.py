@@ -1,4 +1,4 @@
-"""Biases that depend on the distance between two positions."""
+"""Biases that depend only on the distance between two positions, and their construction from a user's keywords."""
 
 from __future__ import annotations
 
@@ -17,22 +17,30 @@ Bias = TypeVar("Bias", bound="DistanceBias")
 
 
 class DistanceBias(ScoreMod):
-    """Adds a function of `position of query - position of key` to the scores, apart for each head."""
+    """Abstract bias of scores by distance: `score[h, i, j] += f_h(position of query i - position of key j)`."""
 
     needs = Needs.BIAS
     stage = Stage.BIAS
 
     def bias(self, distance: Tensor) -> Tensor:
-        """`(..., i, j)` integer distances to `(..., h, i, j)` biases."""
+        """Map integer distances `(..., i, j)` to biases `(..., h, i, j)`."""
         raise NotImplementedError
 
     def forward(self, i: int, j: int) -> Tensor:
-        """`(h, i, j)` bias of the last `i` of `j` tokens."""
-        places = torch.arange(j, device=self.device)
-        return self.bias(places[j - i :, None] - places)
+        """Return the bias `(h, i, j)` of the last `i` of `j` tokens with respect to all of them."""
+        pos = torch.arange(j, device=self.device)
+        return self.bias(pos[j - i :, None] - pos)
 
     def forward_custom_pos(self, pos_i: Tensor, pos_j: Tensor | None = None) -> Tensor:
-        """Bias between positions `(n,)` or `(b, n)`: `(h, i, j)` or `(b, h, i, j)`."""
+        """Return the bias between given positions.
+
+        Args:
+            pos_i: positions of queries, `(i,)` or `(b, i)`.
+            pos_j: positions of keys, `(j,)` or `(b, j)`; default: those of the queries.
+
+        Returns:
+            `(h, i, j)` or `(b, h, i, j)`.
+        """
         pos_j = pos_i if pos_j is None else pos_j
         return self.bias(pos_i.unsqueeze(-1) - pos_j.unsqueeze(-2))
 
@@ -45,23 +53,25 @@ class DistanceBias(ScoreMod):
             return self.bias(query.pos.unsqueeze(-1) - keys.pos.unsqueeze(-2))
 
         def tiles(height: int) -> Tiles:
-            return self._strip(query, keys, height)
+            return self._tiles(query, keys, height)
 
-        even = query.contiguous and keys.contiguous
+        # i consecutive queries and j consecutive keys have only i + j - 1 distances, so that the function is evaluated
+        # once per distance and looked up once per pair
+        consecutive = query.contiguous and keys.contiguous
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
-            at=(lambda: self._at_distance(query, keys)) if even else None,
+            at=(lambda: self._at_distance(query, keys)) if consecutive else None,
             dense=dense,
-            tiles=tiles if even else None,
+            tiles=tiles if consecutive else None,
         )
 
     def _at_distance(self, query: Span, keys: Span) -> ScoreFunction:
-        """For consecutive positions: `(h, i + j - 1)` biases, one for each distance that occurs."""
+        """Return the pointwise form for consecutive positions, which reads a table `(h, i + j - 1)` of distances."""
         i, j = len(query), len(keys)
-        nearest = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
-        rising = nearest + torch.arange(i + j - 1, device=query.pos.device)
-        table = self.bias(rising.unsqueeze(0)).squeeze(-2)
+        least = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
+        distances = least + torch.arange(i + j - 1, device=query.pos.device)
+        table = self.bias(distances.unsqueeze(0)).squeeze(-2)
         first = torch.arange(j - 1, i + j - 1, device=query.pos.device)
 
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -69,15 +79,17 @@ class DistanceBias(ScoreMod):
 
         return at
 
-    def _strip(self, query: Span, keys: Span, height: int) -> Tiles:
-        """Tiles of consecutive positions: what depends on distance alone is the same for each stretch of queries, but
-        moved along the keys, so that `(h, height, i + j)` numbers hold every tile.
+    def _tiles(self, query: Span, keys: Span, height: int) -> Tiles:
+        """Return tiles of at most `height` rows for consecutive positions: views of one strip `(h, height, i + j - 1)`.
+
+        A bias by distance is a Toeplitz matrix. The tile of the queries from `r` on is that of the first queries,
+        shifted by `r` along the keys, so that one strip contains all of them.
         """
         i, j = len(query), len(keys)
-        farthest = query.pos[0, 0] - keys.pos[0, 0] + i + height - 2
-        falling = farthest - torch.arange(i + j + height - 2, device=query.pos.device)
-        by_distance = self.bias(falling.unsqueeze(0)).squeeze(-2)
-        # from row to row one place further
+        most = query.pos[0, 0] - keys.pos[0, 0] + i + height - 2
+        distances = most - torch.arange(i + j + height - 2, device=query.pos.device)
+        by_distance = self.bias(distances.unsqueeze(0)).squeeze(-2)
+        # distances fall along a row; each row is the one above it, moved by one column
         strip = by_distance.unfold(-1, i + j - 1, 1).flip(-2)
 
         def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
@@ -87,22 +99,27 @@ class DistanceBias(ScoreMod):
         return Tiles(tile, (strip,), view=True)
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        """Reorder the heads of this module's entries in a state dict, in place."""
+        """Reorder the heads of this module's entries of a state dict, in place."""
         raise NotImplementedError
 
 
 def build_bias(cls: type[Bias], kwargs: Mapping[str, Any], **given: Any) -> Bias:
-    """A bias module from what the stack knows and the user's `rel_pos_kwargs`.
+    """Build a bias from arguments that the stack supplies and the user's `rel_pos_kwargs`.
+
+    Args:
+        cls: class of the bias.
+        kwargs: the user's `rel_pos_kwargs`.
+        given: arguments of the stack.
 
     Raises:
-        ConfigError: if those name something that the module does not take, or that has a keyword of its own.
+        ConfigError: if `kwargs` contains a name that the class does not take, or one that has a keyword of its own.
     """
     parameters = inspect.signature(cls).parameters.values()
     free = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in given]
     for name in kwargs:
         if name not in free:
             raise ConfigError(
-                f"`rel_pos_kwargs` holds `{name}`; {cls.__name__} takes {', '.join(free) or 'nothing'} there."
+                f"`rel_pos_kwargs` contains `{name}`; {cls.__name__} takes {', '.join(free) or 'nothing'} there."
                 f"{did_you_mean(name, free)}"
             )
     return cls(**given, **kwargs)

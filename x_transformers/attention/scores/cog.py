@@ -1,4 +1,4 @@
-"""Cog attention: weights keep the sign of their logit, so that a head may subtract (2411.07176)."""
+"""Cog attention: weights have the sign of their logit, so that a head can subtract values (arXiv 2411.07176)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class CogOptions:
-    cog_signed: bool = opt(False, "weights are softmax(|logits|) * sign(logits)")
+    cog_signed: bool = opt(False, "use softmax(|logits|) * sign(logits) as weights")
 
 
 class CogSigned(RowMod):
-    """`weights = softmax(|logits|) * sign(logits)`; a learned sink takes part with `|s_h|`."""
+    """Signed weights: `softmax(|logits|) * sign(logits)`.
+
+    The logit `s_h` of a learned sink joins the softmax as `|s_h|`.
+    """
 
     stage = Stage.SIGN
 
@@ -30,7 +33,7 @@ class CogSigned(RowMod):
 
 
 def build(options: CogOptions, **_: Any) -> CogSigned:
-    """The part for one attention."""
+    """Build the modification for one attention."""
     return CogSigned()
 
 
@@ -41,8 +44,8 @@ FEATURE = Feature(
     options=CogOptions,
     enabled=lambda options: options.cog_signed,
     build=build,
-    summary="weights keep the sign of their logit",
+    summary="weights with the sign of their logit",
     paper="2411.07176",
     examples=({"attn_cog_signed": True},),
-    exempt={"precision": "a logit near zero changes its sign when it is rounded"},
+    exempt={"precision": "a logit near zero may change its sign when it is rounded"},
 )

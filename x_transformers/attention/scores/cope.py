@@ -1,4 +1,8 @@
-"""Contextual position encoding: a key's position is how many keys from it on the query counts (2405.18719)."""
+"""Contextual position encoding (CoPE, arXiv 2405.18719).
+
+A query counts the keys between a key and itself, each by a gate that depends on both, and the count is the position of
+the key: `p_ij = sum_{j <= j' <= i} sigmoid(logits[i, j'])`.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +21,27 @@ from x_transformers.options.schema import Feature, opt, require
 @dataclass(frozen=True, kw_only=True)
 class CopeOptions:
     use_cope: bool = opt(False, "contextual position encoding; causal self-attention only")
-    cope_max_pos: int = opt(16, "positions 0 ... P - 1; further keys share the last")
+    cope_max_pos: int = opt(16, "number P of positions 0 ... P - 1; keys farther away share the last one")
     cope_soft_onehot_pos: bool = opt(False, "look positions up by a softmax over distances, at temperature 0.05")
-    cope_talking_heads: bool = opt(False, "a learned mix of the heads' logits decides what counts")
+    cope_talking_heads: bool = opt(False, "compute the gates from a learned mix of the logits of all heads")
 
     def __post_init__(self) -> None:
         require(self.cope_max_pos >= 1, f"`cope_max_pos` is {self.cope_max_pos}; it must be at least 1.")
 
 
 class CoPE(RowMod):
-    """`logits[i, j] += q_i . E(p_ij)` with `p_ij = min(sum_{j' >= j} sigmoid(logits[i, j']), P - 1)`.
+    """Contextual position encoding: `logits[i, j] += q_i . E(p_ij)`.
 
-    `E` holds P vectors; between two whole positions it is interpolated. Queries are those that were weighed, without
-    the logit scale.
+    The position is `p_ij = min(sum_{j' >= j} sigmoid(logits[i, j']), P - 1)` over the keys that query i sees. `E` has P
+    learned vectors and is interpolated linearly between whole positions. Queries enter without the logit scale.
 
     Args:
         dim: width of a query head.
-        heads: query heads.
-        max_pos: P.
-        soft_onehot: `E(p) = sum_t softmax_t(-|p - t| / temperature) E_t` in place of the interpolation.
-        talking_heads: a mix of the heads' logits enters the sigmoid.
-        soft_onehot_temp: the temperature.
+        heads: number of query heads.
+        max_pos: number P of positions.
+        soft_onehot: use `E(p) = sum_t softmax_t(-|p - t| / temperature) E_t` instead of linear interpolation.
+        talking_heads: apply the sigmoid to a learned mix of the logits of all heads.
+        soft_onehot_temp: temperature of `soft_onehot`.
     """
 
     stage = Stage.CONTEXTUAL
@@ -69,60 +73,65 @@ class CoPE(RowMod):
         return logits + self._addend(rows.q, logits, rows.mask).to(logits.dtype), None
 
     def forward(self, query: Tensor, attn_logits: Tensor) -> Tensor:
-        """What to add to causal logits, for use alone.
+        """Return the addend `q_i . E(p_ij)` to causal logits, for use outside of an `Attention`.
 
         Args:
             query: `(b, h, i, d)`.
-            attn_logits: `(b, h, i, j)`; the last i keys are the queries' own. Those behind a query do not count, nor do
-                those whose logit is the most negative number of its dtype.
+            attn_logits: `(b, h, i, j)`; the last i keys are the tokens of the queries. Keys after a query do not count,
+                nor do those whose logit is the most negative number of its dtype.
 
         Returns:
-            `(b, h, i, j)` `q_i . E(p_ij)`.
+            `(b, h, i, j)`.
 
         Raises:
-            ShapeError: if one of them has another shape.
+            ShapeError: if the two do not fit together or to this module.
         """
         heads, width = query.shape[1] if query.ndim == 4 else 0, self.embeddings.shape[1]
         if query.ndim != 4 or query.shape[-1] != width or attn_logits.shape[:-1] != query.shape[:-1]:
             raise ShapeError(
-                f"CoPE got queries {tuple(query.shape)} and logits {tuple(attn_logits.shape)}; they must be (b, h, i, "
-                f"{width}) and (b, h, i, j)."
+                f"`query` has shape {tuple(query.shape)} and `attn_logits` {tuple(attn_logits.shape)}; they must be "
+                f"(b, h, i, {width}) and (b, h, i, j)."
             )
         if self.mix is not None and heads != len(self.mix):
-            raise ShapeError(f"CoPE mixes {len(self.mix)} heads, and the queries have {heads}.")
+            raise ShapeError(f"`query` has {heads} heads; this `CoPE` was built to mix {len(self.mix)}.")
         i, j = attn_logits.shape[-2:]
         seen = torch.ones(i, j, dtype=torch.bool, device=attn_logits.device).tril(j - i)
         return self._addend(query, attn_logits, seen & (attn_logits > max_neg_value(attn_logits)))
 
     def _addend(self, q: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
         gates = self._gates(at_least_float32(logits), mask)
-        # summed from the right, so that no rounding makes a position negative
+        # The sum over the keys from j on is a running sum from the right: the total minus a running sum from the left
+        # could round to a negative position near the query.
         position = gates.flip(-1).cumsum(dim=-1).flip(-1).clamp(max=len(self.embeddings) - 1)
         by_position = at_least_float32(q @ self.embeddings.to(q.dtype).T)
-        return self._softly(by_position, position) if self.soft_onehot else _between(by_position, position)
+        return self._soft_lookup(by_position, position) if self.soft_onehot else _interpolate(by_position, position)
 
     def _gates(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         if self.mix is not None:
             logits = mix_heads(logits if mask is None else logits.masked_fill(~mask, 0.0), self.mix)
-        # a hidden key must not count, whatever the mix made of it
+        # masked after the mix too, which may have given a hidden key any logit; the sigmoid then makes its gate 0
         return (logits if mask is None else logits.masked_fill(~mask, max_neg_value(logits))).sigmoid()
 
-    def _softly(self, by_position: Tensor, position: Tensor) -> Tensor:
-        """`(b, h, i, P)` read at real positions `(b, h, i, j)` by a softmax over the distance to each whole one."""
+    def _soft_lookup(self, by_position: Tensor, position: Tensor) -> Tensor:
+        """Read `(b, h, i, P)` at fractional positions `(b, h, i, j)` by a softmax over distances to whole ones."""
         whole = torch.arange(by_position.shape[-1], device=position.device)
         weights = (-(position.unsqueeze(-1) - whole).abs() / self.temperature).softmax(dim=-1)
         return torch.einsum("bhijp,bhip->bhij", weights, by_position)
 
 
-def _between(by_position: Tensor, position: Tensor) -> Tensor:
-    """`(b, h, i, P)` read at real positions `(b, h, i, j)` by linear interpolation."""
+def _interpolate(by_position: Tensor, position: Tensor) -> Tensor:
+    """Read `(b, h, i, P)` at fractional positions `(b, h, i, j)` by linear interpolation."""
     floor = position.floor()
     low, high = by_position.gather(-1, floor.long()), by_position.gather(-1, position.ceil().long())
     return torch.lerp(low, high, position - floor)
 
 
 def build(options: CopeOptions, shape: AttentionShape, **_: Any) -> CoPE:
-    """The part for one attention."""
+    """Build the encoding of one attention.
+
+    Raises:
+        ConfigError: if the attention is not causal.
+    """
     if not shape.causal:
         raise ConfigError("`use_cope` counts the keys up to the query; it needs causal self-attention.")
     return CoPE(

@@ -1,4 +1,7 @@
-"""Dynamic position bias: a small MLP of the distance gives each head its bias (2108.00154; log distance 2111.09883)."""
+"""Dynamic position bias: an MLP maps the distance to a bias for each head (arXiv 2108.00154).
+
+The logarithmic distance is from arXiv 2111.09883.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,18 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicOptions:
-    dynamic_pos_bias: bool = opt(False, "bias from an MLP of the distance")
-    dynamic_pos_bias_log_distance: bool = opt(False, "feed sign(d) * ln(|d| + 1) in place of the distance d")
-    dynamic_pos_bias_mlp_depth: int = opt(2, "hidden layers of the MLP")
-    dynamic_pos_bias_norm: bool = opt(False, "LayerNorms inside the MLP")
+    dynamic_pos_bias: bool = opt(False, "add a bias that an MLP computes from the distance")
+    dynamic_pos_bias_log_distance: bool = opt(False, "use sign(d) * ln(|d| + 1) as input instead of the distance d")
+    dynamic_pos_bias_mlp_depth: int = opt(2, "number of hidden layers of the MLP")
+    dynamic_pos_bias_norm: bool = opt(False, "LayerNorm before each activation of the MLP")
 
 
 class GainOnlyLayerNorm(nn.Module):
-    """LayerNorm over the last axis with a gain and no bias."""
+    """LayerNorm over the last axis with a gain but no bias: `(x - mean) / std * gamma`.
+
+    Args:
+        dim: width of the axis.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -36,17 +43,17 @@ class GainOnlyLayerNorm(nn.Module):
 
 
 class DynamicPositionBias(DistanceBias):
-    """`bias[:, i, j] = MLP(i - j)`, with SiLU between the layers.
+    """Bias computed by an MLP from the distance: `bias[:, i, j] = MLP(i - j)`, with SiLU between the layers.
 
     Args:
         dim: width of the hidden layers.
-        heads: outputs.
-        depth: hidden layers.
-        log_distance: feed `sign(d) * ln(|d| + 1)`.
-        norm: normalise before each activation.
+        heads: number of heads, the outputs of the MLP.
+        depth: number of hidden layers.
+        log_distance: use `sign(d) * ln(|d| + 1)` as input instead of the distance d.
+        norm: normalize before each activation.
 
     Raises:
-        ConfigError: if there is no hidden layer.
+        ConfigError: if `depth` is below 1.
     """
 
     def __init__(self, dim: int, *, heads: int, depth: int, log_distance: bool = False, norm: bool = False) -> None:
@@ -73,10 +80,10 @@ class DynamicPositionBias(DistanceBias):
         return bound
 
     def _toeplitz(self, query: Span, keys: Span) -> Tensor:
-        """The same with one run of the MLP for each distance that occurs, not for each pair."""
+        """Return the closed form for consecutive positions: the MLP runs once per distance, not once per pair."""
         i, j = len(query), len(keys)
-        first = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
-        table = self._mlp(first + torch.arange(i + j - 1, device=query.pos.device))
+        least = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
+        table = self._mlp(least + torch.arange(i + j - 1, device=query.pos.device))
         rows, columns = torch.arange(i, device=table.device), torch.arange(j, device=table.device)
         return table[rows[:, None] - columns + (j - 1)].movedim(-1, -3).unsqueeze(0)
 
@@ -93,7 +100,7 @@ class DynamicPositionBias(DistanceBias):
 
 
 def build(options: DynamicOptions, *, dim: int, heads: int, kwargs: dict[str, Any], **_: Any) -> DynamicPositionBias:
-    """The part for a stack of width `dim`."""
+    """Build the bias of a stack of width `dim`."""
     return build_bias(
         DynamicPositionBias,
         kwargs,
@@ -113,7 +120,7 @@ FEATURE = Feature(
     options=DynamicOptions,
     enabled=lambda options: options.dynamic_pos_bias,
     build=build,
-    summary="bias from an MLP of the distance",
+    summary="bias that an MLP computes from the distance",
     paper="2108.00154",
     examples=(
         {"dynamic_pos_bias": True},

@@ -1,6 +1,7 @@
-"""Forgetting attention: each token decides how much of what came before it is forgotten (2503.02130).
+"""Forgetting attention: each token has a gate that fades all tokens before it (arXiv 2503.02130).
 
-The bias of a key is the sum of the logarithms of the forget gates behind it, an ALiBi whose slope depends on the data.
+With gates `f_t` in (0, 1), the exponential of a score is multiplied by `f_{j+1} * ... * f_i`, that is, the score has a
+bias `sum_{j < t <= i} log f_t`: an ALiBi whose slope depends on the data.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from x_transformers.options.schema import Feature, Rule, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class ForgettingOptions:
-    data_dependent_alibi: bool = opt(False, "bias by learned forget gates, one for each head and token")
-    data_dependent_alibi_per_row: bool = opt(False, "gates depend on query and key; causal only")
+    data_dependent_alibi: bool = opt(False, "add a bias by forget gates, computed for each head and token")
+    data_dependent_alibi_per_row: bool = opt(False, "compute the gates from query and key; causal attention only")
     data_dependent_alibi_per_row_dim_head: int = opt(8, "width of a head of these queries and keys")
     data_dependent_alibi_kwargs: Mapping[str, Any] = opt(
-        {}, "`post_log_scale`, factor of the bias (1.0); `bias_init`, initial gate logits (5.0, not with per row)"
+        {}, "`post_log_scale`: factor of the bias (1.0); `bias_init`: initial logit of the gates (5.0; not per row)"
     )
 
     def __post_init__(self) -> None:
@@ -35,20 +36,20 @@ class ForgettingOptions:
         require(width >= 1, f"`data_dependent_alibi_per_row_dim_head` is {width}; it must be at least 1.")
         taken = {"post_log_scale"} if self.data_dependent_alibi_per_row else {"post_log_scale", "bias_init"}
         unknown = sorted(set(self.data_dependent_alibi_kwargs) - taken)
-        require(not unknown, f"`data_dependent_alibi_kwargs` names {unknown}; it takes {sorted(taken)} here.")
+        require(not unknown, f"`data_dependent_alibi_kwargs` contains {unknown}; it takes {sorted(taken)} here.")
 
 
 class DataDependentAlibi(ScoreMod):
-    """`bias[i, j] = F_i - F_j` with `F_i = sum_{t <= i} scale * log sigmoid(W x_t + c)`, apart for each head.
+    """Bias by forget gates: `bias[h, i, j] = F_i - F_j` with `F_i = sum_{t <= i} scale * log sigmoid(W_h x_t + c_h)`.
 
-    Bidirectional attention has a second set of gates, and `bias[i, j] = R_j - R_i` for keys behind the query. Hidden
-    tokens make nobody forget.
+    Bidirectional attention has a second set of gates with running sums R, and `bias[h, i, j] = R_j - R_i` for keys
+    after the query. Gates of hidden tokens are 1.
 
     Args:
         dim: width D of the input.
-        heads: query heads.
-        causal: one set of gates.
-        bias_init: initial c.
+        heads: number of query heads.
+        causal: have one set of gates; False: have one for each direction.
+        bias_init: initial c. At its default of 5, little is forgotten at first.
         post_log_scale: the scale.
     """
 
@@ -69,72 +70,87 @@ class DataDependentAlibi(ScoreMod):
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
         _refuse_context(layer)
-        own, every = self._sums(x, layer)
+        of_queries, of_keys = self._sums(x, layer)
 
         def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
-            behind = layer.keys.index[columns] > layer.call.query.index[rows].unsqueeze(-1)
-            return self._between(inputs[0][..., rows], inputs[1][..., columns], behind)
+            later = layer.keys.index[columns] > layer.call.query.index[rows].unsqueeze(-1)
+            return self._difference(inputs[0][..., rows], inputs[1][..., columns], later)
 
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
-            at=lambda: self._at(own, every, layer),
-            dense=lambda: tile((own, every), slice(None), slice(None)),
-            tiles=lambda height: Tiles(tile, (own, every)),
+            at=lambda: self._at(of_queries, of_keys, layer),
+            dense=lambda: tile((of_queries, of_keys), slice(None), slice(None)),
+            tiles=lambda height: Tiles(tile, (of_queries, of_keys)),
         )
 
-    def _at(self, own: Tensor, every: Tensor, layer: LayerCall) -> ScoreFunction:
-        """The function of single scores."""
-        # keys may be the queries themselves, and a kernel can give each tensor the gradient of one place only
-        own_forward, own_backward = own[:, : self.heads], own[:, self.heads :]
-        forward, backward = every[:, : self.heads].clone(), every[:, self.heads :].clone()
-        of_q, of_k = layer.call.query.index, layer.keys.index
+    def _at(self, of_queries: Tensor, of_keys: Tensor, layer: LayerCall) -> ScoreFunction:
+        """Return the pointwise form."""
+        # queries and keys may share one tensor of sums, and a kernel cannot add up gradients of a tensor read twice
+        q_forward, q_backward = of_queries[:, : self.heads], of_queries[:, self.heads :]
+        k_forward, k_backward = of_keys[:, : self.heads].clone(), of_keys[:, self.heads :].clone()
+        q_index, k_index = layer.call.query.index, layer.keys.index
 
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return score + own_forward[b, h, q] - forward[b, h, k]
+            return score + q_forward[b, h, q] - k_forward[b, h, k]
 
         def at_both(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            before, behind = own_forward[b, h, q] - forward[b, h, k], backward[b, h, k] - own_backward[b, h, q]
-            return score + torch.where(of_k[k] > of_q[q], behind, before)
+            earlier, later = q_forward[b, h, q] - k_forward[b, h, k], k_backward[b, h, k] - q_backward[b, h, q]
+            return score + torch.where(k_index[k] > q_index[q], later, earlier)
 
         return at if self.requires_causal else at_both
 
-    def _between(self, own: Tensor, every: Tensor, behind: Tensor) -> Tensor:
-        """`(b, h, i, j)` of running sums `(b, c, i)` and `(b, c, j)`; behind `(i, j)`: the key comes later."""
-        bias = own.unsqueeze(-1) - every.unsqueeze(-2)
+    def _difference(self, of_queries: Tensor, of_keys: Tensor, later: Tensor) -> Tensor:
+        """Return the bias `(b, h, i, j)` from running sums `(b, c, i)` and `(b, c, j)`.
+
+        `later`, `(i, j)`, is True where the key comes after the query. The c channels are the heads, or, if attention
+        is bidirectional, the heads for the forward direction and then those for the backward direction.
+        """
+        bias = of_queries.unsqueeze(-1) - of_keys.unsqueeze(-2)
         if self.requires_causal:
             return bias
         forward, backward = bias.split(self.heads, dim=1)
-        return torch.where(behind, -backward, forward)
+        return torch.where(later, -backward, forward)
 
     def _sums(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
-        """Running sums of the new tokens and of all keys, `(b, c, n)` and `(b, c, j)`; 0 before the first token."""
+        """Return the running sums of the new tokens `(b, c, n)` and of all keys `(b, c, j)`.
+
+        The cache keeps the sum of every token and the total so far, from which the next pass goes on. Only differences
+        of sums matter, so that any origin will do, as long as it is the same in every pass: 0 before the first token.
+        """
         sums = self._log_gates(x, layer).cumsum(dim=-1)
         memory = sums.shape[-1] - x.shape[-2]
-        before, own = sums[..., :memory], sums[..., memory:]
+        of_memory, of_queries = sums[..., :memory], sums[..., memory:]
         if memory:
-            # recurrent memory ends where the first token begins
-            before, own = before - before[..., -1:], own - before[..., -1:]
-        every = own
+            # move the origin to the end of recurrent memory, whose sums become positive
+            of_memory, of_queries = of_memory - of_memory[..., -1:], of_queries - of_memory[..., -1:]
+        of_keys = of_queries
         if layer.entry is not None:
             total = layer.entry.get("forgotten")
-            own = own if total is None else own + total
-            layer.entry.put("forgotten", own[..., -1:])
-            every = layer.entry.grow("forget", own.unsqueeze(-1)).squeeze(-1)
-        return own, torch.cat((before, every), dim=-1) if memory else every
+            of_queries = of_queries if total is None else of_queries + total
+            layer.entry.put("forgotten", of_queries[..., -1:])
+            of_keys = layer.entry.grow("forget", of_queries.unsqueeze(-1)).squeeze(-1)
+        return of_queries, torch.cat((of_memory, of_keys), dim=-1) if memory else of_keys
 
     def forward(self, x: Tensor) -> Tensor:
-        """The bias `(b, h, n, n)` between the tokens of `x (b, n, D)`, for use alone."""
+        """Return the bias between the tokens of a sequence, for use outside of an `Attention`.
+
+        Args:
+            x: `(b, n, D)`.
+
+        Returns:
+            `(b, h, n, n)`.
+        """
         sums = self._gates_of(x).cumsum(dim=-1)
         index = torch.arange(x.shape[1], device=x.device)
-        return self._between(sums, sums, index > index.unsqueeze(-1))
+        return self._difference(sums, sums, index > index.unsqueeze(-1))
 
     def _gates_of(self, x: Tensor) -> Tensor:
-        """`(b, c, n)` logarithms of the gates of `x (b, n, D)`."""
+        """Return the logarithms of the gates `(b, c, n)` of tokens `(b, n, D)`."""
         return F.logsigmoid(at_least_float32(self.to_gates(x))).transpose(-1, -2) * self.scale
 
     def _log_gates(self, x: Tensor, layer: LayerCall) -> Tensor:
-        """`(b, c, m + n)`, of recurrent memory and new tokens."""
+        """Return the logarithms of the gates of recurrent memory and new tokens, `(b, c, m + n)`; 0 for hidden ones."""
         gates = self._gates_of(layer.behind_memory(x))
         live = layer.fresh_live
         return gates if live is None else gates.masked_fill(~live.unsqueeze(1), 0.0)
@@ -148,17 +164,19 @@ class DataDependentAlibi(ScoreMod):
 
 
 class PerRowDataDependentAlibi(ScoreMod):
-    """`bias[i, j] = sum_{j <= t < i} scale * log sigmoid(u_i . w_t / sqrt(a))`: a query decides what it forgets.
+    """Bias by gates of query and key: `bias[h, i, j] = sum_{j <= t < i} scale * log sigmoid(u_i . w_t / sqrt(a))`.
+
+    Each query has gates of its own, where those of `DataDependentAlibi` are the same for all queries.
 
     Args:
         dim: width D of the input.
-        heads: query heads.
-        causal: must be True, since a query forgets only what came before it.
+        heads: number of query heads.
+        causal: must be True, since a query forgets only tokens before it.
         dim_head: width a of u and w.
         post_log_scale: the scale.
 
     Raises:
-        ConfigError: if it is not to be causal.
+        ConfigError: if `causal` is False.
     """
 
     needs = Needs.BIAS
@@ -172,7 +190,9 @@ class PerRowDataDependentAlibi(ScoreMod):
     ) -> None:
         super().__init__()
         if not causal:
-            raise ConfigError("`data_dependent_alibi_per_row` looks back from each query; it needs causal attention.")
+            raise ConfigError(
+                "`data_dependent_alibi_per_row` looks back from each query, so it needs causal attention."
+            )
         self.heads, self.dim_head, self.scale = heads, dim_head, post_log_scale
         self.to_uw = nn.Linear(dim, 2 * heads * dim_head, bias=False)
 
@@ -182,27 +202,38 @@ class PerRowDataDependentAlibi(ScoreMod):
         memory = w.shape[-2] - x.shape[-2]
         u, w = split_heads(u[:, memory:], self.heads), split_heads(w, self.heads)
         if layer.entry is not None:
-            every = layer.entry.grow("forget", w[..., memory:, :])
-            w = torch.cat((w[..., :memory, :], every), dim=-2) if memory else every
+            of_tokens = layer.entry.grow("forget", w[..., memory:, :])
+            w = torch.cat((w[..., :memory, :], of_tokens), dim=-2) if memory else of_tokens
 
         return BoundScore(needs=self.needs, stage=self.stage, dense=lambda: self._dense(u, w, layer))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The bias `(b, h, n, n)` between the tokens of `x (b, n, D)`, for use alone."""
+        """Return the bias between the tokens of a sequence, for use outside of an `Attention`.
+
+        Args:
+            x: `(b, n, D)`.
+
+        Returns:
+            `(b, h, n, n)`.
+        """
         u, w = (split_heads(t, self.heads) for t in self.to_uw(x).chunk(2, dim=-1))
         index = torch.arange(x.shape[1], device=x.device)
-        return self._between(u, w, index < index.unsqueeze(-1))
+        return self._sum_gates(u, w, index < index.unsqueeze(-1))
 
     def _dense(self, u: Tensor, w: Tensor, layer: LayerCall) -> Tensor:
         keys = layer.keys
         counts = keys.index < layer.call.query.index.unsqueeze(-1)
         if keys.live is not None:
             counts = counts & keys.live[:, None, None, :]
-        return self._between(u, w, counts)
+        return self._sum_gates(u, w, counts)
 
-    def _between(self, u: Tensor, w: Tensor, counts: Tensor) -> Tensor:
-        """`(b, h, i, j)` of `u (b, h, i, a)` and `w (b, h, j, a)`, over the keys that count."""
+    def _sum_gates(self, u: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+        """Return the bias `(b, h, i, j)` of `u (b, h, i, a)` and `w (b, h, j, a)`.
+
+        `counts`, broadcastable to `(b, 1, i, j)`, is True for keys whose gate takes part: earlier, and not hidden.
+        """
         gates = F.logsigmoid(at_least_float32(u @ w.transpose(-1, -2)) * self.dim_head**-0.5) * self.scale
+        # the sum over the keys from j on: a running sum from the right
         return gates.masked_fill(~counts, 0.0).flip(-1).cumsum(dim=-1).flip(-1)
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
@@ -214,17 +245,19 @@ class PerRowDataDependentAlibi(ScoreMod):
 
 def _refuse_context(layer: LayerCall) -> None:
     if layer.context is not None:
-        raise InputError("`data_dependent_alibi` forgets along the tokens themselves; it takes no `context`.")
+        raise InputError(
+            "`data_dependent_alibi` works in self-attention only, so it takes no `context`; drop one of them."
+        )
 
 
 def _permute(state: dict[str, Tensor], key: str, order: Tensor, groups: int) -> None:
-    """Reorder the heads within each of `groups` blocks of rows."""
+    """Reorder the heads in each of `groups` blocks of rows, in place."""
     if key in state:
         state[key] = torch.cat([reorder_heads(block, 0, order) for block in state[key].chunk(groups)])
 
 
 def build(options: ForgettingOptions, shape: AttentionShape, **_: Any) -> ScoreMod:
-    """The part for one attention."""
+    """Build the bias of one attention."""
     kwargs = options.data_dependent_alibi_kwargs
     if not options.data_dependent_alibi_per_row:
         return DataDependentAlibi(shape.dim, shape.heads, shape.causal, **kwargs)
@@ -243,18 +276,19 @@ FEATURE = Feature(
     options=ForgettingOptions,
     enabled=lambda options: options.data_dependent_alibi,
     build=build,
-    summary="bias by learned forget gates",
+    summary="bias by forget gates that depend on the data",
     paper="2503.02130",
     self_attention_only=True,
     refuses=(
         Rule(
             when=lambda o: o.kind == "c",
-            why="`cross_attn_data_dependent_alibi` would let a context forget tokens that it never had; drop it.",
+            why="`cross_attn_data_dependent_alibi` has no meaning: forget gates act along one sequence, and in "
+            "cross-attention queries and keys are two. Drop it.",
         ),
         Rule(
             when=lambda o: o.on("alibi") or o.on("t5_bias"),
-            why="`attn_data_dependent_alibi` is a position bias in place of `alibi_pos_bias` and `rel_pos_bias`; keep "
-            "one of them.",
+            why="`attn_data_dependent_alibi` is a position bias like `alibi_pos_bias` and `rel_pos_bias`; keep one of "
+            "them.",
         ),
     ),
     idle=_idle,

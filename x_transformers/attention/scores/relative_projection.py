@@ -1,4 +1,7 @@
-"""A relative position bias of the query's own making: each token mixes a bank of learned curves over distance."""
+"""Relative position bias by projection: each query mixes a bank of learned functions of the distance.
+
+`bias[h, i, j] = sum_n a_n(x_i) * bank[n, i - j]`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from torch import Tensor, nn
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall
-from x_transformers.ops import at_least_float32, by_row
+from x_transformers.ops import at_least_float32, by_row, split_heads
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeProjectionOptions:
-    use_rel_proj_pos_bias: bool = opt(False, "each query projects to the weights of learned curves over distance")
-    rel_proj_num_distance_basis: int = opt(16, "curves")
-    rel_proj_max_dist: int = opt(1024, "distances 0 ... R - 1 that they cover; elsewhere the bias is 0")
+    use_rel_proj_pos_bias: bool = opt(False, "add a bias by distance: each query mixes a bank of learned functions")
+    rel_proj_num_distance_basis: int = opt(16, "number of functions in the bank")
+    rel_proj_max_dist: int = opt(1024, "number R of distances 0 ... R - 1 that they cover; the bias is 0 elsewhere")
 
     def __post_init__(self) -> None:
         for name in ("rel_proj_num_distance_basis", "rel_proj_max_dist"):
@@ -28,13 +31,13 @@ class RelativeProjectionOptions:
 
 
 class RelativeProjPositionalBias(ScoreMod):
-    """`bias[h, i, j] = sum_n (W x_i + c)[h, n] * bank[n, i - j]` for distances `0 <= i - j < R`, else 0.
+    """Bias from the query: `bias[h, i, j] = sum_n (W x_i + c)[h, n] * bank[n, i - j]` if `0 <= i - j < R`, else 0.
 
     Args:
         dim: width D of the input.
-        heads: query heads.
-        num_distance_basis: curves, rows of the bank.
-        max_dist: R.
+        heads: number of query heads.
+        num_distance_basis: number of learned functions, the rows of the bank.
+        max_dist: number R of distances, the columns of the bank.
     """
 
     needs = Needs.BIAS
@@ -61,8 +64,9 @@ class RelativeProjPositionalBias(ScoreMod):
 
             def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 distance = of_q(b, q) - of_k(b, k)
-                where = torch.minimum(distance.clamp(min=0), last[h * 0])
-                return score + torch.where(where == distance, by_distance[b, h, q, where], 0.0)
+                # a kernel must not read outside of the table, so clamp the index and drop what that changed
+                column = torch.minimum(distance.clamp(min=0), last[h * 0])
+                return score + torch.where(column == distance, by_distance[b, h, q, column], 0.0)
 
             return at
 
@@ -70,15 +74,18 @@ class RelativeProjPositionalBias(ScoreMod):
             needs=self.needs,
             stage=self.stage,
             at=make_at,
-            dense=lambda: _read(by_distance, call.query.pos, layer.keys.pos),
+            dense=lambda: _look_up(by_distance, call.query.pos, layer.keys.pos),
         )
 
     def forward(self, x: Tensor, seq_len_k: int | None = None) -> Tensor:
-        """The bias `(b, h, n, j)` of the queries `x (b, n, D)`, for use alone.
+        """Return the bias of the last n of j tokens, for use outside of an `Attention`.
 
         Args:
-            x: the queries, the last n of the j keys.
-            seq_len_k: j; default n.
+            x: the n query tokens, `(b, n, D)`.
+            seq_len_k: number j of keys; default: n.
+
+        Returns:
+            `(b, h, n, j)`.
 
         Raises:
             InputError: if there are fewer keys than queries.
@@ -87,28 +94,28 @@ class RelativeProjPositionalBias(ScoreMod):
         keys = n if seq_len_k is None else seq_len_k
         if keys < n:
             raise InputError(
-                f"`seq_len_k` is {keys}; the {n} queries are the last keys, so there are at least as many."
+                f"`seq_len_k` is {keys}; it must be at least {n}, since the queries are the last {n} keys."
             )
         pos = torch.arange(keys, device=x.device).unsqueeze(0)
-        return _read(self._by_distance(x), pos[:, keys - n :], pos)
+        return _look_up(self._by_distance(x), pos[:, keys - n :], pos)
 
     def _by_distance(self, x: Tensor) -> Tensor:
-        """`(b, h, n, R)`."""
-        weights = self.to_weights(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        """Return the bias of each query at each distance, `(b, h, n, R)`."""
+        weights = split_heads(self.to_weights(x), self.heads)
         return at_least_float32(weights @ self.bank.to(weights.dtype))
 
 
-def _read(by_distance: Tensor, query: Tensor, keys: Tensor) -> Tensor:
-    """`(b, h, i, R)` read at the distance of each pair of positions `(1|b, i)` and `(1|b, j)`: `(b, h, i, j)`."""
+def _look_up(by_distance: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+    """Read `(b, h, i, R)` at the distances of positions `(1|b, i)` and `(1|b, j)`; returns `(b, h, i, j)`."""
     distance = query.unsqueeze(-1) - keys.unsqueeze(-2)
-    most = by_distance.shape[-1]
-    inside = ((distance >= 0) & (distance < most)).unsqueeze(1)
-    where = distance.clamp(0, most - 1).unsqueeze(1).expand(*by_distance.shape[:2], -1, -1)
-    return by_distance.gather(-1, where).masked_fill(~inside, 0.0)
+    count = by_distance.shape[-1]
+    inside = ((distance >= 0) & (distance < count)).unsqueeze(1)
+    columns = distance.clamp(0, count - 1).unsqueeze(1).expand(*by_distance.shape[:2], -1, -1)
+    return by_distance.gather(-1, columns).masked_fill(~inside, 0.0)
 
 
 def build(options: RelativeProjectionOptions, shape: AttentionShape, **_: Any) -> RelativeProjPositionalBias:
-    """The part for one attention."""
+    """Build the bias of one attention."""
     return RelativeProjPositionalBias(
         shape.dim, shape.heads, options.rel_proj_num_distance_basis, options.rel_proj_max_dist
     )
@@ -121,13 +128,13 @@ FEATURE = Feature(
     options=RelativeProjectionOptions,
     enabled=lambda options: options.use_rel_proj_pos_bias,
     build=build,
-    summary="each query makes its own bias over distance",
+    summary="each query computes its own bias by distance",
     self_attention_only=True,
     refuses=(
         Rule(
             when=lambda o: o.kind == "c",
-            why="`use_rel_proj_pos_bias` would measure the distance of tokens to those of a context, with which they "
-            "share no places; drop it.",
+            why="`use_rel_proj_pos_bias` needs distances between queries and keys, and in cross-attention they are in "
+            "different sequences; drop it there.",
         ),
     ),
     examples=({"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 6},),

@@ -1,4 +1,4 @@
-"""Residual attention: a layer's scores begin with the logits of the one before it (2012.11747)."""
+"""Residual attention: each layer adds the logits of the layer before it to its scores (arXiv 2012.11747)."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from x_transformers.options.schema import Feature, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualScoreOptions:
-    residual_attn: bool = opt(False, "self-attention adds the logits of the self-attention before it")
-    cross_residual_attn: bool = opt(False, "cross-attention adds the logits of the cross-attention before it")
+    residual_attn: bool = opt(False, "each self-attention adds the logits of the one before it to its scores")
+    cross_residual_attn: bool = opt(False, "each cross-attention adds the logits of the one before it to its scores")
 
     def shared(self, kind: str) -> bool:
-        """Whether attentions of this kind ("a" or "c") hand on their logits."""
+        """Return True if attentions of this kind ("a" or "c") share their logits."""
         return {"a": self.residual_attn, "c": self.cross_residual_attn}.get(kind, False)
 
 
 class ResidualScores(RowMod):
-    """`scores <- scores + logits of the attention of the same kind before`, if there was one.
+    """Residual connection of scores: `scores <- scores + logits of the previous attention of the same kind`.
 
-    The logits hold every bias of that layer, so that biases add up over the layers. Hidden keys and keys that only one
-    of the two layers has add 0, and a learned sink is not handed on.
+    The logits contain the biases of that layer, so that biases add up over the layers. Hidden keys and keys that only
+    one of the two layers has add 0. The logit of a learned sink is not added.
     """
 
     stage = Stage.RESIDUAL
 
     def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
-        left = rows.layer.carry.scores.get(rows.layer.kind)
-        if left is None:
+        carried = rows.layer.carry.scores.get(rows.layer.kind)
+        if carried is None:
             return logits, None
-        previous, prefix = left
+        previous, prefix = carried
         if previous.shape[-1] == logits.shape[-1] and prefix == rows.prefix:
             return logits + previous.to(logits.dtype), None
+        # The layers differ in their keys. Align keys that are no tokens, in front, with each other, and tokens with
+        # each other, both at their right end, where the newest is.
         keys = _fit(previous[..., prefix:], logits.shape[-1] - rows.prefix)
         front = _fit(previous[..., :prefix], rows.prefix)
         return logits + F.pad(keys, (rows.prefix, 0)) + F.pad(front, (0, logits.shape[-1] - rows.prefix)), None
 
 
 def _fit(t: Tensor, width: int) -> Tensor:
-    """The last `width` columns, with zeros on the left where there are fewer."""
+    """Return the last `width` columns, with zeros on the left if there are fewer."""
     return F.pad(t, (width - t.shape[-1], 0))
 
 
@@ -53,12 +55,12 @@ FEATURE = Feature(
     slot="residual scores",
     options=ResidualScoreOptions,
     enabled=lambda options: options.residual_attn or options.cross_residual_attn,
-    summary="scores begin with the logits of the layer before",
+    summary="scores plus the logits of the layer before",
     paper="2012.11747",
     refuses=(
         Rule(
             when=lambda o: o["residual_scores"].cross_residual_attn and not o["structure"].cross_attend,
-            why="`cross_residual_attn` is about cross-attention; it needs `cross_attend = True`.",
+            why="`cross_residual_attn` connects cross-attentions; it needs `cross_attend = True`.",
         ),
     ),
     examples=({"residual_attn": True}, {"cross_attend": True, "cross_residual_attn": True}),

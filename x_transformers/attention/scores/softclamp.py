@@ -1,4 +1,4 @@
-"""Soft-clamped logits: bounded by a tanh before the softmax, as in Gemma 2 (2408.00118)."""
+"""Soft clamping of logits: `c * tanh(logits / c)`, as in Gemma 2 (arXiv 2408.00118)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class SoftclampOptions:
-    softclamp_logits: bool = opt(False, "bound the logits by c * tanh(logits / c), behind biases and before masks")
+    softclamp_logits: bool = opt(False, "bound the logits by c * tanh(logits / c), after biases and before masks")
     logit_softclamp_value: float = opt(50.0, "the bound c")
 
 
 class SoftclampLogits(ScoreMod):
-    """`score <- c * tanh(score / c)`.
+    """Soft clamp of scores: `score <- c * tanh(score / c)`.
 
     Args:
         value: the bound c.
 
     Raises:
-        ConfigError: if the bound is not positive.
+        ConfigError: if c is not positive.
     """
 
     needs = Needs.POINTWISE
@@ -66,7 +66,7 @@ class SoftclampLogits(ScoreMod):
 
 
 def build(options: SoftclampOptions, **_: Any) -> SoftclampLogits:
-    """The part for one attention."""
+    """Build the modification for one attention."""
     return SoftclampLogits(options.logit_softclamp_value)
 
 

@@ -1,4 +1,4 @@
-"""T5's relative position bias: a learned number for each head and each logarithmic bucket of distance (1910.10683)."""
+"""Relative position bias of T5: a learned number for each head and each bucket of distances (arXiv 1910.10683)."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class T5Options:
-    rel_pos_bias: bool = opt(False, "T5's bucketed relative position bias")
-    rel_pos_num_buckets: int = opt(32, "buckets of distance")
-    rel_pos_max_distance: int = opt(128, "distances from here on share the last bucket")
+    rel_pos_bias: bool = opt(False, "add the relative position bias of T5, learned for buckets of distance")
+    rel_pos_num_buckets: int = opt(32, "number of buckets")
+    rel_pos_max_distance: int = opt(128, "distances of at least this share the last bucket")
 
 
 class RelativePositionBias(DistanceBias):
-    """`bias[h, i, j] = scale * table[bucket(i - j), h]`.
+    """Learned bias by bucket of distance: `bias[h, i, j] = scale * table[bucket(i - j), h]`.
 
-    Half of the buckets are exact distances, the others grow logarithmically up to `max_distance`. A causal stack has
-    one set of buckets for the past; a bidirectional one has a set for each direction.
+    Half of the buckets contain one distance each; the width of the others grows logarithmically up to `max_distance`.
+    Causal attention has buckets for the past only, bidirectional attention has half of them for each direction.
 
     Args:
-        scale: factor on the table, `sqrt(dim_head)` in a stack.
-        causal: buckets for the past only.
-        num_buckets: rows of the table.
-        max_distance: where the last bucket begins.
-        heads: columns of the table.
+        scale: factor of the table; a stack passes `sqrt(dim_head)`.
+        causal: have buckets for the past only.
+        num_buckets: number of buckets, the rows of the table.
+        max_distance: distance from which on all keys share the last bucket.
+        heads: number of heads, the columns of the table.
 
     Raises:
-        ConfigError: if there are too few buckets, or more than `max_distance`.
+        ConfigError: if there are fewer than 2 buckets for a direction, or more buckets than `max_distance`.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class RelativePositionBias(DistanceBias):
         least = 2 if causal else 4
         if not least <= num_buckets <= max_distance:
             raise ConfigError(
-                f"`rel_pos_num_buckets` is {num_buckets}; it must lie between {least} and `rel_pos_max_distance`, "
-                f"which is {max_distance}."
+                f"`rel_pos_num_buckets` is {num_buckets}; it must be between {least} and `rel_pos_max_distance` = "
+                f"{max_distance}."
             )
         self.scale, self.causal = scale, causal
         self.num_buckets, self.max_distance = num_buckets, max_distance
@@ -60,7 +60,15 @@ class RelativePositionBias(DistanceBias):
         return per_pair.movedim(-1, -3) * self.scale
 
     def bucket(self, distance: Tensor) -> Tensor:
-        """Bucket of `position of query - position of key`."""
+        """Return the bucket of each distance, `position of query - position of key`.
+
+        With B buckets for a direction, `E = B // 2` of them exact:
+
+            bucket(d) = d                                                           for d < E
+            bucket(d) = min(E + floor((B - E) * ln(d / E) / ln(max / E)), B - 1)    otherwise
+
+        Bidirectional attention adds B for keys after the query.
+        """
         buckets, offset = self.num_buckets, 0
         if self.causal:
             distance = distance.clamp(min=0)
@@ -69,6 +77,7 @@ class RelativePositionBias(DistanceBias):
             offset = (distance < 0).long() * buckets
             distance = distance.abs()
         exact = buckets // 2
+        # near distances take the other branch of `where`, but must not give the logarithm of 0
         far = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact) * (buckets - exact)
         far = (exact + far.long()).clamp(max=buckets - 1)
         return torch.where(distance < exact, distance, far) + offset
@@ -80,16 +89,17 @@ class RelativePositionBias(DistanceBias):
         return bound
 
     def _at_any_distance(self, query: Span, keys: Span) -> ScoreFunction:
-        """For positions of any kind: biases of the distances up to the last bucket, which all farther ones share."""
+        """Return the pointwise form for any positions, which reads a table of distances up to the last bucket."""
         of_q, of_k = by_row(query.pos), by_row(keys.pos)
-        most = torch.full((1,), self.max_distance, device=query.pos.device)
+        # all farther distances have the bias of the farthest in the table, so the index is clamped
+        farthest = torch.full((1,), self.max_distance, device=query.pos.device)
         table = self.bias(torch.arange(-self.max_distance, self.max_distance + 1, device=query.pos.device)[None])
         table = table.squeeze(-2)
 
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            farthest = most[h * 0]
-            distance = torch.minimum(torch.maximum(of_q(b, q) - of_k(b, k), -farthest), farthest)
-            return score + table[h, distance + farthest]
+            bound = farthest[h * 0]
+            distance = torch.minimum(torch.maximum(of_q(b, q) - of_k(b, k), -bound), bound)
+            return score + table[h, distance + bound]
 
         return at
 
@@ -101,7 +111,7 @@ class RelativePositionBias(DistanceBias):
 def build(
     options: T5Options, *, heads: int, dim_head: int, causal: bool, kwargs: dict[str, Any], **_: Any
 ) -> RelativePositionBias:
-    """The part for a stack."""
+    """Build the bias of a stack."""
     return build_bias(
         RelativePositionBias,
         kwargs,
@@ -121,7 +131,7 @@ FEATURE = Feature(
     options=T5Options,
     enabled=lambda options: options.rel_pos_bias,
     build=build,
-    summary="learned bias by bucket of distance",
+    summary="learned bias for buckets of distance",
     paper="1910.10683",
     examples=({"rel_pos_bias": True, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},),
 )

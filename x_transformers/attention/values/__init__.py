@@ -1,1 +1,1 @@
-"""What happens to values before they are weighed, and to what comes out."""
+"""Modifications of values before attention, and of its outputs."""

@@ -1,4 +1,4 @@
-"""Gates on attention's output: one a head (2306.12929), and one a feature from input or output (2608.11805)."""
+"""Gates on attention's output: per head (arXiv 2306.12929), or per feature from input or output (2608.11805)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from x_transformers.options.schema import Feature, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGateOptions:
-    gate_value_heads: bool = opt(False, "a sigmoid gate for each head and token, from the input")
+    gate_value_heads: bool = opt(False, "multiply the output of each head by a sigmoid gate, computed from the input")
 
 
 class HeadGate(ValueMod):
-    """`out_h <- out_h * sigmoid(w_h x + beta_h)`; open at first: weights 0 and biases 10."""
+    """Gate per head: `out_h <- out_h * sigmoid(w_h x + beta_h)`.
+
+    Weights start at 0 and biases at 10, so that gates are open at first.
+
+    Args:
+        shape: widths of the attention.
+    """
 
     reference: ClassVar = {"to_v_head_gate.weight": "gate.weight", "to_v_head_gate.bias": "gate.bias"}
     per_head: ClassVar = {"gate.weight": (0,), "gate.bias": (0,)}
@@ -38,33 +44,34 @@ class HeadGate(ValueMod):
 
 @dataclass(frozen=True, kw_only=True)
 class ValueGateOptions:
-    gate_values: bool = opt(False, "gate the output by the input")
-    gate_values_rank: int | None = opt(None, "rank of that gate; default full")
-    gate_values_headwise: bool = opt(False, "one gate for each head in place of one for each feature")
-    output_gate: bool = opt(False, "gate the output by itself")
-    output_gate_rank: int | None = opt(None, "rank of that gate; default full")
-    output_gate_headwise: bool = opt(False, "one gate for each head in place of one for each feature")
-    low_rank_silu_gates: bool = opt(True, "SiLU inside of gates that have a rank")
-    swiglu_values: bool = opt(False, "SiLU in place of the sigmoid")
+    gate_values: bool = opt(False, "multiply the output by a gate computed from the input")
+    gate_values_rank: int | None = opt(None, "rank of that gate; default: full")
+    gate_values_headwise: bool = opt(False, "one gate for each head instead of one for each feature")
+    output_gate: bool = opt(False, "multiply the output by a gate computed from the output")
+    output_gate_rank: int | None = opt(None, "rank of that gate; default: full")
+    output_gate_headwise: bool = opt(False, "one gate for each head instead of one for each feature")
+    low_rank_silu_gates: bool = opt(True, "SiLU between the two maps of gates with a rank")
+    swiglu_values: bool = opt(False, "SiLU instead of the sigmoid as activation of the gates")
 
     def __post_init__(self) -> None:
         for name in ("gate_values", "output_gate"):
             rank, headwise = getattr(self, f"{name}_rank"), getattr(self, f"{name}_headwise")
             require(
-                rank is None or not headwise, f"`{name}_headwise` has one row a head, and no rank; drop `{name}_rank`."
+                rank is None or not headwise,
+                f"`{name}_headwise` has one row per head, and no rank; drop `{name}_rank`.",
             )
             require(rank is None or rank >= 1, f"`{name}_rank` is {rank}; it must be at least 1.")
 
 
 class ValueGates(ValueMod):
-    """`out <- out * act(A x + B out)`, act a sigmoid or SiLU; A and B start at 0.
+    """Gates from input and output: `out <- out * act(A x + B out)`, act a sigmoid or SiLU; A and B start at 0.
 
     Args:
-        shape: of the attention; the gates have `h * e` features, or h if headwise.
+        shape: widths of the attention; gates have `h * e` features, or h if headwise.
         options: which of the two gates there are, their ranks, and the activation.
 
     Raises:
-        ConfigError: if a rank is not below the widths that it connects.
+        ConfigError: if a rank is not below the wider of the widths that it connects.
     """
 
     outer = True
@@ -105,7 +112,7 @@ class ValueGates(ValueMod):
         if self.input is not None:
             logits = split_heads(self.input(seen.x), self.heads)
         if self.output is not None:
-            # parts that need float32 have widened `out`; the weights are of the stream's dtype
+            # some parts compute `out` in float32, and the gate's weights have the dtype of the input
             own = split_heads(self.output(merge_heads(out).to(seen.x.dtype)), self.heads)
             logits = own if logits is None else logits + own
         assert logits is not None
@@ -113,17 +120,17 @@ class ValueGates(ValueMod):
 
 
 def build_head_gate(options: HeadGateOptions, shape: AttentionShape, **_: Any) -> HeadGate:
-    """The part for one attention."""
+    """Build the gate of one attention."""
     return HeadGate(shape)
 
 
 def build_gates(options: ValueGateOptions, shape: AttentionShape, **_: Any) -> ValueGates:
-    """The part for one attention."""
+    """Build the gates of one attention."""
     return ValueGates(shape, options)
 
 
 def _idle(options: ValueGateOptions) -> list[str]:
-    """Keywords of a gate that is off, and of a rank that is not given."""
+    """Return keywords without effect: those of a gate that is off, and that of ranks if there are none."""
     off = [name for name in ("gate_values", "output_gate") if not getattr(options, name)]
     idle = [f"{name}_{what}" for name in off for what in ("rank", "headwise")]
     return idle if options.gate_values_rank or options.output_gate_rank else [*idle, "low_rank_silu_gates"]
@@ -136,7 +143,7 @@ HEAD_GATE = Feature(
     options=HeadGateOptions,
     enabled=lambda options: options.gate_value_heads,
     build=build_head_gate,
-    summary="a gate for each head, from the input",
+    summary="a gate for each head, computed from the input",
     paper="2306.12929",
     examples=({"attn_gate_value_heads": True},),
 )
@@ -149,7 +156,7 @@ GATES = Feature(
     enabled=lambda options: options.gate_values or options.output_gate,
     build=build_gates,
     idle=_idle,
-    summary="gates on the output, from the input or from itself",
+    summary="gates on the output, computed from the input or output",
     paper="2608.11805",
     examples=(
         {"attn_gate_values": True, "attn_swiglu_values": True},

@@ -1,4 +1,4 @@
-"""A learned factor for each head's output (NormFormer, 2110.09456)."""
+"""Learned factor of each head's output (NormFormer, arXiv 2110.09456)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScaleOptions:
-    head_scale: bool = opt(False, "a learned factor for each head's output")
+    head_scale: bool = opt(False, "multiply the output of each head by a learned factor")
 
 
 class HeadScale(ValueMod):
-    """`out_h <- s_h * out_h`, with parameters `(1, h, 1, 1)` that start at 1."""
+    """Factor per head: `out_h <- s_h * out_h`, with parameters `(1, h, 1, 1)` that start at 1.
+
+    Args:
+        heads: number h of query heads.
+    """
 
     reference: ClassVar = {"head_scale_params": "scale"}
     per_head: ClassVar = {"scale": (1,)}
@@ -32,7 +36,7 @@ class HeadScale(ValueMod):
 
 
 def build(options: HeadScaleOptions, shape: AttentionShape, **_: Any) -> HeadScale:
-    """The part for one attention."""
+    """Build the factors of one attention."""
     return HeadScale(shape.heads)
 
 

@@ -1,4 +1,7 @@
-"""A recurrent (or any other) branch beside attention, averaged with it head by head (Hymba, 2411.13676)."""
+"""Hybrid heads: a recurrent or other module in parallel to attention, averaged with it per head (arXiv 2411.13676).
+
+`out_h <- (1 - m) RMSNorm(out_h) + m RMSNorm(module(x)_h)`.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,13 @@ from x_transformers.options.schema import Feature, opt, require
 @dataclass(frozen=True, kw_only=True)
 class HybridOptions:
     hybrid_module: nn.Module | None = opt(
-        None, "a module beside attention, (b, n, dim) to (b, n, heads * value width), perhaps with a state; copied"
+        None, "module in parallel to attention, (b, n, dim) to (b, n, heads * value width), and a state if any; copied"
     )
-    hybrid_mask_kwarg: str | None = opt(None, "name under which it takes the mask, where attention is not causal")
-    hybrid_fold_axial_dim: int | None = opt(None, "it sees every so-many-th token: tokens are dealt to that many rows")
-    hybrid_learned_mix: bool = opt(False, "a learned share for each head and token in place of one half")
+    hybrid_mask_kwarg: str | None = opt(None, "name of its keyword for the mask, if attention is not causal")
+    hybrid_fold_axial_dim: int | None = opt(
+        None, "number k of rows over which tokens are dealt: the module sees every k-th token"
+    )
+    hybrid_learned_mix: bool = opt(False, "learn the share of the module for each head and token, instead of 1/2")
 
     def __post_init__(self) -> None:
         fold = self.hybrid_fold_axial_dim
@@ -33,18 +38,18 @@ class HybridOptions:
 
 
 class HybridBranch(ValueMod):
-    """`out <- (1 - m) RMSNorm(out) + m RMSNorm(module(x))`, with `m = 1/2` or `sigmoid(W x)` for each head and token.
+    """Average with a parallel module: `out <- (1 - m) RMSNorm(out) + m RMSNorm(module(x))`, m = 1/2 or `sigmoid(W x)`.
 
-    The module reads only the tokens that others may see: padding and hidden tokens are left out of its sequence, and
-    recurrent memory stands in front of it. What it returns as a second output is its state, which the cache keeps; of
-    a module without one, the cache keeps the inputs, and it runs over all of them.
+    The module runs only over visible tokens: padding and hidden tokens are removed from its sequence, and recurrent
+    memory is put in front. If it returns a second output, that is its state, which the cache keeps. For a module
+    without state the cache keeps the inputs, and each pass runs the module over all of them.
 
     Args:
-        shape: of the attention.
-        options: the module, and how it is run.
+        shape: widths of the attention.
+        options: the module, and how to run it.
 
     Raises:
-        ConfigError: if a recurrent module has other widths, or looks into the future of a causal attention.
+        ConfigError: if a recurrent module has other widths, or if a bidirectional one is in causal attention.
     """
 
     reference: ClassVar = {
@@ -60,9 +65,9 @@ class HybridBranch(ValueMod):
         assert options.hybrid_module is not None
         self.module = copy.deepcopy(options.hybrid_module)
         self.recurrent = any(isinstance(each, nn.RNNBase) for each in self.module.modules())
-        # a module without a state runs over everything again
+        # without a state the module runs over the whole past in every pass
         self.whole_past = not self.recurrent
-        self.two_ways = any(getattr(each, "bidirectional", False) is True for each in self.module.modules())
+        self.bidirectional = any(getattr(each, "bidirectional", False) is True for each in self.module.modules())
         self.heads, self.order = shape.heads, reference_head_order(shape.heads, shape.kv_heads)
         self.width, self.mask_name = shape.value_dim_head, options.hybrid_mask_kwarg
         batch_axis = 1 if self.recurrent else getattr(self.module, "state_batch_dim", 0)
@@ -73,16 +78,19 @@ class HybridBranch(ValueMod):
         self.mix = nn.Linear(shape.dim, shape.heads, bias=False) if options.hybrid_learned_mix else None
 
     def _check(self, shape: AttentionShape) -> None:
-        if shape.causal and self.two_ways:
-            raise ConfigError("`hybrid_module` is bidirectional, so that a causal attention would see the future.")
+        if shape.causal and self.bidirectional:
+            raise ConfigError(
+                "`hybrid_module` is bidirectional, so that a causal attention would see the future; build it with "
+                "`bidirectional = False`."
+            )
         if not isinstance(self.module, nn.RNNBase):
             return
-        gives = (self.module.proj_size or self.module.hidden_size) * (2 if self.module.bidirectional else 1)
+        width_out = (self.module.proj_size or self.module.hidden_size) * (2 if self.module.bidirectional else 1)
         if not self.module.batch_first:
-            raise ConfigError("`hybrid_module` takes the sequence first; build it with `batch_first = True`.")
-        if self.module.input_size != shape.dim or gives != self.heads * self.width:
+            raise ConfigError("`hybrid_module` expects the sequence axis first; build it with `batch_first = True`.")
+        if self.module.input_size != shape.dim or width_out != self.heads * self.width:
             raise ConfigError(
-                f"`hybrid_module` maps {self.module.input_size} features to {gives}; here it must map `dim` = "
+                f"`hybrid_module` maps {self.module.input_size} features to {width_out}; here it must map `dim` = "
                 f"{shape.dim} to heads * value width = {self.heads * self.width}."
             )
 
@@ -90,83 +98,87 @@ class HybridBranch(ValueMod):
         return {} if self.recurrent else {"hybrid_input": (1, shape.dim)}
 
     def after(self, out: Tensor, seen: ValueContext) -> Tensor:
-        branch = split_heads(self._checked(self._branch(seen), seen.x.shape[1]), self.heads)
+        branch = split_heads(self._check_output(self._branch(seen), seen.x.shape[1]), self.heads)
         branch = branch if self.order is None else branch[:, self.order]
         share = 0.5 if self.mix is None else split_heads(self.mix(seen.x), self.heads).sigmoid()
         return self.norm(out) * (1 - share) + self.branch_norm(branch.to(out.dtype)) * share
 
-    def _checked(self, y: Tensor, n: int) -> Tensor:
+    def _check_output(self, y: Tensor, n: int) -> Tensor:
         if y.shape[1:] != (n, self.heads * self.width):
             raise ShapeError(
-                f"`hybrid_module` gave shape {tuple(y.shape)}; it must be (b, {n}, {self.heads * self.width}), or "
+                f"`hybrid_module` returned shape {tuple(y.shape)}; it must be (b, {n}, {self.heads * self.width}), or "
                 f"(b, {self.heads}, {n}, {self.width})."
             )
         return y
 
     def _branch(self, seen: ValueContext) -> Tensor:
-        """What the module gives for the tokens of this pass, `(b, n, h * e)`, behind what it has seen."""
+        """Run the module over the tokens of this pass, continuing from earlier passes; returns `(b, n, h * e)`."""
         call, n = seen.layer.call, seen.x.shape[1]
-        if call.causal and self.two_ways:
-            raise InputError("`hybrid_module` is bidirectional; `causal = True` would let it see the future.")
+        if call.causal and self.bidirectional:
+            raise InputError(
+                "`hybrid_module` is bidirectional; `causal = True` would let it see the future. Drop one of them."
+            )
         entry = seen.layer.entry if call.causal else None
-        state = None if entry is None else SequenceState.of(entry)
+        state = None if entry is None else SequenceState.read(entry)
         if entry is not None and state is None and not call.aligned and not self.recurrent:
-            return self._anew(entry, seen)
+            return self._branch_over_past(entry, seen)
         x, live = seen.x, _live(seen, call.query.index)
-        if state is None:
-            x, live = _behind_memory(x, live, seen)
+        if state is None:  # a state includes recurrent memory already
+            x, live = _with_memory(x, live, seen)
         if self.mask_name is not None and not call.causal:
-            y, _ = self.runner.whole(x, None, **{self.mask_name: live})
+            y, _ = self.runner.run_batch(x, None, **{self.mask_name: live})
         elif live is None and (self.runner.rows == 1 or entry is None):
-            y, state = self.runner.whole(x, state)
+            y, state = self.runner.run_batch(x, state)
         else:
-            y, state = self.runner.ragged(x, live, state, pad=not call.causal)
+            # hidden tokens leave gaps; and folded rows have different lengths, which a cache must continue
+            y, state = self.runner.run_ragged(x, live, state, pad=not call.causal)
         if entry is not None and state is not None:
-            state.put(entry)
+            state.write(entry)
         elif entry is not None and not self.recurrent:
             entry.grow("hybrid_input", seen.x[:, None])
         return y[:, -n:]
 
-    def _anew(self, entry: Entry, seen: ValueContext) -> Tensor:
-        """The same of a module without a state, which runs over everything again."""
+    def _branch_over_past(self, entry: Entry, seen: ValueContext) -> Tensor:
+        """Run a module without state over cached and new inputs, and return its output at the new tokens."""
         keys, index = seen.layer.call.keys, seen.layer.call.query.index
-        x, live = _behind_memory(entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _live(seen, keys.index), seen)
+        x, live = _with_memory(entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _live(seen, keys.index), seen)
         if live is None and self.runner.rows == 1:
-            y, _ = self.runner.whole(x, None)
+            y, _ = self.runner.run_batch(x, None)
         else:
-            y, _ = self.runner.ragged(x, live, None, pad=False)
+            y, _ = self.runner.run_ragged(x, live, None, pad=False)
+        # keys lie at the end of the output, after recurrent memory
         return y[:, torch.searchsorted(keys.index, index) + y.shape[1] - len(keys)]
 
 
 def _live(seen: ValueContext, index: Tensor) -> Tensor | None:
-    """`(b, n)` bool, which of the tokens at these places others may see."""
+    """Return `(b, n)` bool, True for visible tokens among those that arrived at `index`; None if all are visible."""
     keys = seen.layer.call.keys
     return None if keys.live is None else keys.live[:, torch.searchsorted(keys.index, index)]
 
 
-def _behind_memory(x: Tensor, live: Tensor | None, seen: ValueContext) -> tuple[Tensor, Tensor | None]:
-    """Recurrent memory in front, and which of its tokens count."""
+def _with_memory(x: Tensor, live: Tensor | None, seen: ValueContext) -> tuple[Tensor, Tensor | None]:
+    """Put recurrent memory in front of inputs, and its visibility in front of theirs."""
     if seen.layer.memory is None:
         return x, live
-    m, marks = seen.layer.memory.shape[-2], seen.layer.keys.live
-    if marks is not None:
+    m, key_live = seen.layer.memory.shape[-2], seen.layer.keys.live
+    if key_live is not None:
         own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if live is None else live
-        live = torch.cat((marks[:, :m].expand(len(x), -1), own), dim=1)
+        live = torch.cat((key_live[:, :m].expand(len(x), -1), own), dim=1)
     return seen.layer.behind_memory(x), live
 
 
 def build(options: HybridOptions, shape: AttentionShape, **_: Any) -> HybridBranch:
-    """The part for one attention."""
+    """Build the branch of one attention."""
     return HybridBranch(shape, options)
 
 
 def _example(module: type[nn.GRU] | type[nn.LSTM]) -> nn.RNNBase:
-    """A small recurrent module, made without touching the generator of whoever imports this."""
+    """Return a small recurrent module, without a draw from the random generator of the importing program."""
     with torch.random.fork_rng(devices=[]):
         return module(16, 32, batch_first=True)
 
 
-_UNROLLED = "rows of tokens that do not all count run apart, and PyTorch does not trace recurrent modules."
+_UNTRACED = "rows with hidden tokens run one by one, and PyTorch does not trace recurrent modules"
 
 FEATURE = Feature(
     name="hybrid",
@@ -175,7 +187,7 @@ FEATURE = Feature(
     options=HybridOptions,
     enabled=lambda options: options.hybrid_module is not None,
     build=build,
-    summary="a recurrent branch beside attention",
+    summary="a recurrent module in parallel to attention",
     paper="2411.13676",
     self_attention_only=True,
     examples=(
@@ -183,8 +195,8 @@ FEATURE = Feature(
         {"attn_hybrid_module": _example(nn.LSTM), "attn_hybrid_fold_axial_dim": 2, "attn_hybrid_learned_mix": True},
     ),
     exempt={
-        "compile": _UNROLLED,
-        "compiled_decoding": _UNROLLED,
-        "shared_heads": "a branch of the user's own gives heads in the order in which the reference groups them",
+        "compile": _UNTRACED,
+        "compiled_decoding": _UNTRACED,
+        "shared_heads": "a user's module returns heads in the order in which the reference groups them",
     },
 )

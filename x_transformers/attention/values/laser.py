@@ -1,4 +1,4 @@
-"""LASER: attention over exponentials of values, for larger gradients through the weights (2411.03493)."""
+"""LASER: attention over exponentials of values, for larger gradients through the weights (arXiv 2411.03493)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from x_transformers.options.schema import Feature, Rule, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class LaserOptions:
-    laser: bool = opt(False, "attend over exp(v), and take the logarithm of what comes out")
-    laser_softclamp_value: float = opt(15.0, "values are softly clamped to this before")
+    laser: bool = opt(False, "attend over exp(v), and take the logarithm of the output")
+    laser_softclamp_value: float = opt(15.0, "soft clamp c of the values before: c * tanh(v / c)")
 
     def __post_init__(self) -> None:
         value = self.laser_softclamp_value
@@ -23,9 +23,12 @@ class LaserOptions:
 
 
 class Laser(ValueMod):
-    """`out = log(weights exp(c tanh(v / c)))`, in float32 or wider; a query that sees nothing gives 0.
+    """Log-space attention: `out = log(weights exp(c tanh(v / c)))`, in float32 or wider.
 
-    A zero key (`add_zero_kv`) keeps its zero value, the exponential of nothing.
+    Queries that see no key have output 0. The zero value of `add_zero_kv` stays zero, not `exp(0)`.
+
+    Args:
+        clamp: the bound c.
     """
 
     def __init__(self, clamp: float) -> None:
@@ -41,7 +44,7 @@ class Laser(ValueMod):
 
 
 def build(options: LaserOptions, **_: Any) -> Laser:
-    """The part for one attention."""
+    """Build the modification for one attention."""
     return Laser(options.laser_softclamp_value)
 
 
@@ -57,7 +60,7 @@ FEATURE = Feature(
     refuses=tuple(
         Rule(
             when=lambda o, other=other: o.on(other),
-            why=f"`laser` takes the logarithm of what attention gives, and `{keyword}` makes it negative; drop one.",
+            why=f"`laser` takes the logarithm of attention's output, and `{keyword}` makes it negative; drop one.",
         )
         for other, keyword in (
             ("cog_signed", "cog_signed"),

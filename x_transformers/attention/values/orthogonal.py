@@ -1,4 +1,4 @@
-"""Exclusive attention: the output without its component along the token's own value (OpenReview Ard2QzPAUK)."""
+"""Exclusive attention: outputs without their component along the token's own value (OpenReview Ard2QzPAUK)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from x_transformers.attention.base import ValueContext, ValueMod
 from x_transformers.errors import InputError
-from x_transformers.ops import expand_kv_heads, project_away
+from x_transformers.ops import expand_kv_heads, merge_heads, project_away, split_heads
 from x_transformers.options.schema import Feature, Rule, opt
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalOptions:
-    orthog_projected_values: bool = opt(False, "outputs orthogonal to the token's own value, all heads together")
-    orthog_projected_values_per_head: bool = opt(False, "the same head by head; with both, both go on side by side")
+    orthog_projected_values: bool = opt(
+        False, "make outputs orthogonal to the token's own value, over all heads together"
+    )
+    orthog_projected_values_per_head: bool = opt(
+        False, "the same for each head by itself; with both, both results are concatenated"
+    )
 
 
 class OrthogonalToOwnValue(ValueMod):
-    """`out_i <- out_i - <out_i, u> u` with `u` the unit vector along the token's own projected value `v_i`.
+    """Projection orthogonal to the own value: `out_i <- out_i - <out_i, u> u` with `u = v_i / |v_i|`.
 
-    Token by token: over the features of all heads, of each head apart, or both, and then a head has `2 e` features.
+    Args:
+        together: treat the features of all heads as one vector.
+        by_head: treat each head by itself. With both, a head has the `2 e` features of both results.
     """
 
     outer = True
@@ -36,29 +43,28 @@ class OrthogonalToOwnValue(ValueMod):
         return width * (self.together + self.by_head)
 
     def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
-        # there all heads' features of one kind stand before those of the other
         if not (self.together and self.by_head):
             return weight
-        return weight.unflatten(-1, (2, heads, -1)).transpose(-3, -2).flatten(-3)
+        # the reference concatenates the two results after merging heads, we concatenate them within each head
+        return rearrange(weight, "... (kind h e) -> ... (h kind e)", kind=2, h=heads)
 
     def after(self, out: Tensor, seen: ValueContext) -> Tensor:
         if seen.layer.context is not None:
             raise InputError(
-                "`orthog_projected_values` compares a token's output with its own value, and in cross-attention "
+                "`orthog_projected_values` makes outputs orthogonal to the token's own value, and in cross-attention "
                 "tokens have none; drop it there."
             )
         own = expand_kv_heads(seen.values, out.shape[-3])
         results = []
         if self.together:
-            merged = project_away(*(t.transpose(-3, -2).flatten(-2) for t in (out, own)))
-            results.append(merged.unflatten(-1, (out.shape[-3], -1)).transpose(-3, -2))
+            results.append(split_heads(project_away(merge_heads(out), merge_heads(own)), out.shape[-3]))
         if self.by_head:
             results.append(project_away(out, own))
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
 def build(options: OrthogonalOptions, **_: Any) -> OrthogonalToOwnValue:
-    """The part for one attention."""
+    """Build the projection of one attention."""
     return OrthogonalToOwnValue(options.orthog_projected_values, options.orthog_projected_values_per_head)
 
 
@@ -74,8 +80,8 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o.kind == "c",
-            why="`orthog_projected_values` compares a token's output with its own value, and in cross-attention tokens "
-            "have none; drop it there.",
+            why="`orthog_projected_values` makes outputs orthogonal to the token's own value, and in cross-attention "
+            "tokens have none; drop it there.",
         ),
     ),
     examples=(

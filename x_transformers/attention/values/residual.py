@@ -1,4 +1,7 @@
-"""Value residual: later layers mix the first layer's values into their own (2410.17897, 2412.15113)."""
+"""Value residual: later layers mix the values of the first layer into their own (arXiv 2410.17897, 2412.15113).
+
+`v <- m v + (1 - m) v_first`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ from x_transformers.options.schema import Feature, opt
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
     learned_value_residual_mix: bool = opt(
-        False, "weigh own values against given ones by a learned sigmoid for each head and token, not by 1/2"
+        False, "learn the share of own values in a value residual, for each head and token, instead of 1/2"
     )
 
 
 class ValueMix(nn.Module):
-    """`m = sigmoid(W x + beta)`, `(b, g, n, 1)`: how much of a token's own values goes into `m v + (1 - m) v_first`.
+    """Learned share of a token's own values: `m = sigmoid(W x + beta)`, one for each key/value head.
 
-    One weight for each key/value head; x is the attention's (query) input.
+    Args:
+        shape: widths of the attention.
     """
 
     def __init__(self, shape: AttentionShape) -> None:
@@ -31,24 +35,25 @@ class ValueMix(nn.Module):
         self.project = nn.Linear(shape.dim, shape.kv_heads)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return m, `(b, g, n, 1)`, for the (query) input `(b, n, D)` of the attention."""
         return split_heads(self.project(x), self.heads).sigmoid()
 
 
 def mix_values(v: Tensor, first: Tensor, share: Tensor | float) -> Tensor:
-    """`share * v + (1 - share) * first`.
+    """Return `share * v + (1 - share) * first`.
 
     Args:
-        v: `(b, g, j, e)` own values.
-        first: those of the first layer, of the same shape.
-        share: `(b, g, j, 1)`, or one number.
+        v: a layer's own values `(b, g, j, e)`.
+        first: the values of the first layer, of the same shape.
+        share: share of own values, `(b, g, j, 1)` or a number.
 
     Raises:
         ShapeError: if the shapes differ.
     """
     if v.shape != first.shape:
         raise ShapeError(
-            f"the values to mix in have shape {tuple(first.shape)}, this layer's have {tuple(v.shape)}; a value "
-            "residual needs layers of the same heads, and recurrent memories of one length."
+            f"values of the value residual have shape {tuple(first.shape)}, those of this layer {tuple(v.shape)}; all "
+            "layers must have the same heads, value widths and length of recurrent memory."
         )
     return first + share * (v - first)
 
@@ -59,7 +64,7 @@ MIX = Feature(
     slot="value residual",
     options=MixOptions,
     enabled=lambda options: options.learned_value_residual_mix,
-    summary="learned weights of a value residual",
+    summary="learned shares of a value residual",
     paper="2410.17897",
     self_attention_only=True,
 )
@@ -67,9 +72,11 @@ MIX = Feature(
 
 @dataclass(frozen=True, kw_only=True)
 class ValueResidualOptions:
-    add_value_residual: bool = opt(False, "attention layers mix in the values of the first one of their kind")
+    add_value_residual: bool = opt(
+        False, "attention layers mix the values of the first layer of their kind into their own"
+    )
     learned_value_residual_mix: bool = opt(
-        True, "by learned weights in every self-attention but the first; else, and in cross-attention, by 1/2"
+        True, "learn the shares in every self-attention except the first; otherwise, and in cross-attention, 1/2"
     )
 
 
@@ -79,7 +86,7 @@ FEATURE = Feature(
     slot="value residual",
     options=ValueResidualOptions,
     enabled=lambda options: options.add_value_residual,
-    summary="later attention layers mix in the first one's values",
+    summary="later attention layers mix in the values of the first",
     paper="2410.17897",
     examples=({"add_value_residual": True}, {"add_value_residual": True, "learned_value_residual_mix": False}),
 )

@@ -1,4 +1,4 @@
-"""RMSNorm with a gain for each key/value head on values, beside that on queries and keys (2302.05442)."""
+"""RMSNorm of values, with a gain for each key/value head; for queries and keys see arXiv 2302.05442."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class ValueNormOptions:
-    value_rmsnorm: bool = opt(False, "RMSNorm with a gain for each key/value head on values")
+    value_rmsnorm: bool = opt(False, "RMSNorm on values, with a gain for each key/value head")
 
 
 class ValueRMSNorm(ValueMod):
-    """`v <- v / |v| * sqrt(e) * (gamma + 1)`, gains `(g, 1, e)`. Learned memory values pass by."""
+    """RMSNorm of values per head: `v <- v / |v| * sqrt(e) * (gamma + 1)`, with gains `(g, 1, e)`.
+
+    Learned memory values are not normalized.
+
+    Args:
+        shape: widths of the attention.
+    """
 
     reference: ClassVar = {"value_rmsnorm.gamma": "norm.gamma"}
 
@@ -32,7 +38,7 @@ class ValueRMSNorm(ValueMod):
 
 
 def build(options: ValueNormOptions, shape: AttentionShape, **_: Any) -> ValueRMSNorm:
-    """The part for one attention."""
+    """Build the norm of one attention."""
     return ValueRMSNorm(shape)
 
 

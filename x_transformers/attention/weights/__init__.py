@@ -1,1 +1,1 @@
-"""From logits to weights, in other ways than a softmax."""
+"""Conversions of logits to attention weights other than the softmax, and changes of weights."""

@@ -1,4 +1,4 @@
-"""A function of the caller's in place of the softmax."""
+"""A user's function instead of the softmax: `weights = fn(logits)`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from x_transformers.options.schema import Feature, opt
 @dataclass(frozen=True, kw_only=True)
 class CustomOptions:
     custom_attn_fn: Callable[..., Tensor] | None = opt(
-        None, "function of the masked logits (b, h, i, j), and of `mask` if it takes one, that returns weights"
+        None, "function that maps masked logits (b, h, i, j), and `mask` if it has that parameter, to weights"
     )
 
 
 class Custom(Weighting):
-    """`weights = fn(logits)`, or `fn(logits, mask = mask)` where the function has a parameter of that name.
+    """Weights by a user's function: `fn(logits)`, or `fn(logits, mask=mask)` if it has a parameter `mask`.
 
-    Logits of hidden keys hold the most negative number of their dtype. The mask is broadcastable to the logits, True
-    where a key is seen, or None where all are. Whatever the function returns, hidden keys get weight 0.
+    Logits of hidden keys are the most negative number of their dtype. The mask is broadcastable to the logits and True
+    for visible keys; None if all are visible. Hidden keys get weight 0, whatever the function returns.
 
     Args:
-        fn: a function, or a module, whose parameters become this part's.
+        fn: a function or a module; parameters of a module become parameters of this one.
     """
 
-    # nobody knows what the function makes of the order of keys
+    # the function may depend on the order of keys, or on the number of hidden ones
     whole_past = True
 
     def __init__(self, fn: Callable[..., Tensor]) -> None:
@@ -47,13 +47,13 @@ class Custom(Weighting):
 def _takes_mask(fn: Callable[..., Tensor]) -> bool:
     try:
         parameters = inspect.signature(fn).parameters
-    except ValueError:  # functions that are not written in Python may have no signature
+    except ValueError:  # functions implemented in C may have no signature
         return False
     return "mask" in parameters
 
 
 def build(options: CustomOptions, **_: Any) -> Custom:
-    """The part for one attention."""
+    """Build the weighting of one attention."""
     assert options.custom_attn_fn is not None
     return Custom(options.custom_attn_fn)
 
@@ -66,6 +66,6 @@ FEATURE = Feature(
     options=CustomOptions,
     enabled=lambda options: options.custom_attn_fn is not None,
     build=build,
-    summary="a function of yours in place of the softmax",
+    summary="your own function instead of the softmax",
     examples=({"attn_custom_attn_fn": torch.relu},),
 )

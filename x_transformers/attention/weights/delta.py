@@ -1,4 +1,4 @@
-"""A caller's change of the attention weights."""
+"""A caller's addend to the attention weights: `weights <- weights + delta`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from x_transformers.ops import pad_left
 
 
 class GivenDelta(WeightMod):
-    """`weights <- weights + delta`, whatever is hidden. Missing columns, on the left, get nothing.
+    """Addend to the weights: `weights <- weights + delta`, also for hidden keys.
 
-    A column for the learned sink, which has no value, is dropped.
+    Args:
+        delta: broadcastable to the weights `(b, h, i, j)`. With fewer columns, it applies to the last keys. With one
+            more, its first column belongs to the learned sink, which has no value, and is ignored.
     """
 
     stage = Stage.DELTA
@@ -28,5 +30,5 @@ class GivenDelta(WeightMod):
 
 
 def given_delta(delta: Tensor | None) -> tuple[GivenDelta, ...]:
-    """The part for a caller's delta, if there is one."""
+    """Return the modification for a caller's `delta`, or nothing if it is None."""
     return () if delta is None else (GivenDelta(delta),)

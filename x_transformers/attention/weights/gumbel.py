@@ -1,4 +1,4 @@
-"""Gumbel-softmax attention: in training, weights are a random sample of the keys (1611.01144)."""
+"""Gumbel-softmax attention: in training, each query samples a key at random (arXiv 1611.01144)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from x_transformers.options.schema import Feature, opt, require
 @dataclass(frozen=True, kw_only=True)
 class GumbelOptions:
     gumbel_softmax: bool = opt(
-        False, "weights are softmax((logits + Gumbel noise) / temperature), drawn in training, without noise otherwise"
+        False, "use softmax((logits + g) / temperature) as weights, with Gumbel noise g in training and g = 0 otherwise"
     )
     gumbel_softmax_temp: float = opt(1.0, "the temperature")
-    gumbel_softmax_hard: bool = opt(True, "read the one key of the largest; the gradient is that of the softmax")
+    gumbel_softmax_hard: bool = opt(
+        True, "attend only to the key with the largest weight, with the gradient of the softmax"
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -29,13 +31,13 @@ class GumbelOptions:
 
 
 class Gumbel(Weighting):
-    """`weights = softmax((logits + g) / temperature)`; in training `g = -log(e)`, `e ~ Exp(1)`, in evaluation 0.
+    """Gumbel-softmax: `weights = softmax((logits + g) / temperature)`, `g = -log(e)` with `e ~ Exp(1)`.
 
-    Without noise two passes agree, and a cache, a batch and padding give what a row alone gives.
+    In evaluation `g = 0`, so that outputs depend neither on the batch nor on whether a cache is used.
 
     Args:
-        temperature: divides the logits with their noise.
-        hard: a one at the largest of them, with the gradient of the softmax.
+        temperature: divisor of the logits and their noise.
+        hard: return a one for the largest logit and zeros for the others, with the gradient of the softmax.
     """
 
     def __init__(self, temperature: float, hard: bool) -> None:
@@ -45,7 +47,7 @@ class Gumbel(Weighting):
     def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
         noisy = self._noisy(at_least_float32(logits)) / self.temperature
         if mask is not None:
-            # a low temperature would make hidden logits infinite, and rows without any key undefined
+            # masked again: a low temperature makes hidden logits infinite, and rows without visible keys NaN
             noisy = noisy.masked_fill(~mask, max_neg_value(noisy))
         return one_hot_straight_through(noisy) if self.hard else noisy.softmax(dim=-1)
 
@@ -57,7 +59,7 @@ class Gumbel(Weighting):
 
 
 def build(options: GumbelOptions, **_: Any) -> Gumbel:
-    """The part for one attention."""
+    """Build the weighting of one attention."""
     return Gumbel(options.gumbel_softmax_temp, options.gumbel_softmax_hard)
 
 
@@ -69,11 +71,11 @@ FEATURE = Feature(
     options=GumbelOptions,
     enabled=lambda options: options.gumbel_softmax,
     build=build,
-    summary="weights are a random sample, while training",
+    summary="each query samples a key, in training",
     paper="1611.01144",
     examples=(
         {"attn_gumbel_softmax": True},
         {"attn_gumbel_softmax": True, "attn_gumbel_softmax_hard": False, "attn_gumbel_softmax_temp": 0.7},
     ),
-    exempt={"precision": "a rounded logit may make another key the largest"},
+    exempt={"precision": "rounding the logits may make another key the largest"},
 )

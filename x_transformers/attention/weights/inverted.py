@@ -1,4 +1,4 @@
-"""Inverted attention: queries compete for each key, as slots do (OpenReview WgQZNoQ5AB)."""
+"""Inverted attention: queries compete for each key, as in slot attention (OpenReview WgQZNoQ5AB)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from x_transformers.options.schema import Feature, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class InvertedOptions:
-    inverted_attention: bool = opt(False, "softmax over the queries, then normalised over the keys; cross-attention")
+    inverted_attention: bool = opt(False, "softmax over the queries, then normalize over the keys; for cross-attention")
 
 
 class Inverted(Weighting):
-    """`weights = l1norm_j(softmax_i(logits))`: over the queries that are tokens, then over the keys that are seen."""
+    """Inverted attention: `weights = l1norm_j(softmax_i(logits))`.
+
+    The softmax is over the queries that are no padding, the norm over the keys that a query sees.
+    """
 
     across_queries = True
 
@@ -34,11 +37,15 @@ class Inverted(Weighting):
 
 
 def build(options: InvertedOptions, shape: AttentionShape, **_: Any) -> Inverted:
-    """The part for one attention."""
+    """Build the weighting of one attention.
+
+    Raises:
+        ConfigError: if the attention is causal.
+    """
     if shape.causal:
         raise ConfigError(
-            "`inverted_attention` normalises over the queries, so that earlier ones would see later ones; it cannot be "
-            "causal."
+            "`inverted_attention` normalizes over the queries, so that earlier ones would see later ones; it cannot be "
+            "causal. Set `causal = False`, or drop it."
         )
     return Inverted()
 
@@ -56,11 +63,11 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o.kind == "a",
-            why="`attn_inverted_attention` would invert self-attention; write `cross_attn_inverted_attention`.",
+            why="`attn_inverted_attention` would apply to self-attention; write `cross_attn_inverted_attention`.",
         ),
         Rule(
             when=lambda o: o.on("learned_sink"),
-            why="`head_learned_sink` is one more key, and `inverted_attention` lets queries compete; drop one of them.",
+            why="`head_learned_sink` competes with keys, but in `inverted_attention` queries compete; drop one.",
         ),
     ),
     examples=({"cross_attend": True, "cross_attn_inverted_attention": True},),

@@ -1,4 +1,4 @@
-"""Sigmoid attention: each key is weighed for itself, without a competition between keys (2409.04431)."""
+"""Sigmoid attention: the weight of each key depends on its own logit only (arXiv 2409.04431)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from x_transformers.options.schema import Feature, Rule, opt
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidOptions:
-    sigmoid: bool = opt(False, "weights are sigmoid(logits): neither normalised nor shifted by -log n")
+    sigmoid: bool = opt(False, "use sigmoid(logits) as weights, neither normalized nor shifted by -log n")
 
 
 class Sigmoid(Weighting):
-    """`weights = sigmoid(logits)`; hidden keys get exactly 0."""
+    """Sigmoid attention: `weights = sigmoid(logits)`; hidden keys get exactly 0."""
 
     def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
         return at_least_float32(logits).sigmoid()
 
 
 def build(options: SigmoidOptions, **_: Any) -> Sigmoid:
-    """The part for one attention."""
+    """Build the weighting of one attention."""
     return Sigmoid()
 
 
@@ -42,7 +42,7 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o.on("learned_sink"),
-            why="`head_learned_sink` takes part in a normalisation, and `sigmoid` weights have none; drop one of them.",
+            why="`head_learned_sink` takes part in a normalization, and `sigmoid` weights have none; drop one of them.",
         ),
     ),
     examples=({"attn_sigmoid": True},),

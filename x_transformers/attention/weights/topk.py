@@ -1,4 +1,4 @@
-"""Sparse attention over the k largest logits (1912.11637), optionally trained straight through (2505.22074)."""
+"""Sparse attention over the k largest logits (arXiv 1912.11637), or with a straight-through gradient (2505.22074)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from x_transformers.options.schema import Feature, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class TopKOptions:
-    sparse_topk: int | None = opt(None, "each query reads the keys of its k largest logits; equals of the k-th too")
-    sparse_topk_straight_through: bool = opt(False, "with the gradient of the softmax over all keys")
+    sparse_topk: int | None = opt(
+        None, "each query attends to the keys with its k largest logits, and those equal to the k-th"
+    )
+    sparse_topk_straight_through: bool = opt(False, "use the gradient of the softmax over all keys")
 
     def __post_init__(self) -> None:
         k = self.sparse_topk
@@ -23,20 +25,23 @@ class TopKOptions:
 
 
 ROUNDING = 1e-6
-"""How far logits of size one may lie apart and still be equal."""
+"""Relative difference up to which two logits count as equal."""
 
 
 def sparse_topk_attn(
     logits: Tensor, sparse_topk: int, temperature: float = 1.0, straight_through: bool = False, dim: int = -1
 ) -> Tensor:
-    """Softmax over the logits that reach the k-th largest.
+    """Return the softmax over the logits that are at least the k-th largest; the others get 0.
 
     Args:
-        logits: hidden entries hold the most negative number of their dtype, and get 0 beside any other.
-        sparse_topk: k; an axis of fewer entries keeps them all.
-        temperature: of the gradient, with `straight_through`.
-        straight_through: take the gradient of `softmax(logits / temperature)` over all entries.
-        dim: the axis that is normalised.
+        logits: any tensor. Hidden entries are the most negative number of the dtype, and get 0 unless all are hidden.
+        sparse_topk: k. An axis with fewer entries keeps all of them.
+        temperature: temperature of the straight-through gradient.
+        straight_through: use the gradient of `softmax(logits / temperature)` over all entries.
+        dim: the axis to normalize.
+
+    Returns:
+        a tensor of the shape and dtype of `logits`.
     """
     return _topk(logits, sparse_topk, temperature, straight_through, dim).to(logits.dtype)
 
@@ -44,18 +49,19 @@ def sparse_topk_attn(
 def _topk(logits: Tensor, k: int, temperature: float, smooth: bool, dim: int) -> Tensor:
     wide = at_least_float32(logits)
     least = wide.topk(min(k, wide.shape[dim]), dim=dim).values.amin(dim=dim, keepdim=True)
-    # equal tokens without positions have equal logits, which kernels round differently from call to call
+    # Equal tokens without positions have equal logits, which matrix products of other shapes round differently: without
+    # a tolerance, decoding with a cache could choose other keys than the full forward pass.
     kept = (wide >= least - ROUNDING * least.abs().clamp(min=1)) & (logits > max_neg_value(logits))
     sparse = wide.masked_fill(~kept, max_neg_value(wide)).softmax(dim=dim)
     return straight_through(sparse, (wide / temperature).softmax(dim=dim)) if smooth else sparse
 
 
 class TopK(Weighting):
-    """`weights = softmax(logits where they reach the k-th largest)`.
+    """Sparse attention: `weights = softmax(logits)` over the logits that are at least the k-th largest, 0 elsewhere.
 
     Args:
-        k: keys that each query reads.
-        smooth: straight-through gradient.
+        k: number of keys to which each query attends.
+        smooth: use the straight-through gradient.
     """
 
     def __init__(self, k: int, smooth: bool) -> None:
@@ -67,7 +73,7 @@ class TopK(Weighting):
 
 
 def build(options: TopKOptions, **_: Any) -> TopK:
-    """The part for one attention."""
+    """Build the weighting of one attention."""
     assert options.sparse_topk is not None
     return TopK(options.sparse_topk, options.sparse_topk_straight_through)
 
@@ -83,5 +89,5 @@ FEATURE = Feature(
     summary="softmax over the k largest logits",
     paper="1912.11637",
     examples=({"attn_sparse_topk": 3}, {"attn_sparse_topk": 2, "attn_sparse_topk_straight_through": True}),
-    exempt={"precision": "rounded logits may make other keys the largest"},
+    exempt={"precision": "rounding the logits may make other keys the largest"},
 )

@@ -1,1 +1,1 @@
-"""What may stand between a sublayer and the residual stream."""
+"""Parts around the function of a sublayer: norm placement, token shift, dropout, scales on the output."""

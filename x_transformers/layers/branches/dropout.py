@@ -12,7 +12,9 @@ from x_transformers.options.schema import Feature, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDropoutOptions:
-    layer_dropout: float | tuple[float, ...] = opt(0.0, "probability of skipping a sublayer in training, or one each")
+    layer_dropout: float | tuple[float, ...] = opt(
+        0.0, "probability of skipping a sublayer in training; a tuple has one value per sublayer"
+    )
 
     def __post_init__(self) -> None:
         given = self.layer_dropout if isinstance(self.layer_dropout, tuple) else (self.layer_dropout,)
@@ -21,7 +23,9 @@ class LayerDropoutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextDropoutOptions:
-    cross_attn_tokens_dropout: float = opt(0.0, "share of context tokens that each cross-attention loses in training")
+    cross_attn_tokens_dropout: float = opt(
+        0.0, "fraction of context tokens that each cross-attention drops in training"
+    )
 
     def __post_init__(self) -> None:
         p = self.cross_attn_tokens_dropout
@@ -29,7 +33,11 @@ class ContextDropoutOptions:
 
 
 def drop_layer(before: Tensor, after: Tensor, p: float) -> Tensor:
-    """`after` with probability `1 - p`, else `before`; one draw for the batch, without a branch on data."""
+    """Return `after` with probability `1 - p`, else `before`.
+
+    There is one draw for the whole batch. `torch.where` selects the stream, so that the step compiles to one graph; the
+    sublayer has run in either case.
+    """
     keep = torch.rand((), device=after.device) >= p
     return torch.where(keep, after, before)
 
@@ -38,10 +46,12 @@ def drop_context(context: Tensor, mask: Tensor | None, p: float) -> tuple[Tensor
     """Keep `max(1, int((1 - p) * m))` random tokens of each row, valid ones first.
 
     Args:
-        context: `(b, m, Dc)`. mask: `(b, m)` bool or None. p: share to drop.
+        context: `(b, m, Dc)` context tokens.
+        mask: `(b, m)` bool, True for valid tokens, or None.
+        p: fraction of tokens to drop.
 
     Returns:
-        The kept tokens, their mask (None if there was none), and `(b, kept)` where they stood.
+        The kept tokens `(b, kept, Dc)`, their mask (None without `mask`), and their indices in the context `(b, kept)`.
     """
     b, m = context.shape[:2]
     draw = torch.randn(b, m, device=context.device)
@@ -51,6 +61,7 @@ def drop_context(context: Tensor, mask: Tensor | None, p: float) -> tuple[Tensor
     where = draw.topk(kept, dim=-1).indices
     context = context.gather(1, where.unsqueeze(-1).expand(-1, -1, context.shape[-1]))
     if mask is not None:
+        # a row with padding keeps the same fraction of its own tokens; the mask hides the other kept places
         most = (mask.sum(dim=-1, keepdim=True) * (1 - p)).ceil()
         mask = mask.gather(1, where) & (torch.arange(kept, device=context.device) < most)
     return context, mask, where

@@ -1,4 +1,4 @@
-"""Where norms stand: before a sublayer (2002.04745), behind the residual, on the output (2105.13290), or several."""
+"""Placement of norms: before sublayers (2002.04745), after the residual, on the output (2105.13290), or several."""
 
 from __future__ import annotations
 
@@ -9,52 +9,60 @@ from x_transformers.options.schema import Feature, Options, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementOptions:
-    pre_norm: bool = opt(True, "norm before each sublayer; False puts it behind the residual")
-    pre_norm_has_final_norm: bool = opt(True, "with pre-norm, a norm behind the last layer")
-    pre_and_post_norm: bool = opt(False, "norm before the sublayer and behind the residual")
-    sandwich_norm: bool = opt(False, "another norm on the sublayer's output, before the residual")
+    pre_norm: bool = opt(True, "norm before each sublayer; False: after the residual")
+    pre_norm_has_final_norm: bool = opt(True, "with pre-norm, add a norm after the last layer")
+    pre_and_post_norm: bool = opt(False, "norm before each sublayer and after the residual")
+    sandwich_norm: bool = opt(False, "add a norm on each sublayer's output, before the residual")
 
     def __post_init__(self) -> None:
         require(
             not self.sandwich_norm or self.before,
-            "`sandwich_norm` adds to the norm before a sublayer; it needs `pre_norm = True`.",
+            "`sandwich_norm` adds a second norm to the one before a sublayer; it needs `pre_norm = True`.",
         )
 
     @property
     def before(self) -> bool:
+        """True if there is a norm before each sublayer."""
         return self.pre_norm or self.pre_and_post_norm
 
     @property
-    def behind(self) -> bool:
+    def after(self) -> bool:
+        """True if there is a norm after each residual."""
         return not self.pre_norm or self.pre_and_post_norm
 
     @property
     def final(self) -> bool:
+        """True if there is a norm after the last layer."""
         return self.before and not self.pre_and_post_norm and self.pre_norm_has_final_norm
 
 
 @dataclass(frozen=True)
 class NormPlaces:
-    """Where norms stand, whatever the options that decided it.
+    """Placement of the norms of a stack.
 
     Attributes:
-        before: each sublayer. output: on each sublayer's output. behind: the residual. final: behind the last layer.
+        before: before each sublayer.
+        output: on the output of each sublayer.
+        after: after each residual.
+        final: after the last layer.
     """
 
     before: bool
     output: bool
-    behind: bool
+    after: bool
     final: bool
 
 
 def norm_places(options: Options) -> NormPlaces:
-    """Where a stack's norms stand; some residual connections decide it."""
+    """Return the placement of a stack's norms, from its options or from a residual connection that dictates it."""
     placement: PlacementOptions = options["norm_placement"]
     if options.on("resi_dual"):
-        return NormPlaces(before=False, output=False, behind=False, final=False)
+        # the connection contains its norms
+        return NormPlaces(before=False, output=False, after=False, final=False)
     if options["residual_streams"].gated_multi_residual:
-        return NormPlaces(before=False, output=False, behind=True, final=True)
-    return NormPlaces(placement.before, placement.sandwich_norm, placement.behind, placement.final)
+        # reading the streams normalizes them, so that a norm before the sublayer would be the second one
+        return NormPlaces(before=False, output=False, after=True, final=True)
+    return NormPlaces(placement.before, placement.sandwich_norm, placement.after, placement.final)
 
 
 FEATURE = Feature(
@@ -62,7 +70,7 @@ FEATURE = Feature(
     group="stack",
     slot="norm placement",
     options=PlacementOptions,
-    summary="where norms stand",
+    summary="placement of norms",
     paper="2002.04745",
     examples=(
         {"pre_norm": False},

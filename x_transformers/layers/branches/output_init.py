@@ -1,4 +1,4 @@
-"""How the output maps of sublayers start, and a constant factor on what they give (2310.02244)."""
+"""Initialization of the sublayers' output maps (2310.02244, 1901.09321), and a constant factor on their outputs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from x_transformers.options.schema import Feature, Options, opt
 @dataclass(frozen=True, kw_only=True)
 class DepthScaleOptions:
     depth_scale_residual: bool | float = opt(
-        False, "output maps of block k start with std (2 * fan_in * k) ** -0.5; a number is a factor on outputs"
+        False, "initialize output maps of block k with std (2 * fan_in * k) ** -0.5; a number is a factor on outputs"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroInitOptions:
-    zero_init_branch_output: bool = opt(False, "the last linear map of each sublayer starts at zero")
+    zero_init_branch_output: bool = opt(False, "initialize the last linear map of each sublayer to zero")
 
 
 def output_keywords(options: Options, block: int) -> dict[str, Any]:
-    """What a sublayer of the `block`-th block is told about its output map, counted from 1."""
+    """Return the keywords for the output maps of block number `block`, counted from 1."""
     if options["zero_init"].zero_init_branch_output:
         return {"zero_init_output": True}
     if options["depth_scale"].depth_scale_residual is True and not options.on("aggregated_residuals"):
@@ -30,7 +30,7 @@ def output_keywords(options: Options, block: int) -> dict[str, Any]:
 
 
 def output_scale(options: Options) -> float:
-    """The constant factor on sublayer outputs: that of `depth_scale_residual`, else that of `scale_residual`."""
+    """Return the constant factor on sublayer outputs: that of `depth_scale_residual`, else of `scale_residual`."""
     if options.on("aggregated_residuals"):
         return 1.0
     given = options["depth_scale"].depth_scale_residual
@@ -43,7 +43,7 @@ DEPTH_SCALE = Feature(
     slot="output",
     options=DepthScaleOptions,
     enabled=lambda options: options.depth_scale_residual is not False,
-    summary="output maps that start smaller the deeper they lie, or a factor on outputs",
+    summary="smaller initial output maps in deeper blocks, or a factor on outputs",
     paper="2310.02244",
     examples=({"depth_scale_residual": True}, {"depth_scale_residual": 0.5}),
 )

@@ -1,5 +1,5 @@
-"""LayerScale: a learned factor per channel on the output of each sublayer (2103.17239), or one that a condition sets
-(2212.09748).
+"""Factors on the outputs of sublayers, learned (LayerScale, 2103.17239) or computed from a condition (2212.09748), and
+a bound on the output of a stack: `c * tanh(x / c)` (2408.00118).
 """
 
 from __future__ import annotations
@@ -11,36 +11,65 @@ from torch import Tensor, nn
 
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.norms import checked_condition
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScaleOptions:
-    use_layerscale: bool = opt(False, "a learned factor per channel on sublayer outputs")
-    layerscale_init_value: float = opt(0.0, "its initial value")
+    use_layerscale: bool = opt(False, "multiply sublayer outputs by a learned factor per channel")
+    layerscale_init_value: float = opt(0.0, "initial value of the factor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveLayerScaleOptions:
-    use_adaptive_layerscale: bool = opt(False, "a factor per channel on sublayer outputs, set by `condition`")
+    use_adaptive_layerscale: bool = opt(
+        False, "multiply sublayer outputs by a factor per channel, computed from `condition`"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputClampOptions:
+    softclamp_output: bool = opt(False, "bound the stream after the last layer, before the final norm")
+    softclamp_output_value: float = opt(30.0, "bound c of c * tanh(x / c)")
+
+    def __post_init__(self) -> None:
+        value = self.softclamp_output_value
+        require(value > 0, f"`softclamp_output_value` is {value}; it must be positive.")
 
 
 class OutputScale(nn.Module):
-    """The contract of a learned factor on a sublayer's output; adaptive ones read the condition."""
+    """Abstract base class of factors on a sublayer's output.
+
+    Attributes:
+        adaptive: True if the factor is computed from the condition.
+    """
 
     adaptive = False
 
     def forward(self, out: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Scale a sublayer's output.
+
+        Args:
+            out: `(b, n, D)` output of the sublayer.
+            condition: `(b, c)` or `(b, 1|n, c)`; adaptive scales need it, others ignore it.
+
+        Returns:
+            `(b, n, D)`.
+
+        Raises:
+            InputError: if an adaptive scale gets no condition.
+            ShapeError: if the condition has the wrong width.
+        """
         raise NotImplementedError
 
 
 class LayerScaleGain(OutputScale):
-    """`out * (gamma + offset)`.
+    """LayerScale: `out * (gamma + offset)` with a learned `gamma (D,)`.
 
     Args:
-        dim: width.
-        init_value: initial factor.
-        unit_offset: store the factor less one.
+        dim: model width D.
+        init_value: initial value of the factor.
+        unit_offset: store the factor minus 1, so that weight decay pulls it towards 1.
     """
 
     def __init__(self, dim: int, init_value: float = 0.0, unit_offset: bool = False) -> None:
@@ -53,12 +82,14 @@ class LayerScaleGain(OutputScale):
 
 
 class AdaptiveGain(OutputScale):
-    """`out * sigmoid(W condition + e)`, with W zero and e = -2 at first.
+    """Adaptive LayerScale: `out * sigmoid(W condition + e)`.
+
+    `W` is zero at first, so that every sublayer starts with a small constant factor, 0.12 by default.
 
     Args:
-        dim: width.
+        dim: model width D.
         dim_condition: width of the condition; default `dim`.
-        init_bias_value: initial e.
+        init_bias_value: initial value of `e`.
     """
 
     adaptive = True
@@ -74,10 +105,10 @@ class AdaptiveGain(OutputScale):
         return out * self.to_gamma(checked_condition(condition, self.dim_condition)).sigmoid()
 
 
-def build(options: LayerScaleOptions, place: SublayerContext) -> LayerScaleGain:
-    """The part for one sublayer."""
-    offset = place.options["norm"].norm_add_unit_offset
-    return LayerScaleGain(place.dim, options.layerscale_init_value, offset)
+def build(options: LayerScaleOptions, sublayer: SublayerContext) -> LayerScaleGain:
+    """Build the output scale of one sublayer."""
+    offset = sublayer.options["norm"].norm_add_unit_offset
+    return LayerScaleGain(sublayer.dim, options.layerscale_init_value, offset)
 
 
 FEATURE = Feature(
@@ -88,15 +119,15 @@ FEATURE = Feature(
     options=LayerScaleOptions,
     enabled=lambda options: options.use_layerscale,
     build=build,
-    summary="a learned factor per channel on sublayer outputs",
+    summary="LayerScale: a learned factor per channel on sublayer outputs",
     paper="2103.17239",
     examples=({"use_layerscale": True, "layerscale_init_value": 0.1},),
 )
 
 
-def build_adaptive(options: AdaptiveLayerScaleOptions, place: SublayerContext) -> AdaptiveGain:
-    """The part for one sublayer."""
-    return AdaptiveGain(place.dim, place.options["condition"].width(place.dim))
+def build_adaptive(options: AdaptiveLayerScaleOptions, sublayer: SublayerContext) -> AdaptiveGain:
+    """Build the adaptive output scale of one sublayer."""
+    return AdaptiveGain(sublayer.dim, sublayer.options["condition"].width(sublayer.dim))
 
 
 ADAPTIVE = Feature(
@@ -107,10 +138,21 @@ ADAPTIVE = Feature(
     options=AdaptiveLayerScaleOptions,
     enabled=lambda options: options.use_adaptive_layerscale,
     build=build_adaptive,
-    summary="a factor per channel on sublayer outputs, set by `condition`",
+    summary="a factor per channel on sublayer outputs, computed from `condition`",
     paper="2212.09748",
     examples=(
         {"use_adaptive_layerscale": True},
         {"use_adaptive_layerscale": True, "use_adaptive_rmsnorm": True, "dim_condition": 6},
     ),
+)
+
+OUTPUT_CLAMP = Feature(
+    name="softclamp_output",
+    group="stack",
+    slot="output",
+    options=OutputClampOptions,
+    enabled=lambda options: options.softclamp_output,
+    summary="bound on the stream after the last layer",
+    paper="2408.00118",
+    examples=({"softclamp_output": True, "softclamp_output_value": 1.5},),
 )

@@ -1,4 +1,6 @@
-"""Token shift: some features of a token are those of its neighbours (RWKV's time-mixing, in its simplest form)."""
+"""Token shift: some features of a token come from its neighbors, RWKV's time mixing in its simplest form
+(2305.13048).
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,24 @@ from x_transformers.options.schema import Feature, opt
 @dataclass(frozen=True, kw_only=True)
 class ShiftOptions:
     shift_tokens: int | tuple[int, ...] = opt(
-        0, "shift slices of features by 0 ... k tokens; one amount or one a sublayer"
+        0, "shift slices of features by 0 ... k tokens; a tuple has one k per sublayer"
     )
 
 
 class TokenShift(nn.Module):
-    """Cuts the features into slices and moves each by another number of tokens.
+    """Shift of equal slices of the features, each by a different number of tokens.
 
-    Causal: slices move right by 0 ... k; else by -k ... k. Places without a token are zero, and so is what hidden
-    tokens (padding) would bring. Features that do not fill a slice stay.
+    With k = `amount`, causal shifts are 0 ... k: slice i of a token's features comes from the token i places before it.
+    Other shifts are -k ... k. Features are zero if there is no such token, or if it is padding. Features that are left
+    over after the last slice stay in place.
 
     Args:
-        amount: k.
-        dim: width.
-        causal: only tokens before.
+        amount: largest shift k.
+        dim: model width D.
+        causal: shift features from earlier tokens only.
 
     Raises:
-        ConfigError: if there are more slices than features.
+        ConfigError: if `amount` is below 1, or there are more slices than features.
     """
 
     def __init__(self, amount: int, dim: int, causal: bool) -> None:
@@ -47,15 +50,26 @@ class TokenShift(nn.Module):
             )
 
     def forward(self, x: Tensor, memory: Tensor | None, layer: LayerCall) -> tuple[Tensor, Tensor | None]:
-        """Shift `x (..., n, D)` behind the cached past or the recurrent memory, and the memory `(..., m, D)` itself."""
+        """Shift the input of a sublayer, and its recurrent memory.
+
+        The tokens before `x` come from the cache if there is one, else from the recurrent memory.
+
+        Args:
+            x: `(b, n, D)` normalized input, or `(3, b, n, D)` with three views.
+            memory: `(b, m, D)` or `(3, b, m, D)` recurrent memory, normalized as `x` was.
+            layer: call of the sublayer. The running state "shift" in `layer.states` contains the last k inputs.
+
+        Returns:
+            The shifted input and memory.
+        """
         live = layer.fresh.live if memory is not None else layer.call.query.live
         own = None if live is None else live[:, -x.shape[-2] :]
-        visible = _only(x, own)
-        # rows stand first in a cache, also where there are three views
+        visible = zero_hidden(x, own)
+        # the batch is the first axis of a cache; with three views it is the second one here
         before = None if layer.states is None or not self.causal else layer.states.get("shift")
         before = before if before is None or before.ndim == 3 else before.transpose(0, 1)
         if before is None and memory is not None:
-            before = _only(memory, None if live is None else live[:, : memory.shape[-2]])
+            before = zero_hidden(memory, None if live is None else live[:, : memory.shape[-2]])
         past = 0 if before is None else before.shape[-2]
         moved = visible if before is None else torch.cat((before, visible), dim=-2)
         rows = None if layer.call.query.placed is None else LiveRows.of(layer.call.query.placed, past)
@@ -63,19 +77,20 @@ class TokenShift(nn.Module):
             newest = self._newest(moved, rows)
             layer.states.put("shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
         if memory is not None:
-            hidden = _only(memory, None if live is None else live[:, : memory.shape[-2]])
-            memory = self._shift(memory, hidden if self.causal else torch.cat((hidden, visible), dim=-2), 0)
+            source = zero_hidden(memory, None if live is None else live[:, : memory.shape[-2]])
+            # without causality, the last tokens of the memory also receive features from the new ones
+            memory = self._shift(memory, source if self.causal else torch.cat((source, visible), dim=-2), 0)
         return self._shift(x, moved, past, rows), memory
 
     def _newest(self, whole: Tensor, rows: LiveRows | None) -> Tensor:
-        """The last k inputs, for the cache; zeros where there are fewer."""
+        """Return the last k inputs `(..., k, D)` for the cache; zeros where there are fewer."""
         if rows is not None:
             places = rows.count - self.amount + torch.arange(self.amount, device=whole.device)
             return rows.take(whole, places)
         return F.pad(whole, (0, 0, max(self.amount - whole.shape[-2], 0), 0))[..., -self.amount :, :]
 
     def _shift(self, t: Tensor, source: Tensor, start: int, rows: LiveRows | None = None) -> Tensor:
-        """`t` with each slice but the unmoved ones taken from `source`, of which `t` is the part from `start` on."""
+        """Return `t` with its shifted slices taken from `source`, in which `t` begins at index `start`."""
         n, m = t.shape[-2], source.shape[-2]
         pieces = []
         for index, amount in enumerate(self.shifts):
@@ -86,6 +101,7 @@ class TokenShift(nn.Module):
             if rows is not None:
                 pieces.append(rows.take(source[..., columns], rows.order[:, start:] - amount))
                 continue
+            # a negative pad crops; a shift beyond the source leaves only zeros
             amount = max(min(amount, m), -m)
             pieces.append(F.pad(source[..., columns], (0, 0, amount, -amount))[..., start : start + n, :])
         return torch.cat((*pieces, t[..., self.width * len(self.shifts) :]), dim=-1)
@@ -93,12 +109,12 @@ class TokenShift(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class LiveRows:
-    """Tokens of rows with padding between or before them, which their neighbours do not notice.
+    """Numbering of the tokens of each row that skips padding, so that the tokens on both sides of it are neighbors.
 
     Attributes:
-        columns: `(b, T)` where the row's tokens stand, in order; padding behind them.
-        order: `(b, T)` for each column, the number of its token.
-        count: `(b, 1)` tokens of the row.
+        columns: `(b, T)` columns of the row's tokens, in order, then the columns of its padding.
+        order: `(b, T)` for each column, the number of its token; for padding, of the last token before it.
+        count: `(b, 1)` number of tokens of the row.
     """
 
     columns: Tensor
@@ -107,21 +123,21 @@ class LiveRows:
 
     @classmethod
     def of(cls, placed: Tensor, past: int) -> LiveRows:
-        """From `(b, n)`, which columns are tokens, behind `past` columns that all are."""
+        """Number the columns that `placed (b, n)` marks as tokens, after `past` columns that all are tokens."""
         placed = F.pad(placed, (past, 0), value=True)
         columns = (~placed).to(torch.uint8).argsort(dim=-1, stable=True)
         return cls(columns, placed.cumsum(dim=-1) - 1, placed.sum(dim=-1, keepdim=True))
 
     def take(self, t: Tensor, number: Tensor) -> Tensor:
-        """Tokens by number, `(b, m)`, out of `(..., b, T, w)`; zeros where there is none."""
-        there = (number >= 0) & (number < self.count)
+        """Return the tokens of `t (..., b, T, w)` with these numbers `(b, m)`; zeros if a row has no such token."""
+        exists = (number >= 0) & (number < self.count)
         index = self.columns.gather(-1, number.clamp(0, self.columns.shape[-1] - 1)).unsqueeze(-1)
         taken = t.gather(-2, index.expand(*t.shape[:-2], -1, t.shape[-1]))
-        return taken.masked_fill(~there.unsqueeze(-1), 0.0)
+        return taken.masked_fill(~exists.unsqueeze(-1), 0.0)
 
 
-def _only(t: Tensor, live: Tensor | None) -> Tensor:
-    """Zero what hidden tokens hold."""
+def zero_hidden(t: Tensor, live: Tensor | None) -> Tensor:
+    """Set the features of hidden tokens to zero."""
     return t if live is None else t.masked_fill(~live.unsqueeze(-1), 0.0)
 
 
@@ -133,7 +149,7 @@ FEATURE = Feature(
     enabled=lambda options: any(
         options.shift_tokens if isinstance(options.shift_tokens, tuple) else (options.shift_tokens,)
     ),
-    summary="some features of a token are those of its neighbours",
+    summary="token shift: some features of a token come from its neighbors",
     paper="2305.13048",
     examples=({"shift_tokens": 1}, {"shift_tokens": (1, 0, 2, 1)}),
 )

@@ -1,1 +1,1 @@
-"""Reading earlier layers."""
+"""Depth readers: a sublayer's input as a mix of the inputs of all layers so far."""

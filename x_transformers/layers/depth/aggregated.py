@@ -1,5 +1,7 @@
-"""Attention over layers: each sublayer reads a weighted mean, token by token, of the inputs of all layers so far
+"""Attention over layers: each sublayer attends, token by token, to the inputs of all layers so far
 (2601.21582, 2603.15031).
+
+`x <- sum_l p_l x_l` with `p = softmax_l(<q, k_l> / sqrt(D))`
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from x_transformers.options.schema import Feature, Rule, opt, require
 class AggregatedOptions:
     attn_aggregated_residuals: bool = opt(False, "sublayers attend to the inputs of all layers so far")
     attn_aggregated_residual_kwargs: dict[str, Any] = opt(
-        {}, "`lora_rank` (64) and `lora_activation` (None) of the query's low-rank map"
+        {}, "`lora_rank` (default 64) and `lora_activation` (default none) of the low-rank map to queries"
     )
 
     def __post_init__(self) -> None:
@@ -34,16 +36,19 @@ class AggregatedOptions:
 
 
 class AttentionResidual(ReadsReference, DepthReader):
-    """`sum_l p_l x_l` with `p = softmax(<q, k_l> / sqrt(d))`, `k_l = rms(x_l)`, `q = rms(x + B act(A rms(x)))`.
+    """Attention of each token over its own inputs at all layers so far: `sum_l p_l x_l`.
+
+    `p = softmax_l(<q, k_l> / sqrt(D))` with `k_l = rms(x_l)` and `q = rms(x + B act(A rms(x)))`. `B` is zero at first,
+    so that queries start as the normalized input.
 
     Args:
-        dim: width.
-        num_views: 1, or 3 where queries, keys and values read mixes of their own.
-        lora_rank: width between A and B, below `dim`.
-        lora_activation: between A and B; default none.
+        dim: model width D.
+        num_views: number of outputs: 3 if queries, keys and values each read their own mix, else 1.
+        lora_rank: rank of the map to queries, the width between A and B; below `dim`.
+        lora_activation: activation between A and B; default none.
 
     Raises:
-        ConfigError: if the rank is not below the width.
+        ConfigError: if the rank is not between 1 and `dim - 1`.
     """
 
     def __init__(
@@ -66,9 +71,20 @@ class AttentionResidual(ReadsReference, DepthReader):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor | None = None, hiddens: Sequence[Tensor] = ()) -> Tensor:
-        """`x (b, n, D)`, by default the last of `hiddens`, to `(b, n, D)`, or `(3, b, n, D)` with three views."""
+        """Return the mix of earlier inputs.
+
+        Args:
+            x: `(b, n, D)` input that queries are computed from; default the last of `hiddens`.
+            hiddens: inputs of the layers so far, each `(b, n, D)`.
+
+        Returns:
+            `(b, n, D)`, or `(3, b, n, D)` with three views.
+
+        Raises:
+            InputError: if `hiddens` is empty.
+        """
         if len(hiddens) == 0:
-            raise InputError("`hiddens` is empty; give the inputs of the layers so far, the own one last.")
+            raise InputError("`hiddens` is empty; pass the inputs of the layers so far, that of this layer last.")
         x = hiddens[-1] if x is None else x
         dim = x.shape[-1]
         hidden = self.down(self.input_norm(x))
@@ -87,10 +103,10 @@ class AttentionResidual(ReadsReference, DepthReader):
             rename(state, f"{prefix}to_query.1.{name}.weight", f"{prefix}{name}.weight")
 
 
-def build(options: AggregatedOptions, place: SublayerContext) -> AttentionResidual:
-    """The part for one sublayer."""
-    views = 3 if place.kind == "a" and place.options.on("qkv_views") else 1
-    return AttentionResidual(place.dim, views, **options.attn_aggregated_residual_kwargs)
+def build(options: AggregatedOptions, sublayer: SublayerContext) -> AttentionResidual:
+    """Build the depth reader of one sublayer."""
+    views = 3 if sublayer.kind == "a" and sublayer.options.on("qkv_views") else 1
+    return AttentionResidual(sublayer.dim, views, **options.attn_aggregated_residual_kwargs)
 
 
 FEATURE = Feature(
@@ -120,8 +136,8 @@ FEATURE = Feature(
     warns=(
         Rule(
             when=lambda o: o["residual_scale"].output_scale != 1 or o["depth_scale"].depth_scale_residual is not False,
-            why="with `attn_aggregated_residuals`, `depth_scale_residual` and the factor of a numeric "
-            "`scale_residual` on outputs have no effect.",
+            why="`depth_scale_residual`, and the factor of a numeric `scale_residual` on outputs, have no effect with "
+            "`attn_aggregated_residuals`.",
         ),
     ),
     examples=(

@@ -1,4 +1,4 @@
-"""The contract of a depth reader."""
+"""Interface of depth readers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from torch import Tensor, nn
 
 
 class DepthReader(nn.Module):
-    """Mixes the branch inputs of the layers so far into a sublayer's input."""
+    """Abstract base class of modules that mix the branch inputs of all layers so far into a sublayer's input."""
 
     def forward(self, x: Tensor, hiddens: Sequence[Tensor]) -> Tensor:
-        """`x (b, n, D)`, the last entry of `hiddens`, to `(b, n, D)`, or `(3, b, n, D)` for q, k and v."""
+        """Return the sublayer's input.
+
+        Args:
+            x: `(b, n, D)` input that the residual connection read for this sublayer; the last entry of `hiddens`.
+            hiddens: inputs of the layers so far, each `(b, n, D)`, in the order of execution.
+
+        Returns:
+            `(b, n, D)`, or `(3, b, n, D)` with separate mixes for queries, keys and values.
+        """
         raise NotImplementedError

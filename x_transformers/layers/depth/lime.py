@@ -1,4 +1,7 @@
-"""LIMe: each sublayer reads a learned mix, token by token, of the inputs of all layers so far (2502.09245)."""
+"""LIMe: each sublayer reads a learned mix, token by token, of the inputs of all layers so far (2502.09245).
+
+`x <- sum_l w_l x_l` with `w = softmax(W rmsnorm(x) + c)`
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,20 @@ class LIMeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LIMeWeightOptions:
-    layer_integrate_use_softmax: bool = opt(True, "the mix's weights by softmax; False: by ReLU")
+    layer_integrate_use_softmax: bool = opt(True, "mix layers with softmax weights; False: with ReLU weights")
 
 
 class DynamicLIMe(ReadsReference, DepthReader):
-    """`sum_l w_l x_l` with `w = softmax(W rmsnorm(x) + c)` over the layers so far.
+    """Mix of the inputs of all layers so far: `sum_l w_l x_l` with `w = softmax(W rmsnorm(x) + c)`.
+
+    The linear map has one row for each layer so far, so a sublayer can only run at one place in the order of execution.
 
     Args:
-        dim: width.
-        num_layers: layers so far, the own one included.
-        num_views: 1, or 3 where queries, keys and values read mixes of their own.
-        norm: RMSNorm before the linear map.
-        use_softmax: False for ReLU.
+        dim: model width D.
+        num_layers: number of layers so far, including this one.
+        num_views: number of outputs: 3 if queries, keys and values each read their own mix, else 1.
+        norm: apply an RMSNorm before the linear map.
+        use_softmax: compute the weights by a softmax over layers; False: by a ReLU.
     """
 
     def __init__(
@@ -48,8 +53,22 @@ class DynamicLIMe(ReadsReference, DepthReader):
         self.to_weights = nn.Linear(dim, num_views * num_layers)
 
     def forward(self, x: Tensor, hiddens: Sequence[Tensor]) -> Tensor:
+        """Return the mix of earlier inputs.
+
+        Args:
+            x: `(b, n, D)` input that the weights are computed from.
+            hiddens: `num_layers` inputs, each `(b, n, D)`, that of this layer last.
+
+        Returns:
+            `(b, n, D)`, or `(num_views, b, n, D)` with several views.
+
+        Raises:
+            InputError: if `hiddens` does not contain `num_layers` inputs.
+        """
         if len(hiddens) != self.layers:
-            raise InputError(f"`hiddens` holds {len(hiddens)} layers; this was built for `num_layers` = {self.layers}.")
+            raise InputError(
+                f"`hiddens` contains {len(hiddens)} layers; this module was built for `num_layers` = {self.layers}."
+            )
         normed = x if self.norm is None else self.norm(x)
         logits = self.to_weights(normed).unflatten(-1, (self.views, self.layers))
         weights = logits.softmax(dim=-1) if self.use_softmax else F.relu(logits)
@@ -64,14 +83,16 @@ class DynamicLIMe(ReadsReference, DepthReader):
             rename(state, f"{prefix}to_weights.1.{name}", f"{prefix}to_weights.{name}")
 
 
-def build(options: LIMeOptions, place: SublayerContext) -> DynamicLIMe:
-    """The part for one sublayer."""
-    views = 3 if place.kind == "a" and not place.first else 1
-    softmax = place.options["lime_weights"].layer_integrate_use_softmax
-    return DynamicLIMe(place.dim, place.index + 1, views, use_softmax=softmax)
+def build(options: LIMeOptions, sublayer: SublayerContext) -> DynamicLIMe:
+    """Build the depth reader of one sublayer."""
+    # the first attention has a single view, as in checkpoints of the reference
+    views = 3 if sublayer.kind == "a" and not sublayer.first else 1
+    softmax = sublayer.options["lime_weights"].layer_integrate_use_softmax
+    return DynamicLIMe(sublayer.dim, sublayer.index + 1, views, use_softmax=softmax)
 
 
 def _in_order(o: Any) -> bool:
+    """Return True if every built layer runs once, in the order in which it was built."""
     order = o["execute_order"].layers_execute_order
     return not o.on("weight_tying") and (order is None or tuple(order) == tuple(range(len(order))))
 
@@ -89,7 +110,7 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: not _in_order(o),
-            why="`integrate_layers` has one weight for each earlier layer, so layers must run in order, each once; "
+            why="`integrate_layers` has a weight for each earlier layer, so every layer must run once and in order; "
             "drop `weight_tie_layers` or `layers_execute_order`.",
         ),
     ),
@@ -103,7 +124,7 @@ WEIGHTS = Feature(
     slot="reader options",
     options=LIMeWeightOptions,
     enabled=lambda options: not options.layer_integrate_use_softmax,
-    summary="how LIMe weighs layers",
+    summary="ReLU weights of layers in LIMe",
     paper="2502.09245",
     warns=(
         Rule(

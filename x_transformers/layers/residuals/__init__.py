@@ -1,1 +1,1 @@
-"""How a sublayer reads the residual stream and writes to it."""
+"""Residual connections: reading the residual stream for a sublayer, and writing the sublayer's output back."""

@@ -1,4 +1,4 @@
-"""The contract of a residual connection."""
+"""Interface of residual connections, and the context in which the parts of a sublayer are built."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from x_transformers.options.schema import Feature, Options, opt
 class ResidualKeywordOptions:
     residual_fn_kwargs: dict[str, Any] = opt(
         {},
-        "further arguments of the residual connection: `learned`, `init_alpha`, `init_beta`; `sinkhorn_iters`; "
-        "`read_gate_rank`",
+        "more arguments for the residual connection: `learned`, `init_alpha` and `init_beta` of MV-split; "
+        "`sinkhorn_iters` of hyper-connections; `read_gate_rank` of gated streams",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SublayerContext:
-    """Where in a stack a part is built.
+    """Position of a sublayer in its stack, and the stack's settings, for functions that build its parts.
 
     Attributes:
-        dim: width. index: of the sublayer in the built list. kind: of the sublayer. causal: of the stack.
-        options: of the stack.
-        first: no earlier sublayer is of this kind.
-        views: how many inputs the residual connection makes: 3 for queries, keys and values apart.
-        norm: makes the stack's norm, by width.
+        dim: model width D.
+        index: index of the sublayer in the list of built sublayers.
+        kind: kind of the sublayer.
+        causal: True if the stack is causal.
+        options: options of the stack.
+        first: True if no earlier sublayer is of the same kind.
+        views: number of inputs that the residual connection returns: 3 if queries, keys and values each read their
+            own, else 1.
+        norm: builds the stack's norm for a given width.
     """
 
     dim: int
@@ -46,58 +50,67 @@ class SublayerContext:
 
 
 class StreamFrame(nn.Module):
-    """What a connection with several streams does around the layers."""
+    """Entry to and exit from several residual streams: expands before the first layer, collapses after the last."""
 
     def expand(self, x: Tensor) -> Tensor:
-        """The stack's input `(b, n, D)` to the streams `(b, n, s, D)`."""
+        """Expand the stack's input `(b, n, D)` to s streams `(b, n, s, D)`."""
         raise NotImplementedError
 
     def collapse(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The streams behind the last layer to `(b, n, D)`, before the final norm."""
+        """Collapse the streams `(b, n, s, D)` after the last layer to `(b, n, D)`, before the final norm."""
         raise NotImplementedError
 
 
 class ResidualConnection(nn.Module):
-    """Reads the stream for a sublayer, and writes the sublayer's output back.
+    """Abstract base class of residual connections.
 
-    The stream is `(b, n, D)`, or `(b, n, s, D)` for connections that keep s streams.
+    `read` extracts a sublayer's input from the residual stream, `write` combines the sublayer's output with the stream.
+    The stream is `(b, n, D)`, or `(b, n, s, D)` for connections with s streams.
+
+    Attributes:
+        running: names of the states of fixed size that the connection keeps from pass to pass in causal stacks.
     """
 
     running: tuple[str, ...] = ()
-    """The running states that it keeps in causal passes."""
 
     def frame(self) -> StreamFrame | None:
-        """What stands around the layers, for connections that keep several streams."""
+        """Build the entry to and exit from the streams; None for connections with a single stream."""
         return None
 
     def read(self, stream: Tensor) -> tuple[Tensor, Any]:
-        """The sublayer's input, and what `write` needs to know of the stream."""
+        """Return the sublayer's input, and what `write` needs to know about the stream."""
         return stream, stream
 
     def write(self, out: Tensor, kept: Any, layer: LayerCall | None = None) -> Tensor:
-        """The stream behind the sublayer."""
+        """Return the stream after the sublayer.
+
+        Args:
+            out: `(b, n, D)` output of the sublayer.
+            kept: second result of `read`.
+            layer: call of the sublayer; None outside of a stack.
+        """
         raise NotImplementedError
 
 
 class OneStream(ResidualConnection):
-    """A connection over one stream, which is also used outside of a stack."""
+    """Residual connection with a single stream, which is also a module for use outside of a stack."""
 
     def prepare(self, residual: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The branch's input, and what `forward` is then given beside its output: the residual, and no keywords."""
+        """Return the branch's input, and the residual and keyword arguments (none here) to call this module with."""
         return residual, residual, {}
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The stream behind a branch that gave `x (b, n, D)`."""
+        """Return the stream `(b, n, D)` after a branch with the output `x (b, n, D)`."""
         return self.write(x, residual)
 
 
-def own_keywords(place: SublayerContext, known: Iterable[str]) -> dict[str, Any]:
-    """The further arguments that a user gave for the residual connection.
+def own_keywords(sublayer: SublayerContext, known: Iterable[str]) -> dict[str, Any]:
+    """Return the user's `residual_fn_kwargs`, after a check that the connection knows all of them.
 
     Raises:
-        ConfigError: if one of them is not among those that the connection knows.
+        ConfigError: if one of them is not in `known`.
     """
-    given = place.options["residual_keywords"].residual_fn_kwargs
+    given = sublayer.options["residual_keywords"].residual_fn_kwargs
     unknown = sorted(set(given) - set(known))
     if unknown:
         takes = ", ".join(f"`{name}`" for name in known) or "no arguments"
@@ -114,6 +127,6 @@ KEYWORDS = Feature(
     slot="residual options",
     options=ResidualKeywordOptions,
     enabled=lambda options: bool(options.residual_fn_kwargs),
-    summary="further arguments of the residual connection",
+    summary="more arguments for the residual connection",
     examples=({"mv_split_residual": True, "residual_fn_kwargs": {"init_alpha": 0.2}},),
 )

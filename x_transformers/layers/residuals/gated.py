@@ -1,4 +1,7 @@
-"""A residual connection gated by a GRU cell, for stable training with reinforcement (1910.06764)."""
+"""Residual connection through a GRU cell, which stabilizes reinforcement learning (1910.06764).
+
+`r <- GRUCell(input = out, hidden = r)`
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,21 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions:
-    gate_residual: bool = opt(False, "a GRU cell in place of the sum")
+    gate_residual: bool = opt(False, "update the stream by a GRU cell instead of a sum")
 
 
 class GRUGating(ReadsReference, OneStream):
-    """`GRU(input = out, state = residual)`, token by token.
+    """Residual connection through a GRU cell, token by token: `GRUCell(input = out, hidden = r * scale)`.
+
+    The update gate of the cell decides for each feature how much of the old stream is replaced, so the stream cannot
+    grow with depth as a sum does.
 
     Args:
-        dim: width.
-        scale_residual: a learned factor per channel on the stream.
+        dim: model width D.
+        scale_residual: multiply the stream by a learned factor per channel, initially 1.
+
+    Shapes:
+        `x (b, n, D)`, `residual (b, n, D)` -> `(b, n, D)`.
     """
 
     def __init__(self, dim: int, scale_residual: bool = False) -> None:
@@ -36,16 +45,17 @@ class GRUGating(ReadsReference, OneStream):
         if self.scale is not None:
             kept = kept * self.scale
         width = out.shape[-1]
+        # each token is one row of the cell's batch: the recurrence runs over depth, not over the sequence
         return self.gru(out.reshape(-1, width), kept.reshape(-1, width)).reshape_as(out)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def build(options: GateOptions, place: SublayerContext) -> GRUGating:
-    """The part for one sublayer."""
-    own_keywords(place, ())
-    return GRUGating(place.dim, place.options["residual_scale"].learned)
+def build(options: GateOptions, sublayer: SublayerContext) -> GRUGating:
+    """Build the residual connection of one sublayer."""
+    own_keywords(sublayer, ())
+    return GRUGating(sublayer.dim, sublayer.options["residual_scale"].learned)
 
 
 FEATURE = Feature(

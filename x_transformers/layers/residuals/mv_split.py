@@ -1,4 +1,7 @@
-"""A residual connection that treats the mean over the sequence and the deviation from it apart (2605.06169)."""
+"""MV-split residual connection: the mean over the sequence and the deviation from it have their own gains (2605.06169).
+
+`r <- r + beta * (out - mean(out)) + alpha * (mean(out) - mean(r))`
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,20 @@ from x_transformers.options.schema import Feature, opt
 
 @dataclass(frozen=True, kw_only=True)
 class MVSplitOptions:
-    mv_split_residual: bool = opt(False, "treat the mean over the sequence and the deviation from it apart")
+    mv_split_residual: bool = opt(False, "separate gains for the mean over the sequence and the deviation from it")
 
 
 class MVSplitResidualUpdate(OneStream):
-    """`r + beta * (out - mean(out)) + alpha * (mean(out) - mean(r))`.
+    """Residual connection `r + beta * (out - mean(out)) + alpha * (mean(out) - mean(r))`.
 
-    Means are over the valid tokens of the sequence; in a causal pass, over the valid tokens up to each one, with sums
-    and counts in the cache.
+    Means are over the valid tokens of the sequence. In a causal pass, the mean at a token is over the valid tokens up
+    to that token.
 
     Args:
-        dim: width.
-        init_alpha, init_beta: initial alpha and beta.
-        learned: alpha and beta are linear maps of `mean(out)`, not parameters.
+        dim: model width D.
+        init_alpha: initial gain of the mean.
+        init_beta: initial gain of the deviation.
+        learned: compute alpha and beta from `mean(out)` by linear maps, instead of storing a parameter per channel.
     """
 
     running = ("totals",)
@@ -46,11 +50,21 @@ class MVSplitResidualUpdate(OneStream):
             self.beta = nn.Parameter(torch.full((dim,), float(init_beta)))
 
     def forward(self, x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`write` outside of a stack: means are over the sequence, or over what `mask (b, n)` says is valid."""
+        """Return the stream after a branch, outside of a stack.
+
+        Args:
+            x: `(b, n, D)` output of the branch.
+            residual: `(b, n, D)` stream.
+            mask: `(b, n)` bool, True for the tokens that means are over; default all.
+
+        Returns:
+            `(b, n, D)`.
+        """
         both = masked_mean(torch.cat((x, residual), dim=-1), mask).unsqueeze(1)
         return self._split(x, residual, both)
 
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
+        # both means in one reduction, and in one running state
         return self._split(out, kept, means(torch.cat((out, kept), dim=-1), layer))
 
     def _split(self, out: Tensor, kept: Tensor, both: Tensor) -> Tensor:
@@ -63,10 +77,18 @@ class MVSplitResidualUpdate(OneStream):
 
 
 def means(t: Tensor, layer: LayerCall | None) -> Tensor:
-    """Means of `(b, n, D)` over valid tokens: `(b, 1, D)`, or `(b, n, D)` of those up to each in a causal pass."""
+    """Return the means of `t (b, n, D)` over valid tokens.
+
+    A causal pass accumulates sums and counts. The running state "totals" carries them from pass to pass, so that a
+    decoded token gets the same mean as in a pass over the whole sequence.
+
+    Returns:
+        `(b, 1, D)`; in a causal pass `(b, n, D)`, for each token the mean up to it.
+    """
     live = None if layer is None else layer.call.query.live
     if layer is None or not layer.call.causal:
         return masked_mean(t, live).unsqueeze(1)
+    # sums over thousands of tokens do not fit half precision
     wide = t.to(torch.promote_types(t.dtype, torch.float32))
     counted = torch.ones_like(wide[..., :1]) if live is None else live.unsqueeze(-1).to(wide)
     wide = wide if live is None else wide.masked_fill(~live.unsqueeze(-1), 0.0)
@@ -77,13 +99,14 @@ def means(t: Tensor, layer: LayerCall | None) -> Tensor:
         if before is not None:
             totals = totals + before
         layer.states.put("totals", totals[:, -1:])
+    # padding before the first valid token has a count of 0
     return (totals[..., :-1] / totals[..., -1:].clamp(min=1)).to(t.dtype)
 
 
-def build(options: MVSplitOptions, place: SublayerContext) -> MVSplitResidualUpdate:
-    """The part for one sublayer."""
-    keywords: dict[str, Any] = own_keywords(place, ("learned", "init_alpha", "init_beta"))
-    return MVSplitResidualUpdate(place.dim, **keywords)
+def build(options: MVSplitOptions, sublayer: SublayerContext) -> MVSplitResidualUpdate:
+    """Build the residual connection of one sublayer."""
+    keywords: dict[str, Any] = own_keywords(sublayer, ("learned", "init_alpha", "init_beta"))
+    return MVSplitResidualUpdate(sublayer.dim, **keywords)
 
 
 FEATURE = Feature(
@@ -94,7 +117,7 @@ FEATURE = Feature(
     options=MVSplitOptions,
     enabled=lambda options: options.mv_split_residual,
     build=build,
-    summary="residual connection that treats mean and deviation apart",
+    summary="residual connection with separate gains for mean and deviation",
     paper="2605.06169",
     examples=(
         {"mv_split_residual": True},

@@ -1,4 +1,7 @@
-"""A residual connection that adds only what the stream does not hold already (2505.11881)."""
+"""Residual connection that adds only the part of an output that is orthogonal to the stream (2505.11881).
+
+`r <- r + out - <out, u> u` with `u = r / |r|`
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,14 @@ class OrthogonalOptions:
 
 
 class OrthogonalResidualUpdate(ReadsReference, OneStream):
-    """`r + out - <out, u> u` with `u = r / |r|`, for each token by itself, at least in float32.
+    """Residual connection `r + out - <out, u> u` with `u = r / |r|`, token by token.
 
     Args:
-        dim: width.
-        scale_residual: a learned factor per channel on the stream.
+        dim: model width D.
+        scale_residual: multiply the stream by a learned factor per channel, initially 1.
+
+    Shapes:
+        `x (b, n, D)`, `residual (b, n, D)` -> `(b, n, D)`.
     """
 
     def __init__(self, dim: int, scale_residual: bool = False) -> None:
@@ -35,20 +41,21 @@ class OrthogonalResidualUpdate(ReadsReference, OneStream):
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         if self.scale is not None:
             kept = kept * self.scale
+        # the projection subtracts nearly equal numbers, which bfloat16 cannot resolve
         wide = torch.promote_types(out.dtype, torch.float32)
         unit = l2norm(kept.to(wide))
-        fresh = out.to(wide)
-        fresh = fresh - (fresh * unit).sum(dim=-1, keepdim=True) * unit
-        return kept + fresh.to(out.dtype)
+        update = out.to(wide)
+        update = update - (update * unit).sum(dim=-1, keepdim=True) * unit
+        return kept + update.to(out.dtype)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def build(options: OrthogonalOptions, place: SublayerContext) -> OrthogonalResidualUpdate:
-    """The part for one sublayer."""
-    own_keywords(place, ())
-    return OrthogonalResidualUpdate(place.dim, place.options["residual_scale"].learned)
+def build(options: OrthogonalOptions, sublayer: SublayerContext) -> OrthogonalResidualUpdate:
+    """Build the residual connection of one sublayer."""
+    own_keywords(sublayer, ())
+    return OrthogonalResidualUpdate(sublayer.dim, sublayer.options["residual_scale"].learned)
 
 
 FEATURE = Feature(
@@ -59,7 +66,7 @@ FEATURE = Feature(
     options=OrthogonalOptions,
     enabled=lambda options: options.orthog_residual,
     build=build,
-    summary="residual connection that adds what is orthogonal to the stream",
+    summary="residual connection that adds only what is orthogonal to the stream",
     paper="2505.11881",
     examples=({"orthog_residual": True}, {"orthog_residual": True, "scale_residual": True}),
 )

@@ -1,4 +1,7 @@
-"""The residual connection, with an optional learned or constant factor on the stream (2110.09456)."""
+"""Plain residual connection, with an optional learned or constant factor on the stream (2110.09456).
+
+`r <- out + r * scale * constant`
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,31 @@ from x_transformers.options.schema import Feature, Rule, opt
 @dataclass(frozen=True, kw_only=True)
 class ScaleOptions:
     scale_residual: bool | float = opt(
-        False, "a learned factor per channel on the stream; a number c also multiplies sublayer outputs by c"
+        False, "multiply the stream by a learned factor per channel; a number c also multiplies sublayer outputs by c"
     )
-    scale_residual_constant: float = opt(1.0, "constant factor on the stream, plain residual only")
+    scale_residual_constant: float = opt(1.0, "multiply the stream by a constant; plain residual connection only")
 
     @property
     def learned(self) -> bool:
-        """A number other than 0 switches the learned factor on too, as old checkpoints expect."""
+        """True if the stream has a learned factor: also with a number other than 0, as old checkpoints expect."""
         return bool(self.scale_residual)
 
     @property
     def output_scale(self) -> float:
-        """The factor on sublayer outputs."""
+        """Constant factor on sublayer outputs."""
         return 1.0 if isinstance(self.scale_residual, bool) else float(self.scale_residual)
 
 
 class Residual(ReadsReference, OneStream):
-    """`out + residual * scale * constant`.
+    """Residual connection `out + residual * scale * constant`.
 
     Args:
-        dim: width.
-        scale_residual: with a learned `scale` per channel, initially 1.
-        scale_residual_constant: the constant.
+        dim: model width D.
+        scale_residual: multiply the stream by a learned factor per channel, initially 1.
+        scale_residual_constant: constant factor on the stream.
+
+    Shapes:
+        `x (b, n, D)`, `residual (b, n, D)` -> `(b, n, D)`.
     """
 
     def __init__(self, dim: int, scale_residual: bool = False, scale_residual_constant: float = 1.0) -> None:
@@ -55,18 +61,18 @@ class Residual(ReadsReference, OneStream):
         rename(state, f"{prefix}residual_scale", f"{prefix}scale")
 
 
-def plain_residual(place: SublayerContext) -> Residual:
-    """The part for one sublayer, unless another residual connection is chosen."""
-    own_keywords(place, ())
-    options = place.options["residual_scale"]
-    return Residual(place.dim, options.learned, options.scale_residual_constant)
+def plain_residual(sublayer: SublayerContext) -> Residual:
+    """Build the residual connection of one sublayer of a stack that chooses no other."""
+    own_keywords(sublayer, ())
+    options = sublayer.options["residual_scale"]
+    return Residual(sublayer.dim, options.learned, options.scale_residual_constant)
 
 
 _SCALED = ("gate_residual", "orthog_residual")
-"""Other connections that can scale the stream."""
+"""Other residual connections that support a learned factor on the stream."""
 
 _UNSCALED = ("mv_split_residual", "residual_streams", "resi_dual")
-"""Connections that cannot."""
+"""Residual connections that support no factor on the stream."""
 
 
 SCALE = Feature(
@@ -82,11 +88,12 @@ SCALE = Feature(
             when=lambda o: (
                 o["residual_scale"].scale_residual_constant != 1 and any(o.on(name) for name in (*_SCALED, *_UNSCALED))
             ),
-            why="`scale_residual_constant` belongs to the plain residual; drop it, or the other residual connection.",
+            why="`scale_residual_constant` belongs to the plain residual connection; drop it, or the other residual "
+            "connection.",
         ),
         Rule(
             when=lambda o: o["residual_scale"].learned and any(o.on(name) for name in _UNSCALED),
-            why="`scale_residual` scales the stream of a plain, gated or orthogonal residual; drop it, or the other "
+            why="`scale_residual` needs a plain, gated or orthogonal residual connection; drop it, or the other "
             "residual connection.",
         ),
     ),

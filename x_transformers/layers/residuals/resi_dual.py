@@ -1,4 +1,7 @@
-"""ResiDual: a stream with norms behind each residual, and beside it one without any (2304.14802)."""
+"""ResiDual: a post-norm stream and a second stream without norms, both of which make the output (2304.14802).
+
+`x <- norm(x + out)`, `y <- y + s * out`; sublayers read `x`, and the stack returns `x + norm(y)`.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ from x_transformers.options.schema import Feature, Rule, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class ResiDualOptions:
-    resi_dual: bool = opt(False, "a post-norm stream, and beside it one without norms; both make the output")
-    resi_dual_scale: float = opt(1.0, "factor of what enters the second stream; below 1 keeps half precision finite")
+    resi_dual: bool = opt(False, "keep a post-norm stream and a second one without norms; the output combines both")
+    resi_dual_scale: float = opt(
+        1.0, "factor on what enters the second stream; below 1, it keeps half precision from overflowing"
+    )
 
     def __post_init__(self) -> None:
         require(self.resi_dual_scale > 0, f"`resi_dual_scale` is {self.resi_dual_scale}; it must be positive.")
 
 
 class TwoStreams(StreamFrame):
-    """`(x, s * x)`; in the end `x + norm(y)`."""
+    """Entry `(x, y) = (x, s * x)` and exit `x + norm(y)` of ResiDual's two streams."""
 
     def __init__(self, norm: Norm, scale: float) -> None:
         super().__init__()
@@ -39,10 +44,14 @@ class TwoStreams(StreamFrame):
 
 
 class ResiDual(ResidualConnection):
-    """`x <- norm(x + out)`, `y <- y + s * out`; sublayers read x.
+    """Residual connection `x <- norm(x + out)`, `y <- y + s * out` over two streams; sublayers read `x`.
+
+    The norms keep `x` bounded, as in post-norm stacks; `y` is a path without norms on which gradients reach every
+    layer, as in pre-norm stacks.
 
     Args:
-        norm: behind the first stream. scale: s.
+        norm: norm of the first stream, after the sum.
+        scale: factor s on what enters the second stream.
     """
 
     def __init__(self, norm: Norm, scale: float) -> None:
@@ -61,10 +70,10 @@ class ResiDual(ResidualConnection):
         return torch.stack((self.norm(x + out, condition), y + self.scale * out), dim=-2)
 
 
-def build(options: ResiDualOptions, place: SublayerContext) -> ResiDual:
-    """The part for one sublayer."""
-    own_keywords(place, ())
-    return ResiDual(place.norm(place.dim), options.resi_dual_scale)
+def build(options: ResiDualOptions, sublayer: SublayerContext) -> ResiDual:
+    """Build the residual connection of one sublayer."""
+    own_keywords(sublayer, ())
+    return ResiDual(sublayer.norm(sublayer.dim), options.resi_dual_scale)
 
 
 FEATURE = Feature(
@@ -75,7 +84,7 @@ FEATURE = Feature(
     options=ResiDualOptions,
     enabled=lambda options: options.resi_dual,
     build=build,
-    summary="a post-norm stream and one without norms",
+    summary="a post-norm stream and a second one without norms",
     paper="2304.14802",
     refuses=(
         Rule(
@@ -85,7 +94,7 @@ FEATURE = Feature(
                 or o["norm_placement"].sandwich_norm
                 or not o["norm_placement"].pre_norm_has_final_norm
             ),
-            why="`resi_dual` says where norms stand; drop `pre_norm`, `pre_norm_has_final_norm`, `pre_and_post_norm` "
+            why="`resi_dual` places norms by itself; drop `pre_norm`, `pre_norm_has_final_norm`, `pre_and_post_norm` "
             "and `sandwich_norm`.",
         ),
     ),

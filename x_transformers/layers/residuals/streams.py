@@ -1,5 +1,9 @@
-"""Several residual streams: hyper-connections, which learn how streams mix (2409.19606; doubly stochastic mixing,
-2512.24880), and a gated read and write of each.
+"""Several residual streams: hyper-connections (2409.19606), with doubly stochastic mixing (2512.24880), and gated
+streams.
+
+A sublayer reads one mix of the s streams (or three, for queries, keys and values), and its output is added to every
+stream with a weight of its own: `R_t <- sum_s M_st R_s + beta_t * out`. Hyper-connections compute the mixing matrix M
+from the streams; gated streams keep them as they are (M = 1) and gate every feature that is read.
 """
 
 from __future__ import annotations
@@ -19,14 +23,19 @@ from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 Kept = tuple[Tensor, Tensor]
+"""Mixed streams `(b, n, s, D)`, and the weights `(b, n, s)` with which an output is added to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    num_residual_streams: int = opt(1, "streams; above 1 they are joined by hyper-connections")
-    hyper_conn_sinkhorn_iters: int = opt(5, "iterations that make the mixing of streams doubly stochastic")
-    hyper_conn_reference_mix: bool = opt(False, "mix by a matrix of ones, as checkpoints of x-transformers expect")
-    gated_multi_residual: bool = opt(False, "gated reading and writing of streams; needs `read_gate_rank`")
+    num_residual_streams: int = opt(1, "number of residual streams; more than 1 are joined by hyper-connections")
+    hyper_conn_sinkhorn_iters: int = opt(5, "iterations that make the mixing matrix of the streams doubly stochastic")
+    hyper_conn_reference_mix: bool = opt(
+        False, "mix streams by a matrix of ones, as checkpoints of x-transformers expect"
+    )
+    gated_multi_residual: bool = opt(
+        False, "read and write streams through gates; needs `read_gate_rank` in `residual_fn_kwargs`"
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_residual_streams", "hyper_conn_sinkhorn_iters"):
@@ -38,11 +47,11 @@ class StreamOptions:
 
 
 class LearnedStreams(ReadsReference, StreamFrame):
-    """Copies of the input, each with an embedding of its own; in the end, their sum.
+    """Entry `R_s = x + e_s` with a learned embedding per stream, initially 0, and exit `sum_s R_s`.
 
     Args:
-        dim: width.
-        streams: s; a single one has no embedding.
+        dim: model width D.
+        streams: number of streams s; a single stream has no embedding.
     """
 
     def __init__(self, dim: int, streams: int) -> None:
@@ -58,40 +67,65 @@ class LearnedStreams(ReadsReference, StreamFrame):
 
 
 class StreamConnection(ResidualConnection):
-    """A connection over s streams. Outside of a stack they are folded into the batch, `(b * s, n, D)`."""
+    """Residual connection over s streams, which outside of a stack are folded into the batch: `(b * s, n, D)`."""
 
     streams: int
 
     def prepare(self, residuals: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Of streams `(b * s, n, D)`: the branch's input `(b, n, D)`, or `(3, b, n, D)`; streams to keep; `beta`."""
+        """Split streams into the branch's input, and the arguments with which to call this module after it.
+
+        Args:
+            residuals: `(b * s, n, D)` streams.
+
+        Returns:
+            The branch's input `(b, n, D)`, or `(3, b, n, D)` with three views; the mixed streams `(b * s, n, D)`;
+            and `{"beta": (b, n, s)}`, the weights with which the branch's output is added to the streams.
+        """
         view, (kept, beta) = self.read(self._unfold(residuals))
         return view, kept.transpose(1, 2).flatten(0, 1), {"beta": beta}
 
     def forward(self, x: Tensor, residuals: Tensor, *, beta: Tensor) -> Tensor:
-        """The streams `(b * s, n, D)` behind a branch that gave `x (b, n, D)`; see `prepare`."""
+        """Return the streams `(b * s, n, D)` after a branch.
+
+        Args:
+            x: `(b, n, D)` output of the branch.
+            residuals: `(b * s, n, D)` mixed streams from `prepare`.
+            beta: `(b, n, s)` weights from `prepare`.
+
+        Raises:
+            ShapeError: if the batch is not a multiple of the number of streams.
+        """
         return self.write(x, (self._unfold(residuals), beta)).transpose(1, 2).flatten(0, 1)
 
     def _unfold(self, residuals: Tensor) -> Tensor:
         if residuals.ndim != 3 or residuals.shape[0] % self.streams:
             raise ShapeError(
-                f"the streams have shape {tuple(residuals.shape)}; they must be (batch * {self.streams}, n, width)."
+                f"`residuals` has shape {tuple(residuals.shape)}; it must be (batch * {self.streams}, n, width), "
+                f"with the {self.streams} streams folded into the batch."
             )
         return residuals.unflatten(0, (-1, self.streams)).transpose(1, 2)
 
 
 class HyperConnection(ReadsReference, StreamConnection):
-    """Reads a learned mix of the streams, mixes the streams, and writes to each with a learned weight.
+    """Hyper-connection: a residual connection whose streams are read, mixed and written with learned weights.
 
-    With `N = LayerNorm(R)`: `[A_in | A_res] = N W * a + static`, views `sigmoid(A_in)^T R`, kept
-    `sinkhorn(A_res)^T R`, weights `2 sigmoid(2 sigmoid(N w) * c + static)`.
+    For the streams `R (s, D)` of one token and `N = LayerNorm(R)`:
+
+    - `[A_in | A_res] = (N W) * a + static_alpha`, of shape `(s, v + s)` for v views;
+    - the sublayer reads the views `sigmoid(A_in)^T R`;
+    - the streams become `sinkhorn(A_res)^T R + beta out^T`, with
+      `beta = 2 sigmoid(2 sigmoid(N w) * b + static_beta)`.
+
+    `W` and `w` are zero at first. The static part then starts with stream `layer_index % s` as the one that is read
+    most, and with the identity as the logits of the mixing matrix.
 
     Args:
-        dim: width.
-        layer_index: which stream is read first: `layer_index % num_residual_streams`.
-        num_residual_streams: s.
-        num_input_views: 1, or 3 where queries, keys and values read mixes of their own.
+        dim: model width D.
+        layer_index: index of the sublayer; it selects the stream that is read most at first.
+        num_residual_streams: number of streams s.
+        num_input_views: number of views v: 3 if queries, keys and values each read their own mix, else 1.
         sinkhorn_iters: iterations that make the mixing matrix doubly stochastic.
-        reference_mix: mix by ones instead.
+        reference_mix: replace the mixing matrix by ones, as checkpoints of the reference expect.
     """
 
     def __init__(
@@ -122,13 +156,15 @@ class HyperConnection(ReadsReference, StreamConnection):
         return LearnedStreams(self.dynamic_beta_fn.shape[0], self.streams)
 
     def read(self, stream: Tensor) -> tuple[Tensor, Kept]:
-        """`(b, n, s, D)` to the view `(b, n, D)` or views `(v, b, n, D)`, and what is kept."""
+        """Return the view `(b, n, D)`, or views `(v, b, n, D)`, of the streams `(b, n, s, D)`; and `Kept`."""
         normed = self.norm(stream)
+        # one product for both halves: the first v columns are logits of the views, the other s of the mixing matrix
         alpha = normed @ self.dynamic_alpha_fn * self.dynamic_alpha_scale + self.static_alpha
         reading, mixing = alpha[..., : self.views].sigmoid(), alpha[..., self.views :]
         beta = 2 * (normed @ self.dynamic_beta_fn).sigmoid() * self.dynamic_beta_scale + self.static_beta
         views = torch.einsum("bnsv,bnsd->vbnd", reading, stream)
         if self.reference_mix:
+            # every stream becomes the sum of all streams, as in the models that such checkpoints come from
             kept = stream.sum(dim=-2, keepdim=True).expand_as(stream)
         else:
             kept = torch.einsum("bnst,bnsd->bntd", sinkhorn(mixing, self.sinkhorn_iters), stream)
@@ -143,10 +179,17 @@ class HyperConnection(ReadsReference, StreamConnection):
 
 
 def sinkhorn(t: Tensor, iters: int = 20) -> Tensor:
-    """The nearly doubly stochastic matrix that alternating divisions by row and column sums lead to, in float32.
+    """Return a nearly doubly stochastic matrix from logits, by Sinkhorn's iteration in float32.
 
-    `(..., s, t)`, source streams by target streams: softmax over sources, then `iters` times by the sums over
-    targets and over sources.
+    A softmax over sources comes first; each iteration then divides by the sums over targets and by the sums over
+    sources. Rows and columns that sum to 1 keep the size of the residual stream, however many layers mix it.
+
+    Args:
+        t: `(..., s, t)` logits, source streams by target streams.
+        iters: number of iterations.
+
+    Returns:
+        `(..., s, t)`, nonnegative; the sums over sources are 1, those over targets nearly so.
     """
     m = t.to(torch.promote_types(t.dtype, torch.float32)).softmax(dim=-2)
     for _ in range(iters):
@@ -156,20 +199,26 @@ def sinkhorn(t: Tensor, iters: int = 20) -> Tensor:
 
 
 class GatedMultiResidual(StreamConnection):
-    """Reads and writes streams through gates that a bottleneck computes from all of them.
+    """Residual connection whose streams are read and written through gates, computed by a bottleneck from all streams.
 
-    With `N = rms(R) * gain`: `z = silu(W N / s) * a`, views `mean_s(sigmoid(U z + static) * N)`, weights
-    `2 sigmoid(V z + static)`. The streams themselves are kept.
+    For the streams `R (s, D)` of one token and `N = rms(R) * gain`:
+
+    - `z = silu(W N / s) * a`, the bottleneck over all `s * D` features;
+    - the sublayer reads the views `mean_s(sigmoid(U z + static_read) * N)`, with a gate for each feature;
+    - the streams become `R + beta out^T` with `beta = 2 sigmoid(V z + static_write)`.
+
+    `U` and `V` are zero at first, so that the static logits decide: stream `layer_index % s` is read most, and every
+    stream receives the output once (`beta = 1`).
 
     Args:
-        dim: width.
-        layer_index: which stream is read first: `layer_index % num_residual_streams`.
-        num_residual_streams: s.
-        num_input_views: 1, or 3 where queries, keys and values read mixes of their own.
-        read_gate_rank: width of the bottleneck.
+        dim: model width D.
+        layer_index: index of the sublayer; it selects the stream that is read most at first.
+        num_residual_streams: number of streams s.
+        num_input_views: number of views: 3 if queries, keys and values each read their own, else 1.
+        read_gate_rank: width of the bottleneck; required.
 
     Raises:
-        ConfigError: without a rank.
+        ConfigError: if `read_gate_rank` is missing or below 1.
     """
 
     def __init__(
@@ -184,7 +233,7 @@ class GatedMultiResidual(StreamConnection):
         super().__init__()
         if read_gate_rank is None or read_gate_rank < 1:
             raise ConfigError(
-                f"`gated_multi_residual` needs the width of its bottleneck, at least 1, but `read_gate_rank` is "
+                f"`gated_multi_residual` needs a bottleneck of width at least 1, but `read_gate_rank` is "
                 f"{read_gate_rank}; pass `residual_fn_kwargs = dict(read_gate_rank = ...)`."
             )
         s, v = num_residual_streams, num_input_views
@@ -205,7 +254,7 @@ class GatedMultiResidual(StreamConnection):
         return LearnedStreams(self.read_gain.shape[1], self.streams)
 
     def read(self, stream: Tensor) -> tuple[Tensor, Kept]:
-        """`(b, n, s, D)` to the view `(b, n, D)` or views `(v, b, n, D)`, and what is kept."""
+        """Return the view `(b, n, D)`, or views `(v, b, n, D)`, of the streams `(b, n, s, D)`; and `Kept`."""
         normed = F.rms_norm(stream, stream.shape[-1:]) * self.read_gain
         hidden = F.silu(self.to_bottleneck(normed.flatten(-2) / self.streams)) * self.dynamic_gate_scale
         gates = self.to_read_gate(hidden).unflatten(-1, self.static_read_logit.shape) + self.static_read_logit
@@ -218,18 +267,18 @@ class GatedMultiResidual(StreamConnection):
         return stream + beta.unsqueeze(-1) * out.unsqueeze(-2)
 
 
-def build(options: StreamOptions, place: SublayerContext) -> ResidualConnection:
-    """The part for one sublayer."""
+def build(options: StreamOptions, sublayer: SublayerContext) -> ResidualConnection:
+    """Build the residual connection of one sublayer."""
     shared: dict[str, Any] = {
-        "layer_index": place.index,
+        "layer_index": sublayer.index,
         "num_residual_streams": options.num_residual_streams,
-        "num_input_views": place.views,
+        "num_input_views": sublayer.views,
     }
     if options.gated_multi_residual:
-        return GatedMultiResidual(place.dim, **shared, **own_keywords(place, ("read_gate_rank",)))
+        return GatedMultiResidual(sublayer.dim, **shared, **own_keywords(sublayer, ("read_gate_rank",)))
     shared["sinkhorn_iters"] = options.hyper_conn_sinkhorn_iters
     shared["reference_mix"] = options.hyper_conn_reference_mix
-    return HyperConnection(place.dim, **{**shared, **own_keywords(place, ("sinkhorn_iters",))})
+    return HyperConnection(sublayer.dim, **{**shared, **own_keywords(sublayer, ("sinkhorn_iters",))})
 
 
 FEATURE = Feature(
@@ -252,7 +301,7 @@ FEATURE = Feature(
     refuses=(
         Rule(
             when=lambda o: o["residual_streams"].gated_multi_residual and o["norm_placement"].sandwich_norm,
-            why="`gated_multi_residual` norms the streams behind the residual; drop `sandwich_norm`.",
+            why="`gated_multi_residual` normalizes the streams after each sublayer; drop `sandwich_norm`.",
         ),
     ),
     examples=(
