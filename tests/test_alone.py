@@ -95,6 +95,19 @@ def test_weighing_is_that_of_an_attention(name: str, kv_heads: int) -> None:
     close(module.out(out.transpose(1, 2).flatten(2)), merged)
 
 
+@pytest.mark.parametrize("flash", [None, False])
+@torch.no_grad()
+def test_masks_and_biases_over_the_keys_of_a_context(flash: bool | None) -> None:
+    module = perturb(Attention(DIM, dim_head=D, heads=HEADS, dim_context=5, flash=flash)).eval()
+    x, context = torch.randn(2, N, DIM), torch.randn(2, 4, 5)
+    pairs, bias = torch.rand(HEADS, N, 4) > 0.4, torch.randn(HEADS, N, 4)
+    pairs[:, 3] = False
+    q, (k, v) = module.projections.queries(x), module.projections.keys_values(context, context)
+    for given in ({"attn_mask": pairs}, {"attn_bias": bias}, {"attn_mask": pairs, "attn_bias": bias}):
+        expected, _ = Attend()(q, k, v, mask=given.get("attn_mask"), attn_bias=given.get("attn_bias"))
+        close(module(x, context, **given), module.out(expected.transpose(1, 2).flatten(2)))
+
+
 @torch.no_grad()
 def test_further_arguments_of_weighing() -> None:
     module, x = attention(causal=True), torch.randn(2, N, DIM)

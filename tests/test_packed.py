@@ -23,7 +23,7 @@ from x_transformers.attention.backends.base import Request, Situation
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.varlen import Varlen
-from x_transformers.attention.base import Needs, Visibility
+from x_transformers.attention.base import Memo, Needs, Visibility
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks.builder import spelled_out
@@ -406,7 +406,7 @@ def requests(causal: bool, documents: Documents) -> Request:
     i, j = int(documents.starts_q[-1]), int(documents.starts_k[-1])
     q, k, v = torch.randn(1, 4, i, 10), torch.randn(1, 2, j, 10), torch.randn(1, 2, j, 5)
     visible = Visibility(is_causal=causal, dead=documents.dead(i, causal=causal), documents=documents)
-    return Request(q, k, v, 0.3, visible)
+    return Request(q, k, v, 0.3, visible, Memo())
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *_: int, **how: Any) -> Tensor:
@@ -441,7 +441,8 @@ def test_the_variable_length_kernel(causal: bool, of_keys: tuple[int, ...], monk
     documents = Documents(boundaries(*LENGTHS), boundaries(*of_keys), 6, 6)
     request = requests(causal, documents)
     got = Varlen().attend(request).out
-    request.visible = spelled_out(request.visible, request.q.shape[-2], request.k.shape[-2])
+    apart = spelled_out(request.visible, request.q.shape[-2], request.k.shape[-2])
+    request = request._replace(visible=apart)
     close(got, Explicit().attend(request).out)
 
 

@@ -5,7 +5,7 @@ Helpers of attention are here under their public names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,14 +200,7 @@ class Attend(Configured, ReadsReference):
             slots.setdefault("row", []).append(part)
         with faults.catching():
             self._assemble(
-                ScoreParts(
-                    scores=tuple(slots.get("score", ())),
-                    metrics=tuple(slots.get("metric", ())),
-                    sink=next(iter(slots.get("sink", ())), None),
-                    rows=tuple(slots.get("row", ())),
-                    weighting=tuple(slots.get("weighting", ())),
-                    weights=tuple(slots.get("weights", ())),
-                ),
+                _by_slot(slots),
                 [(self.switches[name], part) for name, part in self.parts.items()],
                 causal=causal,
                 scale=scale,
@@ -260,20 +253,14 @@ class Attend(Configured, ReadsReference):
         self.leaves_scores = False
         self.residual = ResidualScores()
         named = list(switches)
-        needed_by: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
-        for switch, part in named:
-            need = Needs.SINK if isinstance(part, LearnedSink) else getattr(part, "needs", Needs.NOTHING)
-            needed_by.setdefault(need, []).append(switch)
+        needed_by = _needed_by(named, dropout)
         self.requires_causal = [switch for switch, part in named if getattr(part, "requires_causal", False)]
         self.across_queries = [switch for switch, part in named if getattr(part, "across_queries", False)]
-        self.needs = self.needs_in_evaluation = Needs.NOTHING
+        self.needs = Needs.NOTHING
         for need in needed_by:
-            self._demand(need)
-        backends.check(self.needs, needed_by)
-
-    def _demand(self, need: Needs) -> None:
-        self.needs |= need
+            self.needs |= need
         self.needs_in_evaluation = self.needs & ~Needs.DROPOUT
+        backends.check(self.needs, needed_by)
 
     def share_scores(self) -> None:
         """Return the logits of every call, for later attentions.
@@ -287,7 +274,8 @@ class Attend(Configured, ReadsReference):
                 "passes them on; leave `flash` at None, or drop residual attention."
             )
         self.leaves_scores = True
-        self._demand(Needs.SCORES)
+        self.needs |= Needs.SCORES
+        self.needs_in_evaluation |= Needs.SCORES
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
         """Raise an `InputError` if the parts do not support this causality, or a cache."""
@@ -343,6 +331,7 @@ class Attend(Configured, ReadsReference):
             prefix=prefix,
             shown=shown,
             documents=layer.documents,
+            pairs=layer.context_attn_mask,
         )
         plain_q = q
         for metric in parts.metrics:
@@ -364,6 +353,7 @@ class Attend(Configured, ReadsReference):
             v,
             plain_q.shape[-1] ** -0.5 if self.scale is None else self.scale,
             visible,
+            call.memo,
             scores,
             None if parts.sink is None else parts.sink.logits,
             rows,
@@ -373,7 +363,6 @@ class Attend(Configured, ReadsReference):
             layer,
             dropout,
             call.capture.scores or self.leaves_scores,
-            call.memo,
         )
         needs = self.needs if dropout > 0 else self.needs_in_evaluation
         if scores or rows or weights:
@@ -388,7 +377,8 @@ class Attend(Configured, ReadsReference):
         backend = (self.backends.only_fused if only_fused else self.backends.for_request)(request, needs)
         if visible.documents is not None and not backend.reads_documents:
             i, j = q.shape[-2], k.shape[-2]
-            request.visible = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
+            masked = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
+            request = request._replace(visible=masked)
         if q is plain_q:
             return backend.attend(request), visible
         # the parts that widened the queries need float32, and autocast would narrow them again
@@ -486,6 +476,22 @@ class Attend(Configured, ReadsReference):
         own = [(name, part.fn if isinstance(part, GivenAddend) else part) for name, part in self.parts.items()]
         named = [(f"{name}.fn" if name == "cope" else name, part) for name, part in own]
         return [(name, part) for name, part in named if isinstance(part, Part)]
+
+
+def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:
+    """Return parts that are listed by the slots of their features."""
+    names = {"scores": "score", "metrics": "metric", "rows": "row", "weighting": "weighting", "weights": "weights"}
+    sink = next(iter(parts.get("sink", ())), None)
+    return ScoreParts(sink=sink, **{name: tuple(parts.get(slot, ())) for name, slot in names.items()})
+
+
+def _needed_by(switches: Iterable[tuple[str, nn.Module]], dropout: float) -> dict[Needs, list[str]]:
+    """Return the keywords that each need comes from."""
+    found: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
+    for switch, part in switches:
+        need = Needs.SINK if isinstance(part, LearnedSink) else getattr(part, "needs", Needs.NOTHING)
+        found.setdefault(need, []).append(switch)
+    return found
 
 
 show_keywords(

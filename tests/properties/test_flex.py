@@ -17,7 +17,7 @@ from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.choice import MANY, BackendChoice
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
-from x_transformers.attention.base import Needs
+from x_transformers.attention.base import Memo, Needs
 from x_transformers.attention.scores.softclamp import SoftclampLogits
 from x_transformers.forward_pass.call import Call, Span
 from x_transformers.forward_pass.documents import Documents
@@ -344,7 +344,7 @@ def test_lengths_and_numbers_that_change() -> None:
         tokens = span(n, row(n) >= torch.tensor([[0], [3]]))
         scores = (SoftclampLogits(clamp).bind(tokens, tokens),)
         q, k, v = torch.randn(3, 2, 2, n, 8)
-        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.live), scores)
+        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.live), Memo(), scores)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel, "flex_attention", run)
             close(Flex().attend(asked).out, Explicit().attend(asked).out)
@@ -367,7 +367,7 @@ def test_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 150
     tokens = span(n, row(n) >= torch.tensor([[0], [20], [n]]))
     q, k, v = torch.randn(3, 4, n, 8), torch.randn(3, 2, n, 8), torch.randn(3, 2, n, 6)
-    asked = Request(q * 9, k, v, 1.0, causal(n, 140, tokens.live), (SoftclampLogits(2.0).bind(tokens, tokens),))
+    asked = Request(q * 9, k, v, 1.0, causal(n, 140, tokens.live), Memo(), (SoftclampLogits(2.0).bind(tokens, tokens),))
     wanted = Explicit().attend(asked).out
     monkeypatch.setattr(kernel, "flex_attention", torch.compile(kernel.flex_attention, dynamic=False))
     got = Flex().attend(asked).out

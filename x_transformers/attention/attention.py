@@ -23,7 +23,6 @@ from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.ops import merge_heads
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
@@ -249,7 +248,10 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             out = self.change_output(out, xq, heads.projected, visible.dead_queries(call.memo), layer)
         if out.dtype != heads.q.dtype:
             out = out.to(heads.q.dtype)
-        out, plain = merge_heads(out), self.at_hand
+        b, _, n, _ = out.shape
+        # the axes of a single token need not be exchanged
+        out = out.reshape(b, 1, -1) if n == 1 else out.transpose(1, 2).flatten(2)
+        plain = self.at_hand
         out = self.out(out) if plain is None else F.linear(out, *plain)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
@@ -259,17 +261,9 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         if layer.entry is not None or capture.scores or capture.hiddens:
             record = _record(result, heads, layer)
         if self.leaves_values or self.leaves_scores:
-            carry = self._carry_on(result, heads, prefix, layer)
+            left = heads.projected if self.leaves_values else None
+            carry = _carry_on(left, result.plain if self.leaves_scores else None, prefix, layer)
         return BranchOutput(out, record, carry)
-
-    def _carry_on(self, result: AttentionOutput, heads: Heads, prefix: int, layer: LayerCall) -> Carry:
-        """Add the first values and the latest scores of this kind, if later layers read them."""
-        carry, kind = layer.carry, layer.kind
-        if self.leaves_values and kind not in carry.values:
-            carry = replace(carry, values={**carry.values, kind: heads.projected})
-        if self.leaves_scores and result.plain is not None:
-            carry = replace(carry, scores={**carry.scores, kind: (result.plain, prefix)})
-        return carry
 
     def forward(
         self,
@@ -378,6 +372,16 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         values, has_keys = self.values, self.projections.k is not None
         translate(state, prefix, shape=self.shape, parts=self.parts(), values=values, has_keys=has_keys)
+
+
+def _carry_on(values: Tensor | None, scores: Tensor | None, prefix: int, layer: LayerCall) -> Carry:
+    """Add what later layers read: the first values and the latest scores of this kind, if there are any."""
+    carry, kind = layer.carry, layer.kind
+    if values is not None and kind not in carry.values:
+        carry = replace(carry, values={**carry.values, kind: values})
+    if scores is not None:
+        carry = replace(carry, scores={**carry.scores, kind: (scores, prefix)})
+    return carry
 
 
 def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermediates:

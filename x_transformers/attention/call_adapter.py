@@ -125,7 +125,7 @@ class CallAdapter(HeadProjection):
             aligned=kv.length == n,
             newest=n == 1,
             row_mask=query.live if given.cache is None else None,
-            attn_mask=attn_mask,
+            attn_mask=attn_mask if context is None else None,
             capture=Capture(
                 scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
             ),
@@ -146,6 +146,7 @@ class CallAdapter(HeadProjection):
             deltas=given.deltas,
             documents=documents,
             causal=None if context is None else causal,
+            context_attn_mask=None if context is None else attn_mask,
         )
 
     def _input_of_queries(self, given: AttentionInputs) -> Tensor:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from x_transformers.attention.base import AttentionShape, Part, ValueMod
 from x_transformers.modules.state_dict import rename, rename_prefix
-from x_transformers.ops import reference_head_order
+from x_transformers.ops import reference_head_order, reorder_heads
 
 _REFERENCE = {
     "to_q.weight": "projections.q.weight",
@@ -31,6 +28,16 @@ _REFERENCE = {
     "mem_v": "keys.memory_kv.values",
     "attend.head_attn_sink": "sink.logits",
 }
+
+_PER_HEAD = (
+    ("projections.q.weight", 0),
+    ("out.weight", 1),
+    ("out.projection.weight", 1),
+    ("qk_norms.qk_norm.q_scale", 0),
+    ("qk_norms.qk_rmsnorm.q_norm.gamma", 0),
+    ("sink.logits", 0),
+)
+"""Our entries with query heads, and along which axis."""
 
 
 def translate(
@@ -66,13 +73,9 @@ def translate(
     order = reference_head_order(shape.heads, shape.kv_heads)
     if order is None:
         return
-    permute = _permute_heads(state, prefix, order, shape.heads)
-    permute("projections.q.weight", 0)
-    permute("out.weight", 1)
-    permute("out.projection.weight", 1)
-    permute("qk_norms.qk_norm.q_scale", 0)
-    permute("qk_norms.qk_rmsnorm.q_norm.gamma", 0)
-    permute("sink.logits", 0)
+    for name, axis in _PER_HEAD:
+        if prefix + name in state:
+            state[prefix + name] = reorder_heads(state[prefix + name], axis, order)
     for path, part in parts.items():
         part.permute_heads(state, f"{prefix}{path}.", order)
 
@@ -95,15 +98,3 @@ def rename_parts(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], 
                 rename_prefix(state, old, f"{prefix}{path}.{own}")
             else:
                 rename(state, old, f"{prefix}{path}.{own}")
-
-
-def _permute_heads(state: dict[str, Any], prefix: str, order: Tensor, heads: int) -> Any:
-    def permute(name: str, dim: int) -> None:
-        key = prefix + name
-        if key in state:
-            tensor = state[key]
-            width = tensor.shape[dim] // heads
-            rows = (order[:, None] * width + torch.arange(width)).flatten().to(tensor.device)
-            state[key] = tensor.index_select(dim, rows)
-
-    return permute

@@ -171,6 +171,11 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
             x = x * deep_embed
         return x if layer is None else BranchOutput(x, None, layer.carry)
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """True: every token is mapped by itself."""
+        return True
+
     def prepare(self) -> tuple[Map, Map] | None:
         """Return the weights of both linear maps; None if one of them is not a plain `nn.Linear`."""
         up, down = plain_map(self.up), plain_map(self.down)

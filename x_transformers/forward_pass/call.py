@@ -216,6 +216,7 @@ class LayerCall:
         deltas: what a caller adds inside.
         documents: where the documents of a packed row begin, and those of its keys; None if each row is one.
         causal: of this sublayer; None: the pass's, and none towards a context.
+        context_attn_mask: like the pass's `attn_mask`, over the keys of a context.
         start: what the sublayer changes, as it was before; None where it runs only once.
     """
 
@@ -238,6 +239,7 @@ class LayerCall:
     deltas: Deltas = field(kw_only=True)
     documents: Documents | None = None
     causal: bool | None = None
+    context_attn_mask: Tensor | None = None
     start: LayerStart | None = None
 
     def remember_start(self) -> None:

@@ -22,6 +22,7 @@ def visibility(
     prefix: int,
     shown: Tensor | None = None,
     documents: Documents | None = None,
+    pairs: Tensor | None = None,
 ) -> Visibility:
     """Return which of `keys` the queries of this pass see, computed once per pass for equal arguments.
 
@@ -39,10 +40,11 @@ def visibility(
         prefix: number of keys before the first token.
         shown: `(b, P)` bool, which of those are visible; None for all.
         documents: boundaries of the documents of a packed row.
+        pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
     # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call
     memo = call.memo
-    rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents))
+    rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
     if rule in memo.held:
         return memo.held[rule][0]
     # all keys that a ring or a cut cache holds may lie within the window
@@ -51,7 +53,7 @@ def visibility(
     if documents is not None:
         visible = _within_documents(documents, call, keys, causal, own, reach)
     else:
-        attn_mask = call.attn_mask if own else None
+        attn_mask = call.attn_mask if own else pairs
         # Causality hides nothing from the newest token, unless keys are unordered: the empty places of a ring have
         # slots after every query.
         hides = causal and not (own and call.newest and keys.ordered)
@@ -67,7 +69,7 @@ def visibility(
         else:
             visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
     if not memo.forgets:
-        memo.held[rule] = visible, (keys, shown, documents)
+        memo.held[rule] = visible, (keys, shown, documents, pairs)
     return visible
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,14 +36,14 @@ class Situation(NamedTuple):
     keeps: bool = False
 
 
-@dataclass(eq=False)
-class Request:
+class Request(NamedTuple):
     """Arguments of one attention: `out = softmax(scale * q k^T, modified and masked) v`.
 
     Attributes:
         q: `(b, h, i, d)`. k: `(b, g, P + j, d)`. v: `(b, g, P + j, e)`; query head `q` reads `q // (h // g)`.
         scale: factor of the product.
         visible: which keys each query sees.
+        memo: results that the layers of one pass share.
         scores: modifications in pipeline order.
         sink: `(h,)` learned logits in the softmax, or None.
         rows, weighting, weights: parts that only the explicit backend hosts; no weighting means softmax.
@@ -52,7 +51,6 @@ class Request:
         layer: the sublayer's call, for row modifications.
         dropout: probability, 0 in evaluation.
         capture: return the scores.
-        memo: results that the layers of one pass share.
     """
 
     q: Tensor
@@ -60,6 +58,7 @@ class Request:
     v: Tensor
     scale: float
     visible: Visibility
+    memo: Memo
     scores: tuple[BoundScore, ...] = ()
     sink: Tensor | None = None
     rows: tuple[RowMod, ...] = ()
@@ -69,7 +68,6 @@ class Request:
     layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
-    memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
 
 
 class AttentionOutput(NamedTuple):
