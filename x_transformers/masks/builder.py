@@ -42,11 +42,13 @@ def visibility(
         documents: boundaries of the documents of a packed row.
         pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
-    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call
-    memo = call.memo
-    rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
-    if rule in memo.held:
-        return memo.held[rule][0]
+    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Graphs
+    # of single blocks keep no results; to read the identity of an object would tie such a graph to one pass.
+    memo, rule = call.memo, None
+    if not memo.forgets:
+        rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
+        if rule in memo.held:
+            return memo.held[rule][0]
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window
@@ -68,7 +70,7 @@ def visibility(
             )
         else:
             visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
-    if not memo.forgets:
+    if rule is not None:
         memo.held[rule] = visible, (keys, shown, documents, pairs)
     return visible
 
