@@ -274,11 +274,11 @@ def test_the_cost_of_masks_is_saved() -> None:
     """A single token that sees all that its window left needs no mask, so that the fastest kernel may run."""
     model = BASE.build(attn_max_attend_past=3)
     seen: list[Tensor | None] = []
-    core = model.attn_layers.branches("a")[0].attention.core
+    core = model.attn_layers.branches("a")[0].attention.attend.backends
     attend = core.fused[0].attend
 
     def spy(request: Any) -> Any:
-        seen.append(request.visible.mask)
+        seen.append(request.visible.mask(request.memo))
         return attend(request)
 
     core.fused[0].attend = spy

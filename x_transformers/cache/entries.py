@@ -138,6 +138,10 @@ class StaticEntry(Entry):
         own.index, own.fresh, own.shown = index, fresh, shown
         return own
 
+    def copy(self) -> StaticEntry:
+        # the buffers are shared: to write the same tokens twice changes nothing
+        return self.at(self.index, self.fresh, self.shown)
+
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
         buffer = self.grown[name]

@@ -39,6 +39,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     x, carry = state.stream, state.carry
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
+    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
@@ -68,6 +69,9 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         elif kind.is_feedforward and inputs.deep_embeds is not None and step.nth < inputs.deep_embeds.shape[2]:
             layer.deep_embed = inputs.deep_embeds[:, :, step.nth]
         if compiled is None:
+            if learns:
+                # a checkpoint wrapper around the function may run it again in the backward pass
+                layer.remember_start()
             output = branch(x, layer)
         else:
             layer.call = call_of_blocks
