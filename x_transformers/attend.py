@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.attend_inputs import AttendInputs
-from x_transformers.attention.backends.base import AttentionOutput, Request
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request
 from x_transformers.attention.backends.choice import BackendChoice
 from x_transformers.attention.base import (
     AttentionShape,
@@ -235,21 +235,15 @@ class Attend(Configured, ReadsReference):
         backends: BackendChoice,
         packed: bool,
     ) -> None:
-        """Set all that a pass reads.
+        """Set everything that a pass reads.
 
-        Args:
-            slots: the parts.
-            switches: the keyword that switched on each part, and the part.
-            causal: of attention to a context, or of a call that does not override it.
-            scale: factor of the product; None for `1 / sqrt(d)`.
-            dropout: of the weights.
-            window: number of earlier slots that a query sees.
-            backends: the choice among them.
-            packed: rows are packed.
+        `switches` are the keywords that switched on the parts, each with its part; `causal` is for attention to a
+        context and for calls that do not override it; `window` is the number of earlier slots that a query sees.
         """
         self.slots, self.causal, self.scale, self.dropout = slots, causal, scale, dropout
         self.window, self.packed, self.backends = window, packed, backends
         self.leaves_scores = False
+        self._answer: tuple[Any, Any] = (None, None)
         self.residual = ResidualScores()
         named = list(switches)
         needed_by = _needed_by(named, dropout)
@@ -265,7 +259,7 @@ class Attend(Configured, ReadsReference):
         """Return the logits of every call, for later attentions.
 
         Raises:
-            ConfigError: if a fused kernel is demanded, which returns none.
+            ConfigError: if a fused kernel is demanded.
         """
         if self.backends.flash:
             raise ConfigError(
@@ -314,8 +308,7 @@ class Attend(Configured, ReadsReference):
             only_fused: run a fused kernel, whatever `flash` is.
 
         Returns:
-            `(b, h, i, e)`, zeros for a query that sees no key, with the scores if they were requested; and which keys
-            each query saw.
+            `(b, h, i, e)`, zeros for a query that sees no key, with the scores if requested; and the visible keys.
         """
         call, parts, deltas = layer.call, self.slots, layer.deltas
         causal = layer.causal
@@ -373,7 +366,7 @@ class Attend(Configured, ReadsReference):
             needs |= Needs.MASK
         if visible.documents is not None:
             needs |= Needs.DOCUMENTS
-        backend = (self.backends.only_fused if only_fused else self.backends.for_request)(request, needs)
+        backend = (self.backends.only_fused if only_fused else self._backend)(request, needs)
         if visible.documents is not None and not backend.reads_documents:
             i, j = q.shape[-2], k.shape[-2]
             masked = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
@@ -383,6 +376,18 @@ class Attend(Configured, ReadsReference):
         # the parts that widened the queries need float32, and autocast would narrow them again
         with torch.autocast(q.device.type, enabled=False):
             return backend.attend(request), visible
+
+    def _backend(self, request: Request, needs: Needs) -> Backend:
+        """Return the backend for a request. Eager decoding asks for every token, so the last answer is kept."""
+        if torch.compiler.is_compiling():
+            return self.backends.for_request(request, needs)
+        q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
+        asked = (q.device, q.dtype, learns, q.shape[-2:], v.shape[-1], skips, needs, self.backends.flash)
+        if asked != self._answer[0]:
+            self._answer = asked, self.backends.for_request(request, needs)
+        return self._answer[1]
 
     def forward(
         self,
@@ -469,12 +474,13 @@ class Attend(Configured, ReadsReference):
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
-        rename_parts(state, prefix, {f"parts.{name}": part for name, part in self._own_parts()}, "attend.")
+        rename_parts(state, prefix, {f"parts.{name}": part for name, part in _own_parts(self)}, "attend.")
 
-    def _own_parts(self) -> list[tuple[str, Part]]:
-        own = [(name, part.fn if isinstance(part, GivenAddend) else part) for name, part in self.parts.items()]
-        named = [(f"{name}.fn" if name == "cope" else name, part) for name, part in own]
-        return [(name, part) for name, part in named if isinstance(part, Part)]
+
+def _own_parts(attend: Attend) -> list[tuple[str, Part]]:
+    own = [(name, part.fn if isinstance(part, GivenAddend) else part) for name, part in attend.parts.items()]
+    named = [(f"{name}.fn" if name == "cope" else name, part) for name, part in own]
+    return [(name, part) for name, part in named if isinstance(part, Part)]
 
 
 def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from x_transformers.cache import Shape
-from x_transformers.forward_pass.call import LayerCall, Span
-from x_transformers.forward_pass.memo import Memo
+from x_transformers.forward_pass.call import LayerCall, Memo, Span
 from x_transformers.masks.visibility import Visibility
 from x_transformers.ops import reorder_heads
 

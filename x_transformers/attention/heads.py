@@ -104,7 +104,20 @@ class HeadProjection(nn.Module):
         if not own or layer.kv_residual is not None or layer.memory is not None:
             xk, xv = _sources(xk, xv, layer)
         if self.latent_q is None and self.latent_kv is None and deltas.q is deltas.k is deltas.v is None:
-            q, k, raw = projections.plain(xq, xk, xv, projections.ready)
+            # every plain pass goes through here, so that heads are split without further Python calls
+            h, g, merged = projections.heads, projections.kv_heads, projections.ready
+            if merged is not None and xk is xq and xv is xq:
+                q, k, raw = split_heads(F.linear(xq, merged), h + 2 * g).split_with_sizes((h, g, g), -3)
+            else:
+                assert projections.k is not None
+                q, k, raw = projections.q(xq), projections.k(xk), projections.v(xv)
+                (b, i, _), (c, j, _) = q.shape, k.shape
+                # the axes of a single token need not be exchanged
+                q = q.view(b, h, 1, -1) if i == 1 else q.view(b, i, h, -1).transpose(1, 2)
+                if j == 1:
+                    k, raw = k.view(c, g, 1, -1), raw.view(c, g, 1, -1)
+                else:
+                    k, raw = k.view(c, j, g, -1).transpose(1, 2), raw.view(c, j, g, -1).transpose(1, 2)
         else:
             q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)

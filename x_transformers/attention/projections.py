@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, plain_map
@@ -96,28 +95,6 @@ class Projections(PreparesForInference):
         self.q = nn.Linear(dim, heads * dim_head, bias=False)
         self.k = nn.Linear(dim_context, key_heads * dim_head, bias=False) if key_heads else None
         self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=False)
-
-    def plain(self, xq: Tensor, xk: Tensor, xv: Tensor, merged: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project `(b, i, D)`, `(b, j, Dc)`, `(b, j, Dc)` to `(b, h, i, d)`, `(b, g, j, d)`, `(b, g, j, e)`.
-
-        Every pass goes through here, so that heads are split without further Python calls.
-
-        Args:
-            xq, xk, xv: inputs of queries, keys and values.
-            merged: the matrix of `prepare`, which serves where all three inputs are the same.
-        """
-        h, g = self.heads, self.kv_heads
-        if merged is not None and xk is xq and xv is xq:
-            q, k, v = split_heads(F.linear(xq, merged), h + 2 * g).split_with_sizes((h, g, g), -3)
-            return q, k, v
-        assert self.k is not None
-        q, k, v = self.q(xq), self.k(xk), self.v(xv)
-        (b, i, _), (c, j, _) = q.shape, k.shape
-        # the axes of a single token need not be exchanged
-        q = q.view(b, h, 1, -1) if i == 1 else q.view(b, i, h, -1).transpose(1, 2)
-        if j == 1:
-            return q, k.view(c, g, 1, -1), v.view(c, g, 1, -1)
-        return q, k.view(c, j, g, -1).transpose(1, 2), v.view(c, j, g, -1).transpose(1, 2)
 
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""

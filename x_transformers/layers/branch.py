@@ -127,7 +127,7 @@ class Branch(ReadsReference):
             out = out * self.output_scale
         if self.output_norm is not None:
             out = self.output_norm(out, layer.condition)
-        stream = residual.write(out, kept, layer)
+        stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
         if self.stream_norm is not None:
             condition = layer.condition
             if condition is not None and stream.ndim == 4:

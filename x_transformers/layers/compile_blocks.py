@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.forward_pass.call import Call, LayerCall
-from x_transformers.forward_pass.memo import Memo
+from x_transformers.forward_pass.call import Call, LayerCall, Memo
 from x_transformers.layers.branch import Branch, SublayerOutput
 
 GRAPHS = 64

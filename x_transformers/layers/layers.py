@@ -14,15 +14,15 @@ from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.call import Capture, Span
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
-from x_transformers.layers.begin_pass import begin_pass, refuse_cache_unless_causal
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
 from x_transformers.layers.explain import Explanation, explain_stack
+from x_transformers.layers.optional_inputs import refuse_cache_unless_causal
 from x_transformers.layers.pass_state import BlockTransform, PassInputs
 from x_transformers.layers.plan import make_plan
 from x_transformers.layers.reference_names import translate_stack
-from x_transformers.layers.runner import finish, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured

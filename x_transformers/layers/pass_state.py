@@ -1,7 +1,7 @@
 """Inputs and state of one pass through a stack: its arguments, what changes while the layers run, and what is recorded.
 
-`AttentionLayers.forward` puts its arguments into `PassInputs` on its first line. The functions of `begin_pass.py` check
-them and fill in the fields that the sublayers read; from then on only `PassState` changes.
+`AttentionLayers.forward` puts its arguments into `PassInputs` on its first line. `begin_pass` checks them and fills in
+the fields that the sublayers read; from then on only `PassState` changes.
 """
 
 from __future__ import annotations

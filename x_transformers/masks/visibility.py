@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from x_transformers.forward_pass.call import Memo
 from x_transformers.forward_pass.documents import Documents
-from x_transformers.forward_pass.memo import Memo
 from x_transformers.ops import pad_left
 
 ALL = slice(None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
-from x_transformers.forward_pass.memo import Memo
+from x_transformers.forward_pass.call import Memo
 from x_transformers.ops import pad_left
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from loguru import logger
@@ -42,8 +41,6 @@ class BackendChoice:
         if packed and (kernels or {}).get("enable_flash", True):
             self.fused = (Varlen(), *self.fused)
         self._warned: set[str] = set()
-        self._last: Any = None
-        self._chosen: tuple[Backend, str] = (self.explicit, "")
 
     def check(self, needs: Needs, needed_by: Mapping[Needs, list[str]]) -> None:
         """Check that the needs can be met.
@@ -83,28 +80,18 @@ class BackendChoice:
         return self.explicit, "; ".join(str(reason) for reason in reasons.values())
 
     def for_request(self, request: Request, needs: Needs) -> Backend:
-        """Return the backend for a request. Eager decoding asks for every layer and token, so the last answer is kept.
-
-        Warns once if a fused kernel is demanded and none can run.
-        """
+        """Return the backend for a request, and warn once if a fused kernel is demanded and none can run."""
         q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        width, queries = max(q.shape[-1], v.shape[-1]), q.shape[-2]
+        width, queries, compiling, keeps = max(q.shape[-1], v.shape[-1]), q.shape[-2], False, False
         skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
         if torch.compiler.is_compiling():
             # A length in a graph may be a symbol, and a decision that reads it would tie the graph to its value. A
             # length of 1 is never a symbol.
-            queries = 1 if queries == 1 else MANY
-            layer = request.layer
+            compiling, queries, layer = True, 1 if queries == 1 else MANY, request.layer
             keeps = layer is not None and (layer.entry is not None or layer.states is not None)
-            situation = Situation(q.device.type, q.dtype, grad, True, width, queries, skips, keeps)
-            backend, why = self.choose(situation, needs)
-        else:
-            asked = (q.device, q.dtype, grad, width, queries, skips, needs, self.flash)
-            if asked != self._last:
-                situation = Situation(q.device.type, q.dtype, grad, False, width, queries, skips)
-                self._last, self._chosen = asked, self.choose(situation, needs)
-            backend, why = self._chosen
+        situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps)
+        backend, why = self.choose(situation, needs)
         if self.flash and not backend.fused and not request.capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return backend

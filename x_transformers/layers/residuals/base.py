@@ -70,9 +70,11 @@ class ResidualConnection(nn.Module):
 
     Attributes:
         running: names of the states of fixed size that the connection keeps from pass to pass in causal stacks.
+        only_adds: `write` returns `out + kept` and nothing else.
     """
 
     running: tuple[str, ...] = ()
+    only_adds = False
 
     def frame(self) -> StreamFrame | None:
         """Build the entry to and exit from the streams; None for connections with a single stream."""

@@ -51,6 +51,7 @@ class Residual(ReadsReference, OneStream):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim)) if scale_residual else None
         self.constant = scale_residual_constant
+        self.only_adds = not scale_residual and scale_residual_constant == 1
 
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         if self.scale is not None:

@@ -1,4 +1,4 @@
-"""Beginning of one pass through a stack: check its inputs, begin its cache, and lay out its tokens."""
+"""Optional arguments of a pass: checks, and the form in which sublayers read them. Plain passes need none of it."""
 
 from __future__ import annotations
 
@@ -10,104 +10,15 @@ from torch import Tensor
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
-from x_transformers.attention.validation import check_context, check_input, check_pairs
+from x_transformers.attention.validation import check_context, check_pairs
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError
-from x_transformers.forward_pass.call import Call, Capture, Carry, Span
+from x_transformers.forward_pass.call import Capture, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
-from x_transformers.forward_pass.memo import Memo
 from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
-from x_transformers.layers.packing import read_documents
-from x_transformers.layers.pass_state import PassInputs, PassState, Recorder
-from x_transformers.layers.per_layer_inputs import (
-    additional_by_layer,
-    block_transform,
-    deep_embeds,
-    kv_residuals_by_layer,
-)
+from x_transformers.layers.pass_state import PassInputs
 from x_transformers.layers.stack import LayerStack
-from x_transformers.layers.token_layout import build_token_layout
-
-NOTHING = Capture()
-NOTHING_CARRIED = Carry()
-
-
-def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
-    """Check the inputs of a pass, fill in the fields that the sublayers read, and return the state to begin with.
-
-    Raises:
-        InputError: if arguments do not fit the stack or each other.
-        ShapeError: if an argument has a shape that does not fit `x`.
-    """
-    x = inputs.x
-    if x.ndim != 3 or x.shape[-1] != stack.dim or not x.is_floating_point():
-        check_input(x, stack.dim)
-    if inputs.cache is not None or inputs.causal is not None or inputs.context is not None or stack.cross_attend:
-        check_inputs(stack, inputs)
-    if stack.packed or inputs.flash_pack_seq_kwargs is not None or inputs.flash_pack_seq_context_kwargs is not None:
-        inputs.documents = read_documents(stack.packed, inputs) or None
-    kv = inputs.cache.cache if isinstance(inputs.cache, LayerIntermediates) else inputs.cache
-    if inputs.seq_pos_offset:
-        inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
-    if kv is not None:
-        inputs.x = x = uncached_tokens(inputs, kv)
-    causal = stack.causal if inputs.causal is None else inputs.causal
-    inputs.order = stack.sequence.order
-    if inputs.layers_execute_order is not None or inputs.repeat_blocks is not None:
-        inputs.order = stack.order_of(inputs.layers_execute_order, inputs.repeat_blocks)
-    if kv is not None or (inputs.return_hiddens and causal and stack.can_cache_kv and inputs.documents is None):
-        kv = begin_cache(stack, inputs, kv)
-    capture = NOTHING if inputs.capture is None else inputs.capture
-    if inputs.return_gumbel_log_probs or (inputs.return_hiddens and inputs.capture is None):
-        capture = requested(stack, inputs)
-    query, keys = build_token_layout(inputs, kv)
-    if inputs.attn_mask is not None or inputs.attn_bias is not None or inputs.pairs is not None:
-        read_masks(stack, inputs, query, keys, kv)
-    call = Call(
-        query=query,
-        keys=keys,
-        causal=causal,
-        aligned=kv is None or kv.fresh,
-        newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
-        row_mask=inputs.mask.bool() if inputs.mask is not None and inputs.cache is None else None,
-        attn_mask=inputs.attn_mask,
-        attn_bias=inputs.attn_bias,
-        capture=capture,
-        memo=Memo(),
-    )
-    read_optional_inputs(stack, inputs, kv)
-    stream = x if stack.frame is None else stack.frame.expand(x)
-    own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
-    windows = kv is not None and kv.reaches and not kv.fresh
-    shares_keys = not own_keys and not windows and stack.rel_pos is None
-    states = list(inputs.running_states)
-    return PassState(call, stream, Recorder(capture), shares_keys, NOTHING_CARRIED, kv, states)
-
-
-def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> None:
-    """Fill in the fields of a pass that only some stacks and callers have."""
-    if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None:
-        inputs.rotations = given_rotations(stack, inputs, kv)
-    elif stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None:
-        inputs.rotations = stack.rotations
-    if inputs.context_pos is not None:
-        inputs.context_pos = checked_context_pos(stack, inputs.context_pos)
-    if inputs.condition is not None or stack.need_condition:
-        read_condition(stack, inputs)
-    if inputs.in_attn_cond is not None or stack.injection is not None:
-        read_injection(stack, inputs)
-    if inputs.mems:
-        read_memories(stack, inputs)
-    if inputs.deep_embeds_and_ids is not None:
-        inputs.deep_embeds = deep_embeds(*inputs.deep_embeds_and_ids, x=inputs.x)
-    if inputs.transform_block_inputs is not None:
-        inputs.block_transform = block_transform(inputs.transform_block_inputs)
-    if inputs.self_attn_additional_kv is not None:
-        inputs.additional = additional_by_layer(stack, inputs, inputs.self_attn_additional_kv)
-    if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
-        inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
-
 
 # checks
 
