@@ -237,7 +237,7 @@ def test_deep_embeddings_are_as_many_as_feedforwards_run() -> None:
     stack = Decoder(**{**SMALL, "custom_layers": ("a", "f", "a"), "depth": None})
     model = perturbed(TransformerWrapper(num_tokens=9, max_seq_len=8, attn_layers=stack, ff_deep_embed=True))
     assert model.ff_deep_embed.shape == (9, 1, DIM)
-    with pytest.raises(ConfigError, match=r"`ff_deep_embed` scales what feedforwards give.*runs none"):
+    with pytest.raises(ConfigError, match=r"`ff_deep_embed` scales the outputs of feedforwards.*runs none"):
         TransformerWrapper(
             num_tokens=9, max_seq_len=8, attn_layers=Decoder(**SMALL, only_attn=True), ff_deep_embed=True
         )
