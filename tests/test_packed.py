@@ -23,7 +23,7 @@ from x_transformers.attention.backends.base import Request, Situation
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.backends.varlen import Varlen
-from x_transformers.attention.base import Needs, Visibility
+from x_transformers.attention.base import Memo, Needs, Visibility
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks.builder import spelled_out
@@ -265,7 +265,7 @@ def test_fused_weighing_by_documents(causal: bool) -> None:
     twin = Attend.from_config(packed.config)
     assert torch.equal(twin(q, k, v, flash_pack_seq_kwargs=packing)[0], wanted)
     half = Situation("cuda", torch.bfloat16, True, width=64)
-    assert fused.core.choose(half, Needs.DOCUMENTS)[0].name == "varlen"
+    assert fused.backends.choose(half, Needs.DOCUMENTS)[0].name == "varlen"
 
 
 def test_gradients_of_weighing_stay_within_documents() -> None:
@@ -318,6 +318,13 @@ def test_options_that_join_documents(name: str) -> None:
 def test_competing_queries() -> None:
     with pytest.raises(ConfigError, match="queries of all documents compete"):
         CrossAttender(**SMALL, cross_attn_flash_pack_seq=True, cross_attn_inverted_attention=True)
+
+
+def test_shifts_between_documents_of_queries_alone() -> None:
+    """Without self-attention, nothing else would join the documents; with it, the whole row is one sequence."""
+    with pytest.raises(ConfigError, match=r"`cross_attn_flash_pack_seq`.*`shift_tokens` would move"):
+        CrossAttender(**SMALL, cross_attn_flash_pack_seq=True, shift_tokens=1)
+    Decoder(**SMALL, cross_attend=True, cross_attn_flash_pack_seq=True, shift_tokens=1)
 
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
@@ -406,7 +413,7 @@ def requests(causal: bool, documents: Documents) -> Request:
     i, j = int(documents.starts_q[-1]), int(documents.starts_k[-1])
     q, k, v = torch.randn(1, 4, i, 10), torch.randn(1, 2, j, 10), torch.randn(1, 2, j, 5)
     visible = Visibility(is_causal=causal, dead=documents.dead(i, causal=causal), documents=documents)
-    return Request(q, k, v, 0.3, visible)
+    return Request(q, k, v, 0.3, visible, Memo())
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *_: int, **how: Any) -> Tensor:
@@ -441,12 +448,13 @@ def test_the_variable_length_kernel(causal: bool, of_keys: tuple[int, ...], monk
     documents = Documents(boundaries(*LENGTHS), boundaries(*of_keys), 6, 6)
     request = requests(causal, documents)
     got = Varlen().attend(request).out
-    request.visible = spelled_out(request.visible, request.q.shape[-2], request.k.shape[-2])
+    apart = spelled_out(request.visible, request.q.shape[-2], request.k.shape[-2])
+    request = request._replace(visible=apart)
     close(got, Explicit().attend(request).out)
 
 
 def test_when_the_variable_length_kernel_runs() -> None:
-    core = Attention(16, dim_head=8, heads=2, flash_pack_seq=True, max_attend_past=None).core
+    core = Attention(16, dim_head=8, heads=2, flash_pack_seq=True, max_attend_past=None).attend.backends
     half = Situation("cuda", torch.bfloat16, True, width=64)
     documents = Needs.DOCUMENTS
     assert core.choose(half, documents)[0].name == "varlen"
@@ -461,7 +469,7 @@ def test_when_the_variable_length_kernel_runs() -> None:
         backend, reason = core.choose(situation, needs)
         assert backend.name == "sdpa"
         assert why in reason
-    without = Attention(16, flash_pack_seq=True, attend_sdp_kwargs={"enable_flash": False}).core
+    without = Attention(16, flash_pack_seq=True, attend_sdp_kwargs={"enable_flash": False}).attend.backends
     assert without.choose(half, documents)[0].name == "sdpa"
     rows = Decoder(**SMALL, **PACKED).explain("cuda", torch.bfloat16).rows
     assert [row.backend for row in rows] == ["varlen", ""]
@@ -473,7 +481,7 @@ def test_flex_keeps_documents_apart() -> None:
     model = Decoder(**SMALL, **PACKED, attn_flash=True).eval()
     x = torch.randn(1, sum(LENGTHS), 16)
     wanted = model(x, flash_pack_seq_kwargs=packs(LENGTHS))
-    model.branches("a")[0].attention.core.fused = (Flex(),)
+    model.branches("a")[0].attention.attend.backends.fused = (Flex(),)
     close(model(x, flash_pack_seq_kwargs=packs(LENGTHS)), wanted)
 
 

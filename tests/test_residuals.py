@@ -390,7 +390,7 @@ def test_zero_outputs_make_the_stack_its_final_norm() -> None:
         stack = CrossAttender(**{**SMALL, "zero_init_branch_output": True, **more})
         x = torch.randn(2, 4, DIM)
         close(stack(x, context=x), F.layer_norm(x, (DIM,)))
-    with pytest.raises(ConfigError, match="no output projection to initialise"):
+    with pytest.raises(ConfigError, match="no output projection to initialize"):
         Decoder(dim=4, depth=1, heads=1, attn_dim_head=4, zero_init_branch_output=True)
 
 

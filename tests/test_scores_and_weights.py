@@ -640,7 +640,9 @@ class TestResidualScores:
 
     def test_fused_kernels_hand_on_nothing(self) -> None:
         for flash, residual in (("attn_flash", "residual_attn"), ("cross_attn_flash", "cross_residual_attn")):
-            with pytest.raises(ConfigError, match=f"`{flash} = True` demands a fused kernel, which keeps its scores"):
+            with pytest.raises(
+                ConfigError, match=f"`{flash} = True` demands a fused kernel, which does not return its scores"
+            ):
                 Decoder(**SMALL, cross_attend=True, **{flash: True, residual: True})
         Decoder(**SMALL, cross_attend=True, attn_flash=True, cross_attn_flash=False, cross_residual_attn=True)
 

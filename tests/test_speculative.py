@@ -11,7 +11,7 @@ from torch import Tensor
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.filters import top_k
-from x_transformers.decoding.loop import Decoding, cut_behind_end
+from x_transformers.decoding.loop import Decoding, cut_after_end
 from x_transformers.decoding.sampling import adjuster, chooser, identity
 from x_transformers.decoding.speculative import Draft, Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Branching, Sequences
@@ -256,8 +256,8 @@ def test_looking_for_the_end_now_and_then(every: int) -> None:
 
     wanted = run(1)
     assert wanted.shape[1] < 30
-    assert torch.equal(cut_behind_end(run(every), 3), wanted)
-    assert torch.equal(cut_behind_end(wanted, None), wanted)
+    assert torch.equal(cut_after_end(run(every), 3), wanted)
+    assert torch.equal(cut_after_end(wanted, None), wanted)
 
 
 # caches of prompts

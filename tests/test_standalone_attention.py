@@ -95,6 +95,19 @@ def test_attend_equals_the_module(name: str, kv_heads: int) -> None:
     close(module.out(out.transpose(1, 2).flatten(2)), merged)
 
 
+@pytest.mark.parametrize("flash", [None, False])
+@torch.no_grad()
+def test_masks_and_biases_over_the_keys_of_a_context(flash: bool | None) -> None:
+    module = perturb(Attention(DIM, dim_head=D, heads=HEADS, dim_context=5, flash=flash)).eval()
+    x, context = torch.randn(2, N, DIM), torch.randn(2, 4, 5)
+    pairs, bias = torch.rand(HEADS, N, 4) > 0.4, torch.randn(HEADS, N, 4)
+    pairs[:, 3] = False
+    q, (k, v) = module.projections.queries(x), module.projections.keys_values(context, context)
+    for given in ({"attn_mask": pairs}, {"attn_bias": bias}, {"attn_mask": pairs, "attn_bias": bias}):
+        expected, _ = Attend()(q, k, v, mask=given.get("attn_mask"), attn_bias=given.get("attn_bias"))
+        close(module(x, context, **given), module.out(expected.transpose(1, 2).flatten(2)))
+
+
 @torch.no_grad()
 def test_further_arguments_of_attend() -> None:
     module, x = attention(causal=True), torch.randn(2, N, DIM)
@@ -209,7 +222,7 @@ def test_refused_options_of_attend(options: dict[str, Any], words: str) -> None:
         ({"causal": True}, {"q": torch.zeros(2, 2, N + 1, D)}, "there are 7 queries and 6 keys"),
         ({"causal": True, "selective": True}, {"causal": False}, "`selective` was built for causal attention"),
         ({"causal": True, "cope": CoPE(D, 2, 4)}, {"causal": False}, "`cope` was built for causal attention"),
-        ({"inverted_attention": True}, {"causal": True}, "`inverted_attention` normalises over all queries"),
+        ({"inverted_attention": True}, {"causal": True}, "`inverted_attention` normalizes over all queries"),
     ],
 )
 def test_refused_calls_of_attend(options: dict[str, Any], given: dict[str, Any], words: str) -> None:

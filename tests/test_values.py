@@ -255,7 +255,7 @@ def test_a_head_of_another_width_is_projected() -> None:
     """R13: one head of width 4 must not leave an input of width 8 at width 4."""
     assert Attention(dim=8, dim_head=4, heads=1)(torch.randn(1, 3, 8)).shape == (1, 3, 8)
     assert isinstance(Attention(dim=8, dim_head=8, heads=1).to_out, torch.nn.Identity)
-    with pytest.raises(ConfigError, match="no output projection to initialise"):
+    with pytest.raises(ConfigError, match="no output projection to initialize"):
         Attention(dim=8, dim_head=8, heads=1, zero_init_output=True)
 
 

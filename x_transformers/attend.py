@@ -1,36 +1,53 @@
-"""Weighing alone: queries, keys and values in, weighed values out. Helpers of attention under their public names."""
+"""The core of attention: `Attend` decides about causality, visibility and backend, and runs it (1706.03762).
+
+Helpers of attention are here under their public names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.attend_inputs import AttendInputs
 from x_transformers.attention.backends.base import AttentionOutput, Request
-from x_transformers.attention.base import After, AttentionShape, BoundScore, Needs, Part, RowContext, RowMod, Stage
-from x_transformers.attention.call_adapter import without_hidden
-from x_transformers.attention.core import Core
+from x_transformers.attention.backends.choice import BackendChoice
+from x_transformers.attention.base import (
+    AttentionShape,
+    Needs,
+    Part,
+    RowContext,
+    RowMod,
+    ScoreMod,
+    Similarity,
+    Stage,
+    Visibility,
+    WeightChange,
+    Weighting,
+    WeightMod,
+)
 from x_transformers.attention.keys import sink, zero
+from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.qk import l2_distance
 from x_transformers.attention.reference_weights import rename_parts
 from x_transformers.attention.scores import cog, selective, talking_heads
 from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
 from x_transformers.attention.scores.softclamp import FEATURE as SOFTCLAMP
-from x_transformers.attention.validation import bind_attn_bias, check_mask, check_pairs
+from x_transformers.attention.validation import without_hidden
 from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
 from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
-from x_transformers.errors import Faults, InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Carry, Deltas, LayerCall, Span
-from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
+from x_transformers.errors import ConfigError, Faults, InputError
+from x_transformers.forward_pass.call import Capture, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
 from x_transformers.masks.builder import causal_mask as onnx_create_causal_mask
-from x_transformers.masks.builder import visibility
+from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
@@ -69,7 +86,7 @@ SCHEMA = Schema(
         inverted.FEATURE,
     )
 )
-"""What acts between queries, keys, values and the weighed values."""
+"""Options that act between queries, keys, values and the output."""
 
 NEED_HEADS = ("learned_sink", "pre_talking_heads", "post_talking_heads", "pre_scale_post_talking_heads")
 
@@ -84,29 +101,51 @@ class GivenAddend(RowMod):
         super().__init__()
         self.fn = fn
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         return logits + self.fn(rows.q, logits).to(logits.dtype), None
 
 
-class Attend(Configured, ReadsReference):
-    """`softmax(scale * q k^T + bias) v` over what is seen, with whatever options add to it; no projections.
+@dataclass(frozen=True, eq=False)
+class ScoreParts:
+    """Parts between queries, keys, values and the output of attention, by slot.
 
-    Query head q reads key and value head `q // (h // g)`.
+    `Attend` reads them here without owning them: they are submodules of an `Attention`, or of `Attend.parts`.
+
+    Attributes:
+        scores, rows, weighting, weights: what changes scores, rows of logits and weights.
+        metrics: similarities that replace the dot product.
+        sink: learned logits in the softmax, or None.
+    """
+
+    scores: Collection[ScoreMod] = ()
+    metrics: Collection[Similarity] = ()
+    sink: LearnedSink | None = None
+    rows: Collection[RowMod] = ()
+    weighting: Collection[Weighting] = ()
+    weights: Collection[WeightMod] = ()
+
+
+class Attend(Configured, ReadsReference):
+    """`softmax(scale * q k^T + bias) v` over the visible keys, with optional changes; without projections.
+
+    This is the core of every `Attention`: it decides about causality, visibility and the backend. Query head q uses key
+    and value head `q // (h // g)`.
 
     Args:
-        causal: a query sees only keys up to its own; the last query is the last key.
-        heads: query heads h, for the options that have something for each head.
+        causal: a query sees only keys up to its own; the last query is aligned with the last key.
+        heads: number of query heads h, for the options that have something for each head.
         scale: factor of `q k^T`; default `1 / sqrt(d)`.
         dropout: of the weights, in training.
         flash: False keeps scores and weights for the record; True demands a fused kernel, which keeps none; None
-            takes the fastest backend that hosts the options.
-        cope: function of the queries `(b, h, i, d)` and the masked logits `(b, h, i, j)` that gives what to add to
+            chooses the fastest backend that hosts the options.
+        cope: function of the queries `(b, h, i, d)` and the masked logits `(b, h, i, j)` that returns what is added to
             them; a `CoPE`, for example. Causal only.
         sdp_kwargs: which of PyTorch's kernels may run: `enable_flash`, `enable_math`, ...
         qk_norm, onnxable: kept for old scripts; the softmax runs in float32 at least, and masks are comparisons of
             index ranges.
-        flash_pack_seq: rows are packed: documents, told by `flash_pack_seq_kwargs` at every call, see only themselves,
-            on every device and whatever `flash` says; with PyTorch's variable-length kernel where there is one.
+        flash_pack_seq: rows are packed: documents, specified by `flash_pack_seq_kwargs` at every call, see only
+            themselves, on every device and whatever `flash` is; with PyTorch's variable-length kernel where there is
+            one.
 
     Raises:
         ConfigError: listing every unknown keyword, bad value and conflict.
@@ -143,28 +182,207 @@ class Attend(Configured, ReadsReference):
         if needy and heads is None:
             faults.add(f"{needy[0]} has something for each head; give `heads`.")
         faults.raise_if_any("Attend")
-        self.causal, self.heads, self.scale, self.dropout = causal, heads, scale, dropout
-        self.packed = flash_pack_seq
-        self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()} | {"cope": "`cope`"}
+        self.heads = heads
         # no part of these reads the widths
         shape = AttentionShape(dim=0, heads=heads or 1, kv_heads=1, dim_head=0, value_dim_head=0, causal=causal)
         self.parts = nn.ModuleDict()
+        slots: dict[str, list[Any]] = {}
         for feature in parsed.enabled():
             with faults.catching():
                 assert feature.build is not None
-                self.parts[feature.name] = feature.build(parsed[feature.name], shape=shape)
+                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape)
+                slots.setdefault(feature.slot, []).append(part)
+        self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
         if cope is not None:
-            self.parts["cope"] = GivenAddend(cope)
-        self.residual = ResidualScores()
-        because: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout else {}
-        for name, part in self.parts.items():
-            need = Needs.SINK if name == "learned_sink" else getattr(part, "needs", Needs.NOTHING)
-            because.setdefault(need, []).append(self.switches[name])
+            self.parts["cope"] = part = GivenAddend(cope)
+            self.switches["cope"] = "`cope`"
+            slots.setdefault("row", []).append(part)
         with faults.catching():
-            self.core = Core(
-                because=because, scale=scale or 1.0, flash=flash, kernels=sdp_kwargs, packed=flash_pack_seq
+            self._assemble(
+                _by_slot(slots),
+                [(self.switches[name], part) for name, part in self.parts.items()],
+                causal=causal,
+                scale=scale,
+                dropout=dropout,
+                window=None,
+                backends=BackendChoice(flash=flash, kernels=sdp_kwargs, packed=flash_pack_seq),
+                packed=flash_pack_seq,
             )
         faults.raise_if_any("Attend")
+
+    @classmethod
+    def of_parts(cls, slots: ScoreParts, switches: Iterable[tuple[str, nn.Module]], **settings: Any) -> Attend:
+        """Build the core of an `Attention` from parts that belong to it; see `_assemble`.
+
+        Raises:
+            ConfigError: if a fused kernel is demanded and none can host the parts.
+        """
+        core = cls.__new__(cls)
+        nn.Module.__init__(core)
+        core.heads, core.parts, core.switches = None, nn.ModuleDict(), {}
+        core._assemble(slots, switches, **settings)
+        return core
+
+    def _assemble(
+        self,
+        slots: ScoreParts,
+        switches: Iterable[tuple[str, nn.Module]],
+        *,
+        causal: bool,
+        scale: float | None,
+        dropout: float,
+        window: int | None,
+        backends: BackendChoice,
+        packed: bool,
+    ) -> None:
+        """Set all that a pass reads.
+
+        Args:
+            slots: the parts.
+            switches: the keyword that switched on each part, and the part.
+            causal: of attention to a context, or of a call that does not override it.
+            scale: factor of the product; None for `1 / sqrt(d)`.
+            dropout: of the weights.
+            window: number of earlier slots that a query sees.
+            backends: the choice among them.
+            packed: rows are packed.
+        """
+        self.slots, self.causal, self.scale, self.dropout = slots, causal, scale, dropout
+        self.window, self.packed, self.backends = window, packed, backends
+        self.leaves_scores = False
+        self.residual = ResidualScores()
+        named = list(switches)
+        needed_by = _needed_by(named, dropout)
+        self.requires_causal = [switch for switch, part in named if getattr(part, "requires_causal", False)]
+        self.across_queries = [switch for switch, part in named if getattr(part, "across_queries", False)]
+        self.needs = Needs.NOTHING
+        for need in needed_by:
+            self.needs |= need
+        self.needs_in_evaluation = self.needs & ~Needs.DROPOUT
+        backends.check(self.needs, needed_by)
+
+    def share_scores(self) -> None:
+        """Return the logits of every call, for later attentions.
+
+        Raises:
+            ConfigError: if a fused kernel is demanded, which returns none.
+        """
+        if self.backends.flash:
+            raise ConfigError(
+                "`flash = True` demands a fused kernel, which does not return its scores, but residual attention "
+                "passes them on; leave `flash` at None, or drop residual attention."
+            )
+        self.leaves_scores = True
+        self.needs |= Needs.SCORES
+        self.needs_in_evaluation |= Needs.SCORES
+
+    def check_causality(self, causal: bool, cached: bool = False) -> None:
+        """Raise an `InputError` if the parts do not support this causality, or a cache."""
+        if not causal and self.requires_causal:
+            raise InputError(
+                f"{self.requires_causal[0]} was built for causal attention; `causal = False` makes no sense with it."
+            )
+        if (causal or cached) and self.across_queries:
+            raise InputError(
+                f"{self.across_queries[0]} normalizes over all queries, so that it can be neither causal nor cached."
+            )
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        layer: LayerCall,
+        *,
+        own: bool = True,
+        prefix: int = 0,
+        shown: Tensor | None = None,
+        only_fused: bool = False,
+    ) -> tuple[AttentionOutput, Visibility]:
+        """Attend within one sublayer, or one call of `forward`.
+
+        Args:
+            q: `(b, h, i, d)`.
+            k: `(b, g, P + j, d)`.
+            v: `(b, g, P + j, e)`.
+            x: `(b, n, D)` the input of the sublayer, which some score modifications read.
+            layer: positions and liveness of the keys, causality, and what earlier layers and the caller add.
+            own: the keys are the tokens' own; keys of a context have slots of their own.
+            prefix: number P of keys before the first token.
+            shown: `(b, P)` bool, which of those are visible; None for all.
+            only_fused: run a fused kernel, whatever `flash` is.
+
+        Returns:
+            `(b, h, i, e)`, zeros for a query that sees no key, with the scores if they were requested; and which keys
+            each query saw.
+        """
+        call, parts, deltas = layer.call, self.slots, layer.deltas
+        causal = layer.causal
+        if causal is None:
+            causal = call.causal if layer.context is None else self.causal
+        visible = visibility(
+            call,
+            layer.keys,
+            causal=causal,
+            own=own,
+            window=self.window,
+            prefix=prefix,
+            shown=shown,
+            documents=layer.documents,
+            pairs=layer.context_attn_mask,
+        )
+        plain_q = q
+        for metric in parts.metrics:
+            q, k = metric(q, k)
+        if not q.dtype == k.dtype == v.dtype:
+            q, k, v = widest(q, k, v)
+        scores, rows, weights = layer.biases, (), ()
+        if parts.scores:
+            bound = (*scores, *(mod.bind_layer(x, layer) for mod in parts.scores))
+            scores = tuple(sorted(bound, key=lambda score: score.stage))
+        if parts.rows or layer.carry.scores:
+            rows = (*parts.rows, self.residual) if layer.kind in layer.carry.scores else tuple(parts.rows)
+        if parts.weights or deltas.attn is not None:
+            weights = (*parts.weights, *given_delta(deltas.attn))
+        dropout = self.dropout if self.training else 0.0
+        request = Request(
+            q,
+            k,
+            v,
+            plain_q.shape[-1] ** -0.5 if self.scale is None else self.scale,
+            visible,
+            call.memo,
+            scores,
+            None if parts.sink is None else parts.sink.logits,
+            rows,
+            next(iter(parts.weighting)) if parts.weighting else None,
+            weights,
+            plain_q,
+            layer,
+            dropout,
+            call.capture.scores or self.leaves_scores,
+        )
+        needs = self.needs if dropout > 0 else self.needs_in_evaluation
+        if scores or rows or weights:
+            for part in (*scores, *rows, *weights):
+                needs |= part.needs
+        if request.capture:
+            needs |= Needs.SCORES
+        if visible.hiding is not None and not visible.is_causal:
+            needs |= Needs.MASK
+        if visible.documents is not None:
+            needs |= Needs.DOCUMENTS
+        backend = (self.backends.only_fused if only_fused else self.backends.for_request)(request, needs)
+        if visible.documents is not None and not backend.reads_documents:
+            i, j = q.shape[-2], k.shape[-2]
+            masked = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
+            request = request._replace(visible=masked)
+        if q is plain_q:
+            return backend.attend(request), visible
+        # the parts that widened the queries need float32, and autocast would narrow them again
+        with torch.autocast(q.device.type, enabled=False):
+            return backend.attend(request), visible
 
     def forward(
         self,
@@ -179,38 +397,39 @@ class Attend(Configured, ReadsReference):
         flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
         causal: bool | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """Weigh.
+        """Attend to the values.
 
         Args:
             q: `(b, h, i, d)`.
             k: `(b, g, j, d)`, g a divisor of h.
             v: `(b, g, j, e)`.
-            mask: bool, True where a key is seen: `(b, j)`, or `(h, i, j)` or `(b, h, i, j)`, each axis perhaps 1.
+            mask: bool, True where a key is visible: `(b, j)`, or `(h, i, j)` or `(b, h, i, j)`, each axis perhaps 1.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the scaled scores.
             prev_attn: `(b, h, i, j)` logits of an earlier attention, added to the scores; one column more with a zero
                 key.
             attn_delta: broadcastable to `(b, h, i, j)`, added to the weights, also of hidden keys.
-            row_mask: `(b, i)` bool, the queries that others may know of, where queries have to do with each other.
+            row_mask: `(b, i)` bool, the queries that other queries may depend on, for options that couple them.
             flash_pack_seq_kwargs: with `flash_pack_seq`, at every call: q is `(1, h, i, d)`, one document after the
                 other, and a document of queries sees only the document of keys of the same number. `cu_seqlens_q`,
-                `cu_seqlens_k`: `(t + 1,)` whole numbers, 0 and where documents end; `max_seqlen_q`, `max_seqlen_k`:
-                the length of the longest one. Causality is right-aligned in each.
+                `cu_seqlens_k`: `(t + 1,)` whole numbers, 0 and the end of each document; `max_seqlen_q`,
+                `max_seqlen_k`: the length of the longest one. Causality is right-aligned in each.
             causal: overrides the constructor's for this call.
 
         Returns:
-            `(b, h, i, e)`, zeros for a query that sees nothing; and the record, empty where a fused kernel ran.
+            `(b, h, i, e)`, zeros for a query that sees no key; and the record, empty where a fused kernel ran.
 
         Raises:
             InputError: if arguments contradict each other or the options.
             ShapeError: if one does not fit the others.
         """
-        request, dtype = self._request(
-            q, k, v, mask, attn_bias, prev_attn, attn_delta, row_mask, flash_pack_seq_kwargs, causal
-        )
-        request.capture = self.core.flash is False
-        weighed = self._weigh(request, self.core)
-        record = Intermediates(weighed.similarities, weighed.logits, weighed.weights)
-        return weighed.out.to(dtype), record
+        given = AttendInputs(q, k, v, mask, attn_bias, row_mask, flash_pack_seq_kwargs, causal)
+        layer = self._layer(given, Capture(scores=self.backends.flash is False))
+        layer.deltas = Deltas(attn=attn_delta)
+        if prev_attn is not None:
+            prefix = int("zero_kv" in self.parts)
+            layer.carry = Carry(scores={"a": (without_hidden(prev_attn, prefix + len(layer.keys)), prefix)})
+        result = self._run(q, k, v, layer)
+        return result.out.to(v.dtype), Intermediates(result.similarities, result.logits, result.weights)
 
     def flash_attn(
         self,
@@ -222,138 +441,31 @@ class Attend(Configured, ReadsReference):
         flash_pack_seq_kwargs: Mapping[str, Any] | None = None,
         causal: bool | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """`forward` by a fused kernel, whatever `flash` says; the record is empty.
+        """Attend by a fused kernel, whatever `flash` is. For the arguments see `forward`; the record is empty.
 
         Raises:
             InputError: if no fused kernel hosts the options here.
         """
-        request, dtype = self._request(q, k, v, mask, attn_bias, None, None, None, flash_pack_seq_kwargs, causal)
-        return self._weigh(request, self.core.fused_alone).out.to(dtype), Intermediates()
+        layer = self._layer(AttendInputs(q, k, v, mask, attn_bias, None, flash_pack_seq_kwargs, causal), Capture())
+        return self._run(q, k, v, layer, only_fused=True).out.to(v.dtype), Intermediates()
 
-    def _weigh(self, request: Request, weigh: Callable[[Request], AttentionOutput]) -> AttentionOutput:
-        if request.plain_q is request.q:
-            return weigh(request)
-        # distances need float32, and autocast would narrow them again
-        with torch.autocast(request.q.device.type, enabled=False):
-            return weigh(request)
+    def _layer(self, given: AttendInputs, capture: Capture) -> LayerCall:
+        """Check the arguments of a call, and return the call of a sublayer that they mean."""
+        given.check_shapes(self.heads)
+        counting = next((self.switches[each] for each in ("cope", "selective") if each in self.parts), None)
+        documents = given.documents(packed=self.packed, counting=counting)
+        causal = self.causal if given.causal is None else given.causal
+        self.check_causality(causal)
+        return given.layer_call(causal, documents, capture)
 
-    def _request(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        attn_bias: Tensor | None,
-        prev_attn: Tensor | None,
-        attn_delta: Tensor | None,
-        row_mask: Tensor | None,
-        packs: Mapping[str, Any] | None,
-        causal: bool | None,
-    ) -> tuple[Request, torch.dtype]:
-        """What the core is asked for, and the dtype of the result."""
-        self._check(q, k, v)
-        documents = self._documents(q, k, packs)
-        if documents is not None:
-            refuse_beside("flash_pack_seq_kwargs", mask=mask, row_mask=row_mask)
-        causal = self._causality(causal, q.shape[2], k.shape[2], aligned=documents is None)
-        layer = _layer(q, k, causal, mask, row_mask, documents)
-        keys, biases = len(layer.keys), ()
-        if attn_bias is not None:
-            size = {"batch": q.shape[0], "heads": q.shape[1], "queries": q.shape[2], "keys": keys}
-            attn_bias = check_pairs(attn_bias, "attn_bias", **size)
-            biases = (bind_attn_bias(attn_bias, q.shape[2], keys),)
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCall, only_fused: bool = False) -> AttentionOutput:
         prefix = 0
         if "zero_kv" in self.parts:
             prefix = 1
             k, v = self.parts["zero_kv"].extend(k, v, lambda t: t)  # type: ignore[operator]
-        rows, slots = [], self._slots()
-        if prev_attn is not None:
-            previous = without_hidden(prev_attn, prefix + keys)
-            layer.carry = Carry(scores={"a": (previous, prefix)})
-            rows.append(self.residual)
-        plain_q, dtype = q, v.dtype
-        if "l2_distance" in self.parts:
-            q, k = self.parts["l2_distance"](q, k)
-            q, k, v = widest(q, k, v)
-        scores: tuple[BoundScore, ...] = biases
-        if "softclamp_logits" in self.parts:
-            scores = (*biases, self.parts["softclamp_logits"].bind_layer(q, layer))  # type: ignore[operator]
-        request = Request(
-            q,
-            k,
-            v,
-            plain_q.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            visibility(
-                layer.call,
-                layer.keys,
-                causal=causal,
-                # documents of queries and keys may differ in length, as those of a context do
-                own=documents is None,
-                window=None,
-                prefix=prefix,
-                documents=documents,
-            ),
-            scores,
-            sink=self.parts["learned_sink"].logits if "learned_sink" in self.parts else None,  # type: ignore[arg-type]
-            rows=(*slots.get("row", ()), *rows),
-            weighting=next(iter(slots.get("weighting", ())), None),
-            weights=(*slots.get("weights", ()), *given_delta(attn_delta)),
-            plain_q=plain_q,
-            layer=layer,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return request, dtype
-
-    def _slots(self) -> dict[str, list[Any]]:
-        slots: dict[str, list[Any]] = {}
-        for name, part in self.parts.items():
-            slots.setdefault("row" if name == "cope" else SCHEMA.features[name].slot, []).append(part)
-        return slots
-
-    def _causality(self, causal: bool | None, queries: int, keys: int, *, aligned: bool) -> bool:
-        """Whether this call is causal; `aligned`: the last query is the last key."""
-        causal = self.causal if causal is None else causal
-        parts = [(self.switches[name], part) for name, part in self.parts.items() if isinstance(part, Part)]
-        for name, part in parts:
-            if part.requires_causal and not causal:
-                raise InputError(f"{name} was built for causal attention; `causal = False` makes no sense with it.")
-            if causal and getattr(part, "across_queries", False):
-                raise InputError(f"{name} normalises over all queries; it cannot be causal.")
-        if causal and aligned and queries > keys:
-            raise InputError(
-                f"there are {queries} queries and {keys} keys; in causal attention the last query is the last key, so "
-                "that the first ones would see nothing. Give as many keys, or `causal = False`."
-            )
-        return causal
-
-    def _documents(self, q: Tensor, k: Tensor, given: Mapping[str, Any] | None) -> Documents | None:
-        """The documents of a packed row."""
-        name, queries, keys = "flash_pack_seq_kwargs", q.shape[2], k.shape[2]
-        check_packing(given, packed=self.packed, cached=False, name=name, keyword="flash_pack_seq")
-        if given is None:
-            return None
-        counting = next((self.switches[each] for each in ("cope", "selective") if each in self.parts), None)
-        if counting is not None and queries != keys:
-            raise InputError(
-                f"there are {queries} queries and {keys} keys; {counting} reads in packed rows which key is a query's "
-                "own, so that both must be the same tokens."
-            )
-        return documents_of(
-            given, batch=q.shape[0], queries=queries, keys=None if counting is not None else keys, name=name
-        )
-
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
-        if not q.ndim == k.ndim == v.ndim == 4:
-            raise ShapeError(f"got {shapes}; they must be (b, h, i, d), (b, g, j, d) and (b, g, j, e).")
-        fits = q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
-        if not fits or q.shape[1] % max(k.shape[1], 1):
-            raise ShapeError(
-                f"got {shapes}; batches, keys and values must agree, queries and keys have one width, and the heads of "
-                "queries be a multiple of those of keys."
-            )
-        if self.heads not in (None, q.shape[1]):
-            raise ShapeError(f"q has shape {tuple(q.shape)}; this was built for `heads` = {self.heads}.")
+        # documents of queries and keys may differ in length, as those of a context do
+        own = layer.documents is None
+        return self.run(q, k, v, q, layer, own=own, prefix=prefix, only_fused=only_fused)[0]
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
@@ -365,24 +477,20 @@ class Attend(Configured, ReadsReference):
         return [(name, part) for name, part in named if isinstance(part, Part)]
 
 
-def _layer(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, row_mask: Tensor | None, documents: Documents | None
-) -> LayerCall:
-    """One sublayer's call whose keys end with the queries; in packed rows, document by document."""
-    batch, i, j = q.shape[0], q.shape[2], k.shape[2]
-    live = own = pairs = None
-    if mask is not None and mask.ndim == 2:
-        live = check_mask(mask, batch, j, "mask")
-    elif mask is not None:
-        pairs = check_pairs(mask.bool(), "mask", batch=batch, heads=q.shape[1], queries=i, keys=j)
-    if row_mask is not None:
-        own = check_mask(row_mask, batch, i, "row_mask")
-    index, places = torch.arange(j - i, j, device=q.device), torch.arange(j, device=q.device)
-    slots = places[None] if documents is None or i != j else documents.places(j)
-    query = Span(index, slots[:, j - i :], slots[:, j - i :], own)
-    keys = Span(places, slots, slots, live)
-    call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs)
-    return LayerCall(call, keys, keys, carry=Carry(), deltas=Deltas())
+def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:
+    """Return parts that are listed by the slots of their features."""
+    names = {"scores": "score", "metrics": "metric", "rows": "row", "weighting": "weighting", "weights": "weights"}
+    sink = next(iter(parts.get("sink", ())), None)
+    return ScoreParts(sink=sink, **{name: tuple(parts.get(slot, ())) for name, slot in names.items()})
+
+
+def _needed_by(switches: Iterable[tuple[str, nn.Module]], dropout: float) -> dict[Needs, list[str]]:
+    """Return the keywords that each need comes from."""
+    found: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
+    for switch, part in switches:
+        need = Needs.SINK if isinstance(part, LearnedSink) else getattr(part, "needs", Needs.NOTHING)
+        found.setdefault(need, []).append(switch)
+    return found
 
 
 show_keywords(

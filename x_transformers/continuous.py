@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
-from x_transformers.decoding.loop import evaluating, in_shape, make_reader, streamed
+from x_transformers.decoding.loop import in_shape, make_reader, streamed
+from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
@@ -254,7 +256,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        steps, read = self._begin(
+        steps, read, view = self._begin(
             start_tokens,
             seq_len,
             temperature,
@@ -263,7 +265,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             restrict_to_max_seq_len=restrict_to_max_seq_len,
             **kwargs,
         )
-        with torch.inference_mode(), evaluating(self):
+        with torch.inference_mode(), view:
             new = list(steps())
         # outside of inference mode, so that training may use the vectors
         vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
@@ -281,8 +283,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             InputError: immediately, with what was given and what is needed; but for the width of a custom
                 `project_out`, which is only known with the first vector.
         """
-        steps, read = self._begin(start_tokens, seq_len, **options)
-        return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), self)
+        steps, read, view = self._begin(start_tokens, seq_len, **options)
+        return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), view)
 
     def _begin(
         self,
@@ -294,8 +296,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         prompt_lens: Tensor | Sequence[int] | None = None,
         restrict_to_max_seq_len: bool = True,
         **kwargs: Any,
-    ) -> tuple[Callable[[], Iterator[Tensor]], Prompts]:
-        """Check all arguments; return a function that yields the vectors, and the prompts."""
+    ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
+        """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
         if not 0 <= temperature < math.inf:
             raise InputError(f"`temperature` is {temperature}; it must be finite and not negative.")
@@ -304,10 +306,10 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         read = self._read(start_tokens, prompt_lens)
         net, total = self.net, read.tokens.shape[1] + max(seq_len, 1) - 1
         ends = 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len
-        reader = make_reader(
-            net, read, seq_len, kwargs, cache_kv=cache_kv and not ends, restrict_to_max_seq_len=restrict_to_max_seq_len
-        )
-        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read
+        view, cached = InferenceView(net), cache_kv and not ends
+        options = GenerationOptions(cache_kv=cached, restrict_to_max_seq_len=restrict_to_max_seq_len, arguments=kwargs)
+        reader = make_reader(view.of(net), read, seq_len, options)
+        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read, view
 
     def _steps(self, reader: Reader, sequences: Sequences, count: int, temperature: float) -> Iterator[Tensor]:
         """Append and yield `count` vectors, `(b, 1, D)` each."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, did_you_mean
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import pad_left
 from x_transformers.options.configured import Configured
@@ -91,7 +91,7 @@ class XTransformer(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        context, mask = self._encode(src, mask, attn_mask, src_prepend_embeds)
+        context, mask = _encode(self.encoder, src, mask, attn_mask, src_prepend_embeds)
         if self.training and self.cross_attn_tokens_dropout > 0:
             context, mask, _ = drop_context(context, mask, self.cross_attn_tokens_dropout)
         return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
@@ -121,10 +121,10 @@ class XTransformer(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        with evaluating(self):
-            with torch.no_grad():
-                context, mask = self._encode(seq_in, mask, attn_mask, src_prepend_embeds)
-            return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
+        view = InferenceView(self.encoder)
+        with torch.no_grad(), view:
+            context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
+        return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
     def stream(
         self,
@@ -145,20 +145,10 @@ class XTransformer(Configured, ReadsReference):
         Raises:
             InputError: immediately, with what was given and what is needed.
         """
-        with evaluating(self), torch.no_grad():
-            context, mask = self._encode(seq_in, mask, attn_mask, src_prepend_embeds)
+        view = InferenceView(self.encoder)
+        with torch.no_grad(), view:
+            context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.stream(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
-
-    def _encode(
-        self, src: Tensor, mask: Tensor | None, attn_mask: Tensor | None, prepend_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the features of prepended embeddings and source, and their mask."""
-        features = self.encoder(
-            src, mask=mask, attn_mask=attn_mask, prepend_embeds=prepend_embeds, return_embeddings=True
-        )
-        if mask is not None:
-            mask = pad_left(mask.bool(), 0 if prepend_embeds is None else prepend_embeds.shape[1], True)
-        return features, mask
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         if not isinstance(self.decoder.net.token_emb, SharedTokenEmbedding):
@@ -167,6 +157,20 @@ class XTransformer(Configured, ReadsReference):
         own, second = (f"{prefix}{part}.token_emb.emb.weight" for part in ("encoder", "decoder.net"))
         if own in state and second in state and torch.equal(state[own], state[second]):
             del state[second]
+
+
+def _encode(
+    encoder: TransformerWrapper,
+    src: Tensor,
+    mask: Tensor | None,
+    attn_mask: Tensor | None,
+    prepend_embeds: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return features of prepended embeddings and source, and their mask."""
+    features = encoder(src, mask=mask, attn_mask=attn_mask, prepend_embeds=prepend_embeds, return_embeddings=True)
+    if mask is not None:
+        mask = pad_left(mask.bool(), 0 if prepend_embeds is None else prepend_embeds.shape[1], True)
+    return features, mask
 
 
 def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.models.embeddings import check_ids
+from x_transformers.modules.inference import InferenceView
 from x_transformers.ops import at_least_float32
 
 
@@ -81,8 +81,9 @@ class EntropyBasedTokenizer(nn.Module):
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)
         valid = torch.arange(seq.shape[1], device=seq.device) < lens.unsqueeze(-1)
-        with evaluating(self.decoder):
-            logits = self.decoder(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
+        view = InferenceView(self.decoder)
+        with torch.no_grad(), view:
+            logits = view.of(self.decoder)(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
         if logits.ndim != 3:
             raise ShapeError(
                 f"the decoder returns a tensor of shape {tuple(logits.shape)}; it must return logits (b, n, v). Of a "

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured
@@ -54,7 +54,7 @@ def cosine_schedule(t: Tensor) -> Tensor:
 SCHEDULES: dict[str, Schedule] = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
-def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
+def remove_fraction(logits: Tensor, thres: float = 0.9) -> Tensor:
     """Keep the `ceil((1 - thres) * v)` largest logits of the last axis, and set the others to -inf.
 
     Args:
@@ -71,12 +71,12 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter(-1, indices, values)
 
 
-def gumbel_noise(t: Tensor) -> Tensor:
+def clamped_gumbel_noise(t: Tensor) -> Tensor:
     """Draw `-ln(-ln(u))` with `u` uniform in (0, 1), of the shape of t."""
     return -log(-log(torch.rand_like(t), 1e-10), 1e-10)
 
 
-def gumbel_sample(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
+def sample_along(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
     """Draw from `softmax(t / temperature)` over an axis.
 
     Args:
@@ -88,7 +88,11 @@ def gumbel_sample(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -
         Indices, without the axis.
     """
     scale = temperature.clamp(min=1e-10) if isinstance(temperature, Tensor) else max(temperature, 1e-10)
-    return (t / scale + gumbel_noise(t)).argmax(dim=dim)
+    return (t / scale + clamped_gumbel_noise(t)).argmax(dim=dim)
+
+
+# the names of the reference library in this module; those in `autoregressive_wrapper` are other functions
+top_k, gumbel_noise, gumbel_sample = remove_fraction, clamped_gumbel_noise, sample_along
 
 
 def get_mask_subset_prob(mask: Tensor, prob: float | Tensor, min_mask: int = 0) -> Tensor:
@@ -364,8 +368,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         """
         _check_generation(batch_size, start_temperature, filter_thres)
         _check_kwargs(kwargs, self.self_cond)
-        with evaluating(self):
-            tokens = self._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
+        view = InferenceView(self)
+        with view:
+            tokens = view.of(self)._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
         return tokens if batch_size is not None else tokens[0]
 
     def _fill(
@@ -385,8 +390,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             left = (self.steps - step) / self.steps
             logits, features = self._predict(tokens, features, kwargs)
             if filter_thres is not None:
-                logits = top_k(logits, filter_thres)
-            sampled = gumbel_sample(logits, max(start_temperature * left, 1e-3))
+                logits = remove_fraction(logits, filter_thres)
+            sampled = sample_along(logits, max(start_temperature * left, 1e-3))
             tokens = torch.where(masked, sampled, tokens)
             if count > 0:
                 doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
@@ -415,7 +420,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         """Return `(b, n)` scores; the larger, the sooner a token is masked again."""
         if self.token_critic is not None:
             rated = self._rate(tokens, kwargs)
-            return rated + gumbel_noise(rated) * noise_level
+            return rated + clamped_gumbel_noise(rated) * noise_level
         return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from x_transformers.decoding.filters import find_filter, top_k
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
-from x_transformers.decoding.loop import evaluating, make_reader, streamed
+from x_transformers.decoding.loop import make_reader, streamed
+from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable, chooser
 from x_transformers.decoding.step import Reader, Sequences
@@ -21,6 +22,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
@@ -168,7 +170,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        numbered, read = self._begin(
+        numbered, read, view = self._begin(
             start_tokens,
             start_numbers,
             seq_len,
@@ -180,7 +182,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
             filter_before_temperature=filter_before_temperature,
             **kwargs,
         )
-        with torch.inference_mode(), evaluating(self):
+        with torch.inference_mode(), view:
             for _ in numbered.run(seq_len):
                 pass
         width = read.tokens.shape[1]
@@ -201,8 +203,8 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: immediately, with what was given and what is needed.
         """
-        numbered, read = self._begin(start_tokens, start_numbers, seq_len, **options)
-        return streamed(partial(numbered.run, seq_len), lambda pair: self._shown(pair, read.lead), self)
+        numbered, read, view = self._begin(start_tokens, start_numbers, seq_len, **options)
+        return streamed(partial(numbered.run, seq_len), lambda pair: self._shown(pair, read.lead), view)
 
     def _begin(
         self,
@@ -217,23 +219,24 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         cache_kv: bool = True,
         filter_before_temperature: bool = False,
         **kwargs: Any,
-    ) -> tuple[_Numbered, Prompts]:
-        """Check all arguments; return the batch that is continued, and the prompts."""
+    ) -> tuple[_Numbered, Prompts, InferenceView]:
+        """Check all arguments; return the batch that is continued, the prompts, and the modules that run."""
         net = self.net
         check_seq_len(seq_len)
         choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
         prepended = kwargs.get("prepend_embeds") is not None
         read = read_prompts(start_tokens, prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
         numbers = Sequences(read.align(_rows(start_tokens, start_numbers, read.width), 0.0))
+        cached = cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1
+        view = InferenceView(net)
         reader = make_reader(
-            net,
+            view.of(net),
             read,
             seq_len,
-            kwargs,
-            cache_kv=cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1,
+            GenerationOptions(cache_kv=cached, arguments=kwargs),
             growing=lambda first, last: {"x_num": numbers.tokens()[:, first:last]},
         )
-        return _Numbered(Sequences(read.tokens, read.start), numbers, reader, choose, net.num_tokens), read
+        return _Numbered(Sequences(read.tokens, read.start), numbers, reader, choose, net.num_tokens), read, view
 
     def _shown(self, pair: tuple[Tensor, Tensor], lead: tuple[int, ...], *count: int) -> GenerateReturn:
         """Return tokens and numbers `(b, m)` of inference mode as ordinary tensors `(*lead, *count)`."""

@@ -15,10 +15,10 @@ from torch.nn.attention import flex_attention
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attention.backends import sdpa
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
+from x_transformers.attention.backends.choice import BackendChoice
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
-from x_transformers.attention.base import Needs
-from x_transformers.attention.core import Core
+from x_transformers.attention.base import Memo, Needs
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
 
@@ -63,15 +63,15 @@ SITUATIONS = {
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The names of the backends that run inside the block."""
     used: set[str] = set()
-    choose = Core._choice
+    choose = BackendChoice.for_request
 
-    def watching(self: Core, *asked: Any) -> tuple[Backend, str]:
-        backend, why = choose(self, *asked)
+    def watching(self: BackendChoice, *asked: Any) -> Backend:
+        backend = choose(self, *asked)
         used.add(backend.name)
-        return backend, why
+        return backend
 
     with monkeypatch.context() as patch:
-        patch.setattr(Core, "_choice", watching)
+        patch.setattr(BackendChoice, "for_request", watching)
         yield used
 
 
@@ -218,9 +218,9 @@ def test_a_fused_kernel_that_is_demanded(case: Case, monkeypatch: pytest.MonkeyP
 def test_a_demand_that_a_graph_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for a CPU no fused kernel has a backward pass for functions of scores; explicit serves, with a word."""
     (case,) = (c for c in CASES if c.name == "softclamp_logits-1")
-    core = case.build("decoder", attn_flash=True).attn_layers.branches("a")[0].attention.core
+    core = case.build("decoder", attn_flash=True).attn_layers.branches("a")[0].attention.attend
     compiled = SITUATIONS["cpu, training"]._replace(compiling=True)
-    backend, why = core.choose(compiled, core.needs)
+    backend, why = core.backends.choose(compiled, core.needs)
     assert backend.name == "explicit"
     assert "blocked does not run inside of a compiled graph" in why
     assert "flex has no backward on a CPU" in why
@@ -238,7 +238,7 @@ def test_score_functions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     explicit, flex = twins(case, "decoder", False, True)
     for branch in flex.attn_layers.branches("a"):
-        branch.attention.core.fused = (Flex(),)
+        branch.attention.attend.backends.fused = (Flex(),)
     ids, ways = tokens(2, LENGTH), arguments(explicit, 2, LENGTH, rows=2)
     for way in ("plain", "both_masks", "left_padding", "packed", "attn_bias"):
         with watched(monkeypatch) as used:
@@ -277,14 +277,14 @@ def test_both_forms_of_a_bias(case: Case, how: str, stack: str) -> None:
     bound = bias.bind(query, keys)
     b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 4, len(query), len(keys))), indexing="ij")
     assert bound.needs is Needs.BIAS
-    close(bound.at(torch.zeros(b.shape), b, h, q, k), bound.dense.expand(b.shape))
+    close(bound.at(Memo())(torch.zeros(b.shape), b, h, q, k), bound.dense(Memo()).expand(b.shape))
     distance = query.pos[:, :, None] - keys.pos[:, None]
-    close(bound.dense, bias.bias(distance))
+    close(bound.dense(Memo()), bias.bias(distance))
     for height in (1, 2, 4):
-        tiles = bound.tiles(height)
+        tiles = bound.tiles(height, Memo())
         for start in range(0, len(query), height):
             rows, columns = slice(start, min(start + height, len(query))), slice(start, min(start + 3, len(keys)))
-            part = bound.dense[..., rows, columns]
+            part = bound.dense(Memo())[..., rows, columns]
             close(tiles.tile(tiles.inputs, rows, columns).expand(part.shape), part)
 
 
@@ -294,7 +294,7 @@ def test_both_forms_of_a_clamp() -> None:
     bound = next(iter(model.attn_layers.branches("a")[0].attention.scores)).bind(*spans()["one pass"])
     scores = torch.randn(2, 4, 9, 9) * 5
     index = torch.zeros((), dtype=torch.long)
-    close(bound.at(scores, index, index, index, index), bound.pointwise(scores))
+    close(bound.at(Memo())(scores, index, index, index, index), bound.pointwise(scores))
     assert bound.pointwise(scores).abs().max() <= 2
     left, out = scores.clone(), torch.empty_like(scores)
     assert bound.pointwise_(left, out) is out

@@ -53,8 +53,8 @@ def is_deep(case: Case) -> bool:
 @functools.cache
 def is_fused(case: Case, stack: str) -> bool:
     """Return True if a fused kernel hosts all attentions; next to one without, no other is traced in one."""
-    cores = [branch.attention.core for branch in build(case, stack).attn_layers.branches("a", "c")]
-    return all(any(backend.lacks(core.needs) is None for backend in core.fused) for core in cores)
+    cores = [branch.attention.attend for branch in build(case, stack).attn_layers.branches("a", "c")]
+    return all(any(backend.lacks(core.needs) is None for backend in core.backends.fused) for core in cores)
 
 
 @functools.cache

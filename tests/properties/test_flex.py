@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import TransformerWrapper
 from x_transformers.attention.backends import flex
 from x_transformers.attention.backends.base import Backend, Request, Situation
+from x_transformers.attention.backends.choice import MANY, BackendChoice
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
-from x_transformers.attention.base import Needs
-from x_transformers.attention.core import MANY, Core
+from x_transformers.attention.base import Memo, Needs
 from x_transformers.attention.scores.softclamp import SoftclampLogits
 from x_transformers.forward_pass.call import Call, Span
 from x_transformers.forward_pass.documents import Documents
@@ -129,7 +129,7 @@ def test_queries_that_see_nothing(name: str) -> None:
     dead = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
     assert torch.equal(hiding.dead().expand(dead.shape), dead)
     if name in ("window", "both sides", "padding and window"):
-        hiding = MaskSpec(**{**vars(hiding), "sorted": True})
+        hiding = hiding._replace(sorted=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MaskSpec, "mask", refuse)
             assert torch.equal(hiding.dead().expand(dead.shape), dead)
@@ -197,7 +197,7 @@ def test_rules_without_tensors_stay() -> None:
     assert block_masks.of_rule.cache_info().currsize == block_masks.KEPT
 
 
-def by_flex(core: Core, *asked: Any) -> tuple[Backend, str]:
+def by_flex(core: BackendChoice, *asked: Any) -> tuple[Backend, str]:
     return Flex(), "made to"
 
 
@@ -206,7 +206,7 @@ def twins(case: Case, stack: str = "decoder", **more: Any) -> tuple[TransformerW
     one, two = case.build(stack, attn_flash=False, **more), case.build(stack, **more)
     two.load_state_dict(one.state_dict())
     for branch in two.attn_layers.branches("a", "c"):
-        core = branch.attention.core
+        core = branch.attention.attend.backends
         core.choose = by_flex.__get__(core)  # type: ignore[method-assign]
     return one, two
 
@@ -344,7 +344,7 @@ def test_lengths_and_numbers_that_change() -> None:
         tokens = span(n, row(n) >= torch.tensor([[0], [3]]))
         scores = (SoftclampLogits(clamp).bind(tokens, tokens),)
         q, k, v = torch.randn(3, 2, 2, n, 8)
-        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.live), scores)
+        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.live), Memo(), scores)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel, "flex_attention", run)
             close(Flex().attend(asked).out, Explicit().attend(asked).out)
@@ -367,7 +367,7 @@ def test_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 150
     tokens = span(n, row(n) >= torch.tensor([[0], [20], [n]]))
     q, k, v = torch.randn(3, 4, n, 8), torch.randn(3, 2, n, 8), torch.randn(3, 2, n, 6)
-    asked = Request(q * 9, k, v, 1.0, causal(n, 140, tokens.live), (SoftclampLogits(2.0).bind(tokens, tokens),))
+    asked = Request(q * 9, k, v, 1.0, causal(n, 140, tokens.live), Memo(), (SoftclampLogits(2.0).bind(tokens, tokens),))
     wanted = Explicit().attend(asked).out
     monkeypatch.setattr(kernel, "flex_attention", torch.compile(kernel.flex_attention, dynamic=False))
     got = Flex().attend(asked).out
@@ -391,7 +391,7 @@ GPU = Situation("cuda", torch.bfloat16, grad=True, width=64, queries=MANY)
 
 def test_when_flex_runs() -> None:
     """On a GPU it hosts what is not plain causality, but for few queries."""
-    core = BASE.build().attn_layers.branches("a")[0].attention.core
+    core = BASE.build().attn_layers.branches("a")[0].attention.attend.backends
     for needs in (Needs.MASK, Needs.BIAS, Needs.MASK | Needs.POINTWISE, Needs.SINK, Needs.DOCUMENTS):
         assert core.choose(GPU, needs)[0].name == "flex"
         added = not needs & (Needs.POINTWISE | Needs.SINK)

@@ -158,7 +158,7 @@ def test_a_sliding_model_with_windows(most: int) -> None:
 def test_a_static_cache_of_the_stack_refuses_what_it_was_not_made_for() -> None:
     model = BASE.build(attn_max_attend_past=3, num_memory_tokens=2)
     bare = model.attn_layers.static_cache(2, 40)
-    with pytest.raises(InputError, match=r"behind 0 leading slots.*model.static_cache"):
+    with pytest.raises(InputError, match=r"after 0 leading slots.*model.static_cache"):
         model(tokens(2, 4), cache=bare, input_not_include_cache=True)
 
 
@@ -274,11 +274,11 @@ def test_the_cost_of_masks_is_saved() -> None:
     """A single token that sees all that its window left needs no mask, so that the fastest kernel may run."""
     model = BASE.build(attn_max_attend_past=3)
     seen: list[Tensor | None] = []
-    core = model.attn_layers.branches("a")[0].attention.core
+    core = model.attn_layers.branches("a")[0].attention.attend.backends
     attend = core.fused[0].attend
 
     def spy(request: Any) -> Any:
-        seen.append(request.visible.mask)
+        seen.append(request.visible.mask(request.memo))
         return attend(request)
 
     core.fused[0].attend = spy

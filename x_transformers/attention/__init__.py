@@ -1,1 +1,1 @@
-"""Everything between x and attention's output."""
+"""Attention: from the input of a sublayer to its output."""

@@ -1,22 +1,26 @@
-"""The contracts of attention's parts: what a part may change, what it needs, and how a backend learns of it."""
+"""Contracts of the parts of attention: what a part may change, and what it needs of a backend."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from x_transformers.cache import Shape
 from x_transformers.forward_pass.call import LayerCall, Span
+from x_transformers.forward_pass.memo import Memo
 from x_transformers.masks.visibility import Visibility
 from x_transformers.ops import reorder_heads
 
+T = TypeVar("T")
+Kind = TypeVar("Kind", bound=nn.Module)
+
 
 class Needs(enum.Flag):
-    """What a backend must be able to do for the parts of one attention."""
+    """Capabilities that the parts of one attention require of a backend."""
 
     NOTHING = 0
     MASK = enum.auto()
@@ -26,19 +30,30 @@ class Needs(enum.Flag):
     POINTWISE = enum.auto()
     """Apply any function to single scores."""
     SINK = enum.auto()
-    """Let a learned logit per head join the softmax."""
+    """Include a learned logit per head in the softmax."""
     DROPOUT = enum.auto()
     """Drop attention weights at random."""
     DOCUMENTS = enum.auto()
     """Keep the documents of a packed row apart."""
     SCORES = enum.auto()
-    """Hand out the scores and weights."""
+    """Return the scores and weights."""
     ROWS = enum.auto()
     """Change whole rows of logits."""
     WEIGHTING = enum.auto()
-    """Turn logits into weights by anything but a softmax."""
+    """Turn logits into weights by another function than softmax."""
     WEIGHTS = enum.auto()
     """Change weights."""
+
+
+class Parts(nn.ModuleDict, Generic[Kind]):
+    """The parts in one slot of an attention by name of the feature, in the order of the catalog."""
+
+    def __iter__(self) -> Iterator[Kind]:  # type: ignore[override]
+        return iter(self._modules.values())  # type: ignore[arg-type]
+
+
+# an empty tuple is read and iterated over faster than an empty module, which eager decoding notices
+Slot = Parts[Kind] | tuple[()]
 
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -46,12 +61,12 @@ ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """A bias in parts, for kernels that never hold the whole.
+    """A bias in parts, for kernels that never hold the whole tensor.
 
     Attributes:
-        tile: `(inputs, rows, columns) -> (1|b, 1|h, rows, columns)`, for a stretch of queries and one of real keys.
-        inputs: the tensors that it makes a tile of, as far as gradients go there; `tile` reads those it is given.
-        view: a tile is a view of the only input, so that the gradient of the one is a part of that of the other.
+        tile: `(inputs, rows, columns) -> (1|b, 1|h, rows, columns)`, for a range of queries and one of real keys.
+        inputs: the tensors with gradients that it computes a tile from; `tile` reads those that it is given.
+        view: a tile is a view of the only input, so that its gradient is a part of the gradient of the input.
     """
 
     tile: Callable[[Sequence[Tensor], slice, slice], Tensor]
@@ -62,18 +77,19 @@ class Tiles:
 class BoundScore:
     """A score modification bound to the queries and keys of one pass.
 
+    Tables are computed at the first request and kept in the memo of the pass, so that its layers share them.
+
     Args:
         needs: `BIAS` or `POINTWISE`.
         stage: its place in the pipeline; lower comes first.
-        at: makes `(score, b, h, q, k) -> score`, the signature that FlexAttention takes; `k` counts real keys. What it
-            reads is computed when it is made, once a pass, and is tensors only: a number would become a part of the
-            kernel. A tensor with a gradient it reads at one place only, since kernels cannot add up several.
-        dense: for a bias, makes its closed form `(1|b, 1|h, i, j)`; computed once a pass, shared by the layers. A bias
-            without `at` is read from there.
-        tiles: for a bias that has them without the closed form, makes tiles of at most so many rows.
+        at: makes `(score, b, h, q, k) -> score`, the signature of FlexAttention; `k` counts real keys. The function may
+            read tensors only, since a number would become a part of the kernel, and a tensor with a gradient at one
+            place only, since kernels cannot add up several gradients.
+        dense: for a bias, computes its closed form `(1|b, 1|h, i, j)`. A bias without `at` is read from there.
+        tiles: for a bias with a cheaper way to tiles than the closed form, makes tiles of at most so many rows.
         pointwise: for a pointwise function, the same on whole tensors of scores.
-        pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what the way back needs.
-        chain: the way back, `(gradient, left) -> gradient`, in place of the first.
+        pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what `chain` needs.
+        chain: the chain rule, `(gradient, left) -> gradient`, written into the first argument.
     """
 
     def __init__(
@@ -89,37 +105,37 @@ class BoundScore:
         chain: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.needs, self.stage = needs, stage
-        self.make_at, self._at = at, None
+        self.make_at, self.make_dense, self.make_tiles = at, dense, tiles
         self.pointwise, self.pointwise_, self.chain = pointwise, pointwise_, chain
-        self.make_dense, self._dense = dense, None
-        self.make_tiles, self._tiles = tiles, {}
+        self._own: dict[Any, Any] = {}
 
-    @property
-    def at(self) -> ScoreFunction:
-        """The function of single scores."""
-        if self._at is None:
-            self._at = look_up(self.dense) if self.make_at is None else self.make_at()
-        return self._at
+    def at(self, memo: Memo) -> ScoreFunction:
+        """Return the function of single scores."""
+        return self._once(memo, lambda: look_up(self.dense(memo)) if self.make_at is None else self.make_at(), "at")
 
-    @property
-    def dense(self) -> Tensor:
-        """The closed form of a bias."""
-        if self._dense is None:
-            assert self.make_dense is not None, "only a bias has a closed form"
-            self._dense = self.make_dense()
-        return self._dense
+    def dense(self, memo: Memo) -> Tensor:
+        """Return the closed form of a bias, `(1|b, 1|h, i, j)`."""
+        assert self.make_dense is not None, "only a bias has a closed form"
+        return self._once(memo, self.make_dense, "dense")
 
-    def tiles(self, height: int) -> Tiles:
-        """Tiles of at most `height` rows; cut out of the closed form, unless there is a better way."""
+    def tiles(self, height: int, memo: Memo) -> Tiles:
+        """Return tiles of at most `height` rows, cut out of the closed form unless there is a better way."""
         if self.make_tiles is None:
-            return Tiles(lambda inputs, rows, columns: inputs[0][..., rows, columns], (self.dense,), view=True)
-        if height not in self._tiles:
-            self._tiles[height] = self.make_tiles(height)
-        return self._tiles[height]
+            return Tiles(lambda inputs, rows, columns: inputs[0][..., rows, columns], (self.dense(memo),), view=True)
+        make = self.make_tiles
+        return self._once(memo, lambda: make(height), "tiles", height)
+
+    def _once(self, memo: Memo, make: Callable[[], T], *what: Any) -> T:
+        if not memo.forgets:
+            return memo.once(make, *what, self)
+        # graphs of single blocks share no memo; the table of the first one is an input of the others
+        if what not in self._own:
+            self._own[what] = make()
+        return self._own[what]
 
 
 def look_up(table: Tensor) -> ScoreFunction:
-    """Adds `table`, `(1|b, 1|h, i, j)`."""
+    """Return a score function that adds `table`, `(1|b, 1|h, i, j)`."""
     rows, heads = table.shape[0] > 1, table.shape[1] > 1
 
     def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -129,7 +145,7 @@ def look_up(table: Tensor) -> ScoreFunction:
 
 
 class Stage:
-    """Places in the pipeline from scores to weights. Logits stand in order up to the weighting, weights behind it."""
+    """Places in the pipeline from scores to weights: logits in order up to the weighting, weights after it."""
 
     RESIDUAL = 1.0
     PRODUCT = 3.0
@@ -149,13 +165,13 @@ class Stage:
 
 
 class Part(nn.Module):
-    """What every part of the way from scores to weights may declare of itself.
+    """Base class of the parts between projected heads and attention's output.
 
     Attributes:
-        reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops one,
-            and a name that ends with a dot stands for all below it.
-        per_head: this part's entries that run over query heads, and along which axes.
-        requires_causal: the part is made for causal attention, so that no call may lift causality.
+        reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops an
+            entry, and a name that ends with a dot means all entries below it.
+        per_head: this part's entries that have query heads, and along which axes.
+        requires_causal: the part works in causal attention only, so that no call may lift causality.
         whole_past: the part reads keys in the order of arrival, or also those that a window hides, so that a cache
             must keep all of them.
     """
@@ -166,7 +182,7 @@ class Part(nn.Module):
     whole_past = False
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
-        """The streams beside keys and values that this part grows with the sequence."""
+        """Return the streams besides keys and values that this part grows with the sequence."""
         return {}
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
@@ -177,7 +193,12 @@ class Part(nn.Module):
 
 
 class ScoreMod(Part):
-    """Changes one score. `needs` and `stage` are what backends and the pipeline read."""
+    """Changes single scores.
+
+    Attributes:
+        needs: `BIAS` or `POINTWISE`, for the choice of a backend.
+        stage: its place in the pipeline.
+    """
 
     needs: Needs
     stage: float
@@ -187,7 +208,7 @@ class ScoreMod(Part):
         raise NotImplementedError
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
-        """Bind inside of one sublayer, whose (query) input `(b, n, D)` may matter."""
+        """Bind within one sublayer, for modifications that depend on its (query) input `(b, n, D)`."""
         return self.bind(layer.call.query, layer.keys)
 
 
@@ -195,8 +216,8 @@ WeightFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class After:
-    """Something to be done to the weights `(b, h, i, j)` (without the sink's column), at its stage."""
+class WeightChange:
+    """A later change of the weights `(b, h, i, j)` (without the sink's column), at its stage."""
 
     stage: float
     apply: WeightFunction
@@ -204,12 +225,12 @@ class After:
 
 @dataclass(frozen=True, eq=False)
 class RowContext:
-    """What a row modification may look at.
+    """Arguments of a row modification.
 
     Attributes:
-        q: `(b, h, i, d)` queries as they were weighed.
-        mask: which keys are seen, broadcastable to the logits, or None for all of them.
-        prefix: keys in front that are no tokens.
+        q: `(b, h, i, d)` queries, before a similarity changes them.
+        mask: the visible keys, broadcastable to the logits, or None for all of them.
+        prefix: number of keys before the first token.
         layer: the sublayer's call.
     """
 
@@ -220,16 +241,17 @@ class RowContext:
 
 
 class RowMod(Part):
-    """Changes whole rows of logits `(b, h, i, j)`; may leave something to be done to the weights."""
+    """Changes whole rows of logits `(b, h, i, j)`, and possibly the weights later."""
 
     needs = Needs.ROWS
     stage: float
 
     def sink(self, logits: Tensor) -> Tensor:
-        """What becomes of the learned sink's logits `(h,)` beside these rows."""
+        """Change the learned sink's logits `(h,)` as the rows are changed."""
         return logits
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
+        """Return the changed logits, and a change of the weights or None."""
         raise NotImplementedError
 
 
@@ -237,20 +259,20 @@ class Weighting(Part):
     """Turns logits `(b, h, i, j)` into weights of the same shape.
 
     Attributes:
-        across_queries: a query's weights depend on the other queries. The logits then come unmasked; otherwise those
-            of hidden keys hold the most negative number.
+        across_queries: a query's weights depend on the other queries. The logits are then passed unmasked; otherwise
+            those of hidden keys are the most negative number.
     """
 
     needs = Needs.WEIGHTING
     across_queries = False
 
     def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
-        """Weigh.
+        """Compute the weights.
 
         Args:
             logits: `(b, h, i, j)`.
-            mask: which keys are seen, broadcastable to the logits; None for all of them.
-            live: `(b, i)` which queries others may know of; None for all of them.
+            mask: the visible keys, broadcastable to the logits; None for all of them.
+            live: `(b, i)` the queries that others may depend on; None for all of them.
         """
         raise NotImplementedError
 
@@ -262,16 +284,17 @@ class WeightMod(Part):
     stage: float
 
     def forward(self, weights: Tensor) -> Tensor:
+        """Return the changed weights."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class ValueContext:
-    """What a value modification may look at behind the weighing.
+    """Arguments of a value modification after attention.
 
     Attributes:
         x: `(b, n, D)` the (query) input.
-        values: `(b, g, n, e)` the new tokens' own values as projected; in cross-attention, the context's.
+        values: `(b, g, n, e)` the new tokens' own values as projected; in cross-attention, those of the context.
         dead: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is no such query.
         layer: the sublayer's call.
     """
@@ -283,91 +306,97 @@ class ValueContext:
 
 
 class ValueMod(Part):
-    """Acts on values before they are weighed, or on what comes out.
+    """Changes values before attention, or its output.
 
     Attributes:
-        outer: `after` comes behind what a caller adds to the heads' outputs (`o_delta`).
+        outer: `after` is applied after the caller's `o_delta` is added to the heads' outputs.
     """
 
     outer = False
 
     def project(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
-        """Projected values `(b, g, n, e)` before they are cached; x is the (query) input `(b, n, D)`."""
+        """Change projected values `(b, g, n, e)` before they are cached; x is the (query) input `(b, n, D)`."""
         return v
 
     def weigh(self, v: Tensor) -> Tensor:
-        """All values, `(b, g, j, e)`, cached and memory ones included."""
+        """Change all values `(b, g, j, e)`, those of the cache and of memories included."""
         return v
 
     def after(self, out: Tensor, seen: ValueContext) -> Tensor:
-        """Attention's output `(b, h, n, e)` to `(b, h, n, out_width(e))`."""
+        """Change attention's output from `(b, h, n, e)` to `(b, h, n, out_width(e))`."""
         return out
 
     def out_width(self, width: int) -> int:
-        """Features of a head that `after` gives for `width` of them."""
+        """Return the number of features per head that `after` makes of `width`."""
         return width
 
     def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
-        """The columns of the reference's output projection, `(Do, h * out_width)`, in the order of our features."""
+        """Reorder the columns of the reference's output projection, `(Do, h * out_width)`, to our order."""
         return weight
 
 
 class Similarity(nn.Module):
-    """Another likeness of queries and keys than their product, as the product of wider ones. The last to touch them."""
+    """Replaces the dot product by another similarity, as the dot product of augmented q and k. Applied last."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """`q (b, h, i, d)`, `k (b, g, j, d)`, every key included, to the same with other features."""
+        """Augment `q (b, h, i, d)` and `k (b, g, j, d)`, every key included."""
         raise NotImplementedError
 
 
 class QKTransform(nn.Module):
-    """Transforms queries and keys by their positions. Keys are cached behind it and are never transformed again."""
+    """Transforms queries and keys by their positions. Keys are cached transformed, and never transformed again."""
 
     def width(self, dim_head: int) -> int:
-        """Features of a transformed key of `dim_head` features."""
+        """Return the number of features of a transformed key of `dim_head` features."""
         return dim_head
 
     def tables(self, query: Span, keys: Span) -> Any:
-        """What depends on positions alone; computed once a pass."""
+        """Compute what depends on positions only; called once per pass."""
         raise NotImplementedError
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
-        """`q (b, h, i, d)`, `k (b, g, j, d)` to the same, transformed."""
+        """Transform `q (b, h, i, d)` and `k (b, g, j, d)`."""
         raise NotImplementedError
 
 
 class QKNorm(nn.Module):
-    """Normalises projected queries and keys, whatever their positions."""
+    """Normalizes projected queries and keys, independently of positions."""
 
     scale: float | None = None
-    """The logit scale it asks for, or None for `1 / sqrt(d)`."""
+    """Factor of the logits that the norm needs, or None for `1 / sqrt(d)`."""
 
     def normalize_q(self, q: Tensor) -> Tensor:
+        """Normalize queries `(b, h, i, d)`."""
         return q
 
     def normalize_k(self, k: Tensor) -> Tensor:
+        """Normalize keys `(b, g, j, d)`."""
         return k
 
     def normalize_memory(self, k: Tensor) -> Tensor:
-        """What learned memory keys go through instead of `normalize_k`."""
+        """Normalize learned memory keys, instead of `normalize_k`."""
         return k
 
 
 class KeyMod(nn.Module):
-    """Puts keys and values that are no tokens in front of the others; every query sees them."""
+    """Adds keys and values before those of the tokens; every query sees them.
+
+    Attributes:
+        count: how many.
+        nothing: its values are zero whatever is done to other values; it is added after `ValueMod.weigh`.
+    """
 
     count: int
     nothing: bool = False
-    """Its values are zero whatever is done to those of others; it joins behind `ValueMod.weigh`."""
 
     def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """`k (b, g, j, d)`, `v (b, g, j, e)` to the same with `count` more on the left."""
+        """Add `count` keys to `k (b, g, j, d)` and values to `v (b, g, j, e)` on the left."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """The widths that the parts of one attention are built for."""
+    """Widths that the parts of one attention are built for."""
 
     dim: int
     heads: int
@@ -378,25 +407,28 @@ class AttentionShape:
 
 
 __all__ = [
-    "After",
     "AttentionShape",
     "BoundScore",
     "KeyMod",
     "LayerCall",
+    "Memo",
     "Needs",
     "Part",
+    "Parts",
     "QKNorm",
     "QKTransform",
     "RowContext",
     "RowMod",
     "ScoreMod",
     "Similarity",
+    "Slot",
     "Span",
     "Stage",
     "Tiles",
     "ValueContext",
     "ValueMod",
     "Visibility",
+    "WeightChange",
     "WeightMod",
     "Weighting",
 ]

@@ -1,145 +1,209 @@
-"""Attention outside of a stack: from the arguments of one call to what a stack would tell the sublayer."""
+"""Attention outside of a stack: from the arguments of one call to the call of a sublayer."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from x_transformers.attend import Attend
 from x_transformers.attention.base import QKTransform, ScoreMod
+from x_transformers.attention.heads import HeadProjection
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation, Pair
-from x_transformers.attention.validation import bind_attn_bias, check_context, check_mask, check_pairs
+from x_transformers.attention.validation import (
+    bind_attn_bias,
+    check_context,
+    check_input,
+    check_mask,
+    check_pairs,
+    without_hidden,
+)
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
-from x_transformers.forward_pass.documents import Documents
+from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
-from x_transformers.ops import max_neg_value
+
+PACKS = "flash_pack_seq_kwargs"
 
 
-def standalone_call(
-    x: Tensor,
-    *,
-    causal: bool,
-    heads: int,
-    dim_context: int,
-    front: int,
-    keep: bool,
-    shows_scores: bool,
-    context: Tensor | None,
-    mask: Tensor | None,
-    context_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    rel_pos: ScoreMod | None,
-    attn_bias: Tensor | None,
-    pos: Tensor | None,
-    prev_attn: Tensor | None,
-    mem: Tensor | None,
-    mem_mask: Tensor | None,
-    cache: Intermediates | None,
-    rotations: tuple[QKTransform, ...],
-    value_residual: Tensor | None,
-    additional_key_values: tuple[Tensor, Tensor] | None,
-    additional_key_value_mask: Tensor | None,
-    kv_input_residual: Tensor | None,
-    deltas: Deltas,
-    documents: Documents | None,
-    window: int | None,
-) -> LayerCall:
-    """What the sublayer is told.
+@dataclass(eq=False, kw_only=True)
+class AttentionInputs:
+    """Arguments of one call of an `Attention`; see `Attention.forward`."""
 
-    Args:
-        x: `(b, n, D)`.
-        causal: of this call.
-        heads: query heads.
+    x: Tensor
+    context: Tensor | None
+    mask: Tensor | None
+    context_mask: Tensor | None
+    attn_mask: Tensor | None
+    rel_pos: ScoreMod | None
+    attn_bias: Tensor | None
+    rotary_pos_emb: Pair | None
+    context_rotary_pos_emb: Pair | None
+    polar_pos_emb: tuple[Tensor, Tensor] | None
+    pos: Tensor | None
+    prev_attn: Tensor | None
+    mem: Tensor | None
+    mem_mask: Tensor | None
+    return_intermediates: bool
+    cache: Intermediates | None
+    value_residual: Tensor | None
+    additional_key_values: tuple[Tensor, Tensor] | None
+    additional_key_value_mask: Tensor | None
+    kv_input_residual: Tensor | None
+    deltas: Deltas
+    flash_pack_seq_kwargs: Mapping[str, Any] | None
+    causal: bool | None
+
+
+class CallAdapter(HeadProjection):
+    """Abstract base class of `Attention`: turns the arguments of a call outside of a stack into a `LayerCall`.
+
+    Attributes:
         dim_context: width of a context.
-        front: learned keys in front.
-        keep: a record is asked for, and with it the cache.
-        shows_scores: so are the scores.
-        rotations: see `given_rotations`.
-        context, ..., deltas: see `Attention.forward`.
-        documents: of a packed row.
-        window: how far back a query sees.
+        takes_views: the input is that of queries, keys and values, `(3, b, n, D)`.
+        packed: rows are packed.
+        attend: the core.
     """
-    batch, n = x.shape[:2]
-    crosses = context is not None
-    if context is not None and context.numel():
-        check_context(context, batch, dim_context)
-    if crosses and cache is not None and (causal or window is not None):
-        raise InputError(
-            "`causal` and `max_attend_past` align the last query with the last key of the context, so that a step of "
-            "new tokens cannot see what a whole pass would show it; pass no `cache`, or neither of them."
-        )
-    kv, entry = _cache_for_call(cache, n, keep and (causal or crosses) and documents is None)
-    index = torch.arange(kv.length - n, kv.length, device=x.device)
-    places = torch.arange(kv.length, device=x.device)
-    live = None if mask is None else check_mask(mask, batch, len(places), "mask")
-    slot = places.unsqueeze(0) if documents is None else documents.places(n)
-    row = slot if pos is None else (pos if pos.ndim == 2 else pos.unsqueeze(0))
-    query = Span(index, slot[:, -n:], row[:, -n:], None if live is None else live[:, -n:])
-    own = Span(places, slot, row, live)
-    if context is not None:
-        keys = fresh = _context_span(context, context_mask, entry)
-        if pos is None and cache is None:
-            # biases read distances to a context from the right, where the last query stands beside the last key
-            query = replace(query, pos=places.unsqueeze(0) + len(keys) - n)
-    else:
-        if context_mask is not None:
-            own = replace(own, live=check_mask(context_mask, batch, len(own), "context_mask"))
+
+    dim_context: int
+    takes_views: bool
+    packed: bool
+    attend: Attend
+
+    def layer_call(self, given: AttentionInputs) -> LayerCall:
+        """Check the arguments of a call, and return the call of a sublayer that they mean.
+
+        Raises:
+            InputError: if arguments contradict each other.
+            ShapeError: if an argument does not fit x.
+        """
+        x, context, mem = self._input_of_queries(given), given.context, given.mem
+        batch, n = x.shape[:2]
+        causal = self.attend.causal if given.causal is None else given.causal
+        if given.polar_pos_emb is not None and self.unrotated_heads is not None:
+            raise InputError("`polar_pos_emb` turns all heads alike; drop `rotate_num_heads`, or the sub-heads.")
+        self.attend.check_causality(causal, cached=given.cache is not None)
+        documents = self._documents(x, given)
+        rotations = _rotations(given)
+        if context is not None and context.numel():
+            check_context(context, batch, self.dim_context)
+        if context is not None and given.cache is not None and (causal or self.attend.window is not None):
+            raise InputError(
+                "`causal` and `max_attend_past` align the last query with the last key of the context, so that a step "
+                "of new tokens cannot see what a whole pass would show it; pass no `cache`, or neither of them."
+            )
+        keeps = given.return_intermediates and (causal or context is not None) and documents is None
+        kv, entry = _cache_for_call(given.cache, n, keeps)
+        query, own = _spans(given, x, kv.length, documents)
         keys, fresh = own, query
-    size = {"batch": batch, "heads": heads, "queries": n, "keys": len(keys)}
-    if attn_mask is not None:
-        attn_mask = check_pairs(attn_mask, "attn_mask", **size)
-    if attn_bias is not None:
-        attn_bias = check_pairs(attn_bias, "attn_bias", **size)
-    if mem is not None:
-        keys, fresh = (span.after_memory(mem.shape[1], mem_mask, batch) for span in (keys, fresh))
-    call = Call(
-        query=query,
-        keys=own,
-        causal=causal,
-        aligned=kv.length == n,
-        newest=n == 1,
-        row_mask=query.live if cache is None else None,
-        attn_mask=attn_mask,
-        capture=Capture(scores=shows_scores and cache is None),
-    )
-    biases = () if rel_pos is None else (rel_pos.bind(query, keys),)
-    if attn_bias is not None:
-        biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
-    if additional_key_values is not None:
-        count = additional_key_values[0].shape[-2]
-        front += count
-        if additional_key_value_mask is not None:
-            additional_key_value_mask = check_mask(additional_key_value_mask, batch, count, "additional_key_value_mask")
-    kind = "c" if crosses else "a"
-    carry = Carry(values={} if value_residual is None else {kind: value_residual})
-    if prev_attn is not None:
-        previous = without_hidden(prev_attn, front + len(keys))
-        carry = replace(carry, scores={kind: (previous, previous.shape[-1] - len(keys))})
-    return LayerCall(
-        call=call,
-        keys=keys,
-        fresh=fresh,
-        biases=biases,
-        memory=mem,
-        context=context,
-        entry=entry,
-        carry=carry,
-        rotations=rotations,
-        additional=additional_key_values,
-        additional_mask=additional_key_value_mask,
-        kv_residual=kv_input_residual,
-        deltas=deltas,
-        documents=documents,
-        causal=causal if crosses else None,
-    )
+        if context is not None:
+            keys = fresh = _context_span(context, given.context_mask, entry)
+            if given.pos is None and given.cache is None:
+                # biases measure distances to a context from the right: the last query is aligned with the last key
+                aligned = torch.arange(len(keys) - n, len(keys), device=x.device)
+                query = replace(query, pos=aligned.unsqueeze(0))
+        attn_mask, attn_bias = given.attn_mask, given.attn_bias
+        size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": len(keys)}
+        if attn_mask is not None:
+            attn_mask = check_pairs(attn_mask, "attn_mask", **size)
+        if attn_bias is not None:
+            attn_bias = check_pairs(attn_bias, "attn_bias", **size)
+        if mem is not None:
+            keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
+        biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)
+        if attn_bias is not None:
+            biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
+        call = Call(
+            query=query,
+            keys=own,
+            causal=causal,
+            aligned=kv.length == n,
+            newest=n == 1,
+            row_mask=query.live if given.cache is None else None,
+            attn_mask=attn_mask if context is None else None,
+            capture=Capture(
+                scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
+            ),
+        )
+        return LayerCall(
+            call=call,
+            keys=keys,
+            fresh=fresh,
+            biases=biases,
+            memory=mem,
+            context=context,
+            entry=entry,
+            carry=self._carry(given, len(keys)),
+            rotations=rotations,
+            additional=given.additional_key_values,
+            additional_mask=_additional_mask(given, batch),
+            kv_residual=given.kv_input_residual,
+            deltas=given.deltas,
+            documents=documents,
+            causal=None if context is None else causal,
+            context_attn_mask=None if context is None else attn_mask,
+        )
+
+    def _input_of_queries(self, given: AttentionInputs) -> Tensor:
+        """Return the input of the queries, the only one or the first of three."""
+        x = given.x
+        if self.takes_views:
+            if given.context is not None:
+                raise InputError("`qkv_receive_diff_residuals` gives keys and values their own input; drop `context`.")
+            if x.ndim != 4 or x.shape[0] != 3:
+                raise ShapeError(
+                    f"the input has shape {tuple(x.shape)}; `qkv_receive_diff_residuals` takes (3, batch, tokens, "
+                    f"{self.shape.dim}), the inputs of queries, keys and values."
+                )
+            x = x[0]
+        check_input(x, self.shape.dim)
+        return x
+
+    def _documents(self, x: Tensor, given: AttentionInputs) -> Documents | None:
+        """Return the documents of a packed row."""
+        packs, context = given.flash_pack_seq_kwargs, given.context
+        check_packing(packs, packed=self.packed, cached=given.cache is not None, name=PACKS, keyword="flash_pack_seq")
+        if packs is None:
+            return None
+        keys = None if context is None else context.shape[1]
+        documents = documents_of(packs, batch=x.shape[0], queries=x.shape[1], keys=keys, name=PACKS)
+        names = ("mask", "context_mask", "attn_mask", "mem", "additional_key_values")
+        refuse_beside(PACKS, **{name: getattr(given, name) for name in names})
+        return documents
+
+    def _carry(self, given: AttentionInputs, keys: int) -> Carry:
+        """Return values and logits of an earlier attention."""
+        kind = "a" if given.context is None else "c"
+        carry = Carry(values={} if given.value_residual is None else {kind: given.value_residual})
+        if given.prev_attn is None:
+            return carry
+        prefix = sum(mod.count for mod in self.keys)
+        if given.additional_key_values is not None:
+            prefix += given.additional_key_values[0].shape[-2]
+        previous = without_hidden(given.prev_attn, prefix + keys)
+        return replace(carry, scores={kind: (previous, previous.shape[-1] - keys)})
+
+
+def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents | None) -> tuple[Span, Span]:
+    """Return the new tokens, and all of them, cached ones included: `length` in number."""
+    batch, n = x.shape[:2]
+    places = torch.arange(length, device=x.device)
+    live = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
+    slot = places.unsqueeze(0) if documents is None else documents.places(n)
+    pos = slot if given.pos is None else given.pos if given.pos.ndim == 2 else given.pos.unsqueeze(0)
+    query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if live is None else live[:, -n:])
+    if given.context is None and given.context_mask is not None:
+        live = check_mask(given.context_mask, batch, length, "context_mask")
+    return query, Span(places, slot, pos, live)
 
 
 def _context_span(context: Tensor, mask: Tensor | None, entry: Entry | None) -> Span:
-    """The keys of a context, given or cached."""
+    """Return the keys of a context, given or cached."""
     held = None if entry is None else entry.get("k")
     count = context.shape[1] if held is None else held.shape[-2]
     where = torch.arange(count, device=context.device)
@@ -147,24 +211,17 @@ def _context_span(context: Tensor, mask: Tensor | None, entry: Entry | None) -> 
     return Span(where, where[None], where[None], live)
 
 
-def without_hidden(logits: Tensor, keys: int) -> Tensor:
-    """An earlier attention's logits without a sink's column, and with 0 where they were hidden.
-
-    Raises:
-        ShapeError: if they do not cover the keys.
-    """
-    if logits.ndim != 4 or logits.shape[-1] not in (keys, keys + 1):
-        raise ShapeError(
-            f"`prev_attn` has shape {tuple(logits.shape)}; it must be (b, h, i, {keys}), or have a sink's column more."
-        )
-    logits = logits[..., -keys:]
-    return logits.masked_fill(logits <= max_neg_value(logits) / 2, 0.0)
+def _additional_mask(given: AttentionInputs, batch: int) -> Tensor | None:
+    mask, pair = given.additional_key_value_mask, given.additional_key_values
+    if mask is None or pair is None:
+        return mask
+    return check_mask(mask, batch, pair[0].shape[-2], "additional_key_value_mask")
 
 
-def given_rotations(
-    rotary: Pair | None, of_context: Pair | None, polar: tuple[Tensor, Tensor] | None, crosses: bool
-) -> tuple[QKTransform, ...]:
-    """The transforms that a caller's pairs mean."""
+def _rotations(given: AttentionInputs) -> tuple[QKTransform, ...]:
+    """Return the transforms of the caller's pairs."""
+    rotary, of_context, polar = given.rotary_pos_emb, given.context_rotary_pos_emb, given.polar_pos_emb
+    crosses = given.context is not None
     if rotary is not None and polar is not None:
         raise InputError("`rotary_pos_emb` and `polar_pos_emb` both turn queries and keys; pass one of them.")
     if crosses and (rotary is None) != (of_context is None):
@@ -181,6 +238,7 @@ def given_rotations(
 
 
 def _cache_for_call(cache: Intermediates | None, n: int, keep: bool) -> tuple[KVCache, Entry | None]:
+    """Return a cache for `n` more tokens, and its entry if it is kept."""
     kv = KVCache()
     if cache is not None:
         if cache.entry is None:

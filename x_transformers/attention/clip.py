@@ -1,4 +1,4 @@
-"""QK clip: shrink query and key weights until no logit exceeds a bound (MuonClip, 2507.20534)."""
+"""QK clip: scale query and key weights down until no logit exceeds a bound (MuonClip, 2507.20534)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.intermediates import Intermediates
+
+
+def checked_logits(logits: Tensor | Intermediates | None, heads: int, tau: float) -> Tensor:
+    """Return the logits that `qk_clip_` was given.
+
+    Raises:
+        InputError: if there are none, or tau is not positive. ShapeError: if they are not `(b, heads, i, j)`.
+    """
+    if isinstance(logits, Intermediates):
+        logits = logits.pre_softmax_attn
+    if logits is None:
+        raise InputError(
+            "`qk_clip_` reads logits, and this record holds none, since a fused kernel or a cache made it; run the "
+            "pass without a cache, with `return_intermediates = True` and `flash` at None or False."
+        )
+    if tau <= 0:
+        raise InputError(f"`tau` is {tau}; it must be positive.")
+    if logits.ndim != 4 or logits.shape[1] != heads:
+        raise ShapeError(f"the logits have shape {tuple(logits.shape)}; they must be (b, {heads}, i, j).")
+    return logits
+
 
 def clip_factors(logits: Tensor, tau: float) -> Tensor:
-    """`(h,)` factors `min(1, tau / max)` of each head's largest logit; 1 where that is not positive.
+    """Return `(h,)` factors `min(1, tau / max)` of each head's largest logit; 1 where that is not positive.
 
     Args:
         logits: `(b, h, i, j)`.
-        tau: what no logit should exceed, > 0.
+        tau: the bound of the logits, > 0.
     """
     most = logits.float().amax(dim=(0, 2, 3))
     return torch.where(most > tau, tau / most, 1.0)
@@ -23,12 +46,12 @@ def clip_factors(logits: Tensor, tau: float) -> Tensor:
 def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Tensor, kv_heads: int) -> None:
     """Multiply the logits of each query head by its factor, shared between query and key weights.
 
-    The rows of key head g become `sqrt(f_g)` times what they were, with `f_g` the least factor of the query heads that
-    read it, and those of query head q the rest, `factor_q / sqrt(f_g)`.
+    The rows of key head g are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query heads that use it,
+    and those of query head q by the rest, `factor_q / sqrt(f_g)`.
 
     Args:
         queries: the map to `h * d` features.
-        keys: the maps whose features, one behind the other, are the keys' `g * d`.
+        keys: the maps whose features, concatenated, are the `g * d` features of the keys.
         factors: `(h,)`.
         kv_heads: g.
     """
@@ -36,14 +59,14 @@ def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Te
     rest = factors / shared.repeat_interleave(len(factors) // kv_heads)
     _scale_rows(queries, rest)
     done = 0
-    width = queries.out_features // len(factors)
+    width = queries.weight.shape[0] // len(factors)
     for linear in keys:
         if linear is not None:
-            heads = linear.out_features // width
+            heads = linear.weight.shape[0] // width
             _scale_rows(linear, shared[done : done + heads])
             done += heads
 
 
 def _scale_rows(linear: nn.Linear, factors: Tensor) -> None:
-    rows = factors.repeat_interleave(linear.out_features // len(factors))
+    rows = factors.repeat_interleave(linear.weight.shape[0] // len(factors))
     linear.weight.mul_(rows.to(linear.weight)[:, None])

@@ -1,4 +1,4 @@
-"""Latent attention (MLA, 2405.04434): queries, and keys with values, through a narrow latent; it is what is cached."""
+"""Latent attention (MLA, 2405.04434): queries, and keys with values, from a narrow latent, which is what is cached."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape
 from x_transformers.cache import Shape
+from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
@@ -18,7 +19,7 @@ class LatentOptions:
     dim_latent_q: int | None = opt(None, "its width")
     use_latent_kv: bool = opt(False, "keys and values are projected from one latent of `dim_latent_kv` features")
     dim_latent_kv: int | None = opt(None, "its width; only the latent is cached")
-    latent_rope_subheads: int | None = opt(None, "the last s key heads come from the input, and they alone rotate")
+    latent_rope_subheads: int | None = opt(None, "the last s key heads come from the input, and only they rotate")
 
     def __post_init__(self) -> None:
         for kind in ("q", "kv"):
@@ -29,12 +30,12 @@ class LatentOptions:
         require(s is None or s >= 1, f"`latent_rope_subheads` is {s}; it must be at least 1.")
         require(
             s is None or self.use_latent_kv,
-            "`latent_rope_subheads` are key heads beside those from the latent; it needs `use_latent_kv = True`.",
+            "`latent_rope_subheads` are key heads next to those from the latent; it needs `use_latent_kv = True`.",
         )
 
 
 class LatentKeysValues(nn.Module):
-    """`c = W x`, from which keys and values are projected, and the key heads that come from x itself.
+    """Latent `c = W x`, from which keys and values are projected, and key heads that come from x itself.
 
     Args:
         shape: of the attention.
@@ -54,22 +55,22 @@ class LatentKeysValues(nn.Module):
         self.sub_keys = nn.Linear(dim_context, subheads * shape.dim_head, bias=False) if subheads else None
 
     def cache_streams(self) -> dict[str, Shape]:
-        """The latent, and the key heads that do not come from it."""
+        """Return the streams of the latent, and of the key heads that do not come from it."""
         streams: dict[str, Shape] = {"latent": (1, self.width)}
         if self.subheads:
             streams["sub_keys"] = (self.subheads, self.dim_head)
         return streams
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """`(b, n, Dc)` to the streams `(b, heads, n, width)` by name."""
+        """Map `(b, n, Dc)` to the streams `(b, heads, n, width)` by name."""
         streams = {"latent": self.project(x).unsqueeze(1)}
         if self.sub_keys is not None:
-            streams["sub_keys"] = self.sub_keys(x).unflatten(-1, (self.subheads, -1)).transpose(-3, -2)
+            streams["sub_keys"] = split_heads(self.sub_keys(x), self.subheads)
         return streams
 
 
 def join_sub_keys(k: Tensor | None, streams: dict[str, Tensor]) -> Tensor:
-    """Keys from the latent with the heads that come from the input behind them."""
+    """Concatenate the key heads from the latent and those from the input."""
     sub = streams.get("sub_keys")
     kept = [t for t in (k, sub) if t is not None]
     return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-3)

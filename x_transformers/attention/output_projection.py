@@ -1,4 +1,4 @@
-"""From heads to the stream: one linear map, gated where attention is put on attention (1908.06954)."""
+"""Output projection: one linear map of all heads, optionally gated (attention on attention, 1908.06954)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from x_transformers.options.schema import Feature, opt, require
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     dim_out: int | None = opt(None, "width of the output; default `dim`")
-    project_out: bool | None = opt(None, "force or forbid the output projection; default: there unless it is useless")
+    project_out: bool | None = opt(None, "force or forbid the output projection; default: only where it has an effect")
     zero_init_output: bool = opt(False, "the output projection starts at zero")
     output_proj_depth: int | None = opt(None, "its standard deviation is (2 * fan_in * depth) ** -0.5 (2402.00838)")
 
@@ -37,12 +37,12 @@ class GatedOutput(nn.Module):
         self.projection = nn.Linear(width, 2 * dim_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(b, n, h e) -> (b, n, Do)`."""
+        """Map `(b, n, h e)` to `(b, n, Do)`."""
         return F.glu(self.projection(x), dim=-1)
 
 
 def build_output(shape: AttentionShape, width: int, options: OutputOptions, gated: bool) -> nn.Module:
-    """The output projection, or the identity where it would be useless and is not asked for.
+    """Build the output projection, or the identity where it would have no effect and is not requested.
 
     Args:
         shape: of the attention.
@@ -51,7 +51,7 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
         gated: attention on attention.
 
     Raises:
-        ConfigError: if there is to be no projection, but its width or another option needs one.
+        ConfigError: if the projection is forbidden, but its width or another option needs one.
     """
     dim_out = shape.dim if options.dim_out is None else options.dim_out
     project = options.project_out
@@ -62,10 +62,10 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
             raise ConfigError("`on_attn` gates the output projection; drop `project_out = False`.")
         if width != dim_out:
             raise ConfigError(
-                f"`project_out = False` leaves the output at width {width}, but {dim_out} is asked for; drop it."
+                f"`project_out = False` leaves the output at width {width}, but {dim_out} is requested; drop it."
             )
         if options.zero_init_output or options.output_proj_depth is not None:
-            raise ConfigError("there is no output projection to initialise; set `project_out = True`.")
+            raise ConfigError("there is no output projection to initialize; set `project_out = True`.")
         return nn.Identity()
     out = GatedOutput(width, dim_out) if gated else nn.Linear(width, dim_out, bias=False)
     weight = linear_of(out).weight  # type: ignore[union-attr]
@@ -77,7 +77,7 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
 
 
 def linear_of(out: nn.Module) -> nn.Linear | None:
-    """The linear map of an output projection, if it has one."""
+    """Return the linear map of an output projection; None if it has none."""
     if isinstance(out, GatedOutput):
         return out.projection
     return out if isinstance(out, nn.Linear) else None

@@ -1,6 +1,6 @@
-"""From inputs to heads: queries, keys and values by one linear map each, with shared (grouped) key/value heads.
+"""Projections to queries, keys and values by one linear map each, with shared (grouped) key/value heads.
 
-Grouped heads (2305.13245; one head: 1911.02150): query head `q` reads key/value head `q // (heads // kv_heads)`.
+Grouped heads (2305.13245; one head: 1911.02150): query head `q` uses key/value head `q // (heads // kv_heads)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HeadOptions:
         )
 
     def unrotated_heads(self, heads: int, kv_heads: int) -> tuple[int, int] | None:
-        """How many query heads and key heads in front are not rotated, or None if all are."""
+        """Return the numbers of query and key heads, from the first on, that are not rotated; None if all are."""
         rotated = self.rotate_num_heads
         if rotated is None or rotated == heads:
             return None
@@ -55,7 +55,7 @@ class GroupedOptions:
         )
 
     def count(self, heads: int) -> int:
-        """Key/value heads for `heads` query heads."""
+        """Return the number of key/value heads for `heads` query heads."""
         kv_heads = 1 if self.one_kv_head else self.kv_heads if self.kv_heads is not None else heads
         require(
             kv_heads >= 1 and heads % kv_heads == 0,
@@ -76,7 +76,7 @@ class Projections(PreparesForInference):
         dim: width of x.
         dim_context: width of the source s of keys and values.
         heads, kv_heads: query heads; key/value heads.
-        key_heads: of the key/value heads, how many get their keys here; without any, there is no such map.
+        key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
         dim_head, value_dim_head: widths of a head.
     """
 
@@ -97,37 +97,53 @@ class Projections(PreparesForInference):
         self.k = nn.Linear(dim_context, key_heads * dim_head, bias=False) if key_heads else None
         self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=False)
 
+    def plain(self, xq: Tensor, xk: Tensor, xv: Tensor, merged: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Project `(b, i, D)`, `(b, j, Dc)`, `(b, j, Dc)` to `(b, h, i, d)`, `(b, g, j, d)`, `(b, g, j, e)`.
+
+        Every pass goes through here, so that heads are split without further Python calls.
+
+        Args:
+            xq, xk, xv: inputs of queries, keys and values.
+            merged: the matrix of `prepare`, which serves where all three inputs are the same.
+        """
+        h, g = self.heads, self.kv_heads
+        if merged is not None and xk is xq and xv is xq:
+            q, k, v = split_heads(F.linear(xq, merged), h + 2 * g).split_with_sizes((h, g, g), -3)
+            return q, k, v
+        assert self.k is not None
+        q, k, v = self.q(xq), self.k(xk), self.v(xv)
+        (b, i, _), (c, j, _) = q.shape, k.shape
+        # the axes of a single token need not be exchanged
+        q = q.view(b, h, 1, -1) if i == 1 else q.view(b, i, h, -1).transpose(1, 2)
+        if j == 1:
+            return q, k.view(c, g, 1, -1), v.view(c, g, 1, -1)
+        return q, k.view(c, j, g, -1).transpose(1, 2), v.view(c, j, g, -1).transpose(1, 2)
+
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        """`(b, i, D) -> (b, h, i, d)`; the delta is added to the flat features."""
+        """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""
         flat = self.q(x)
         return split_heads(flat if delta is None else flat + delta, self.heads)
 
     def keys_values(
         self, xk: Tensor, xv: Tensor, delta_k: Tensor | None = None, delta_v: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """`(b, j, Dc), (b, j, Dc) -> (b, g, j, d), (b, g, j, e)`; no keys where there is no map for them."""
+        """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys."""
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
 
     def prepare(self) -> Tensor | None:
-        """`((h + 2g) d, D)`: the three matrices in one. None if they are large, read inputs or make heads of different
-        widths, or are no plain maps (any more).
+        """Return the three matrices in one, `((h + 2g) d, D)`.
+
+        None if they are large, read inputs or make heads of different widths, or are not plain linear maps.
         """
         maps = [plain_map(each) for each in (self.q, self.k, self.v)]
-        weights = [each.weight.detach() for each in maps if each is not None]
+        weights = [each.weight.detach() for each in maps if each is not None and each.bias is None]
         if len(weights) < len(maps):
             return None
         if sum(weight.nbytes for weight in weights) > COPIED_BYTES or len({weight.shape[1] for weight in weights}) > 1:
             return None
-        if self.q.out_features // self.heads != self.v.out_features // self.kv_heads:
-            return None
-        return torch.cat(weights)
-
-    def together(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(b, n, D) -> (b, h, n, d), (b, g, n, d), (b, g, n, d)`, by the matrix that `prepare` made."""
-        heads, groups = self.heads, self.kv_heads
-        q, k, v = split_heads(F.linear(x, weights), heads + 2 * groups).split_with_sizes((heads, groups, groups), -3)
-        return q, k, v
+        of_q, _, of_v = (weight.shape[0] for weight in weights)
+        return torch.cat(weights) if of_q // self.heads == of_v // self.kv_heads else None
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:

@@ -1,16 +1,13 @@
-"""The names that attention's weights have in the reference's checkpoints, and its order of heads."""
+"""Names of attention's weights in the reference's checkpoints, and its order of heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from x_transformers.attention.base import AttentionShape, Part, ValueMod
 from x_transformers.modules.state_dict import rename, rename_prefix
-from x_transformers.ops import reference_head_order
+from x_transformers.ops import reference_head_order, reorder_heads
 
 _REFERENCE = {
     "to_q.weight": "projections.q.weight",
@@ -32,6 +29,16 @@ _REFERENCE = {
     "attend.head_attn_sink": "sink.logits",
 }
 
+_PER_HEAD = (
+    ("projections.q.weight", 0),
+    ("out.weight", 1),
+    ("out.projection.weight", 1),
+    ("qk_norms.qk_norm.q_scale", 0),
+    ("qk_norms.qk_rmsnorm.q_norm.gamma", 0),
+    ("sink.logits", 0),
+)
+"""Our entries with query heads, and along which axis."""
+
 
 def translate(
     state: dict[str, Any],
@@ -42,12 +49,14 @@ def translate(
     values: Iterable[ValueMod],
     has_keys: bool,
 ) -> None:
-    """Turn the reference's entries below a prefix into ours, in place.
+    """Rename the reference's entries below a prefix to ours, and reorder their heads, in place.
 
     Args:
-        state: of the whole model. prefix: of this attention.
-        shape: its heads.
-        parts: those with entries of their own, by path. values: those that say how the output's columns stand.
+        state: of the whole model.
+        prefix: of this attention.
+        shape: its numbers of heads.
+        parts: the parts with entries of their own, by path.
+        values: the parts that know the order of the columns of the output projection.
         has_keys: there is a map for keys.
     """
     if f"{prefix}to_q.weight" not in state:
@@ -64,19 +73,22 @@ def translate(
     order = reference_head_order(shape.heads, shape.kv_heads)
     if order is None:
         return
-    permute = _permute_heads(state, prefix, order, shape.heads)
-    permute("projections.q.weight", 0)
-    permute("out.weight", 1)
-    permute("out.projection.weight", 1)
-    permute("qk_norms.qk_norm.q_scale", 0)
-    permute("qk_norms.qk_rmsnorm.q_norm.gamma", 0)
-    permute("sink.logits", 0)
+    for name, axis in _PER_HEAD:
+        if prefix + name in state:
+            state[prefix + name] = reorder_heads(state[prefix + name], axis, order)
     for path, part in parts.items():
         part.permute_heads(state, f"{prefix}{path}.", order)
 
 
 def rename_parts(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], within: str = "") -> None:
-    """Rename what the parts declare; `within` are the first letters of their names that the state leaves out."""
+    """Rename the entries that the parts declare.
+
+    Args:
+        state: entries by name, changed in place.
+        prefix: of the module that the parts belong to.
+        parts: by path.
+        within: the beginning of the declared names that the state omits.
+    """
     for path, part in parts.items():
         for name, own in part.reference.items():
             old = prefix + name.removeprefix(within)
@@ -86,15 +98,3 @@ def rename_parts(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], 
                 rename_prefix(state, old, f"{prefix}{path}.{own}")
             else:
                 rename(state, old, f"{prefix}{path}.{own}")
-
-
-def _permute_heads(state: dict[str, Any], prefix: str, order: Tensor, heads: int) -> Any:
-    def permute(name: str, dim: int) -> None:
-        key = prefix + name
-        if key in state:
-            tensor = state[key]
-            width = tensor.shape[dim] // heads
-            rows = (order[:, None] * width + torch.arange(width)).flatten().to(tensor.device)
-            state[key] = tensor.index_select(dim, rows)
-
-    return permute

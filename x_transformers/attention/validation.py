@@ -1,4 +1,4 @@
-"""Readings of what a caller gives to attention, shared by attention alone and by stacks."""
+"""Checks of the arguments of attention, shared by `Attention`, `Attend` and stacks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, Stage
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.ops import max_neg_value
 
 
 def check_pairs(t: Tensor, name: str, *, batch: int, heads: int, queries: int, keys: int) -> Tensor:
-    """A tensor over pairs of tokens, with a column for each of the keys; three axes mean heads.
+    """Return a tensor over pairs of tokens with a column for each key; three axes mean heads.
 
     Args:
         t: broadcastable to `(batch, heads, queries, keys)`, or with further columns, on the left, for recurrent memory.
         name: of the argument.
+        batch, heads, queries, keys: the expected sizes.
 
     Raises:
         ShapeError: if it has another shape.
@@ -32,7 +34,11 @@ def check_pairs(t: Tensor, name: str, *, batch: int, heads: int, queries: int, k
 
 
 def bind_attn_bias(bias: Tensor, queries: int, keys: int) -> Any:
-    """The caller's additive bias as a bound score; columns it does not cover, of recurrent memory, get 0."""
+    """Return the caller's additive bias as a bound score; columns of recurrent memory, which it may omit, get 0.
+
+    Raises:
+        ShapeError: if it has more columns than there are keys.
+    """
     if bias.shape[-1] > keys:
         raise ShapeError(
             f"`attn_bias` has shape {tuple(bias.shape)}; there are {keys} keys, recurrent memory included."
@@ -42,8 +48,26 @@ def bind_attn_bias(bias: Tensor, queries: int, keys: int) -> Any:
     return BoundScore(needs=Needs.BIAS, stage=Stage.BIAS, dense=lambda: full)
 
 
+def without_hidden(logits: Tensor, keys: int) -> Tensor:
+    """Return an earlier attention's logits without a sink's column, and with 0 where they were hidden.
+
+    Raises:
+        ShapeError: if they do not cover the keys.
+    """
+    if logits.ndim != 4 or logits.shape[-1] not in (keys, keys + 1):
+        raise ShapeError(
+            f"`prev_attn` has shape {tuple(logits.shape)}; it must be (b, h, i, {keys}), or have a sink's column more."
+        )
+    logits = logits[..., -keys:]
+    return logits.masked_fill(logits <= max_neg_value(logits) / 2, 0.0)
+
+
 def check_input(x: Tensor, dim: int) -> None:
-    """Raise unless x is `(b, n, dim)` of a floating dtype."""
+    """Check that x is `(b, n, dim)` of a floating dtype.
+
+    Raises:
+        ShapeError: if it has another shape. InputError: if its dtype is not floating.
+    """
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ShapeError(f"the input has shape {tuple(x.shape)}; it must be (batch, tokens, {dim}).")
     if not x.is_floating_point():
@@ -51,7 +75,11 @@ def check_input(x: Tensor, dim: int) -> None:
 
 
 def check_context(context: Tensor, batch: int, width: int) -> None:
-    """Raise unless a context is `(batch, m, width)`, or one row for all."""
+    """Check that a context is `(batch, m, width)`, or one row for all.
+
+    Raises:
+        ShapeError: if it has another shape.
+    """
     if context.ndim != 3 or context.shape[0] not in (1, batch) or context.shape[2] != width:
         raise ShapeError(
             f"`context` has shape {tuple(context.shape)}; it must be ({batch}, m, {width}), or one row for all."
@@ -59,7 +87,7 @@ def check_context(context: Tensor, batch: int, width: int) -> None:
 
 
 def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
-    """A `(batch, length)` mask as bool.
+    """Return a `(batch, length)` mask as bool.
 
     Raises:
         ShapeError: if it has another shape.
@@ -73,7 +101,9 @@ def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
 
 
 def check_static_mask(mask: Tensor, batch: int, least: int, most: int, name: str) -> Tensor:
-    """A `(batch, w)` mask as bool, w from `least` to `most`: how many tokens a static cache holds, a device knows.
+    """Return a `(batch, w)` mask as bool, with w from `least` to `most`.
+
+    The number of tokens in a static cache is a tensor on the device, which is not read.
 
     Raises:
         ShapeError: if it has another shape.
@@ -81,6 +111,6 @@ def check_static_mask(mask: Tensor, batch: int, least: int, most: int, name: str
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or not least <= mask.shape[1] <= most:
         raise ShapeError(
             f"`{name}` has shape {tuple(mask.shape)}; with this static cache it must be ({batch}, w), w from {least} "
-            f"to {most}: one value for each row and each token, cached ones included. Tokens behind it are valid."
+            f"to {most}: one value for each row and each token, cached ones included. Tokens after it are valid."
         )
     return mask.bool().expand(batch, -1)

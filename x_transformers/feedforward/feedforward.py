@@ -135,7 +135,9 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
         """Compute the output of one sublayer of a stack."""
-        return BranchOutput(self._compute(x, layer.deep_embed), None, layer.carry)
+        out = self.forward(x, layer=layer)
+        assert isinstance(out, BranchOutput)
+        return out
 
     def forward(
         self, x: Tensor, deep_embed: Tensor | None = None, *, layer: LayerCall | None = None
@@ -145,14 +147,14 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         Args:
             x: `(..., dim)` input.
             deep_embed: `(..., dim_out)` factor on the output, or None.
+            layer: the call of a sublayer, instead of `deep_embed`.
 
         Returns:
-            `(..., dim_out)`.
+            `(..., dim_out)`; with `layer`, a `BranchOutput`.
         """
-        return self._compute(x, deep_embed) if layer is None else self.run(x, layer)
-
-    def _compute(self, x: Tensor, deep_embed: Tensor | None) -> Tensor:
-        plain = self.at_hand
+        if layer is not None:
+            deep_embed = layer.deep_embed
+        plain = self.ready
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
@@ -165,7 +167,14 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         x = self.down(x) if plain is None else F.linear(x, *plain[1])
         if self.sublayer_dropout:
             x = F.dropout(x, self.sublayer_dropout, self.training)
-        return x if deep_embed is None else x * deep_embed
+        if deep_embed is not None:
+            x = x * deep_embed
+        return x if layer is None else BranchOutput(x, None, layer.carry)
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """True: every token is mapped by itself."""
+        return True
 
     def prepare(self) -> tuple[Map, Map] | None:
         """Return the weights of both linear maps; None if one of them is not a plain `nn.Linear`."""

@@ -9,7 +9,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ class Call:
     memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
 
     @property
-    def shown(self) -> Tensor | None:
+    def live(self) -> Tensor | None:
         """`(b, n)` bool, True for tokens of this pass that others may see; None if they may see all.
 
         Parts that mix tokens in other ways than by keys (shifts, means, recurrent modules) must leave out the others.
@@ -186,6 +186,21 @@ class Deltas:
         return self.q is None and self.k is None and self.v is None
 
 
+class LayerStart(NamedTuple):
+    """State of a pass at the entry of one sublayer.
+
+    Attributes:
+        task: the backward pass during which the call was made; -1 for none.
+        held: number of results in the memo.
+        entry, states: copies of the streams in the cache and of the running states.
+    """
+
+    task: int
+    held: int
+    entry: Any
+    states: Any
+
+
 @dataclass(eq=False)
 class LayerCall:
     """Inputs of one executed sublayer besides the tokens.
@@ -214,6 +229,8 @@ class LayerCall:
         deltas: values that a caller adds inside.
         documents: the documents of a packed row, and of its keys; None if each row is one document.
         causal: causality of this sublayer; None: that of the pass for self-attention, none for cross-attention.
+        context_attn_mask: like the pass's `attn_mask`, over the keys of a context.
+        start: the state that the sublayer changes, as it was before; None if the sublayer runs only once.
     """
 
     call: Call
@@ -235,6 +252,34 @@ class LayerCall:
     deltas: Deltas = field(kw_only=True)
     documents: Documents | None = None
     causal: bool | None = None
+    context_attn_mask: Tensor | None = None
+    start: LayerStart | None = None
+
+    def remember_start(self) -> None:
+        """Record the state that the sublayer changes while it runs; see `restarted`."""
+        entry = None if self.entry is None else self.entry.copy()
+        states = None if self.states is None else entry if self.states is self.entry else self.states.copy()
+        self.start = LayerStart(torch._C._current_graph_task_id(), len(self.call.memo.held), entry, states)
+
+    @property
+    def runs_again(self) -> bool:
+        """True if the sublayer ran before with this call: a checkpoint wrapper runs it again in a backward pass."""
+        if self.start is None or torch.compiler.is_compiling():
+            return False
+        return torch._C._current_graph_task_id() != self.start.task or len(self.call.memo.held) > self.start.held
+
+    def restarted(self) -> LayerCall:
+        """Return this call with memo, cache and states as they were when the sublayer first ran.
+
+        A wrapper that runs a sublayer again expects it to save the same tensors for the backward pass, in the same
+        order. Therefore the second run must compute the tables that the first one computed, although the memo holds
+        them by now, and must not append its keys to the cache once more.
+        """
+        assert self.start is not None
+        _, held, entry, states = self.start
+        kept = None if entry is None else entry.copy()
+        own = None if states is None else kept if states is entry else states.copy()
+        return replace(self, call=replace(self.call, memo=self.call.memo.fork(held)), entry=kept, states=own)
 
     def behind_memory(self, x: Tensor) -> Tensor:
         """Return `(b, m + n, D)`, recurrent memory before the (query) inputs of this pass."""

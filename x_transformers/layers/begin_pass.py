@@ -11,8 +11,8 @@ from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import check_context, check_input, check_pairs
-from x_transformers.cache import KVCache, StaticCache
-from x_transformers.errors import InputError, ShapeError
+from x_transformers.cache import KVCache
+from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.memo import Memo
@@ -177,39 +177,17 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
 
 def begin_cache(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> KVCache:
     """Return the cache, begun for the new tokens; a new one if the caller passed none."""
-    kv = (KVCache() if kv is None else kv).begin(inputs.x.shape[1])
-    if kv.order not in (None, inputs.order):
-        raise InputError(f"the cache was filled by layers {kv.order}, but layers {inputs.order} are to run; keep one.")
-    if kv.fresh:
-        prepare_windows(stack, kv, inputs.order, inputs.prefix)
-    kv.order = inputs.order
-    return kv
-
-
-def prepare_windows(stack: LayerStack, kv: KVCache, order: tuple[int, ...], prefix: int | None) -> None:
-    """Specify before the first pass what a cache need not keep because of windows.
-
-    A window counts slots back from the query; the leading `prefix` slots are no tokens, and every window sees them. If
-    there are such slots between the tokens (`prefix` is None), nothing can be dropped.
-
-    Raises:
-        InputError: if the windows of a static cache were made for a shorter prefix.
-    """
-    if not isinstance(kv, StaticCache):
-        kv.prefix = prefix or 0
-        kv.reaches = () if prefix is None else stack.reaches(order)
-    elif kv.rings and (prefix is None or prefix > kv.ring_prefix):
-        raise InputError(
-            f"the static cache keeps windows after {kv.ring_prefix} leading slots, but this model has memory tokens or "
-            "prepended embeddings beyond them; let the model make it (`model.static_cache`, with `prepended`)."
-        )
+    kv = KVCache() if kv is None else kv
+    # what windows hide need not be kept, which the first pass decides
+    reaches = () if kv.started else stack.reaches(inputs.order)
+    return kv.begin(inputs.x.shape[1], order=inputs.order, reaches=reaches, header=inputs.header)
 
 
 def uncached_tokens(inputs: PassInputs, kv: KVCache) -> Tensor:
     """Return the tokens of `x` that are not cached yet, or as many of the last ones as `cache_age`."""
     x, age, only_new = inputs.x, inputs.cache_age, inputs.input_not_include_cache
-    if kv.is_static and not only_new:
-        raise InputError("a static cache takes only new tokens; pass `input_not_include_cache = True`.")
+    if not only_new:
+        kv.refuse_whole_sequence()
     new = x.shape[1] if only_new else x.shape[1] - kv.length
     if age is None:
         age = new
@@ -241,7 +219,7 @@ def offset_positions(offset: int, inputs: PassInputs, kv: KVCache | None) -> Ten
         raise InputError("`pos` and `seq_pos_offset` both set the positions of the tokens; drop one of them.")
     if kv is None:
         return torch.arange(offset, offset + inputs.x.shape[1], device=inputs.x.device)
-    if kv.is_static or offset != kv.length:
+    if kv.known_length != offset:
         raise InputError(
             f"`seq_pos_offset` is {offset}, but the positions of new tokens follow those of the cached ones. Drop it, "
             "or give the positions of all tokens as `pos`."
@@ -251,10 +229,8 @@ def offset_positions(offset: int, inputs: PassInputs, kv: KVCache | None) -> Ten
 
 def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, kv: KVCache | None) -> None:
     """Check the caller's mask and bias, and add the pairs that the stack itself masks."""
-    bias = inputs.attn_bias
-    if bias is not None and kv is not None and kv.is_static and not kv.fresh:
-        check_covers_places(bias, kv.capacity)  # type: ignore[attr-defined]
-        inputs.attn_bias = bias[..., : kv.shown]  # type: ignore[attr-defined]
+    if inputs.attn_bias is not None and kv is not None:
+        inputs.attn_bias = kv.cut_bias(inputs.attn_bias)
     size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": len(query), "keys": len(keys)}
     if inputs.attn_mask is not None:
         inputs.attn_mask = check_pairs(inputs.attn_mask, "attn_mask", **size)
@@ -263,18 +239,6 @@ def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, k
     if inputs.pairs is not None:
         pairs = inputs.pairs(query, keys)
         inputs.attn_mask = pairs if inputs.attn_mask is None else pairs & inputs.attn_mask
-
-
-def check_covers_places(bias: Tensor, capacity: int) -> None:
-    """Raise a `ShapeError` unless a bias has a column for each place of a static cache.
-
-    The number of places that are filled is on the device, so that a bias over the filled ones could not be placed.
-    """
-    if bias.shape[-1] not in (1, capacity):
-        raise ShapeError(
-            f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for each of "
-            f"its {capacity} places, prefix slots included."
-        )
 
 
 def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> tuple[QKTransform, ...]:
@@ -289,7 +253,7 @@ def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -
         return (GivenRotation(rotary),)
     if rotary is not None:
         raise InputError("`rotary_pos_emb` and `polar_pos_emb` both transform queries and keys; pass one of them.")
-    if stack.polar_pos_emb is None and kv is not None and kv.is_static:
+    if stack.polar_pos_emb is None and kv is not None and kv.capacity is not None:
         raise InputError("`polar_pos_emb` makes keys wider than the static cache has room for; use a dynamic one.")
     return (GivenPolar(*polar),)
 

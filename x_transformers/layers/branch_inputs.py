@@ -22,7 +22,6 @@ from x_transformers.layers.execution_order import Step
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
-from x_transformers.layers.token_layout import keys_in_window
 
 
 def self_attention_inputs(
@@ -66,7 +65,7 @@ def _bind(
     call, batch = state.call, inputs.x.shape[0]
     keys, fresh, bias = call.keys, call.query, call.attn_bias
     if state.kv is not None and reach is not None:
-        keys = keys_in_window(keys, state.kv, reach, len(call.query))
+        keys = state.kv.within_reach(keys, reach, len(call.query))
         bias = None if bias is None else _columns_of(bias, call.keys, keys)
     if memory is not None:
         if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != stack.dim:

@@ -10,7 +10,7 @@ from loguru import logger
 from torch import Tensor
 
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
-from x_transformers.cache import KVCache, StaticCache
+from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.call import Capture, Span
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
@@ -206,7 +206,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         *,
         places: Tensor | None = None,
-        prefix: int | None = 0,
+        header: CacheHeader = NO_PREFIX,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
@@ -261,8 +261,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             transform_block_inputs: `(block, stream) -> stream` at the entry of every executed block but the first,
                 counted from 1, or a function of the stream for each block number. Streams are `(b * s, n, D)`.
             places: `(b, all tokens so far)` bool, False for slots that are no tokens of their row (wrappers).
-            prefix: number of leading slots that are no tokens, which windows keep in a cache; None if there are such
-                slots between the tokens (wrappers).
+            header: slots that are no tokens, for the cache (wrappers).
             capture: what to record; default everything with `return_hiddens` and without a cache.
             pairs: computes a further `attn_mask` from queries and keys.
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.cache import Entry, KVCache
+from x_transformers.cache import NO_PREFIX, CacheHeader, Entry, KVCache
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
@@ -80,7 +80,7 @@ class PassInputs:
     causal: bool | None = None
     transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None
     places: Tensor | None = None
-    prefix: int | None = 0
+    header: CacheHeader = NO_PREFIX
     capture: Capture | None = None
     pairs: Callable[[Span, Span], Tensor] | None = None
     # filled in by `begin_pass`

@@ -26,7 +26,9 @@ def recomputes(stack: LayerStack, state: PassState) -> bool:
     Passes with a static cache do not: its buffers are written in place, so that a block that runs again would read them
     as later passes left them.
     """
-    return stack.checkpoint_every is not None and torch.is_grad_enabled() and not (state.kv and state.kv.is_static)
+    if stack.checkpoint_every is None or not torch.is_grad_enabled():
+        return False
+    return state.kv is None or state.kv.capacity is None
 
 
 def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, state: PassState) -> None:
@@ -37,6 +39,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     x, carry = state.stream, state.carry
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
+    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
@@ -66,6 +69,9 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         elif kind.is_feedforward and inputs.deep_embeds is not None and step.nth < inputs.deep_embeds.shape[2]:
             layer.deep_embed = inputs.deep_embeds[:, :, step.nth]
         if compiled is None:
+            if learns:
+                # a checkpoint wrapper around the function may run it again in the backward pass
+                layer.remember_start()
             output = branch(x, layer)
         else:
             layer.call = call_of_blocks

@@ -163,7 +163,7 @@ class LayerStack(nn.Module):
 
     def may_show_scores(self) -> bool:
         """Return True unless an attention demands fused kernels, which keep no scores."""
-        return all(attention.core.flash is not True for attention in self.attentions())
+        return all(attention.attend.backends.flash is not True for attention in self.attentions())
 
     def order_of(self, given: Sequence[int] | None, repeats: Sequence[Repeat] | Repeat | None) -> tuple[int, ...]:
         """Return the order of execution of a pass.

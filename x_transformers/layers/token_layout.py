@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
-from x_transformers.cache import KVCache, StaticCache
+from x_transformers.cache import KVCache
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Span
 from x_transformers.layers.kinds import SELF_ATTENTION
@@ -31,16 +31,17 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
         q_index = k_index = torch.arange(n, device=device)
     else:
         q_index, k_index = cache.new_index(n, device), cache.key_index(device)
-    total = n if cache is None else (None if cache.is_static else cache.length)
+    total = n if cache is None else cache.known_length
 
     live: Tensor | None = None
     q_live: Tensor | None = None
     for given, name in ((inputs.mask, "mask"), (inputs.self_attn_kv_mask, "self_attn_kv_mask")):
         if given is not None:
-            if cache is not None and cache.is_static:
-                full = check_static_mask(given, batch, n if cache.fresh else 0, cache.capacity, name)  # type: ignore[attr-defined]
+            least, most = (n, n) if cache is None else cache.mask_width(n)
+            if least == most:
+                full = check_mask(given, batch, most, name)
             else:
-                full = check_mask(given, batch, n if cache is None else cache.length, name)
+                full = check_static_mask(given, batch, least, most, name)
             held = _at(full, k_index, fill=True)
             live = held if live is None else live & held
             own = _at(full, q_index, fill=True)
@@ -81,43 +82,6 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     query = Span(q_index, q_slot, q_pos, q_live, contiguous, q_padded)
     # without a cache, the keys are the queries
     return query, query if cache is None else Span(k_index, k_slot, k_pos, live, contiguous)
-
-
-def keys_in_window(keys: Span, cache: KVCache, reach: int, new: int) -> Span:
-    """Return the keys that a sublayer with a window holds, out of all keys of the pass.
-
-    A cache keeps no more for such a sublayer than its window and the prefix, so that the span must be cut in the same
-    way as its streams.
-
-    Args:
-        keys: all keys, cached and new.
-        cache: the cache, begun for this pass, and not fresh.
-        reach: number of slots that queries look back at most.
-        new: number of tokens of this pass.
-    """
-    if isinstance(cache, StaticCache):
-        never = cache.capacity
-        index = cache.ring(reach).slots(cache.filled, cache.index, never)
-        columns = index.clamp(max=len(keys) - 1)
-        live = None if keys.live is None else keys.live[:, columns]
-        return Span(index, keys.slot[:, columns], keys.pos[:, columns], live, ordered=False)
-    first, prefix = len(keys) - cache.tail(reach, new), cache.prefix
-    if prefix == 0:
-        live = None if keys.live is None else keys.live[:, first:]
-        # columns include padding, which has no slots: a key is at most as many slots away as columns
-        near = reach if new == 1 else None
-        return Span(keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], live, keys.contiguous, near=near)
-    if first <= prefix:
-        return keys
-    live = None if keys.live is None else _cut(keys.live, prefix, first)
-    return Span(
-        _cut(keys.index, prefix, first), _cut(keys.slot, prefix, first), _cut(keys.pos, prefix, first), live, False
-    )
-
-
-def _cut(t: Tensor, prefix: int, first: int) -> Tensor:
-    """Remove the columns from `prefix` to `first`."""
-    return torch.cat((t[..., :prefix], t[..., first:]), dim=-1)
 
 
 def check_start(start: Tensor, batch: int) -> None:

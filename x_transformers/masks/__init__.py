@@ -1,1 +1,1 @@
-"""Which key each query may attend to."""
+"""Visibility: which keys each query may attend to."""

@@ -1,7 +1,8 @@
-"""Visibility as FlexAttention reads it: a function of one query and one key, and which blocks of both it leaves over.
+"""Block masks for FlexAttention: a function of one query and one key, and the blocks of both that it does not hide.
 
-Blocks are told from the bounds of what stands in them, so that nothing here has a number for every pair of tokens, but
-for a mask over pairs that somebody gave. A device is never asked for a number either: all of it may stand in a graph.
+Whether a block is hidden, partly visible or wholly visible follows from the bounds of the numbers in it (order, slots,
+documents). Therefore nothing here has a number for every pair of tokens, except for a caller's mask over pairs. No
+number is read from the device either, so that all of it may be a part of a graph.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 SIDE = 128
-"""Queries and keys of a block, as the kernels take them."""
+"""Number of queries and of keys of a block, as the kernels take them."""
 
 KEPT = 64
-"""Block masks that stay from pass to pass."""
+"""Number of block masks that are kept from pass to pass."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockPart(NamedTuple):
-    """One thing that hides keys.
+    """One rule of visibility, by pairs and by blocks.
 
     Attributes:
-        seen: `(b, h, q, k) -> bool`, whether it leaves the key to the query; k counts the prefix.
-        some, every: `(1|b, 1|h, 1|query blocks, key blocks)` bool, whether it may leave any pair of a block, and
-            whether it leaves all of them for certain.
+        seen: `(b, h, q, k) -> bool`, True if the rule allows the pair; k counts the prefix.
+        some: `(1|b, 1|h, 1|query blocks, key blocks)` bool, True if it may allow a pair of the block.
+        every: the same, True if it certainly allows all pairs of the block.
     """
 
     seen: MaskFunction
@@ -44,7 +45,7 @@ class BlockPart(NamedTuple):
 
 
 class BlockRule(NamedTuple):
-    """What decides visibility where no tensor does: `k <= q + diagonal` and `q + diagonal - k <= window`."""
+    """Visibility that follows from numbers, without a tensor: `k <= q + diagonal`, `q + diagonal - k <= window`."""
 
     queries: int
     keys: int
@@ -56,25 +57,25 @@ class BlockRule(NamedTuple):
 
 
 def block_mask(hiding: MaskSpec, like: Tensor) -> BlockMask:
-    """The blocks that a kernel visits. Where no tensor decides about them they are made once for all passes.
+    """Return the blocks that a kernel visits, computed once for all passes where they follow from numbers only.
 
     Args:
-        hiding: what hides keys.
-        like: queries, `(b, h, i, d)`, whose device is taken.
+        hiding: the rules.
+        like: queries `(b, h, i, d)`, on the device of the result.
     """
     rule = None if _passing(like) else rule_of(hiding, like.device)
     return build(hiding, like.device) if rule is None else of_rule(rule)
 
 
 def _passing(like: Tensor) -> bool:
-    """Whether tensors made now must not outlive the pass: those of a graph, or of a simulation."""
+    """Return True if tensors that are made now must not outlive the pass: in a graph, or in a simulation."""
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
         return True
     return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def rule_of(hiding: MaskSpec, device: torch.device) -> BlockRule | None:
-    """The rule, if it says everything; None if tensors have a say."""
+    """Return the rule in numbers; None if the visibility depends on tensors."""
     parts = hiding.live, hiding.given, hiding.owners, hiding.shown
     uneven = hiding.window is not None and not hiding.even
     if hiding.diagonal is None or uneven or any(part is not None for part in parts):
@@ -85,7 +86,10 @@ def rule_of(hiding: MaskSpec, device: torch.device) -> BlockRule | None:
 
 @functools.lru_cache(maxsize=KEPT)
 def of_rule(rule: BlockRule) -> BlockMask:
-    """The block mask of a rule. It may serve training, whoever asked first."""
+    """Return the block mask of a rule.
+
+    It is kept for later passes, which may train: tensors made in inference mode could not be used there.
+    """
     with torch.inference_mode(False):
         keys = torch.arange(rule.keys, device=rule.device)
         queries = torch.arange(rule.queries, device=rule.device) + rule.diagonal
@@ -101,11 +105,12 @@ def of_rule(rule: BlockRule) -> BlockMask:
 
 
 def build(hiding: MaskSpec, device: torch.device) -> BlockMask:
-    """The block mask of whatever hides keys."""
+    """Return the block mask of any rules."""
     from torch.nn.attention.flex_attention import BlockMask
 
     i, j = hiding.queries, hiding.prefix + hiding.keys
     parts = parts_of(hiding)
+    # blocks that reach beyond the last token are never "full", so that the kernel checks each of their pairs
     every = _whole(i, device).unsqueeze(-1) & _whole(j, device)
     some = torch.ones_like(every)
     for part in parts:
@@ -120,13 +125,14 @@ def build(hiding: MaskSpec, device: torch.device) -> BlockMask:
 
 
 def parts_of(hiding: MaskSpec) -> list[BlockPart]:
-    """What hides keys, one by one. Keys of the prefix are let through by each, but for those that are not shown."""
+    """Return the rules one by one. Each allows the keys of the prefix, except for those that are not shown."""
     parts, prefix = [], hiding.prefix
     if hiding.order is not None:
         of_q, of_k = hiding.order
         parts.append(_at_most(_in_front(of_k.unsqueeze(0), prefix), of_q.unsqueeze(0)))
     if hiding.slots is not None and hiding.window is not None:
         of_q, of_k = hiding.slots
+        # q - k <= window
         parts.append(_at_most(_in_front(-of_k, prefix), hiding.window - of_q))
     if hiding.owners is not None:
         assert prefix == 0, "packed rows have no keys in front"
@@ -149,7 +155,11 @@ def _all(functions: tuple[MaskFunction, ...]) -> MaskFunction:
 
 
 def _at_most(of_k: Tensor, of_q: Tensor) -> BlockPart:
-    """Keys are seen whose number, of `(1|b, P + j)`, is at most the query's, of `(1|b, i)`."""
+    """Allow keys whose number, in `(1|b, P + j)`, is at most the query's, in `(1|b, i)`.
+
+    Some pair of a block may be allowed if its least key is at most its largest query, and every pair is if its largest
+    key is at most its least query.
+    """
     key, query = by_row(of_k), by_row(of_q)
     (first_k, last_k), (first_q, last_q) = _bounds(of_k), _bounds(of_q)
     return BlockPart(
@@ -160,7 +170,7 @@ def _at_most(of_k: Tensor, of_q: Tensor) -> BlockPart:
 
 
 def _same(of_q: Tensor, of_k: Tensor) -> BlockPart:
-    """Keys are seen whose number, of `(j,)`, is the query's, of `(i,)`."""
+    """Allow keys whose number, in `(j,)`, is the query's, in `(i,)`."""
     (first_k, last_k), (first_q, last_q) = _bounds(of_k), _bounds(of_q)
     first_q, last_q = first_q.unsqueeze(-1), last_q.unsqueeze(-1)
     meet = (first_k <= last_q) & (first_q <= last_k)
@@ -169,7 +179,7 @@ def _same(of_q: Tensor, of_k: Tensor) -> BlockPart:
 
 
 def _live(hiding: MaskSpec) -> BlockPart:
-    """Keys are seen that are live, and those of the prefix that are shown."""
+    """Allow keys that are live, and those of the prefix that are shown."""
     live, shown = hiding.live, hiding.shown
     if shown is None:
         assert live is not None
@@ -183,7 +193,7 @@ def _live(hiding: MaskSpec) -> BlockPart:
 
 
 def _given(seen: Tensor) -> BlockPart:
-    """Pairs of `(1|b, 1|h, 1|i, P + j)`."""
+    """Allow the pairs of a mask `(1|b, 1|h, 1|i, P + j)`."""
     rows, heads, queries = (size > 1 for size in seen.shape[:3])
     least, most = _bounds(seen)
     if queries:
@@ -193,12 +203,12 @@ def _given(seen: Tensor) -> BlockPart:
 
 
 def _in_front(of_k: Tensor, prefix: int) -> Tensor:
-    """`(1|b, j)` to `(1|b, P + j)`: numbers below all others in front."""
+    """Pad `(1|b, j)` to `(1|b, P + j)`, with numbers below all others for the prefix."""
     return of_k if prefix == 0 else F.pad(of_k, (prefix, 0), value=torch.iinfo(of_k.dtype).min)
 
 
 def _bounds(t: Tensor) -> tuple[Tensor, Tensor]:
-    """`(..., n)` to least and largest numbers of its blocks, `(..., blocks)`."""
+    """Return the least and the largest number of each block, `(..., blocks)`, of numbers `(..., n)`."""
     n = t.shape[-1]
     blocks = (n + SIDE - 1) // SIDE
     # the last block is filled up with the last number
@@ -208,12 +218,16 @@ def _bounds(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole(n: int, device: torch.device) -> Tensor:
-    """`(blocks,)` bool, which blocks of n tokens are full."""
+    """Return `(blocks,)` bool, which blocks of n tokens are full."""
     return torch.arange(SIDE, n + SIDE, SIDE, device=device) <= n
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`(b, h, query blocks, key blocks)` bool to how many key blocks each has, and which, those first."""
+    """Return the number of chosen key blocks of each query block, and the key blocks with the chosen ones first.
+
+    Args:
+        blocks: `(b, h, query blocks, key blocks)` bool.
+    """
     chosen = blocks.to(torch.int32)
     order = chosen.argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1, dtype=torch.int32), order.to(torch.int32)

@@ -1,8 +1,6 @@
-"""Visibility as functions of slots: causal, window, padding, and the caller's mask, built once a pass."""
+"""Construction of the visibility of a pass from slots: causality, windows, padding and the caller's mask."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,74 +22,101 @@ def visibility(
     prefix: int,
     shown: Tensor | None = None,
     documents: Documents | None = None,
+    pairs: Tensor | None = None,
 ) -> Visibility:
-    """Which of `keys` the queries of this pass see.
+    """Return which of `keys` the queries of this pass see, computed once per pass for equal arguments.
 
-    A key is seen iff it is live, and (causal) its slot is not behind the query's, and (window `w`) the query's slot
-    is at most `w` behind it, and the caller's `attn_mask` holds. The `prefix` keys in front are seen by every query.
-    The slots of a context are no slots of the queries; there the last query stands beside the last key. In packed
-    sequences all of this holds within each document.
+    A key is visible iff it is live, and (causal) its slot is not after the query's, and (window `w`) the query's slot
+    is at most `w` after it, and the caller's `attn_mask` holds. The `prefix` keys before the tokens are visible to
+    every query. The slots of a context are unrelated to those of the queries; there the last query is aligned with the
+    last key. In packed sequences all of this holds within each document.
 
     Args:
         call: the pass.
         keys: the keys without the prefix.
-        causal: whether slots behind the query are hidden.
+        causal: slots after the query are hidden.
         own: the keys are the tokens' own (self-attention); a context has slots of its own.
-        window: how far back a query sees.
-        prefix: keys in front that are no tokens.
-        shown: `(b, P)` bool, which of those are seen; None for all.
-        documents: where the documents of a packed row begin.
+        window: number of earlier slots that a query sees.
+        prefix: number of keys before the first token.
+        shown: `(b, P)` bool, which of those are visible; None for all.
+        documents: boundaries of the documents of a packed row.
+        pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
-
-    def make() -> Visibility:
-        near = keys.near is not None and window is not None and keys.near <= window
-        reach = None if near else window
-        if documents is not None:
-            return _within(documents, call, keys, causal, own, reach)
-        return _build(call, keys, causal, own, reach, prefix, shown)
-
-    return call.memo.once(make, "visibility", keys, causal, own, window, prefix, shown, documents)
+    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Graphs
+    # of single blocks keep no results; to read the identity of an object would tie such a graph to one pass.
+    memo, rule = call.memo, None
+    if not memo.forgets:
+        rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
+        if rule in memo.held:
+            return memo.held[rule][0]
+    # all keys that a ring or a cut cache holds may lie within the window
+    within = keys.near is not None and window is not None and keys.near <= window
+    reach = None if within else window
+    if documents is not None:
+        visible = _within_documents(documents, call, keys, causal, own, reach)
+    else:
+        attn_mask = call.attn_mask if own else pairs
+        # Causality hides nothing from the newest token, unless keys are unordered: the empty places of a ring have
+        # slots after every query.
+        hides = causal and not (own and call.newest and keys.ordered)
+        by_order = keys.live is None and attn_mask is None and reach is None and shown is None
+        i, j = call.query.index.shape[-1], keys.index.shape[-1]
+        if by_order and not hides:
+            visible = Visibility(prefix)
+        elif by_order and own and prefix == 0 and call.aligned and i == j == call.keys.index.shape[-1]:
+            order, even = (call.query.index, keys.index), call.query.placed is None
+            visible = Visibility(
+                is_causal=True, hiding=MaskSpec(i, j, order, diagonal=0, even=even, sorted=keys.ordered)
+            )
+        else:
+            visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
+    if rule is not None:
+        memo.held[rule] = visible, (keys, shown, documents, pairs)
+    return visible
 
 
 def _build(
-    call: Call, keys: Span, causal: bool, own: bool, window: int | None, prefix: int, shown: Tensor | None
+    call: Call,
+    keys: Span,
+    hides: bool,
+    own: bool,
+    window: int | None,
+    prefix: int,
+    shown: Tensor | None,
+    attn_mask: Tensor | None,
 ) -> Visibility:
-    query, attn_mask = call.query, call.attn_mask if own else None
-    # recurrent memory lies before every query, so only keys of the pass itself can be hidden by causality
-    # places of a ring may be empty, which their slots put behind every query
-    hides = causal and not (own and call.newest and keys.ordered)
-    plain = attn_mask is None and window is None and shown is None
-    if plain and not hides and keys.live is None:
-        return Visibility(prefix=prefix)
-    # keys of a pass without a past are recurrent memory and, behind it, the queries themselves
-    known = not own or (call.aligned and len(call.keys) == len(query))
-    diagonal = len(keys) - len(query) if known else None
-    index, slot = (query.index, query.slot) if own else _beside(query, keys)
+    """Return the visibility in a pass without documents where something may be hidden; `hides`: by causality."""
+    query, i, j = call.query, call.query.index.shape[-1], keys.index.shape[-1]
+    # the keys of a pass without a past are recurrent memory, followed by the queries themselves
+    known = not own or (call.aligned and call.keys.index.shape[-1] == i)
+    diagonal = j - i if known else None
+    index, slot = (query.index, query.slot) if own else _right_aligned(query, keys)
     hiding = MaskSpec(
-        queries=len(query),
-        keys=len(keys),
+        queries=i,
+        keys=j,
         order=(index, keys.index) if hides else None,
         slots=None if window is None else (slot, keys.slot),
         window=window,
         live=keys.live,
-        given=None if attn_mask is None else _fit(attn_mask, len(keys)),
+        given=None if attn_mask is None else _fit(attn_mask, j),
         prefix=prefix,
         shown=shown,
         diagonal=diagonal,
         even=not own or query.placed is None,
         sorted=keys.ordered,
     )
-    triangle = plain and hides and own and diagonal == 0 and prefix == 0
-    if triangle and (keys.live is None or _ends_in_padding(call, keys.live)):
-        return Visibility(is_causal=True, hiding=replace(hiding, live=None))
+    triangle = hides and own and diagonal == 0 and prefix == 0 and attn_mask is None and window is None
+    if triangle and shown is None and keys.live is not None and _ends_in_padding(call, keys.live):
+        return Visibility(is_causal=True, hiding=hiding._replace(live=None))
     sees_nothing = keys.live is not None or attn_mask is not None or (not own and (hides or window is not None))
     return Visibility(prefix=prefix, hiding=hiding, dead=(prefix == 0 or shown is not None) and sees_nothing)
 
 
 def _ends_in_padding(call: Call, live: Tensor) -> bool:
-    """Whether only keys behind every other one are hidden, as keys and as queries: causality hides them already.
+    """Return True if all hidden keys come after all others, and are hidden queries as well.
 
-    That takes a look at the numbers, which is cheap on a CPU alone.
+    Causality already hides such keys from every query that matters, so that the kernel needs no mask. The check reads
+    the mask, which is cheap on a CPU only.
     """
     rows = call.row_mask
     if torch.compiler.is_compiling() or call.capture.scores or not live.is_cpu:
@@ -101,27 +126,29 @@ def _ends_in_padding(call: Call, live: Tensor) -> bool:
     return bool((live[:, 1:] <= live[:, :-1]).all()) and bool((rows <= live).all())
 
 
-def _beside(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
-    """`(i,)` and `(1, i)`: where the queries stand among the keys of a context, if the last ones stand together."""
+def _right_aligned(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
+    """Return `(i,)` and `(1, i)` places of the queries among the keys of a context, the last query at the last key."""
     row = torch.arange(len(query), device=keys.index.device) + len(keys) - len(query)
     return row, row.unsqueeze(0)
 
 
-def _within(documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None) -> Visibility:
-    """What is seen in a packed row, which has neither padding nor keys in front."""
+def _within_documents(
+    documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None
+) -> Visibility:
+    """Return the visibility in a packed row, which has neither padding nor a prefix."""
     i, j = len(call.query), len(keys)
     if window is None and call.attn_mask is None:
         dead = not own and documents.dead(i, causal=causal)
         return Visibility(is_causal=causal, dead=dead, documents=documents)
     hiding = _apart(documents, i, j, causal, window, own)
     if own and call.attn_mask is not None:
-        hiding = replace(hiding, given=_fit(call.attn_mask, j))
-    # among the tokens themselves each sees itself
+        hiding = hiding._replace(given=_fit(call.attn_mask, j))
+    # in self-attention each token sees itself
     return Visibility(hiding=hiding, dead=not own or hiding.given is not None)
 
 
 def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | None, own: bool) -> MaskSpec:
-    """What keeps documents apart, causality and a window within each."""
+    """Return the rules that keep documents apart, with causality and a window within each."""
     of_q, of_k = documents.slots(i, j)
     return MaskSpec(
         i,
@@ -136,16 +163,18 @@ def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | Non
 
 
 def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
-    """The same with documents among what hides keys, for kernels that do not take their boundaries."""
+    """Return the same visibility with documents among the rules, for kernels that do not take their boundaries."""
     assert visible.documents is not None
     own = visible.documents.starts_q is visible.documents.starts_k
     hiding = _apart(visible.documents, i, j, visible.is_causal, None, own)
-    return Visibility(prefix=visible.prefix, hiding=hiding, dead=False if visible.dead is None else visible.dead)
+    return Visibility(visible.prefix, hiding=hiding, dead=visible.dead)
 
 
 def _fit(mask: Tensor, keys: int) -> Tensor:
-    """The caller's pairwise mask with four axes; three mean heads. Keys it does not cover, of recurrent memory, are
-    seen.
+    """Return the caller's mask with four axes; three mean heads. It does not cover recurrent memory, which is visible.
+
+    Raises:
+        ShapeError: if it has more columns than there are keys.
     """
     if mask.shape[-1] > keys:
         raise ShapeError(
@@ -155,5 +184,5 @@ def _fit(mask: Tensor, keys: int) -> Tensor:
 
 
 def causal_mask(i: int, j: int, device: torch.device | None = None) -> Tensor:
-    """`(i, j)` bool, True where a key is *hidden*: bottom-right aligned causality."""
+    """Return `(i, j)` bool, True where a key is *hidden*: causality, aligned at the bottom right."""
     return torch.ones(i, j, dtype=torch.bool, device=device).triu(j - i + 1)

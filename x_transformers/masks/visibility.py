@@ -1,34 +1,35 @@
-"""Who sees whom: what hides keys from queries, which kernels may ask for as one tensor or block by block."""
+"""Visibility of keys to queries, which kernels may request as one tensor or by blocks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from x_transformers.forward_pass.documents import Documents
+from x_transformers.forward_pass.memo import Memo
 from x_transformers.ops import pad_left
 
 ALL = slice(None)
 
 
-@dataclass(frozen=True, eq=False)
-class MaskSpec:
-    """What hides keys. A key is seen where all of it allows it; a part that is None hides nothing.
+class MaskSpec(NamedTuple):
+    """The rules that hide keys. A key is visible where every rule allows it; a rule that is None hides nothing.
 
     Attributes:
-        queries, keys: how many there are, i and j, without the prefix.
-        order: `(i,)` and `(j,)` order of arrival; causality hides a key that came behind the query.
-        slots: `(1|b, i)` and `(1|b, j)`; window: a key more than so many slots before the query is hidden.
-        live: `(b, j)` bool, False hides a key from everyone.
+        queries, keys: numbers of queries and keys, i and j, without the prefix.
+        order: `(i,)` and `(j,)` order of arrival; causality hides a key that arrived after the query.
+        slots: `(1|b, i)` and `(1|b, j)`, for the window.
+        window: a key more than this number of slots before the query is hidden.
+        live: `(b, j)` bool, False hides a key from every query (padding).
         given: `(1|b, 1|h, 1|i, j)` bool, False hides a key from a query.
-        owners: `(i,)` and `(j,)` documents of a packed row; a key of another one than the query's is hidden.
-        prefix: P, keys in front that no part above is about.
-        shown: `(b, P)` bool, which of those are seen; None for all.
-        diagonal: query t arrived together with key t + diagonal. None: that cannot be told without reading tensors.
-        even: slots count every place, so that a window is as far on the axis of keys as it is in slots.
-        sorted: keys stand in the order of arrival.
+        owners: `(i,)` and `(j,)` documents of a packed row; keys of other documents than the query's are hidden.
+        prefix: number P of keys before the first token, which no rule above covers.
+        shown: `(b, P)` bool, the visible ones among those; None for all.
+        diagonal: query t arrived together with key t + diagonal. None: unknown without reading tensors.
+        even: every place has a slot, so that a window is as wide on the axis of keys as it is in slots.
+        sorted: keys are in the order of arrival.
     """
 
     queries: int
@@ -47,12 +48,12 @@ class MaskSpec:
 
     @property
     def anything(self) -> bool:
-        """Whether there is a part that may hide a key."""
-        parts = (self.order, self.window, self.live, self.given, self.owners, self.shown)
-        return any(part is not None for part in parts)
+        """True if there is a rule that may hide a key."""
+        rules = (self.order, self.window, self.live, self.given, self.owners, self.shown)
+        return any(rule is not None for rule in rules)
 
     def seen(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """`(1|b, 1|h, 1|rows, columns)` bool, which of these keys, the prefix left out, these queries see."""
+        """Return `(1|b, 1|h, 1|rows, columns)` bool, which of these keys (without the prefix) the queries see."""
         seen: Tensor | None = None
         if self.order is not None:
             of_q, of_k = self.order
@@ -77,7 +78,7 @@ class MaskSpec:
         return seen
 
     def mask(self) -> Tensor:
-        """`(1|b, 1|h, 1|i, P + j)` bool, which keys each query sees."""
+        """Return `(1|b, 1|h, 1|i, P + j)` bool, which keys each query sees."""
         seen = self.seen()
         if self.shown is None:
             return pad_left(seen, self.prefix, True)
@@ -85,27 +86,34 @@ class MaskSpec:
         return torch.cat((front, seen.expand(len(front), -1, -1, -1)), dim=-1)
 
     def dead(self) -> Tensor:
-        """`(1|b, 1|h, i, 1)` bool, True where a query sees no key; without the mask, where padding decides."""
-        unlike = self.given is not None or self.owners is not None or self.shown is not None
-        if not unlike and self.window is not None and self.sorted:
+        """Return `(1|b, 1|h, i, 1)` bool, True where a query sees no key.
+
+        Softmax over no key at all is undefined, so that backends replace the output of such queries by zeros. The mask
+        has a number for every pair of tokens; where only order, padding and a window decide, each query's latest or
+        first visible key is compared instead, which takes a number per token.
+        """
+        pairwise = self.given is not None or self.owners is not None or self.shown is not None
+        if not pairwise and self.window is not None and self.sorted:
             dead = self._out_of_reach()[:, None, :, None]
-        elif unlike or self.window is not None or self.live is None:
+        elif pairwise or self.window is not None or self.live is None:
             dead = ~self.mask().any(dim=-1, keepdim=True)
         elif self.order is None:
             dead = ~self.live.any(dim=-1)[:, None, None, None]
         else:
+            # a query sees a key as soon as the first live one has arrived
             of_q, of_k = self.order
             first = of_k.expand_as(self.live).masked_fill(~self.live, torch.iinfo(of_k.dtype).max).amin(dim=-1)
             dead = (of_q < first.unsqueeze(-1))[:, None, :, None]
         return dead.expand(-1, -1, self.queries, -1)
 
     def _out_of_reach(self) -> Tensor:
-        """`(1|b, i)` bool, True where the latest key that padding and order leave to a query lies before its window."""
+        """Return `(1|b, i)` bool, True where the latest key that padding and order allow lies before the window."""
         assert self.slots is not None
         assert self.window is not None
         of_q, of_k = self.slots
         never = torch.iinfo(of_k.dtype).min
         latest = of_k if self.live is None else of_k.masked_fill(~self.live, never)
+        # the slot of the latest live key up to each place
         latest = latest.cummax(dim=-1).values
         if self.order is None:
             last = latest[:, -1:]
@@ -117,7 +125,7 @@ class MaskSpec:
     # bounds that are known before any tensor is read
 
     def reach(self, start: int, stop: int) -> tuple[int, int]:
-        """First key that queries `start ... stop - 1` may see, and the one behind the last. At least one key."""
+        """Return a range of keys, at least one, that covers those which queries `start ... stop - 1` may see."""
         first, last = 0, self.keys
         if self.diagonal is not None:
             if self.order is not None:
@@ -127,7 +135,7 @@ class MaskSpec:
         return first, last
 
     def clear(self, start: int, stop: int) -> tuple[int, int]:
-        """The same for keys that each of these queries sees for certain; nothing, if that is not known."""
+        """Return a range of keys that each of these queries sees for certain; an empty one if that is unknown."""
         first, last = self.reach(start, stop)
         if self.live is not None or self.given is not None or self.owners is not None:
             return first, first
@@ -138,53 +146,32 @@ class MaskSpec:
         return begin, end
 
 
-class Visibility:
+class Visibility(NamedTuple):
     """Which keys each query sees.
 
-    Args:
-        prefix: P, keys in front that are no tokens.
-        is_causal: the rule is a lower triangle over equal slots, and needs no mask.
-        hiding: what hides keys; None: nothing does.
-        dead: `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all, or whether there may be such queries.
-        documents: without a mask: the rule holds within each document of a packed row.
-
     Attributes:
-        masks: whether there is a mask.
-        skips: whether whole stretches of keys are hidden, so that a kernel that goes by blocks has less to do.
+        prefix: number P of keys before the first token.
+        is_causal: the rule is a lower triangle over equal slots, so that kernels need no mask.
+        hiding: the rules that hide keys; None: nothing is hidden, or the rule is in `is_causal` and `documents` only.
+        dead: `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; or True if there may be such queries.
+        documents: instead of a mask: the rule holds within each document of a packed row.
     """
 
-    def __init__(
-        self,
-        *,
-        prefix: int = 0,
-        is_causal: bool = False,
-        hiding: MaskSpec | None = None,
-        dead: Tensor | bool = False,
-        documents: Documents | None = None,
-    ) -> None:
-        self.prefix, self.is_causal, self.hiding, self.documents = prefix, is_causal, hiding, documents
-        self.masks = hiding is not None and not is_causal
-        self.skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
-        self._mask: Tensor | None = None
-        self._dead = dead
+    prefix: int = 0
+    is_causal: bool = False
+    hiding: MaskSpec | None = None
+    dead: Tensor | bool = False
+    documents: Documents | None = None
 
-    @property
-    def may_be_dead(self) -> bool:
-        """Whether there may be queries that see no key at all."""
-        return self._dead is not False
+    def mask(self, memo: Memo) -> Tensor | None:
+        """Return `(1|b, 1|h, 1|i, P + j)` bool, computed once per pass; None where `is_causal` is the whole rule."""
+        if self.hiding is None or self.is_causal:
+            return None
+        return memo.once(self.hiding.mask, "mask", self)
 
-    @property
-    def mask(self) -> Tensor | None:
-        """`(1|b, 1|h, 1|i, P + j)` bool, made when it is first asked for; None where `is_causal` says it all."""
-        if self._mask is None and self.masks:
+    def dead_queries(self, memo: Memo) -> Tensor | None:
+        """Return `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; None if there is no such query."""
+        if self.dead is True:
             assert self.hiding is not None
-            self._mask = self.hiding.mask()
-        return self._mask
-
-    @property
-    def dead(self) -> Tensor | None:
-        """`(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; None if there is no such query."""
-        if self._dead is True:
-            assert self.hiding is not None
-            self._dead = self.hiding.dead()
-        return self._dead if isinstance(self._dead, Tensor) else None
+            return memo.once(self.hiding.dead, "dead", self)
+        return self.dead if isinstance(self.dead, Tensor) else None

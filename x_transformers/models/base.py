@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor, nn
 
-from x_transformers.cache import KVCache, StaticCache
+from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.explain import Explanation, count
@@ -160,7 +160,7 @@ class Model(Configured, ReadsReference):
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         if kv is None:
             raise InputError("the intermediates given as `cache` hold none; request them with `return_intermediates`.")
-        if self.layout.every is not None and kv.is_static and torch.compiler.is_compiling():
+        if self.layout.every is not None and kv.capacity is not None and torch.compiler.is_compiling():
             raise InputError(
                 "interspersed memory tokens make steps of different lengths, which one compiled step cannot run; drop "
                 "`memory_tokens_interspersed_every`, or decode without compilation."
@@ -262,13 +262,11 @@ class Model(Configured, ReadsReference):
             input_not_include_cache=True,
             return_hiddens=True,
             capture=requested_capture(inputs, self.attn_layers),
-            prefix=0 if sequence is None else sequence.prefix,
+            header=CacheHeader(items=span.count) if sequence is None else sequence.header(),
             **arguments,
         )
         if sequence is not None:
             sequence.record(record, features)
-        elif record.cache is not None and not record.cache.is_static:
-            record.cache.tokens = (0 if kv is None else kv.tokens) + span.count
         if inputs.return_mems:
             past = arguments["mems"] if self.joins_memories else None
             record.mems = new_memories(record, past, self.max_mem_len, inputs.detach_mems)

@@ -120,9 +120,7 @@ class TokenSpan:
     @property
     def so_far(self) -> int | None:
         """Number of tokens up to the last new one; None if only the device knows it, as for a started static cache."""
-        if self.kv is None or (self.kv.is_static and self.starts):
-            return self.count
-        return None if self.kv.is_static else self.kv.tokens - self.kv.prepended + self.count
+        return self.count if self.kv is None else self.kv.count_tokens_with(self.count)
 
     def valid(self, batch: int, mask: Tensor | None, start: Tensor | None, device: torch.device) -> Tensor | None:
         """Return `(b, n)` bool, False at padding, for pooling over the new tokens; None if all are valid.
@@ -156,16 +154,9 @@ def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: M
         InputError: if there are fewer tokens than should run, or none.
     """
     held, started = kv.tokens - kv.prepended, kv.started
-    first: int | Tensor = held
-    if kv.is_static:
-        if not inputs.input_not_include_cache:
-            raise InputError("a static cache accepts only new tokens; pass `input_not_include_cache = True`.")
-        if layout.every is None and started:
-            # Without interspersed memory each token takes one slot, so the slots that the device has counted are the
-            # position. Reading the host's count instead would put a Python number that changes at every step into a
-            # compiled step, which would then compile again.
-            counted = kv.filled if kv.shown is None else kv.shown  # type: ignore[attr-defined]
-            first = counted - kv.prefix
+    if not inputs.input_not_include_cache:
+        kv.refuse_whole_sequence()
+    first = kv.count_tokens(layout.every is not None)
     new = n if inputs.input_not_include_cache else n - held
     count = new if inputs.cache_age is None else inputs.cache_age
     if not 0 <= count <= max(new, 0) or (count == 0 and not leading):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
+from x_transformers.cache import CacheHeader
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.inputs import TokenSpan
 from x_transformers.models.memory_layout import ColumnMap, MemoryLayout, interspersed
@@ -52,10 +53,11 @@ class InternalSequence:
         mask = check_mask(mask, self.x.shape[0], self.span.leading - classes, "prepend_mask")
         self.prefix_mask = pad_left(mask, classes + (0 if self.column_map is not None else self.memory), True)
 
-    @property
-    def prefix(self) -> int | None:
-        """Number of slots before the tokens, or None if there are memory tokens between them."""
-        return None if self.column_map is not None else self.before
+    def header(self) -> CacheHeader:
+        """Return what a cache must know of the slots that are no tokens."""
+        leading, interspersed = self.span.leading, self.column_map is not None
+        prefix = self.layout.slots(leading) if interspersed else self.before
+        return CacheHeader(prefix, leading, self.prefix_mask, self.span.count + leading, interspersed)
 
     def without_memory(self, t: Tensor) -> Tensor:
         """Return `t (b, columns, D)` without memory tokens: class tokens, prepended embeddings and tokens."""
@@ -64,20 +66,11 @@ class InternalSequence:
         return t[:, self.memory :] if self.memory else t
 
     def record(self, record: LayerIntermediates, out: Tensor) -> None:
-        """Record the outputs of memory tokens, and in the cache what later passes need."""
+        """Record the outputs of memory tokens."""
         if self.column_map is not None:
             record.memory_tokens = self.column_map.keep_memory(out, self.layout.memory)
         elif self.memory:
             record.memory_tokens = out[:, : self.memory]
-        kv, span = record.cache, self.span
-        if kv is None:
-            return
-        if span.starts:
-            kv.prepended = span.leading
-            kv.prefix = self.layout.slots(span.leading) if self.column_map is not None else self.before
-            kv.prefix_mask = self.prefix_mask
-        if not kv.is_static or self.column_map is not None:
-            kv.tokens = (0 if span.kv is None else span.kv.tokens) + span.count + span.leading
 
     # arguments over tokens
 
@@ -115,13 +108,13 @@ class InternalSequence:
     def _token_count(self) -> int:
         """Number of tokens so far, or the number that a static cache has room for."""
         so_far = self.span.so_far
-        return self.span.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr]
+        return self.span.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr, operator]
 
     def _mask(self, t: Tensor, name: str) -> Tensor:
         kv, batch = self.span.kv, self.x.shape[0]
-        if kv is not None and kv.is_static:
+        if kv is not None and kv.capacity is not None:
             least = self.span.count if self.span.starts else 0
-            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)  # type: ignore[attr-defined]
+            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)
         else:
             t = check_mask(t, batch, self._token_count(), name)
         front = self.prefix_mask

@@ -1,4 +1,4 @@
-"""The function of a branch: what one sublayer of a stack runs between reading and writing the residual stream."""
+"""Contract of the function of a branch, which a sublayer runs between reading and writing the residual stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from x_transformers.forward_pass.call import BranchOutput, LayerCall
 
 
 class BranchCost(NamedTuple):
-    """What `explain()` shows of a branch function.
+    """Backend and cost of a branch function, for `explain()`.
 
     Attributes:
         backend: the kernel that runs, or "" if there is no choice.

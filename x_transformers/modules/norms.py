@@ -123,8 +123,8 @@ class GainNorm(PreparesForInference, Norm):
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
     def gain(self) -> Tensor:
-        """Return the gain `(D,)`, from the prepared one while decoding without gradients."""
-        if self.ready is not None and not torch.is_grad_enabled():
+        """Return the gain `(D,)`, the prepared one in a view for inference."""
+        if self.ready is not None:
             return self.ready
         return self.gamma + 1 if self.unit_offset else self.gamma
 
@@ -258,7 +258,8 @@ class AdaptiveNorm(Norm):
 
     def __init__(self, dim: int, dim_condition: int | None = None) -> None:
         super().__init__()
-        self.to_gamma = nn.Linear(dim if dim_condition is None else dim_condition, dim, bias=False)
+        self.dim_condition = dim if dim_condition is None else dim_condition
+        self.to_gamma = nn.Linear(self.dim_condition, dim, bias=False)
         nn.init.zeros_(self.to_gamma.weight)
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class AdaptiveNorm(Norm):
             InputError: if the condition is missing.
             ShapeError: if the condition has the wrong width.
         """
-        return self.normalize(x) * (self.to_gamma(checked_condition(condition, self.to_gamma.in_features)) + 1)
+        return self.normalize(x) * (self.to_gamma(checked_condition(condition, self.dim_condition)) + 1)
 
 
 class AdaptiveLayerNorm(AdaptiveNorm):

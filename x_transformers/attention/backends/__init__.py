@@ -1,1 +1,1 @@
-"""Kernels that weigh: each says what it can host and why it refuses."""
+"""Implementations of attention, and the choice among them."""

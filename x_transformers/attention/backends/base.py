@@ -1,9 +1,8 @@
-"""What a backend is told, what it answers, and what it is asked."""
+"""Backend interface: request, result, capability checks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,35 +14,43 @@ from x_transformers.ops import pad_left
 
 
 class Situation(NamedTuple):
-    """Where and how a pass runs, as far as a kernel may care."""
+    """Device, dtype and mode of a pass, as far as the choice of a kernel depends on them.
+
+    Attributes:
+        device: type of the device. dtype: of the queries.
+        grad: gradients are needed.
+        compiling: the pass becomes a part of a graph.
+        width: features of the wider of a head's queries and values; 0 if unknown.
+        queries: their number; 0 if it does not matter. In a graph, 1 or `MANY`.
+        skips: causality or a window hides whole ranges of keys.
+        keeps: in a graph, the pass writes to a cache, or to states for the next segment.
+    """
 
     device: str
     dtype: torch.dtype
     grad: bool
     compiling: bool = False
     width: int = 0
-    """Features of the wider of a head's queries and values, where it is known."""
     queries: int = 0
-    """How many, where it is known and matters; in a graph only one is told from many."""
     skips: bool = False
-    """Causality or a window hides whole stretches of keys."""
     keeps: bool = False
-    """In a graph: the pass leaves something in a cache, or for the next segment."""
 
 
-@dataclass(eq=False)
-class Request:
-    """One weighing: `out = softmax(scale * q k^T, modified and masked) v`.
+class Request(NamedTuple):
+    """Arguments of one attention: `out = softmax(scale * q k^T, modified and masked) v`.
 
     Attributes:
         q: `(b, h, i, d)`. k: `(b, g, P + j, d)`. v: `(b, g, P + j, e)`; query head `q` reads `q // (h // g)`.
+        scale: factor of the product.
+        visible: which keys each query sees.
+        memo: results that the layers of one pass share.
         scores: modifications in pipeline order.
-        sink: `(h,)` learned logits that join the softmax, or None.
-        rows, weighting, weights: what only the explicit backend hosts; no weighting means softmax.
-        plain_q: the queries before another metric than the product changed them, for row modifications.
+        sink: `(h,)` learned logits in the softmax, or None.
+        rows, weighting, weights: parts that only the explicit backend hosts; no weighting means softmax.
+        plain_q: the queries before a similarity changed them, for row modifications.
         layer: the sublayer's call, for row modifications.
         dropout: probability, 0 in evaluation.
-        memo: results that the layers of one pass share.
+        capture: return the scores.
     """
 
     q: Tensor
@@ -51,6 +58,7 @@ class Request:
     v: Tensor
     scale: float
     visible: Visibility
+    memo: Memo
     scores: tuple[BoundScore, ...] = ()
     sink: Tensor | None = None
     rows: tuple[RowMod, ...] = ()
@@ -60,16 +68,15 @@ class Request:
     layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
-    memo: Memo = field(default_factory=lambda: Memo())
 
 
-@dataclass(eq=False)
-class AttentionOutput:
-    """`out` `(b, h, i, e)`, and the scores if they were asked for.
+class AttentionOutput(NamedTuple):
+    """Result of one attention, with the scores if they were requested.
 
     Attributes:
-        similarities: scaled scores, before biases and masks.
-        logits, weights: with a learned sink, its column stands in front.
+        out: `(b, h, i, e)`.
+        similarities: `(b, h, i, P + j)` scaled scores, before biases and masks.
+        logits, weights: the same after them; with a learned sink, its column comes first.
         plain: the logits without it, and 0 where a key is hidden.
     """
 
@@ -81,16 +88,22 @@ class AttentionOutput:
 
 
 class Backend(ABC):
-    """A way of weighing."""
+    """An implementation of attention.
+
+    Attributes:
+        name: for messages.
+        fused: it never holds the scores of all pairs.
+        provides: what it can do.
+        reads_documents: it takes the boundaries of packed documents; others get a mask.
+    """
 
     name: str
     fused: bool
     provides: Needs
     reads_documents = False
-    """It takes the boundaries of packed documents as they are; others get a mask."""
 
     def lacks(self, needs: Needs) -> str | None:
-        """Why the parts themselves can never be hosted here, or None."""
+        """Return why these needs can never be met here, or None."""
         missing = needs & ~self.provides
         if not missing:
             return None
@@ -99,11 +112,11 @@ class Backend(ABC):
 
     @abstractmethod
     def refuses(self, situation: Situation, needs: Needs) -> str | None:
-        """Why this device, dtype or mode is refused although the parts would fit, or None."""
+        """Return why it cannot run on this device, in this dtype or mode, although it provides the needs; or None."""
 
     @abstractmethod
     def attend(self, request: Request) -> AttentionOutput:
-        """Weigh the values."""
+        """Compute the attention."""
 
 
 NEEDS_IN_WORDS = {
@@ -113,7 +126,7 @@ NEEDS_IN_WORDS = {
     Needs.SINK: "a learned sink",
     Needs.DROPOUT: "dropout of attention weights",
     Needs.DOCUMENTS: "packed documents",
-    Needs.SCORES: "handing out the scores",
+    Needs.SCORES: "returning the scores",
     Needs.ROWS: "a function of whole rows of logits",
     Needs.WEIGHTING: "another weighting than softmax",
     Needs.WEIGHTS: "a change of the weights",
@@ -121,15 +134,15 @@ NEEDS_IN_WORDS = {
 
 
 def additive_bias(request: Request) -> Tensor | None:
-    """The sum of all biases in closed form, `(1|b, 1|h, i, P + j)`; one sum serves every layer that shares them."""
+    """Return the sum of all biases in closed form, `(1|b, 1|h, i, P + j)`; layers with the same biases share it."""
     biases = [score for score in request.scores if score.needs is Needs.BIAS]
     if not biases:
         return None
 
     def make() -> Tensor:
-        total = biases[0].dense
+        total = biases[0].dense(request.memo)
         for bias in biases[1:]:
-            total = total + bias.dense
+            total = total + bias.dense(request.memo)
         return pad_left(total, request.visible.prefix, 0.0)
 
     return request.memo.once(make, "additive bias", request.visible.prefix, *biases)

@@ -1,9 +1,12 @@
-"""Attention by blocks of queries, written in tensor operations: what a CPU runs where PyTorch has no kernel for it.
+"""Attention by blocks of queries, written in tensor operations, for CPUs where PyTorch has no kernel (2205.14135).
 
-For a block of queries it computes the scores against the stretch of keys that may be visible to them, modifies and
-weighs them while they are at hand, and forgets them; the backward pass computes them anew (2205.14135). Memory is
-linear in length, and most of what causality or a window hides is never computed. Weights are kept for the backward
-pass only where a query has few of them.
+For a block of queries it computes the scores against the range of keys that may be visible to them, modifies them,
+takes the softmax and the weighted sum of the values while all of that is in the processor's cache, and drops it; the
+backward pass computes it again. Memory is linear in the length, and most pairs that causality or a window hides are
+never computed. Weights are kept for the backward pass only where a query has few of them.
+
+Unlike in kernels for a GPU, a block holds whole rows of scores: a processor has room for them, and the softmax of a
+whole row needs no running maximum.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from x_transformers.ops import at_least_float32
 
 TALLEST, SHORTEST = 128, 16
 AREA = 2**20
-"""Queries of a block, and scores of one of all heads and rows: beyond so many they leave a processor's caches."""
+"""Bounds of the queries of a block, and of its scores for all heads and rows: more do not fit a processor's cache."""
 
 LEAST = {torch.float32: 1e-22, torch.float64: 1e-200}
-"""A weight below this is 0: it is lost in the sum, and what comes of it may be denormal, which a CPU computes with many
-times slower."""
+"""Weights below this become 0. They are lost in the sum anyway, and products with them may be denormal numbers, with
+which a CPU computes many times slower."""
 
 KEPT = 1280
-"""Numbers that a query of a head may leave for the backward pass, on the average; more of them are computed anew."""
+"""Numbers per query and head that are kept for the backward pass, on average; if there are more, they are computed
+again instead."""
 
 NEVER = float("-inf")
 
@@ -39,7 +43,7 @@ NEVER = float("-inf")
 class Blocked(Backend):
     """Softmax attention by blocks of queries: `out = softmax(scores) v`, one block after the other.
 
-    A learned sink is applied behind, by the log-sum-exp of the scores: `out * sigmoid(lse - sink)`.
+    A learned sink is applied afterwards, by the log-sum-exp of the scores: `out * sigmoid(lse - sink)`.
     """
 
     name = "blocked"
@@ -55,33 +59,33 @@ class Blocked(Backend):
 
     def attend(self, request: Request) -> AttentionOutput:
         plan, inputs = plan_of(request)
-        out, lse = Weigh.apply(plan, request.q, request.k, request.v, *inputs)
+        out, lse = BlockwiseSoftmax.apply(plan, request.q, request.k, request.v, *inputs)
         if request.sink is not None:
             out = out * torch.sigmoid(lse - request.sink.to(lse.dtype)[None, :, None, None]).to(out.dtype)
         return AttentionOutput(out)
 
 
 class ScoreStep(NamedTuple):
-    """One modification of the scores: a bias, and where its inputs stand among all; or a function of single scores."""
+    """One modification of the scores: a bias, and the range of its inputs among all; or a function of single scores."""
 
     by: Tiles | BoundScore
     inputs: slice = slice(0)
 
 
 class Block(NamedTuple):
-    """A stretch of queries, and the stretch of keys, the prefix left out, that it looks at."""
+    """A range of queries, and the range of keys (without the prefix) that they may see."""
 
     rows: slice
     columns: slice
 
     @property
     def area(self) -> int:
-        """Pairs of a query and a key."""
+        """Number of pairs of a query and a key."""
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
 class BlockOutput(NamedTuple):
-    """What the way back through a block needs.
+    """Results of one block that its backward pass needs.
 
     Attributes:
         weights: `(b * g, h // g * rows, P + columns)`.
@@ -92,39 +96,43 @@ class BlockOutput(NamedTuple):
     left: list[Tensor]
 
 
-class Memory:
-    """Room for what every block writes anew: to ask the system for memory costs as much as to compute.
+class Scratch:
+    """Scratch buffers reused by all blocks: to allocate memory from the system costs as much as to compute.
 
     Args:
-        like: its device and dtype are taken.
+        like: a tensor of the device and dtype of the buffers.
         size: numbers of the largest block.
-        keep: what is taken stays, and is not written again.
+        keep: every block gets tensors of its own, which are kept.
     """
 
     def __init__(self, like: Tensor, size: int, keep: bool = False) -> None:
         self.like, self.size, self.keep = like, size, keep
-        self.rooms: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor of such a shape, with anything in it."""
+        """Return an uninitialized tensor of this shape."""
         if self.keep:
             return self.like.new_empty(shape)
-        if name not in self.rooms:
-            self.rooms[name] = self.like.new_empty(self.size)
-        return self.rooms[name][: math.prod(shape)].view(shape)
+        if name not in self.buffers:
+            self.buffers[name] = self.like.new_empty(self.size)
+        return self.buffers[name][: math.prod(shape)].view(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What both passes must do alike.
+    """Settings of the forward pass that the backward pass must repeat.
 
     Attributes:
-        scale: factor of `q k^T`. height: queries of a block. prefix: keys in front that no bias is about.
-        hiding: what hides keys, beside those that `shadow` hides: `(b, 1, 1, j)`, 0 or minus infinity, or None.
+        scale: factor of `q k^T`.
+        height: number of queries of a block.
+        prefix: number of keys before the first token, which no bias covers.
+        hiding: the rules that hide keys, except padding.
+        shadow: `(b, 1, 1, j)` for padding: 0, or minus infinity for a hidden key; None without padding.
         steps: modifications of the scores, in pipeline order.
-        empty: rows may see nothing. sums: somebody asks for the log-sum-exp.
-        steep: biases may bring scores so far below the largest that their weights are denormal.
-        keep: the backward pass finds the weights of the forward pass.
+        empty: some queries may see no key.
+        sums: the log-sum-exp is needed.
+        steep: biases may move scores so far below the largest that their weights are denormal.
+        keep: the weights of the forward pass are kept.
     """
 
     scale: float
@@ -140,48 +148,52 @@ class Plan:
 
     @property
     def numbers(self) -> int:
-        """Numbers for a pair of a query and a key that the way back needs."""
+        """Numbers per pair of a query and a key that the backward pass needs."""
         return 1 + sum(isinstance(step.by, BoundScore) for step in self.steps)
 
     def blocks(self, queries: int, keys: int) -> Iterator[Block]:
-        """The blocks that cover all queries."""
+        """Yield the blocks that cover all queries."""
         for start in range(0, queries, self.height):
             stop = min(start + self.height, queries)
             first, last = (0, keys) if self.hiding is None else self.hiding.reach(start, stop)
             yield Block(slice(start, stop), slice(first, last))
 
-    def through(
+    def block_weights(
         self,
         rows: Tensor,
         keys: Tensor,
         heads: Sequence[int],
         block: Block,
         inputs: Sequence[Tensor],
-        memory: Memory,
+        scratch: Scratch,
         lse: Tensor | None = None,
     ) -> BlockOutput:
-        """The weights of a block.
+        """Compute the weights of a block.
 
         Args:
-            rows: `(b * g, h // g * rows, d)` queries. heads: b, h.
-            keys: `(b * g, P + columns, d)`, what `stretch` takes.
-            lse: see `weigh`.
+            rows: `(b * g, h // g * rows, d)` queries.
+            keys: `(b * g, P + columns, d)`, see `key_range`.
+            heads: b and h.
+            block: the queries and keys.
+            inputs: those of all biases.
+            scratch: for intermediate results.
+            lse: see `softmax`.
         """
         shape = (*rows.shape[:2], keys.shape[1])
-        product = memory.take("product", shape)
+        product = scratch.take("product", shape)
         torch.baddbmm(product, rows, keys.mT, beta=0, alpha=self.scale, out=product)
-        scores, left = self.modify(by_heads(product, heads), block, inputs, memory)
-        weights = memory.take("weights", shape)
-        self.weigh(scores, by_heads(weights, heads), lse)
+        scores, left = self.modify(by_heads(product, heads), block, inputs, scratch)
+        weights = scratch.take("weights", shape)
+        self.softmax(scores, by_heads(weights, heads), lse)
         return BlockOutput(weights, left)
 
     def modify(
-        self, scores: Tensor, block: Block, inputs: Sequence[Tensor], memory: Memory
+        self, scores: Tensor, block: Block, inputs: Sequence[Tensor], scratch: Scratch
     ) -> tuple[Tensor, list[Tensor]]:
-        """Scaled products `(b, h, rows, P + columns)`, which are used up, to modified and masked scores.
+        """Modify and mask scaled products `(b, h, rows, P + columns)`, which are overwritten.
 
         Returns:
-            them, and what the pointwise functions left for the way back.
+            the scores, and what the pointwise functions left for the backward pass.
         """
         left: list[Tensor] = []
         for step in self.steps:
@@ -190,19 +202,20 @@ class Plan:
                 continue
             assert step.by.pointwise_ is not None
             left.append(scores)
-            scores = step.by.pointwise_(scores, memory.take(f"pointwise {len(left)}", scores.shape))
+            scores = step.by.pointwise_(scores, scratch.take(f"pointwise {len(left)}", scores.shape))
         if self.hiding is not None:
             hide(scores, self.hiding, block)
         if self.shadow is not None:
             scores[..., self.prefix :] += self.shadow[..., block.columns]
         return scores, left
 
-    def weigh(self, scores: Tensor, out: Tensor, lse: Tensor | None = None) -> Tensor:
-        """Softmax of the scores, which are used up; zeros in rows that see nothing.
+    def softmax(self, scores: Tensor, out: Tensor, lse: Tensor | None = None) -> Tensor:
+        """Compute the softmax of the scores, which may be overwritten; zeros in rows that see no key.
 
         Args:
-            out: where it is put.
-            lse: `(b, h, rows, 1)` takes up the log-sum-exp, if anybody asks for it; infinite in such rows.
+            scores: `(b, h, rows, P + columns)`.
+            out: where the weights are written.
+            lse: `(b, h, rows, 1)` where the log-sum-exp is written if it is needed; infinite in such rows.
         """
         most = scores.amax(dim=-1, keepdim=True) if self.empty or lse is not None else None
         weights = torch.softmax(scores, dim=-1, out=out)
@@ -210,11 +223,12 @@ class Plan:
             torch.threshold_(weights, LEAST[weights.dtype], 0.0)
         if most is None:
             return weights
+        # a row of minus infinity gives NaN; its queries attend to nothing, so that their weights are zeros
         empty = most == NEVER
         if empty.any():
             weights.masked_fill_(empty, 0.0)
         if lse is not None:
-            # the largest weight is one part of the sum
+            # the largest weight is exp(most - lse), so that no second pass over the row is needed
             lse.copy_((most - weights.amax(dim=-1, keepdim=True).log()).masked_fill_(empty, float("inf")))
         return weights
 
@@ -226,11 +240,14 @@ class Plan:
         left: Sequence[Tensor],
         sums: Sequence[Tensor | None],
     ) -> Tensor:
-        """From the gradient of the modified scores to that of the products, in place.
+        """Turn the gradient of the modified scores into that of the products, in place.
 
         Args:
+            gradient: `(b, h, rows, P + columns)`.
+            block: the queries and keys.
+            inputs: those of all biases.
             left: by the pointwise functions.
-            sums: for each input the sum of its gradients, to be added to; None for one that wants none.
+            sums: for each input the sum of its gradients, to which is added; None for one that needs none.
         """
         left = list(left)
         for step in reversed(self.steps):
@@ -243,7 +260,7 @@ class Plan:
 
 
 def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
-    """What is to be done, and the inputs of all biases."""
+    """Return the settings of both passes, and the inputs of all biases."""
     b, h, i, _ = request.q.shape
     visible, steps, inputs = request.visible, [], []
     height = block_height(b * h, i, request.k.shape[-2])
@@ -251,14 +268,14 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
         if score.needs is not Needs.BIAS:
             steps.append(ScoreStep(score))
             continue
-        tiles = score.tiles(height)
+        tiles = score.tiles(height, request.memo)
         steps.append(ScoreStep(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
         inputs += tiles.inputs
     hiding, shadow = visible.hiding, None
     if hiding is not None and hiding.live is not None:
-        # to add is faster than to fill
+        # an addition of minus infinity is faster than `masked_fill`
         shadow = at_least_float32(request.q.new_zeros(hiding.live.shape)).masked_fill_(~hiding.live, NEVER)
-        hiding, shadow = replace(hiding, live=None), shadow[:, None, None, :]
+        hiding, shadow = hiding._replace(live=None), shadow[:, None, None, :]
         hiding = hiding if hiding.anything else None
     plan = Plan(
         scale=request.scale,
@@ -267,7 +284,7 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
         hiding=hiding,
         shadow=shadow,
         steps=tuple(steps),
-        empty=visible.may_be_dead,
+        empty=visible.dead is not False,
         sums=request.sink is not None,
         steep=any(isinstance(step.by, Tiles) for step in steps),
     )
@@ -276,7 +293,7 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
 
 
 def block_height(heads: int, queries: int, keys: int) -> int:
-    """Queries of a block, for so many heads of all rows together."""
+    """Return the number of queries of a block, given the number of heads of all rows."""
     height = TALLEST
     while height > SHORTEST and heads * height * keys > AREA:
         height //= 2
@@ -284,7 +301,10 @@ def block_height(heads: int, queries: int, keys: int) -> int:
 
 
 def hide(scores: Tensor, hiding: MaskSpec, block: Block) -> None:
-    """Fill what a block must not see with minus infinity, in place."""
+    """Fill the scores of hidden keys with minus infinity, in place.
+
+    Most blocks consist of keys that all their queries see; only the ends of the range need a mask.
+    """
     if hiding.shown is not None:
         scores[..., : hiding.prefix].masked_fill_(~hiding.shown[:, None, None, :], NEVER)
     first, last = block.columns.start, block.columns.stop
@@ -299,7 +319,7 @@ def hide(scores: Tensor, hiding: MaskSpec, block: Block) -> None:
 def add_gradients(
     tiles: Tiles, gradient: Tensor, block: Block, inputs: Sequence[Tensor], sums: Sequence[Tensor | None]
 ) -> None:
-    """Add to the sums what a tile's gradient means for its inputs."""
+    """Add the gradients of a tile's inputs to their sums."""
     wanted = [(t, total) for t, total in zip(inputs, sums, strict=True) if total is not None]
     if not wanted:
         return
@@ -315,8 +335,13 @@ def add_gradients(
         total += part
 
 
-class Weigh(torch.autograd.Function):
-    """`(plan, q, k, v, *inputs of biases) -> (out, lse)`. Queries of heads that share keys are rows of one product."""
+class BlockwiseSoftmax(torch.autograd.Function):
+    """Softmax attention by blocks: `(plan, q, k, v, *inputs of biases) -> (out, lse)`.
+
+    The queries of heads that share keys are rows of one matrix product. With weights `p`, output gradient `do` and
+    `ds = p * (do v^T - sum(do * out))`, the gradients are `dq = ds k`, `dk = ds^T q` and `dv = p^T do`, each summed
+    over the blocks; the gradient of the log-sum-exp is added to `ds` with the weights as its factors.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,12 +350,12 @@ class Weigh(torch.autograd.Function):
             heads, (queries, keys, values) = q.shape[:2], (folded(q, k.shape[1]), flat(k), flat(v))
             out = queries.new_empty(*q.shape[:3], v.shape[-1])
             lse = queries.new_empty(*q.shape[:3] if plan.sums else (0,), 1)
-            memory = Memory(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2], keep)
+            scratch = Scratch(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2], keep)
             for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
                 rows = queries[:, :, block.rows].flatten(1, 2)
-                some, some_values = (stretch(t, plan.prefix, block.columns) for t in (keys, values))
+                some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
                 sums = lse[:, :, block.rows] if plan.sums else None
-                passed = plan.through(rows, some, heads, block, inputs, memory, sums)
+                passed = plan.block_weights(rows, some, heads, block, inputs, scratch, sums)
                 out[:, :, block.rows] = by_heads(passed.weights @ some_values, heads)
                 if keep:
                     kept.append(passed)
@@ -346,11 +371,11 @@ class Weigh(torch.autograd.Function):
         plan: Plan = ctx.plan
         q, k, v, out, *inputs = ctx.saved_tensors
         inputs, kept = inputs[: ctx.inputs], inputs[ctx.inputs :]
-        passes = kept_passes(plan, kept)
+        passes = kept_blocks(plan, kept)
         d_out, d_lse = gradients
         d_out = torch.zeros_like(out) if d_out is None else d_out
         with torch.autocast("cpu", enabled=False):
-            # a score's gradient is its weight times what the weight's own exceeds the mean of the row by
+            # `sum(do * out)` of each row, without the scores: the mean of the gradients of its weights
             mean = (at_least_float32(d_out) * out).sum(dim=-1, keepdim=True)
             mean = mean if d_lse is None else mean - d_lse
             queries, d_heads = folded(q, k.shape[1]), folded(d_out, k.shape[1])
@@ -360,13 +385,13 @@ class Weigh(torch.autograd.Function):
                 torch.zeros_like(t, dtype=queries.dtype) if wanted else None
                 for t, wanted in zip(inputs, ctx.needs_input_grad[4:], strict=True)
             ]
-            memory = Memory(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2])
+            scratch = Scratch(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2])
             for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
                 rows, d_rows = (t[:, :, block.rows].flatten(1, 2) for t in (queries, d_heads))
-                some, some_values = (stretch(t, plan.prefix, block.columns) for t in (keys, values))
-                weights, left = next(passes, None) or plan.through(rows, some, heads, block, inputs, memory)
+                some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
+                weights, left = next(passes, None) or plan.block_weights(rows, some, heads, block, inputs, scratch)
                 add_product(d_values, weights.mT, d_rows, plan.prefix, block.columns)
-                gradient = torch.bmm(d_rows, some_values.mT, out=memory.take("gradient", weights.shape))
+                gradient = torch.bmm(d_rows, some_values.mT, out=scratch.take("gradient", weights.shape))
                 gradient = by_heads(gradient, heads).sub_(mean[:, :, block.rows])
                 gradient = plan.back(gradient.mul_(by_heads(weights, heads)), block, inputs, left, sums)
                 gradient = gradient.view_as(weights)
@@ -383,37 +408,37 @@ class Weigh(torch.autograd.Function):
         )
 
 
-def kept_passes(plan: Plan, kept: Sequence[Tensor]) -> Iterator[BlockOutput]:
-    """The passes of all blocks, from their tensors in a row."""
+def kept_blocks(plan: Plan, kept: Sequence[Tensor]) -> Iterator[BlockOutput]:
+    """Yield the results of all blocks from the list of their tensors."""
     for start in range(0, len(kept), plan.numbers):
         yield BlockOutput(kept[start], list(kept[start + 1 : start + plan.numbers]))
 
 
 def folded(q: Tensor, groups: int) -> Tensor:
-    """`(b, h, i, d) -> (b * g, h // g, i, d)`, in float32 or wider."""
+    """Reshape `(b, h, i, d)` to `(b * g, h // g, i, d)`, in float32 or wider."""
     b, h, i, d = q.shape
     return at_least_float32(q).reshape(b * groups, h // groups, i, d)
 
 
 def by_heads(t: Tensor, heads: Sequence[int]) -> Tensor:
-    """`(b * g, h // g * rows, ...) -> (b, h, rows, ...)`, for `heads` of b, h."""
+    """Reshape `(b * g, h // g * rows, ...)` to `(b, h, rows, ...)`, for `heads` of b, h."""
     return t.view(*heads, -1, t.shape[-1])
 
 
 def flat(t: Tensor) -> Tensor:
-    """`(b, g, j, d) -> (b * g, j, d)`, in float32 or wider."""
+    """Reshape `(b, g, j, d)` to `(b * g, j, d)`, in float32 or wider."""
     return at_least_float32(t).reshape(-1, *t.shape[2:])
 
 
-def stretch(t: Tensor, prefix: int, columns: slice) -> Tensor:
-    """`(b * g, P + columns, d)`, the keys of the prefix and those of a stretch."""
+def key_range(t: Tensor, prefix: int, columns: slice) -> Tensor:
+    """Return `(b * g, P + columns, d)`, the keys of the prefix and those of a range."""
     if prefix == 0 or columns.start == 0:
         return t[:, columns.start : prefix + columns.stop]
     return torch.cat((t[:, :prefix], t[:, prefix + columns.start : prefix + columns.stop]), dim=1)
 
 
 def add_product(total: Tensor, one: Tensor, two: Tensor, prefix: int, columns: slice) -> None:
-    """Add a product to what `stretch` takes."""
+    """Add a product to the rows that `key_range` returns."""
     if prefix == 0 or columns.start == 0:
         total[:, columns.start : prefix + columns.stop].baddbmm_(one, two)
         return

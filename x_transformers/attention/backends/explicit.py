@@ -1,4 +1,4 @@
-"""The reference backend: scores as tensors, every step in the open. It hosts everything."""
+"""Reference backend: scores as tensors, every step written out. It hosts every part."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
-from x_transformers.attention.base import After, Needs, RowContext, RowMod, Stage
+from x_transformers.attention.base import Needs, RowContext, RowMod, Stage, WeightChange
 from x_transformers.ops import expand_kv_heads, max_neg_value, pad_left
 
 
 class Explicit(Backend):
-    """`softmax(scale * q k^T + ...) v`, written out."""
+    """`softmax(scale * q k^T + ...) v`, step by step."""
 
     name = "explicit"
     fused = False
@@ -27,8 +27,8 @@ class Explicit(Backend):
         mask = _mask(request)
         similarities, logits, later = _logits(request, (q @ k.transpose(-1, -2)) * request.scale, mask)
         joined = logits if request.sink is None else torch.cat((_sink(request, logits), logits), dim=-1)
-        weights = _weigh(request, joined, mask)
-        # a head that sees nothing must be zero before heads are mixed, and behind every change
+        weights = _weights(request, joined, mask)
+        # weights of a query that sees nothing must be zero before heads are mixed, and after every change
         used = _only_alive(weights if request.sink is None else weights[..., 1:], request)
         shown = used
         for step in later:
@@ -45,17 +45,17 @@ class Explicit(Backend):
         return AttentionOutput(out, similarities, joined, shown, plain)
 
 
-def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list[After]]:
-    """The pipeline up to the weighting, in the order of the stages.
+def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list[WeightChange]]:
+    """Run the pipeline up to the weighting, in the order of the stages.
 
     Returns:
-        The scores with those of an earlier layer, the logits, and what is left to be done to the weights.
+        the scores with those of an earlier layer added, the logits, and the changes of the weights to be applied later.
     """
     similarities = logits
     assert request.layer is not None or not request.rows
-    later = [After(mod.stage, mod) for mod in request.weights]
+    later = [WeightChange(mod.stage, mod) for mod in request.weights]
     if request.dropout:
-        later.append(After(Stage.DROPOUT, lambda weights: F.dropout(weights, request.dropout)))
+        later.append(WeightChange(Stage.DROPOUT, lambda weights: F.dropout(weights, request.dropout)))
     hides = mask is not None and not (request.weighting is not None and request.weighting.across_queries)
     hidden = False
     for step in sorted((*request.scores, *request.rows), key=lambda step: step.stage):
@@ -67,12 +67,12 @@ def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tens
             logits, after = step.change(logits, RowContext(queries, mask, request.visible.prefix, request.layer))
             if after is not None:
                 later.append(after)
-            # what rows add to the most negative number may overflow half precision
+            # a sum with the most negative number may overflow in half precision, so that keys are hidden again
             hidden = False
         elif step.pointwise is not None:
             logits = step.pointwise(logits)
         else:
-            logits = logits + pad_left(step.dense, request.visible.prefix, 0.0).to(logits.dtype)
+            logits = logits + pad_left(step.dense(request.memo), request.visible.prefix, 0.0).to(logits.dtype)
         if step.stage <= Stage.RESIDUAL:
             similarities = logits
     if hides and not hidden:
@@ -81,7 +81,7 @@ def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tens
 
 
 def _sink(request: Request, logits: Tensor) -> Tensor:
-    """The column of learned logits, `(b, h, i, 1)`."""
+    """Return the column of learned logits, `(b, h, i, 1)`."""
     assert request.sink is not None
     sink = request.sink
     for mod in request.rows:
@@ -90,7 +90,7 @@ def _sink(request: Request, logits: Tensor) -> Tensor:
 
 
 def _only_alive(weights: Tensor, request: Request) -> Tensor:
-    dead = request.visible.dead
+    dead = request.visible.dead_queries(request.memo)
     return weights if dead is None else weights.masked_fill(dead, 0.0)
 
 
@@ -99,12 +99,12 @@ def _hide(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.masked_fill(~mask, max_neg_value(logits))
 
 
-def _weigh(request: Request, logits: Tensor, mask: Tensor | None) -> Tensor:
+def _weights(request: Request, logits: Tensor, mask: Tensor | None) -> Tensor:
     if request.weighting is None:
         return logits.softmax(dim=-1, dtype=_at_least_float32(logits)).to(request.q.dtype)
     if mask is not None and request.sink is not None:
         mask = pad_left(mask, 1, True)
-    live = None if request.layer is None else request.layer.call.shown
+    live = None if request.layer is None else request.layer.call.live
     return request.weighting(logits, mask, live).to(request.q.dtype)
 
 
@@ -112,7 +112,7 @@ def _mask(request: Request) -> Tensor | None:
     if request.visible.is_causal:
         i, j = request.q.shape[-2], request.k.shape[-2]
         return torch.ones(i, j, dtype=torch.bool, device=request.q.device).tril(j - i)
-    return request.visible.mask
+    return request.visible.mask(request.memo)
 
 
 def _at_least_float32(t: Tensor) -> torch.dtype:

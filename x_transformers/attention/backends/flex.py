@@ -1,4 +1,4 @@
-"""FlexAttention: fused for any function of single scores, and for all that bounds what a query sees (2412.05496)."""
+"""FlexAttention: fused for any function of single scores, and for every rule of visibility (2412.05496)."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 SINCE = Version("2.7")
-"""The version of PyTorch whose kernels take heads of any width up to the widest, and lengths that change."""
+"""First version of PyTorch whose kernels take heads of any width up to the widest, and lengths that change."""
 
 RECENT = Version(Version(torch.__version__).base_version) >= SINCE
 
 NARROWEST, WIDEST = 16, 256
-"""Features of a head that kernels multiply at once, and those that the ones of a GPU have room for."""
+"""Smallest and largest number of features per head that the kernels of a GPU take."""
 
 KERNELS = 64
-"""Compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
+"""Number of compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
 
 
 class Flex(Backend):
-    """Fused softmax attention with score functions, blocks that are left out, and a learned sink.
+    """Fused softmax attention with score functions, block masks, and a learned sink.
 
-    Hidden keys are no part of the scores: a function of one query and one key says which they are, and blocks of which
-    it leaves nothing are not visited. It reads tensors with a number for each token, and is the same for all layers
-    that see alike. The sink is applied behind the kernel, on its output and log-sum-exp: `out * sigmoid(lse - sink)`.
-    Queries that see nothing give zeros.
+    Visibility is a function of one query and one key, which reads tensors with a number per token; blocks of keys that
+    are hidden from a whole block of queries are skipped. Layers with equal visibility share the block mask. The sink is
+    applied after the kernel, to its output and log-sum-exp: `out * sigmoid(lse - sink)`. The output of queries that see
+    no key is zero.
     """
 
     name = "flex"
@@ -52,10 +52,12 @@ class Flex(Backend):
         if situation.device == "cpu" and situation.grad:
             return "flex has no backward on a CPU"
         if situation.device == "cpu" and situation.compiling:
-            # there is no log-sum-exp, and PyTorch 2.13 writes no kernel that reads what the graph itself makes
+            # The CPU kernel returns no log-sum-exp, and PyTorch 2.13 generates none that reads tensors which the graph
+            # itself computes.
             return "flex does not run inside of a compiled graph on a CPU"
         if situation.compiling and situation.keeps:
-            # of objects that were there before it, the compiler of PyTorch 2.13 loses the attributes that are set after
+            # The compiler of PyTorch 2.13 loses attributes that are set, after a FlexAttention, on objects that
+            # existed before the graph ran.
             return "flex in a graph would lose what the pass leaves in a cache"
         if situation.dtype is torch.float64:
             return "flex has no kernel for float64"
@@ -90,7 +92,7 @@ class Flex(Backend):
 
 
 def _blocks(request: Request) -> BlockMask | None:
-    """The blocks to visit, made once a pass for all layers that see alike; None for all of them."""
+    """Return the blocks to visit, computed once per pass for layers with equal visibility; None for all of them."""
     visible = request.visible
     if visible.hiding is None:
         return None
@@ -99,10 +101,14 @@ def _blocks(request: Request) -> BlockMask | None:
 
 
 def _score_mod(request: Request) -> ScoreFunction | None:
-    """All modifications as one function; the prefix keys are outside of every bias."""
+    """Return all modifications as one function.
+
+    A bias counts real keys only. Index `real` maps a key to its number among them; those of the prefix are negative,
+    and a bias at a clamped index is computed for them and then not used, since the function must not branch on data.
+    """
     if not request.scores:
         return None
-    steps = tuple((score.at, score.needs is Needs.BIAS) for score in request.scores)
+    steps = tuple((score.at(request.memo), score.needs is Needs.BIAS) for score in request.scores)
     prefix, keys = request.visible.prefix, request.k.shape[-2]
     real = torch.arange(-prefix, keys - prefix, device=request.q.device) if prefix else None
 
@@ -118,12 +124,12 @@ def _score_mod(request: Request) -> ScoreFunction | None:
 
 
 def _at_least(t: Tensor, width: int) -> Tensor:
-    """`(b, h, n, d)` with zeros for the features that are missing."""
+    """Pad `(b, h, n, d)` with zeros to at least `width` features."""
     return t if t.shape[-1] >= width else F.pad(t, (0, width - t.shape[-1]))
 
 
 def _return_lse() -> dict[str, Any]:
-    """The argument that asks for the log-sum-exp; PyTorch 2.9 renamed it."""
+    """Return the argument that requests the log-sum-exp; PyTorch 2.9 renamed it."""
     from torch.nn.attention import flex_attention
 
     if hasattr(flex_attention, "AuxRequest"):
@@ -133,8 +139,8 @@ def _return_lse() -> dict[str, Any]:
 
 @functools.cache
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel for eager passes. Lengths that change are symbols from the second one on."""
-    # later versions of PyTorch let each compiled function have a bound of its own
+    """Return the kernel for eager passes, compiled; from the second length on, the length is a symbol."""
+    # later versions of PyTorch have a limit per compiled function
     own: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         own["recompile_limit"] = KERNELS

@@ -1,6 +1,8 @@
-"""PyTorch's scaled_dot_product_attention: fused on every device, for masks and biases that are tensors."""
+"""PyTorch's `scaled_dot_product_attention`: fused on every device, for masks and biases that are tensors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,9 @@ class SDPA(Backend):
 
     Args:
         kernels: which of PyTorch's kernels may be used, `{"enable_flash": bool, ...}`; None leaves it to PyTorch.
+
+    Raises:
+        ConfigError: if a kernel is unknown.
     """
 
     name = "sdpa"
@@ -42,48 +47,54 @@ class SDPA(Backend):
         return None
 
     def attend(self, request: Request) -> AttentionOutput:
-        if self.kernels is None:
-            return _weighed(request)
+        q, k, visible = request.q, request.k, request.visible
+        masked = request.scores or (visible.hiding is not None and not visible.is_causal)
+        mask = _mask(request) if masked else None
+        attend = F.scaled_dot_product_attention if self.kernels is None else self._restricted
+        out = attend(
+            q,
+            k,
+            request.v,
+            attn_mask=mask,
+            dropout_p=request.dropout,
+            is_causal=visible.is_causal and mask is None,
+            scale=request.scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        if visible.dead is False:
+            return AttentionOutput(out)
+        dead = visible.dead_queries(request.memo)
+        return AttentionOutput(out if dead is None else out.masked_fill(dead, 0.0))
+
+    def _restricted(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.kernels is not None
         with sdpa_kernel(self.kernels):
-            return _weighed(request)
-
-
-def _weighed(request: Request) -> AttentionOutput:
-    visible = request.visible
-    mask = _mask(request) if visible.masks or request.scores else None
-    out = F.scaled_dot_product_attention(
-        request.q,
-        request.k,
-        request.v,
-        attn_mask=mask,
-        dropout_p=request.dropout,
-        is_causal=visible.is_causal and mask is None,
-        scale=request.scale,
-        enable_gqa=request.k.shape[1] != request.q.shape[1],
-    )
-    return AttentionOutput(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
+            return F.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _mask(request: Request) -> Tensor | None:
-    """One tensor for visibility and biases, made once a pass. Rows that see nothing look at everything here, and are
-    zeroed after.
+    """Return one tensor for visibility and biases, made once per pass.
+
+    A row of minus infinity in every column would give NaN. Queries that see no key attend to all of them here instead,
+    and their output is set to zero afterwards.
     """
     visible = request.visible
     bias = additive_bias(request) if request.scores else None
 
     def make() -> Tensor | None:
-        seen, total = visible.mask, bias
+        seen, total = visible.mask(request.memo), bias
         if seen is None and visible.is_causal and total is not None:
             i, j = request.q.shape[-2], request.k.shape[-2]
             seen = torch.ones(i, j, dtype=torch.bool, device=request.q.device).tril(j - i)
-        if seen is not None and visible.dead is not None:
-            # a mask with one row for all queries stays one
-            seen = seen | (visible.dead if seen.shape[-2] > 1 else visible.dead[..., :1, :])
+        dead = visible.dead_queries(request.memo)
+        if seen is not None and dead is not None:
+            # a mask with one row for all queries keeps one row
+            seen = seen | (dead if seen.shape[-2] > 1 else dead[..., :1, :])
         if total is not None:
             total = total.to(request.q.dtype)
             return total if seen is None else total.masked_fill(~seen, float("-inf"))
         if seen is not None and request.q.device.type == "cpu":
-            # each call would turn it into this; once a pass is enough
+            # every call would convert a boolean mask to this; once per pass is enough
             return torch.zeros_like(seen, dtype=request.q.dtype).masked_fill(~seen, float("-inf"))
         return seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from packaging.version import Version
 from torch import Tensor
 
@@ -11,14 +12,17 @@ from x_transformers.attention.backends.base import AttentionOutput, Backend, Req
 from x_transformers.attention.base import Needs
 
 SINCE = Version("2.13")
-"""The version of PyTorch whose kernel takes grouped heads, a scale and causality as here."""
+"""First version of PyTorch whose kernel takes grouped heads, a scale and causality as here."""
 
 WIDEST = 256
-"""Features of the widest head that the kernel takes."""
+"""Largest number of features per head that the kernel takes."""
 
 
 class Varlen(Backend):
-    """PyTorch's variable-length FlashAttention, for documents that nothing but causality hides from each other."""
+    """PyTorch's variable-length FlashAttention, for documents with no other rule than causality.
+
+    It takes one row of tokens and the boundaries of the documents in it.
+    """
 
     name = "varlen"
     fused = True
@@ -46,7 +50,7 @@ class Varlen(Backend):
         visible = request.visible
         assert visible.documents is not None
         documents = visible.documents
-        # the kernel takes one width for all, and only multiples of 8
+        # the kernel needs one width for queries, keys and values, a multiple of 8
         width = -(-max(request.q.shape[-1], request.v.shape[-1]) // 8) * 8
         q, k, v = (_flat(t, width) for t in (request.q, request.k, request.v))
         out = varlen_attn(
@@ -62,11 +66,12 @@ class Varlen(Backend):
             enable_gqa=request.k.shape[1] != request.q.shape[1],
         )
         assert isinstance(out, Tensor)
-        out = out[..., : request.v.shape[-1]].transpose(0, 1).unsqueeze(0)
-        return AttentionOutput(out if visible.dead is None else out.masked_fill(visible.dead, 0.0))
+        out = rearrange(out[..., : request.v.shape[-1]], "n h d -> 1 h n d")
+        dead = visible.dead_queries(request.memo)
+        return AttentionOutput(out if dead is None else out.masked_fill(dead, 0.0))
 
 
 def _flat(t: Tensor, width: int) -> Tensor:
-    """`(1, h, n, d)` to `(n, h, width)`."""
-    t = t.squeeze(0).transpose(0, 1)
+    """Reshape `(1, h, n, d)` to `(n, h, width)`, with zeros for the missing features."""
+    t = rearrange(t, "1 h n d -> n h d")
     return t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))

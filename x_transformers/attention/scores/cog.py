@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from x_transformers.attention.base import After, RowContext, RowMod, Stage
+from x_transformers.attention.base import RowContext, RowMod, Stage, WeightChange
 from x_transformers.options.schema import Feature, opt
 
 
@@ -24,9 +24,9 @@ class CogSigned(RowMod):
 
     stage = Stage.SIGN
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         sign = logits.sign()
-        return logits.abs(), After(Stage.RESIGN, lambda weights: weights * sign.to(weights.dtype))
+        return logits.abs(), WeightChange(Stage.RESIGN, lambda weights: weights * sign.to(weights.dtype))
 
     def sink(self, logits: Tensor) -> Tensor:
         return logits.abs()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage
+from x_transformers.attention.base import AttentionShape, RowContext, RowMod, Stage, WeightChange
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.ops import at_least_float32, max_neg_value, mix_heads
 from x_transformers.options.schema import Feature, opt, require
@@ -69,7 +69,7 @@ class CoPE(RowMod):
         bound = heads**-0.5
         self.mix = nn.Parameter(torch.empty(heads, heads, 1, 1).uniform_(-bound, bound)) if talking_heads else None
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         return logits + self._addend(rows.q, logits, rows.mask).to(logits.dtype), None
 
     def forward(self, query: Tensor, attn_logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.base import After, RowContext, RowMod, Stage
+from x_transformers.attention.base import RowContext, RowMod, Stage, WeightChange
 from x_transformers.options.schema import Feature, Rule, opt
 
 
@@ -26,7 +26,7 @@ class ResidualScores(RowMod):
 
     stage = Stage.RESIDUAL
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         carried = rows.layer.carry.scores.get(rows.layer.kind)
         if carried is None:
             return logits, None

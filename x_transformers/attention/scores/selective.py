@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.base import After, AttentionShape, RowContext, RowMod, Stage
+from x_transformers.attention.base import AttentionShape, RowContext, RowMod, Stage, WeightChange
 from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.ops import at_least_float32, pad_left
@@ -63,7 +63,7 @@ class Selective(RowMod):
     requires_causal = True
     whole_past = True
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         layer, query, keys = rows.layer, rows.layer.call.query, rows.layer.keys
         if layer.context is not None:
             raise InputError(
@@ -73,7 +73,7 @@ class Selective(RowMod):
         own = keys.index == query.index.unsqueeze(-1)
         # slot 0 is the first token of a row after its padding; recurrent memory has negative slots
         exempt = own | (keys.slot <= 0).unsqueeze(-2)
-        shown = layer.call.shown
+        shown = layer.call.live
         if shown is not None:
             exempt = exempt | ~shown.unsqueeze(-1)
         gate = gate.masked_fill(exempt, 0.0)

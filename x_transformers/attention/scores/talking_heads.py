@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from x_transformers.attention.base import After, AttentionShape, Part, RowContext, RowMod, Stage, WeightMod
+from x_transformers.attention.base import AttentionShape, Part, RowContext, RowMod, Stage, WeightChange, WeightMod
 from x_transformers.ops import mix_heads
 from x_transformers.options.schema import Feature, opt
 
@@ -56,7 +56,7 @@ class PreTalkingHeads(HeadMix, RowMod):
     stage = Stage.MIX
     reference: ClassVar = {"attend.pre_softmax_talking_heads.weight": "weight"}
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         return logits + mix_heads(logits, self.weight), None
 
 
@@ -79,9 +79,9 @@ class ProductTalkingHeads(HeadMix, RowMod):
     stage = Stage.PRODUCT
     reference: ClassVar = {"attend.pre_scale_post_talking_heads.weight": "weight"}
 
-    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, After | None]:
+    def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:
         factor = mix_heads(logits, self.weight)
-        return logits, After(Stage.MULTIPLY, lambda weights: weights * factor)
+        return logits, WeightChange(Stage.MULTIPLY, lambda weights: weights * factor)
 
 
 def build_pre(options: PreOptions, shape: AttentionShape, **_: Any) -> PreTalkingHeads:

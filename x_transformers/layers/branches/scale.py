@@ -96,12 +96,13 @@ class AdaptiveGain(OutputScale):
 
     def __init__(self, dim: int, dim_condition: int | None = None, init_bias_value: float = -2.0) -> None:
         super().__init__()
-        self.to_gamma = nn.Linear(dim if dim_condition is None else dim_condition, dim)
+        self.dim_condition = dim if dim_condition is None else dim_condition
+        self.to_gamma = nn.Linear(self.dim_condition, dim)
         nn.init.zeros_(self.to_gamma.weight)
         nn.init.constant_(self.to_gamma.bias, init_bias_value)
 
     def forward(self, out: Tensor, condition: Tensor | None = None) -> Tensor:
-        return out * self.to_gamma(checked_condition(condition, self.to_gamma.in_features)).sigmoid()
+        return out * self.to_gamma(checked_condition(condition, self.dim_condition)).sigmoid()
 
 
 def build(options: LayerScaleOptions, sublayer: SublayerContext) -> LayerScaleGain:

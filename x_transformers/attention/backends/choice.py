@@ -1,0 +1,208 @@
+"""Choice of a backend: which one can host a request, and which of those is the fastest by measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loguru import logger
+
+from x_transformers.attention.backends.base import Backend, Request, Situation
+from x_transformers.attention.backends.blocked import Blocked
+from x_transformers.attention.backends.explicit import Explicit
+from x_transformers.attention.backends.flex import Flex
+from x_transformers.attention.backends.sdpa import SDPA
+from x_transformers.attention.backends.varlen import Varlen
+from x_transformers.attention.base import Needs
+from x_transformers.errors import ConfigError, InputError
+
+MANY = 2**31 - 1
+"""Number of queries in a graph where it may change from run to run."""
+
+
+class BackendChoice:
+    """Chooses the fastest backend that can host a request.
+
+    Args:
+        flash: None chooses the fastest backend; True demands a fused one; False never uses one.
+        kernels: which of PyTorch's kernels SDPA may use.
+        packed: passes may keep the documents of packed rows apart.
+
+    Attributes:
+        fused: the fused backends, in the order of preference.
+    """
+
+    def __init__(self, *, flash: bool | None, kernels: dict[str, bool] | None, packed: bool) -> None:
+        self.flash = flash
+        self.explicit = Explicit()
+        self.fused: tuple[Backend, ...] = (SDPA(kernels), Blocked(), Flex())
+        if packed and (kernels or {}).get("enable_flash", True):
+            self.fused = (Varlen(), *self.fused)
+        self._warned: set[str] = set()
+        self._last: Any = None
+        self._chosen: tuple[Backend, str] = (self.explicit, "")
+
+    def check(self, needs: Needs, needed_by: Mapping[Needs, list[str]]) -> None:
+        """Check that the needs can be met.
+
+        Args:
+            needs: of the parts, at every call.
+            needed_by: the keywords that each need comes from.
+
+        Raises:
+            ConfigError: if a fused kernel is demanded and no fused backend, on any device, can host the parts.
+        """
+        lacks = [backend.lacks(needs) for backend in self.fused]
+        if self.flash and all(lacks):
+            culprits = [
+                name for need, names in needed_by.items() if any(b.lacks(need) for b in self.fused) for name in names
+            ]
+            raise ConfigError(
+                f"`flash = True` demands a fused kernel, but {'; '.join(str(lack) for lack in lacks)}. "
+                f"Drop {' or '.join(culprits)}, or leave `flash` at None."
+            )
+
+    def choose(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
+        """Return the backend for these needs, and the reason."""
+        if self.flash is False:
+            return self.explicit, "`flash = False`"
+        if Needs.SCORES in needs:
+            return self.explicit, "the scores were requested"
+        reasons = {each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused}
+        able = [each for each in self.fused if reasons[each.name] is None]
+        for backend in able:
+            reasons[backend.name] = slower(backend, able, situation, needs)
+            if reasons[backend.name] is None:
+                passed = self.fused[: self.fused.index(backend)]
+                return backend, "; ".join(str(reasons[each.name]) for each in passed) or "fused, and hosts every part"
+        if self.flash and able:
+            return able[0], "`flash = True`"
+        return self.explicit, "; ".join(str(reason) for reason in reasons.values())
+
+    def for_request(self, request: Request, needs: Needs) -> Backend:
+        """Return the backend for a request. Eager decoding asks for every layer and token, so the last answer is kept.
+
+        Warns once if a fused kernel is demanded and none can run.
+        """
+        q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        width, queries = max(q.shape[-1], v.shape[-1]), q.shape[-2]
+        skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
+        if torch.compiler.is_compiling():
+            # A length in a graph may be a symbol, and a decision that reads it would tie the graph to its value. A
+            # length of 1 is never a symbol.
+            queries = 1 if queries == 1 else MANY
+            layer = request.layer
+            keeps = layer is not None and (layer.entry is not None or layer.states is not None)
+            situation = Situation(q.device.type, q.dtype, grad, True, width, queries, skips, keeps)
+            backend, why = self.choose(situation, needs)
+        else:
+            asked = (q.device, q.dtype, grad, width, queries, skips, needs, self.flash)
+            if asked != self._last:
+                situation = Situation(q.device.type, q.dtype, grad, False, width, queries, skips)
+                self._last, self._chosen = asked, self.choose(situation, needs)
+            backend, why = self._chosen
+        if self.flash and not backend.fused and not request.capture:
+            self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
+        return backend
+
+    def only_fused(self, request: Request, needs: Needs) -> Backend:
+        """Return the first fused backend that can host a request, whatever `flash` is.
+
+        Raises:
+            InputError: if there is none.
+        """
+        q, k, v = request.q, request.k, request.v
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        situation = Situation(q.device.type, q.dtype, grad, width=max(q.shape[-1], v.shape[-1]))
+        reasons = [backend.lacks(needs) or backend.refuses(situation, needs) for backend in self.fused]
+        for backend, reason in zip(self.fused, reasons, strict=True):
+            if reason is None:
+                return backend
+        raise InputError(f"no fused kernel hosts this call: {'; '.join(str(reason) for reason in reasons)}.")
+
+    def _warn_once(self, message: str) -> None:
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+FULL, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A finding: one backend is slower than another that can do the same work.
+
+    Attributes:
+        slow, fast: their names.
+        needs: it is about passes with any of these needs.
+        skips: only where whole ranges of keys are hidden.
+        least, most: bounds of the number of queries.
+        dtypes: of the queries.
+        device: type of the device.
+        graph: only within a compiled graph.
+        expected: not measured yet; it follows from the documentation of the kernels.
+    """
+
+    slow: str
+    fast: str
+    needs: Needs
+    skips: bool = False
+    least: int = 0
+    most: float = math.inf
+    dtypes: tuple[torch.dtype, ...] = (*FULL, *HALF)
+    device: str = "cpu"
+    graph: bool = False
+    expected: bool = False
+
+    def holds(self, situation: Situation, needs: Needs) -> bool:
+        """Return True if the finding is about such a pass."""
+        if self.device != situation.device or situation.dtype not in self.dtypes:
+            return False
+        if self.graph and not situation.compiling:
+            return False
+        if not (needs & self.needs) or (self.skips and not situation.skips):
+            return False
+        return self.least <= situation.queries <= self.most
+
+    def __str__(self) -> str:
+        holds = "is expected to be" if self.expected else "is"
+        where = " in a compiled graph" if self.graph else ""
+        least = f" from {self.least} tokens on" if self.least > 1 else ""
+        most = "" if math.isinf(self.most) else f" up to {int(self.most)} token{'s' * (self.most > 1)}"
+        return f"{self.slow} {holds} slower than {self.fast} on {DEVICES[self.device]}{where}{least}{most}"
+
+
+VISIBLE = Needs.MASK | Needs.BIAS | Needs.DOCUMENTS
+MEASUREMENTS = (
+    Measurement(slow="sdpa", fast="explicit", needs=~Needs.NOTHING, least=1, most=1, dtypes=FULL, graph=True),
+    Measurement(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=512, dtypes=FULL),
+    Measurement(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=512, dtypes=FULL),
+    Measurement(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=2048),
+    Measurement(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=2048),
+    Measurement(slow="blocked", fast="explicit", needs=Needs.POINTWISE | Needs.SINK, most=255),
+    Measurement(slow="flex", fast="explicit", needs=~Needs.NOTHING),
+    Measurement(slow="sdpa", fast="flex", needs=VISIBLE, least=128, dtypes=HALF, device="cuda", expected=True),
+    Measurement(slow="sdpa", fast="flex", needs=VISIBLE, least=2048, dtypes=FULL, device="cuda", expected=True),
+    Measurement(slow="flex", fast="explicit", needs=~Needs.NOTHING, most=127, device="cuda", expected=True),
+)
+"""Measured on a CPU with 6 heads of 64 features on two threads, with equal results in training and evaluation. The
+compiler fuses the steps of the explicit backend for one query into one loop. For long sequences, biases and masks also
+cost memory: SDPA reads a number for every pair of tokens.
+
+Expected on a GPU, until it is measured: with a mask or a bias, SDPA cannot use its fastest kernel and reads a number
+for every pair of tokens; FlexAttention computes both where it needs them, and skips what no query sees, in blocks of
+128. In full precision its matrix products are no faster, which leaves the memory. With fewer queries than a block has,
+there are few scores, and to write them out is fast."""
+
+
+def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: Needs) -> str | None:
+    """Return why another able backend, or the explicit one, is to be preferred to this one; None if none is."""
+    others = {each.name for each in able} | {Explicit.name}
+    found = (each for each in MEASUREMENTS if each.slow == backend.name and each.fast in others)
+    return next((str(each) for each in found if each.holds(situation, needs)), None)

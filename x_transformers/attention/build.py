@@ -1,0 +1,204 @@
+"""From the options of an attention to its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from x_transformers.attend import Attend, ScoreParts
+from x_transformers.attention.backends.choice import BackendChoice
+from x_transformers.attention.base import (
+    AttentionShape,
+    KeyMod,
+    Parts,
+    QKNorm,
+    RowMod,
+    ScoreMod,
+    Similarity,
+    Slot,
+    ValueMod,
+    Weighting,
+    WeightMod,
+)
+from x_transformers.attention.catalog import SCHEMA
+from x_transformers.attention.keys.sink import LearnedSink
+from x_transformers.attention.latent import LatentKeysValues
+from x_transformers.attention.output_projection import build_output
+from x_transformers.attention.projections import Projections
+from x_transformers.attention.values.residual import ValueMix
+from x_transformers.errors import ConfigError, Faults
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionParts:
+    """Parts of one attention, and the settings that its passes read.
+
+    Attributes:
+        shape: widths and numbers of heads.
+        dim_context: width of the input of keys and values.
+        features: names of the options that are on.
+        switches: the keyword that switched on each of them.
+        takes_views: the input is that of queries, keys and values, `(3, b, n, D)`.
+        window: number of earlier slots that a query sees.
+        packed: rows are packed.
+        sublayer_dropout: dropout of the output.
+        unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
+        latent_q, ..., out: the modules, in the order of the state dict.
+        attend: the core, which reads the parts that change scores and weights.
+    """
+
+    shape: AttentionShape
+    dim_context: int
+    features: tuple[str, ...]
+    switches: Mapping[str, str]
+    takes_views: bool
+    window: int | None
+    packed: bool
+    sublayer_dropout: float
+    unrotated_heads: tuple[int, int] | None
+    latent_q: nn.Linear | None
+    latent_kv: LatentKeysValues | None
+    projections: Projections
+    qk_norms: Slot[QKNorm]
+    scores: Slot[ScoreMod]
+    keys: Slot[KeyMod]
+    metrics: Slot[Similarity]
+    sink: LearnedSink | None
+    rows: Slot[RowMod]
+    weighting: Slot[Weighting]
+    weights: Slot[WeightMod]
+    values: Slot[ValueMod]
+    value_mix: ValueMix | None
+    out: nn.Module
+    attend: Attend
+
+
+def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) -> AttentionParts:
+    """Build the parts of an attention.
+
+    Args:
+        dim: width of the input.
+        heads: number of query heads.
+        causal: a token sees only tokens up to itself.
+        options: by keyword.
+
+    Raises:
+        ConfigError: listing every unknown keyword, bad value and conflict.
+    """
+    faults = Faults()
+    parsed = SCHEMA.parse(dict(options), faults)
+    SCHEMA.check_choices(parsed, faults)
+    SCHEMA.check_rules(parsed, parsed, faults)
+    faults.raise_if_any("Attention")
+    if heads < 1:
+        raise ConfigError(f"`heads` is {heads}; it must be at least 1.")
+
+    head, latent = parsed["heads"], parsed["latent"]
+    shape = AttentionShape(
+        dim=dim,
+        heads=heads,
+        kv_heads=parsed["grouped_heads"].count(heads),
+        dim_head=head.dim_head,
+        value_dim_head=head.dim_head if head.value_dim_head is None else head.value_dim_head,
+        causal=causal,
+    )
+    source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
+    modules: dict[str, Any] = {}
+    unrotated: tuple[int, int] | None = None
+    with faults.catching():
+        sub = latent.latent_rope_subheads
+        unrotated = head.unrotated_heads(heads, shape.kv_heads)
+        if sub is not None:
+            # the last key heads, and the query heads that use them
+            unrotated = heads - sub * heads // shape.kv_heads, shape.kv_heads - sub
+        modules["latent_q"] = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
+        modules["latent_kv"] = None
+        if latent.use_latent_kv:
+            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0)
+        modules["projections"] = Projections(
+            dim=latent.dim_latent_q if latent.use_latent_q else dim,
+            dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
+            heads=heads,
+            key_heads=shape.kv_heads - (sub or 0),
+            kv_heads=shape.kv_heads,
+            dim_head=shape.dim_head,
+            value_dim_head=shape.value_dim_head,
+        )
+    for name, slot in SLOTS.items():
+        modules[name] = _build_slot(slot, parsed, shape, faults)
+    modules["sink"] = next(iter(modules["sink"]), None)
+    modules["value_mix"] = ValueMix(shape) if parsed.on("value_mix") else None
+    width = shape.value_dim_head
+    for mod in modules["values"]:
+        width = mod.out_width(width)
+    with faults.catching():
+        gated = parsed.on("on_attn")
+        modules["out"] = build_output(shape, heads * width, parsed["attention_output"], gated=gated)
+    switches: dict[str, str] = {}
+    with faults.catching():
+        switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
+        modules["attend"] = _build_core(parsed, shape, modules, switches)
+    faults.raise_if_any("Attention")
+    return AttentionParts(
+        shape=shape,
+        dim_context=source,
+        features=tuple(switches),
+        switches=switches,
+        takes_views=head.qkv_receive_diff_residuals,
+        window=parsed["window"].max_attend_past,
+        packed=parsed["backend"].flash_pack_seq,
+        sublayer_dropout=parsed["attention_dropout"].sublayer_dropout,
+        unrotated_heads=unrotated,
+        **modules,
+    )
+
+
+SLOTS = {
+    "qk_norms": "qk_norm",
+    "scores": "score",
+    "keys": "keys",
+    "metrics": "metric",
+    "sink": "sink",
+    "rows": "row",
+    "weighting": "weighting",
+    "weights": "weights",
+    "values": "values",
+}
+"""Attributes of an attention that hold the parts of a slot, and the slots."""
+
+
+def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -> Any:
+    """Build the parts of one slot."""
+    parts: dict[str, nn.Module] = {}
+    for feature in parsed.enabled(slot):
+        with faults.catching():
+            assert feature.build is not None
+            parts[feature.name] = feature.build(parsed[feature.name], shape=shape)
+    return Parts(parts) if parts else ()
+
+
+def _build_core(parsed: Any, shape: AttentionShape, modules: Mapping[str, Any], switches: Mapping[str, str]) -> Attend:
+    """Build the core. Its messages name the keyword that switched on each part."""
+    scale = shape.dim_head**-0.5
+    for norm in modules["qk_norms"]:
+        scale = norm.scale if norm.scale is not None else scale
+    sink, options = modules["sink"], parsed["backend"]
+    slots = {name: modules[name] for name in ("scores", "metrics", "rows", "weighting", "weights")}
+    named = [
+        (switches[name], part)
+        for slot in ("scores", "rows", "weighting", "weights", "values")
+        for name, part in (modules[slot].items() if modules[slot] else ())
+    ]
+    return Attend.of_parts(
+        ScoreParts(sink=sink, **slots),
+        named if sink is None else [*named, (switches["learned_sink"], sink)],
+        causal=shape.causal,
+        scale=scale,
+        dropout=parsed["attention_dropout"].dropout,
+        window=parsed["window"].max_attend_past,
+        backends=BackendChoice(flash=options.flash, kernels=options.attend_sdp_kwargs, packed=options.flash_pack_seq),
+        packed=options.flash_pack_seq,
+    )

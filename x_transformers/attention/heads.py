@@ -1,0 +1,249 @@
+"""From the input of an attention to queries, keys and values by heads, with the keys of caches and memories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.attention.base import (
+    AttentionShape,
+    KeyMod,
+    Part,
+    QKNorm,
+    QKTransform,
+    Slot,
+    ValueContext,
+    ValueMod,
+)
+from x_transformers.attention.keys.additional import join_additional
+from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
+from x_transformers.attention.projections import Projections
+from x_transformers.attention.values.residual import ValueMix, mix_values
+from x_transformers.cache import Shape
+from x_transformers.errors import InputError
+from x_transformers.forward_pass.call import LayerCall, Span
+from x_transformers.ops import split_heads
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values of one pass.
+
+    Attributes:
+        q: `(b, h, i, d)`.
+        k, v: `(b, g, j, d)` and `(b, g, j, e)`, those of the cache and of recurrent memory included.
+        projected: `(b, g, new keys, e)` the values as they were projected.
+        fresh: keys, before rotation, and values of this pass without recurrent memory; None for a cached context.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    projected: Tensor
+    fresh: tuple[Tensor, Tensor] | None
+
+
+class HeadProjection(nn.Module):
+    """Abstract base class of `Attention`: what happens to queries, keys and values around the attention itself.
+
+    Attributes:
+        shape: widths and numbers of heads.
+        unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
+        latent_q, latent_kv: projections to narrow latents, or None.
+        projections: the maps to queries, keys and values.
+        qk_norms, keys, values: parts by slot.
+        value_mix: learned share of the first layer's values, or None.
+    """
+
+    shape: AttentionShape
+    unrotated_heads: tuple[int, int] | None
+    latent_q: nn.Linear | None
+    latent_kv: LatentKeysValues | None
+    projections: Projections
+    qk_norms: Slot[QKNorm]
+    keys: Slot[KeyMod]
+    values: Slot[ValueMod]
+    value_mix: ValueMix | None
+
+    def parts(self) -> dict[str, Part]:
+        """Return the parts that may declare streams, causality and entries of checkpoints, by their path."""
+        raise NotImplementedError
+
+    def cache_streams(self, rotations: Sequence[QKTransform] = ()) -> dict[str, Shape]:
+        """Return the streams that grow with the sequence, as `{name: (heads, width)}`.
+
+        Args:
+            rotations: the stack's transforms, which may change the width of keys.
+        """
+        shape, width = self.shape, self.shape.dim_head
+        for transform in rotations:
+            width = transform.width(width)
+        streams: dict[str, Shape] = {"k": (shape.kv_heads, width), "v": (shape.kv_heads, shape.value_dim_head)}
+        if self.latent_kv is not None:
+            streams = self.latent_kv.cache_streams()
+            if self.value_mix is not None:
+                streams["value_mix"] = (shape.kv_heads, 1)
+        for part in self.parts().values():
+            streams.update(part.cache_streams(shape))
+        return streams
+
+    def project_heads(self, xq: Tensor, xk: Tensor, xv: Tensor, layer: LayerCall) -> Heads:
+        """Project, normalize and rotate queries, keys and values, and append the new keys to the cache.
+
+        Args:
+            xq, xk, xv: `(b, n, D)` inputs of queries, keys and values, usually one and the same.
+            layer: the sublayer's call.
+        """
+        own, entry, projections = layer.context is None, layer.entry, self.projections
+        if not own and entry is not None and entry.get("k") is not None:
+            return self._query_cached_context(xq, layer)
+        span, deltas = layer.fresh, layer.deltas
+        if not own or layer.kv_residual is not None or layer.memory is not None:
+            xk, xv = _sources(xk, xv, layer)
+        if self.latent_q is None and self.latent_kv is None and deltas.q is deltas.k is deltas.v is None:
+            q, k, raw = projections.plain(xq, xk, xv, projections.ready)
+        else:
+            q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
+            k, raw, span = self._keys_values(xk, xv, layer)
+        for norm in self.qk_norms:
+            q, k = norm.normalize_q(q), norm.normalize_k(k)
+        v = self._mix_values(raw, xq, layer) if layer.carry.values else raw
+        for mod in self.values:
+            v = mod.project(v, xq, layer)
+        m = 0 if layer.memory is None else layer.memory.shape[-2]
+        fresh = (k[..., m:, :], v[..., m:, :]) if m else (k, v)
+        if layer.rotations:
+            q, k = self._rotate(q, k, layer, span)
+        if entry is not None and own and self.latent_kv is None:
+            k, v = append("k", k, layer), append("v", v, layer)
+        elif entry is not None and not own:
+            entry.put("k", k)
+            entry.put("v", v)
+        return Heads(q, k, v, raw, fresh)
+
+    def _query_cached_context(self, x: Tensor, layer: LayerCall) -> Heads:
+        """Project the queries only: the keys and values of the context come from an earlier pass."""
+        k, v = layer.entry.get("k"), layer.entry.get("v")
+        q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q)
+        for norm in self.qk_norms:
+            q = norm.normalize_q(q)
+        q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
+        return Heads(q, k, v, v, None)
+
+    def _keys_values(self, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Span]:
+        """Project keys and values, perhaps by way of a latent; also return where the keys are."""
+        span, deltas = layer.fresh, layer.deltas
+        if self.latent_kv is None:
+            k, v = self.projections.keys_values(xk, xv, deltas.k, deltas.v)
+            assert k is not None
+            return k, v, span
+        streams = self.latent_kv(xk)
+        if layer.context is None:
+            # the latent is what is cached, so that keys of every token are projected and rotated again in each pass
+            streams, span = {name: append(name, t, layer) for name, t in streams.items()}, layer.keys
+        latent = streams["latent"].squeeze(1)
+        k, v = self.projections.keys_values(latent, latent, deltas.k, deltas.v)
+        return join_sub_keys(k, streams), v, span
+
+    def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
+        """Transform by positions: all heads, or the last ones."""
+        for transform in layer.rotations:
+            tables = layer.call.tables(transform, keys)
+            if self.unrotated_heads is None:
+                q, k = transform.apply_tables(q, k, tables)
+                continue
+            still_q, still_k = self.unrotated_heads
+            turned_q, turned_k = transform.apply_tables(q[:, still_q:], k[:, still_k:], tables)
+            q, k = torch.cat((q[:, :still_q], turned_q), dim=1), torch.cat((k[:, :still_k], turned_k), dim=1)
+        return q, k
+
+    def _mix_values(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
+        """Mix in the values of the first layer of this kind, if there are any."""
+        first = layer.carry.values.get(layer.kind)
+        if first is None:
+            return v
+        if self.value_mix is None:
+            return mix_values(v, first, 0.5)
+        if layer.context is not None:
+            raise InputError(
+                "`learned_value_residual_mix` computes a share for each token's own values, and in cross-attention "
+                "tokens have none; drop it there."
+            )
+        share = self.value_mix(layer.behind_memory(x))
+        # the values of cached tokens are projected again from their latents, and mixed in their old shares
+        return mix_values(v, first, share if self.latent_kv is None else append("value_mix", share, layer))
+
+    def extend_keys(self, k: Tensor, v: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        """Add the keys and values before those of the tokens, and change the values before attention.
+
+        From the left: zeros, those of the caller, learned ones.
+
+        Returns:
+            keys and values, how many were added, and a mask `(b, P)` of the visible ones; None if all are.
+        """
+        prefix, shown, leading = 0, None, 0
+        for mod in self.keys:
+            prefix += mod.count
+            if not mod.nothing:
+                k, v = mod.extend(k, v, self._normalize_memory)
+        if layer.additional is not None:
+            k, v = join_additional(k, v, *layer.additional, heads=self.shape.heads)
+            prefix += layer.additional[0].shape[-2]
+        for mod in self.values:
+            v = mod.weigh(v)
+        for mod in self.keys:
+            if mod.nothing:
+                k, v = mod.extend(k, v, self._normalize_memory)
+                leading += mod.count
+        if layer.additional is not None and layer.additional_mask is not None:
+            learned = prefix - leading - layer.additional_mask.shape[-1]
+            shown = F.pad(layer.additional_mask, (leading, learned), value=True)
+        return k, v, prefix, shown
+
+    def _normalize_memory(self, k: Tensor) -> Tensor:
+        for norm in self.qk_norms:
+            k = norm.normalize_memory(k)
+        return k
+
+    def change_output(self, out: Tensor, x: Tensor, projected: Tensor, dead: Tensor | None, layer: LayerCall) -> Tensor:
+        """Apply value modifications and the caller's delta to the heads' outputs `(b, h, n, e)`."""
+        n = x.shape[-2]
+        own = projected[..., projected.shape[-2] - n :, :]
+        if self.latent_kv is not None and layer.context is None:
+            own = projected.index_select(-2, layer.keys.find(layer.call.query.index))
+        seen = ValueContext(x, own, dead, layer)
+        for mod in self.values:
+            out = out if mod.outer else mod.after(out, seen)
+        if layer.deltas.out is not None:
+            out = out + split_heads(layer.deltas.out, self.shape.heads).to(out.dtype)
+        for mod in self.values:
+            out = mod.after(out, seen) if mod.outer else out
+        return out
+
+
+def _sources(xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
+    """Return the inputs of keys and values: the tokens or a context, with recurrent memory before them."""
+    if layer.context is not None:
+        xk = xv = layer.context
+    if layer.kv_residual is not None:
+        xk, xv = xk + layer.kv_residual, xv + layer.kv_residual
+    if layer.memory is not None:
+        mk, mv = (layer.memory, layer.memory) if layer.memory.ndim == 3 else layer.memory[-2:].unbind(0)
+        xk, xv = torch.cat((mk, xk), dim=-2), torch.cat((mv, xv), dim=-2)
+    return xk, xv
+
+
+def append(name: str, t: Tensor, layer: LayerCall) -> Tensor:
+    """Append new tokens `(..., n, d)` to a stream of the cache and return all of it.
+
+    Recurrent memory, which comes first in `t`, is not cached and stays first.
+    """
+    if layer.entry is None:
+        return t
+    if layer.memory is None:
+        return layer.entry.grow(name, t)
+    m = layer.memory.shape[-2]
+    return torch.cat((t[..., :m, :], layer.entry.grow(name, t[..., m:, :])), dim=-2)
