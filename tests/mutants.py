@@ -73,9 +73,9 @@ MUTATIONS = (
         "if False:",
         RANDOM,
     ),
-    Mutation("embedding dropout not passed on", r"dropout=self\.emb_dropout", "dropout=0.0", RANDOM),
+    Mutation("embedding dropout skipped", r"if self\.emb_dropout and .*:", "if False:", RANDOM),
     Mutation("Gumbel noise deleted", r"logits - torch\.empty_like\(logits\)\.exponential_\(\).*", "logits", RANDOM),
-    Mutation("the number of passes is not drawn", r"int\(torch\.randint\(1, most \+ 1, \(\)\)\)", "most", RANDOM),
+    Mutation("the number of passes is not drawn", r"int\(torch\.randint\(1, (\w+) \+ 1, \(\)\)\)", r"\1", RANDOM),
     # masks
     Mutation(
         "causality sees one token ahead",
