@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -136,9 +137,17 @@ class BareGPT(nn.Module):
         return self.head(self.norm(x[:, -1]))
 
 
+class Decodes(Protocol):
+    """Model that decodes over a static cache."""
+
+    def empty_cache(self, batch: int) -> Cache: ...
+    def prefill(self, tokens: Tensor, cache: Cache) -> Tensor: ...
+    def decode_one(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor: ...
+
+
 @torch.inference_mode()
 def generate(
-    model: BareGPT, prompt: Tensor, length: int, decode_one: Callable[[Tensor, Tensor, Cache], Tensor] | None = None
+    model: Decodes, prompt: Tensor, length: int, decode_one: Callable[[Tensor, Tensor, Cache], Tensor] | None = None
 ) -> Tensor:
     """Greedily continue `prompt (b, n)` by `length` tokens `(b, length)`; `decode_one` may be compiled."""
     step = decode_one or model.decode_one

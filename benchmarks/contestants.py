@@ -1,9 +1,9 @@
 """Contestants: the same decoders from bare PyTorch, this library and Hugging Face's transformers, with equal weights.
 
-There are two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`our Llama`, `Llama`). GPT-2 has an untied head and no
-dropout; its additional biases are zero, as are the biases that our Llama has in its gated feedforwards.
-`benchmarks.agreement` checks that they compute the same, GPT-2 with the GELU of the others; afterwards GPT-2 gets its
-own GELU back (`as_shipped`). Hugging Face's models are called as their users call them.
+There are two families: GPT (`bare`, `ours`, `GPT-2`) and Llama (`bare Llama`, `our Llama`, `Llama`). GPT-2 has an
+untied head and no dropout; its additional biases are zero, as are the biases that our Llama has in its gated
+feedforwards. `benchmarks.agreement` checks that they compute the same, GPT-2 with the GELU of the others; afterwards
+GPT-2 gets its own GELU back (`as_shipped`). Hugging Face's models are called as their users call them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from torch import Tensor, nn
 
 from benchmarks import bare as bare_module
 from benchmarks.bare import BareGPT, Shape
+from benchmarks.bare_llama import EPS, BareLlama, inner_width
 from benchmarks.weights import share_gpt, share_llama
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-LLAMA_MULT = 8 / 3
 LLAMA: dict[str, Any] = {
     "rotary_pos_emb": True,
     "use_rmsnorm": True,
     "ff_glu": True,
     "ff_swish": True,
     "ff_no_bias": True,
-    "ff_mult": LLAMA_MULT,
 }
-GPT_NAMES, LLAMA_NAMES = ("bare", "ours", "GPT-2"), ("our Llama", "Llama")
+GPT_NAMES, LLAMA_NAMES = ("bare", "ours", "GPT-2"), ("bare Llama", "our Llama", "Llama")
 DYNAMIC = "ours, dynamic cache"
 
 Generate = Callable[[Tensor, int, str | None], Tensor]
@@ -63,10 +62,10 @@ def gpts(shape: Shape) -> dict[str, Contestant]:
 
 
 def llamas(shape: Shape) -> dict[str, Contestant]:
-    """Build our Llama and Hugging Face's, with the same weights."""
-    ours, other = our_llama(shape), llama(shape)
-    share_llama(other, ours.net)
-    return dict(zip(LLAMA_NAMES, (of_ours(ours), of_hugging_face(other)), strict=True))
+    """Build the bare Llama, ours and Hugging Face's, with the same weights."""
+    bare, ours, other = BareLlama(shape), our_llama(shape), llama(shape)
+    share_llama(bare, ours.net, other)
+    return dict(zip(LLAMA_NAMES, (of_bare(bare), of_ours(ours), of_hugging_face(other)), strict=True))
 
 
 def our_gpt(shape: Shape, *, loss_chunk_size: int | None = None, **stack: Any) -> AutoregressiveWrapper:
@@ -87,7 +86,8 @@ def our_gpt(shape: Shape, *, loss_chunk_size: int | None = None, **stack: Any) -
 
 
 def our_llama(shape: Shape) -> AutoregressiveWrapper:
-    return our_gpt(shape, rotary_emb_dim=shape.dim // shape.heads, **LLAMA)
+    mult = inner_width(shape.dim) / shape.dim
+    return our_gpt(shape, rotary_emb_dim=shape.dim // shape.heads, ff_mult=mult, **LLAMA)
 
 
 def gpt2(shape: Shape) -> nn.Module:
@@ -127,18 +127,18 @@ def llama(shape: Shape) -> nn.Module:
     config = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.dim,
-        intermediate_size=int(shape.dim * LLAMA_MULT),
+        intermediate_size=inner_width(shape.dim),
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         max_position_embeddings=shape.context,
-        rms_norm_eps=1e-12,  # ours adds next to nothing
+        rms_norm_eps=EPS,
         bos_token_id=0,
         eos_token_id=None,
     )
     return LlamaForCausalLM(config)
 
 
-def of_bare(model: BareGPT) -> Contestant:
+def of_bare(model: BareGPT | BareLlama) -> Contestant:
     """Return the bare model as a contestant; it compiles its decoding step once per backend."""
 
     def generate(prompt: Tensor, new: int, backend: str | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Speed of our Llama and Hugging Face's relative to the limits of the machine.
+"""Speed of the bare Llama, ours and Hugging Face's relative to the limits of the machine.
 
 Training cannot be faster than its matrix products, and decoding at batch 1 takes at least the time to read all weights
 per token. Both limits are measured here in tokens per second, together with the contestants. On a CPU the models have
@@ -62,7 +62,7 @@ def decoding(settings: Settings, shape: Shape, backend: str | None) -> Figures:
 
 
 def agreeing(settings: Settings, shape: Shape) -> dict[str, Contestant]:
-    """Build both Llamas, check that they agree, and move them to the device and dtype, in evaluation mode."""
+    """Build all Llamas, check that they agree, and move them to the device and dtype, in evaluation mode."""
     torch.manual_seed(0)
     contestants = llamas(shape)
     for each in contestants.values():

@@ -11,16 +11,18 @@ from benchmarks.results_file import FOLDER, Section, recorded
 
 README = Path(__file__).parent / "README.md"
 START, END = "<!-- figures: made by `python -m benchmarks.table --write` -->", "<!-- end of the figures -->"
-PAIRS = (("ours", "bare"), (DYNAMIC, "bare"), ("ours", "GPT-2"), ("our Llama", "Llama"))
+PAIRS = (("ours", "bare"), (DYNAMIC, "bare"), ("ours", "GPT-2"), ("our Llama", "bare Llama"), ("our Llama", "Llama"))
 TITLES = {
     "training": "Training: tokens per second of forward, backward and AdamW; {rows} rows of {context:,} tokens",
     "prefill": "Prefill: tokens per second of a pass to logits, without gradients; {rows} rows of {context:,} tokens",
     "decoding": "Decoding: new tokens per second, greedily; prompts of {prompt} tokens, {new} new ones",
     "lengths": "Lengths: tokens per second of a training step on one row; {short} layers",
-    "features": "Features: training steps with one option, relative to the plain decoder; {short} layers, one row",
+    "features": "Features: training steps with one option, relative to the plain decoder; {short} layers",
     "memory": "Memory: MiB that training takes at its peak, beyond Python and its libraries",
     "limits": "Limits: tokens per second, and the bound by matrix products (training) or weight reads (decoding)",
+    "kernels": "Kernels: operations that are not views, forward and backward, per layer; traffic in activations",
 }
+UNITS = {"memory": "MiB", "kernels": "per layer"}
 
 PICTURES = {
     "ratios": ("Ratios by task", frozenset({"training", "prefill", "decoding"})),
@@ -46,7 +48,7 @@ def formatted(section: str, value: float) -> str:
 
 def printed(section: str, case: str, figures: Mapping[str, float]) -> str:
     """Format the figures of a case for a terminal: contestants with their ratios to the first, and the pairs."""
-    unit = "MiB" if section == "memory" else "tokens/s"
+    unit = UNITS.get(section, "tokens/s")
     first = next(iter(figures.values()))
     lines = [
         f"  {name:<20} {formatted(section, value):>10} {unit}  {value / first:.2f}" for name, value in figures.items()
@@ -79,7 +81,7 @@ def _compared(section: str, figures: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _variants(section: str, case: str, figures: Mapping[str, float]) -> str:
-    unit = "MiB" if section == "memory" else "tokens per second"
+    unit = UNITS.get(section, "tokens per second")
     first = next(iter(figures.values()))
     rows = [_row([name, formatted(section, value), f"{value / first:.2f}"]) for name, value in figures.items()]
     return "\n".join((_row([case, unit, "relative"]), _row(["---", "---:", "---:"]), *rows))

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.features import features
+from benchmarks.kernels import kernels
 from benchmarks.lengths import lengths
 from benchmarks.limits import limits
 from benchmarks.measure import ROOT
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[tuple[str, Figures]]]] = {
     "features": features,
     "memory": memory,
     "limits": limits,
+    "kernels": kernels,
 }
 QUICK = Path("runs") / "benchmarks"
 

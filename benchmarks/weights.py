@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bare import BareGPT
+from benchmarks.bare_llama import BareLlama
 from x_transformers import TransformerWrapper
 
 
@@ -47,22 +48,45 @@ def _share_gpt2(bare: BareGPT, other: nn.Module) -> None:
 
 
 @torch.no_grad()
-def share_llama(other: nn.Module, ours: TransformerWrapper) -> None:
-    """Copy the weights of Hugging Face's Llama to ours, whose biases become 0."""
-    ours.token_emb.emb.weight.copy_(other.model.embed_tokens.weight)
-    ours.attn_layers.final_norm.gamma.copy_(other.model.norm.weight - 1)
-    ours.to_logits.weight.copy_(other.lm_head.weight)
+def share_llama(bare: BareLlama, ours: TransformerWrapper, other: nn.Module | None = None) -> None:
+    """Copy the weights of a bare Llama to ours, whose biases become 0, and to Hugging Face's."""
+    head = bare.shape.dim // bare.shape.heads
+    ours.token_emb.emb.weight.copy_(bare.token_emb.weight)
+    ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)
+    ours.to_logits.weight.copy_(bare.head.weight)
     sublayers = iter(ours.attn_layers.layers)
-    for block in other.model.layers:
+    for block in bare.blocks:
         first, second = next(sublayers), next(sublayers)
-        attention, feedforward = block.self_attn, block.mlp
-        first.norm.gamma.copy_(block.input_layernorm.weight - 1)
-        q, k = (interleaved(each.weight, attention.head_dim) for each in (attention.q_proj, attention.k_proj))
-        _into_attention(first.attention, q, k, attention.v_proj.weight, attention.o_proj.weight)
-        second.norm.gamma.copy_(block.post_attention_layernorm.weight - 1)
-        second.feedforward.up.weight.copy_(torch.cat((feedforward.up_proj.weight, feedforward.gate_proj.weight)))
+        first.norm.gamma.copy_(block.attn_norm.weight - 1)
+        q, k, v = block.qkv.weight.chunk(3)
+        _into_attention(first.attention, interleaved(q, head), interleaved(k, head), v, block.out.weight)
+        second.norm.gamma.copy_(block.ff_norm.weight - 1)
+        gate, up = block.gate_up.weight.chunk(2)
+        second.feedforward.up.weight.copy_(torch.cat((up, gate)))
         second.feedforward.up.bias.zero_()
-        second.feedforward.down.weight.copy_(feedforward.down_proj.weight)
+        second.feedforward.down.weight.copy_(block.down.weight)
+    if other is not None:
+        _share_hugging_face(bare, other)
+
+
+def _share_hugging_face(bare: BareLlama, other: nn.Module) -> None:
+    core = other.model
+    core.embed_tokens.weight.copy_(bare.token_emb.weight)
+    core.norm.weight.copy_(bare.norm.weight)
+    other.lm_head.weight.copy_(bare.head.weight)
+    for theirs, block in zip(core.layers, bare.blocks, strict=True):
+        theirs.input_layernorm.weight.copy_(block.attn_norm.weight)
+        attention, feedforward = theirs.self_attn, theirs.mlp
+        for projection, weight in zip(
+            (attention.q_proj, attention.k_proj, attention.v_proj), block.qkv.weight.chunk(3), strict=True
+        ):
+            projection.weight.copy_(weight)
+        attention.o_proj.weight.copy_(block.out.weight)
+        theirs.post_attention_layernorm.weight.copy_(block.ff_norm.weight)
+        gate, up = block.gate_up.weight.chunk(2)
+        feedforward.gate_proj.weight.copy_(gate)
+        feedforward.up_proj.weight.copy_(up)
+        feedforward.down_proj.weight.copy_(block.down.weight)
 
 
 def interleaved(weight: Tensor, head: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The catalogue as models: every example of every feature in a tiny model, with every parameter perturbed.
+"""Every example of every feature of the catalog as a tiny model, with every parameter perturbed.
 
-A case is one example of one feature, keywords as a user writes them. A property of the library is tested over all
-cases, so that a feature is covered from the moment it stands in the catalogue.
+A case is one example of one feature: keywords as a user writes them. A property of the library is tested over all
+cases, so that a feature is covered as soon as it is in the catalog.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import ConfigError
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.catalog import FEATURES as MODEL_FEATURES
+from x_transformers.models.options import FEATURES as MODEL_FEATURES
 from x_transformers.options.schema import Feature
 
 FEATURES = (*STACK_FEATURES, *MODEL_FEATURES)
@@ -29,7 +30,7 @@ FEATURES = (*STACK_FEATURES, *MODEL_FEATURES)
 VOCABULARY, MAX_LEN, DIM, HEADS = 24, 32, 16, 4
 NOISE = 0.05
 EXACT = 2e-5
-"""What two ways of computing the same thing in float32 may differ by."""
+"""Largest difference of two ways to compute the same thing in float32."""
 
 WRAPPER = {"num_tokens": VOCABULARY, "max_seq_len": MAX_LEN}
 STACK = {"dim": DIM, "depth": 2, "heads": HEADS, "attn_dim_head": 8, "verbose": False}
@@ -44,20 +45,28 @@ WRAPPER_KEYWORDS = frozenset(inspect.signature(TransformerWrapper).parameters)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Features that meet in one model: one of them, or two in a pair, or none in the base model."""
+    """Features that meet in one model: one of them, or two in a pair, or none in the base model.
+
+    Attributes:
+        name: the test id.
+        features: which they are.
+        keywords: as a user writes them.
+        number: of the feature's example, from 1, if there is one feature.
+    """
 
     name: str
     features: tuple[Feature, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
     def __str__(self) -> str:
         return self.name
 
     def build(self, stack: str = "decoder", **more: Any) -> TransformerWrapper:
-        """A perturbed model in evaluation mode.
+        """Build a perturbed model in evaluation mode.
 
         Raises:
-            ConfigError: where the combination is refused.
+            ConfigError: if the combination is refused.
         """
         given = {**copy.deepcopy(dict(self.keywords)), **more}
         wrapper = {name: given.pop(name) for name in list(given) if name in WRAPPER_KEYWORDS}
@@ -67,16 +76,19 @@ class Case:
         return perturb(TransformerWrapper(**{**WRAPPER, **wrapper}, attn_layers=layers)).eval()
 
     def exemption(self, of: str) -> str | None:
-        """Why the property cannot hold here, if a feature says so."""
-        return next((feature.exempt[of] for feature in self.features if of in feature.exempt), None)
+        """Return why the property cannot hold here, if a feature says so of all its examples or of this one."""
+        return next(iter(self._exemptions(of)), None)
+
+    def _exemptions(self, of: str) -> list[str]:
+        keys = (of,) if self.number is None else (of, (of, self.number))
+        return [feature.exempt[key] for feature in self.features for key in keys if key in feature.exempt]
 
     def without_gradient(self) -> list[re.Pattern[str]]:
-        """Names of parameters that cannot have a gradient: what the exemption says in front of its `: `.
+        """Return patterns of parameters that cannot have a gradient: the part of an exemption before its `: `.
 
         They are written for a decoder without cross-attention.
         """
-        sentences = [f.exempt["gradients"] for f in self.features if "gradients" in f.exempt]
-        return [re.compile(sentence.split(": ")[0]) for sentence in sentences]
+        return [re.compile(sentence.split(": ")[0]) for sentence in self._exemptions("gradients")]
 
     def __and__(self, other: Case) -> Case:
         return Case(f"{self}+{other}", (*self.features, *other.features), {**self.keywords, **other.keywords})
@@ -86,7 +98,7 @@ BASE = Case("plain")
 CASES = (
     BASE,
     *(
-        Case(f"{feature.name}-{index}", (feature,), example)
+        Case(f"{feature.name}-{index}", (feature,), example, index)
         for feature in FEATURES
         for index, example in enumerate(feature.examples, start=1)
     ),
@@ -111,7 +123,7 @@ def is_foundation(case: Case) -> bool:
 
 @functools.cache
 def refused(stack: str) -> Mapping[str, str]:
-    """The cases that this kind of stack refuses when it is built, and in which words."""
+    """Return the cases that this kind of stack refuses when it is built, with the message of the error."""
     words = {}
     for case in CASES:
         try:
@@ -122,7 +134,7 @@ def refused(stack: str) -> Mapping[str, str]:
 
 
 def cases(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
-    """(kind of stack, case) for every case that can be built and has no exemption from the property.
+    """Return (kind of stack, case) for every case that can be built and is not exempt from the property.
 
     Decoders are tested over every example of a feature, other stacks over the first that they can have.
     """
@@ -133,7 +145,7 @@ def cases(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
 
 
 def one_of_each(*stacks: str, exempt: str | None = None) -> list[tuple[str, Case]]:
-    """The same with one case for each feature, for properties that cost much and that details do not touch."""
+    """Return one case for each feature, for expensive properties that do not depend on details."""
     return _firsts(cases(*stacks, exempt=exempt))
 
 
@@ -145,7 +157,7 @@ def _firsts(found: list[tuple[str, Case]]) -> list[tuple[str, Case]]:
 
 
 def name_of(value: object) -> str:
-    """Test ids are words."""
+    """Return a readable test id."""
     return str(value)
 
 
@@ -158,11 +170,11 @@ def perturb(model: Any, noise: float = NOISE) -> Any:
 
 
 def perturbed(model: Any, noise: float = NOISE) -> Any:
-    """The same, in evaluation mode."""
+    """Add noise to every parameter, and set evaluation mode."""
     return perturb(model, noise).eval()
 
 
-# what a pass needs beside tokens is made from the tokens and their rows, so that tests may cut and shuffle both
+# Other inputs of a pass are derived from the tokens and their rows, so that tests may cut and shuffle both
 
 
 def tokens(batch: int, length: int) -> Tensor:
@@ -177,26 +189,26 @@ def context_width(model: TransformerWrapper) -> int | None:
 
 @functools.cache
 def contexts(width: int) -> Tensor:
-    """`(64, 5, width)`: what each row of a batch looks at in cross-attention."""
+    """Return a context `(64, 5, width)` for each row of a batch."""
     return torch.randn(64, 5, width, generator=torch.Generator().manual_seed(7))
 
 
 def call(model: TransformerWrapper, ids: Tensor | None, rows: Sequence[int] | None = None, **arguments: Any) -> Any:
-    """One pass, with a context for rows that look at one, and ids for further embeddings.
+    """Run one pass, with a context if the model attends to one, and ids for further embeddings.
 
     Args:
         model: the model.
         ids: `(b, n)` tokens.
-        rows: which context each row looks at; by default its own number's.
+        rows: number of the context of each row; default its own.
         arguments: of the pass.
     """
     if ids is not None:
-        arguments = {**beside(model, ids, rows), **arguments}
+        arguments = {**other_inputs(model, ids, rows), **arguments}
     return model(ids, **arguments)
 
 
-def beside(model: TransformerWrapper, ids: Tensor, rows: Sequence[int] | None = None) -> dict[str, Any]:
-    """What a pass needs beside these tokens, where the model reads it: a context, a condition, further ids."""
+def other_inputs(model: TransformerWrapper, ids: Tensor, rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return the inputs that this model reads besides tokens: a context, a condition, further ids."""
     rows = list(range(len(ids)) if rows is None else rows)
     needed: dict[str, Any] = {}
     width = context_width(model)
@@ -210,7 +222,7 @@ def beside(model: TransformerWrapper, ids: Tensor, rows: Sequence[int] | None = 
 
 
 def further_ids(model: TransformerWrapper) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ids for each further table of the model, from those of the tokens."""
+    """Return functions from token ids to the ids of each further table of the model."""
 
     def of(table: nn.Embedding) -> Callable[[Tensor], Tensor]:
         return lambda ids: ids * 7 % table.num_embeddings
@@ -228,14 +240,14 @@ def decode(
     per_token: Mapping[str, Tensor] | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Run the tokens chunk by chunk through a cache; what a single pass should give.
+    """Run the tokens chunk by chunk through a cache, which should equal a single pass.
 
     Args:
         model: the model.
         ids: `(b, n)` tokens.
-        chunks: how many tokens come in at a time.
+        chunks: number of tokens of each pass.
         cache: to start from; by default the first pass makes one.
-        whole: hand in the whole sequence each time, of which the new tokens run.
+        whole: pass the whole sequence each time, of which only the new tokens run.
         per_token: `(b, n)` arguments, which cover cached and new tokens.
         arguments: of every pass.
     """
@@ -263,6 +275,6 @@ def static_cache(model: TransformerWrapper, batch: int, length: int, **more: Any
 
 
 def close(got: Tensor, wanted: Tensor, most: float = EXACT) -> None:
-    """Both are finite, of one shape and dtype, and differ by at most `most`, relative to numbers above 1."""
+    """Assert equal shape and dtype, finite numbers, and differences of at most `most`, relative to numbers above 1."""
     torch.testing.assert_close(got, wanted, atol=most, rtol=most)
     assert got.isfinite().all()

@@ -1,4 +1,4 @@
-"""What every test stands on: fixed seeds, one thread a worker, uninitialised memory that shows itself."""
+"""Settings of every test: fixed seeds, one thread for each worker, uninitialised memory that fails a test."""
 
 import os
 import random
@@ -33,10 +33,10 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data beside the checkout: goldens, recipes."""
+    """Return the folder of reference data next to the checkout: goldens, recipes."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("no folder of reference data, ../shared, beside the checkout")
+        pytest.skip("no folder of reference data, ../shared, next to the checkout")
     return folder
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 
 import x_transformers

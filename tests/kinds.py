@@ -1,4 +1,4 @@
-"""The models that are no `TransformerWrapper`, in one form: how to build, to feed and to read each."""
+"""Models other than `TransformerWrapper` in one form: how to build, feed and read each of them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python tests/pairs.py [--stack decoder|encoder|cross] [--workers N] [WORD ...]
 
 judges every pair that counts whose name holds all of the words, and every row of the table by itself. It prints what
-is wrong and what is refused, and fails if anything is wrong, or refused without standing in `table.REFUSED`. The
+is wrong and what is refused, and fails if anything is wrong, or refused without being in `table.REFUSED`. The
 tests run a sample in which every pair occurs, many options at a time; see `covering_sample`.
 """
 

@@ -1,4 +1,4 @@
-"""What every causal model promises, as checks that tests of one feature, of pairs and of head counts share.
+"""Promises of every causal model, as checks that tests of features, of pairs and of head counts share.
 
 Each check takes a model and raises an `AssertionError` where it breaks the promise.
 """
@@ -13,13 +13,13 @@ import torch
 from catalog import (
     DIM,
     VOCABULARY,
-    beside,
     call,
     close,
     context_width,
     contexts,
     decode,
     further_ids,
+    other_inputs,
     static_cache,
     tokens,
 )
@@ -31,7 +31,7 @@ LENGTH = 10
 LENGTHS = (10, 7, 3)
 CHUNKS = (4, 3, 1, 2)
 SEEN = 1e-4
-"""What must move moves by more than this."""
+"""Least difference of outputs that have to differ."""
 
 
 def another(ids: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def arguments(model: TransformerWrapper, batch: int, n: int, rows: int = 1) -> d
 
 @torch.no_grad()
 def keeps_the_past(model: TransformerWrapper, n: int = LENGTH, **given: Any) -> None:
-    """Outputs before `t` do not move when tokens from `t` on change; the output at `t` does.
+    """Outputs before `t` do not change with the tokens from `t` on; the output at `t` does.
 
     One pass holds every `t`: row `t` of the batch has other tokens from `t` on.
     """
@@ -88,12 +88,12 @@ def keeps_the_past(model: TransformerWrapper, n: int = LENGTH, **given: Any) -> 
     alive = torch.ones(n, dtype=torch.bool)
     if "seq_start_pos" in given:
         alive = torch.arange(n) >= given["seq_start_pos"][0]
-    assert (moved[alive] > SEEN).all(), "the token at t moves nothing at t, so this test sees nothing"
+    assert (moved[alive] > SEEN).all(), "the token at t changes nothing at t, so that this test cannot notice anything"
 
 
 @torch.no_grad()
 def keeps_its_length(model: TransformerWrapper, n: int = LENGTH) -> None:
-    """Outputs do not move when tokens are removed from the end."""
+    """Outputs do not change when tokens are removed from the end."""
     ids = tokens(2, n)
     whole = call(model, ids)
     for end in (1, 4, n - 1):
@@ -102,7 +102,7 @@ def keeps_its_length(model: TransformerWrapper, n: int = LENGTH) -> None:
 
 @torch.no_grad()
 def decodes(model: TransformerWrapper, *, static: bool, whole: bool = False, chunks: Iterable[int] = CHUNKS) -> None:
-    """Cached decoding gives what one pass gives."""
+    """Cached decoding equals one pass."""
     chunks = list(chunks)
     ids = tokens(2, sum(chunks))
     cache = static_cache(model, 2, ids.shape[1] + 3) if static else None
@@ -111,7 +111,7 @@ def decodes(model: TransformerWrapper, *, static: bool, whole: bool = False, chu
 
 @torch.no_grad()
 def pads(model: TransformerWrapper, *, left: bool) -> None:
-    """Each row of a ragged batch is what the row alone is, whatever stands in its padding."""
+    """Each row of a ragged batch equals the row by itself, whatever its padding contains."""
     n = max(LENGTHS)
     ids = tokens(len(LENGTHS), n)
     lengths = torch.tensor(LENGTHS)
@@ -127,7 +127,7 @@ def pads(model: TransformerWrapper, *, left: bool) -> None:
 
 @torch.no_grad()
 def decodes_ragged(model: TransformerWrapper, *, static: bool) -> None:
-    """A left-padded batch decodes to what each row alone gives."""
+    """A left-padded batch decodes to the same as each row by itself."""
     n = max(LENGTHS)
     ids = tokens(len(LENGTHS), n)
     start = n - torch.tensor(LENGTHS)
@@ -161,7 +161,7 @@ def running(model: TransformerWrapper) -> list[tuple[str, nn.Parameter]]:
 def gradients(model: TransformerWrapper, **given: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and gradients of all parameters that run, each of which is used and has a finite one.
 
-    In a combination some may be zero by right: a gain in front of a norm, a bias of all keys beside a softmax.
+    In a combination some may be zero by right: a gain before a norm, a bias of all keys before a softmax.
     """
     out = call(model, tokens(3, LENGTH), **given)
     (out * torch.randn_like(out)).sum().backward()
@@ -171,18 +171,19 @@ def gradients(model: TransformerWrapper, **given: Any) -> Iterator[tuple[str, Te
         yield name, parameter.grad
 
 
-# The same promises for thousands of models: each row of a ragged batch runs alone once, and all else is held to it.
+# The same promises for thousands of models: each row of a ragged batch runs by itself once, and everything else is
+# compared with it.
 
 PROMPTS, NEW = (5, 3, 1), 3
-"""Lengths of ragged prompts, and how many tokens they are continued by."""
+"""Lengths of ragged prompts, and number of new tokens."""
 
 
 class Trial:
-    """A model and what it gives for rows of several lengths, each alone.
+    """A model and its outputs for rows of several lengths, each run by itself.
 
     Args:
         model: the model.
-        build: makes the like, with other weights each time.
+        build: makes another one like it, with other weights each time.
     """
 
     @torch.no_grad()
@@ -193,23 +194,23 @@ class Trial:
         self.start = LENGTH - self.lengths
         self.mask = torch.arange(LENGTH) < self.lengths[:, None]
         self.alone = [call(self.model, self.ids[r : r + 1, :n], [r]) for r, n in enumerate(LENGTHS)]
-        # the same rows at the end of the axis, behind tokens that nobody may see
+        # the same rows at the end of the axis, after tokens that must not be seen
         self.late = torch.stack([row.roll(int(s)) for row, s in zip(self.ids, self.start, strict=True)])
 
     def early(self, together: Tensor) -> None:
-        """The outputs of rows that stand at the start."""
+        """Check the outputs of rows that begin at the first column."""
         for row, alone in enumerate(self.alone):
             close(together[row : row + 1, : alone.shape[1]], alone)
 
     def at_the_end(self, together: Tensor) -> None:
-        """The outputs of rows that stand at the end."""
+        """Check the outputs of rows that end at the last column."""
         for row, alone in enumerate(self.alone):
             close(together[row : row + 1, LENGTH - alone.shape[1] :], alone)
 
 
 @torch.no_grad()
 def is_causal(trial: Trial) -> None:
-    """Other tokens from `t` on move the output at `t`, and none before it."""
+    """Other tokens from `t` on change the output at `t`, and none before it."""
     n = LENGTH
     ids = trial.ids[:1].expand(n, n)
     future = torch.arange(n) >= torch.arange(n)[:, None]
@@ -218,18 +219,18 @@ def is_causal(trial: Trial) -> None:
     close(other[~future], one[~future])
     moved = (other - one).abs().amax(dim=-1).diagonal()
     # of many options together little may be left of one token, but in float64 rounding is far less
-    assert (moved > SEEN**2).all(), "the token at t moves nothing at t, so this test sees nothing"
+    assert (moved > SEEN**2).all(), "the token at t changes nothing at t, so that this test cannot notice anything"
 
 
 @torch.no_grad()
 def is_batched_causally(trial: Trial) -> None:
-    """Rows of a batch, cut anywhere, are what they are alone."""
+    """Rows of a batch, cut anywhere, are what they are by themselves."""
     trial.early(call(trial.model, trial.ids))
 
 
 @torch.no_grad()
 def is_batched(trial: Trial) -> None:
-    """Rows of a batch are what they are alone."""
+    """Rows of a batch are what they are by themselves."""
     together = call(trial.model, trial.ids)
     for row in range(len(LENGTHS)):
         alone = trial.alone[0] if row == 0 else call(trial.model, trial.ids[row : row + 1], [row])
@@ -238,34 +239,34 @@ def is_batched(trial: Trial) -> None:
 
 @torch.no_grad()
 def pads_right(trial: Trial) -> None:
-    """What stands behind the mask does not matter."""
+    """Tokens that the mask hides at the end do not matter."""
     trial.early(call(trial.model, trial.ids, mask=trial.mask))
 
 
 @torch.no_grad()
 def pads_left(trial: Trial) -> None:
-    """What stands in front of a row does not matter."""
+    """Tokens before the start of a row do not matter."""
     trial.at_the_end(call(trial.model, trial.late, seq_start_pos=trial.start))
 
 
 @torch.no_grad()
 def decodes_in_chunks(trial: Trial) -> None:
-    """Through a growing cache, chunks and single tokens give what each row gives alone."""
+    """Through a growing cache, chunks and single tokens give the same as each row by itself."""
     trial.early(decode(trial.model, trial.ids, (5, 3, 1, 1)))
 
 
 @torch.no_grad()
 def decodes_ragged_in_chunks(trial: Trial) -> None:
-    """Through fixed buffers, rows that start late give what each gives alone."""
+    """Through fixed buffers, rows that start late give the same as each by itself."""
     cache = static_cache(trial.model, len(LENGTHS), LENGTH + 2)
     trial.at_the_end(decode(trial.model, trial.late, (5, 1, 3, 1), cache=cache, seq_start_pos=trial.start))
 
 
 @torch.no_grad()
 def generates(trial: Trial) -> None:
-    """Ragged prompts go on with the tokens that are most likely for each alone."""
+    """Ragged prompts continue with the tokens that are most likely for each of them by itself."""
     prompts = [row[:n] for row, n in zip(trial.ids, PROMPTS, strict=True)]
-    given = beside(trial.model, trial.ids)
+    given = other_inputs(trial.model, trial.ids)
     if "embed_ids" in given:
         given["embed_ids"] = further_ids(trial.model)
     new = AutoregressiveWrapper(trial.model).generate(prompts, NEW, temperature=0.0, **given)
@@ -330,4 +331,4 @@ PROMISES: dict[str, dict[str, Callable[[Trial], None]]] = {
     "encoder": {"batch": is_batched, **_BOTH},
     "cross": {**_CAUSAL, "context": masks_its_context, **_BOTH},
 }
-"""What is asked of every combination, by kind of stack. The last one changes the model."""
+"""Checks of every combination, by kind of stack. The last one changes the model."""

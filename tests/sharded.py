@@ -1,4 +1,4 @@
-"""What `test_training.py` runs in two processes: sharded training beside the same in one process.
+"""Sharded training in two processes, and the same in one process, for `test_training.py`.
 
     torchrun --standalone --nproc-per-node 2 tests/sharded.py FOLDER
 

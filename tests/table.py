@@ -209,7 +209,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "to_logits": {"to_logits": nn.Linear(DIM, VOCABULARY)},
     "ff_deep_embed": {"ff_deep_embed": ON},
 }
-"""What a user writes for each option, by the keyword that it stands for."""
+"""Keywords that switch each option on, by the name of the row."""
 
 CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
@@ -223,7 +223,7 @@ CROSS: dict[str, dict[str, Any]] = {
     "custom_layers": {"custom_layers": ("a", "c", "f", "f", "a", "c"), "depth": None},
     "par_ratio": {"par_ratio": 4},
 }
-"""What a decoder with cross-attention has beside: keywords that only it reads, and examples of overriding `attn_`."""
+"""Further rows of a decoder with cross-attention: keywords that only it reads, and overrides of `attn_`."""
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "norm": (
@@ -235,7 +235,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "use_adaptive_layernorm",
         "use_adaptive_rmsnorm",
     ),
-    "where norms stand": ("pre_norm", "pre_and_post_norm", "sandwich_norm", "resi_dual"),
+    "placement of norms": ("pre_norm", "pre_and_post_norm", "sandwich_norm", "resi_dual"),
     "residual connection": (
         "gate_residual",
         "orthog_residual",
@@ -306,14 +306,14 @@ ELSEWHERE = {
     "return_only_embed": "a model without logits cannot generate; `tests/test_units.py`",
     "attn_z_loss_weight": "of a loss that a pass returns on request; `tests/test_units.py`",
     "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
-    "token_emb": "a module in place of the table; `tests/test_units.py`",
+    "token_emb": "a module instead of the table; `tests/test_units.py`",
     "input_not_include_cache": "the default of an argument that every test of decoding passes",
     "num_output_heads": "several logits, of which none is generated from; `tests/test_outputs.py`",
     "add_continuous_pred_head": "a head that a pass reads on request; `tests/test_outputs.py`",
     "average_pool_embed": "one output for the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "use_cls_token": "outputs for the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "num_cls_tokens": "of `use_cls_token`",
-    "attn_pool": "an output of an encoder, and a record beside it of a decoder; `tests/test_outputs.py`",
+    "attn_pool": "an output of an encoder, and in the record of a decoder; `tests/test_outputs.py`",
     "num_pooled_tokens": "of `attn_pool`",
     "attn_pool_depth": "of `attn_pool`",
     "dim_pooled_tokens": "of `attn_pool`",
@@ -354,12 +354,12 @@ _ALTERNATIVE = {
 
 
 def alternatives(one: str, two: str) -> bool:
-    """Whether a choice names both, as different alternatives."""
+    """Return True if a choice names both, as different alternatives."""
     return any(one in of and two in of and of[one] != of[two] for of in _ALTERNATIVE.values())
 
 
 def contradict(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    """Whether a keyword has two values."""
+    """Return True if a keyword has two values."""
     return any(not _same(one[name], two[name]) for name in one.keys() & two.keys())
 
 
@@ -368,7 +368,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def may_meet(one: Case, two: Case) -> bool:
-    """Whether two rows are a pair that counts."""
+    """Return True if two rows are a pair that counts."""
     return not alternatives(one.name, two.name) and not contradict(one.keywords, two.keywords)
 
 
@@ -421,5 +421,5 @@ REFUSED: dict[str, str] = {
 
 
 def refused(one: Case, two: Case) -> bool:
-    """Whether the pair stands in `REFUSED`."""
+    """Return True if the pair is in `REFUSED`."""
     return two.name in REFUSED.get(one.name, "").split() or one.name in REFUSED.get(two.name, "").split()

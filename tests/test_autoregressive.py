@@ -448,7 +448,7 @@ def test_streams_and_leading_axes():
     assert model.training
     first = next(stream)
     assert first.shape == (2, 1)
-    assert not model.training
+    assert model.training
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch.equal(torch.stack([first, *stream], dim=-1), expected)

@@ -237,7 +237,7 @@ def test_looking_seldom_finds_the_same(ends, options, monkeypatch):
     found, passes = [], []
     model.net.register_forward_hook(lambda *_: passes.append(1))
     for every in (1, 3, 16):
-        monkeypatch.setattr("x_transformers.autoregressive_wrapper._patience", lambda _, every=every: every)
+        monkeypatch.setattr("x_transformers.decoding.generation.patience", lambda _, every=every: every)
         torch.manual_seed(ends)
         found.append((*search(model, prompts, 20, beams=3, eos_token=ends, **options), len(passes)))
         passes.clear()
@@ -256,7 +256,7 @@ def test_looking_seldom_goes_on_behind_the_end(monkeypatch):
     model.net.register_forward_hook(lambda *_: passes.append(1))
     wanted = search(model, x, 9, beams=1, eos_token=end)
     assert (wanted[0].shape[-1], len(passes)) == (1, 1)
-    monkeypatch.setattr("x_transformers.autoregressive_wrapper._patience", lambda _: 4)
+    monkeypatch.setattr("x_transformers.decoding.generation.patience", lambda _: 4)
     got = search(model, x, 9, beams=1, eos_token=end)
     assert len(passes) == 1 + 4
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
@@ -279,7 +279,7 @@ def test_looking_seldom_keeps_the_order_of_equals(monkeypatch):
     model, x = AutoregressiveWrapper(Alike(num_tokens=VOCAB, max_seq_len=32, attn_layers=stack)), torch.zeros(1, 2)
     found = []
     for every in (1, 9):
-        monkeypatch.setattr("x_transformers.autoregressive_wrapper._patience", lambda _, every=every: every)
+        monkeypatch.setattr("x_transformers.decoding.generation.patience", lambda _, every=every: every)
         model.net.ends = False
         found.append(search(model, x.long(), 9, beams=VOCAB, eos_token=3)[0])
     assert len({tuple(beam.tolist()) for beam in found[0][:, 0]}) == VOCAB

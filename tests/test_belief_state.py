@@ -297,9 +297,9 @@ def test_bad_input():
         model(seq, lens=torch.tensor([1]))
     with pytest.raises(ShapeError, match="no token to learn from"):
         model(seq[:, :0])
-    with pytest.raises(ShapeError, match="`loss_weight_by_fb_indices` gives a tensor of shape"):
+    with pytest.raises(ShapeError, match="`loss_weight_by_fb_indices` returns a tensor of shape"):
         model(seq, loss_weight_by_fb_indices=lambda pairs: torch.ones(3))
-    with pytest.raises(ShapeError, match="`text_head` gives width 7; it must be 24"):
+    with pytest.raises(ShapeError, match="`text_head` returns width 7; it must be 24"):
         build(text_head=torch.nn.Linear(2 * DIM, 7))(seq)
     for kwargs, error, said in (
         ({"suffix": torch.tensor([1]), "decode_backwards": True}, InputError, "drop it, or `decode_backwards`"),

@@ -22,8 +22,11 @@ needs_contestants = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = "agreement contestants features lengths limits measure memory plot report results_file run settings weights"
-SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory", "limits")
+MODULES = (
+    "agreement bare_llama contestants features gpu lengths limits measure memory plot "
+    "report results_file run settings weights"
+)
+SECTIONS = ("training", "prefill", "decoding", "lengths", "features", "memory", "limits", "kernels")
 MOST = 60_000  # bytes of a picture
 
 
@@ -83,14 +86,14 @@ def parameters(model: nn.Module) -> int:
 
 
 def moved(benchmarks: SimpleNamespace, shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both families with weights that are nowhere at their beginnings, shared anew."""
+    """Both families with weights that are all away from their initial values, then shared."""
     gpts, llamas = benchmarks.contestants.gpts(shape), benchmarks.contestants.llamas(shape)
-    bare, other = gpts["bare"].model, llamas["Llama"].model
+    bare, bare_llama = gpts["bare"].model, llamas["bare Llama"].model
     with torch.no_grad():
-        for parameter in (*bare.parameters(), *other.parameters()):
+        for parameter in (*bare.parameters(), *bare_llama.parameters()):
             parameter.add_(0.05 * torch.randn_like(parameter))
     benchmarks.weights.share_gpt(bare, gpts["ours"].model.net, gpts["GPT-2"].model)
-    benchmarks.weights.share_llama(other, llamas["our Llama"].model.net)
+    benchmarks.weights.share_llama(bare_llama, llamas["our Llama"].model.net, llamas["Llama"].model)
     for each in (*gpts.values(), *llamas.values()):
         each.model.eval()
     return gpts, llamas
@@ -104,8 +107,9 @@ def test_contestants_have_the_same_parameters(benchmarks: SimpleNamespace, shape
     assert parameters(gpts["ours"].model) == plain
     biases = [p.numel() for name, p in gpts["GPT-2"].model.named_parameters() if name.endswith("bias")]
     assert parameters(gpts["GPT-2"].model) == plain + sum(biases)
-    wide = int(shape.dim * benchmarks.contestants.LLAMA_MULT)
-    assert parameters(llamas["our Llama"].model) == parameters(llamas["Llama"].model) + shape.layers * 2 * wide
+    plain, wide = parameters(llamas["bare Llama"].model), benchmarks.bare_llama.inner_width(shape.dim)
+    assert parameters(llamas["Llama"].model) == plain
+    assert parameters(llamas["our Llama"].model) == plain + shape.layers * 2 * wide
 
 
 @needs_contestants
@@ -121,7 +125,7 @@ def test_contestants_agree(benchmarks: SimpleNamespace, shape: Any) -> None:
 
 
 @needs_contestants
-def test_losses_are_of_all_tokens_but_the_first(benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_losses_cover_all_tokens_but_the_first(benchmarks: SimpleNamespace, shape: Any) -> None:
     tokens = torch.randint(0, shape.vocab, (2, 9))
     for family in moved(benchmarks, shape):
         for each in family.values():
@@ -138,7 +142,9 @@ def test_losses_are_of_all_tokens_but_the_first(benchmarks: SimpleNamespace, sha
         ("loss", "losses of"),
     ],
 )
-def test_what_disagrees_is_not_measured(part: str, what: str, benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_disagreeing_contestants_are_not_measured(
+    part: str, what: str, benchmarks: SimpleNamespace, shape: Any
+) -> None:
     torch.manual_seed(0)
     gpts, _ = moved(benchmarks, shape)
     ours = gpts["ours"]
@@ -153,7 +159,7 @@ def test_what_disagrees_is_not_measured(part: str, what: str, benchmarks: Simple
 
 
 @needs_contestants
-def test_windows_and_padding_agree_where_they_cannot_be_felt(benchmarks: SimpleNamespace, shape: Any) -> None:
+def test_windows_and_padding_agree_where_they_have_no_effect(benchmarks: SimpleNamespace, shape: Any) -> None:
     lengths = benchmarks.lengths
     torch.manual_seed(0)
     tokens = torch.randint(0, shape.vocab, (1, shape.context))
@@ -169,7 +175,7 @@ def test_windows_and_padding_agree_where_they_cannot_be_felt(benchmarks: SimpleN
 
 
 @needs_contestants
-def test_windows_are_windows(benchmarks: SimpleNamespace, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_limit_attention(benchmarks: SimpleNamespace, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks.lengths, "WINDOW", 4)
     contestants = benchmarks.lengths.long(dataclasses.replace(shape, layers=1))
     tokens = torch.randint(0, shape.vocab, (1, 16))
@@ -186,11 +192,11 @@ def figures_of(benchmarks: SimpleNamespace, section: str, settings: Any) -> dict
     return dict(benchmarks.run.SECTIONS[section](settings))
 
 
-def test_every_section_is_here(benchmarks: SimpleNamespace) -> None:
+def test_every_section_is_listed(benchmarks: SimpleNamespace) -> None:
     assert tuple(benchmarks.run.SECTIONS) == SECTIONS == tuple(benchmarks.report.TITLES)
 
 
-ALL = {"bare", "ours", "GPT-2", "our Llama", "Llama"}
+ALL = {"bare", "ours", "GPT-2", "bare Llama", "our Llama", "Llama"}
 
 
 @needs_contestants
@@ -233,15 +239,15 @@ def test_limits_run(benchmarks: SimpleNamespace, tiny: Any, monkeypatch: pytest.
     monkeypatch.setitem(benchmarks.limits.WIDTHS, "cpu", 64)
     figures = figures_of(benchmarks, "limits", tiny)
     assert list(figures) == ["eager, training", "eager, decoding at batch 1"]
-    assert all(list(each) == ["limit", "our Llama", "Llama"] for each in figures.values())
+    assert all(list(each) == ["limit", "bare Llama", "our Llama", "Llama"] for each in figures.values())
     assert all(0 < rate < 1e12 for each in figures.values() for rate in each.values())
 
 
 @needs_contestants
-def test_limits_are_of_what_is_computed_and_read(benchmarks: SimpleNamespace, shape: Any) -> None:
-    """The products of a pass, counted by PyTorch; and the same weights in both models."""
-    limits, (ours, other) = benchmarks.limits, benchmarks.contestants.llamas(shape).values()
-    assert sum(t.numel() for t in limits.maps(ours.model)) == sum(t.numel() for t in limits.maps(other.model))
+def test_limits_count_operations_and_bytes(benchmarks: SimpleNamespace, shape: Any) -> None:
+    """The products of a pass, counted by PyTorch; and the same weights in all models."""
+    limits, (bare, ours, other) = benchmarks.limits, benchmarks.contestants.llamas(shape).values()
+    assert len({sum(t.numel() for t in limits.maps(each.model)) for each in (bare, ours, other)}) == 1
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         other.model.eval()(torch.zeros(3, shape.context, dtype=torch.long))
     seen = 2 * 2 * shape.layers * shape.dim * shape.context / 2  # half of them: it computes what causality hides, too
@@ -282,10 +288,15 @@ def test_compiled_contestants_are_compiled(
     figures = figures_of(benchmarks, section, dataclasses.replace(tiny, backend=backend, batches=(2,)))
     assert [case.split(",")[0] for case in figures] == ["eager", "compiled"]
     assert {*seen} == {*figures[next(reversed(figures))]} == ALL
-    assert {name: seen.count(name) for name in ("bare", "ours", "our Llama")} == {"bare": 1, "ours": 1, "our Llama": 1}
+    assert all(seen.count(name) == 1 for name in ("bare", "ours", "bare Llama", "our Llama"))
 
 
-def test_rounds_grow_few_with_length(benchmarks: SimpleNamespace) -> None:
+def test_feedforwards_have_a_width_that_hardware_likes(benchmarks: SimpleNamespace) -> None:
+    widths = {dim: benchmarks.bare_llama.inner_width(dim) for dim in (64, 96, 384, 1024, 2048)}
+    assert widths == {64: 256, 96: 256, 384: 1024, 1024: 2816, 2048: 5632}
+
+
+def test_longer_runs_have_fewer_rounds(benchmarks: SimpleNamespace) -> None:
     settings = benchmarks.settings.Settings(rounds=9)
     assert [settings.fewer(length) for length in (64, 1024, 2048, 16384)] == [9, 9, 4, 3]
     assert benchmarks.settings.Settings(rounds=2).fewer(16384) == 2
@@ -306,8 +317,8 @@ def test_peaks_of_memory_are_those_of_the_run(benchmarks: SimpleNamespace) -> No
     assert benchmarks.measure.peak_over(lambda: None, "cpu") < 8 * 2**20
 
 
-def test_a_process_of_its_own(benchmarks: SimpleNamespace) -> None:
-    """What its parent holds does not count."""
+def test_memory_is_measured_in_a_separate_process(benchmarks: SimpleNamespace) -> None:
+    """Memory of the parent process does not count."""
     held = torch.zeros(256 * 2**20).fill_(1.0)
     arguments = "--length=32 --rows=1 --layers=1 --dim=64 --heads=1 --vocab=50 --threads=1"
     assert benchmarks.measure.in_process("benchmarks.memory", "ours", *arguments.split()) < held.nbytes / 8
@@ -316,7 +327,7 @@ def test_a_process_of_its_own(benchmarks: SimpleNamespace) -> None:
 # the record
 
 
-def test_a_section_replaces_itself_alone(
+def test_a_section_replaces_only_itself(
     benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = benchmarks.results_file.record
@@ -336,7 +347,7 @@ def test_a_section_replaces_itself_alone(
     assert list(benchmarks.results_file.recorded(tmp_path)) == sorted([path.stem, other.stem])
 
 
-def test_files_are_named_by_the_machine(benchmarks: SimpleNamespace) -> None:
+def test_files_are_named_after_the_machine(benchmarks: SimpleNamespace) -> None:
     on = {"processor": "Intel(R) Xeon(R) Processor", "threads": "2", "device": "cpu", "dtype": "float32"}
     assert benchmarks.results_file.name_of(on) == "intel-xeon-processor-2-threads-float32"
     assert (
@@ -358,7 +369,12 @@ def test_command_line(
     benchmarks.run.main(["prefill", "training", "--quick", "--threads", threads, "--folder", str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(r"^prefill, eager\n  bare +[\d,]+ tokens/s  1\.00\n  ours ", printed, re.M)
-    assert re.search(r"^  ours / bare \d\.\d\d   ours / GPT-2 \d\.\d\d   our Llama / Llama \d\.\d\d$", printed, re.M)
+    assert re.search(
+        r"^  ours / bare \d\.\d\d   ours / GPT-2 \d\.\d\d   "
+        r"our Llama / bare Llama \d\.\d\d   our Llama / Llama \d\.\d\d$",
+        printed,
+        re.M,
+    )
     ((_, sections),) = benchmarks.results_file.recorded(tmp_path).items()
     assert list(sections) == ["prefill", "training"]
     for wrong, why in (
@@ -378,7 +394,7 @@ def test_command_line(
 
 
 @needs_contestants
-def test_medians_of_processes(
+def test_medians_over_processes(
     benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
@@ -405,7 +421,7 @@ def test_medians_of_processes(
         assert "--processes" not in command
 
 
-def test_tables_by_hand(benchmarks: SimpleNamespace) -> None:
+def test_rendered_tables(benchmarks: SimpleNamespace) -> None:
     report = benchmarks.report
     figures = {"eager": {"bare": 1000.0, "ours": 950.0, "GPT-2": 500.0}, "compiled": {"bare": 2000.0, "ours": 2000.0}}
     assert report.table("training", figures) == (
@@ -433,13 +449,17 @@ def measured(benchmarks: SimpleNamespace, tiny: Any, tmp_path: Path) -> Path:
         "features": {"1,024 tokens": {"plain": 800.0, "rotary": 720.0}},
         "memory": {"one row of 2,048 tokens": dict.fromkeys(long, 2.0**30), "wide": {"plain": 2.0**21}},
         "limits": {"eager, training": {"limit": 2000.0, "our Llama": 900.0, "Llama": 600.0}},
+        "kernels": {
+            "operations": {"bare": 26.0, "ours": 34.0},
+            "operations by feature": {"plain": 34.0, "rotary": 48.0},
+        },
     }
     for section, figures in made_up.items():
         benchmarks.results_file.record(section, figures, tiny, tmp_path)
     return tmp_path
 
 
-def test_tables_say_when_and_on_what(benchmarks: SimpleNamespace, measured: Path) -> None:
+def test_tables_name_date_and_machine(benchmarks: SimpleNamespace, measured: Path) -> None:
     written = benchmarks.report.figures(measured)
     ((machine, sections),) = benchmarks.results_file.recorded(measured).items()
     for section, title in benchmarks.report.TITLES.items():
@@ -454,7 +474,7 @@ def test_tables_say_when_and_on_what(benchmarks: SimpleNamespace, measured: Path
         assert f"]({name}-{machine}.png)" in written
 
 
-def test_pictures_are_small_light_and_alike(benchmarks: SimpleNamespace, measured: Path, tmp_path: Path) -> None:
+def test_pictures_are_small_and_consistent(benchmarks: SimpleNamespace, measured: Path, tmp_path: Path) -> None:
     ((machine, sections),) = benchmarks.results_file.recorded(measured).items()
     again = tmp_path / "again"
     again.mkdir()
@@ -470,7 +490,7 @@ def test_pictures_are_small_light_and_alike(benchmarks: SimpleNamespace, measure
     assert len(benchmarks.plot.draw(machine, sections, again)) == 1
 
 
-def test_the_readme_has_the_figures_as_they_are_recorded(benchmarks: SimpleNamespace) -> None:
+def test_the_readme_shows_the_recorded_figures(benchmarks: SimpleNamespace) -> None:
     report = benchmarks.report
     readme = report.README.read_text(encoding="utf-8")
     assert report.written(readme) == readme, "run `python -m benchmarks.table --write`"
@@ -484,8 +504,8 @@ def test_the_readme_names_every_module_with_a_command(benchmarks: SimpleNamespac
             assert f"python -m benchmarks.{path.stem}" in readme
 
 
-def test_pictures_are_drawn_of_the_record(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
-    """Those beside the README are they, and it shows them."""
+def test_pictures_show_the_record(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+    """The pictures next to the README are these, and the README shows them."""
     stored = {path.name for path in (ROOT / "benchmarks").glob("*.png")}
     drawn = set()
     for machine, sections in benchmarks.results_file.recorded().items():

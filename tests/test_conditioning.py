@@ -151,7 +151,7 @@ def test_conditions_that_do_not_fit() -> None:
     with pytest.raises(InputError, match="reads no `condition`"):
         Decoder(**SMALL)(x, condition=torch.randn(2, DIM))
     memories = [torch.randn(2, 3, DIM)] * 2
-    with pytest.raises(InputError, match="`mems` with a `condition` for each token"):
+    with pytest.raises(InputError, match="`mems` cannot be combined with a `condition` for each token"):
         stack(x, condition=torch.randn(2, 5, 3), mems=memories)
     assert stack(x, condition=torch.randn(2, 1, 3), mems=memories).shape == x.shape
     with pytest.raises(ConfigError, match="`dim_condition` is 0"):

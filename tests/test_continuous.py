@@ -76,7 +76,7 @@ def test_loss(name):
 
 def test_the_longest_sequence():
     model, x = build("absolute"), torch.randn(1, 25, WIDTH)
-    assert model(x).isfinite()  # the last one is a target alone
+    assert model(x).isfinite()  # the last one is only a target
 
 
 def test_probabilistic_loss():
@@ -196,7 +196,7 @@ def test_roll_outs_of_a_probabilistic_model_are_samples():
 
 @pytest.mark.parametrize("net", [{}, PROBABILISTIC], ids=["", "probabilistic"])
 @pytest.mark.parametrize("name", NETS)
-def test_caches_agree_and_prompts_of_different_lengths_equal_each_alone(name, net):
+def test_caches_agree_and_ragged_prompts_equal_single_ones(name, net):
     model, x, kwargs = build(name, net=net), torch.randn(3, 5, WIDTH), surroundings(name, 3)
     out = {}
     for lens in (None, (5, 2, 3)):
@@ -233,7 +233,7 @@ def test_streams_are_what_is_generated(name, cached):
     stream = model.stream(x, 6, **given)
     assert model.training
     first = next(stream)
-    assert not model.training
+    assert model.training
     assert not first.is_inference()
     assert torch.equal(torch.stack([first, *stream], dim=1), wanted)
     assert model.training
@@ -260,7 +260,7 @@ def test_the_window(name):
         torch.testing.assert_close(model.net(seen)[:, -1], new[:, step], atol=2e-5, rtol=1e-4)
     cached = model.generate(x, 8)
     assert cached.isfinite().all()
-    if name != "memory tokens":  # one layer deep and where distances alone matter, a rolling cache is exact
+    if name != "memory tokens":  # one layer deep and where only distances matter, a rolling cache is exact
         torch.testing.assert_close(cached, new, atol=2e-5, rtol=1e-4)
 
 
@@ -293,10 +293,10 @@ def test_temperature():
 
 def test_round_trips():
     model, x = build("memory tokens", net=PROBABILISTIC, equal_loss_weight_batch=True), torch.randn(2, 6, WIDTH)
-    twin = ContinuousAutoregressiveWrapper.from_config(model.config)
-    twin.load_state_dict(model.state_dict())
+    copied = ContinuousAutoregressiveWrapper.from_config(model.config)
+    copied.load_state_dict(model.state_dict())
     assert all(key.startswith("net.") for key in model.state_dict())
-    torch.testing.assert_close(twin(x), model(x))
+    torch.testing.assert_close(copied(x), model(x))
 
 
 def test_low_precision():
@@ -329,11 +329,11 @@ def test_bad_options():
     ("kwargs", "error", "said"),
     [
         ({"rollout_steps": 0}, InputError, "`rollout_steps` is 0"),
-        ({"prepend_embeds": torch.zeros(2, 1, DIM)}, InputError, "`prepend_embeds` cannot be given to the loss"),
-        ({"return_mems": True}, InputError, "`return_mems` cannot be given"),
+        ({"prepend_embeds": torch.zeros(2, 1, DIM)}, InputError, "`prepend_embeds` cannot be passed to the loss"),
+        ({"return_mems": True}, InputError, "`return_mems` cannot be passed"),
         ({"lens": torch.tensor([1])}, ShapeError, "2 whole numbers"),
         ({"mask": torch.ones(2, 4).bool()}, ShapeError, r"`mask` has shape \(2, 4\); it must be \(2, 8\)"),
-        ({"mask": torch.ones(2, 8).bool(), "lens": torch.tensor([1, 2])}, InputError, "give one of them"),
+        ({"mask": torch.ones(2, 8).bool(), "lens": torch.tensor([1, 2])}, InputError, "pass one of them"),
         ({"rollout_steps": 2, "mask": torch.ones(2, 8).bool()}, InputError, "which roll-outs move"),
     ],
 )
@@ -344,17 +344,17 @@ def test_bad_input_of_the_loss(kwargs, error, said):
 
 def test_bad_input():
     model, x = build(), torch.randn(2, 3, WIDTH)
-    with pytest.raises(ShapeError, match=r"`loss_fn` gives a tensor of shape \(\)"):
+    with pytest.raises(ShapeError, match=r"`loss_fn` returns a tensor of shape \(\)"):
         build(loss_fn=F.mse_loss)(x)
     narrow = build(net={"dim_out": 3})
     with pytest.raises(ShapeError, match="width 3 and x has 5"):
         narrow(x)
-    with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+    with pytest.raises(InputError, match="returns vectors of width 3 and reads vectors of width 5"):
         narrow.generate(x, 2)
     for kwargs, said in (
         ({"temperature": -1.0}, "`temperature` is -1.0"),
         ({"prompt_lens": [0, 3]}, r"`prompt_lens` holds \[0, 3\]"),
-        ({"lens": torch.tensor([1, 2])}, "give `prompt_lens`"),
+        ({"lens": torch.tensor([1, 2])}, "pass `prompt_lens`"),
         ({"seq_start_pos": torch.tensor([1, 2])}, "give `prompt_lens`"),
     ):
         for refusing in (model.generate, model.stream):
@@ -368,8 +368,8 @@ def test_bad_input():
             refusing(Tensor(2, 0, WIDTH), 2)
         with pytest.raises(ShapeError, match="reads vectors of width 5"):
             refusing(x[..., 1:], 2)
-    with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+    with pytest.raises(InputError, match="returns vectors of width 3 and reads vectors of width 5"):
         narrow.stream(x, 2)
     for begun in (lambda: own.generate(x, 2), lambda: next(own.stream(x, 2))):
-        with pytest.raises(InputError, match="gives vectors of width 3 and reads those of 5"):
+        with pytest.raises(InputError, match="returns vectors of width 3 and reads vectors of width 5"):
             begun()

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md is the code as it stands."""
+"""The worked example of CONTRIBUTING.md is the code itself."""
 
 import re
 from pathlib import Path

@@ -23,10 +23,11 @@ from x_transformers.autoregressive_wrapper import (
     top_p,
 )
 from x_transformers.decoding.filters import find_filter
-from x_transformers.decoding.loop import evaluating, with_progress
+from x_transformers.decoding.loop import with_progress
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.sampling import adjuster, chooser, exponential_race
 from x_transformers.errors import InputError, ShapeError, TokenRangeError
+from x_transformers.modules.inference import evaluating
 
 PROBS = torch.tensor([0.5, 0.04, 0.3, 0.16])
 LOGITS = PROBS.log()

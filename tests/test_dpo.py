@@ -1,4 +1,4 @@
-"""Preferences: the loss from logits, masks over the tokens that they speak of, a reference that stays."""
+"""Preferences: the loss from logits, masks over the tokens that they cover, a reference that stays."""
 
 import copy
 import math
@@ -121,9 +121,9 @@ def test_the_reference_has_no_dropout():
 def test_round_trips():
     dpo = trained(beta=0.3, pad_id=2)
     w, l, prompt = data()
-    twin = DPO.from_config(dpo.config)
-    twin.load_state_dict(dpo.state_dict())
-    torch.testing.assert_close(twin(w, l, prompt_mask=prompt), dpo(w, l, prompt_mask=prompt))
+    copied = DPO.from_config(dpo.config)
+    copied.load_state_dict(dpo.state_dict())
+    torch.testing.assert_close(copied(w, l, prompt_mask=prompt), dpo(w, l, prompt_mask=prompt))
     assert copy.deepcopy(dpo).beta == 0.3
 
 

@@ -46,7 +46,7 @@ def test_padding_of_the_source_is_not_seen(options: dict[str, Any], count: int) 
 
     close(loss, rows(alone).mean())
     if count:
-        assert (loss - model(SRC, TGT, mask=MASK)).abs() > 1e-4, "what stands in front is seen"
+        assert (loss - model(SRC, TGT, mask=MASK)).abs() > 1e-4, "what comes before is visible"
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_decoder() -> None:
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_generation_is_greedy_decoding_of_each_row(count: int) -> None:
-    """In evaluation mode, whatever mode the model is in, and behind it in the mode it was."""
+    """In evaluation mode, whatever mode the model is in, which it has again afterwards."""
     model = build(enc_attn_dropout=0.5, enc_emb_dropout=0.5, dec_ff_dropout=0.5)
     embeds = torch.randn(3, count, 16) if count else None
     wanted = model.generate(SRC, TGT[:, :2], 5, mask=MASK, temperature=0, src_prepend_embeds=embeds)
@@ -92,7 +92,7 @@ def test_streams(count: int) -> None:
     wanted = model.generate(SRC, TGT[:, :2], 5, **given)
     tokens = []
     for token in model.stream(SRC, TGT[:, :2], 5, **given):
-        assert not model.decoder.training
+        assert all(part.training for part in model.modules())
         assert token.shape == (3,)
         tokens.append(token)
     assert torch.equal(torch.stack(tokens, dim=-1), wanted)
@@ -131,11 +131,11 @@ def test_a_shared_table_is_one_table(more: dict[str, Any]) -> None:
     net = model.decoder.net
     assert net.token_emb.emb.weight is model.encoder.token_emb.emb.weight
     loss = model(SRC, TGT)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.decoder.net.token_emb.emb.weight is twin.encoder.token_emb.emb.weight
-        assert torch.equal(twin(SRC, TGT), loss)
-        twin.encoder.token_emb.emb.weight += torch.randn(24, 16)
-        assert (twin(SRC, TGT) - loss).abs() > 1e-4
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.decoder.net.token_emb.emb.weight is copied.encoder.token_emb.emb.weight
+        assert torch.equal(copied(SRC, TGT), loss)
+        copied.encoder.token_emb.emb.weight += torch.randn(24, 16)
+        assert (copied(SRC, TGT) - loss).abs() > 1e-4
         assert torch.equal(model(SRC, TGT), loss)
 
 

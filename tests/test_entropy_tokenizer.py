@@ -14,7 +14,7 @@ SURE, UNSURE = [50.0, 0.0, 0.0, 0.0], [0.0] * 4  # entropies of 0 and ln 4 = 1.3
 
 
 class Scripted(nn.Module):
-    """Is unsure behind id 3, half so behind id 2, and sure behind others."""
+    """Model that is uncertain after id 3, half as much after id 2, and certain after others."""
 
     def forward(self, ids):
         assert (ids >= 0).all()

@@ -51,7 +51,7 @@ def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
 @pytest.mark.parametrize(
     ("example", "sizes", "printed", "left"), RUNS, indirect=["example"], ids=[name for name, *_ in RUNS]
 )
-def test_prints_and_leaves_its_result(
+def test_example_prints_and_writes_its_result(
     example: ModuleType,
     sizes: dict[str, object],
     printed: str,
@@ -73,7 +73,7 @@ def test_prints_and_leaves_its_result(
 
 
 @pytest.mark.parametrize("example", ["copy_task"], indirect=True)
-def test_strings_are_framed_and_spelt(example: ModuleType) -> None:
+def test_strings_are_framed_and_spelled(example: ModuleType) -> None:
     strings, mask = example.make_strings(50)
     lengths = mask.sum(dim=1).tolist()
     assert min(lengths) >= example.SHORTEST
@@ -84,7 +84,7 @@ def test_strings_are_framed_and_spelt(example: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("example", ["copy_task"], indirect=True)
-def test_maps_are_of_cross_attention_and_leave_padding_out(example: ModuleType) -> None:
+def test_maps_show_cross_attention_without_padding(example: ModuleType) -> None:
     model = example.build_model().eval()
     strings, mask = example.make_strings(3)
     maps = example.where_it_looks(model, strings, mask)
@@ -95,7 +95,7 @@ def test_maps_are_of_cross_attention_and_leave_padding_out(example: ModuleType) 
 
 
 @pytest.mark.parametrize("example", ["vit_digits"], indirect=True)
-def test_digits_are_held_out_and_moved_by_a_pixel(example: ModuleType) -> None:
+def test_digits_are_split_and_shifted_by_a_pixel(example: ModuleType) -> None:
     (images, labels), (held_out, _) = example.read_digits()
     assert len(images) + len(held_out) == 1797
     assert images.shape[1:] == (1, 8, 8)
@@ -109,7 +109,7 @@ def test_digits_are_held_out_and_moved_by_a_pixel(example: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("example", ["length_extrapolation"], indirect=True)
-def test_same_bytes_are_scored_at_each_length(example: ModuleType) -> None:
+def test_the_same_bytes_are_scored_at_each_length(example: ModuleType) -> None:
     # without positions, and with layers that start as nothing, only the byte before counts
     model = example.build_model(example.NO_TABLE).eval()
     torch.nn.init.normal_(model.net.to_logits.weight)
@@ -123,7 +123,7 @@ def test_same_bytes_are_scored_at_each_length(example: ModuleType) -> None:
 
 @pytest.mark.parametrize("example", ["length_extrapolation"], indirect=True)
 @torch.no_grad()
-def test_each_curve_has_positions_of_its_own(example: ModuleType) -> None:
+def test_each_curve_has_its_own_positions(example: ModuleType) -> None:
     tokens = torch.randint(256, (1, example.CONTEXT))
     outputs = {}
     for name, positions in example.POSITIONS.items():
@@ -138,7 +138,7 @@ def test_each_curve_has_positions_of_its_own(example: ModuleType) -> None:
 
 @pytest.mark.parametrize("example", ["xl_long_text"], indirect=True)
 @pytest.mark.parametrize("memory", [0, 128])
-def test_bits_by_place_are_the_loss(example: ModuleType, memory: int) -> None:
+def test_bits_by_position_average_to_the_loss(example: ModuleType, memory: int) -> None:
     torch.manual_seed(0)
     model = example.build_model(memory).eval()
     torch.nn.init.normal_(model.net.to_logits.weight)
@@ -161,7 +161,7 @@ def test_judge_prefers_words_joined_by_an_underscore(example: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("example", ["continuous_series"], indirect=True)
-def test_needs_a_step(
+def test_zero_steps_are_refused(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""What every model over a sequence keeps: rows apart, caches, prefixes, memories, gradients, files."""
+"""Properties of every model over a sequence: independent rows, caches, prefixes, memories, gradients, files."""
 
 import copy
 import itertools
@@ -45,7 +45,7 @@ def part(inputs: Inputs, row: int, begin: int, end: int) -> Inputs:
 @PREPENDED
 @pytest.mark.parametrize("stack", [Decoder, Encoder])
 @torch.no_grad()
-def test_padded_rows_are_what_they_are_alone(kind: Kind, options: str, count: int, stack: type) -> None:
+def test_padded_rows_equal_single_rows(kind: Kind, options: str, count: int, stack: type) -> None:
     model, n = built(kind, options, stack), 9
     inputs, given = kind.draw(3, n), prepended(built(kind, options, stack), 3, count)
     mask = torch.arange(n) < LENGTHS[:, None]
@@ -92,7 +92,7 @@ def test_the_whole_sequence_may_be_handed_in(kind: Kind) -> None:
 
 @EACH
 @torch.no_grad()
-def test_arguments_over_tokens_leave_the_prefix_alone(kind: Kind) -> None:
+def test_arguments_over_tokens_do_not_change_the_prefix(kind: Kind) -> None:
     model, n = built(kind, "rotary memory"), 6
     inputs, given = kind.draw(2, n), prepended(model, 2, 2)
     whole = kind.run(model, inputs, **given)
@@ -162,10 +162,10 @@ def test_models_are_saved_and_copied(kind: Kind) -> None:
     again = type(model).from_config(json.loads(json.dumps(model.config))).eval()
     again.load_state_dict(model.state_dict())
     assert again.config == model.config
-    for twin in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(kind.run(twin, inputs), wanted)
-        perturb(twin)
-        assert not torch.allclose(kind.run(twin, inputs), wanted)
+    for copied in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(kind.run(copied, inputs), wanted)
+        perturb(copied)
+        assert not torch.allclose(kind.run(copied, inputs), wanted)
     assert torch.equal(kind.run(model, inputs), wanted)
 
 
@@ -205,22 +205,22 @@ def test_half_precision_stays_finite(kind: Kind) -> None:
 
 @EACH
 @torch.no_grad()
-def test_what_is_asked_for_comes_beside(kind: Kind) -> None:
+def test_requested_outputs(kind: Kind) -> None:
     model, inputs = kind.build(max_mem_len=3), kind.draw(2, 5)
     feed = kind.feed(inputs)
     wanted = kind.run(model, inputs)
     for flags in itertools.product([False, True], repeat=3):
         names = ("return_intermediates", "return_mems", "return_attn")
         result = model(*feed, **dict(zip(names, flags, strict=True)))
-        out, beside = result if any(flags) else (result, None)
+        out, further = result if any(flags) else (result, None)
         close(kind.read(out), wanted)
         if flags[0]:
-            assert beside.last_hidden.shape == (2, 5, 16)
-            assert (beside.mems is not None) is flags[1]
+            assert further.last_hidden.shape == (2, 5, 16)
+            assert (further.mems is not None) is flags[1]
         elif flags[1]:
-            assert [tuple(mem.shape) for mem in beside] == [(2, 3, 16)] * 2
+            assert [tuple(mem.shape) for mem in further] == [(2, 3, 16)] * 2
         elif flags[2]:
-            assert [tuple(attn.shape) for attn in beside] == [(2, 4, 5, 5)] * 2
+            assert [tuple(attn.shape) for attn in further] == [(2, 4, 5, 5)] * 2
     assert model(*feed, return_embeddings=True).shape == (2, 5, 16)
 
 

@@ -59,8 +59,8 @@ def test_models_are_saved_and_copied() -> None:
     model, x = build(encoder_kwargs={"heads": 2, "attn_dim_head": 4}), torch.randn(3, 5)
     again = NeoMLP.from_config(json.loads(json.dumps(model.config))).eval()
     again.load_state_dict(model.state_dict())
-    for twin in (again, copy.deepcopy(model)):
-        assert torch.equal(twin(x), model(x))
+    for copied in (again, copy.deepcopy(model)):
+        assert torch.equal(copied(x), model(x))
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1,), (3, 6), (2, 3, 5), ()])

@@ -184,7 +184,7 @@ def test_weights_under_inference():
 )
 def test_every_parameter_learns(options):
     model, x = build(self_cond_train_prob=0.5, **options).double(), ids()
-    for _ in range(6):  # self-conditioning reads the learned vector in some batches alone
+    for _ in range(6):  # self-conditioning reads the learned vector in some batches only
         model(x).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
@@ -326,14 +326,14 @@ def test_round_trips():
     model, x = build(self_cond=True, self_token_critic=True, schedule="cosine", steps=5), ids()
     assert {"null_embed", "to_self_cond.weight", "token_critic.to_logits.weight"} < set(model.state_dict())
     assert {key.split(".")[1] for key in model.state_dict() if key.startswith("token_critic.")} == {"net", "to_logits"}
-    twin = NonAutoregressiveWrapper.from_config(model.config)
-    assert isinstance(twin.token_critic, SelfCritic)
-    assert twin.token_critic.net is twin.net
-    twin.load_state_dict(model.state_dict())
+    copied = NonAutoregressiveWrapper.from_config(model.config)
+    assert isinstance(copied.token_critic, SelfCritic)
+    assert copied.token_critic.net is copied.net
+    copied.load_state_dict(model.state_dict())
     torch.manual_seed(0)
     expected = model(x).loss
     torch.manual_seed(0)
-    torch.testing.assert_close(twin(x).loss, expected)
+    torch.testing.assert_close(copied(x).loss, expected)
 
 
 def test_low_precision():

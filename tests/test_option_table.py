@@ -1,4 +1,4 @@
-"""The README's table of options is what the catalogue and the recorded costs make of it."""
+"""The README's table of options is generated from the catalog and the recorded costs."""
 
 import importlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.catalog import FEATURES as MODEL_FEATURES
+from x_transformers.models.options import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [feature.name for feature in (*STACK_FEATURES, *MODEL_FEATURES)]
@@ -20,7 +20,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"benchmarks.{name}") for name in ("configurations", "options", "table")}
 
 
-def test_the_readme_has_the_table_as_it_is_now(benchmarks: dict[str, ModuleType]) -> None:
+def test_table_in_the_readme_is_current(benchmarks: dict[str, ModuleType]) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert benchmarks["table"].written(readme) == readme, "run `python -m benchmarks.table --write`"
 
@@ -32,7 +32,7 @@ def test_every_feature_has_a_cost(benchmarks: dict[str, ModuleType]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row(name: str, benchmarks: dict[str, ModuleType]) -> None:
+def test_each_row(name: str, benchmarks: dict[str, ModuleType]) -> None:
     """It names a keyword, and what is measured has the feature while the other model lacks its keywords."""
     table, configurations = benchmarks["table"], benchmarks["configurations"]
     case = configurations.configuration(name)
@@ -46,7 +46,7 @@ def test_a_row(name: str, benchmarks: dict[str, ModuleType]) -> None:
     assert case.feature.summary in table.row(name, 0.5)
 
 
-def test_hand_made_configurations_are_of_features(benchmarks: dict[str, ModuleType]) -> None:
+def test_custom_configurations_name_features(benchmarks: dict[str, ModuleType]) -> None:
     configurations = benchmarks["configurations"]
     assert {*configurations.AT_SIZE, *configurations.WITHOUT, *configurations.NOT_CAUSAL} <= set(NAMES)
 
@@ -65,7 +65,7 @@ def test_hand_made_configurations_are_of_features(benchmarks: dict[str, ModuleTy
         ("absolute_positions", ["use_abs_pos_emb", "scaled_sinu_pos_emb"], "SDPA"),
     ],
 )
-def test_rows_by_hand(name: str, keywords: list[str], fused: str, benchmarks: dict[str, ModuleType]) -> None:
+def test_rendered_rows(name: str, keywords: list[str], fused: str, benchmarks: dict[str, ModuleType]) -> None:
     table, case = benchmarks["table"], benchmarks["configurations"].configuration(name)
     assert list(table.keywords(case)) == keywords
     assert table.fused(case) == fused

@@ -409,7 +409,7 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
         ({"x": IDS, "attn_mask": MASK[:, None, None].expand(-1, 3, 6, -1)}, ShapeError, "`attn_mask` has shape"),
         ({"x": IDS, "seq_start_pos": torch.zeros(3).long()}, ShapeError, r"`seq_start_pos` has shape \(3,\)"),
         ({"x": IDS, "pos": torch.arange(5)}, ShapeError, "5 tokens was given for 6"),
-        ({"x": IDS, "pos": torch.arange(6) + 30}, ShapeError, "position 35 is asked for"),
+        ({"x": IDS, "pos": torch.arange(6) + 30}, ShapeError, "position 35 was requested"),
         ({"x": IDS, "context": torch.zeros(2, 3, 16)}, InputError, "does not cross-attend"),
         ({"x": IDS, "embed_ids": {"part": IDS}}, InputError, r"`embed_ids` names \['part'\]; this model embeds \[\]"),
         ({"x": IDS, "mems": [torch.zeros(2, 3, 8)]}, ShapeError, r"a memory has shape \(2, 3, 8\)"),

@@ -1,4 +1,4 @@
-"""What a `TransformerWrapper` makes of features: heads, mixtures, pools, recycling, and every flag of a pass."""
+"""Outputs of a `TransformerWrapper`: heads, mixtures, pools, recycling, and every flag of a pass."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ def tensors(out: Any) -> list[Tensor]:
 @EACH_HEAD
 @torch.no_grad()
 def test_every_flag_returns_what_it_says(head: str) -> None:
-    """All combinations: the output is the same whatever comes beside it, features are `(b, n, D)`."""
+    """All combinations: the output is the same whatever is returned with it, features are `(b, n, D)`."""
     model = build(**HEADS[head])
     features = model(IDS, return_embeddings=True)
     assert features.shape == (2, 6, 16)
@@ -85,8 +85,8 @@ def test_every_flag_returns_what_it_says(head: str) -> None:
                     p = logits.softmax(dim=-1)
                     close(got, -(p * p.log()).sum(dim=-1))
         if both:
-            out, beside = out
-            close(beside, features)
+            out, second = out
+            close(second, features)
         elif embeds:
             close(out, features)
             continue
@@ -169,7 +169,7 @@ def test_a_mixture_is_log_probabilities() -> None:
 
 
 def test_a_mixture_of_large_logits_keeps_gradients() -> None:
-    """Where a probability underflows, its logarithm must not."""
+    """A probability may underflow, its logarithm must not."""
     model = build(mixture_of_softmax=True)
     model.to_logits.weight.data *= 1e4
     out = model(IDS)
@@ -196,10 +196,10 @@ def test_a_tied_copy_reads_its_own_table() -> None:
     model = build(tie_embedding=True, l2norm_embed=True)
     features = model(IDS, return_embeddings=True)
     close(model(IDS), features @ model.token_emb.emb.weight.T * 16**-0.5)
-    twin = copy.deepcopy(model)
-    before = twin(IDS)
+    copied = copy.deepcopy(model)
+    before = copied(IDS)
     perturb(model)
-    assert torch.equal(twin(IDS), before)
+    assert torch.equal(copied(IDS), before)
     assert not any("to_logits" in name for name in model.state_dict())
     assert model.to_logits(features).shape == (2, 6, 24)
 
@@ -250,7 +250,7 @@ def test_next_embeddings() -> None:
         build()(IDS, return_next_embed_pred=True)
 
 
-# losses beside
+# further losses
 
 
 @torch.no_grad()
@@ -333,7 +333,7 @@ def test_padding_does_not_enter_a_pool(pool: str, memory: int, count: int) -> No
 
 
 @torch.no_grad()
-def test_a_mean_is_of_tokens_alone() -> None:
+def test_a_mean_covers_tokens_only() -> None:
     model = build(Encoder, average_pool_embed=True, num_memory_tokens=2)
     mask = torch.arange(6) < torch.tensor([[6], [0]])
     for cut in (False, True):
@@ -436,7 +436,7 @@ def test_what_sees_the_whole_sequence_keeps_no_cache(pool: str) -> None:
     assert not model.can_cache_kv
     _, record = model(IDS, return_intermediates=True)
     for call in (lambda: model(IDS, cache=record), lambda: model.static_cache(2, 8)):
-        with pytest.raises(InputError, match="made of all tokens at once"):
+        with pytest.raises(InputError, match="from all tokens at once"):
             call()
     with pytest.raises(InputError, match="`logits_to_keep`"):
         model(IDS, logits_to_keep=1)
@@ -458,7 +458,7 @@ def test_recycling_reads_the_output_again() -> None:
     assert torch.equal(model(IDS), model(IDS))
 
 
-def test_recycling_learns_from_the_last_step_alone() -> None:
+def test_recycling_learns_from_the_last_step_only() -> None:
     model = build(recycling=True)
     calls = []
     model.attn_layers.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -487,7 +487,7 @@ def test_recycling_has_no_cache_and_still_generates() -> None:
     model = build(recycling=True)
     assert not model.can_cache_kv
     _, record = model(IDS, return_intermediates=True)
-    with pytest.raises(InputError, match="made of all tokens at once"):
+    with pytest.raises(InputError, match="from all tokens at once"):
         model(IDS, cache=record)
     assert AutoregressiveWrapper(model).generate(IDS, 3).shape == (2, 3)
     with pytest.raises(InputError, match="`recycle_steps` is 0"):
@@ -559,15 +559,18 @@ def test_sinusoids_of_each_row() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"average_pool_embed": True, "use_cls_token": True}, "`average_pool_embed` and `use_cls_token` both"),
-        ({"use_cls_token": True, "attn_pool": True}, "`use_cls_token` and `attn_pool` both"),
-        ({"average_pool_embed": True, "attn_pool": True}, "`average_pool_embed` and `attn_pool` both"),
+        (
+            {"average_pool_embed": True, "use_cls_token": True},
+            "`average_pool_embed` and `use_cls_token` are alternatives",
+        ),
+        ({"use_cls_token": True, "attn_pool": True}, "`use_cls_token` and `attn_pool` are alternatives"),
+        ({"average_pool_embed": True, "attn_pool": True}, "`average_pool_embed` and `attn_pool` are alternatives"),
         ({"looped": True}, "`looped` is not available in this version"),
         ({"max_looped_steps": 3}, "`max_looped_steps` is not available in this version"),
         ({"num_output_heads": 0}, "`num_output_heads` is 0"),
-        ({"num_output_heads": 2, "mixture_of_softmax": True}, "`mixture_of_softmax` goes with one head"),
-        ({"num_output_heads": 2, "tie_embedding": True}, "`tie_embedding` goes with one head"),
-        ({"num_output_heads": 2, "to_logits": nn.Linear(16, 5)}, "`to_logits` goes with one head"),
+        ({"num_output_heads": 2, "mixture_of_softmax": True}, "`mixture_of_softmax` works with one head"),
+        ({"num_output_heads": 2, "tie_embedding": True}, "`tie_embedding` works with one head"),
+        ({"num_output_heads": 2, "to_logits": nn.Linear(16, 5)}, "`to_logits` works with one head"),
         ({"tie_embedding": True, "emb_dim": 8}, "`tie_embedding` needs embeddings of the stack's width 16"),
         ({"tie_embedding": True, "logits_dim": 8}, "`tie_embedding` takes its logits from the token table"),
         ({"tie_embedding": True, "to_logits": nn.Linear(16, 5)}, "drop `to_logits`"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import BASE, Case, beside, close, contexts, name_of, one_of_each, perturb, tokens
+from catalog import BASE, Case, close, contexts, name_of, one_of_each, other_inputs, perturb, tokens
 from torch import Tensor
 
 from x_transformers import (
@@ -78,11 +78,11 @@ def test_documents_are_what_each_is_alone(stack: str, case: Case) -> None:
     ids = tokens(1, sum(LENGTHS))
     width = packed.attn_layers.branches("c")[0].attention.dim_context
     rows = [contexts(width)[r : r + 1, :m] for r, m in enumerate(CONTEXTS)]
-    given = {**beside(packed, ids), "context": torch.cat(rows, dim=1)}
+    given = {**other_inputs(packed, ids), "context": torch.cat(rows, dim=1)}
     given |= {"flash_pack_seq_kwargs": packs(LENGTHS), "flash_pack_seq_context_kwargs": packs(LENGTHS, CONTEXTS)}
     together = packed(ids, **given)
     for one, two, context in zip(ids.split(LENGTHS, 1), together.split(LENGTHS, 1), rows, strict=True):
-        close(two, plain(one, **{**beside(plain, one), "context": context}))
+        close(two, plain(one, **{**other_inputs(plain, one), "context": context}))
 
 
 VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -283,7 +283,7 @@ def test_gradients_of_weighing_stay_within_documents() -> None:
     [
         ({"mask": torch.ones(1, 5).bool()}, "drop `mask`"),
         ({"row_mask": torch.ones(1, 5).bool()}, "drop `row_mask`"),
-        ({"flash_pack_seq_kwargs": packs((3, 3))}, "must rise from 0 to the 5"),
+        ({"flash_pack_seq_kwargs": packs((3, 3))}, "must rise from 0 to the number of tokens, 5"),
         ({"q": torch.zeros(2, 2, 5, 8), "k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8)}, "2 rows"),
         ({"options": {"selective": True}, "q": torch.zeros(1, 2, 4, 8)}, "4 queries and 5 keys; `selective`"),
         ({"options": {"cope": CoPE(8, 2, 4)}, "flash_pack_seq_kwargs": packs((3, 2), (2, 3))}, "differently"),
@@ -320,6 +320,13 @@ def test_competing_queries() -> None:
         CrossAttender(**SMALL, cross_attn_flash_pack_seq=True, cross_attn_inverted_attention=True)
 
 
+def test_shifts_between_documents_of_queries_alone() -> None:
+    """Without self-attention, nothing else would join the documents; with it, the whole row is one sequence."""
+    with pytest.raises(ConfigError, match=r"`cross_attn_flash_pack_seq`.*`shift_tokens` would move"):
+        CrossAttender(**SMALL, cross_attn_flash_pack_seq=True, shift_tokens=1)
+    Decoder(**SMALL, cross_attend=True, cross_attn_flash_pack_seq=True, shift_tokens=1)
+
+
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "memory tokens": ({"num_memory_tokens": 2}, "`num_memory_tokens` belong to no document"),
     "class tokens": ({"use_cls_token": True}, "`use_cls_token`"),
@@ -338,7 +345,7 @@ def test_what_stands_around_tokens(name: str) -> None:
 
 def test_absolute_positions() -> None:
     stack = Decoder(**SMALL, **PACKED, disable_abs_pos_emb=False)
-    with pytest.raises(ConfigError, match="absolute positions would not begin anew"):
+    with pytest.raises(ConfigError, match="absolute positions would not start again"):
         TransformerWrapper(num_tokens=24, max_seq_len=8, attn_layers=stack)
     TransformerWrapper(num_tokens=24, max_seq_len=8, attn_layers=stack, use_abs_pos_emb=False)
 
@@ -354,7 +361,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too few tokens": (
         _with(cu_seqlens_q=boundaries(3, 1)),
         InputError,
-        r"is \[0, 3, 4\]; it must rise from 0 to the 5",
+        r"is \[0, 3, 4\]; it must rise from 0 to the number of tokens, 5",
     ),
     "falls": (_with(cu_seqlens_q=torch.tensor([0, 6, 5])), InputError, "must rise"),
     "not from 0": (_with(cu_seqlens_k=torch.tensor([1, 3, 5])), InputError, "`cu_seqlens_k`.* must rise"),

@@ -1,5 +1,5 @@
 """The README's pictures are those that `images/draw` draws, and show what the library computes; the examples' pictures
-are shown beside them.
+are shown next to them.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"images.draw.{name}") for name in names}
 
 
-def test_shown_drawn_and_stored_are_the_same(draw: dict[str, ModuleType]) -> None:
+def test_pictures_shown_drawn_and_stored_are_the_same(draw: dict[str, ModuleType]) -> None:
     stored = sorted(path.stem for path in (ROOT / "images").glob("*.png"))
     assert sorted(SHOWN) == sorted(draw["__main__"].PICTURES)
     assert sorted([*SHOWN, *OF_EXAMPLES]) == stored
@@ -46,7 +46,7 @@ def test_a_picture_is_drawn(name: str, tmp_path: Path, draw: dict[str, ModuleTyp
         assert picture.size == size
 
 
-def test_drawing_twice_gives_one_file(tmp_path: Path, draw: dict[str, ModuleType]) -> None:
+def test_drawing_is_reproducible(tmp_path: Path, draw: dict[str, ModuleType]) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         draw["__main__"].draw("biases", tmp_path / folder, quick=True)
@@ -66,7 +66,7 @@ def test_masks_are_those_of_the_options(draw: dict[str, ModuleType]) -> None:
     assert shades[-1].unique().tolist() == pytest.approx([0.45, 1.0])
 
 
-def test_biases_are_logits_less_scores(draw: dict[str, ModuleType]) -> None:
+def test_biases_are_logits_minus_scores(draw: dict[str, ModuleType]) -> None:
     biases = draw["biases"]
     stack = biases.Decoder(dim=32, depth=1, heads=biases.HEADS, alibi_pos_bias=True)
     place = torch.arange(biases.TOKENS)
@@ -104,7 +104,7 @@ def test_placements_of_norms(draw: dict[str, ModuleType]) -> None:
     assert gradients.gt(0).all()
 
 
-def test_repetition_is_what_is_learned(draw: dict[str, ModuleType]) -> None:
+def test_repetition_is_learned(draw: dict[str, ModuleType]) -> None:
     repetition = draw["repetition"]
     tokens, periods = repetition.repeated(5, torch.Generator().manual_seed(0))
     for row, period in zip(tokens, periods.tolist(), strict=True):

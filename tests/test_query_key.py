@@ -222,7 +222,7 @@ def test_what_dropout_leaves_of_a_context_keeps_its_positions(monkeypatch: pytes
         context_pos=at.gather(1, where),
         cross_attn_kv_residuals=residual.take_along_dim(where.unsqueeze(-1), dim=1).expand(2, -1, -1, -1),
     )
-    monkeypatch.setattr("x_transformers.layers.runner.drop_context", lambda *_: (kept, None, where))
+    monkeypatch.setattr("x_transformers.layers.branch_inputs.drop_context", lambda *_: (kept, None, where))
     got = stack.train()(x, context=context, context_pos=at, cross_attn_kv_residuals=residual.expand(2, -1, -1, -1))
     torch.testing.assert_close(got, wanted)
     one = stack(x, context=context, context_pos=at[0], cross_attn_kv_residuals=residual.expand(2, -1, -1, -1))

@@ -4,7 +4,7 @@ headings.
 
 `<!-- no-run: reason -->` on the line before a block keeps it from being run; it is still compiled.
 
-`python tests/test_readme.py --write` writes the contents anew.
+`python tests/test_readme.py --write` writes the table of contents again.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from loguru import logger
 
 import x_transformers
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.catalog import FEATURES as MODEL_FEATURES
+from x_transformers.models.options import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,11 +67,11 @@ WITHOUT_PAPER = {
 """Sections of ideas that nobody published, or that nobody could find."""
 
 CITED_OTHERWISE = {
-    "value_gates": "2505.06708",  # the broader study of gates behind attention
+    "value_gates": "2505.06708",  # the broader study of gates after attention
     "ff_softclamp": None,
     "inverted_attention": "Inverted-Attention Transformers",
 }
-"""What a section cites in place of its feature's own number."""
+"""Papers that a section cites instead of the one of its feature."""
 
 PARTS = {"AdaptiveRMSNorm", "AttentionLayers", "RMSNorm", "default_device", "layer_schedule"}
 """Public names without a section: parts, a base class, helpers."""
@@ -86,7 +86,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """What stands below a `###` heading."""
+    """A `###` heading and the text below it."""
 
     chapter: str
     title: str
@@ -172,7 +172,7 @@ def test_blocks_run(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert logged == []
 
 
-def test_contents_are_the_headings() -> None:
+def test_table_of_contents_lists_the_headings() -> None:
     assert written(README) == README, "run `python tests/test_readme.py --write`"
 
 
@@ -211,7 +211,7 @@ def test_every_paper_has_its_section(name: str, benchmarks: dict[str, ModuleType
 
 
 def _uses(code: str, keyword: str) -> bool:
-    """Whether a call has this keyword; an attention by itself has it without the prefix of a stack."""
+    """Return True if a call has this keyword; a single attention has it without the prefix of a stack."""
     return re.search(rf"\b(?:{keyword}|{keyword.removeprefix('attn_')}) = ", code) is not None
 
 
@@ -223,20 +223,20 @@ def test_every_class_has_its_section(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_command_is_one_line(name: str) -> None:
+def test_commands_are_one_line(name: str) -> None:
     commands = re.findall(rf"^<!-- command: {name} -->\n```bash\n(.*?)^```$", README, re.M | re.S)
     assert len(commands) == 1
     assert commands[0].count("\n") == 1
     assert "-c constraints.txt" in commands[0]
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_targets() -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_headings_have_titles_of_their_own() -> None:
+def test_headings_are_unique() -> None:
     titles = [section.title for section in SECTIONS] + re.findall(r"^## (.+)$", README, re.M)
     assert [(a, b) for a, b in pairwise(sorted(titles, key=str.lower)) if a.lower() == b.lower()] == []
 

@@ -14,7 +14,7 @@ RUN = """
 NOT_YET = r"cannot import name|is not defined|unknown keyword|not available in this version"
 
 
-def test_recipes_run_or_name_what_is_not_there_yet(shared: Path) -> None:
+def test_recipes_run_or_name_what_is_missing(shared: Path) -> None:
     namespace: dict[str, object] = {}
     exec("from x_transformers import *", namespace)
     for path in sorted((shared / "recipes").glob("*.py")):

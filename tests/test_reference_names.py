@@ -1,6 +1,6 @@
 """Scripts of the reference find their imports: every name and every parameter of its surface, or a reason why not.
 
-The surface is read from the folder of reference data beside the checkout.
+The surface is read from the folder of reference data next to the checkout.
 """
 
 import importlib
@@ -108,14 +108,14 @@ def surface(shared: Path) -> list[Entry]:
 
 
 def find(entry: Entry) -> Any:
-    """What the entry names, or None."""
+    """Return the object that the entry names, or None."""
     target: Any = importlib.import_module(entry.module)
     for name in entry.name.split("."):
         target = getattr(target, name, None)
     return target
 
 
-def test_every_name_is_there_or_left_out_for_a_reason(surface: list[Entry]) -> None:
+def test_every_name_exists_or_is_left_out_for_a_reason(surface: list[Entry]) -> None:
     assert len(surface) > 250
     missing = {e.name for e in surface if find(e) is None and e.name.split(".")[0] not in NAMES_LEFT_OUT}
     assert missing - set(NAMES_LEFT_OUT) == set()
@@ -123,7 +123,7 @@ def test_every_name_is_there_or_left_out_for_a_reason(surface: list[Entry]) -> N
     assert {name for name in NAMES_LEFT_OUT if all(find(e) is not None for e in surface if e.name == name)} == set()
 
 
-def test_modules_that_come_later_are_not_there() -> None:
+def test_later_modules_do_not_exist_yet() -> None:
     for name in LATER_MODULES.split():
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(f"x_transformers.{name}")
@@ -163,20 +163,20 @@ def faults(entry: Entry) -> Iterator[tuple[str, str]]:
 
 
 def same(default: str, own: Any) -> bool:
-    """Whether a default is the one that the surface tells; None may stand for a dictionary or for another object."""
+    """Return True if a default is the one of the surface; None may replace a dictionary or another object."""
     if default == repr(own) or default.startswith("<") or default == "...":
         return True
     return (own is None and default.startswith("{")) or default == getattr(own, "__name__", None)
 
 
-def test_calls_have_the_same_form(surface: list[Entry]) -> None:
+def test_signatures_match(surface: list[Entry]) -> None:
     found = dict(fault for entry in surface for fault in faults(entry) if entry.name not in NAMES_LEFT_OUT)
     known = {**PARAMETERS_LEFT_OUT, **OTHER_DEFAULTS}
     assert {name: words for name, words in found.items() if name not in known} == {}
     assert set(known) - set(found) == set(), "these have the reference's form by now"
 
 
-def test_faults_are_seen() -> None:
+def test_differences_are_found() -> None:
     """The comparison itself, on a name that has another form."""
     module = "x_transformers.x_transformers"
     assert [name for name, _ in faults(Entry(module, "LoRALinear", "dim_in, other=1, dim=3"))] == [
@@ -190,8 +190,8 @@ def test_faults_are_seen() -> None:
     assert find(Entry(module, "NoSuchName", None)) is None
 
 
-def test_names_of_the_reference_path_are_told() -> None:
-    """`from x_transformers.x_transformers import *` gives what stands there, once."""
+def test_modules_of_the_reference_export_their_names() -> None:
+    """`from x_transformers.x_transformers import *` exports each name once."""
     for name in ("x_transformers", "attend", "autoregressive_wrapper"):
         module = importlib.import_module(f"x_transformers.{name}")
         assert all(hasattr(module, public) for public in module.__all__)

@@ -374,7 +374,7 @@ def test_scales_without_effect_are_said() -> None:
 def test_depth_scale_of_output_maps() -> None:
     stack = Decoder(**{**SMALL, "dim": 64, "depth": 3, "attn_dim_head": 32, "depth_scale_residual": True})
     for index, branch in enumerate(stack.layers):
-        block, weight = index // 2 + 1, branch.fn.out.weight if branch.kind == "a" else branch.fn.down.weight
+        block, weight = index // 2 + 1, branch.fn.out.weight if branch.kind.is_self_attention else branch.fn.down.weight
         wanted = (2 * weight.shape[1] * block) ** -0.5
         assert math.isclose(weight.std().item(), wanted, rel_tol=0.1)
 

@@ -273,7 +273,7 @@ class TestInverted:
             Encoder(**SMALL, attn_inverted_attention=True)
         for stack in (Decoder, functools.partial(CrossAttender, causal=True)):
             more = {"cross_attend": True} if stack is Decoder else {}
-            with pytest.raises(ConfigError, match="`cross_attn_inverted_attention` normalises over the queries"):
+            with pytest.raises(ConfigError, match="`cross_attn_inverted_attention` normalizes over the queries"):
                 stack(**SMALL, **more, cross_attn_inverted_attention=True)
         with pytest.raises(ConfigError, match="`head_learned_sink` competes with keys"):
             self.build(head_learned_sink=True)

@@ -1,5 +1,9 @@
 """From options to the list of sublayers, the order in which they run, and what happens between blocks."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
 from catalog import close, perturbed
@@ -8,6 +12,8 @@ from torch import Tensor
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerBlock, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.layers.execution_order import repeated
+from x_transformers.layers.kinds import KINDS
+from x_transformers.layers.pass_state import PassInputs
 from x_transformers.layers.plan import make_plan
 
 DIM = 8
@@ -84,6 +90,30 @@ def test_tied_layers_are_one_block_run_repeatedly() -> None:
 def test_lists_that_make_no_sense(options: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Decoder(**{**SMALL, **options})
+
+
+# kinds of branches
+
+
+def test_copies_refer_to_the_one_table_of_kinds() -> None:
+    stack = Decoder(**SMALL, cross_attend=True)
+    for twin in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert [branch.kind for branch in twin.sublayers] == [KINDS[letter] for letter in "acf" * 2]
+        assert all(step.kind is KINDS[step.kind.letter] for step in twin.steps)
+
+
+def test_stacks_call_the_functions_of_their_branches_as_modules() -> None:
+    stack, ran = Decoder(**SMALL, cross_attend=True), []
+    for branch in stack.sublayers:
+        branch.fn.register_forward_hook(lambda module, *_: ran.append(module))
+    stack(torch.randn(1, 3, DIM), context=torch.randn(1, 2, DIM))
+    assert ran == [branch.fn for branch in stack.sublayers]
+
+
+def test_the_arguments_of_a_pass_have_the_same_defaults_in_both_places() -> None:
+    arguments = list(inspect.signature(Decoder.forward).parameters.values())[1:]
+    fields = inspect.signature(PassInputs).parameters.values()
+    assert [(each.name, each.default) for each in arguments] == [(each.name, each.default) for each in fields]
 
 
 # orders of a call
@@ -216,7 +246,7 @@ def test_shift_by_hand() -> None:
             class query:  # noqa: N801
                 live = placed = None
 
-            shown = None
+            live = None
 
     causal, _ = TokenShift(1, 4, causal=True)(x, None, Nothing())  # type: ignore[arg-type]
     assert causal[0].tolist() == [[1, 2, 0, 0], [5, 6, 3, 4], [9, 10, 7, 8]]
@@ -309,7 +339,7 @@ def test_a_prefix_decoder_pads_masks_and_remembers() -> None:
 
 
 def test_prefix_decoder_refusals() -> None:
-    with pytest.raises(ConfigError, match="causal behind its prefix: drop `causal`"):
+    with pytest.raises(ConfigError, match="causal after its prefix: drop `causal`"):
         PrefixDecoder(**SMALL, causal=True)
     stack = PrefixDecoder(**SMALL)
     with pytest.raises(ShapeError, match=r"`prefix_attn_len` has shape \(3,\)"):

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import BASE, Case, beside, further_ids, name_of, one_of_each, tokens
+from catalog import BASE, Case, further_ids, name_of, one_of_each, other_inputs, tokens
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.filters import top_k
-from x_transformers.decoding.loop import Decoding, cut_behind_end
+from x_transformers.decoding.loop import Decoding, cut_after_end
 from x_transformers.decoding.sampling import adjuster, chooser, identity
 from x_transformers.decoding.speculative import Draft, Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Branching, Sequences
@@ -44,7 +44,7 @@ def test_every_feature_generates_the_same_tokens(stack: str, case: Case) -> None
     """Also those whose caches hold running states, which go back to what they were."""
     model = case.build(stack)
     prompts = ragged()
-    given = beside(model, torch.zeros(len(prompts), 1, dtype=torch.long))
+    given = other_inputs(model, torch.zeros(len(prompts), 1, dtype=torch.long))
     if "embed_ids" in given:
         given["embed_ids"] = further_ids(model)
     same_as_alone(model, prompts, {"draft_model": noisy(model), "draft_tokens": 3}, **given)
@@ -256,8 +256,8 @@ def test_looking_for_the_end_now_and_then(every: int) -> None:
 
     wanted = run(1)
     assert wanted.shape[1] < 30
-    assert torch.equal(cut_behind_end(run(every), 3), wanted)
-    assert torch.equal(cut_behind_end(wanted, None), wanted)
+    assert torch.equal(cut_after_end(run(every), 3), wanted)
+    assert torch.equal(cut_after_end(wanted, None), wanted)
 
 
 # caches of prompts

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
-from x_transformers.decoding.step import PlainKernels, plain_kernels_serve
+from x_transformers.decoding.plain_kernels import PlainKernels, plain_kernels_serve
 from x_transformers.errors import InputError
 
 

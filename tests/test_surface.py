@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import checkout  # noqa: F401
+
 import x_transformers
 
 FROZEN = Path(__file__).with_name("surface.json")
@@ -20,7 +22,7 @@ STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "
 
 
 def parameters(public: object) -> list[str] | None:
-    """Names in order of the signature; None where nothing can be called."""
+    """Return parameter names in the order of the signature; None if the object cannot be called."""
     if not callable(public):
         return None
     return [STARS.get(entry.kind, "") + entry.name for entry in inspect.signature(public).parameters.values()]

@@ -1,4 +1,4 @@
-"""The main job: it trains, leaves what it promises, resumes exactly, and refuses in one sentence."""
+"""The training script: it trains, writes its outputs, resumes exactly, and reports errors in one sentence."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ t.main()
 
 
 def run(*arguments: object, processes: int = 1, killed: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The job; if `killed` names a place for a script, it dies behind step 3 without a chance to tidy up."""
+    """Run the script; if `killed` is a path for a script, it is killed after step 3 without cleaning up."""
     script = [ROOT / "examples/train_text.py"]
     if killed is not None:
         killed.write_text(KILLED)
@@ -49,7 +49,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Runs of one process on a device, "whole" or "killed" behind step 3. Tests share them and go on in copies."""
+    """Return runs of one process on a device, "whole" or "killed" after step 3. Tests continue copies of them."""
 
     @functools.cache
     def folder(kind: str, device: str) -> Path:
@@ -88,7 +88,7 @@ def test_trains_and_resumes_to_the_same_losses(text: Path, tmp_path: Path, begun
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("processes", [(1, 2), (2, 1)], ids=["1-2", "2-1"])
-def test_any_number_of_processes_takes_the_same_steps(
+def test_the_number_of_processes_does_not_change_training(
     processes: tuple[int, int], text: Path, tmp_path: Path, begun: Callable[[str, str], Path]
 ) -> None:
     """A run that is killed, and resumed by another number of processes; its weights are one file."""
@@ -119,7 +119,7 @@ def test_any_number_of_processes_takes_the_same_steps(
         (["--data", "{text}", "--out", "{tmp}/other", "--resume"], "another configuration"),
     ],
 )
-def test_refuses_in_one_sentence(
+def test_errors_are_one_sentence(
     arguments: list[str],
     words: str,
     text: Path,

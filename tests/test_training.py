@@ -1,4 +1,4 @@
-"""What training needs around a model: groups of parameters, Muon, and several processes."""
+"""Training: groups of parameters, Muon, and several processes."""
 
 import copy
 import json
@@ -104,14 +104,14 @@ def test_muon_refuses() -> None:
             Muon([nn.Parameter(torch.randn(3, 3))], **wrong)  # type: ignore[arg-type]
 
 
-def test_a_process_alone() -> None:
+def test_a_single_process() -> None:
     with joined() as alone:
         assert alone == Processes()
     x = tokens(4, 3)
     assert torch.equal(alone.part(x), x)
     assert alone.mean(1.5, True) == [1.5, True]
     assert torch.equal(Processes(1, 2).part(x), x[2:])
-    with pytest.raises(InputError, match="4 rows cannot be dealt evenly to 3"):
+    with pytest.raises(InputError, match="4 rows cannot be divided evenly among 3"):
         Processes(0, 3).part(x)
     model = BASE.build()
     assert gathered(model).keys() == model.state_dict().keys()
@@ -125,7 +125,7 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     return {"adamw": adamw, "muon": Muon(split.matrices, lr=0.02)}
 
 
-def test_checkpoints_keep_optimisers(tmp_path: Path) -> None:
+def test_checkpoints_keep_optimizers(tmp_path: Path) -> None:
     """Also of parameters that never had a gradient, and numbers that a schedule changed."""
     model, losses = AutoregressiveWrapper(BASE.build(attn_dropout=0.2)).train(), []
     made, x = optimizers(model), tokens(2, 8)

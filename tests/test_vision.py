@@ -42,7 +42,7 @@ def test_outputs(options: str) -> None:
     close(logits, model.mlp_head(features.mean(dim=1)))
     for got, wanted in zip(model(img, return_logits_and_embeddings=True), (logits, features), strict=True):
         close(got, wanted)
-    with pytest.raises(InputError, match="ask for two outputs"):
+    with pytest.raises(InputError, match="request two outputs"):
         model(img, return_embeddings=True, return_logits_and_embeddings=True)
     close(model(img[1:]), logits[1:])
 
@@ -82,8 +82,8 @@ def test_models_are_saved_and_copied(options: str) -> None:
     img = images(model)
     again = ViTransformerWrapper.from_config(json.loads(json.dumps(model.config))).eval()
     again.load_state_dict(model.state_dict())
-    for twin in (again, copy.deepcopy(model)):
-        assert torch.equal(twin(img), model(img))
+    for copied in (again, copy.deepcopy(model)):
+        assert torch.equal(copied(img), model(img))
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_what_is_no_image_is_named(img: torch.Tensor) -> None:
     [
         ({"image_size": 10}, "`image_size` is 10 and `patch_size` 4"),
         ({"patch_size": 0}, "`patch_size` is 0"),
-        ({"patch_size": 1, "channels": 1}, "would not see its image"),
+        ({"patch_size": 1, "channels": 1}, "would not depend on its image"),
         ({"num_register_tokens": -1}, "`num_register_tokens` is -1"),
         ({"emb_dropout": 1.5}, "`emb_dropout` is 1.5"),
         ({"stack": Decoder}, "`attn_layers` is a Decoder"),

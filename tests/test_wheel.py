@@ -1,4 +1,4 @@
-"""What users install: the built wheel is the package, whole and alone, and works without the sources."""
+"""The built wheel contains the whole package and nothing else, and works without the sources."""
 
 import os
 import subprocess
@@ -56,13 +56,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_contents(wheel: Path) -> None:
+def test_wheel_contains_the_package_only(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "x_transformers").rglob("*.py")}
     assert names == sources | {"x_transformers/py.typed"}
 
 
-def test_works_without_the_sources(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_works_without_the_sources(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     flags = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
     run("-m", "pip", "install", *flags, "--target", installed, wheel, cwd=tmp_path)

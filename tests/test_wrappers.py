@@ -1,4 +1,4 @@
-"""What every wrapper keeps: losses by hand, rows apart, gradients, files, generation by any cache, clear words."""
+"""Properties of every wrapper: losses by hand, independent rows, gradients, files, generation, clear errors."""
 
 import copy
 import pickle
@@ -194,7 +194,7 @@ KINDS = (
         (
             *((lambda x=x: (x()[0], torch.zeros(x()[0].shape)), given, words) for x, given, words in WRONG_IDS),
             (only(ZEROS, torch.zeros(2, 3)), {}, r"`x_num` \(2, 3\); they must be equal"),
-            (only(ZEROS[:, :0], torch.zeros(2, 0)), {}, "with a token at least"),
+            (only(ZEROS[:, :0], torch.zeros(2, 0)), {}, "with at least one token"),
             (only(ZEROS, ZEROS.float()), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
         ),
     ),
@@ -327,9 +327,9 @@ def test_every_parameter_learns(kind: Kind) -> None:
 def test_wrappers_are_saved_and_copied(kind: Kind) -> None:
     model, arguments = kind.ready(), kind.draw(2)
     wanted = run(kind, model, arguments)
-    twin = kind.ready()
-    twin.load_state_dict(model.state_dict())
-    for other in (twin, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    copied = kind.ready()
+    copied.load_state_dict(model.state_dict())
+    for other in (copied, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         got = run(kind, other.eval(), arguments)
         for one, another in zip(*(out if isinstance(out, tuple) else (out,) for out in (got, wanted)), strict=True):
             assert (one is None and another is None) or torch.equal(one, another)

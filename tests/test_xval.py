@@ -44,7 +44,7 @@ def surroundings(name: str, model, prepended: bool = False, batch: int = 2) -> d
 
 
 def by_hand(model, logits, numbers, x, x_num, counted):
-    """The loss, target by target; logits and numbers stand before their targets."""
+    """The loss, target by target; logits and numbers are one position before their targets."""
     terms = []
     for row, place in counted.nonzero().tolist():
         term = -logits[row, place - 1].log_softmax(dim=-1)[x[row, place]]
@@ -126,7 +126,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("prepended", [False, True], ids=["", "prepended"])
 @pytest.mark.parametrize("name", NETS)
-def test_caches_agree_and_prompts_of_different_lengths_equal_each_alone(name, prepended):
+def test_caches_agree_and_ragged_prompts_equal_single_ones(name, prepended):
     model, (x, x_num) = build(name), data(3, 5)
     kwargs = surroundings(name, model, prepended, 3)
     for lens in (None, (5, 3, 4)):
@@ -159,7 +159,7 @@ def test_streams_are_what_is_generated(name, prepended, cached):
     stream = model.stream(x, x_num, 8, **given)
     assert model.training
     first = next(stream)
-    assert not model.training
+    assert model.training
     assert not first.sampled_numbers.is_inference()
     parts = zip(*[first, *stream], strict=True)
     assert model.training
@@ -225,10 +225,10 @@ def test_filters_and_temperature():
 
 def test_round_trips():
     model, (x, x_num) = build("memory tokens", numerical_loss_weight=2.0), data()
-    twin = XValAutoregressiveWrapper.from_config(model.config)
-    twin.load_state_dict(model.state_dict())
+    copied = XValAutoregressiveWrapper.from_config(model.config)
+    copied.load_state_dict(model.state_dict())
     assert all(key.startswith("net.") for key in model.state_dict())
-    torch.testing.assert_close(twin(x, x_num), model(x, x_num))
+    torch.testing.assert_close(copied(x, x_num), model(x, x_num))
 
 
 def test_low_precision():
@@ -250,7 +250,7 @@ def test_refusals():
         model(x, x_num[:, 1:])
     with pytest.raises(ShapeError, match=r"`mask` has shape \(2, 4\)"):
         model(x, x_num, mask=torch.ones(2, 4).bool())
-    with pytest.raises(InputError, match="`return_mems` cannot be given"):
+    with pytest.raises(InputError, match="`return_mems` cannot be passed"):
         model(x, x_num, return_mems=True)
     for refusing in (model.generate, model.stream):  # streams refuse at once
         with pytest.raises(ShapeError, match="`start_numbers` must have the shapes"):

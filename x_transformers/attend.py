@@ -44,7 +44,6 @@ from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError, Faults, InputError
 from x_transformers.forward_pass.call import Capture, Carry, Deltas, LayerCall
-from x_transformers.forward_pass.documents import UNPACKABLE
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
 from x_transformers.masks.builder import causal_mask as onnx_create_causal_mask
@@ -52,7 +51,7 @@ from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Schema
+from x_transformers.options.schema import Schema, unpackable
 from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
@@ -106,11 +105,12 @@ class GivenAddend(RowMod):
         return logits + self.fn(rows.q, logits).to(logits.dtype), None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ScoreParts:
     """Parts between queries, keys, values and the output of attention, by slot.
 
-    `Attend` reads them here without owning them: they are submodules of an `Attention`, or of `Attend.parts`.
+    `Attend` reads them here without owning them: they are submodules of an `Attention`, or of `Attend.parts`. (Not
+    frozen: an `InferenceView` replaces the modules in its copy.)
 
     Attributes:
         scores, rows, weighting, weights: what changes scores, rows of logits and weights.
@@ -175,8 +175,8 @@ class Attend(Configured, ReadsReference):
         if not 0 <= dropout < 1:
             faults.add(f"`dropout` is {dropout}; it must lie in [0, 1).")
         for feature in parsed.enabled() if flash_pack_seq else ():
-            if feature.name in UNPACKABLE:
-                faults.add(UNPACKABLE[feature.name])
+            if feature.unpackable is not None:
+                faults.add(unpackable(feature))
         if cope is not None and not causal:
             faults.add("`cope` counts the keys up to the query; it needs `causal = True`.")
         needy = [parsed.switch(feature) for feature in parsed.enabled() if feature.name in NEED_HEADS]

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.decoding.beam import Beams, noisy
-from x_transformers.decoding.caches import CacheChoice, modify_cached_kv
-from x_transformers.decoding.filters import (
-    FILTER_LOGITS_FN,
-    contrastive_decode_fn,
-    find_filter,
-    min_p,
-    top_a,
-    top_k,
-    top_p,
-)
+from x_transformers.decoding.caches import modify_cached_kv
+from x_transformers.decoding.compiled import CompiledReading, CompiledStep, compiled_prefill
+from x_transformers.decoding.filters import FILTER_LOGITS_FN, contrastive_decode_fn, min_p, top_a, top_k, top_p
+from x_transformers.decoding.generation import Generation, begin, search
 from x_transformers.decoding.generation_inputs import check_length_and_end
-from x_transformers.decoding.loop import (
-    Decoding,
-    check_next_token_net,
-    cut_behind_end,
-    eval_decorator,
-    evaluating,
-    in_shape,
-    make_reader,
-    pair_amateurs,
-    same_vocabulary,
-    streamed,
-    with_progress,
-)
+from x_transformers.decoding.loop import check_next_token_net, in_shape, streamed, with_progress
+from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
-from x_transformers.decoding.sampling import adjuster, chooser, gumbel_noise, gumbel_sample, identity
-from x_transformers.decoding.speculative import Drafter, Lookup, ModelDrafter, Policy, Speculation
-from x_transformers.decoding.step import Prefill, Sequences, Step, compiled_advance, compiled_prefill
+from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, identity
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.modules.inference import prepared
+from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 
@@ -64,23 +45,19 @@ __all__ = [
 ]
 
 
-PATIENCE = 16
-"""Tokens between two looks of the host at whether all rows have ended, where looking means to wait for a device."""
-
-
 class AutoregressiveWrapper(Configured, ReadsReference):
-    """A model that is trained to predict the next token, and generates by predicting it again and again.
+    """Training of a model to predict the next token, and generation from it.
 
     Args:
         net: the model.
         ignore_index: label that does not count in the loss.
-        pad_value: id put where `ignore_index` stood, before shorter prompts, and behind a row's end token.
+        pad_value: id that replaces `ignore_index` in the input, and fills shorter prompts and rows that have ended.
         mask_prob: fraction of the keys that is hidden in the loss pass (2210.13432), in [0, 1).
         add_attn_z_loss: add the z-loss of attention; its weight is the model's `attn_z_loss_weight`.
         next_embed_loss_weight: weight of the error of the next token's embedding, which a model with
             `add_continuous_pred_head` predicts too.
-        loss_chunk_size: the loss is computed for so many tokens at a time, so that the logits of a large vocabulary
-            never stand in memory together; None for all at once. The head then runs twice in training.
+        loss_chunk_size: number of tokens for which the loss is computed at a time, so that the logits of a large
+            vocabulary are never in memory together; None for all at once. The head then runs twice in training.
         looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
             have.
 
@@ -125,7 +102,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
         self.loss_chunk_size = loss_chunk_size
-        self._compiled: dict[Any, tuple[Step, Prefill]] = {}
+        self._compiled: dict[Any, CompiledReading] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # compiled steps belong to this object and this process
@@ -133,7 +110,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def max_seq_len(self) -> int:
-        """The model's own."""
+        """Length of the model's table of positions."""
         return self.net.max_seq_len
 
     # training
@@ -146,7 +123,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
+        """Compute the mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
 
         A model that predicts embeddings adds the mean of `|pred[t] - embedding[t + 1]|` over the same places and all
         features, times its weight.
@@ -155,7 +132,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
             return_outputs: also return `(logits, intermediates)`, logits `(b, n - 1, v)`.
             prepend_embeds: `(b, p, E)` embeddings before the tokens; nothing is predicted at their places.
-            lens: `(b,)` valid tokens of each row, from the left.
+            lens: `(b,)` number of valid tokens of each row, from the left.
             kwargs: of the model's pass.
 
         Returns:
@@ -168,14 +145,14 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         chunked = self.loss_chunk_size is not None
         if chunked and return_outputs:
             raise InputError(
-                "`return_outputs` gives the logits of all tokens, which `loss_chunk_size` keeps out of memory; call "
+                "`return_outputs` returns the logits of all tokens, which `loss_chunk_size` keeps out of memory; call "
                 "the net itself for them, or build the wrapper without `loss_chunk_size`."
             )
         kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
         x = x.long()  # bytes could not hold `ignore_index`
         if lens is not None:
-            behind = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
-            x = x.masked_fill(behind, self.ignore_index)
+            padding = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
+            x = x.masked_fill(padding, self.ignore_index)
         shown = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0:
             kept = self._drop_keys(shown)
@@ -206,7 +183,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 
     def _drop_keys(self, x: Tensor) -> Tensor:
-        """`(b, n)` bool, False at random tokens that no query sees; the first token always stays."""
+        """Draw a `(b, n)` mask, False at random tokens that no query sees; the first token is always kept."""
         noise = torch.randn(x.shape, device=x.device)
         noise[:, 0] = -torch.finfo(noise.dtype).max
         count = min(int(x.shape[1] * self.mask_prob), x.shape[1] - 1)
@@ -214,7 +191,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return torch.ones_like(x, dtype=torch.bool).scatter_(1, hidden, False)
 
     def _cross_entropy(self, out: Tensor, labels: Tensor, arguments: Mapping[str, Any] | None) -> Tensor:
-        """Mean over the labels that count. Every logit goes in, ignored ones too: a slice would be a copy.
+        """Compute the mean over the labels that count.
+
+        Ignored logits take part too, with weight 0: a slice without them would be a copy.
 
         Args:
             out: logits, or features if the loss is computed in chunks.
@@ -230,338 +209,144 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return mean_over(each, labels != self.ignore_index)
 
     def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the labels that count and all features of `|predicted[t] - embeds[t + 1]|`."""
+        """Compute the mean of `|predicted[t] - embeds[t + 1]|` over the labels that count and all features."""
         errors = (predicted[:, :-1] - embeds[:, 1:].detach()).abs().mean(dim=-1)
         return mean_over(errors, labels[:, :-1] != self.ignore_index)
 
     # generation
 
-    def generate(
-        self,
-        prompts: Tensor | Sequence[Tensor],
-        seq_len: int,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        restrict_to_max_seq_len: bool = True,
-        amateur_model: nn.Module | Sequence[nn.Module] | None = None,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        cache_kv: bool = True,
-        return_intermediates: bool = False,
-        *,
-        cache: CacheChoice = "dynamic",
-        compile: bool | Mapping[str, Any] = False,
-        compile_prefill: bool = False,
-        progress: bool = False,
-        filter_before_temperature: bool = False,
-        draft_model: nn.Module | None = None,
-        draft_tokens: int | None = None,
-        prompt_lookup: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    @takes_options(
+        "eos_token temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
+        "contrastive_decode_kwargs cache_kv return_intermediates * cache compile compile_prefill progress "
+        "filter_before_temperature draft_model draft_tokens prompt_lookup"
+    )
+    def generate(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
-        Each step: logits of the last position, contrasted with the amateurs'; the most likely token at temperature
-        0, otherwise a draw from `softmax(filter(logits / temperature))`.
+        In each step the logits of the last position are contrasted with the amateurs'; the next token is the most
+        likely one at temperature 0, otherwise a draw from `softmax(filter(logits / temperature))`.
+
+        The model itself is not touched: other threads may train, copy or save it meanwhile. Its weights must not
+        change until the last token.
 
         Args:
             prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
-            seq_len: tokens to generate.
-            eos_token: what ends a row; `pad_value`s follow. When all rows have ended, generation does.
-            temperature: 0 or higher.
-            prompt_lens: `(...)` how many ids of each row of `prompts`, from the left, are its prompt.
-            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
-            restrict_to_max_seq_len: the model sees only its last `max_seq_len` tokens. With a cache this is a
-                rolling one, whose keys were computed with more past than the window holds.
-            amateur_model: one or more weaker models to contrast with (2210.15097).
-            filter_kwargs: keywords of the filter.
-            contrastive_decode_kwargs: `alpha` and `beta` of `contrastive_decode_fn`, for all amateurs or for each.
-            cache_kv: keep keys and values. False runs the whole sequence at each step.
-            return_intermediates: also return the record of the last pass (None without a cache).
-            cache: "dynamic"; "static" (fixed buffers, allocated once); or a cache or record of the prompts' first
-                tokens, which are then not read again. The cache given stays as it is; one of a single row serves all
-                prompts, which then begin with the same tokens.
-            compile: compile the step of one token, once for this model, to a full graph over a static cache. May be a
-                dict of options for `torch.compile`.
-            compile_prefill: with `compile`, also compile the reading of prompts, to one graph for all their lengths.
-            progress: show a bar.
-            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
-            draft_model: a smaller model, or the wrapper that it was trained in, that guesses tokens, of which this one
-                judges several in one pass (2211.17192). Tokens are distributed as without it, and at temperature 0
-                they are the same. The rows of a batch go on together, by as many tokens as the row with the fewest
-                right guesses, so that the gain shrinks with the batch. It gets `kwargs`, too.
-            draft_tokens: guesses of a round, by default 4.
-            prompt_lookup: guess by looking where the last so many tokens, or fewer, occurred before (2304.04487), in
-                place of a model.
+            seq_len: number of tokens to generate.
+            [options]
             kwargs: of the model's passes. `mask` covers the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
                 and generated tokens (`embed_ids` may be functions of the ids so far).
 
         Returns:
-            The new tokens, `(..., m)`, m at most `seq_len`; with `return_intermediates`, `(tokens, record)`.
+            The new tokens, `(..., m)`, m at most `seq_len`; with `return_intermediates` `(tokens, record)`.
 
         Raises:
             InputError: with what was given and what is needed.
         """
-        decoding, read, models = self._begin(
-            prompts,
-            seq_len,
-            eos_token,
-            temperature=temperature,
-            prompt_lens=prompt_lens,
-            filter_logits_fn=filter_logits_fn,
-            restrict_to_max_seq_len=restrict_to_max_seq_len,
-            amateur_model=amateur_model,
-            filter_kwargs=filter_kwargs,
-            contrastive_decode_kwargs=contrastive_decode_kwargs,
-            cache_kv=cache_kv,
-            cache=cache,
-            compile=compile,
-            compile_prefill=compile_prefill,
-            filter_before_temperature=filter_before_temperature,
-            draft_model=draft_model,
-            draft_tokens=draft_tokens,
-            prompt_lookup=prompt_lookup,
-            **kwargs,
-        )
-        # a record must hold no more than what was generated
-        every = 1 if return_intermediates else _patience(read.tokens.device)
-        steps = decoding.run(seq_len, eos_token, self.pad_value, every)
-        with torch.inference_mode(), evaluating(self, *models), prepared(self, *models):
-            new = list(with_progress(steps, seq_len) if progress else steps)
-        # outside of inference mode: tokens that training may use
-        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
-        if every > 1:
-            tokens = cut_behind_end(tokens, eos_token)
-        tokens = tokens.reshape(*read.lead, tokens.shape[1])
-        return (tokens, decoding.expert.record) if return_intermediates else tokens
+        generation = self._begin(prompts, seq_len, options)
+        steps = generation.steps(seq_len, generation.every)
+        with torch.inference_mode(), generation.view:
+            tokens = list(with_progress(steps, seq_len) if options.progress else steps)
+        joined = generation.join(tokens)  # outside of inference mode, since training may use it
+        return (joined, generation.record) if options.return_intermediates else joined
 
     def stream(
         self, prompts: Tensor | Sequence[Tensor], seq_len: int, eos_token: int | None = None, **options: Any
     ) -> Iterator[Tensor]:
-        """The tokens of `generate`, `(...)` each, as they come; the model is in evaluation mode until the last one.
+        """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
-            prompts, seq_len, eos_token: as in `generate`.
-            options: as in `generate`, but for `return_intermediates` and `progress`.
+            prompts: as in `generate`.
+            seq_len: number of tokens to generate.
+            eos_token: ends a row, as in `generate`.
+            options: as in `generate`, except `return_intermediates` and `progress`.
+
+        Returns:
+            An iterator over tensors of ids, one for each step.
 
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        decoding, read, models = self._begin(prompts, seq_len, eos_token, **options)
-        steps = functools.partial(decoding.run, seq_len, eos_token, self.pad_value)
-        return streamed(steps, in_shape(read.lead), self, *models)
+        given = GenerationOptions.read(STREAM, {"eos_token": eos_token, **options})
+        generation = self._begin(prompts, seq_len, given)
+        steps = functools.partial(generation.steps, seq_len)
+        return streamed(steps, in_shape(generation.prompts.lead), generation.view)
 
-    def _begin(
-        self,
-        prompts: Tensor | Sequence[Tensor],
-        seq_len: int,
-        eos_token: int | None,
-        *,
-        temperature: float = 1.0,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        restrict_to_max_seq_len: bool = True,
-        amateur_model: nn.Module | Sequence[nn.Module] | None = None,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        cache_kv: bool = True,
-        cache: CacheChoice = "dynamic",
-        compile: bool | Mapping[str, Any] = False,
-        compile_prefill: bool = False,
-        filter_before_temperature: bool = False,
-        draft_model: nn.Module | None = None,
-        draft_tokens: int | None = None,
-        prompt_lookup: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Decoding | Speculation, Prompts, list[nn.Module]]:
-        """Check everything; the decoding, the prompts as they were read, and the models beside this one."""
-        net = self.net
-        check_length_and_end(seq_len, eos_token, net.num_tokens)
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
-        read = self._read(prompts, prompt_lens, kwargs)
-        amateurs = pair_amateurs(_nets(amateur_model), contrastive_decode_kwargs or {}, net.num_tokens)
-        guesses = _guesses(draft_model, draft_tokens, prompt_lookup, compiles=compile is not False)
-        step, prefill = self._compiled_reading(compile, read, kwargs) if compile is not False else (None, None)
-        if step is not None:
-            cache = "static" if cache == "dynamic" else cache
-        elif compile_prefill:
-            raise InputError("`compile_prefill` compiles the reading of prompts beside the steps; set `compile` too.")
-        expert = make_reader(
-            net,
-            read,
-            seq_len,
-            kwargs,
-            cache=cache,
-            cache_kv=cache_kv,
-            restrict_to_max_seq_len=restrict_to_max_seq_len,
-            step=step,
-            prefill=prefill if compile_prefill else None,
-            at_once=guesses + 1,
-        )
-        contrasted = [
-            (
-                make_reader(
-                    amateur, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
-                ),
-                contrast,
-            )
-            for amateur, contrast in amateurs
-        ]
-        decoding = Decoding(Sequences(read.tokens, read.start), expert, choose, net.num_tokens, contrasted)
-        models: list[nn.Module] = [amateur for amateur, _ in amateurs]
-        if not guesses:
-            return decoding, read, models
-        adjust = adjuster(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
-        policy = Policy(None if temperature == 0 else adjust)
-        drafter: Drafter
-        if draft_model is None:
-            assert prompt_lookup is not None
-            drafter = Lookup(prompt_lookup)
-        else:
-            draft = draft_model.net if isinstance(draft_model, AutoregressiveWrapper) else draft_model
-            draft = same_vocabulary(draft, net.num_tokens, "`draft_model`")
-            models.append(draft)
-            drafter = ModelDrafter(
-                make_reader(
-                    draft, read, seq_len, kwargs, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
-                ),
-                policy,
-                net.num_tokens,
-            )
-        readers = [expert, *(reader for reader, _ in contrasted)]
-        return Speculation(decoding, readers, drafter, policy, guesses), read, models
+    def _begin(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Generation:
+        net, amateurs, draft = self.net, options.amateur_model, options.draft_model
+        check_length_and_end(seq_len, options.eos_token, net.num_tokens)
+        options = replace(options, amateur_model=_nets(amateurs), draft_model=None if draft is None else _net(draft))
+        read = self._read(prompts, options)
+        compiled = self._compiled_reading(options, read) if options.compiles else None
+        return begin(net, read, seq_len, options, self.pad_value, compiled)
 
-    def beam_search(
-        self,
-        prompts: Tensor | Sequence[Tensor],
-        seq_len: int,
-        beams: int = 4,
-        return_beams_and_scores: bool = False,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        stochastic: bool = False,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        filter_logits_fn: str | Callable[..., Tensor] = identity,
-        restrict_to_max_seq_len: bool = True,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        cache_kv: bool = True,
-        *,
-        cache: CacheChoice = "dynamic",
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The continuations of each prompt that the model finds most likely, of those that beam search meets.
+    @takes_options(
+        "beams return_beams_and_scores eos_token temperature stochastic prompt_lens filter_logits_fn "
+        "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature",
+        filter_logits_fn=identity,
+    )
+    def beam_search(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
+        """Find the continuations of each prompt with the highest probability, among those that beam search meets.
 
         The score of a continuation is the sum of its tokens' log-probabilities, without temperature and filter. At
-        each step every beam proposes its `beams` best tokens, and the `beams` best of all these go on.
+        each step every beam proposes its `beams` best tokens, and the `beams` best of all these continue. Temperature
+        and filter are for stochastic beams only; a token that the filter removes is never taken, unless nothing else
+        is left.
 
         Args:
-            prompts, prompt_lens: as in `generate`.
-            seq_len: tokens to generate.
-            beams: how many continuations of a prompt are followed.
-            return_beams_and_scores: return all of them, and their scores.
-            eos_token: what ends a continuation, which then keeps its score; `pad_value`s follow.
-            temperature, filter_logits_fn, filter_kwargs, filter_before_temperature: as in `generate`; for stochastic
-                beams alone. What a filter removes is never taken, unless nothing else is left.
-            stochastic: propose by `filter(logits / temperature)` with Gumbel noise, which draws without replacement
-                (1903.06059), in place of the logits. At temperature 0 there is no noise.
-            restrict_to_max_seq_len, cache_kv, cache: as in `generate`.
+            prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
+            seq_len: number of tokens to generate.
+            [options]
             kwargs: of the model's passes, as in `generate`. Tensors belong to prompts, and are repeated for the beams.
 
         Returns:
             The best continuation `(..., m)` of each prompt; with `return_beams_and_scores` `(beams, ..., m)` tokens
-            and `(beams, ...)` scores, the best first. A score of -inf says that a filter left too few tokens.
+            and `(beams, ...)` scores, the best first. A score of -inf means that a filter left too few tokens.
 
         Raises:
             InputError: with what was given and what is needed.
         """
-        net = self.net
-        check_length_and_end(seq_len, eos_token, net.num_tokens)
-        if isinstance(beams, bool) or not isinstance(beams, int) or not 1 <= beams <= net.num_tokens:
-            raise InputError(
-                f"`beams` is {beams!r}; it must be a whole number, at least 1 and at most the vocabulary's size "
-                f"{net.num_tokens}, since the first beams differ in their first token."
-            )
-        adjust = adjuster(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
-        if not stochastic and (filter_logits_fn is not identity or filter_kwargs or filter_before_temperature):
-            raise InputError(
-                "`filter_logits_fn`, `filter_kwargs` and `filter_before_temperature` change what stochastic beams are "
-                "drawn from; set `stochastic = True`, or drop them."
-            )
-        read = self._read(prompts, prompt_lens, kwargs)
-        reader = make_reader(
-            net, read, seq_len, kwargs, cache=cache, cache_kv=cache_kv, restrict_to_max_seq_len=restrict_to_max_seq_len
-        )
-        select = noisy(adjust) if stochastic and temperature > 0 else identity
-        search = Beams(Sequences(read.tokens, read.start), reader, beams, select, net.num_tokens, eos_token)
-        with torch.inference_mode(), evaluating(self):
-            found, scores = search.run(seq_len, self.pad_value, _patience(read.tokens.device))
-        tokens, scores = found.transpose(0, 1).clone(), scores.T.clone()  # training may use them
-        tokens = tokens.reshape(beams, *read.lead, tokens.shape[-1])
-        return (tokens, scores.reshape(beams, *read.lead)) if return_beams_and_scores else tokens[0]
+        check_length_and_end(seq_len, options.eos_token, self.net.num_tokens)
+        read = self._read(prompts, options)
+        tokens, scores = search(self.net, read, seq_len, options, self.pad_value)
+        tokens = tokens.reshape(options.beams, *read.lead, tokens.shape[-1])
+        return (tokens, scores.reshape(-1, *read.lead)) if options.return_beams_and_scores else tokens[0]
 
-    def _read(
-        self,
-        prompts: Tensor | Sequence[Tensor],
-        prompt_lens: Tensor | Sequence[int] | None,
-        kwargs: Mapping[str, Any],
-    ) -> Prompts:
-        may_be_empty = kwargs.get("prepend_embeds") is not None
-        return read_prompts(prompts, prompt_lens, self.pad_value, self.net.num_tokens, may_be_empty=may_be_empty)
+    def _read(self, prompts: Tensor | Sequence[Tensor], options: GenerationOptions) -> Prompts:
+        empty = options.arguments.get("prepend_embeds") is not None
+        return read_prompts(prompts, options.prompt_lens, self.pad_value, self.net.num_tokens, may_be_empty=empty)
 
-    def _compiled_reading(
-        self, options: bool | Mapping[str, Any], read: Prompts, kwargs: Mapping[str, Any]
-    ) -> tuple[Step, Prefill]:
-        """The compiled step and prefill for calls of this structure, made when first asked for."""
-        given = dict(options) if isinstance(options, Mapping) else {}
-        key = (
-            repr(sorted(given.items())),
-            read.lens is None,
-            *sorted(name for name in kwargs if kwargs[name] is not None),
-        )
-        if key not in self._compiled:
-            self._compiled[key] = compiled_advance(**given), compiled_prefill(**given)
-        return self._compiled[key]
+    def _compiled_reading(self, options: GenerationOptions, prompts: Prompts) -> CompiledReading:
+        """Return the compiled step and prefill for calls of this structure, made when first needed."""
+        given = dict(options.compile) if isinstance(options.compile, Mapping) else {}
+        present = sorted(name for name, value in options.arguments.items() if value is not None)
+        key = (repr(sorted(given.items())), prompts.lens is None, *present)
+        made = self._compiled.get(key)
+        if made is None:
+            made = CompiledReading(CompiledStep(**given), compiled_prefill(**given), InferenceView(direct=False))
+        view = InferenceView(self.net, direct=False, earlier=made.view)
+        self._compiled[key] = made = made._replace(view=view)
+        return made
+
+
+STREAM = (
+    "eos_token temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
+    "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
+    "draft_tokens prompt_lookup"
+)
+"""Options of `stream`: those of `generate` except what concerns the call as a whole."""
+
+
+def _net(model: nn.Module) -> nn.Module:
+    """Return a model without the wrapper that it was trained in."""
+    return model.net if isinstance(model, AutoregressiveWrapper) else model
 
 
 def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
-    """The amateurs as a list, and without the wrapper that one was trained in."""
     if amateurs is None:
         return []
-    listed = [amateurs] if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList) else amateurs
-    return [model.net if isinstance(model, AutoregressiveWrapper) else model for model in listed]
-
-
-def _patience(device: torch.device) -> int:
-    """Tokens between two looks at whether all rows have ended: an accelerator is not waited for at each token."""
-    return 1 if device.type == "cpu" else PATIENCE
-
-
-def _guesses(draft: nn.Module | None, count: int | None, lookup: int | None, *, compiles: bool) -> int:
-    """How many tokens are guessed in a round; 0 for none.
-
-    Raises:
-        InputError: if what was given does not go together.
-    """
-    for name, value in (("draft_tokens", count), ("prompt_lookup", lookup)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"`{name}` is {value!r}; it counts tokens, a whole number, at least 1.")
-    if draft is None and lookup is None:
-        if count is not None:
-            raise InputError(
-                f"`draft_tokens` is {count}, but nothing guesses tokens; give a `draft_model` or `prompt_lookup` too."
-            )
-        return 0
-    if draft is not None and lookup is not None:
-        raise InputError("`draft_model` and `prompt_lookup` both guess tokens; give one of them.")
-    if compiles:
-        raise InputError(
-            "`compile` reads one token at a time, and speculation (`draft_model`, `prompt_lookup`) several; drop one "
-            "of them."
-        )
-    return 4 if count is None else count
+    if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList):
+        return [_net(amateurs)]
+    return [_net(model) for model in amateurs]
 
 
 def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float]) -> None:
@@ -571,7 +356,7 @@ def _refuse_without_head(head: str, present: bool, **weights: tuple[float, float
 
 
 def _check_chunks(net: TransformerWrapper, chunk: int) -> None:
-    """Raise a `ConfigError` unless the loss can be computed for so many tokens at a time."""
+    """Raise a `ConfigError` unless the loss can be computed for `chunk` tokens at a time."""
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ConfigError(f"`loss_chunk_size` is {chunk!r}; it must be a whole number of tokens, at least 1, or None.")
     if not net.own_to_logits and not isinstance(net.to_logits, nn.Linear):
@@ -593,7 +378,7 @@ def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any])
     if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers, "
-            "the valid tokens of each row."
+            "the number of valid tokens of each row."
         )
     if (
         lens.device.type == "cpu"

@@ -1,24 +1,26 @@
-"""Belief states: a forward and a backward model predict together what stands between them (2410.23506)."""
+"""Belief states: a forward and a backward model predict together the tokens between them (2410.23506)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from x_transformers.decoding.filters import find_filter, min_p
+from x_transformers.decoding.filters import min_p
 from x_transformers.decoding.generation_inputs import check_seq_len
-from x_transformers.decoding.loop import Decoding, evaluating, make_reader
+from x_transformers.decoding.loop import Decoding, make_reader
+from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
-from x_transformers.decoding.sampling import chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
@@ -28,19 +30,19 @@ PairWeights = Callable[[Tensor], Tensor]
 
 
 class BeliefStateWrapper(Configured, ReadsReference):
-    """Trains two decoders whose states, of a prefix and of a suffix, predict the tokens next to them.
+    """Training of two decoders whose states, of a prefix and of a suffix, predict the tokens next to them.
 
     Args:
         forward_decoder: a causal model.
         backward_decoder: another one, which reads reversed sequences; default the same one.
-        train_frac_forward_backward_pairs: fraction of the pairs of states that a loss looks at, in (0, 1].
+        train_frac_forward_backward_pairs: fraction of the pairs of states that a loss uses, in (0, 1].
         text_head: `(..., 2 d)` pairs of states to `(..., 2 v)` logits, the next token's and the previous one's.
         backward_ar_loss_weight: weight of the previous token's loss.
-        pred_distance: predict how far the two states are apart.
-        pred_distance_loss_weight: weight of that.
-        cond_on_distance: tell the text head, at times, how far they are apart.
-        cond_on_distance_prob: how often, in (0, 1).
-        max_pred_distance: distances from this one on are one class; default `max_seq_len`.
+        pred_distance: predict the distance of the two states.
+        pred_distance_loss_weight: weight of this loss.
+        cond_on_distance: sometimes condition the text head on the distance.
+        cond_on_distance_prob: probability of that, in (0, 1).
+        max_pred_distance: all distances from this one on are one class; default `max_seq_len`.
 
     Raises:
         ConfigError: if the models do not fit each other, or an option is out of range or without effect.
@@ -67,7 +69,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         _check_fractions(train_frac_forward_backward_pairs, cond_on_distance_prob)
         if not pred_distance and (max_pred_distance is not None or pred_distance_loss_weight != 1):
             raise ConfigError(
-                "`max_pred_distance` and `pred_distance_loss_weight` speak of predicted distances; set `pred_distance "
+                "`max_pred_distance` and `pred_distance_loss_weight` concern predicted distances; set `pred_distance "
                 "= True`, or drop them."
             )
         dim, vocabulary = forward_decoder.attn_layers.dim, forward_decoder.num_tokens
@@ -96,14 +98,14 @@ class BeliefStateWrapper(Configured, ReadsReference):
         lens: Tensor | None = None,
         loss_weight_by_fb_indices: PairWeights | None = None,
     ) -> Tensor:
-        """The mean over all pairs of states, and both directions, of `-log p(token | f_i, g_j)`, for j - i >= 2.
+        """Compute the mean of `-log p(token | f_i, g_j)` over all pairs of states with j - i >= 2 and both directions.
 
         `f_i` has read `x[0..i]` and predicts, with `g_j`, the token `x[i + 1]`; `g_j` has read the end and
         `x[L-1..j]`, and predicts `x[j - 1]`.
 
         Args:
             seq: `(b, n)` ids.
-            lens: `(b,)` tokens L of each row, from the left; what stands behind them is not looked at.
+            lens: `(b,)` number of tokens L of each row, from the left; what follows them is ignored.
             loss_weight_by_fb_indices: weights of pairs.
 
         Returns:
@@ -126,31 +128,31 @@ class BeliefStateWrapper(Configured, ReadsReference):
         states, distance = torch.cat((f[:, i], g[:, j]), dim=-1), j - i
         labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
         weights = self._weights(pairs, loss_weight_by_fb_indices)
-        # the model is either told or asked how far the two states are apart
+        # the distance is either an input or a target
         if self.to_distance_cond is not None and bool(torch.rand(()) < self.cond_on_distance_prob):
-            told = states * self.to_distance_cond(distance.to(states.dtype))
-            return self._text_loss(told, labels, valid, weights)
+            conditioned = states * self.to_distance_cond(distance.to(states.dtype))
+            return self._text_loss(conditioned, labels, valid, weights)
         loss = self._text_loss(states, labels, valid, weights)
         if self.to_distance_logits is None:
             return loss
         return loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
 
     def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """`f (b, n, d)` and `g (b, n + 1, d)`; behind a row's length they hold anything."""
+        """Return `f (b, n, d)` and `g (b, n + 1, d)`, whose values after a row's length are arbitrary."""
         f = self.forward_decoder(seq, return_embeddings=True)
         places = torch.arange(seq.shape[1] + 1, device=seq.device)
-        # each row reversed in itself, so that the end stands in front of its last token
+        # each row is reversed in itself, so that the end comes before its last token
         reversed_seq = seq.gather(1, (lens.unsqueeze(-1) - 1 - places[:-1]).clamp(min=0))
         read = self.backward_decoder(reversed_seq, prepend_embeds=self._end(len(seq)), return_embeddings=True)
         order = (lens.unsqueeze(-1) - places).clamp(min=0)
         return f, read.gather(1, order.unsqueeze(-1).expand(-1, -1, read.shape[-1]))
 
     def _end(self, batch: int) -> Tensor:
-        """`(b, 1, E)` the embedding that the backward model reads first."""
+        """Return `(b, 1, E)` the embedding that the backward model reads first."""
         return self.suffix_token.expand(batch, 1, -1)
 
     def _pairs(self, n: int, device: torch.device) -> Tensor:
-        """`(pairs, 2)` of i < n and j <= n, with at least one token between."""
+        """Return `(pairs, 2)` indices i < n and j <= n with at least one token between."""
         pairs = torch.triu_indices(n, n + 1, offset=2, device=device).T
         if self.train_frac == 1 or len(pairs) == 0:
             return pairs
@@ -158,59 +160,57 @@ class BeliefStateWrapper(Configured, ReadsReference):
         return pairs[torch.randperm(len(pairs), device=device)[:count]]
 
     def _weights(self, pairs: Tensor, by_pair: PairWeights | None) -> Tensor:
-        """`(pairs, 2)` of both directions."""
+        """Return `(pairs, 2)` weights of both directions."""
         if by_pair is None:
             return self.loss_weights.expand(len(pairs), -1)
         given = by_pair(pairs)
         if given.shape not in ((len(pairs),), (len(pairs), 2)):
             raise ShapeError(
-                f"`loss_weight_by_fb_indices` gives a tensor of shape {tuple(given.shape)}; it must be ({len(pairs)},) "
-                f"or ({len(pairs)}, 2)."
+                f"`loss_weight_by_fb_indices` returns a tensor of shape {tuple(given.shape)}; it must be "
+                f"({len(pairs)},) or ({len(pairs)}, 2)."
             )
         return self.loss_weights * (given.unsqueeze(-1) if given.ndim == 1 else given)
 
     def _text_loss(self, states: Tensor, labels: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
-        """`sum of w * l / number of terms`; labels `(b, pairs, 2)`."""
+        """Compute `sum of w * l / number of terms`; labels are `(b, pairs, 2)`."""
         logits = self.text_head(states)
         if logits.shape[-1] != self.num_tokens * 2:
-            raise ShapeError(f"`text_head` gives width {logits.shape[-1]}; it must be {self.num_tokens * 2}, 2 v.")
+            raise ShapeError(f"`text_head` returns width {logits.shape[-1]}; it must be {self.num_tokens * 2}, 2 v.")
         each = at_least_float32(token_losses(logits.unflatten(-1, (2, -1)), labels))
         return mean_over(each * weights, valid.unsqueeze(-1).expand_as(each))
 
     def _distance_loss(self, states: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
-        """Of states `(b, pairs, 2 d)` that are `distance (pairs,)` apart."""
+        """Compute the loss of states `(b, pairs, 2 d)` at distance `(pairs,)`."""
         assert self.to_distance_logits is not None
         classes = distance.clamp(max=self.max_pred_distance - 1).expand(len(states), -1)
         return mean_over(token_losses(self.to_distance_logits(states), classes), valid)
 
     # generation
 
+    @takes_options(
+        "temperature cache_kv suffix filter_logits_fn filter_kwargs decode_backwards * filter_before_temperature",
+        further=False,
+        temperature=1.25,
+        cache_kv=False,
+        filter_logits_fn=min_p,
+    )
     def generate_with_suffix_cond(
         self,
         prompts: Tensor | Sequence[Tensor],
         seq_len: int,
-        temperature: float = 1.25,
-        cache_kv: bool = False,
+        options: GenerationOptions,
         suffix: Tensor | None = None,
-        filter_logits_fn: str | Callable[..., Tensor] = min_p,
-        filter_kwargs: Mapping[str, Any] | None = None,
         decode_backwards: bool = False,
-        *,
-        filter_before_temperature: bool = False,
     ) -> Tensor:
         """Continue each prompt by `seq_len` tokens that lead to a suffix, in evaluation mode.
 
         Args:
             prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
-            seq_len: tokens to generate.
-            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
-            cache_kv: keep keys and values. False runs the whole sequence at each step.
-            suffix: `(m,)` ids for all rows, or `(b, m)`; default nothing but the end.
-            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
-            filter_kwargs: keywords of the filter; default `min_p = 0.1`.
+            seq_len: number of tokens to generate.
+            suffix: `(m,)` ids for all rows, or `(b, m)`; default only the end.
             decode_backwards: the prompts are ends, and what comes before them is generated, from the right to the left,
                 in which order it is returned. The forward state is that of a random token.
-            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            [options]
 
         Returns:
             The new tokens, `(..., seq_len)`.
@@ -221,32 +221,27 @@ class BeliefStateWrapper(Configured, ReadsReference):
         check_seq_len(seq_len)
         if decode_backwards and suffix is not None:
             raise InputError("`suffix` is what forward decoding leads to; drop it, or `decode_backwards`.")
-        if filter_kwargs is None:
-            filter_kwargs = {"min_p": 0.1} if filter_logits_fn in (min_p, "min_p") else {}
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs, filter_before_temperature)
-        net = self.backward_decoder if decode_backwards else self.forward_decoder
         if decode_backwards:
             prompts = _reversed(prompts)
-        read = read_prompts(prompts, None, 0, net.num_tokens, may_be_empty=decode_backwards)
-        with torch.inference_mode(), evaluating(self):
-            other = self._other_state(read, suffix, decode_backwards)
-            reader = make_reader(
-                net,
-                read,
-                seq_len,
-                {"prepend_embeds": self._end(len(read.tokens))} if decode_backwards else {},
-                cache_kv=cache_kv,
-                growing=lambda first, last: {"return_embeddings": True},
-            )
-            paired = _Paired(reader, self.text_head, other, backwards=decode_backwards)
-            decoding = Decoding(Sequences(read.tokens, read.start), paired, choose, self.num_tokens)
+        read = read_prompts(prompts, None, 0, self.num_tokens, may_be_empty=decode_backwards)
+        if decode_backwards:
+            options = replace(options, arguments={"prepend_embeds": self._end(len(read.tokens))})
+        view = InferenceView(self)
+        own = view.of(self)
+        with torch.inference_mode(), view:
+            other = own._other_state(read, suffix, decode_backwards)
+            net = own.backward_decoder if decode_backwards else own.forward_decoder
+            growing = lambda first, last: {"return_embeddings": True}  # noqa: E731
+            reader = make_reader(net, read, seq_len, options, growing=growing)
+            paired = _Paired(reader, own.text_head, other, backwards=decode_backwards)
+            decoding = Decoding(Sequences(read.tokens, read.start), paired, options.choose, self.num_tokens)
             new = list(decoding.run(seq_len, None, 0))
         # outside of inference mode: tokens that training may use
         tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
         return tokens.reshape(*read.lead, seq_len)
 
     def _other_state(self, read: Prompts, suffix: Tensor | None, backwards: bool) -> Tensor:
-        """`(b, 1, d)` the state that all new tokens are paired with."""
+        """Return `(b, 1, d)` the state that all new tokens are paired with."""
         batch, device = len(read.tokens), read.tokens.device
         if backwards:
             token = torch.randint(self.num_tokens, (batch, 1), device=device)
@@ -262,7 +257,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
 
 
 class _Paired(Reader):
-    """Logits of a text head for the states of one model, paired with a state of the other.
+    """Reads one model, and returns logits of the text head for its states paired with a state of the other.
 
     Args:
         reader: of the first model's features.
@@ -285,7 +280,7 @@ def _two_layers(dim_in: int, dim: int, dim_out: int) -> nn.Sequential:
 
 
 def _reversed(prompts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-    """Each prompt from its end; what is no prompt is left to be refused where prompts are read."""
+    """Reverse each prompt; what is no prompt is left for `read_prompts` to refuse."""
     if isinstance(prompts, Tensor):
         return prompts.flip(-1) if prompts.ndim else prompts
     return [prompt.flip(-1) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
@@ -304,15 +299,15 @@ def _check_decoders(forward: Any, backward: Any) -> None:
         )
 
 
-def _check_fractions(of_pairs: float, told: float) -> None:
+def _check_fractions(of_pairs: float, conditioned: float) -> None:
     if not 0 < of_pairs <= 1:
         raise ConfigError(f"`train_frac_forward_backward_pairs` is {of_pairs}; it must lie in (0, 1].")
-    if not 0 < told < 1:
-        raise ConfigError(f"`cond_on_distance_prob` is {told}; it must lie in (0, 1).")
+    if not 0 < conditioned < 1:
+        raise ConfigError(f"`cond_on_distance_prob` is {conditioned}; it must lie in (0, 1).")
 
 
 def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
-    """`(b,)` tokens of each row."""
+    """Return `(b,)` the number of tokens of each row."""
     batch, n = seq.shape
     if lens is None:
         return torch.full((batch,), n, device=seq.device)

@@ -1,4 +1,4 @@
-"""Training and sampling of vectors, each from those before it (2112.05329)."""
+"""Training and sampling of vectors, each from the previous ones (2112.05329)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
-from x_transformers.decoding.loop import evaluating, in_shape, make_reader, streamed
+from x_transformers.decoding.loop import in_shape, make_reader, streamed
+from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
@@ -32,12 +34,17 @@ __all__ = [
 
 
 class GaussianNLL(nn.Module):
-    """`(ln v + (y - mu)^2 / v) / 2` of each element, without the constant; v is at least 1e-6."""
+    """Negative log-likelihood `(ln v + (y - mu)^2 / v) / 2`, without its constant; v is at least 1e-6."""
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Args:
-        pred: `(2, ...)` means and variances.
-        target: `(...)`.
+        """Compute the loss of each element.
+
+        Args:
+            pred: `(2, ...)` means mu and variances v.
+            target: `(...)` values y.
+
+        Returns:
+            `(...)`.
         """
         mean, variance = pred
         variance = variance.clamp(min=1e-6)
@@ -45,23 +52,29 @@ class GaussianNLL(nn.Module):
 
 
 def sample_from_mean_variance(mean: Tensor, variance: Tensor, eps: float = 1e-5, temperature: float = 1.0) -> Tensor:
-    """`mean + sqrt(max(variance, eps)) * temperature * noise`, with standard normal noise."""
+    """Draw `mean + sqrt(max(variance, eps)) * temperature * noise`, with standard normal noise.
+
+    Args:
+        mean, variance: of the same shape.
+        eps: least variance.
+        temperature: factor of the noise.
+    """
     return mean + variance.clamp(min=eps).sqrt() * temperature * torch.randn_like(mean)
 
 
 class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
-    """A model that is trained to predict the next vector, and generates by predicting it again and again.
+    """Training of a model to predict the next vector, and generation by repeated prediction.
 
     Args:
         net: the model.
-        loss_fn: a function of predictions and targets to losses of each element; default a Gaussian's negative
-            log-likelihood for probabilistic models, else the squared error.
-        use_l1_loss: the absolute error in place of the squared one.
-        equal_loss_weight_batch: rows weigh alike, whatever their lengths: the mean over rows of the sum over features
-            of the mean over a row's valid positions.
+        loss_fn: function of predictions and targets that returns the loss of each element; default the negative
+            log-likelihood of a Gaussian for probabilistic models, otherwise the squared error.
+        use_l1_loss: use the absolute error instead of the squared one.
+        equal_loss_weight_batch: all rows have the same weight, whatever their lengths: the loss is the mean over rows
+            of the sum over features of the mean over the valid positions of a row.
 
     Raises:
-        ConfigError: if the model gives no output for each position, or two losses are asked for.
+        ConfigError: if the model does not return an output for each position, or two losses are requested.
     """
 
     def __init__(
@@ -75,7 +88,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         if not isinstance(net, ContinuousTransformerWrapper):
             raise ConfigError(f"`net` is a {type(net).__name__}; it must be a ContinuousTransformerWrapper.")
         if net.average_pool_embed:
-            raise ConfigError("`net` gives the mean over positions (`average_pool_embed`); build it without.")
+            raise ConfigError("`net` returns the mean over positions (`average_pool_embed`); build it without.")
         if use_l1_loss and (loss_fn is not None or net.probabilistic):
             other = "`loss_fn`" if loss_fn is not None else "a probabilistic `net`"
             raise ConfigError(f"`use_l1_loss` and {other} are two losses; choose one.")
@@ -86,25 +99,25 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def max_seq_len(self) -> int:
-        """The model's own."""
+        """Length of the model's position table; 0 for no limit."""
         return self.net.max_seq_len
 
     @property
     def probabilistic(self) -> bool:
-        """Whether the model gives a mean and a variance."""
+        """Whether the model predicts a mean and a variance."""
         return self.net.probabilistic
 
     # training
 
     def forward(self, x: Tensor, rollout_steps: int = 1, **kwargs: Any) -> Tensor:
-        """The mean over valid positions and features of `loss_fn(net(x[..t]), x[t + 1])`.
+        """Return the mean over valid positions and features of `loss_fn(net(x[..t]), x[t + 1])`.
 
         Args:
             x: `(b, n, D)`.
             rollout_steps: more than 1: see `forward_rollout`.
-            kwargs: of the model's pass. `lens (b,)`, or `mask (b, n)`, or `seq_start_pos` say which positions are
-                valid; a target counts if it is and so is the one before. What speaks of single positions covers all
-                n of them, or all but the last one.
+            kwargs: of the model's pass. `lens (b,)`, `mask (b, n)` or `seq_start_pos` specify the valid positions; a
+                target counts if it and the position before it are valid. Arguments over positions cover all n of them,
+                or all but the last one.
 
         Returns:
             A scalar; zero, attached to the graph, if there is no valid target.
@@ -126,17 +139,17 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         return self._mean(self._losses(predicted, x[:, 1:]), counted)
 
     def forward_rollout(self, x: Tensor, rollout_steps: int = 2, **kwargs: Any) -> Tensor:
-        """The loss of the model's own continuations: each row is cut somewhere and continued by `rollout_steps`.
+        """Return the loss of the model's own continuations: each row is cut at random and continued by `rollout_steps`.
 
         Predictions are appended (probabilistic ones as reparameterised samples), and gradients flow through them.
 
         Args:
             x: `(b, n, D)`.
-            rollout_steps: R, how many vectors are predicted. Rows of at most R vectors are left out.
-            kwargs: `lens (b,)`, and those of the model's passes that speak of no single position.
+            rollout_steps: number R of vectors that are predicted. Rows of at most R vectors do not count.
+            kwargs: `lens (b,)`, and arguments of the model's passes that are not over positions.
 
         Returns:
-            The mean over rows, steps and features; zero, attached to the graph, if no row is long enough.
+            A scalar, the mean over rows, steps and features; zero, attached to the graph, if no row is long enough.
 
         Raises:
             InputError: with what was given and what is needed.
@@ -145,7 +158,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
             if kwargs.get(name) is not None:
                 raise InputError(
-                    f"`{name}` speaks of positions, which roll-outs move; say by `lens` which are valid, or set "
+                    f"`{name}` covers positions, which roll-outs move; pass the number of valid ones as `lens`, or set "
                     "`rollout_steps = 1`."
                 )
         lens = kwargs.pop("lens", None)
@@ -162,7 +175,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         return mean_over(losses.mean(dim=(1, 2)), long_enough)
 
     def _roll_out(self, history: Tensor, start: Tensor, steps: int, kwargs: Mapping[str, Any]) -> Tensor:
-        """`steps` predictions, `([2,] b, steps, D)`."""
+        """Return `steps` predictions, `([2,] b, steps, D)`."""
         predictions: list[Tensor] = []
         cache: Any = KVCache() if self.net.can_cache_kv else None
         new = history
@@ -188,22 +201,22 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         return torch.cat(predictions, dim=-2)
 
     def _losses(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        """`(b, n, D)`."""
+        """Return the loss of each element, `(b, n, D)`."""
         if predicted.shape[-1] != targets.shape[-1]:
             raise ShapeError(
-                f"the model gives vectors of width {predicted.shape[-1]} and x has {targets.shape[-1]}; predicting the "
-                "next one needs `dim_out` to be `dim_in`."
+                f"the model returns vectors of width {predicted.shape[-1]} and x has {targets.shape[-1]}; predicting "
+                "the next one needs `dim_out` to be `dim_in`."
             )
         losses = self.loss_fn(at_least_float32(predicted), at_least_float32(targets))
         if losses.shape != targets.shape:
             raise ShapeError(
-                f"`loss_fn` gives a tensor of shape {tuple(losses.shape)}; it must give a loss for each element, "
+                f"`loss_fn` returns a tensor of shape {tuple(losses.shape)}; it must return a loss for each element, "
                 f"{tuple(targets.shape)} (`reduction = 'none'`)."
             )
         return losses
 
     def _mean(self, losses: Tensor, counted: Tensor | None) -> Tensor:
-        """Over the positions that count; see the class."""
+        """Return the mean over the positions that count; see the class."""
         if counted is None:
             counted = torch.ones(losses.shape[:2], dtype=torch.bool, device=losses.device)
         if not self.equal_loss_weight_batch:
@@ -228,12 +241,12 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
         Args:
             start_tokens: `(b, n, D)` or `(n, D)`.
-            seq_len: vectors to generate.
-            temperature: factor of a probabilistic model's noise; 0 takes the mean.
-            cache_kv: keep keys and values. False runs the whole sequence at each step.
-            prompt_lens: `(b,)` how many vectors of each row, from the left, are its prompt.
-            restrict_to_max_seq_len: the model sees only its last `max_seq_len` vectors; with a cache, by rolling it.
-                Models with absolute positions are not cached where the sequence gets longer than that.
+            seq_len: number of vectors to generate.
+            temperature: factor of the noise of a probabilistic model; 0 returns the mean.
+            cache_kv: cache keys and values. False runs the whole sequence at each step.
+            prompt_lens: `(b,)` length of the prompt of each row, which starts on the left.
+            restrict_to_max_seq_len: the model sees only its last `max_seq_len` vectors; a cache drops older ones.
+                Models with absolute positions do not use a cache if the sequence becomes longer than that.
             kwargs: of the model's passes. `mask` covers the prompts; `pos` and `sum_embeds` cover prompts and
                 generated vectors.
 
@@ -243,7 +256,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        steps, read = self._begin(
+        steps, read, view = self._begin(
             start_tokens,
             seq_len,
             temperature,
@@ -252,14 +265,14 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             restrict_to_max_seq_len=restrict_to_max_seq_len,
             **kwargs,
         )
-        with torch.inference_mode(), evaluating(self):
+        with torch.inference_mode(), view:
             new = list(steps())
-        # outside of inference mode: vectors that training may use
+        # outside of inference mode, so that training may use the vectors
         vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
         return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
 
     def stream(self, start_tokens: Tensor, seq_len: int, **options: Any) -> Iterator[Tensor]:
-        """The vectors of `generate`, `(b, D)` or `(D,)` each, as they come.
+        """Yield the vectors of `generate`, `(b, D)` or `(D,)` each.
 
         The model is in evaluation mode until the last one.
 
@@ -267,11 +280,11 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             start_tokens, seq_len, options: as in `generate`.
 
         Raises:
-            InputError: at once, with what was given and what is needed. Only the width of what a `project_out` of
-                your own gives shows with the first vector.
+            InputError: immediately, with what was given and what is needed; but for the width of a custom
+                `project_out`, which is only known with the first vector.
         """
-        steps, read = self._begin(start_tokens, seq_len, **options)
-        return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), self)
+        steps, read, view = self._begin(start_tokens, seq_len, **options)
+        return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), view)
 
     def _begin(
         self,
@@ -283,23 +296,23 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         prompt_lens: Tensor | Sequence[int] | None = None,
         restrict_to_max_seq_len: bool = True,
         **kwargs: Any,
-    ) -> tuple[Callable[[], Iterator[Tensor]], Prompts]:
-        """Check everything; what gives the vectors one by one, and the prompts as they were read."""
+    ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
+        """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
         if not 0 <= temperature < math.inf:
             raise InputError(f"`temperature` is {temperature}; it must be finite and not negative.")
         if "lens" in kwargs:
-            raise InputError("`lens` cannot be given to generation: give `prompt_lens`.")
+            raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
         read = self._read(start_tokens, prompt_lens)
         net, total = self.net, read.tokens.shape[1] + max(seq_len, 1) - 1
         ends = 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len
-        reader = make_reader(
-            net, read, seq_len, kwargs, cache_kv=cache_kv and not ends, restrict_to_max_seq_len=restrict_to_max_seq_len
-        )
-        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read
+        view, cached = InferenceView(net), cache_kv and not ends
+        options = GenerationOptions(cache_kv=cached, restrict_to_max_seq_len=restrict_to_max_seq_len, arguments=kwargs)
+        reader = make_reader(view.of(net), read, seq_len, options)
+        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read, view
 
     def _steps(self, reader: Reader, sequences: Sequences, count: int, temperature: float) -> Iterator[Tensor]:
-        """Append `count` vectors, `(b, 1, D)` each."""
+        """Append and yield `count` vectors, `(b, 1, D)` each."""
         first = sequences.parts[0]
         for _ in range(count):
             new = reader.read(sequences)[..., -1:, :]
@@ -312,7 +325,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             yield new
 
     def _read(self, start: Tensor, prompt_lens: Tensor | Sequence[int] | None) -> Prompts:
-        """The prompts, right-aligned."""
+        """Check the prompts, and align them on the right."""
         if start.ndim not in (2, 3) or not start.is_floating_point() or start.shape[-2] == 0 or len(start) == 0:
             raise ShapeError(
                 f"`start_tokens` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be floating, "
@@ -339,11 +352,11 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
 
 def _check_width(given: int, read: int) -> None:
-    """Raise unless vectors that the model gives can be read again."""
+    """Raise an `InputError` unless the model can read the vectors that it returns."""
     if given != read:
         raise InputError(
-            f"the model gives vectors of width {given} and reads those of {read}; what it generates could not be read "
-            "again. Make `dim_out` and `dim_in` agree."
+            f"the model returns vectors of width {given} and reads vectors of width {read}, so it cannot read what it "
+            "generates. Make `dim_out` and `dim_in` agree."
         )
 
 
@@ -356,20 +369,23 @@ def _absolute_error(predicted: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cut_points(room: Tensor) -> Tensor:
-    """`(b,)` random lengths of histories, from 1 to `room`; 1 where there is no room."""
+    """Draw `(b,)` lengths of histories, from 1 to `room`; 1 where there is no room."""
     most = room.clamp(min=1)
     # rounding may make the product as large as `most`
     return torch.minimum(1 + (torch.rand(len(room), device=room.device) * most).long(), most)
 
 
 def _aligned(x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    """The first `lens` vectors of each row at its right end, without columns that no row needs; and the padding."""
+    """Align the first `lens` vectors of each row on the right; return them with `(b,)` the left padding.
+
+    Columns that are padding in every row are removed.
+    """
     most = int(lens.max())
     return align_right(x, lens)[:, x.shape[1] - most :], most - lens
 
 
 def _before(lens: Tensor, x: Tensor) -> Tensor:
-    """`(b, n)` bool, the first `lens` positions of each row."""
+    """Return `(b, n)` bool, the first `lens` positions of each row."""
     if lens.shape != (len(x),) or lens.is_floating_point() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {len(x)} whole numbers."
@@ -378,12 +394,12 @@ def _before(lens: Tensor, x: Tensor) -> Tensor:
 
 
 def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """`(b, n - 1)` bool, which targets count, or None for all."""
+    """Return `(b, n - 1)` bool, the targets that count, or None for all."""
     batch, n = x.shape[:2]
     valid = torch.ones(batch, n, dtype=torch.bool, device=x.device)
     mask, lens, start = (kwargs.get(name) for name in ("mask", "lens", "seq_start_pos"))
     if mask is not None and lens is not None:
-        raise InputError("`mask` and `lens` both say which positions are valid; give one of them.")
+        raise InputError("`mask` and `lens` both specify the valid positions; pass one of them.")
     if mask is None and lens is None and start is None:
         return None
     if lens is not None:
@@ -396,7 +412,7 @@ def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     mask = mask.bool()
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (n, n - 1):
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be ({batch}, {n}).")
-    # a mask over inputs alone says nothing of the last target
+    # a mask of length n - 1 covers the inputs, and does not know whether the last target is valid
     return counted & (mask[:, :-1] & mask[:, 1:] if mask.shape[1] == n else mask)
 
 
@@ -405,4 +421,4 @@ def _check(x: Tensor, kwargs: Mapping[str, Any]) -> None:
         raise ShapeError(f"x has shape {tuple(x.shape)}; it must be (batch, positions, width), with one at least.")
     for name in kwargs:
         if name.startswith("return_") or name in ("cache", "prepend_embeds", "prepend_mask"):
-            raise InputError(f"`{name}` cannot be given to the loss; call the net itself.")
+            raise InputError(f"`{name}` cannot be passed to the loss; call the net itself.")

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (2305.18290)."""
+"""Direct preference optimization (2305.18290)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from x_transformers.options.configured import Configured
 
 
 class DPO(Configured, ReadsReference):
-    """Trains a model to prefer one continuation over another, without leaving its reference too far.
+    """Training of a model to prefer one continuation over another, without drifting far from a frozen reference copy.
 
     Args:
         model: the policy; a frozen copy of it becomes the reference.
-        beta: how much a preference counts against the distance to the reference, above 0.
-        pad_id: the id of padding behind shorter sequences, which may lie outside of the vocabulary.
+        beta: weight of preferences against the distance to the reference, above 0.
+        pad_id: the id of padding after shorter sequences, which may lie outside of the vocabulary.
 
     Raises:
         ConfigError: if the model is not one that predicts the next token, or `beta` is not positive.
@@ -50,11 +50,11 @@ class DPO(Configured, ReadsReference):
         self.beta, self.pad_id = beta, pad_id
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """What is trained: the policy's parameters."""
+        """Yield the parameters that are trained: those of the policy."""
         return self.policy_model.parameters(recurse)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the policy's mode; the reference is always evaluated."""
+        """Set the mode of the policy; the reference stays in evaluation mode."""
         super().train(mode)
         self.ref_model.eval()
         return self
@@ -68,16 +68,19 @@ class DPO(Configured, ReadsReference):
         preferred_seq_mask: Tensor | None = None,
         unpreferred_seq_mask: Tensor | None = None,
     ) -> Tensor:
-        """`mean_b -log sigmoid(beta * ((pi_w - pi_l) - (ref_w - ref_l)))`.
+        """Return the loss `mean_b -log sigmoid(beta * ((pi_w - pi_l) - (ref_w - ref_l)))`.
 
-        `pi` and `ref` are the mean log-probabilities of the response's tokens under policy and reference, of the
-        preferred sequence (w) and the other (l). A response without tokens has 0.
+        `pi` and `ref` are the mean log-probabilities of the tokens of the response under policy and reference, for the
+        preferred sequence (w) and the other (l). They are 0 for a response without tokens.
 
         Args:
             preferred_seq, unpreferred_seq: `(b, n)` ids, padded on the right.
-            prompt_mask: `(b, n)` bool, True at the prompt, which both sequences begin with.
-            preferred_seq_mask, unpreferred_seq_mask: `(b, n)` bool, False at padding; default where it is not
-                `pad_id`. Masks of length n - 1 speak of the predicted tokens, from the second one on.
+            prompt_mask: `(b, n)` bool, True at the prompt, with which both sequences begin.
+            preferred_seq_mask, unpreferred_seq_mask: `(b, n)` bool, False at padding; default True where the id is not
+                `pad_id`. Masks of length n - 1 cover the predicted tokens, which are all but the first.
+
+        Returns:
+            A scalar.
 
         Raises:
             InputError: with what was given and what is needed.
@@ -101,7 +104,9 @@ class DPO(Configured, ReadsReference):
         return -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
-        """Ids that the model can read, and `(b, n - 1)` which of the predicted tokens belong to the response."""
+        """Return ids that the model can read, and `(b, n - 1)` bool, the predicted tokens of the response."""
+        # Position t of the output predicts token t + 1, so masks over tokens lose their first column: what counts is
+        # whether the predicted token belongs to the response, even where the last token read belongs to the prompt.
         response = ~_of_targets(prompt, seq, "prompt_mask")
         if mask is not None:
             response = response & _of_targets(mask, seq, name)
@@ -115,7 +120,7 @@ class DPO(Configured, ReadsReference):
 
 
 def _of_targets(mask: Tensor, seq: Tensor, name: str) -> Tensor:
-    """The part of a mask that speaks of predicted tokens."""
+    """Return the part of a mask that covers predicted tokens."""
     batch, n = seq.shape
     if mask.is_floating_point():
         raise InputError(f"`{name}` has dtype {mask.dtype}; it must be bool.")
@@ -126,11 +131,19 @@ def _of_targets(mask: Tensor, seq: Tensor, name: str) -> Tensor:
 
 
 def log_prob_from_model_and_seq(model: TransformerWrapper, seq: Tensor) -> Tensor:
-    """`(b, n - 1)` log-probability of each token of `seq (b, n)` but the first, after those before it."""
+    """Return the log-probability of each token given those before it.
+
+    Args:
+        model: a causal model.
+        seq: `(b, n)` ids.
+
+    Returns:
+        `(b, n - 1)`, for all tokens but the first.
+    """
     return next_token_log_probs(model(seq[:, :-1]), seq[:, 1:])
 
 
 def _score(model: TransformerWrapper, seq: Tensor, counted: Tensor) -> Tensor:
-    """`(b,)` the mean log-probability of the tokens that count."""
+    """Return `(b,)` the mean log-probability of the tokens that count."""
     log_probs = log_prob_from_model_and_seq(model, seq)
     return masked_mean(log_probs.masked_fill(~counted, 0.0), counted)

@@ -1,4 +1,4 @@
-"""An encoder that a decoder looks at (1706.03762), trained to predict the decoder's next token."""
+"""Encoder and decoder (1706.03762), trained to predict the next token of the decoder."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, did_you_mean
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import pad_left
 from x_transformers.options.configured import Configured
 
 OF_THE_WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
-"""Options behind the prefixes `enc_` and `dec_` that go to the wrapper; all others go to the stack."""
+"""Options with the prefixes `enc_` and `dec_` that go to the wrapper; all others go to the stack."""
 
 
 class XTransformer(Configured, ReadsReference):
-    """Source tokens to the loss of target tokens.
+    """Encoder and decoder: source tokens to the loss of target tokens.
 
     Args:
         dim: width of both stacks.
-        tie_token_emb: the decoder reads the encoder's token embedding.
+        tie_token_emb: the decoder uses the token embedding of the encoder.
         ignore_index, pad_value: of the `AutoregressiveWrapper` around the decoder.
-        cross_attn_tokens_dropout: share of the source's features that the decoder loses in training (2202.07765), one
-            draw for all of its layers.
-        kwargs: options of the encoder behind `enc_`, of the decoder behind `dec_`: those of `TransformerWrapper`, of
-            which `num_tokens` and `max_seq_len` are needed, and of `Encoder` and `Decoder`.
+        cross_attn_tokens_dropout: fraction of the source's features that the decoder does not see in training
+            (2202.07765), drawn once for all of its layers.
+        kwargs: options of the encoder with the prefix `enc_`, and of the decoder with `dec_`: those of
+            `TransformerWrapper`, of which `num_tokens` and `max_seq_len` are required, and of `Encoder` and `Decoder`.
 
     Raises:
         ConfigError: with the keyword, its value and what to change.
@@ -57,7 +57,7 @@ class XTransformer(Configured, ReadsReference):
         self.encoder = TransformerWrapper(**enc, return_only_embed=True, attn_layers=Encoder(dim=dim, **enc_stack))
         if self.encoder.pools or self.encoder.attn_pool is not None:
             raise ConfigError(
-                "the decoder looks at the features of every source token; drop the encoder's `average_pool_embed`, "
+                "the decoder attends to the features of every source token; drop the encoder's `average_pool_embed`, "
                 "`use_cls_token` and `attn_pool`."
             )
         if tie_token_emb:
@@ -75,20 +75,23 @@ class XTransformer(Configured, ReadsReference):
         src_prepend_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The mean over all valid targets of `-log p(tgt[t + 1] | tgt[..t], src)`.
+        """Return the mean over all valid targets of `-log p(tgt[t + 1] | tgt[..t], src)`.
 
         Args:
             src: `(b, n)` ids of the source.
-            tgt: `(b, m)` ids, of which the first one means `start`.
+            tgt: `(b, m)` ids, the first of which is a start token.
             mask: `(b, n)` bool, valid tokens of the source.
             attn_mask: of the encoder's self-attention, see `TransformerWrapper.forward`.
             src_prepend_embeds: `(b, p, D)` embeddings before the source, of an image for example (2209.06794).
             kwargs: of the decoder's loss, see `AutoregressiveWrapper.forward`.
 
+        Returns:
+            A scalar, or what else `kwargs` request.
+
         Raises:
             InputError: with what was given and what is needed.
         """
-        context, mask = self._encode(src, mask, attn_mask, src_prepend_embeds)
+        context, mask = _encode(self.encoder, src, mask, attn_mask, src_prepend_embeds)
         if self.training and self.cross_attn_tokens_dropout > 0:
             context, mask, _ = drop_context(context, mask, self.cross_attn_tokens_dropout)
         return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
@@ -108,7 +111,7 @@ class XTransformer(Configured, ReadsReference):
         Args:
             seq_in: `(b, n)` ids of the source.
             seq_out_start: `(b, m)` ids, or a list of `(m,)` ids of different lengths.
-            seq_len: tokens to generate.
+            seq_len: number of tokens to generate.
             mask, attn_mask, src_prepend_embeds: of the source, as in `forward`.
             kwargs: of `AutoregressiveWrapper.generate`.
 
@@ -118,10 +121,10 @@ class XTransformer(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        with evaluating(self):
-            with torch.no_grad():
-                context, mask = self._encode(seq_in, mask, attn_mask, src_prepend_embeds)
-            return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
+        view = InferenceView(self.encoder)
+        with torch.no_grad(), view:
+            context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
+        return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
     def stream(
         self,
@@ -133,44 +136,48 @@ class XTransformer(Configured, ReadsReference):
         src_prepend_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Iterator[Tensor]:
-        """The tokens of `generate`, `(b,)` each, as they come; the decoder is in evaluation mode until the last one.
+        """Yield the tokens of `generate`, `(b,)` each; the decoder is in evaluation mode until the last one.
 
         Args:
             seq_in, seq_out_start, seq_len, mask, attn_mask, src_prepend_embeds: as in `generate`.
             kwargs: of `AutoregressiveWrapper.stream`.
 
         Raises:
-            InputError: at once, with what was given and what is needed.
+            InputError: immediately, with what was given and what is needed.
         """
-        with evaluating(self), torch.no_grad():
-            context, mask = self._encode(seq_in, mask, attn_mask, src_prepend_embeds)
+        view = InferenceView(self.encoder)
+        with torch.no_grad(), view:
+            context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.stream(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
-
-    def _encode(
-        self, src: Tensor, mask: Tensor | None, attn_mask: Tensor | None, prepend_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features of prepended embeddings and source, and their mask."""
-        features = self.encoder(
-            src, mask=mask, attn_mask=attn_mask, prepend_embeds=prepend_embeds, return_embeddings=True
-        )
-        if mask is not None:
-            mask = pad_left(mask.bool(), 0 if prepend_embeds is None else prepend_embeds.shape[1], True)
-        return features, mask
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         if not isinstance(self.decoder.net.token_emb, SharedTokenEmbedding):
             return
-        # a tied table stands twice in the reference's files; two that differ were not tied, and do not fit
-        own, twin = (f"{prefix}{part}.token_emb.emb.weight" for part in ("encoder", "decoder.net"))
-        if own in state and twin in state and torch.equal(state[own], state[twin]):
-            del state[twin]
+        # Files of the reference contain a tied table twice. Two tables that differ were not tied, and do not fit.
+        own, second = (f"{prefix}{part}.token_emb.emb.weight" for part in ("encoder", "decoder.net"))
+        if own in state and second in state and torch.equal(state[own], state[second]):
+            del state[second]
+
+
+def _encode(
+    encoder: TransformerWrapper,
+    src: Tensor,
+    mask: Tensor | None,
+    attn_mask: Tensor | None,
+    prepend_embeds: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return features of prepended embeddings and source, and their mask."""
+    features = encoder(src, mask=mask, attn_mask=attn_mask, prepend_embeds=prepend_embeds, return_embeddings=True)
+    if mask is not None:
+        mask = pad_left(mask.bool(), 0 if prepend_embeds is None else prepend_embeds.shape[1], True)
+    return features, mask
 
 
 def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """For encoder and decoder: options of the wrapper, and of the stack.
+    """Return for encoder and decoder the options of the wrapper and those of the stack.
 
     Raises:
-        ConfigError: if one has no prefix, is missing, or is not theirs to choose.
+        ConfigError: if an option has no prefix, is missing, or cannot be chosen.
     """
     stray = [name for name in given if not name.startswith(("enc_", "dec_"))]
     known = ("dim", "tie_token_emb", "ignore_index", "pad_value", "cross_attn_tokens_dropout")
@@ -186,7 +193,9 @@ def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[
     halves = []
     for half in ("enc_", "dec_"):
         own = {name.removeprefix(half): value for name, value in given.items() if name.startswith(half)}
-        for name, why in (fixed | ({"cross_attend": "the decoder always looks"} if half == "dec_" else {})).items():
+        for name, why in (
+            fixed | ({"cross_attend": "the decoder always attends to the source"} if half == "dec_" else {})
+        ).items():
             if name in own:
                 raise ConfigError(f"XTransformer: `{half}{name}` cannot be given, since {why}; drop it.")
         wrapper = {name: value for name, value in own.items() if name in OF_THE_WRAPPER}
@@ -195,7 +204,7 @@ def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[
 
 
 def _shared(encoder: TransformerWrapper, dim: int, decoder: Mapping[str, Any]) -> SharedTokenEmbedding:
-    """The encoder's token embedding, for a decoder with these options."""
+    """Return the encoder's token embedding, for a decoder with these options."""
     own = encoder.token_emb
     if "token_emb" in decoder or not isinstance(own, TokenEmbedding):
         raise ConfigError(

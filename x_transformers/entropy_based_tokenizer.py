@@ -1,4 +1,4 @@
-"""Cutting sequences into longer tokens where a small model is surprised (2412.09871)."""
+"""Segmentation of sequences into longer tokens, by the entropy of a small model (2412.09871)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.models.embeddings import check_ids
+from x_transformers.modules.inference import InferenceView
 from x_transformers.ops import at_least_float32
 
 
 class EntropyBasedTokenizer(nn.Module):
-    """Ends a token where the entropy of what comes next is high.
+    """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:
         decoder: a causal model over ids, `(b, n)` to logits `(b, n, v)`.
         entropy_threshold: a token ends at a position whose entropy, in nats, is at least this.
-        accumulate_entropy: it ends where the sum of entropies since the last end is.
+        accumulate_entropy: compare the sum of entropies since the last end instead.
         ignore_entropy_below: entropies below this add nothing to the sum; at most the threshold.
-        max_token_size: no token is longer.
+        max_token_size: greatest length of a token.
 
     Raises:
         ConfigError: if an option is out of range or without effect.
@@ -44,7 +44,7 @@ class EntropyBasedTokenizer(nn.Module):
                 f"{entropy_threshold}, or no sum would count what ends a token."
             )
         if ignore_entropy_below and not accumulate_entropy:
-            raise ConfigError("`ignore_entropy_below` speaks of sums; set `accumulate_entropy = True`, or drop it.")
+            raise ConfigError("`ignore_entropy_below` applies to sums; set `accumulate_entropy = True`, or drop it.")
         if max_token_size is not None and max_token_size < 1:
             raise ConfigError(f"`max_token_size` is {max_token_size}; a token has at least 1 position.")
         self.decoder = decoder
@@ -59,11 +59,11 @@ class EntropyBasedTokenizer(nn.Module):
         return_segmented_seq: bool = False,
         decoder_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Lengths of tokens, or the tokens; the last valid position always ends one.
+        """Return the lengths of tokens, or the tokens; the last valid position always ends one.
 
         Args:
-            seq: `(b, n)` ids, or `(n,)`. What stands behind a row's length is not looked at.
-            lens: `(b,)` valid ids of each row; for `(n,)` ids a single number.
+            seq: `(b, n)` ids, or `(n,)`. Ids after the length of a row are not read.
+            lens: `(b,)` number of valid ids of each row; for `(n,)` ids a single number.
             return_segmented_seq: return the ids of each token instead of their number.
             decoder_forward_kwargs: keywords of the model's pass.
 
@@ -81,11 +81,12 @@ class EntropyBasedTokenizer(nn.Module):
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)
         valid = torch.arange(seq.shape[1], device=seq.device) < lens.unsqueeze(-1)
-        with evaluating(self.decoder):
-            logits = self.decoder(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
+        view = InferenceView(self.decoder)
+        with torch.no_grad(), view:
+            logits = view.of(self.decoder)(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
         if logits.ndim != 3:
             raise ShapeError(
-                f"the decoder gives a tensor of shape {tuple(logits.shape)}; it must give logits (b, n, v). Of a "
+                f"the decoder returns a tensor of shape {tuple(logits.shape)}; it must return logits (b, n, v). Of a "
                 "training wrapper, pass its `net`."
             )
         ends = self._ends(calc_entropy_from_logits(logits), lens) & valid
@@ -97,7 +98,7 @@ class EntropyBasedTokenizer(nn.Module):
         return sizes[0] if single else pad_sequence(sizes, batch_first=True)
 
     def _ends(self, entropies: Tensor, lens: Tensor) -> Tensor:
-        """`(b, n)` where tokens end."""
+        """Return `(b, n)` bool, True where a token ends."""
         if self.accumulate_entropy:
             ends = get_accumulated_threshold_mask(entropies, self.entropy_threshold, self.ignore_entropy_below)
         else:
@@ -106,26 +107,26 @@ class EntropyBasedTokenizer(nn.Module):
         ends = ends | (places == lens.unsqueeze(-1) - 1)
         if self.max_token_size is None:
             return ends
-        # where the token that holds each position began: behind the newest end before it
+        # The first position of the token that contains each position: one after the last end before it.
         begins = torch.where(ends, places + 1, 0).cummax(dim=-1).values.roll(1, dims=-1)
         begins[:, 0] = 0
         return ends | ((places - begins + 1) % self.max_token_size == 0)
 
 
 def calc_entropy_from_logits(logits: Tensor) -> Tensor:
-    """`(...)` the entropy of `softmax(logits (..., v))`, in nats."""
+    """Return the entropy `(...)` of `softmax(logits)`, in nats, for `logits (..., v)`."""
     return torch.special.entr(at_least_float32(logits).softmax(dim=-1)).sum(dim=-1)
 
 
 def get_accumulated_threshold_mask(entropies: Tensor, threshold: float, ignore_entropy_below: float = 0.0) -> Tensor:
-    """`(b, n)` bool, True where the sum of entropies since the last end reaches the threshold.
+    """Return `(b, n)` bool, True where the sum of entropies since the last end reaches the threshold.
 
     Args:
         entropies: `(b, n)`.
         threshold: the sum that ends a token.
         ignore_entropy_below: smaller entropies add nothing.
     """
-    # one position after the other: many small steps, which no accelerator does fast
+    # Each end resets the sum, so positions depend on each other. These are many small steps, fastest on the host.
     counted = entropies.masked_fill(entropies < ignore_entropy_below, 0.0).cpu()
     total = torch.zeros_like(counted[:, 0])
     ends = []
@@ -137,7 +138,7 @@ def get_accumulated_threshold_mask(entropies: Tensor, threshold: float, ignore_e
 
 
 def _sizes(ends: Tensor) -> Tensor:
-    """The lengths between ends of one row."""
+    """Return the lengths between the ends of one row."""
     at = ends.nonzero().flatten() + 1
     return at.diff(prepend=at.new_zeros(1))
 

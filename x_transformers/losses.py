@@ -1,4 +1,4 @@
-"""What training objectives share: losses of single tokens, and means over those that count."""
+"""Losses shared by the training objectives: of single tokens, and means over those that count."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from x_transformers.ops import at_least_float32
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, log_probs: bool = False) -> Tensor:
-    """`-log p(label)` of each label, 0 where it is `ignore_index`; of the logits' dtype.
+    """Return `-log p(label)` of each label, and 0 where it is `ignore_index`.
 
     Args:
         logits: `(..., v)`; log-probabilities if `log_probs`.
         labels: `(...)` ids.
         ignore_index: the label that does not count.
-        log_probs: the logits are normalised already.
+        log_probs: the logits are normalized already.
+
+    Returns:
+        `(...)`, of the dtype of the logits.
 
     Raises:
-        TokenRangeError: if a label lies outside of the logits, where that can be seen without waiting for a device.
+        TokenRangeError: if a label lies outside of the logits. This is checked on a CPU only, since an accelerator
+            would have to be waited for.
     """
     fn = F.nll_loss if log_probs else F.cross_entropy
     try:
         each = fn(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none")
     except IndexError as error:  # on a CPU; elsewhere labels are not looked at
         raise TokenRangeError(
-            f"targets run up to {int(labels.max())}, but the model gives logits for {logits.shape[-1]} tokens."
+            f"targets run up to {int(labels.max())}, but the model returns logits for {logits.shape[-1]} tokens."
         ) from error
     return each.reshape(labels.shape)
 
@@ -46,15 +50,15 @@ def chunked_token_losses(
     ignore_index: int = -100,
     log_probs: bool = False,
 ) -> Tensor:
-    """`token_losses(head(features), labels)`, without the logits of more than `chunk` tokens at any time.
+    """Return `token_losses(head(features), labels)`, with logits for at most `chunk` tokens in memory.
 
-    The logits of a chunk are not kept for the gradients but computed again, so that the head runs twice in training.
+    The logits of a chunk are not saved for the backward pass but computed again, so that the head runs twice.
 
     Args:
         features: `(..., D)`.
         labels: `(...)` ids.
-        head: `(chunk, D)` to `(chunk, v)`, each row from its own alone.
-        chunk: tokens, at least 1.
+        head: map from `(chunk, D)` to `(chunk, v)` that treats each row by itself.
+        chunk: number of tokens, at least 1.
         ignore_index, log_probs: as in `token_losses`.
 
     Raises:
@@ -62,7 +66,7 @@ def chunked_token_losses(
     """
 
     def of(features: Tensor, labels: Tensor) -> Tensor:
-        with _casting_anew(features.device.type):
+        with _autocast_without_cache(features.device.type):
             return token_losses(head(features), labels, ignore_index=ignore_index, log_probs=log_probs)
 
     pairs = zip(features.flatten(0, -2).split(chunk), labels.flatten().split(chunk), strict=True)
@@ -73,9 +77,11 @@ def chunked_token_losses(
     return torch.cat(each).reshape(labels.shape)
 
 
-def _casting_anew(device: str) -> AbstractContextManager[Any]:
-    """Autocast as it is, but without its memory of weights: the one rounded copy that chunks would share would also
-    add up their gradients, in half precision.
+def _autocast_without_cache(device: str) -> AbstractContextManager[Any]:
+    """Return the current autocast state without its cache of weights.
+
+    With the cache all chunks would share one rounded copy of the head's weight, whose gradient would be summed over
+    chunks in half precision. Without it each chunk rounds the weight again, and gradients are summed in float32.
     """
     if not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -83,14 +89,14 @@ def _casting_anew(device: str) -> AbstractContextManager[Any]:
 
 
 def mean_over(each: Tensor, counts: Tensor) -> Tensor:
-    """The mean of `each (...)`, at least in float32, over the places where `counts (...)`; 0 with a gradient if none.
+    """Return the mean of `each (...)`, at least in float32, over the places where `counts (...)` is True.
 
-    Places that do not count may hold anything, NaN too.
+    It is 0, attached to the graph, if no place counts. The other places may contain anything, even NaN.
     """
     kept = at_least_float32(each).masked_fill(~counts, 0.0)
     return kept.sum() / counts.sum().clamp(min=1)
 
 
 def next_token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """`(...)` log-probability of each label under `logits (..., v)`, at least in float32."""
+    """Return the log-probabilities `(...)` of labels under `logits (..., v)`, at least in float32."""
     return at_least_float32(logits).log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)

@@ -1,8 +1,8 @@
-"""Training and sampling of all tokens at once, from masked ones (mask-predict, 1904.09324; MaskGIT, 2202.04200).
+"""Training and sampling of all tokens in parallel, from masked ones (mask-predict, 1904.09324; MaskGIT, 2202.04200).
 
-At time t in [0, 1) a fraction `m(t)` of the tokens, the schedule, is masked; the model predicts them. The loss of a
-row may be weighed by `-m'(t) / m(t)`, as masked diffusion does (2406.07524). Self-conditioning is 2208.04202, the
-token critic 2209.04439.
+At time t in [0, 1) a fraction `m(t)` of the tokens is masked, where m is the schedule, and the model predicts them.
+The loss of a row may be multiplied by `-m'(t) / m(t)`, as in masked diffusion (2406.07524). Self-conditioning is from
+2208.04202, the token critic from 2209.04439.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.decoding.loop import evaluating
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured
@@ -28,7 +28,13 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 class Losses(NamedTuple):
-    """The loss to minimise, and what it is made of."""
+    """Loss to minimize, and its parts.
+
+    Attributes:
+        loss: scalar to minimize.
+        generator_loss: mean over masked tokens, or None if only the critic is trained.
+        critic_loss: of the critic, or None without one.
+    """
 
     loss: Tensor
     generator_loss: Tensor | None
@@ -36,20 +42,24 @@ class Losses(NamedTuple):
 
 
 def linear_schedule(t: Tensor) -> Tensor:
-    """`1 - t`."""
+    """Return the masked fraction `1 - t`."""
     return 1 - t
 
 
 def cosine_schedule(t: Tensor) -> Tensor:
-    """`cos(pi t / 2)`."""
+    """Return the masked fraction `cos(pi t / 2)`."""
     return torch.cos(t * (math.pi / 2))
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
-def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """The `ceil((1 - thres) * v)` largest logits of the last axis; the others become -inf.
+def remove_fraction(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """Keep the `ceil((1 - thres) * v)` largest logits of the last axis, and set the others to -inf.
+
+    Args:
+        logits: `(..., v)`.
+        thres: fraction of the logits that is removed.
 
     Raises:
         InputError: if nothing would be kept.
@@ -61,24 +71,40 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter(-1, indices, values)
 
 
-def gumbel_noise(t: Tensor) -> Tensor:
-    """`-ln(-ln(u))` with `u` uniform in (0, 1), of t's shape."""
+def clamped_gumbel_noise(t: Tensor) -> Tensor:
+    """Draw `-ln(-ln(u))` with `u` uniform in (0, 1), of the shape of t."""
     return -log(-log(torch.rand_like(t), 1e-10), 1e-10)
 
 
-def gumbel_sample(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
-    """A draw from `softmax(t / temperature)` over an axis."""
+def sample_along(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
+    """Draw from `softmax(t / temperature)` over an axis.
+
+    Args:
+        t: logits.
+        temperature: a number, or a tensor that broadcasts against t.
+        dim: the axis.
+
+    Returns:
+        Indices, without the axis.
+    """
     scale = temperature.clamp(min=1e-10) if isinstance(temperature, Tensor) else max(temperature, 1e-10)
-    return (t / scale + gumbel_noise(t)).argmax(dim=dim)
+    return (t / scale + clamped_gumbel_noise(t)).argmax(dim=dim)
+
+
+# the names of the reference library in this module; those in `autoregressive_wrapper` are other functions
+top_k, gumbel_noise, gumbel_sample = remove_fraction, clamped_gumbel_noise, sample_along
 
 
 def get_mask_subset_prob(mask: Tensor, prob: float | Tensor, min_mask: int = 0) -> Tensor:
-    """A random part of a mask: of row b, `prob * size` of its members, at least `min_mask`.
+    """Draw a random part of a mask: in each row a fraction `prob` of its members, at least `min_mask`.
 
     Args:
         mask: `(b, n)` bool.
-        prob: the fraction, of all rows or `(b,)`.
-        min_mask: members that are taken at least, if there are so many.
+        prob: the fraction, a number or `(b,)`.
+        min_mask: least number of members, if the row has them.
+
+    Returns:
+        `(b, n)` bool.
     """
     count = (mask.sum(dim=-1) * prob).clamp(min=min_mask)
     drawn = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, math.inf)
@@ -86,7 +112,7 @@ def get_mask_subset_prob(mask: Tensor, prob: float | Tensor, min_mask: int = 0) 
 
 
 class SelfCritic(nn.Module):
-    """A model that judges tokens by its own features.
+    """Critic that rates tokens by the features of the model itself, with a linear head.
 
     Args:
         net: the model.
@@ -98,30 +124,30 @@ class SelfCritic(nn.Module):
         self.to_logits = nn.Linear(net.attn_layers.dim, 1)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """`(b, n, 1)` how much each token seems to be a wrong one, before the sigmoid."""
+        """Return `(b, n, 1)` logits that each of the tokens `x (b, n)` is wrong."""
         return self.to_logits(self.net(x, return_embeddings=True, **kwargs))
 
 
 class NonAutoregressiveWrapper(Configured, ReadsReference):
-    """Trains a model to fill in masked tokens, and generates by filling in the surest ones first.
+    """Training of a model to predict masked tokens, and generation that fills in the most certain ones first.
 
     Args:
         net: the model, over sequences of `max_seq_len` tokens; a bidirectional one sees all of them.
         mask_id: the id of a masked token.
-        steps: of generation.
-        self_cond: the model is told what it last predicted, as features (2208.04202).
-        self_cond_train_prob: how often it is in training; else a learned vector.
-        no_replace_prob: fraction of the tokens to predict that are shown as they are, in every other batch.
-        random_token_prob: fraction that is shown as a random one, in every other batch.
-        schedule: "linear", "cosine", or a decreasing function of t, on tensors, from 1 to 0.
-        can_mask_prev_unmasked: generation may mask again what it decided.
-        token_critic: a model with one output for each token, which tells wrong tokens (2209.04439).
-        self_token_critic: the model tells them itself, with a head of its own.
-        critic_loss_weight: of the critic's loss.
-        use_simple_mdlm_loss_weight: weigh a row's loss by `-m'(t) / m(t)` (2406.07524).
+        steps: number of steps of generation.
+        self_cond: the model also reads the features of its last prediction (2208.04202).
+        self_cond_train_prob: probability of this in training; otherwise it reads a learned vector.
+        no_replace_prob: fraction of the tokens to predict that are shown unchanged, in half of the batches.
+        random_token_prob: fraction that is replaced by a random token, in half of the batches.
+        schedule: "linear", "cosine", or a function of a tensor t that falls from 1 to 0.
+        can_mask_prev_unmasked: generation may mask tokens again that it has filled in.
+        token_critic: a model with one output for each token, which detects wrong tokens (2209.04439).
+        self_token_critic: the model itself detects them, with a head for it.
+        critic_loss_weight: factor of the critic's loss.
+        use_simple_mdlm_loss_weight: multiply a row's loss by `-m'(t) / m(t)` (2406.07524).
 
     Raises:
-        ConfigError: if the model gives no logits for each token, or an option is out of range or without effect.
+        ConfigError: if the model does not return logits for each token, or an option is out of range or without effect.
     """
 
     def __init__(
@@ -177,16 +203,19 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         generator_sample_temperature: float | None = None,
         **kwargs: Any,
     ) -> Losses:
-        """The loss of the masked tokens, `mean over masked of w(t_b) * -log p(x)`, and the critic's.
+        """Return the loss `mean over masked tokens of w(t_b) * -log p(x)`, and that of the critic.
 
-        The critic learns, by binary cross entropy, which tokens of the model's own filling in differ from x.
+        The critic learns, by binary cross entropy, which of the tokens that the model fills in differ from x.
 
         Args:
             x: `(b, max_seq_len)` ids.
-            only_train_generator: leave the critic out.
-            only_train_critic: the critic's loss alone; the model gets no gradient.
-            generator_sample_temperature: of the tokens that the critic judges; default a random one in [0, 1).
-            kwargs: of the model's passes, and the critic's. Where `mask` is False, nothing is predicted.
+            only_train_generator: leave out the critic.
+            only_train_critic: train only the critic; the model gets no gradient.
+            generator_sample_temperature: temperature of the tokens that the critic rates; default random in [0, 1).
+            kwargs: of the passes of the model and the critic. Where `mask` is False, nothing is predicted.
+
+        Returns:
+            The total loss and its parts, scalars.
 
         Raises:
             InputError: with what was given and what is needed.
@@ -197,7 +226,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         masked = self._draw_masked(x, t, valid)
         shown = self._show(x, masked)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
-            logits = self.net(shown, **self._condition(shown, kwargs), **kwargs)
+            logits = self.net(shown, **self._training_condition(shown, kwargs), **kwargs)
         critic_loss = None
         if self.token_critic is not None and not only_train_generator:
             sampled = self._sample(logits.detach(), generator_sample_temperature)
@@ -211,7 +240,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
     def _check(self, x: Tensor, only_generator: bool, only_critic: bool, kwargs: dict[str, Any]) -> Tensor:
-        """`(b, n)` bool, where there are tokens."""
+        """Check the arguments, and return `(b, n)` bool, where there are tokens."""
         check_ids(x)
         if x.shape[1] != self.net.max_seq_len:
             raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {self.net.max_seq_len}.")
@@ -228,11 +257,11 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return mask.bool()
 
     def _draw_masked(self, x: Tensor, t: Tensor, valid: Tensor) -> Tensor:
-        """`(b, n)` bool: of each row a random `m(t)` of its tokens, at least one."""
+        """Draw `(b, n)` bool: a random fraction `m(t)` of the tokens of each row, at least one."""
         return get_mask_subset_prob(valid, self.schedule(t), min_mask=1)
 
     def _show(self, x: Tensor, masked: Tensor) -> Tensor:
-        """What the model sees: most masked tokens as `mask_id`, some as they are, some as random ones."""
+        """Return the input of the model: most masked tokens as `mask_id`, some unchanged, some random."""
         replaced = masked
         fraction: float | Tensor = self.random_token_prob
         if self.no_replace_prob > 0:
@@ -246,17 +275,18 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             replaced = replaced & ~swapped
         return x.masked_fill(replaced, self.mask_id)
 
-    def _condition(self, shown: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """What self-conditioning adds to the embeddings, in training."""
+    def _training_condition(self, shown: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the argument of self-conditioning, in training."""
         if self.to_self_cond is None or float(torch.rand(())) >= self.self_cond_train_prob:
-            return self._told(shown)
+            return self._self_condition(shown)
         with torch.no_grad():
-            features = self.net(shown, return_embeddings=True, **self._told(shown), **kwargs)
-        return self._told(shown, features)
+            features = self.net(shown, return_embeddings=True, **self._self_condition(shown), **kwargs)
+        return self._self_condition(shown, features)
 
-    def _told(self, tokens: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
-        """The argument by which the model is told features of these tokens, or that there are none; empty without
-        self-conditioning.
+    def _self_condition(self, tokens: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the argument that carries features of an earlier prediction, or a learned vector if there are none.
+
+        It is added to the embeddings of the tokens. Without self-conditioning there is no argument.
         """
         if self.to_self_cond is None or self.null_embed is None:
             return {}
@@ -270,7 +300,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return mean_over(each, masked)
 
     def _loss_weight(self, t: Tensor) -> Tensor:
-        """`(b,)` of `-m'(t) / m(t)`, by automatic differentiation."""
+        """Return `-m'(t) / m(t)` for `t (b,)`, by automatic differentiation."""
         with torch.inference_mode(False), torch.enable_grad():
             t = t.detach().clone().requires_grad_()
             fraction = self.schedule(t)
@@ -284,28 +314,28 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
     def _critic_loss(
         self, filled: Tensor, wrong: Tensor, valid: Tensor, kwargs: dict[str, Any], *, frozen: bool
     ) -> Tensor:
-        judged = self._judge(filled, kwargs, frozen=frozen)
-        each = F.binary_cross_entropy_with_logits(judged, wrong.to(judged.dtype), reduction="none")
+        rated = self._rate(filled, kwargs, frozen=frozen)
+        each = F.binary_cross_entropy_with_logits(rated, wrong.to(rated.dtype), reduction="none")
         return mean_over(each, valid)
 
-    def _judge(self, filled: Tensor, kwargs: dict[str, Any], *, frozen: bool = False) -> Tensor:
-        """`(b, n)` the critic's logits that a token is wrong; `frozen` keeps gradients from the model itself."""
+    def _rate(self, filled: Tensor, kwargs: dict[str, Any], *, frozen: bool = False) -> Tensor:
+        """Return `(b, n)` logits of the critic that a token is wrong; `frozen` stops gradients into the model."""
         critic = self.token_critic
         assert critic is not None
         if isinstance(critic, SelfCritic):
-            told = self._told(filled)
+            condition = self._self_condition(filled)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                features = critic.net(filled, return_embeddings=True, **told, **kwargs)
-            judged = critic.to_logits(features)
+                features = critic.net(filled, return_embeddings=True, **condition, **kwargs)
+            rated = critic.to_logits(features)
         else:
-            judged = critic(filled, **kwargs)
-        judged = judged.squeeze(-1) if judged.ndim == 3 else judged
-        if judged.shape != filled.shape:
+            rated = critic(filled, **kwargs)
+        rated = rated.squeeze(-1) if rated.ndim == 3 else rated
+        if rated.shape != filled.shape:
             raise ShapeError(
-                f"the critic gives a tensor of shape {tuple(judged.shape)}; it must give one number for each token, "
+                f"the critic returns a tensor of shape {tuple(rated.shape)}; it must return one number for each token, "
                 f"{tuple(filled.shape)}. Build it with `logits_dim = 1`."
             )
-        return at_least_float32(judged)
+        return at_least_float32(rated)
 
     # generation
 
@@ -318,16 +348,17 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         noise_level_scale: float = 1.0,
         **kwargs: Any,
     ) -> Tensor:
-        """Sequences from nothing, in evaluation mode: each step fills in all masked tokens and masks the least sure.
+        """Generate sequences, in evaluation mode.
 
-        Behind step i of S `m(i / S)` of the tokens stay masked, and behind the last one none.
+        Each step fills in all masked tokens, and masks the least certain ones again. After step i of S a fraction
+        `m(i / S)` of the tokens stays masked, and none after the last one.
 
         Args:
-            batch_size: rows; None for a single one.
+            batch_size: number of rows; None for a single one without batch axis.
             start_temperature: of the first step; it falls linearly to 0.
             filter_thres: fraction of the vocabulary that is never drawn; None for no filter.
-            noise_level_scale: of the Gumbel noise on the critic's judgements, which falls likewise.
-            kwargs: of the model's passes, and the critic's.
+            noise_level_scale: scale of the Gumbel noise on the critic's logits, which falls linearly too.
+            kwargs: of the passes of the model and the critic.
 
         Returns:
             `(batch_size, max_seq_len)` ids, or `(max_seq_len,)`.
@@ -337,8 +368,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         """
         _check_generation(batch_size, start_temperature, filter_thres)
         _check_kwargs(kwargs, self.self_cond)
-        with evaluating(self):
-            tokens = self._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
+        view = InferenceView(self)
+        with view:
+            tokens = view.of(self)._fill(batch_size or 1, start_temperature, filter_thres, noise_level_scale, kwargs)
         return tokens if batch_size is not None else tokens[0]
 
     def _fill(
@@ -349,7 +381,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         noise_level: float,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """`(batch, max_seq_len)` tokens; see `generate`."""
+        """Generate `(batch, max_seq_len)` tokens; see `generate`."""
         device, n = next(self.net.parameters()).device, self.net.max_seq_len
         tokens = torch.full((batch, n), self.mask_id, device=device)
         masked = torch.ones(batch, n, dtype=torch.bool, device=device)
@@ -358,8 +390,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             left = (self.steps - step) / self.steps
             logits, features = self._predict(tokens, features, kwargs)
             if filter_thres is not None:
-                logits = top_k(logits, filter_thres)
-            sampled = gumbel_sample(logits, max(start_temperature * left, 1e-3))
+                logits = remove_fraction(logits, filter_thres)
+            sampled = sample_along(logits, max(start_temperature * left, 1e-3))
             tokens = torch.where(masked, sampled, tokens)
             if count > 0:
                 doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
@@ -373,22 +405,22 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return tokens
 
     def _counts(self, n: int) -> list[int]:
-        """How many tokens stay masked behind each step; none behind the last one."""
+        """Return the number of tokens that stay masked after each step; 0 after the last one."""
         fractions = self.schedule(torch.linspace(0, 1, self.steps + 1))[1:-1]
         return [*(min(max(int(count), 0), n) for count in (fractions * n).floor().tolist()), 0]
 
     def _predict(self, tokens: Tensor, features: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Logits `(b, n, v)` in which the mask is no token, and the features; the model is told the last features."""
-        told = self._told(tokens, features)
-        logits, features = self.net(tokens, return_logits_and_embeddings=True, **told, **kwargs)
+        """Return logits `(b, n, v)`, -inf for `mask_id`, and features, given the last features."""
+        condition = self._self_condition(tokens, features)
+        logits, features = self.net(tokens, return_logits_and_embeddings=True, **condition, **kwargs)
         banned = torch.arange(logits.shape[-1], device=logits.device) == self.mask_id
         return at_least_float32(logits).masked_fill(banned, -math.inf), features
 
     def _doubts(self, tokens: Tensor, logits: Tensor, noise_level: float, kwargs: dict[str, Any]) -> Tensor:
-        """`(b, n)`, larger where a token should rather be masked again."""
+        """Return `(b, n)` scores; the larger, the sooner a token is masked again."""
         if self.token_critic is not None:
-            judged = self._judge(tokens, kwargs)
-            return judged + gumbel_noise(judged) * noise_level
+            rated = self._rate(tokens, kwargs)
+            return rated + clamped_gumbel_noise(rated) * noise_level
         return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
@@ -396,7 +428,7 @@ def _check_net(net: Any) -> None:
     if not isinstance(net, TransformerWrapper):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.to_logits is None or net.has_multiple_heads or net.pools or net.returns_pooled:
-        raise ConfigError("`net` must give logits for each token: with one head, and without pooling.")
+        raise ConfigError("`net` must return logits for each token: build it with one head, and without pooling.")
     if net.max_seq_len < 1:
         raise ConfigError(
             f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of all sequences, at least 1."
@@ -410,10 +442,10 @@ def _check_probabilities(**given: float) -> None:
 
 
 def _find_schedule(given: str | Schedule) -> Schedule:
-    """The schedule, which must fall from at most 1 to at least 0.
+    """Return the schedule, which must fall from at most 1 to at least 0.
 
     Raises:
-        ConfigError: if there is none of that name, or it does not fall.
+        ConfigError: if the name is unknown, or the schedule does not fall.
     """
     if isinstance(given, str) and given not in SCHEDULES:
         raise ConfigError(
@@ -426,8 +458,8 @@ def _find_schedule(given: str | Schedule) -> Schedule:
     fractions = schedule(torch.linspace(0, 1, 101))
     if not (fractions.diff() < 0).all() or fractions.max() > 1 + 1e-6 or fractions.min() < -1e-6:
         raise ConfigError(
-            "`schedule` must give the masked fraction at time t, which falls from at most 1 at t = 0 to at least 0 at "
-            f"t = 1; this one goes from {float(fractions[0]):.3g} to {float(fractions[-1]):.3g}, between "
+            "`schedule` must return the masked fraction at time t, which falls from at most 1 at t = 0 to at least 0 "
+            f"at t = 1; this one goes from {float(fractions[0]):.3g} to {float(fractions[-1]):.3g}, between "
             f"{float(fractions.min()):.3g} and {float(fractions.max()):.3g}."
         )
     return schedule

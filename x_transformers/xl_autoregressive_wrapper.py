@@ -6,7 +6,7 @@ segments before it left, `mems_s`; generation fills the last segment, and once t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache import KVCache
-from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.generation import Generation
 from x_transformers.decoding.generation_inputs import Arguments, check_length_and_end, cut_arguments
-from x_transformers.decoding.loop import Decoding, check_next_token_net, evaluating, in_shape, streamed
-from x_transformers.decoding.prompts import Prompts, read_prompts
-from x_transformers.decoding.sampling import chooser
+from x_transformers.decoding.loop import Decoding, check_next_token_net, in_shape, streamed
+from x_transformers.decoding.options import GenerationOptions, takes_options
+from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.configured import Configured
@@ -46,13 +47,13 @@ _TTT = {
 
 
 class XLAutoregressiveWrapper(Configured, ReadsReference):
-    """A model that is trained and generates in segments, with recurrent memory between them.
+    """Training and generation in segments, with recurrent memory between them.
 
     Args:
-        net: the model; its `max_seq_len` is the length of a segment, its `max_mem_len` what is remembered.
+        net: the model; its `max_seq_len` is the length of a segment, its `max_mem_len` that of the memory.
         ignore_index: label that does not count in the loss.
-        pad_value: id put where `ignore_index` stood, and behind a row's end token.
-        tbptt_steps: gradients flow through the memory of so many segments, then they are cut.
+        pad_value: id that replaces `ignore_index` in the input, and fills rows that have ended.
+        tbptt_steps: number of segments through whose memory gradients flow before they are cut.
         ttt_module_paths, ttt_lr, ttt_wd, ttt_use_muon, ttt_muon_steps, ttt_muon_lr, ttt_low_rank_paths,
             ttt_custom_loss_module, ttt_next_latent_loss, episodic_mem_len: refused, since training at test time is not
             available in this version.
@@ -96,20 +97,20 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def max_seq_len(self) -> int:
-        """The length of a segment."""
+        """Length of a segment."""
         return self.net.max_seq_len
 
     def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
-        """The loss over all segments, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
+        """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
-        Segment c has `n_c` of the N targets. Rows weigh alike, and one without a valid target counts as 0.
+        Segment c has `n_c` of the N targets. All rows have the same weight; one without a valid target counts as 0.
 
         Args:
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
             mems: what an earlier pass of the model left as its memory.
             dropout_mems: read no memory at all.
-            kwargs: of the model's passes. What speaks of single tokens (`mask`, `self_attn_kv_mask`, `pos`,
-                `sum_embeds`, `embed_ids`) is cut as the tokens are; masked tokens stay hidden in the memory.
+            kwargs: of the model's passes. Arguments over tokens (`mask`, `self_attn_kv_mask`, `pos`, `sum_embeds`,
+                `embed_ids`) are cut as the tokens are; masked tokens stay hidden in the memory.
 
         Returns:
             A scalar; zero, attached to the graph, if there is no valid target.
@@ -144,19 +145,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         counts = (labels != self.ignore_index).sum(dim=-1).clamp(min=1)
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
+    @takes_options("eos_token temperature filter_logits_fn filter_kwargs mems * cache_kv filter_before_temperature")
     def generate(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        mems: Memories | None = None,
-        *,
-        cache_kv: bool = True,
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
+        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Tensor:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
@@ -164,14 +155,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
 
         Args:
             start_tokens: `(..., n)` ids, any number of segments long.
-            seq_len: tokens to generate.
-            eos_token: what ends a row; `pad_value`s follow. When all rows have ended, generation does.
-            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
-            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
-            filter_kwargs: keywords of the filter.
+            seq_len: number of tokens to generate.
             mems: memory to begin with.
-            cache_kv: keep keys and values within a segment.
-            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            [options]
             kwargs: of the model's passes. Masks cover the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
                 and generated tokens (`embed_ids` may be functions of the ids so far).
 
@@ -181,75 +167,59 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        decoding, read = self._begin(
-            start_tokens,
-            seq_len,
-            eos_token,
-            temperature=temperature,
-            filter_logits_fn=filter_logits_fn,
-            filter_kwargs=filter_kwargs,
-            mems=mems,
-            cache_kv=cache_kv,
-            filter_before_temperature=filter_before_temperature,
-            **kwargs,
-        )
-        with torch.inference_mode(), evaluating(self):
-            new = list(decoding.run(seq_len, eos_token, self.pad_value))
-        # outside of inference mode: tokens that training may use
-        tokens = torch.cat([read.tokens[:, :0], *new], dim=-1)
-        return tokens.reshape(*read.lead, tokens.shape[1])
+        generation = self._begin(start_tokens, seq_len, mems, options)
+        with torch.inference_mode(), generation.view:
+            new = list(generation.steps(seq_len))
+        return generation.join(new)
 
     def stream(
         self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
     ) -> Iterator[Tensor]:
-        """The tokens of `generate`, `(...)` each, as they come; the model is in evaluation mode until the last one.
+        """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
-            start_tokens, seq_len, eos_token, options: as in `generate`.
+            start_tokens: `(..., n)` ids, any number of segments long.
+            seq_len: number of tokens to generate.
+            eos_token: ends a row, as in `generate`.
+            options: as in `generate`.
+
+        Returns:
+            An iterator over tensors of ids, one for each step.
 
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        decoding, read = self._begin(start_tokens, seq_len, eos_token, **options)
-        steps = partial(decoding.run, seq_len, eos_token, self.pad_value)
-        return streamed(steps, in_shape(read.lead), self)
+        names = "eos_token temperature filter_logits_fn filter_kwargs cache_kv filter_before_temperature"
+        mems = options.pop("mems", None)
+        given = GenerationOptions.read(names, {"eos_token": eos_token, **options})
+        generation = self._begin(start_tokens, seq_len, mems, given)
+        return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
 
     def _begin(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        eos_token: int | None,
-        *,
-        temperature: float = 1.0,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        mems: Memories | None = None,
-        cache_kv: bool = True,
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Decoding, Prompts]:
-        """Check everything; the decoding, and the prompts as they were read."""
+        self, start_tokens: Tensor, seq_len: int, mems: Memories | None, options: GenerationOptions
+    ) -> Generation:
         net = self.net
-        check_length_and_end(seq_len, eos_token, net.num_tokens)
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
+        check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
         if read.start is not None:
             raise InputError(
                 "the prompts have different lengths, so their segments would begin at different columns; generate "
                 "from one length at a time."
             )
-        _refuse(kwargs)
-        final = read.tokens.shape[1] + max(seq_len, 1) - 1
-        reader = _InSegments(net, Arguments(kwargs, read.width, final), mems, cache_kv and net.can_cache_kv)
-        return Decoding(Sequences(read.tokens), reader, choose, net.num_tokens), read
+        _refuse(options.arguments)
+        arguments = Arguments(options.arguments, read.width, read.tokens.shape[1] + max(seq_len, 1) - 1)
+        view = InferenceView(net)
+        reader = _InSegments(view.of(net), arguments, mems, options.cache_kv and net.can_cache_kv)
+        decoding = Decoding(Sequences(read.tokens), reader, options.choose, net.num_tokens)
+        return Generation(decoding, read, view, options, self.pad_value)
 
 
 class _Memory:
-    """What the segments so far left, and which of it may be seen.
+    """Memory that the segments so far have left, and its mask.
 
     Args:
         net: the model.
-        mems: what it begins with.
+        mems: memory to begin with.
     """
 
     def __init__(self, net: TransformerWrapper, mems: Memories | None) -> None:
@@ -258,12 +228,12 @@ class _Memory:
         self.seen: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Of a pass that reads it."""
+        """Return the arguments of a pass that reads it."""
         masks = None if self.seen is None or self.mems is None else [self.seen] * len(self.mems)
         return {"mems": self.mems, "mem_masks": masks}
 
     def read(self, segment: Tensor, arguments: dict[str, Any], *, detach: bool = True, blind: bool = False) -> Tensor:
-        """Logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
+        """Return logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
         past = {} if blind else self.arguments()
         logits, mems = self.net(segment, return_mems=True, detach_mems=detach, **past, **arguments)
         if not blind:
@@ -272,7 +242,7 @@ class _Memory:
         return logits
 
     def _remember_mask(self, segment: Tensor, arguments: Mapping[str, Any]) -> None:
-        """Tokens that are masked in a segment stay so in the memory of it."""
+        """Append the segment's mask: masked tokens stay masked in its memory."""
         masks = [arguments[name].bool() for name in ("mask", "self_attn_kv_mask") if arguments.get(name) is not None]
         if not masks and self.seen is None:
             return
@@ -312,7 +282,7 @@ class _InSegments(Reader):
         logits: Tensor | None = None
         size, tokens = self.net.max_seq_len, sequences.tokens()
         while sequences.length - self.first >= size:
-            # also one whose tokens were read one by one: this pass gives the memory that `forward` would have
+            # also one whose tokens were read one by one: this pass leaves the memory that `forward` would have
             last = self.first + size
             arguments = self._at(last, tokens, size)
             logits = self.memory.read(tokens[:, self.first : last], arguments)
@@ -324,7 +294,7 @@ class _InSegments(Reader):
         return logits
 
     def _read_rest(self, length: int, tokens: Tensor) -> Tensor:
-        """What there is of the last segment."""
+        """Read the incomplete last segment."""
         begin = self.length if self.caching else self.first
         self.length = length
         arguments = {**self._at(length, tokens, length - begin), **self.memory.arguments()}
@@ -342,7 +312,7 @@ class _InSegments(Reader):
 
 
 _REFUSED = {
-    "prepend_embeds": "it would stand in front of every segment; read it with the net, and pass its memory as `mems`",
+    "prepend_embeds": "it would be in front of every segment; read it with the net, and pass its memory as `mems`",
     "prepend_mask": "there are no prepended embeddings",
     "mem_masks": "the memory's masks come from `mask`",
     "return_mems": "call the net itself",

@@ -1,4 +1,4 @@
-"""Training and sampling of tokens of which one stands for numbers, and of these numbers (2310.02989)."""
+"""Training and sampling of tokens and numbers, where one token represents numbers (2310.02989)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from x_transformers.decoding.filters import find_filter, top_k
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
-from x_transformers.decoding.loop import evaluating, make_reader, streamed
+from x_transformers.decoding.loop import make_reader, streamed
+from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable, chooser
 from x_transformers.decoding.step import Reader, Sequences
@@ -21,6 +22,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
@@ -29,14 +31,25 @@ __all__ = ["GenerateReturn", "LossBreakdown", "XValAutoregressiveWrapper", "XVal
 
 
 class LossBreakdown(NamedTuple):
-    """Both losses at each target, `(b, n - 1)`; the squared error is 0 where the target is no number."""
+    """Losses of each target.
+
+    Attributes:
+        cross_entropy_loss: `(b, n - 1)` of tokens.
+        numerical_mse_loss: `(b, n - 1)` of numbers, 0 where the target is not a number.
+    """
 
     cross_entropy_loss: Tensor
     numerical_mse_loss: Tensor
 
 
 class GenerateReturn(NamedTuple):
-    """What was generated, `(..., m)` each; numbers are NaN where the token is not the numeric one."""
+    """Generated tokens and numbers.
+
+    Attributes:
+        sampled_token_ids: `(..., m)` ids.
+        sampled_numbers: `(..., m)` numbers, NaN where the token is not the numeric one.
+        is_number_mask: `(..., m)` bool, True where it is.
+    """
 
     sampled_token_ids: Tensor
     sampled_numbers: Tensor
@@ -44,13 +57,13 @@ class GenerateReturn(NamedTuple):
 
 
 class XValAutoregressiveWrapper(Configured, ReadsReference):
-    """A model that is trained to predict the next token and its number, and generates by predicting them again.
+    """Training of a model to predict the next token and its number, and generation by repeated prediction.
 
     Args:
         net: the model.
         ignore_index: label that does not count in the loss.
-        pad_value: id put where `ignore_index` stood, and before shorter prompts.
-        numerical_loss_weight: of the squared error of numbers, not negative.
+        pad_value: id that replaces `ignore_index` in the input, and pads shorter prompts.
+        numerical_loss_weight: factor of the squared error of numbers, not negative.
 
     Raises:
         ConfigError: if the model is another one, or the weight is negative.
@@ -74,18 +87,18 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def max_seq_len(self) -> int:
-        """The model's own."""
+        """Length of the model's position table; 0 for no limit."""
         return self.net.max_seq_len
 
     def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
-        """The mean over valid targets of `-log p(x[t + 1]) + weight * [it is numeric] * (number[t] - x_num[t + 1])^2`.
+        """Return the mean over valid targets of `-log p(x[t + 1]) + w * [is numeric] * (number[t] - x_num[t + 1])^2`.
 
         Args:
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
-            x_num: `(b, n)` numbers, read where x is the numeric token.
+            x_num: `(b, n)` numbers, read only where x is the numeric token.
             return_loss_breakdown: also return the `LossBreakdown`.
-            kwargs: of the model's pass. A `mask (b, n)` also says which targets count, one of length n - 1 speaks of
-                inputs and targets alike. What speaks of single tokens covers all n, or all but the last one.
+            kwargs: of the model's pass. A `mask (b, n)` also selects the targets that count; one of length n - 1 covers
+                both inputs and targets. Arguments over tokens cover all n of them, or all but the last one.
 
         Returns:
             A scalar; zero, attached to the graph, if there is no valid target. With the breakdown, both.
@@ -115,7 +128,9 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return (loss, breakdown) if return_loss_breakdown else loss
 
     def _number_losses(self, predicted: Tensor, target: Tensor, numeric: Tensor) -> Tensor:
-        """Squared errors where there are numbers; what stands elsewhere, NaN even, is not read."""
+        """Return `(b, n - 1)` squared errors, 0 where the target is not a number."""
+        # Elsewhere `target` may hold anything, even NaN. The prediction itself takes its place, so that both the error
+        # and its gradient are 0; a mask after the subtraction would leave NaN in the gradient.
         target = torch.where(numeric, target.to(predicted.dtype), predicted.detach())
         return F.mse_loss(at_least_float32(predicted), at_least_float32(target), reduction="none")
 
@@ -135,24 +150,27 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
     ) -> GenerateReturn:
         """Continue each prompt by `seq_len` tokens and numbers, in evaluation mode.
 
-        Of longer sequences the model sees the last `max_seq_len` tokens, and nothing is cached then.
+        Of sequences longer than `max_seq_len` the model sees the last tokens, and does not use a cache.
 
         Args:
             start_tokens: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
             start_numbers: the numbers, of the same shapes.
-            seq_len: tokens to generate.
+            seq_len: number of tokens to generate.
             filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
             filter_kwargs: keywords of the filter.
-            temperature: 0 takes the most likely token; otherwise a draw from `softmax(filter(logits / temperature))`.
-            prompt_lens: `(...)` how many ids of each row, from the left, are its prompt.
-            cache_kv: keep keys and values. False runs the whole sequence at each step.
+            temperature: 0 takes the most likely token; otherwise draw from `softmax(filter(logits / temperature))`.
+            prompt_lens: `(...)` length of the prompt of each row, which starts on the left.
+            cache_kv: cache keys and values. False runs the whole sequence at each step.
             filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
             kwargs: of the model's passes. `mask` covers the prompts; `pos` covers prompts and generated tokens.
+
+        Returns:
+            The new tokens and numbers, `(..., seq_len)`.
 
         Raises:
             InputError: with what was given and what is needed.
         """
-        numbered, read = self._begin(
+        numbered, read, view = self._begin(
             start_tokens,
             start_numbers,
             seq_len,
@@ -164,7 +182,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
             filter_before_temperature=filter_before_temperature,
             **kwargs,
         )
-        with torch.inference_mode(), evaluating(self):
+        with torch.inference_mode(), view:
             for _ in numbered.run(seq_len):
                 pass
         width = read.tokens.shape[1]
@@ -177,16 +195,16 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         seq_len: int,
         **options: Any,
     ) -> Iterator[GenerateReturn]:
-        """What `generate` gives, `(...)` each, as it comes; the model is in evaluation mode until the last token.
+        """Yield the tokens and numbers of `generate`, `(...)` each; the model is in evaluation mode until the last one.
 
         Args:
             start_tokens, start_numbers, seq_len, options: as in `generate`.
 
         Raises:
-            InputError: at once, with what was given and what is needed.
+            InputError: immediately, with what was given and what is needed.
         """
-        numbered, read = self._begin(start_tokens, start_numbers, seq_len, **options)
-        return streamed(partial(numbered.run, seq_len), lambda pair: self._shown(pair, read.lead), self)
+        numbered, read, view = self._begin(start_tokens, start_numbers, seq_len, **options)
+        return streamed(partial(numbered.run, seq_len), lambda pair: self._shown(pair, read.lead), view)
 
     def _begin(
         self,
@@ -201,39 +219,40 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         cache_kv: bool = True,
         filter_before_temperature: bool = False,
         **kwargs: Any,
-    ) -> tuple[_Numbered, Prompts]:
-        """Check everything; the batch, and the prompts as they were read."""
+    ) -> tuple[_Numbered, Prompts, InferenceView]:
+        """Check all arguments; return the batch that is continued, the prompts, and the modules that run."""
         net = self.net
         check_seq_len(seq_len)
         choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
         prepended = kwargs.get("prepend_embeds") is not None
         read = read_prompts(start_tokens, prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
         numbers = Sequences(read.align(_rows(start_tokens, start_numbers, read.width), 0.0))
+        cached = cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1
+        view = InferenceView(net)
         reader = make_reader(
-            net,
+            view.of(net),
             read,
             seq_len,
-            kwargs,
-            cache_kv=cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1,
+            GenerationOptions(cache_kv=cached, arguments=kwargs),
             growing=lambda first, last: {"x_num": numbers.tokens()[:, first:last]},
         )
-        return _Numbered(Sequences(read.tokens, read.start), numbers, reader, choose, net.num_tokens), read
+        return _Numbered(Sequences(read.tokens, read.start), numbers, reader, choose, net.num_tokens), read, view
 
     def _shown(self, pair: tuple[Tensor, Tensor], lead: tuple[int, ...], *count: int) -> GenerateReturn:
-        """Tokens and numbers of inference mode, `(b, m)`, as ordinary tensors `(*lead, *count)`."""
+        """Return tokens and numbers `(b, m)` of inference mode as ordinary tensors `(*lead, *count)`."""
         ids, numbers = (t.clone().reshape((*lead, *count)) for t in pair)
         numeric = ids == self.net.numerical_token_id
         return GenerateReturn(ids, numbers.masked_fill(~numeric, math.nan), numeric)
 
 
 class _Numbered:
-    """A batch of tokens and their numbers that is being continued.
+    """Batch of tokens and their numbers that is being continued.
 
     Args:
-        ids, numbers: so far.
+        ids, numbers: tokens and numbers so far.
         reader: of the model.
-        choose: logits `(b, v)` to tokens `(b, 1)`.
-        vocabulary: ids that can be read again.
+        choose: map from logits `(b, v)` to tokens `(b, 1)`.
+        vocabulary: number of ids that the model can read.
     """
 
     def __init__(self, ids: Sequences, numbers: Sequences, reader: Reader, choose: Choose, vocabulary: int) -> None:
@@ -241,7 +260,7 @@ class _Numbered:
         self.choose, self.vocabulary = choose, vocabulary
 
     def run(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Append `count` tokens and numbers, `(b, 1)` each."""
+        """Append and yield `count` tokens and numbers, `(b, 1)` each."""
         for _ in range(count):
             logits, predicted = self.reader.read(self.ids)
             check_readable(logits, self.vocabulary)
@@ -252,7 +271,7 @@ class _Numbered:
 
 
 def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor], width: int) -> Tensor:
-    """`(b, width)` numbers, left-aligned as the prompts were given."""
+    """Return `(b, width)` numbers, aligned on the left as the prompts were given."""
     pairs = [(tokens, numbers)] if isinstance(tokens, Tensor) else list(zip(tokens, numbers, strict=False))
     for one, other in pairs:
         if not isinstance(other, Tensor) or one.shape != other.shape or len(tokens) != len(numbers):
@@ -263,7 +282,7 @@ def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor],
 
 
 def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """`(b, n - 1)` bool, which targets count."""
+    """Return `(b, n - 1)` bool, the targets that count."""
     batch, n = x.shape
     counted = torch.ones(batch, n - 1, dtype=torch.bool, device=x.device)
     start, mask = kwargs.get("seq_start_pos"), kwargs.get("mask")
@@ -278,11 +297,12 @@ def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
     check_ids(x)
     if x.shape[1] == 0 or x_num.shape != x.shape:
         raise ShapeError(
-            f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with a token at least."
+            f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with at least one "
+            "token."
         )
     mask = kwargs.get("mask")
     if mask is not None and (mask.ndim != 2 or mask.shape[1] not in (x.shape[1], x.shape[1] - 1)):
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape)}.")
     for name in kwargs:
         if name.startswith("return_") or name == "cache":
-            raise InputError(f"`{name}` cannot be given to the loss; call the net itself.")
+            raise InputError(f"`{name}` cannot be passed to the loss; call the net itself.")

@@ -1,5 +1,6 @@
 """Backends agree with the explicit one, forward and gradient, and each feature runs on the kernel that is expected."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,12 +26,21 @@ from x_transformers.forward_pass.call import Span
 SDPA = {"cpu": "sdpa", "cpu, training": "sdpa", "cuda": "sdpa", "cuda, training": "sdpa"}
 FLEX_DEMANDED = {"cpu": "blocked", "cpu, training": "blocked", "cuda": "flex", "cuda, training": "flex"}
 NONE = dict.fromkeys(SDPA, "explicit")
-ROWS = """
-    residual_scores-1 pre_talking_heads-1 post_talking_heads-1 pre_scale_post_talking_heads-1 cog_signed-1 cope-1
-    cope-2 selective-1 sigmoid-1 sparse_topk-1 sparse_topk-2 hard-1 gumbel_softmax-1 gumbel_softmax-2
-    custom_attn_fn-1
-"""  # they change whole rows, the weighting or the weights, which no fused kernel hosts
-UNFUSED = dict.fromkeys(ROWS.split(), NONE)
+WHOLE_ROWS = ("residual scores", "row", "weights", "weighting")
+"""Slots that change whole rows, the weighting or the weights, which no fused kernel hosts."""
+READS_ROWS = [case for case in CASES if any(feature.slot in WHOLE_ROWS for feature in case.features)]
+CONTEXT_ONLY = frozenset(
+    case.name for case in READS_ROWS if any(re.match("cross_(?!attend)", keyword) for keyword in case.keywords)
+)
+"""Cases that need whole rows in cross-attention, and leave self-attention as it is."""
+SELF_ONLY = frozenset(
+    case.name
+    for case in READS_ROWS
+    if case.name not in CONTEXT_ONLY
+    and any(feature.self_attention_only or feature.group == "stack" for feature in case.features)
+)
+"""The reverse."""
+UNFUSED = {case.name: NONE for case in READS_ROWS if case.name not in CONTEXT_ONLY}
 EXPECTED = {
     "learned_sink-1": NONE,
     "softclamp_logits-1": NONE,
@@ -75,31 +85,25 @@ def named(model: TransformerWrapper, where: Situation, length: int | None = None
     return {kind: " ".join(sorted(backends)) for kind, backends in kinds.items()}
 
 
-SELF_ALONE = frozenset({"residual_scores-1", "cope-1", "cope-2", "selective-1"})
-"""Cases that need whole rows in self-attention, and leave cross-attention as it is."""
-CONTEXT_ALONE = frozenset({"residual_scores-2", "inverted_attention-1"})
-"""The reverse."""
-
-
 def expected(case: Case, kind: str, flash: bool | None, where: str) -> str:
     """The backend that should serve a case in one kind of attention."""
     if flash is False or case.name == "backend-2":
         return "explicit"
-    if case.name in (SELF_ALONE if kind == "c" else CONTEXT_ALONE):
+    if case.name in (SELF_ONLY if kind == "c" else CONTEXT_ONLY):
         return SDPA[where]
-    if case.name in CONTEXT_ALONE:
+    if case.name in CONTEXT_ONLY:
         return "explicit"
     return (DEMANDED if flash else EXPECTED).get(case.name, SDPA)[where]
 
 
 @pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross"), ids=name_of)
 def test_the_kernel_is_the_expected_one(stack: str, case: Case) -> None:
-    """What only adds to scores or bounds them runs fused wherever there is a kernel for it."""
+    """Features that only add to scores or bound them run fused wherever there is a kernel for it."""
     for flash in (None, True, False):
         if "attn_flash" in case.keywords and flash is not None:
             continue
         given = {} if flash is None else {"attn_flash": flash}
-        if flash and case.name in {*UNFUSED, *CONTEXT_ALONE}:
+        if flash and case.name in {*UNFUSED, *CONTEXT_ONLY}:
             with pytest.raises(ConfigError, match=r"demands a fused kernel|flash"):
                 case.build(stack, **given)
             continue
@@ -168,8 +172,8 @@ LONG = {
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in LONG], ids=name_of)
 def test_the_kernel_of_long_sequences(case: Case) -> None:
-    """What SDPA has no kernel for, or a slow one, runs by blocks on a CPU (in half precision from longer ones on), by
-    FlexAttention on a GPU.
+    """Features without a kernel of SDPA, or with a slow one, run by blocks on a CPU (longer sequences in half
+    precision), by FlexAttention on a GPU.
     """
     model = case.build("decoder")
     for name, situation in SITUATIONS.items():

@@ -1,4 +1,4 @@
-"""Batch independence: a row's output does not depend on the other rows, nor on where among them it stands."""
+"""Batch independence: a row's output does not depend on the other rows, nor on its place among them."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from promises import LENGTH
 
 @pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross", exempt="batch"), ids=name_of)
 @torch.no_grad()
-def test_each_row_stands_for_itself(stack: str, case: Case) -> None:
+def test_rows_are_independent(stack: str, case: Case) -> None:
     model = case.build(stack)
     ids = tokens(4, LENGTH)
     together = call(model, ids)

@@ -45,7 +45,7 @@ WAYS = {
 
 
 def twins(case: Case, stack: str) -> tuple[TransformerWrapper, TransformerWrapper]:
-    """The same weights, weighed explicitly and by blocks."""
+    """The same model, with explicit and with blocked attention."""
     one, two = case.build(stack, attn_flash=False), case.build(stack)
     two.load_state_dict(one.state_dict())
     for branch in two.attn_layers.branches("a", "c"):
@@ -100,7 +100,7 @@ def request(
     dtype: torch.dtype = torch.float32,
     size: float = 1.0,
 ) -> Request:
-    """A causal weighing of 2 rows and 4 heads."""
+    """Causal attention of 2 rows and 4 heads."""
     tokens = span(n, live)
     visible = visibility(Call(tokens, tokens, True), tokens, causal=True, own=True, window=window, prefix=0)
     q, k, v = draw(2, 4, n, 8, dtype=dtype), draw(2, groups, n, 8, dtype=dtype), draw(2, groups, n, 6, dtype=dtype)
@@ -152,7 +152,7 @@ def test_weights_kept_or_computed_anew(groups: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_layers_that_run_again_share_a_bias() -> None:
-    """A bias of the pass, read by two layers of which each is computed anew on the way back."""
+    """A bias of the pass, read by two layers of which each is computed again in the backward pass."""
     options = {"depth": 2, "rel_pos_bias": True, "attn_softclamp_logits": True}
     plain, again = (BASE.build(**options, checkpoint_every=every) for every in (None, 1))
     again.load_state_dict(plain.state_dict())
@@ -239,7 +239,7 @@ def test_bounds_are_what_the_mask_says(queries: int, keys: int, window: int | No
 
 
 def test_steps_of_padded_rows() -> None:
-    """One new token, of which padding alone hides keys, and no causality."""
+    """One new token, of which only padding hides keys, and no causality."""
     explicit, ours = twins(Case("softclamp", keywords={"attn_softclamp_logits": True}), "decoder")
     prompts = [*tokens(1, 3), *tokens(1, 6)]
     texts = [

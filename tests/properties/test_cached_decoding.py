@@ -322,7 +322,7 @@ def test_refusals() -> None:
         model(tokens(2, 8), cache=state, cache_age=3)
     with pytest.raises(InputError, match="`attn_mask` with a cache"):
         model(tokens(2, 7), cache=state, attn_mask=torch.ones(1, 7, dtype=torch.bool))
-    with pytest.raises(InputError, match="new tokens alone"):
+    with pytest.raises(InputError, match="only new tokens"):
         model(ids, cache=model.static_cache(2, 8))
     with pytest.raises(InputError, match="do not fit into a static cache of 4"):
         model(ids, cache=model.static_cache(2, 4), input_not_include_cache=True)

@@ -1,4 +1,4 @@
-"""Causality: outputs do not move when later tokens change or are taken away."""
+"""Causality: outputs do not change when later tokens change or are removed."""
 
 import pytest
 import torch
@@ -10,24 +10,24 @@ WAYS = list(arguments(BASE.build(), LENGTH, LENGTH))
 
 
 @CAUSAL
-def test_the_future_does_not_move_the_past(stack: str, case: Case) -> None:
+def test_the_future_does_not_change_the_past(stack: str, case: Case) -> None:
     keeps_the_past(case.build(stack))
 
 
 @CAUSAL
-def test_removing_tokens_from_the_end_moves_nothing(stack: str, case: Case) -> None:
+def test_removing_tokens_from_the_end_changes_nothing(stack: str, case: Case) -> None:
     keeps_its_length(case.build(stack))
 
 
 @pytest.mark.parametrize(("stack", "case"), one_of_each("decoder", exempt="causality"), ids=name_of)
-def test_the_past_stays_whatever_the_call(stack: str, case: Case) -> None:
+def test_the_past_does_not_change_with_any_argument(stack: str, case: Case) -> None:
     model = case.build(stack)
     for given in arguments(model, LENGTH, LENGTH).values():
         keeps_the_past(model, **given)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_past_stays_in_cross_attending_decoders(way: str) -> None:
+def test_the_past_does_not_change_in_cross_attending_decoders(way: str) -> None:
     model = BASE.build("cross")
     keeps_the_past(model, **arguments(model, LENGTH, LENGTH)[way])
 

@@ -52,7 +52,7 @@ def is_deep(case: Case) -> bool:
 
 @functools.cache
 def is_fused(case: Case, stack: str) -> bool:
-    """Whether a fused kernel hosts all attentions; beside a feature that none hosts, no other is traced in one."""
+    """Return True if a fused kernel hosts all attentions; next to one without, no other is traced in one."""
     cores = [branch.attention.attend for branch in build(case, stack).attn_layers.branches("a", "c")]
     return all(any(backend.lacks(core.needs) is None for backend in core.backends.fused) for core in cores)
 

@@ -124,7 +124,7 @@ def chosen(count: Tensor | None, which: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("name", hidings())
 def test_queries_that_see_nothing(name: str) -> None:
-    """They are told without a mask wherever keys stand in order."""
+    """They are told without a mask wherever keys are in order."""
     hiding = hidings()[name]
     dead = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
     assert torch.equal(hiding.dead().expand(dead.shape), dead)
@@ -202,7 +202,7 @@ def by_flex(core: BackendChoice, *asked: Any) -> tuple[Backend, str]:
 
 
 def twins(case: Case, stack: str = "decoder", **more: Any) -> tuple[TransformerWrapper, TransformerWrapper]:
-    """The same weights, weighed explicitly and by flex."""
+    """The same model, with explicit attention and with flex."""
     one, two = case.build(stack, attn_flash=False, **more), case.build(stack, **more)
     two.load_state_dict(one.state_dict())
     for branch in two.attn_layers.branches("a", "c"):

@@ -24,7 +24,7 @@ def test_training_mode_is_finite_and_random_only_where_asked(stack: str, case: C
 
 @pytest.mark.parametrize(("stack", "case"), cases("decoder"), ids=name_of)
 def test_masks_keep_gradients_finite(stack: str, case: Case) -> None:
-    """Rows of padding alone see nothing, and must not become NaN in the backward pass."""
+    """Rows that are only padding see nothing, and must not become NaN in the backward pass."""
     ids = tokens(3, LENGTH)
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4], [0]])
     for given in ({"mask": mask}, {"seq_start_pos": torch.tensor([0, 4, LENGTH])}):

@@ -1,4 +1,4 @@
-"""Key/value heads: with one or some of them every promise is kept, and they mean shared heads."""
+"""Key/value heads: with fewer of them every promise holds, and query heads share them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ NOT_GROUPED = {
 
 
 def grouped(case: Case, kv_heads: int, stack: str = "decoder") -> TransformerWrapper | None:
-    """The case with that many kv heads; None where it is refused, as listed."""
+    """Build the case with this number of kv heads; return None if it is refused as listed."""
     number = {"attn_kv_heads": kv_heads, "attn_one_kv_head": False}
     try:
         return case.build(stack, **number)

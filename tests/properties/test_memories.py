@@ -17,7 +17,7 @@ def recurrent(case: Case, stack: str) -> TransformerWrapper:
 
 @DECODERS
 @torch.no_grad()
-def test_segments_are_one_pass(stack: str, case: Case) -> None:
+def test_segments_equal_one_pass(stack: str, case: Case) -> None:
     model = recurrent(case, stack)
     ids = tokens(2, 3 * SEGMENT)
     wanted, mems, outputs = call(model, ids), None, []
@@ -25,15 +25,15 @@ def test_segments_are_one_pass(stack: str, case: Case) -> None:
         out, mems = call(model, segment, mems=mems, return_mems=True)
         outputs.append(out)
     close(torch.cat(outputs, dim=1), wanted)
-    # a memory for each self-attention, then running states if there are any; three views of the stream stand in front
+    # a memory for each self-attention, then running states if there are any; three views of the stream add an axis
     attentions = sum(model.attn_layers.layer_types[index] == "a" for index in model.attn_layers.sequence.order)
     assert all(mem.shape[-3:] == (2, 3 * SEGMENT, 16) for mem in mems[:attentions])
 
 
 @DECODERS
 @torch.no_grad()
-def test_masked_memory_is_masked_past(stack: str, case: Case) -> None:
-    """What `mem_masks` hides is hidden as it would be in one pass, and does not matter."""
+def test_masked_memory_equals_a_masked_past(stack: str, case: Case) -> None:
+    """Tokens that `mem_masks` hides are hidden as they would be in one pass, and do not matter."""
     model = recurrent(case, stack)
     ids, shown = tokens(2, 2 * SEGMENT), torch.rand(2, SEGMENT) > 0.4
     shown[:, 0] = True
@@ -50,7 +50,7 @@ def test_masked_memory_is_masked_past(stack: str, case: Case) -> None:
 
 @DECODERS
 @torch.no_grad()
-def test_decoding_behind_a_memory(stack: str, case: Case) -> None:
+def test_decoding_after_a_memory(stack: str, case: Case) -> None:
     model = recurrent(case, stack)
     first, second = tokens(2, SEGMENT), tokens(2, SEGMENT)
     _, mems = call(model, first, return_mems=True)
@@ -73,15 +73,33 @@ def test_memory_is_cut_to_its_length_and_detached() -> None:
     close(two[0][:, :1], one[0][:, 2:])
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("shift", [1, 2])
 @torch.no_grad()
-def test_memory_can_be_shifted_down() -> None:
-    """Layer i reads the memory of layer i + shift."""
-    keywords = {"max_mem_len": MEMORY, "use_abs_pos_emb": False, "rel_pos_bias": True}
-    plain, shifted = BASE.build(**keywords), BASE.build(**keywords, shift_mem_down=1)
+def test_memory_can_be_shifted_down(depth: int, shift: int) -> None:
+    """Layer i reads the memory of layer i + shift; the last ones read those of the first."""
+    keywords = {"max_mem_len": MEMORY, "use_abs_pos_emb": False, "rel_pos_bias": True, "depth": depth}
+    plain, shifted = BASE.build(**keywords), BASE.build(**keywords, shift_mem_down=shift)
     shifted.load_state_dict(plain.state_dict())
     _, mems = plain(tokens(2, SEGMENT), return_mems=True)
+    assert len(mems) == depth
     ids = tokens(2, SEGMENT)
-    close(shifted(ids, mems=mems), plain(ids, mems=mems[::-1]))
+    wanted = plain(ids, mems=[mems[(layer + shift) % depth] for layer in range(depth)])
+    close(shifted(ids, mems=mems), wanted)
+    if depth > 2:
+        reversed_ = plain(ids, mems=[mems[(layer - shift) % depth] for layer in range(depth)])
+        assert depth == 2 * shift or not torch.allclose(wanted, reversed_, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_layer_keeps_its_own_input() -> None:
+    """The memory of a layer is what it read, in the order of the layers."""
+    model = BASE.build(max_mem_len=MEMORY, use_abs_pos_emb=False, rel_pos_bias=True, depth=3)
+    ids = tokens(2, SEGMENT)
+    _, mems = model(ids, return_mems=True)
+    _, record = model(ids, return_intermediates=True)
+    for mem, hidden in zip(mems, record.hiddens, strict=True):
+        close(mem, hidden)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Padding: a row of a ragged batch is what the row alone is, whatever stands in its padding."""
+"""Padding: a row of a ragged batch equals the row by itself, whatever its padding contains."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_left_padding_through_a_cache(stack: str, case: Case, kind: str) -> None
 
 @EVERY
 @torch.no_grad()
-def test_what_a_mask_hides_does_not_matter(stack: str, case: Case) -> None:
-    """Holes included, and with any of the masks; the hidden token's own output aside."""
+def test_hidden_tokens_do_not_matter(stack: str, case: Case) -> None:
+    """Holes included, with either mask; the output of the hidden token itself may change."""
     model = case.build(stack)
     ids = tokens(2, LENGTH)
     shown = torch.rand(2, LENGTH) > 0.4
@@ -42,7 +42,7 @@ def test_what_a_mask_hides_does_not_matter(stack: str, case: Case) -> None:
 
 @EVERY
 @torch.no_grad()
-def test_what_stands_in_left_padding_does_not_matter(stack: str, case: Case) -> None:
+def test_left_padding_does_not_matter(stack: str, case: Case) -> None:
     model = case.build(stack)
     ids, start = tokens(2, LENGTH), torch.tensor([0, 4])
     real = torch.arange(LENGTH) >= start[:, None]
@@ -88,7 +88,7 @@ def test_integers_are_masks_too() -> None:
 
 @pytest.mark.parametrize("flash", [None, False, True])
 @torch.no_grad()
-def test_rows_without_anything_to_see_are_zero(flash: bool | None) -> None:
+def test_rows_without_visible_keys_are_zero(flash: bool | None) -> None:
     """Mask and causality together may hide every key of a query; attention then gives 0 there."""
     model = BASE.build(attn_flash=flash, attn_num_mem_kv=0)
     attention = model.attn_layers.branches("a")[0].attention
@@ -97,6 +97,20 @@ def test_rows_without_anything_to_see_are_zero(flash: bool | None) -> None:
     assert (out[:, :2] == 0).all()
     assert out.isfinite().all()
     assert (out[:, 2:].abs().sum(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("flash", [None, False, True])
+@torch.no_grad()
+def test_attention_of_hidden_tokens_is_zero(flash: bool | None) -> None:
+    """With `mask`, the output of attention is zero for every token that it hides, and for no other one."""
+    model = BASE.build(attn_flash=flash)
+    attention = model.attn_layers.branches("a")[0].attention
+    x, mask = torch.randn(2, 5, 16), torch.arange(5) < torch.tensor([[3], [5]])
+    out = attention(x, mask=mask)
+    assert torch.equal((out == 0).all(dim=-1), ~mask)
+    stack = Encoder(dim=16, depth=1, heads=4, only_attn=True, pre_norm_has_final_norm=False, attn_flash=flash).eval()
+    moved = stack(x, mask=mask) - x
+    assert torch.equal((moved == 0).all(dim=-1), ~mask)
 
 
 @torch.no_grad()

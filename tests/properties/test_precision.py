@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from catalog import BASE, CASES, Case, call, cases, decode, name_of, static_cache, tokens
+from catalog import BASE, CASES, Case, call, cases, close, decode, name_of, static_cache, tokens
 from promises import LENGTH, running
 from torch import Tensor
+
+from x_transformers import Attention
+from x_transformers.attend import Attend
 
 EVERY = pytest.mark.parametrize(
     ("stack", "case"), cases("decoder", "encoder", "cross", exempt="precision"), ids=name_of
 )
 HALF = 0.05
-"""What numbers of size one may be off in bfloat16, on average."""
+"""Average error of numbers of size one in bfloat16."""
 
 POSITIONS = [c for c in CASES if c.features and c.features[0].name in ("rotary", "alibi", "t5_bias", "dynamic_bias")]
 
@@ -85,3 +88,52 @@ def test_gradients_in_float16_autocast_are_close() -> None:
     ids = tokens(2, LENGTH)
     with torch.autocast("cpu", torch.float16):
         near(model(ids), model.float()(ids))
+
+
+# Squared distances of vectors that are long and close together: in bfloat16, whose numbers have 8 bits, the difference
+# of the squares would be off by more than any of the distances
+
+
+def near_each_other(*shape: int) -> Tensor:
+    """Numbers of bfloat16 between 8 and 9."""
+    return 8 + torch.randint(0, 16, shape) / 16
+
+
+@pytest.mark.parametrize("flash", [None, False])
+@torch.no_grad()
+def test_distances_are_exact_in_autocast(flash: bool | None) -> None:
+    attend = Attend(l2_distance=True, flash=flash).eval()
+    q, k, v = near_each_other(3, 2, 2, LENGTH, 8).unbind()
+    wanted = attend(q, k, v)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        close(attend(q, k, v)[0], wanted, 1e-4)
+    scores = -(8**-0.5) * torch.cdist(q.double(), k.double()).square()
+    close(wanted, (scores.softmax(dim=-1) @ v.double()).float(), 1e-4)
+
+
+@pytest.mark.parametrize("flash", [None, False])
+@torch.no_grad()
+def test_distances_of_a_module_are_exact_in_autocast(flash: bool | None) -> None:
+    """Its maps are the identity, so that queries and keys are the input itself, exactly."""
+    attention = Attention(8, dim_head=8, heads=1, l2_distance=True, flash=flash).eval()
+    for weight in attention.parameters():
+        weight.copy_(torch.eye(8))
+    x = near_each_other(2, LENGTH, 8)
+    scores = -(8**-0.5) * torch.cdist(x.double(), x.double()).square()
+    wanted = (scores.softmax(dim=-1) @ x.double()).float()
+    close(attention(x), wanted, 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        # the output is rounded to bfloat16; distances that are off by one would move it by far more
+        close(attention(x).float(), wanted, 0.004)
+
+
+@torch.no_grad()
+def test_recorded_distances_are_exact_in_autocast() -> None:
+    attention = Attention(8, dim_head=8, heads=1, l2_distance=True).eval()
+    for weight in attention.parameters():
+        weight.copy_(torch.eye(8))
+    x = near_each_other(2, LENGTH, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, record = attention(x, return_intermediates=True)
+    scores = -(8**-0.5) * torch.cdist(x.double(), x.double()).square()
+    close(record.qk_similarities[:, 0], scores.float(), 1e-3)

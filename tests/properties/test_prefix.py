@@ -1,4 +1,4 @@
-"""Prefix slots: memory tokens and prepended embeddings meet every argument that speaks of tokens."""
+"""Prefix slots: memory tokens and prepended embeddings work with every argument over tokens."""
 
 import pytest
 import torch

@@ -119,7 +119,7 @@ def test_every_second_block_runs_twice() -> None:
 
 
 def kept(model: TransformerWrapper, every: int | None, ids: Tensor) -> int:
-    """Bytes that autograd keeps behind a forward pass, parameters apart."""
+    """Return the bytes that autograd keeps after a forward pass, without parameters."""
     model.attn_layers.checkpoint_every = every
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}

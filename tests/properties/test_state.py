@@ -1,4 +1,4 @@
-"""Saving: state dicts, files, configs, deep copies and pickles all give the same model back."""
+"""Saving: state dicts, files, configs, deep copies and pickles all restore the same model."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def test_config_and_state_dict_rebuild_the_model(stack: str, case: Case, tmp_pat
 
 @DECODERS
 @torch.no_grad()
-def test_copies_and_pickles_are_models_of_their_own(stack: str, case: Case) -> None:
+def test_copies_and_pickles_are_independent(stack: str, case: Case) -> None:
     model = case.build(stack)
     ids = tokens(2, 6)
     wanted = call(model, ids)
@@ -55,7 +55,7 @@ def test_names_are_unique_and_every_tensor_is_saved_once(stack: str, case: Case)
 
 @DECODERS
 @torch.no_grad()
-def test_a_file_that_does_not_fit_changes_nothing(stack: str, case: Case) -> None:
+def test_a_mismatched_state_changes_nothing(stack: str, case: Case) -> None:
     model = case.build(stack)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = perturb(copy.deepcopy(model)).state_dict()
@@ -73,7 +73,7 @@ def test_a_file_that_does_not_fit_changes_nothing(stack: str, case: Case) -> Non
 
 
 @torch.no_grad()
-def test_loading_without_strictness_takes_what_fits() -> None:
+def test_loading_without_strictness_takes_matching_tensors() -> None:
     model = BASE.build()
     state = {name: torch.ones_like(t) for name, t in model.state_dict().items() if "pos_emb" not in name}
     result = model.load_state_dict({**state, "no.such.weight": torch.zeros(1)}, strict=False)

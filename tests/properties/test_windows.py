@@ -143,7 +143,7 @@ def test_recurrent_memory_and_a_bias_of_the_caller(static: bool) -> None:
 @pytest.mark.parametrize("most", [12, 2])
 @torch.no_grad()
 def test_a_sliding_model_with_windows(most: int) -> None:
-    """Dropping slots of the whole cache leaves alone what a window is shorter than."""
+    """Dropping slots of the whole cache changes nothing for windows that are shorter."""
     model = BASE.build(depth=3, attn_max_attend_past=(3, None, 7), alibi_pos_bias=True)
     ids = tokens(2, N)
     _, state = model(ids[:, :19], return_intermediates=True)
@@ -158,7 +158,7 @@ def test_a_sliding_model_with_windows(most: int) -> None:
 def test_a_static_cache_of_the_stack_refuses_what_it_was_not_made_for() -> None:
     model = BASE.build(attn_max_attend_past=3, num_memory_tokens=2)
     bare = model.attn_layers.static_cache(2, 40)
-    with pytest.raises(InputError, match=r"behind 0 leading slots.*model.static_cache"):
+    with pytest.raises(InputError, match=r"after 0 leading slots.*model.static_cache"):
         model(tokens(2, 4), cache=bare, input_not_include_cache=True)
 
 

@@ -251,7 +251,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         b, _, n, _ = out.shape
         # the axes of a single token need not be exchanged
         out = out.reshape(b, 1, -1) if n == 1 else out.transpose(1, 2).flatten(2)
-        plain = self.at_hand
+        plain = self.ready
         out = self.out(out) if plain is None else F.linear(out, *plain)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)

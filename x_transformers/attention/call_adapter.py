@@ -114,7 +114,7 @@ class CallAdapter(HeadProjection):
         if attn_bias is not None:
             attn_bias = check_pairs(attn_bias, "attn_bias", **size)
         if mem is not None:
-            keys, fresh = (span.behind(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
+            keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
         biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)
         if attn_bias is not None:
             biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))

@@ -20,7 +20,6 @@ from x_transformers.attention.scores import (
 )
 from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
 from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
-from x_transformers.forward_pass.documents import UNPACKABLE
 from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 
@@ -56,10 +55,6 @@ class DropoutOptions:
             require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
 
 
-def _unpackable(feature: str) -> Rule:
-    return Rule(when=lambda o: o["backend"].flash_pack_seq and o.on(feature), why=UNPACKABLE[feature])
-
-
 BACKEND = Feature(
     name="backend",
     group="attn",
@@ -67,7 +62,12 @@ BACKEND = Feature(
     options=BackendOptions,
     summary="fused attention kernels",
     paper="2205.14135",
-    refuses=tuple(map(_unpackable, UNPACKABLE)),
+    refuses=(
+        Rule(
+            when=lambda o: o["backend"].flash_pack_seq and bool(o.unpackable()),
+            why=lambda o: " ".join(o.unpackable()),
+        ),
+    ),
     examples=({"attn_flash": True}, {"attn_flash": False}),
 )
 
@@ -82,7 +82,7 @@ WINDOW = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`max_attend_past` limits how far back in its own sequence a query sees, and in cross-attention "
             "keys are in another; drop it there.",
         ),

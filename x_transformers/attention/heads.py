@@ -104,7 +104,7 @@ class HeadProjection(nn.Module):
         if not own or layer.kv_residual is not None or layer.memory is not None:
             xk, xv = _sources(xk, xv, layer)
         if self.latent_q is None and self.latent_kv is None and deltas.q is deltas.k is deltas.v is None:
-            q, k, raw = projections.plain(xq, xk, xv, projections.at_hand)
+            q, k, raw = projections.plain(xq, xk, xv, projections.ready)
         else:
             q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)

@@ -104,14 +104,17 @@ FEATURE = Feature(
         Rule(
             when=lambda o: (
                 o["latent"].use_latent_kv
-                and (o["heads"].qkv_receive_diff_residuals or (o.kind == "a" and (o.on("qkv_views") or o.on("lime"))))
+                and (
+                    o["heads"].qkv_receive_diff_residuals
+                    or (o.is_self_attention and (o.on("qkv_views") or o.on("lime")))
+                )
             ),
             why="`use_latent_kv` makes keys and values from one input, but `qkv_receive_diff_residuals` (with which "
             "`integrate_layers` comes) gives them inputs of their own; drop one of them.",
         ),
     ),
     exempt={
-        "shared_heads": "sub-heads and projected heads are two tensors, so that copies of heads are not one repeat"
+        ("shared_heads", 2): "sub-heads and projected heads are two tensors: copies of heads are not one repeat",
     },
     examples=(
         {"attn_use_latent_q": True, "attn_dim_latent_q": 8, "attn_use_latent_kv": True, "attn_dim_latent_kv": 6},

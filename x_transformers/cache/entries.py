@@ -1,9 +1,9 @@
-"""What one executed sublayer keeps in a cache: named streams that grow with the sequence, and running states.
+"""Entries of a cache: named streams of one executed sublayer that grow with the sequence, and running states.
 
-An attention that looks back at most `reach` slots needs no more of the past than those, and the leading slots that are
-no tokens (a prefix). Its streams are cut to that, in a dynamic cache by dropping what lies behind, in fixed buffers by
-writing in a ring, so that neither memory nor the cost of a token grows with the length. Slots say how old a key is,
-so that it does not matter where it stands.
+An attention that looks back at most `reach` slots needs only those of the past, and the leading slots that are no
+tokens (a prefix). Its streams are cut to that, in a dynamic cache by dropping older slots, in fixed buffers by writing
+in a ring, so that neither memory nor the cost of a token grows with the length. Visibility depends on slots, so the
+keys may lie in the buffer in any order.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Shape = tuple[int, int] | tuple[int, int, torch.dtype]
 """Heads and width of a stream, and the least dtype that keeps it exact, where the model's may be too narrow."""
 
 SLACK = 64
-"""Slots beyond the reach that stay, of those that one pass has read, so that the pass can be taken back."""
+"""Slots beyond the reach that are kept, of those that one pass has read, so that the pass can be rolled back."""
 
 ALIGNED = 8
-"""Rings have a multiple of so many places, which masks need for the fast kernels."""
+"""The number of places of a ring is a multiple of this, which masks need for the fast kernels."""
 
 
 class Entry:
@@ -50,7 +50,7 @@ class Entry:
         self.rewritten |= {name}
 
     def get(self, name: str) -> Tensor | None:
-        """A running state, or None before it was put."""
+        """Return a running state, or None before it was put."""
         return self.states.get(name)
 
     def put(self, name: str, value: Tensor) -> None:
@@ -64,26 +64,26 @@ class Entry:
                 streams[name] = fn(streams[name])
 
     def copy(self) -> Entry:
-        """An entry of the same streams, which goes its own way."""
+        """Return an entry of the same streams, which may be changed independently."""
         return self._share(Entry())
 
     def unbounded(self) -> Entry:
-        """An entry of the same streams that keeps all that comes."""
+        """Return an entry of the same streams that drops nothing."""
         return self._share(Entry())
 
-    def _share(self, twin: Entry) -> Entry:
-        twin.grown, twin.states, twin.rewritten = dict(self.grown), dict(self.states), self.rewritten
-        return twin
+    def _share(self, own: Entry) -> Entry:
+        own.grown, own.states, own.rewritten = dict(self.grown), dict(self.states), self.rewritten
+        return own
 
 
 class WindowEntry(Entry):
-    """An entry of which the prefix and the newest slots are kept.
+    """An entry that keeps the prefix and the newest slots.
 
     `grow` returns the prefix, the `reach` slots before the new ones, and these.
 
     Args:
-        reach: how far back the sublayer looks.
-        prefix: leading slots that stay.
+        reach: number of slots that the sublayer looks back.
+        prefix: number of leading slots that are kept.
     """
 
     def __init__(self, reach: int, prefix: int) -> None:
@@ -99,7 +99,7 @@ class WindowEntry(Entry):
         return whole
 
     def _newest(self, stream: Tensor, most: int) -> tuple[Tensor, ...]:
-        """The prefix and the newest `most` slots behind it."""
+        """Return the prefix and the newest `most` slots after it."""
         first = stream.shape[-2] - most
         if first <= self.prefix:
             return (stream,)
@@ -107,9 +107,9 @@ class WindowEntry(Entry):
         return (stream[..., : self.prefix, :], tail) if self.prefix else (tail,)
 
     def copy(self) -> WindowEntry:
-        twin = WindowEntry(self.reach, self.prefix)
-        self._share(twin)
-        return twin
+        own = WindowEntry(self.reach, self.prefix)
+        self._share(own)
+        return own
 
 
 class StaticEntry(Entry):
@@ -119,12 +119,12 @@ class StaticEntry(Entry):
         buffers: `(b, heads, capacity, width)` for each stream.
         index: `(n,)` places of the current pass.
         fresh: nothing was held before it.
-        shown: how many places are read, from the first one on; None for all.
+        shown: number of places that are read, from the first one on; None for all.
     """
 
     @property
     def ring(self) -> Ring | None:
-        """Which slot stands where, if not each at its own place."""
+        """Order of the places, if slots are not simply at their own index."""
         return None
 
     def __init__(self, buffers: dict[str, Tensor], index: Tensor, fresh: bool = True, shown: int | None = None) -> None:
@@ -132,12 +132,11 @@ class StaticEntry(Entry):
         self.index, self.fresh, self.shown = index, fresh, shown
 
     def at(self, index: Tensor, fresh: bool, shown: int | None) -> StaticEntry:
-        """An entry of the same buffers for another pass; running states go their own way."""
-        twin = StaticEntry(self.grown, index, fresh, shown)
-        if self.states:
-            twin.states = dict(self.states)
-        twin.rewritten = self.rewritten
-        return twin
+        """Return an entry of the same buffers for another pass, whose running states may be changed independently."""
+        own = object.__new__(StaticEntry)  # without the call of `__init__`, which every layer pays at every token
+        own.grown, own.states, own.rewritten = self.grown, dict(self.states), self.rewritten
+        own.index, own.fresh, own.shown = index, fresh, shown
+        return own
 
     def copy(self) -> StaticEntry:
         # the buffers are shared: to write the same tokens twice changes nothing
@@ -171,12 +170,12 @@ class StaticEntry(Entry):
 
 @dataclass(frozen=True)
 class Ring:
-    """The places of fixed buffers of which the front stays and the rest is written round and round.
+    """Places of fixed buffers: the front is kept, and the rest is overwritten in turn.
 
     Attributes:
-        reach: how far back the sublayer looks.
-        prefix: leading slots that stay.
-        step: the most tokens of a pass that are read from the buffers; with more, they stand behind the buffers.
+        reach: number of slots that the sublayer looks back.
+        prefix: number of leading slots that are kept.
+        step: greatest number of tokens of a pass that are read from the buffers; keys of a longer pass are appended.
     """
 
     reach: int
@@ -185,28 +184,30 @@ class Ring:
 
     @property
     def places(self) -> int:
-        """How many there are."""
+        """Number of all places."""
+        # the oldest query of a pass still needs `reach` slots when `step` newer ones have been written
         return -(-(self.prefix + self.reach + self.step) // ALIGNED) * ALIGNED
 
     @property
     def room(self) -> int:
-        """How many of them go round."""
+        """Number of places that are overwritten in turn."""
         return self.places - self.prefix
 
     def place(self, slots: Tensor) -> Tensor:
-        """Where `(n,)` slots stand."""
+        """Return the places of `(n,)` slots."""
         return torch.where(slots < self.prefix, slots, self.prefix + (slots - self.prefix).remainder(self.room))
 
     def held(self, filled: Tensor, never: int) -> Tensor:
-        """`(places,)` slots that stand there when `filled` were read; `never` where none is."""
+        """Return `(places,)` the slot in each place when `filled` slots were read; `never` where there is none."""
         places = torch.arange(self.places, device=filled.device)
+        # in each place is the newest slot that is congruent to it
         newest = filled - 1 - self.prefix
-        behind = newest - (newest - (places - self.prefix)).remainder(self.room)
-        slots = torch.where(behind < 0, never, self.prefix + behind)
+        slot = newest - (newest - (places - self.prefix)).remainder(self.room)
+        slots = torch.where(slot < 0, never, self.prefix + slot)
         return torch.where(places < self.prefix, places, slots)
 
     def slots(self, filled: Tensor, new: Tensor, never: int) -> Tensor:
-        """The slots of what `RingEntry.grow` returns, when the slots `new (n,)` were the last of `filled`."""
+        """Return the slots of what `RingEntry.grow` returns, when the slots `new (n,)` were the last of `filled`."""
         if len(new) <= self.step:
             return self.held(filled, never)
         return torch.cat((self.held(filled - len(new), never), new))
@@ -217,7 +218,7 @@ class RingEntry(StaticEntry):
 
     Args:
         buffers, index, fresh: of a `StaticEntry`; the index is that of places in the ring.
-        ring: which slot stands where.
+        ring: order of the places.
     """
 
     def __init__(self, buffers: dict[str, Tensor], index: Tensor, ring: Ring, fresh: bool = True) -> None:
@@ -229,19 +230,19 @@ class RingEntry(StaticEntry):
         return self._ring
 
     def at(self, index: Tensor, fresh: bool, shown: int | None) -> RingEntry:
-        # all places are read: which of them are empty, the slots say
-        twin = RingEntry(self.grown, index, self.ring, fresh)
-        if self.states:
-            twin.states = dict(self.states)
-        return twin
+        # all places are read: their slots show which of them are empty
+        own = RingEntry(self.grown, index, self.ring, fresh)
+        own.states = dict(self.states)
+        return own
 
     def grow(self, name: str, new: Tensor) -> Tensor:
-        """Write `(..., n, d)`, and return the buffer; or, of a long pass, what it held and `new` behind it."""
+        """Write `(..., n, d)`, and return the buffer; of a long pass, what it held before, followed by `new`."""
         buffer, ring, n = self.grown[name], self.ring, new.shape[-2]
         whole = new if self.fresh else buffer
         if n > ring.step and not self.fresh:
+            # the first queries of a long pass look back at slots that its last keys overwrite
             whole = torch.cat((buffer, new.to(buffer.dtype)), dim=-2)
-        # no place is written twice, whose order would be nobody's
+        # write no place twice: `index_copy_` does not define which write wins
         late = max(n - ring.room, 0)
         if self.fresh and late > 0:
             late = max(late, ring.prefix)
@@ -253,4 +254,4 @@ class RingEntry(StaticEntry):
         buffer.index_copy_(-2, self.index[first:last], new[..., first:last, :].to(buffer.dtype))
 
     def rewrite(self, name: str, whole: Tensor) -> None:
-        raise NotImplementedError("what changes old keys needs all of them, and says so by `whole_past`")
+        raise NotImplementedError("a part that changes old keys needs all of them; declare `whole_past = True`")

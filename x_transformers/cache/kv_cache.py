@@ -9,18 +9,43 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from x_transformers.cache.entries import Entry, WindowEntry
 from x_transformers.errors import InputError
+from x_transformers.forward_pass.call import Span
 
 Reach = int | None
-"""How many slots back a sublayer looks; None for all."""
+"""Number of slots that a sublayer looks back; None for all."""
 
 OF_CONTEXT = frozenset({"k", "v", "context_pos"})
 """States that are read once and stay."""
+
+
+@dataclass(frozen=True, eq=False)
+class CacheHeader:
+    """What the model of a pass says about the slots that are no tokens.
+
+    Attributes:
+        prefix: number of leading slots that are no tokens (memory tokens, prepended embeddings), never dropped.
+        prepended: number of prepended embeddings among them.
+        prefix_mask: `(b, prefix)` which prefix slots are valid, or None for all.
+        items: number of prepended embeddings and tokens of this pass; 0 where nobody counts them.
+        interspersed: memory tokens lie between the tokens, so that windows cannot be cut.
+    """
+
+    prefix: int = 0
+    prepended: int = 0
+    prefix_mask: Tensor | None = None
+    items: int = 0
+    interspersed: bool = False
+
+
+NO_PREFIX = CacheHeader()
+"""Header of a pass in which every slot is a token."""
 
 
 class KVCache:
@@ -29,82 +54,165 @@ class KVCache:
     Attributes:
         entries: streams, by executed sublayer.
         length: slots consumed so far, dropped ones included.
-        prefix: leading slots that are no tokens (memory tokens, prepended embeddings) and are never dropped.
-        dropped: slots that were cropped away behind the prefix.
+        started: a pass has gone through it.
         fresh: nothing was held before the current pass.
-        tokens: items (prepended embeddings and tokens) consumed so far; kept by wrappers on the host.
-        prepended: how many of them are prepended embeddings.
-        positions: `(1|b, slots)` if a caller gave positions of his own, else None.
-        prefix_mask: `(b, prefix)` which prefix slots are valid, or None for all.
+        dropped: number of slots after the prefix that were cropped away.
+        positions: `(1|b, slots)` if a caller gave positions, else None.
+        prefix, prepended, prefix_mask: of the first pass, see `CacheHeader`.
+        tokens: prepended embeddings and tokens consumed so far, where the host counts them.
         order: the built sublayers whose streams the entries hold, in the order of execution; None before a pass.
-        reaches: how far back each executed sublayer looks; what lies further back is not kept. Empty: all look at all.
+        reaches: number of slots that each executed sublayer looks back, beyond which nothing is kept. Empty: all slots.
+        capacity: number of slots that there is room for; None for a cache that grows.
     """
 
-    is_static = False
+    capacity: int | None = None
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.length: int = 0
-        self.prefix: int = 0
-        self.dropped: int = 0
+        self.started: bool = False
         self.fresh: bool = True
-        self.tokens: int = 0
-        self.prepended: int = 0
+        self.dropped: int = 0
         self.positions: Tensor | None = None
+        self.prefix: int = 0
+        self.prepended: int = 0
         self.prefix_mask: Tensor | None = None
+        self.tokens: int = 0
         self.order: tuple[int, ...] | None = None
         self.reaches: tuple[Reach, ...] = ()
 
-    @property
-    def started(self) -> bool:
-        """Whether a pass has gone through it."""
-        return self.length > 0
+    # one pass
 
-    def begin(self, count: int) -> KVCache:
-        """A cache for one pass over `count` new slots. The one it came from stays as it was."""
-        twin = copy.copy(self)
-        twin.entries = [entry.copy() for entry in self.entries]
-        twin.length = self.length + count
-        twin.fresh = self.length == 0
-        return twin
+    def begin(
+        self,
+        count: int,
+        *,
+        order: tuple[int, ...] | None = None,
+        reaches: tuple[Reach, ...] = (),
+        header: CacheHeader | None = None,
+    ) -> KVCache:
+        """Return a cache for one pass over `count` new slots; the one it came from stays as it was.
+
+        Args:
+            count: number of new slots; 0 makes a copy that shares its streams.
+            order: the built sublayers that run.
+            reaches: number of slots that each of them looks back.
+            header: of the pass.
+
+        Raises:
+            InputError: if other sublayers filled the cache, or it has no room.
+        """
+        own = copy.copy(self)
+        own.entries = [entry.copy() for entry in self.entries]
+        own.length = self.length + count
+        own.fresh, own.started = not self.started, own.length > 0
+        if order is not None and order != own.order:
+            own._take_order(order)
+        if header is not None:
+            own.tokens += header.items
+            if own.fresh:
+                own.prefix, own.prepended, own.prefix_mask = header.prefix, header.prepended, header.prefix_mask
+                bounded = any(reach is not None for reach in reaches) and not header.interspersed
+                own.reaches = reaches if bounded else ()
+        return own
+
+    def _take_order(self, order: tuple[int, ...]) -> None:
+        if self.order is not None:
+            raise InputError(f"the cache was filled by layers {self.order}, but layers {order} are to run; keep one.")
+        self.order = order
 
     def entry(self, number: int) -> Entry:
-        """The streams of an executed sublayer, made when first asked for."""
+        """Return the streams of an executed sublayer, made when first needed."""
         while len(self.entries) <= number:
             reach = self.reach(len(self.entries))
             self.entries.append(Entry() if reach is None else WindowEntry(reach, self.prefix))
         return self.entries[number]
 
+    # what a pass asks
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows, or None before a pass."""
+        streams = (stream for entry in self.entries for stream in (*entry.grown.values(), *entry.states.values()))
+        return next((stream.shape[0] for stream in streams), None)
+
+    @property
+    def known_length(self) -> int | None:
+        """Slots consumed so far, or None where only the device counts them."""
+        return self.length
+
     @property
     def ends_with_newest(self) -> bool:
-        """Whether the newest token is the last of all keys: a static cache may show empty places behind it."""
+        """True if the newest token is the last of all keys: a static cache may have empty places after it."""
         return True
 
+    def count_tokens(self, interspersed: bool) -> int | Tensor:
+        """Return the number of tokens consumed so far, a device scalar if only the device counts them.
+
+        Args:
+            interspersed: memory tokens lie between the tokens.
+        """
+        return self.tokens - self.prepended
+
+    def count_tokens_with(self, new: int) -> int | None:
+        """Return the number of tokens after a pass over `new` ones, or None if only the device can know."""
+        return self.tokens - self.prepended + new
+
+    def refuse_whole_sequence(self) -> None:
+        """Raise an `InputError` if the host does not know how many tokens of a whole sequence are cached already."""
+
+    def mask_width(self, count: int) -> tuple[int, int]:
+        """Return the least and the greatest number of columns of a mask in a pass over `count` new slots."""
+        return self.length, self.length
+
+    def cut_bias(self, bias: Tensor) -> Tensor:
+        """Return the columns of a caller's bias `(..., i, slots)` that belong to keys of this pass."""
+        return bias
+
     def reach(self, number: int) -> Reach:
-        """How far back an executed sublayer looks, if the rest is not kept for it."""
+        """Return how far back an executed sublayer looks, if the rest is not kept for it."""
         return self.reaches[number] if number < len(self.reaches) else None
 
-    def tail(self, reach: int, count: int) -> int:
-        """Slots behind the prefix that a sublayer of this reach sees in a pass over `count` new ones."""
-        return min(reach, self.length - count - self.prefix - self.dropped) + count
+    def within_reach(self, keys: Span, reach: int, new: int) -> Span:
+        """Return those keys that a sublayer holds whose queries look back at most `reach` slots.
+
+        The cache must have begun the pass, and must not be fresh.
+
+        Args:
+            keys: every key, cached and new.
+            reach: number of slots that the sublayer looks back.
+            new: number of tokens of this pass.
+        """
+        held = min(reach, self.length - new - self.prefix - self.dropped) + new
+        first, prefix = len(keys) - held, self.prefix
+        if prefix == 0:
+            live = None if keys.live is None else keys.live[:, first:]
+            # columns count padding too, so that slots are no farther apart than columns
+            near = reach if new == 1 else None
+            return Span(keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], live, keys.contiguous, near=near)
+        if first <= prefix:
+            return keys
+        live = None if keys.live is None else _without(keys.live, prefix, first)
+        index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
+        return Span(index, slot, pos, live, False)
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
-        """`(count,)` slots of the newest `count` tokens."""
+        """Return `(count,)` slots of the newest `count` tokens."""
         return torch.arange(self.length - count, self.length, device=device)
 
     def key_index(self, device: torch.device) -> Tensor:
-        """`(j,)` slots of everything that is held."""
+        """Return `(j,)` slots of everything that is held."""
         if not self.dropped:
             return torch.arange(self.length, device=device)
         kept = torch.arange(self.prefix + self.dropped, self.length, device=device)
         return torch.cat((torch.arange(self.prefix, device=device), kept))
 
     def place(self, pos: Tensor | None, slots: Tensor) -> Tensor:
-        """`(1|b, j)` positions of everything held, when the newest tokens stand at `pos`; by default their slots.
+        """Return `(1|b, j)` positions of everything held.
 
         Args:
-            pos: `(1|b, n)` positions of the newest tokens, or None.
-            slots: `(1|b, j)` what positions are by default.
+            pos: `(1|b, n)` positions of the newest tokens, or None for their slots.
+            slots: `(1|b, j)` default positions.
         """
         if pos is None and self.positions is None:
             return slots
@@ -118,8 +226,10 @@ class KVCache:
         self.positions = torch.cat((past.expand(rows, -1), new.expand(rows, -1)), dim=-1)
         return self.positions[:, self.key_index(slots.device)]
 
+    # going back, and other rows
+
     def crop(self, most: int) -> None:
-        """Keep the prefix and the newest `most` slots behind it, in every stream that grows."""
+        """Keep the prefix and the newest `most` slots after it, in every stream that grows."""
         drop = self.length - self.prefix - self.dropped - most
         if drop <= 0:
             return
@@ -133,7 +243,7 @@ class KVCache:
 
     @property
     def supports_rollback(self) -> bool:
-        """Whether the newest slots can be taken back: nothing but streams that grow depends on them."""
+        """True if the newest slots can be taken back: only streams that grow depend on them."""
         return not any(entry.rewritten or not OF_CONTEXT.issuperset(entry.states) for entry in self.entries)
 
     def rollback(self, count: int) -> None:
@@ -153,11 +263,13 @@ class KVCache:
             self.positions = self.positions[:, : self.length - count]
         self.length -= count
         self.tokens -= count
+        self.started = self.length > 0
 
     def can_roll_back(self, count: int) -> bool:
-        """Whether `rollback` can take so many slots back."""
+        """Return True if `rollback` can take `count` slots back."""
         left = self.length - count - self.prefix - self.dropped
         for entry in self.entries:
+            # a windowed stream has dropped old slots; the next query must still find as many as its window shows
             most = entry.reach if isinstance(entry, WindowEntry) else left
             if any(stream.shape[-2] - count - self.prefix < min(most, left) for stream in entry.grown.values()):
                 return False
@@ -176,7 +288,7 @@ class KVCache:
             )
 
     def saved(self, count: int) -> KVCache:
-        """The same, to come back to when `count` slots more have been read and are not wanted."""
+        """Return a snapshot for going back after up to `count` more slots."""
         return self.begin(0)
 
     def reorder(self, rows: Tensor) -> None:
@@ -185,16 +297,21 @@ class KVCache:
             entry.map(lambda t: t.index_select(0, rows))
         self._map_rows(lambda t: t.index_select(0, rows))
 
+    def private(self, batch: int) -> KVCache:
+        """Return a cache that can be continued without changing this one; a single row serves all rows of a batch."""
+        times = batch if self.rows == 1 else 1
+        return self.copied(times) if self.started and times > 1 else self
+
     def copied(self, times: int = 1) -> KVCache:
-        """A cache of the same content, with each row `times` times, that has nothing in common with this one."""
-        twin = self.begin(0)
-        twin.fresh = self.fresh
+        """Return a cache of the same content, with each row `times` times, that shares nothing with this one."""
+        own = self.begin(0)
+        own.fresh = self.fresh
         if times > 1:
-            twin.repeat(times)
-        return twin
+            own.repeat(times)
+        return own
 
     def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, in place of it."""
+        """Repeat each row `times` times, in place."""
         for entry in self.entries:
             entry.map(lambda t: t.repeat_interleave(times, dim=0))
         self._map_rows(lambda t: t.repeat_interleave(times, dim=0))
@@ -204,3 +321,8 @@ class KVCache:
             self.positions = fn(self.positions)
         if self.prefix_mask is not None:
             self.prefix_mask = fn(self.prefix_mask)
+
+
+def _without(t: Tensor, first: int, last: int) -> Tensor:
+    """Cut the columns from `first` to `last` out of a tensor."""
+    return torch.cat((t[..., :first], t[..., last:]), dim=-1)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from x_transformers.cache.entries import Entry, Ring, RingEntry, Shape, StaticEntry
-from x_transformers.cache.kv_cache import KVCache, Reach
-from x_transformers.errors import InputError
+from x_transformers.cache.kv_cache import CacheHeader, KVCache, Reach
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.call import Span
 
 
 class StaticCache(KVCache):
@@ -19,19 +20,17 @@ class StaticCache(KVCache):
         streams: for each executed sublayer, `{stream: (heads, width)}`, or `(heads, width, least dtype)`.
         batch: rows.
         capacity: slots, memory tokens and other prefix slots included.
-        reaches: how far back each executed sublayer looks; it has a ring of places for no more than that.
-        prefix: leading slots that are no tokens, and stay in rings.
-        step: the most tokens of a pass that a ring takes without looking at a longer axis.
+        reaches: number of slots that each executed sublayer looks back; it has a ring of places for that many.
+        prefix: number of leading slots that are no tokens, and stay in rings.
+        step: greatest number of tokens of a pass that reads rings by themselves; a longer pass also reads its own keys.
 
     Attributes:
-        filled: `()` places written so far, on the device.
+        filled: `()` number of places written so far, on the device.
         shown: the same number as the host knows it, so that eager passes read no empty places; None once a compiled
             pass has run, whose shapes must not change: it reads all places, and masks the empty ones.
 
     A pass writes into the buffers in place, so a static cache cannot be continued twice from one point.
     """
-
-    is_static = True
 
     def __init__(
         self,
@@ -48,18 +47,19 @@ class StaticCache(KVCache):
         super().__init__()
         if capacity < 1 or batch < 1:
             raise InputError(f"a static cache needs room: batch is {batch} and capacity {capacity}; both must be >= 1.")
-        self.batch, self.capacity = batch, capacity
+        self.batch = batch
+        self.capacity: int = capacity  # type: ignore[reportIncompatibleVariableOverride]
         self.filled = torch.zeros((), dtype=torch.long, device=device)
         self.places = torch.arange(capacity, device=device)
         self.index = self.places[:0]
-        self.used = False
         self.shown: int | None = 0
         self.entries: list[StaticEntry] = []  # type: ignore[assignment]
         self.ring_prefix = prefix
         rings = [None if reach is None else Ring(reach, prefix, step) for reach in reaches]
+        # a ring that would be as long as all slots only costs the arithmetic of its places
         rings = [ring if ring is not None and ring.places < capacity else None for ring in rings]
-        self.reaches = tuple(None if ring is None else ring.reach for ring in rings)
         self.rings = tuple(dict.fromkeys(ring for ring in rings if ring is not None))
+        self.reaches = tuple(None if ring is None else ring.reach for ring in rings) if self.rings else ()
         for number, shapes in enumerate(streams):
             ring = rings[number] if number < len(rings) else None
             buffers = {
@@ -78,71 +78,123 @@ class StaticCache(KVCache):
             )
         self.nth_ring = tuple(None if e.ring is None else self.rings.index(e.ring) for e in self.entries)
 
-    @property
-    def started(self) -> bool:
-        return self.used
+    # one pass
 
-    def begin(self, count: int) -> StaticCache:
-        """A cache for the next `count` places. The buffers are shared with the cache it came from."""
+    def begin(
+        self,
+        count: int,
+        *,
+        order: tuple[int, ...] | None = None,
+        reaches: tuple[Reach, ...] = (),
+        header: CacheHeader | None = None,
+    ) -> StaticCache:
+        """Return a cache for the next `count` places, which shares its buffers with the one it came from."""
         if count > self.capacity:
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
-        twin = object.__new__(StaticCache)  # a copy, in a third of the time that `copy.copy` takes
-        twin.__dict__.update(self.__dict__)
-        twin.filled = self.filled + count
-        twin.fresh = not self.used
-        twin.used = self.used or count > 0
+        own = object.__new__(StaticCache)  # a copy, in a third of the time that `copy.copy` takes
+        own.__dict__.update(self.__dict__)
+        own.filled = self.filled + count
+        own.fresh, own.started = not self.started, self.started or count > 0
+        if order is not None and order != own.order:
+            own._take_order(order)
+        if header is not None and (own.fresh or header.interspersed):
+            own._take_header(header)
         if torch.compiler.is_compiling() or self.shown is None:
-            twin.shown, twin.index = None, self.filled + self.places[:count]
+            own.shown, own.index = None, self.filled + self.places[:count]
         elif self.shown + count > self.capacity:
             raise InputError(
                 f"{count} new slots do not fit into a static cache of {self.capacity} that holds {self.shown}; make it "
                 "larger."
             )
         else:
-            twin.shown, twin.index = self.shown + count, self.places.narrow(0, self.shown, count)
-        places = [ring.place(twin.index) for ring in self.rings]
+            own.shown, own.index = self.shown + count, self.places.narrow(0, self.shown, count)
+        places = [ring.place(own.index) for ring in self.rings] if self.rings else ()
         # sublayers that left nothing in the first pass leave nothing later; compiled passes must not ask which it is
-        twin.entries = [
-            entry.at(twin.index if nth is None else places[nth], twin.fresh, twin.shown)
-            if twin.shown is None or self.fresh or entry.grown or entry.states
-            else entry
-            for entry, nth in zip(self.entries, self.nth_ring, strict=True)
-        ]
-        return twin
+        own.entries = []
+        for entry, nth in zip(self.entries, self.nth_ring, strict=True):
+            if own.shown is None or self.fresh or entry.grown or entry.states:
+                entry = entry.at(own.index if nth is None else places[nth], own.fresh, own.shown)
+            own.entries.append(entry)
+        return own
 
-    def ring(self, reach: int) -> Ring:
-        """The ring of the sublayers with this reach."""
-        return next(ring for ring in self.rings if ring.reach == reach)
-
-    def rollback(self, count: int) -> None:
-        if count == 0:
+    def _take_header(self, header: CacheHeader) -> None:
+        if header.interspersed:
+            # elsewhere the device counts: a number that changes from step to step would be compiled for
+            self.tokens += header.items
+        if not self.fresh:
             return
-        self._refuse_rollback(count)
-        self.filled = self.filled - count
-        self.shown = None if self.shown is None else self.shown - count
-        self.tokens = max(self.tokens - count, 0)
+        if self.rings and (header.interspersed or header.prefix > self.ring_prefix):
+            raise InputError(
+                f"the static cache keeps windows after {self.ring_prefix} leading slots, but this model has memory "
+                "tokens or prepended embeddings beyond them; let the model make it (`model.static_cache`, with "
+                "`prepended`)."
+            )
+        self.prefix, self.prepended, self.prefix_mask = header.prefix, header.prepended, header.prefix_mask
 
-    def can_roll_back(self, count: int) -> bool:
-        return self.supports_rollback and all(count <= ring.room - ring.reach for ring in self.rings)
+    def settle(self) -> None:
+        """Prepare for `take_over`: passes of one shape from now on, with states and counters of its own."""
+        self.shown = None
+        for entry in self.entries:
+            entry.states = {name: state.clone() for name, state in entry.states.items()}
+        if self.positions is not None:
+            self.positions = self.positions.clone()
 
-    def saved(self, count: int) -> StaticCache:
-        twin = self.begin(0)
-        for entry in twin.entries:
-            lost = entry.ring is not None and count > entry.ring.room - entry.ring.reach
-            if lost or entry.rewritten:
-                entry.grown = {
-                    name: t.clone() if lost or name in entry.rewritten else t for name, t in entry.grown.items()
-                }
-        return twin
+    def take_over(self, after: StaticCache) -> None:
+        """Copy the state after one more pass into this cache's own tensors, so that the object stays the same."""
+        self.filled.copy_(after.filled)
+        if self.positions is not None and after.positions is not None:
+            self.positions.copy_(after.positions)
+        for held, now in zip(self.entries, after.entries, strict=True):
+            for name, state in now.states.items():
+                if state is not held.states[name]:
+                    held.states[name].copy_(state)
 
-    def copied(self, times: int = 1) -> StaticCache:
-        twin = self.begin(0)
-        twin.fresh, twin.batch = self.fresh, self.batch * times
-        for entry in twin.entries:
-            entry.grown = {name: t.repeat_interleave(times, dim=0) for name, t in entry.grown.items()}
-            entry.states = {name: t.repeat_interleave(times, dim=0) for name, t in entry.states.items()}
-        twin._map_rows(lambda t: t.repeat_interleave(times, dim=0))
-        return twin
+    # what a pass asks
+
+    @property
+    def rows(self) -> int:
+        return self.batch
+
+    @property
+    def known_length(self) -> int | None:
+        return None
+
+    @property
+    def ends_with_newest(self) -> bool:
+        return self.fresh or self.shown is not None
+
+    def count_tokens(self, interspersed: bool) -> int | Tensor:
+        if interspersed or not self.started:
+            return self.tokens - self.prepended
+        # Without interspersed memory each token takes one slot, so the slots that the device has counted are the
+        # position. A compiled step would be compiled again for each value of the host's count.
+        return (self.filled if self.shown is None else self.shown) - self.prefix
+
+    def count_tokens_with(self, new: int) -> int | None:
+        return None if self.started else new
+
+    def refuse_whole_sequence(self) -> None:
+        raise InputError("a static cache accepts only new tokens; pass `input_not_include_cache = True`.")
+
+    def mask_width(self, count: int) -> tuple[int, int]:
+        return count if self.fresh else 0, self.capacity
+
+    def cut_bias(self, bias: Tensor) -> Tensor:
+        if self.fresh:
+            return bias
+        if bias.shape[-1] not in (1, self.capacity):
+            raise ShapeError(
+                f"`attn_bias` has {bias.shape[-1]} columns; with a static cache that is not empty it needs one for "
+                f"each of its {self.capacity} places, prefix slots included."
+            )
+        return bias[..., : self.shown]
+
+    def within_reach(self, keys: Span, reach: int, new: int) -> Span:
+        ring = next(ring for ring in self.rings if ring.reach == reach)
+        index = ring.slots(self.filled, self.index, never=self.capacity)
+        columns = index.clamp(max=len(keys) - 1)  # empty places; their slot is later than any query's
+        live = None if keys.live is None else keys.live[:, columns]
+        return Span(index, keys.slot[:, columns], keys.pos[:, columns], live, ordered=False)
 
     def entry(self, number: int) -> Entry:
         if number >= len(self.entries):
@@ -158,10 +210,6 @@ class StaticCache(KVCache):
     def key_index(self, device: torch.device) -> Tensor:
         return self.index if self.fresh else self.places[: self.shown]
 
-    @property
-    def ends_with_newest(self) -> bool:
-        return self.fresh or self.shown is not None
-
     def place(self, pos: Tensor | None, slots: Tensor) -> Tensor:
         if pos is None and self.positions is None:
             return slots
@@ -172,6 +220,44 @@ class StaticCache(KVCache):
             spread = self.positions.expand(rows, -1).clone()
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
         return self.positions[:, : slots.shape[1]]
+
+    # going back, and other rows
+
+    def rollback(self, count: int) -> None:
+        if count == 0:
+            return
+        self._refuse_rollback(count)
+        # what lies in the places is written over, and no query sees it until then
+        self.filled = self.filled - count
+        self.shown = None if self.shown is None else self.shown - count
+        self.tokens = max(self.tokens - count, 0)
+
+    def can_roll_back(self, count: int) -> bool:
+        # a ring has overwritten the slots that stood `room` places before the newest ones
+        return self.supports_rollback and all(count <= ring.room - ring.reach for ring in self.rings)
+
+    def saved(self, count: int) -> StaticCache:
+        own = self.begin(0)
+        for entry in own.entries:
+            # a ring will overwrite slots that the snapshot still needs, and `rewrite` changes old keys in place
+            lost = entry.ring is not None and count > entry.ring.room - entry.ring.reach
+            if lost or entry.rewritten:
+                entry.grown = {
+                    name: t.clone() if lost or name in entry.rewritten else t for name, t in entry.grown.items()
+                }
+        return own
+
+    def private(self, batch: int) -> StaticCache:
+        return self.copied(batch if self.batch == 1 else 1) if self.started else self
+
+    def copied(self, times: int = 1) -> StaticCache:
+        own = self.begin(0)
+        own.fresh, own.batch = self.fresh, self.batch * times
+        for entry in own.entries:
+            entry.grown = {name: t.repeat_interleave(times, dim=0) for name, t in entry.grown.items()}
+            entry.states = {name: t.repeat_interleave(times, dim=0) for name, t in entry.states.items()}
+        own._map_rows(lambda t: t.repeat_interleave(times, dim=0))
+        return own
 
     def reorder(self, rows: Tensor) -> None:
         super().reorder(rows)
@@ -187,9 +273,9 @@ class StaticCache(KVCache):
         )
 
     def reset(self) -> StaticCache:
-        """Start anew in the same buffers."""
+        """Start again in the same buffers."""
         self.filled = torch.zeros_like(self.filled)
-        self.used, self.shown, self.tokens, self.positions, self.prefix_mask = False, 0, 0, None, None
+        self.started, self.shown, self.tokens, self.positions, self.prefix_mask = False, 0, 0, None, None
         self.prefix = self.prepended = 0
         for entry in self.entries:
             entry.states.clear()
@@ -197,5 +283,5 @@ class StaticCache(KVCache):
 
 
 def _at_least(dtype: torch.dtype | None, least: Sequence[torch.dtype]) -> torch.dtype | None:
-    """The cache's dtype, or the wider one that a stream asks for."""
+    """Return the cache's dtype, or the wider one that a stream needs."""
     return torch.promote_types(dtype or torch.get_default_dtype(), least[0]) if least else dtype

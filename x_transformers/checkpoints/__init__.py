@@ -1,1 +1,1 @@
-"""Files: models with their configuration, and training runs that can be resumed."""
+"""Files of models with their configuration, and of training runs that can be resumed."""

@@ -1,4 +1,4 @@
-"""A model in one safetensors file, with the configuration that rebuilds it."""
+"""Models in one safetensors file each, with the configuration to rebuild them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from x_transformers.options.configured import Configured
 
 
 def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
-    """Write the weights, and the configuration if the model has one; the file appears whole or not at all.
+    """Write the weights of a model, and its configuration if it has one. The file appears complete or not at all.
 
     Args:
-        model: a module; tensors that several names share are written once for each name that the state dict has.
+        model: a module. A tensor with several names in the state dict is written once for each.
         path: of the file.
-        weights: of the model, where it is sharded over processes and they were gathered; default its own.
+        weights: gathered weights, for a model that is sharded over processes; default the model's own.
+
+    Returns:
+        The path.
     """
     path = Path(path)
     config = model.config if isinstance(model, Configured) else None
@@ -35,10 +38,14 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
 
 
 def read_model_file(path: str | Path, device: str = "cpu") -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """The configuration (None if the file holds none) and the weights of a file.
+    """Read the configuration (None if there is none) and the weights of a file.
+
+    Args:
+        path: of the file.
+        device: of the weights.
 
     Raises:
-        CheckpointError: if the file is missing or is no safetensors file.
+        CheckpointError: if the file is missing or is not a safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
@@ -52,16 +59,21 @@ def load_model(path: str | Path, device: str = "cpu", **objects: Any) -> Any:
     """Build the model that a file describes, and load its weights.
 
     Args:
-        path: what `save_model` wrote.
-        device: where the model goes.
+        path: a file that `save_model` has written.
+        device: of the model.
         objects: the options that are not plain data, by name; see `from_config`.
 
+    Returns:
+        The model.
+
     Raises:
-        CheckpointError: if the file cannot be read or holds no configuration.
+        CheckpointError: if the file cannot be read or contains no configuration.
     """
     config, weights = read_model_file(path, device)
     if config is None:
-        raise CheckpointError(f"{path} holds weights without a configuration; build the model and load them into it.")
+        raise CheckpointError(
+            f"{path} contains weights without a configuration; build the model and load them into it."
+        )
     model: Any = Configured.from_config(config, **objects)
     model.load_state_dict(weights)
     return model.to(device)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: a killed run resumes from the last whole one, with the same optimiser and noise."""
+"""Checkpoints of training runs: a killed run resumes from the last complete one, with optimizer and random states."""
 
 from __future__ import annotations
 
@@ -44,17 +44,20 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint to `folder/step-<step>`, point `folder/latest` to it, and remove all but the newest `keep`.
 
-    The checkpoint is written under another name and renamed when it is whole, so that a run that is killed at any
-    moment leaves the previous one in place. Where several processes train, every one of them has to call it: each
-    writes its part of the optimisers' states, and the first one everything else.
+    The checkpoint is written under another name and renamed when it is complete, so that a run that is killed at any
+    moment still has the previous one. If several processes train, all of them have to call this: each writes its part
+    of the optimizer states, and the first one everything else.
 
     Args:
-        folder: of the run's checkpoints; made if it is missing.
-        step: which names the checkpoint.
-        model: its weights go to one safetensors file, with its configuration, sharded or not.
+        folder: of the run's checkpoints, created if it is missing.
+        step: number of the checkpoint.
+        model: its weights and configuration go to one safetensors file, whether it is sharded or not.
         optimizers: by name.
         progress: plain data of the run (steps, seconds, losses).
-        keep: checkpoints that stay.
+        keep: number of checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
     """
     folder = Path(folder)
     final, draft = folder / f"step-{step:08d}", folder / f".draft-{step:08d}"
@@ -81,7 +84,7 @@ def save_checkpoint(
 
 
 def _publish(folder: Path, draft: Path, final: Path, keep: int) -> None:
-    """Give a whole checkpoint its name, point to it, and remove old ones."""
+    """Rename a complete checkpoint, point to it, and remove old ones."""
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     pointer = folder / f".{LATEST}-{os.getpid()}"
@@ -93,7 +96,7 @@ def _publish(folder: Path, draft: Path, final: Path, keep: int) -> None:
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+    """Return the newest complete checkpoint of a run, or None."""
     pointer = Path(folder) / LATEST
     if not pointer.is_file():
         return None
@@ -104,25 +107,26 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 def load_checkpoint(
     checkpoint: str | Path, *, model: nn.Module, optimizers: Mapping[str, Optimizer], device: str = "cpu"
 ) -> dict[str, Any]:
-    """Put a run back where a checkpoint left it, and return its progress. Nothing changes if the checkpoint misfits.
+    """Restore a run from a checkpoint, and return its progress. Nothing changes if the checkpoint does not fit.
 
-    The run may go on with another number of processes, sharded or not; each has to call it. Chance then goes on where
-    it was in as many processes as there were.
+    The run may continue with another number of processes, sharded or not; each has to call this. Random states are
+    restored in as many processes as have saved one.
 
     Args:
         checkpoint: the folder that `save_checkpoint` returned.
-        model: built with the options of the run. optimizers: by name, over the model's parameters.
-        device: where tensors are read to.
+        model: built with the options of the run.
+        optimizers: by name, over the model's parameters.
+        device: that tensors are read to.
 
     Raises:
-        CheckpointError: if it cannot be read, or is of a model with another configuration.
+        CheckpointError: if it cannot be read, or belongs to a model with another configuration.
     """
     checkpoint = Path(checkpoint)
     config, weights = read_model_file(checkpoint / WEIGHTS, device)
-    mine = model.config if isinstance(model, Configured) else None
-    if config is not None and mine is not None and config != mine:
+    own = model.config if isinstance(model, Configured) else None
+    if config is not None and own is not None and config != own:
         raise CheckpointError(
-            f"the checkpoint {checkpoint} is of another configuration ({_first_difference(config, mine)}); resume with "
+            f"the checkpoint {checkpoint} is of another configuration ({_first_difference(config, own)}); resume with "
             "the options of the run, or start a new one."
         )
     try:
@@ -131,7 +135,7 @@ def load_checkpoint(
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}.") from error
     if set(state["optimizers"]) != set(optimizers):
         raise CheckpointError(
-            f"the checkpoint {checkpoint} was written with the optimisers {sorted(state['optimizers'])}; this run has "
+            f"the checkpoint {checkpoint} was written with the optimizers {sorted(state['optimizers'])}; this run has "
             f"{sorted(optimizers)}."
         )
     states = _states(model, optimizers)
@@ -139,7 +143,7 @@ def load_checkpoint(
         with _quietly():
             load_parts({"optimizers": states}, checkpoint_id=checkpoint / STATES)
     except Exception as error:
-        raise CheckpointError(f"the optimisers' states in {checkpoint} cannot be read: {error}.") from error
+        raise CheckpointError(f"the optimizer states in {checkpoint} cannot be read: {error}.") from error
     if is_sharded(model):
         set_model_state_dict(model, dict[str, Any](weights), options=StateDictOptions(full_state_dict=True))
     else:
@@ -154,7 +158,7 @@ def load_checkpoint(
 
 
 def _states(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """The optimisers' states by the names of parameters, which do not depend on the number of processes."""
+    """Return the optimizer states by the names of parameters, which do not depend on the number of processes."""
     return {name: get_optimizer_state_dict(model, optimizer) for name, optimizer in optimizers.items()}
 
 
@@ -164,16 +168,16 @@ def _cuda_noise() -> list[Tensor]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the words of `torch.distributed.checkpoint` about what is meant here: that a process may be alone."""
+    """Hide the warning of `torch.distributed.checkpoint` that there is a single process, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
-def _first_difference(theirs: Any, mine: Any, path: str = "") -> str:
-    """Where two configurations differ first, in words."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in sorted({*theirs, *mine}):
-            if theirs.get(key) != mine.get(key):
-                return _first_difference(theirs.get(key), mine.get(key), f"{path}.{key}" if path else str(key))
-    return f"{path}: {theirs!r} there, {mine!r} here"
+def _first_difference(theirs: Any, own: Any, path: str = "") -> str:
+    """Describe the first difference of two configurations."""
+    if isinstance(theirs, dict) and isinstance(own, dict):
+        for key in sorted({*theirs, *own}):
+            if theirs.get(key) != own.get(key):
+                return _first_difference(theirs.get(key), own.get(key), f"{path}.{key}" if path else str(key))
+    return f"{path}: {theirs!r} there, {own!r} here"

@@ -1,8 +1,8 @@
 """Beam search: several continuations of each prompt, those with the highest probability.
 
-A row of a beam is a sequence whose score is the sum of its tokens' log-probabilities, whatever the candidates were
-chosen by: plain beams look at the logits, stochastic ones at filtered, tempered logits with Gumbel noise, which draws
-candidates without replacement (1903.06059).
+A row of a beam is a sequence whose score is the sum of its tokens' log-probabilities, however the candidates were
+chosen: plain beams compare logits, stochastic ones filtered and scaled logits with Gumbel noise, which draws candidates
+without replacement (1903.06059).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.ops import at_least_float32
 
 Select = Callable[[Tensor], Tensor]
-"""`(b, v)` logits to what candidates are chosen by, larger is better; -inf is never chosen."""
+"""`(b, v)` logits to values by which candidates are chosen: larger is better, -inf is never chosen."""
 
 
 def noisy(adjust: Adjust) -> Select:
-    """Filtered, tempered logits with Gumbel noise."""
+    """Return a function that filters and scales logits, and adds Gumbel noise."""
 
     def select(logits: Tensor) -> Tensor:
         logits = adjust(logits)
@@ -37,10 +37,10 @@ class Beams:
     Args:
         sequences: the prompts, `(b, n)`.
         reader: of the model.
-        width: beams of each prompt.
-        select: what candidates are chosen by.
-        vocabulary: ids that can be read again.
-        eos_token: what ends a beam, which then stays as it is; None for beams that never end.
+        width: number of beams of each prompt.
+        select: by what candidates are chosen.
+        vocabulary: number of ids that can be read again.
+        eos_token: ends a beam, which then stays as it is; None for beams that never end.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Beams:
         """Continue by `seq_len` tokens, or until all beams have ended.
 
         Args:
-            seq_len: tokens to generate.
-            pad_value: what follows an end token.
-            every: look whether all beams have ended behind each so many tokens, for which the device must be waited
-                for. What is found does not depend on it.
+            seq_len: number of tokens to generate.
+            pad_value: follows an end token.
+            every: number of steps between checks whether all beams have ended, each of which waits for the device.
+                The result does not depend on it.
 
         Returns:
-            `(b, width, m)` tokens, `pad_value`s behind an end token, and `(b, width)` scores, the highest first.
+            `(b, width, m)` tokens, `pad_value`s after an end token, and `(b, width)` scores, the highest first.
         """
         for count in range(1, seq_len + 1):
             self.step()
@@ -102,7 +102,7 @@ class Beams:
             scores, order = scores.topk(self.width, dim=-1)
             tokens, parents = tokens.gather(-1, order), order.div(self.width, rounding_mode="floor")
             if self.eos_token is not None:
-                # a search that is over, and goes on since nobody looked yet, leaves its beams in their order
+                # a search that is over, and continues until the next check, leaves its beams in their order
                 over = self.ended.all()
                 scores = torch.where(over, self.scores, scores)
                 parents = torch.where(over, torch.arange(rows, device=parents.device), parents)
@@ -111,12 +111,12 @@ class Beams:
         self._follow((parents + first.unsqueeze(-1)).flatten(), tokens.reshape(-1, 1))
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """For each row, what the best next tokens add to its score, and these tokens; both `(rows, width)`."""
+        """Return what each row's best next tokens add to its score, and these tokens; both `(rows, width)`."""
         check_readable(logits, self.vocabulary)
         log_probs = at_least_float32(logits).log_softmax(dim=-1)
         values = self.select(logits)
         if self.eos_token is not None:
-            # an ended row has one continuation, of probability 1; which token stands for it does not matter
+            # an ended row has one continuation, of probability 1; which token it is does not matter
             ended = self.ended.unsqueeze(-1)
             only = torch.full_like(values[:1], -math.inf)
             only[:, 0] = 0.0
@@ -126,7 +126,7 @@ class Beams:
         return log_probs.gather(-1, best.indices).masked_fill(best.values == -math.inf, -math.inf), best.indices
 
     def _follow(self, rows: Tensor, tokens: Tensor) -> None:
-        """Let row r go on from old row `rows[r]`, with the token `tokens[r]`."""
+        """Let row r continue from old row `rows[r]`, with the token `tokens[r]`."""
         self.sequences.reorder(rows)
         self.reader.reorder(rows)
         self.sequences.append(tokens)

@@ -7,21 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from x_transformers.cache import KVCache, StaticCache
+from x_transformers.cache import KVCache
+from x_transformers.decoding.options import CacheChoice, GenerationOptions
+from x_transformers.decoding.prompts import Prompts
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.base import Model
 from x_transformers.models.memory_layout import interspersed
 
-CacheChoice = str | KVCache | LayerIntermediates
-"""`"dynamic"`, `"static"`, or what an earlier call returned."""
-
 ROUND = 64
-"""Static caches have room for a multiple of so many tokens: kernels like it, and compiled steps serve more lengths."""
+"""Static caches have room for a multiple of this: kernels are faster then, and compiled steps serve more lengths."""
 
 
 def window_of(net: Model, total: int, *, caching: bool, restrict: bool) -> int | None:
-    """Tokens that the net may see at a time, or None if all of them always fit.
+    """Return the number of tokens that the net may see at a time, or None if all of them always fit.
 
     Raises:
         InputError: if there are no positions for so many tokens.
@@ -34,63 +33,55 @@ def window_of(net: Model, total: int, *, caching: bool, restrict: bool) -> int |
     raise InputError(
         f"{total} tokens (prompt and generated) exceed `max_seq_len` = {most}, and there are no absolute positions "
         "beyond. Generate less, build the model with rotary positions, or set `cache_kv = False` (with "
-        f"`restrict_to_max_seq_len`), which reads the last {most} tokens anew at each step."
+        f"`restrict_to_max_seq_len`), which reads the last {most} tokens again at each step."
     )
 
 
 def first_cache(
-    net: Model,
-    prompts: Tensor,
-    start: Tensor | None,
-    total: int,
-    *,
-    cache: CacheChoice,
-    prepended: int,
-    window: int | None,
-    at_once: int = 1,
+    net: Model, prompts: Prompts, total: int, options: GenerationOptions, cache: CacheChoice, window: int | None
 ) -> tuple[KVCache, int]:
-    """The cache to begin with, and how many tokens it holds.
+    """Return the cache to begin with, and the number of tokens in it.
 
     Args:
         net: the model.
-        prompts: `(b, n)`.
-        start: `(b,)` tokens of left padding, or None.
-        total: tokens that will be read.
-        cache: what was asked for.
-        prepended: embeddings before the prompts.
-        window: tokens that the net may see at a time.
-        at_once: tokens of most passes behind the prompts.
+        prompts: whose first tokens the cache may contain.
+        total: number of tokens that will be read.
+        options: of which `arguments` may contain embeddings before the prompts, and `guesses` are read at once.
+        cache: what was requested.
+        window: number of tokens that the net may see at a time.
 
     Raises:
         InputError: if the cache does not fit the model, the prompts or the length.
     """
-    if cache == "dynamic":
+    batch, embeds = len(prompts.tokens), options.arguments.get("prepend_embeds")
+    prepended = 0 if embeds is None else embeds.shape[1]
+    if isinstance(cache, str) and cache == "dynamic":
         return KVCache(), 0
-    if cache == "static":
+    if isinstance(cache, str) and cache == "static":
         _refuse_sliding(window, total)
         room = -(-total // ROUND) * ROUND
         if net.layout.every is None:
-            return net.static_cache(len(prompts), room, prepended=prepended, step=at_once), 0
-        needed = slots(net, prepended + room, prepended, start)
-        return net.attn_layers.static_cache(len(prompts), needed, prefix=None), 0
+            return net.static_cache(batch, room, prepended=prepended, step=options.guesses + 1), 0
+        needed = slots(net, prepended + room, prepended, prompts.start)
+        return net.attn_layers.static_cache(batch, needed, prefix=None), 0
     kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
     if not isinstance(kv, KVCache):
         what = "a record without one" if kv is None else repr(kv)
         raise InputError(f'`cache` is {what}; it must be "dynamic", "static", or what an earlier call returned.')
-    held = tokens_held(net, kv)
-    kv = _own(kv, len(prompts))
-    _check_prompts(kv, held, prompts, start)
-    if isinstance(kv, StaticCache):
+    held = int(kv.count_tokens(interspersed=net.layout.every is not None))
+    kv = kv.private(batch)
+    _check_prompts(kv, held, prompts)
+    if kv.capacity is not None:
         _refuse_sliding(window, total)
         before = kv.prepended if kv.started else prepended
-        needed = slots(net, before + total, before, start)
+        needed = slots(net, before + total, before, prompts.start)
         if needed > kv.capacity:
             raise InputError(f"{total} tokens need {needed} slots; the static cache has room for {kv.capacity}.")
     return kv, held
 
 
 def slots(net: Model, items: int, prepended: int, start: Tensor | None) -> int:
-    """Slots that so many prepended embeddings and tokens take."""
+    """Return the number of slots that prepended embeddings and tokens (`items` of both) take."""
     if net.layout.every is None or start is None:
         return net.layout.slots(items)
     # rows with different padding open their groups of memory tokens at different columns
@@ -98,24 +89,21 @@ def slots(net: Model, items: int, prepended: int, start: Tensor | None) -> int:
 
 
 def slots_of_newest(net: Model, cache: KVCache, count: int, start: Tensor | None, device: torch.device) -> int:
-    """Slots that the newest `count` tokens of a dynamic cache take, with the memory tokens between them."""
+    """Return the number of slots of a dynamic cache's newest `count` tokens, with the memory tokens between them."""
     if net.layout.every is None or count == 0:
         return count
     items = cache.tokens
     return interspersed(net.layout, items, items - count, cache.prepended, start, device).new
 
 
-def tokens_held(net: Model, cache: KVCache) -> int:
-    """Tokens that a cache has read, those included that it dropped."""
-    if isinstance(cache, StaticCache) and net.layout.every is None:
-        return int(cache.filled) - cache.prefix if cache.started else 0  # they are counted on the device alone
-    return cache.tokens - cache.prepended
-
-
 def modify_cached_kv(cache: LayerIntermediates | None, fn: Callable[[Tensor], Tensor]) -> None:
-    """Apply `fn` to the cached keys and values of every self-attention, in place of them.
+    """Replace the cached keys and values of every self-attention by `fn` of them.
 
     To shorten a cache use `KVCache.crop`, which keeps count.
+
+    Args:
+        cache: record of a pass; None is ignored.
+        fn: tensor to tensor, applied to keys and to values `(b, heads, n, d)`.
     """
     if cache is None:
         return
@@ -133,14 +121,13 @@ def _refuse_sliding(window: int | None, total: int) -> None:
         )
 
 
-def _check_prompts(cache: KVCache, held: int, prompts: Tensor, start: Tensor | None) -> None:
-    batch, n = prompts.shape
-    rows = cache.batch if isinstance(cache, StaticCache) else _rows(cache)
-    if rows not in (None, batch):
-        raise InputError(f"the cache holds {rows} rows, and there are {batch} prompts; see `KVCache.repeat`.")
+def _check_prompts(cache: KVCache, held: int, prompts: Prompts) -> None:
+    batch, n = prompts.tokens.shape
+    if cache.rows not in (None, batch):
+        raise InputError(f"the cache holds {cache.rows} rows, and there are {batch} prompts; see `KVCache.repeat`.")
     if not cache.started:
         return
-    if start is not None:
+    if prompts.start is not None:
         raise InputError(
             "a cache that holds tokens needs prompts of one length; padding would move its tokens to other columns."
         )
@@ -148,16 +135,3 @@ def _check_prompts(cache: KVCache, held: int, prompts: Tensor, start: Tensor | N
         raise InputError(
             f"the cache holds {held} tokens and the prompts have {n}; give the cached tokens and at least one new one."
         )
-
-
-def _own(cache: KVCache, batch: int) -> KVCache:
-    """A cache that generation may go on from without a trace in the one given; what one row holds serves all rows."""
-    times = batch if (cache.batch if isinstance(cache, StaticCache) else _rows(cache)) == 1 else 1
-    if not cache.started or (times == 1 and not cache.is_static):
-        return cache
-    return cache.copied(times)
-
-
-def _rows(cache: KVCache) -> int | None:
-    streams = (stream for entry in cache.entries for stream in (*entry.grown.values(), *entry.states.values()))
-    return next((stream.shape[0] for stream in streams), None)

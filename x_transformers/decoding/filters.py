@@ -1,4 +1,4 @@
-"""Filters of logits: what is not kept becomes -inf. Pure functions on `(..., v)`; their inputs stay as they were."""
+"""Filters of logits: pure functions on `(..., v)` that replace what is not kept by -inf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the caller gave beside the prompts, for passes over a sequence that grows."""
+"""Arguments of a net's passes, given once by the caller, for a sequence that grows."""
 
 from __future__ import annotations
 
@@ -48,19 +48,23 @@ EmbedIds = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]]
 class Arguments:
     """Keyword arguments of a net's passes.
 
-    Masks cover the prompts and go on with True. What else speaks of single tokens must speak of the coming ones, too:
-    `pos`, `sum_embeds` and `embed_ids` cover the final length, or `embed_ids` are functions of the tokens so far.
-    Everything else is the same in each pass.
+    Masks cover the prompts and continue with True. Other arguments over tokens must cover generated ones too: `pos`,
+    `sum_embeds` and `embed_ids` cover the final length, or `embed_ids` are functions of the tokens so far. Everything
+    else is the same in each pass.
 
     Args:
         kwargs: as the caller gave them.
         width: columns of the caller's prompts.
-        final: tokens that will be read in all.
+        final: total number of tokens that will be read.
         align: moves a mask `(b, width)` as the prompts were moved, or None if they were not.
-        growing: of what grows with the sequence outside of it, the arguments over items `first` to `last`.
+        growing: `(first, last)` to the arguments over these items, of what grows next to the sequence.
+
+    Attributes:
+        constant: arguments that are the same in each pass.
+        fixed: there are no others.
 
     Raises:
-        InputError: naming an argument that cannot go on, and what to give instead.
+        InputError: naming an argument that cannot be continued, and what to give instead.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class Arguments:
     ) -> None:
         _check_names(kwargs)
         self.constant = {name: value for name, value in kwargs.items() if value is not None}
-        self.constant.pop("excise_prepend_embeds", None)  # what stands behind the last token is the same
+        self.constant.pop("excise_prepend_embeds", None)  # logits after the last token do not change
         self.growing = growing
         self.masks: dict[str, Tensor] = {}
         for name in ("mask", "self_attn_kv_mask"):
@@ -91,18 +95,19 @@ class Arguments:
             for name, ids in self.embed_ids.items():
                 if isinstance(ids, Tensor):
                     _check_covers(f"embed_ids[{name!r}]", ids, -1, final, align is None)
+        self.fixed = not (self.masks or self.covering or self.embed_ids) and growing is None
 
     def at(
         self, length: int, tokens: Callable[[], Tensor], *, first: int, new: int, keep_masks: bool = False
     ) -> dict[str, Any]:
-        """The arguments of a pass.
+        """Return the arguments of a pass.
 
         Args:
-            length: tokens so far.
-            tokens: gives them, `(b, length)`.
+            length: number of tokens so far.
+            tokens: returns them, `(b, length)`.
             first: the first of them that the net has read or reads.
-            new: how many it reads.
-            keep_masks: let them end with the prompt, as a static cache allows.
+            new: number of tokens that it reads.
+            keep_masks: let masks end with the prompt, as a static cache allows.
         """
         arguments = dict(self.constant)
         for name, mask in self.masks.items():
@@ -119,10 +124,10 @@ class Arguments:
         return arguments
 
     def widen(self, times: int) -> None:
-        """Repeat what belongs to a row `times` times, in place of it.
+        """Repeat whatever belongs to a row `times` times.
 
         Raises:
-            InputError: naming an argument of which it is not known what belongs to a row.
+            InputError: naming an argument whose axis of rows is not known.
         """
         if times == 1:
             return
@@ -136,13 +141,13 @@ class Arguments:
             }
 
     def forget_prepended(self) -> None:
-        """Prepended embeddings are in the cache now."""
+        """Drop prepended embeddings, which are in the cache now."""
         for name in ("prepend_embeds", "prepend_mask"):
             self.constant.pop(name, None)
 
 
 def _widened(name: str, value: Any, times: int) -> Any:
-    """A value with each row repeated; a row that serves all of them stays alone."""
+    """Return a value with each row repeated; a single row that serves all of them is not."""
     if isinstance(value, (list, tuple)):
         return type(value)(_widened(name, item, times) for item in value)
     if isinstance(value, LayerIntermediates):
@@ -160,12 +165,12 @@ def _widened(name: str, value: Any, times: int) -> Any:
 
 
 def _token_axis(t: Tensor) -> int:
-    """Embeddings `(..., n, E)` are floating, positions `(..., n)` are not."""
+    """Return the axis of tokens: embeddings `(..., n, E)` are floating, positions `(..., n)` are not."""
     return -2 if t.is_floating_point() else -1
 
 
 def cut_arguments(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> dict[str, Any]:
-    """Arguments of a pass over tokens `first` to `last` of the n that they speak of; all but the last one are enough.
+    """Cut arguments over n tokens, or all but the last one, to those of a pass over tokens `first` to `last`.
 
     Raises:
         ShapeError: naming an argument that covers another number of tokens.

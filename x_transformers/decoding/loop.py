@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from x_transformers.decoding.caches import CacheChoice, first_cache, window_of
+from x_transformers.decoding.caches import first_cache, window_of
+from x_transformers.decoding.compiled import CompiledReading
 from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.generation_inputs import Arguments
+from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
-from x_transformers.decoding.step import Branching, Cached, Prefill, Reader, Rerun, Sequences, Step
+from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.inference import InferenceView
 
-Given = TypeVar("Given")
+Each = TypeVar("Each")
 Shown = TypeVar("Shown")
 
 Contrast = Callable[[Tensor, Tensor], Tensor]
-"""The expert's and an amateur's logits to new ones."""
+"""Logits of the expert and of an amateur to new ones."""
 
 
 class Decoding:
@@ -34,9 +35,9 @@ class Decoding:
     Args:
         sequences: the tokens so far.
         expert: whose expectations count.
-        amateurs: whose expectations are contrasted with it, in turn, and how.
+        amateurs: readers of weaker models, each with the function that contrasts the expert's logits with its own.
         choose: logits `(b, v)` to tokens `(b, 1)`.
-        vocabulary: ids that can be read again.
+        vocabulary: number of ids that can be read again.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Decoding:
     def step(self) -> Tensor:
         """Choose and append the next tokens, `(b, 1)`."""
         logits = self.expert.read(self.sequences)[:, -1]
-        check_readable(logits, self.vocabulary)
+        if logits.shape[-1] > self.vocabulary:
+            check_readable(logits, self.vocabulary)
         for amateur, contrast in self.amateurs:
             logits = contrast(logits, amateur.read(self.sequences)[:, -1])
         token = self.choose(logits)
@@ -61,7 +63,12 @@ class Decoding:
         return token
 
     def expect(self, readers: Sequence[Branching], last: int) -> Tensor:
-        """Logits `(b, last, v)` behind the newest tokens, contrasted, by readers of the expert and the amateurs."""
+        """Return contrasted logits `(b, last, v)` after the newest tokens.
+
+        Args:
+            readers: of the expert and the amateurs.
+            last: number of positions.
+        """
         logits, *others = [reader.read(self.sequences, last)[:, -last:] for reader in readers]
         check_readable(logits, self.vocabulary)
         for other, (_, contrast) in zip(others, self.amateurs, strict=True):
@@ -69,19 +76,19 @@ class Decoding:
         return logits
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
-        """At most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
-        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
+        """Return an iterator over at most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
+        return until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
 
 
 def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
-    """Generated tokens `(b, 1)` until every row has ended; behind a row's end token come `pad_value`s.
+    """Yield generated tokens `(b, 1)` until every row has ended; after a row's end token come `pad_value`s.
 
     Args:
         steps: the tokens.
-        eos_token: what ends a row; None for rows that never end.
+        eos_token: ends a row; None for rows that never end.
         pad_value: what follows it.
-        every: look whether all rows have ended behind each so many tokens, for which the device must be waited for;
-            0 never looks.
+        every: number of steps between checks whether all rows have ended, each of which waits for the device; 0 never
+            checks.
     """
     done: Tensor | None = None
     for count, token in enumerate(steps, start=1):
@@ -95,8 +102,8 @@ def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, 
             return
 
 
-def cut_behind_end(tokens: Tensor, eos_token: int | None) -> Tensor:
-    """`(b, m)` generated tokens up to the column in which the last row ends."""
+def cut_after_end(tokens: Tensor, eos_token: int | None) -> Tensor:
+    """Cut `(b, m)` generated tokens after the column in which the last row ends."""
     if eos_token is None or tokens.shape[1] == 0:
         return tokens
     going = ((tokens == eos_token).cumsum(dim=1) == 0).any(dim=0)
@@ -107,28 +114,19 @@ def make_reader(
     net: Model,
     prompts: Prompts,
     seq_len: int,
-    kwargs: Mapping[str, Any],
+    options: GenerationOptions,
     *,
-    cache: CacheChoice = "dynamic",
-    cache_kv: bool = True,
-    restrict_to_max_seq_len: bool = True,
-    step: Step | None = None,
-    prefill: Prefill | None = None,
-    at_once: int = 1,
+    compiled: CompiledReading | None = None,
     growing: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Branching:
-    """A reader of the prompts and of what follows them.
+    """Return a reader of the prompts and of what follows them.
 
     Args:
         net: the model.
         prompts: what it begins with.
-        seq_len: how many tokens follow; the last one is not read.
-        kwargs: arguments of its passes.
-        cache: "dynamic", "static", or a cache of the prompts' first tokens.
-        cache_kv: False reads everything again at each step.
-        restrict_to_max_seq_len: the net sees at most its `max_seq_len` tokens.
-        step: how a static cache reads one token, if not by an ordinary pass. prefill: how it reads the prompts.
-        at_once: tokens of most passes.
+        seq_len: number of tokens that follow; the last one is not read.
+        options: of which `cache`, `cache_kv`, `restrict_to_max_seq_len`, `guesses` and `arguments` matter here.
+        compiled: how a static cache reads tokens, if not by ordinary passes.
         growing: arguments that grow with the sequence; see `Arguments`.
 
     Raises:
@@ -136,34 +134,33 @@ def make_reader(
     """
     total = prompts.tokens.shape[1] + max(seq_len, 1) - 1
     align = None if prompts.lens is None else partial(prompts.align, value=False)
-    arguments = Arguments(kwargs, prompts.width, total, align, growing)
-    caching = cache_kv and net.can_cache_kv
+    arguments = Arguments(options.arguments, prompts.width, total, align, growing)
+    caching, cache = options.cache_kv and net.can_cache_kv, options.cache
+    if compiled is not None and isinstance(cache, str) and cache == "dynamic":
+        cache = "static"
     if not caching and cache != "dynamic":
-        why = "only a causal model can use one" if cache_kv else "`cache_kv = False` switches it off"
-        raise InputError(f"a certain cache is asked for (by `cache` or `compile`), but {why}; drop one of them.")
-    if step is not None and net.layout.every is not None:
+        why = "only a causal model can use one" if options.cache_kv else "`cache_kv = False` switches it off"
+        raise InputError(f"a particular cache is requested (by `cache` or `compile`), but {why}; drop one of them.")
+    if compiled is not None and net.layout.every is not None:
         raise InputError(
             "interspersed memory tokens make steps of different lengths, which cannot be compiled; drop `compile`."
         )
-    window = window_of(net, total, caching=caching, restrict=restrict_to_max_seq_len)
+    window = window_of(net, total, caching=caching, restrict=options.restrict_to_max_seq_len)
     if not caching:
         return Rerun(net, arguments, window)
-    embeds = kwargs.get("prepend_embeds")
-    prepended = 0 if embeds is None else embeds.shape[1]
-    kv, held = first_cache(
-        net, prompts.tokens, prompts.start, total, cache=cache, prepended=prepended, window=window, at_once=at_once
-    )
-    if step is not None and not kv.is_static:
-        raise InputError(
-            "steps compile over a static cache, and the one given is dynamic; drop `compile`, or give none."
-        )
-    return Cached(net, arguments, kv, held, window, step, prefill)
+    kv, held = first_cache(net, prompts, total, options, cache, window)
+    if compiled is None:
+        return Cached(net, arguments, kv, held, window)
+    if kv.capacity is None:
+        raise InputError("steps compile over a static cache, and the one given is dynamic; drop `compile`, or `cache`.")
+    prefill = compiled.prefill if options.compile_prefill else None
+    return Cached(net, arguments, kv, held, window, compiled.step.first, prefill)
 
 
 def pair_amateurs(
     amateurs: Sequence[nn.Module], kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]], vocabulary: int
 ) -> list[tuple[TransformerWrapper, Contrast]]:
-    """The amateurs, each with its contrast; one set of keywords serves all of them.
+    """Return the amateurs, each with its contrast; one set of keywords serves all of them.
 
     Raises:
         InputError: if the numbers differ, or an amateur is no model of the same vocabulary.
@@ -183,7 +180,7 @@ def pair_amateurs(
 
 
 def check_next_token_net(net: Any) -> None:
-    """Raise a `ConfigError` unless the net gives logits for each token, by a single head."""
+    """Raise a `ConfigError` unless the net returns logits for each token, by a single head."""
     if not isinstance(net, TransformerWrapper):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.has_multiple_heads or net.to_logits is None:
@@ -191,13 +188,13 @@ def check_next_token_net(net: Any) -> None:
         raise ConfigError(f"`net` has {heads}; predicting the next token needs exactly one.")
     if net.pools or net.returns_pooled:
         raise ConfigError(
-            "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so gives no logits for "
+            "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so has no logits for "
             "each token; build it without."
         )
 
 
 def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWrapper:
-    """The model, if it is one of the same vocabulary.
+    """Return the model, if it is one of the same vocabulary.
 
     Raises:
         InputError: if it is not.
@@ -209,56 +206,34 @@ def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWr
     return net
 
 
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode; behind it every submodule has the mode it had, whatever happened."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def streamed(
-    steps: Callable[[], Iterator[Given]], shown: Callable[[Given], Shown], *modules: nn.Module
+    steps: Callable[[], Iterator[Each]], shown: Callable[[Each], Shown], view: InferenceView
 ) -> Iterator[Shown]:
-    """What steps give as it comes, in the form that a caller may keep and train with.
+    """Yield the results of steps as they come, in the form that a caller may keep and train with.
 
     Args:
         steps: runs in inference mode.
-        shown: what each step gives to what the caller gets.
-        modules: in evaluation mode until the last step, or until the caller lets the stream go.
+        shown: what a step yields to what the caller gets.
+        view: modules that run, prepared from the first step to the last, or until the caller closes the stream.
     """
-    given = torch.inference_mode()(steps)()
-    with evaluating(*modules):
-        for each in given:
+    with view:
+        remaining = steps()
+        while True:
+            # inference mode must end before each `yield`, since the caller's code runs there
+            with torch.inference_mode():
+                each = next(remaining, None)
+            if each is None:
+                return
             yield shown(each)
 
 
 def in_shape(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Tensors of inference mode to ordinary ones of a shape."""
+    """Return a function from tensors of inference mode to ordinary ones of a shape."""
     return lambda t: t.clone().reshape(shape)
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def eval_decorator(fn: Method) -> Method:
-    """A method that runs in evaluation mode, and leaves its module's modes as they were."""
-
-    @functools.wraps(fn)
-    def inner(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with evaluating(self):
-            return fn(self, *args, **kwargs)
-
-    return inner  # type: ignore[return-value]
-
-
 def with_progress(steps: Iterator[Tensor], total: int) -> Iterator[Tensor]:
-    """The same, with a bar.
+    """Return the same steps, with a progress bar.
 
     Raises:
         InputError: if tqdm is not installed.

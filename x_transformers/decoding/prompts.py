@@ -1,4 +1,4 @@
-"""Prompts as one batch: rows of different lengths stand right-aligned, so that all of them go on at one column."""
+"""Prompts as one batch: rows of different lengths are right-aligned, so that all of them continue at one column."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from x_transformers.errors import InputError, ShapeError, TokenRangeError
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """What a batch is continued from.
+    """Prompts of a batch.
 
     Attributes:
         tokens: `(b, n)` ids; every row's prompt ends in the last column.
-        start: `(b,)` tokens of left padding of each row, or None if there is none.
-        lens: `(b,)` tokens of each row that were its prompt, or None if all were.
-        width: columns that the caller's tensor had; per-token arguments of his have as many.
+        start: `(b,)` number of padding tokens on the left of each row, or None if there are none.
+        lens: `(b,)` number of tokens of each row that were its prompt, or None if all were.
+        width: number of columns of the caller's tensor, and of per-token arguments.
         lead: the caller's axes before the last one.
     """
 
@@ -46,14 +46,14 @@ def read_prompts(
     vocabulary: int,
     may_be_empty: bool = False,
 ) -> Prompts:
-    """Check what the caller gave, and align it. The ids are looked at, once, on every device.
+    """Check the caller's prompts, and align them. The ids are read once, on every device.
 
     Args:
         prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
-        prompt_lens: `(...)` tokens of each row of `prompts` that are its prompt, from the left.
-        pad_value: the id that fills up shorter rows.
-        vocabulary: ids run from 0 to one below.
-        may_be_empty: whether prompts of no tokens are allowed.
+        prompt_lens: `(...)` number of tokens of each row of `prompts`, from the left, that are its prompt.
+        pad_value: the id that fills shorter rows.
+        vocabulary: number of ids.
+        may_be_empty: allow prompts of no tokens.
 
     Raises:
         InputError: with what was given and what is needed.
@@ -86,7 +86,12 @@ def read_prompts(
 
 
 def align_right(t: Tensor, lens: Tensor, pad_id: float = 0) -> Tensor:
-    """Move the first `lens[r]` entries of each row r of `(b, n, ...)` to its right end, and fill with `pad_id`.
+    """Move the first `lens[r]` entries of each row r to its right end, and fill with `pad_id`.
+
+    Args:
+        t: `(b, n, ...)`.
+        lens: `(b,)`.
+        pad_id: value on the left.
 
     Raises:
         ShapeError: if `lens` is not `(b,)`.
@@ -106,13 +111,20 @@ def align_right(t: Tensor, lens: Tensor, pad_id: float = 0) -> Tensor:
 
 
 def pad_at_dim(t: Tensor, pad: tuple[int, int], dim: int = -1, value: float = 0.0) -> Tensor:
-    """Put `pad = (left, right)` entries of `value` around axis `dim`."""
-    behind = t.ndim - 1 - dim if dim >= 0 else -dim - 1
-    return F.pad(t, (*(0, 0) * behind, *pad), value=value)
+    """Pad an axis with a constant.
+
+    Args:
+        t: any tensor.
+        pad: `(left, right)` number of entries.
+        dim: the axis.
+        value: of the new entries.
+    """
+    later_axes = t.ndim - 1 - dim if dim >= 0 else -dim - 1
+    return F.pad(t, (*(0, 0) * later_axes, *pad), value=value)
 
 
 def _rows(prompts: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """`(..., n)` as `(b, n)`, and the axes that were folded."""
+    """Return `(..., n)` as `(b, n)`, and the axes that were folded."""
     _check_dtype(prompts)
     if prompts.ndim == 0:
         raise ShapeError("`prompts` is a single number; it must have an axis of tokens: (n,) or (..., n).")
@@ -126,13 +138,13 @@ def _rows(prompts: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _stack(
     prompts: Sequence[Tensor], prompt_lens: Tensor | Sequence[int] | None, pad_value: int
 ) -> tuple[Tensor, list[int]]:
-    """A list of prompts as `(b, n)`, still left-aligned, and their lengths."""
+    """Return a list of prompts as `(b, n)`, still left-aligned, and their lengths."""
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, Tensor) for prompt in prompts):
         raise InputError(f"`prompts` is a {type(prompts).__name__}; it must be a tensor of ids or a list of tensors.")
     if len(prompts) == 0:
         raise InputError("`prompts` is an empty list; give at least one prompt.")
     if prompt_lens is not None:
-        raise InputError("the prompts are a list, which tells their lengths; drop `prompt_lens`.")
+        raise InputError("the prompts are a list, which has their lengths; drop `prompt_lens`.")
     for prompt in prompts:
         _check_dtype(prompt)
         if prompt.ndim != 1:
@@ -142,7 +154,7 @@ def _stack(
 
 
 def _lengths(prompt_lens: Tensor | Sequence[int], tokens: Tensor) -> list[int]:
-    """`prompt_lens` as numbers, one for each row."""
+    """Return `prompt_lens` as numbers, one for each row."""
     given = torch.as_tensor(prompt_lens)
     _check_dtype(given, "prompt_lens")
     lens = given.flatten().tolist()

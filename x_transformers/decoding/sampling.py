@@ -19,7 +19,7 @@ Choose = Callable[[Tensor], Tensor]
 
 
 Adjust = Callable[[Tensor], Tensor]
-"""`(..., v)` logits to those that are drawn from, at least in float32."""
+"""`(..., v)` logits to those that are drawn from, in float32 or wider."""
 
 
 def adjuster(
@@ -28,9 +28,16 @@ def adjuster(
     filter_kwargs: Mapping[str, Any],
     filter_before_temperature: bool = False,
 ) -> Adjust:
-    """`filter(logits / temperature)`, or `filter(logits) / temperature`; at temperature 0 the filter alone.
+    """Return a function that computes `filter(logits / temperature)`, or `filter(logits) / temperature`.
 
-    The temperature comes first: a filter by probability must see the probabilities that are drawn from.
+    By default the temperature comes first: a filter by probability must see the probabilities that are drawn from. At
+    temperature 0 only the filter is applied.
+
+    Args:
+        temperature: 0 or higher.
+        filter_fn: logits `(b, v)` to logits.
+        filter_kwargs: its keywords.
+        filter_before_temperature: filter before the division.
 
     Raises:
         InputError: if the temperature is negative or not finite, or the filter does not take `filter_kwargs`.
@@ -59,34 +66,34 @@ def chooser(
     filter_kwargs: Mapping[str, Any],
     filter_before_temperature: bool = False,
 ) -> Choose:
-    """How one token is chosen: the most likely one at temperature 0, otherwise a draw; see `adjuster`."""
+    """Return what chooses a token: the most likely one at temperature 0, otherwise a draw; see `adjuster`."""
     adjust = adjuster(temperature, filter_fn, filter_kwargs, filter_before_temperature)
     return most_likely if temperature == 0 else partial(draw, adjust=adjust)
 
 
 def identity(logits: Tensor) -> Tensor:
-    """The logits as they are."""
+    """Return the logits unchanged."""
     return logits
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """`(b, 1)` the token with the largest logit, the first of several."""
+    """Return `(b, 1)` the token with the largest logit, the first of several."""
     return logits.argmax(dim=-1, keepdim=True)
 
 
 def draw(logits: Tensor, adjust: Adjust) -> Tensor:
-    """`(b, 1)` a token drawn from `softmax(adjust(logits))`."""
+    """Draw `(b, 1)` tokens from `softmax(adjust(logits))`."""
     return draw_from(adjust(logits).softmax(dim=-1))
 
 
 def draw_from(probs: Tensor) -> Tensor:
-    """`(b, 1)` a token drawn with probabilities proportional to `probs (b, v)`."""
+    """Draw `(b, 1)` tokens with probabilities proportional to `probs (b, v)`."""
     # `multinomial` refuses NaN, for which an accelerator would have to be waited for
     return torch.multinomial(probs, 1) if probs.device.type == "cpu" else exponential_race(probs)
 
 
 def exponential_race(probs: Tensor) -> Tensor:
-    """`(b, 1)` what `torch.multinomial(probs, 1)` draws from the same generator, without looking at the numbers.
+    """Draw `(b, 1)` the same tokens as `torch.multinomial(probs, 1)`, without its checks, which wait for the device.
 
     `argmax(p / q)` with `q` from Exp(1): the first of independent clocks that tick at the rates p.
     """
@@ -94,12 +101,22 @@ def exponential_race(probs: Tensor) -> Tensor:
 
 
 def gumbel_noise(t: Tensor) -> Tensor:
-    """`-ln(-ln(u))` with `u` uniform in (0, 1), of t's shape; `argmax(logits + noise)` is a draw from the softmax."""
+    """Return `-ln(-ln(u))`, `u` uniform in (0, 1), of t's shape: `argmax(logits + noise)` is a draw from the softmax.
+
+    Args:
+        t: whose shape, dtype and device the noise has.
+    """
     return -log(-log(torch.rand_like(t)))
 
 
 def gumbel_sample(logits: Tensor, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """`(...)` tokens drawn from `softmax(logits / temperature)` over the last axis of `(..., v)`."""
+    """Draw tokens `(...)` from `softmax(logits / temperature)`.
+
+    Args:
+        logits: `(..., v)`.
+        temperature: divides the logits.
+        eps: least temperature.
+    """
     return (logits / max(temperature, eps) + gumbel_noise(logits)).argmax(dim=-1)
 
 
@@ -113,10 +130,10 @@ def check_readable(logits: Tensor, vocabulary: int) -> None:
 
 
 def check_keywords(fn: Callable[..., Tensor], keywords: Mapping[str, Any], name: str, arguments: int) -> None:
-    """Raise an `InputError` unless `fn` takes `keywords` behind so many positional arguments."""
+    """Raise an `InputError` unless `fn` takes `keywords` after a number of positional arguments."""
     try:
         signature = inspect.signature(fn)
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return
     try:
         signature.bind(*(None,) * arguments, **keywords)

@@ -1,12 +1,13 @@
 """Speculative decoding: tokens are guessed cheaply, and the model reads several guesses in one pass (2211.17192).
 
-A guess x that was drawn from q stays with probability `min(1, p(x) / q(x))`, where p is what the model itself would
-draw from; the first one that does not is replaced by a draw from `max(p - q, 0)`, normalised. What comes out is
-distributed as if each token had been drawn from p, whatever the guesses; without randomness it is the same tokens.
+A guess x that was drawn from q is accepted with probability `min(1, p(x) / q(x))`, where p is what the model itself
+would draw from; the first one that is rejected is replaced by a draw from `max(p - q, 0)`, normalized. The results are
+distributed as if each token had been drawn from p, whatever the guesses are; without randomness they are the same
+tokens.
 
-The rows of a batch go on together, by as many tokens as the row with the fewest right guesses; the others guess the
-rest anew. How far a row goes then depends on other rows and on its own past alone, which leaves its distribution as it
-is.
+The rows of a batch advance together, by the number of tokens of the row with the fewest accepted guesses; the others
+guess the rest again. This leaves the distribution of a row as it is, since the number of tokens that are kept depends
+only on other rows and on tokens of its own that are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from x_transformers.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """Guesses.
+    """Guessed tokens.
 
     Attributes:
         tokens: `(b, k)`.
@@ -39,7 +40,7 @@ class Draft:
 
 
 class Policy:
-    """How tokens are drawn from logits, the model's and those of guesses alike.
+    """The rule by which tokens are drawn from logits, of the model and of the drafter alike.
 
     Args:
         adjust: logits `(b, v)` to those that are drawn from; None takes the most likely token.
@@ -49,7 +50,7 @@ class Policy:
         self.adjust = adjust
 
     def probs(self, logits: Tensor) -> Tensor | None:
-        """`(b, k, v)`, or None where nothing is drawn."""
+        """Return `(b, k, v)` probabilities of logits of the same shape, or None where nothing is drawn."""
         if self.adjust is None:
             return None
         # filters may be a caller's, made for (b, v)
@@ -57,30 +58,30 @@ class Policy:
 
 
 class Drafter(ABC):
-    """Guesses what comes."""
+    """Interface of what guesses tokens."""
 
     @abstractmethod
     def draft(self, sequences: Sequences, count: int, ended: Tensor | None) -> Draft | None:
-        """At most `count` guesses for what follows the sequences, which stay as they are; None for no guess at all.
+        """Return at most `count` guesses for what follows the sequences, which are left as they are, or None.
 
         Args:
             sequences: the tokens so far.
             count: at least 1.
-            ended: `(b,)` rows of which nothing more is wanted; None if there is no such row.
+            ended: `(b,)` rows that need no more tokens; None if there is no such row.
         """
 
     @abstractmethod
     def keep(self, length: int, sequences: Sequences) -> None:
-        """Only the first `length` tokens of the sequences are as they were when guesses were made."""
+        """Go back to the first `length` tokens of the sequences: later ones differ from what was guessed."""
 
 
 class ModelDrafter(Drafter):
-    """Guesses by a smaller model, drawn as the model's own tokens are.
+    """Guesses of a smaller model, drawn by the same rule as the model's own tokens.
 
     Args:
         reader: of the smaller model.
         policy: how tokens are drawn.
-        vocabulary: ids that can be read again.
+        vocabulary: number of ids that can be read again.
     """
 
     def __init__(self, reader: Branching, policy: Policy, vocabulary: int) -> None:
@@ -108,8 +109,8 @@ class ModelDrafter(Drafter):
 class Lookup(Drafter):
     """Guesses what followed the last tokens where they occurred before: prompt lookup (2304.04487).
 
-    Of the occurrences of the last n tokens the latest counts; where there is none, that of the last n - 1, and so on.
-    What follows is repeated if it ends before there are enough guesses.
+    The latest occurrence of the last n tokens counts; where there is none, that of the last n - 1, and so on. What
+    follows it is repeated if there are too few tokens up to the end.
 
     Args:
         longest: n, at least 1.
@@ -119,22 +120,22 @@ class Lookup(Drafter):
         self.longest = longest
 
     def draft(self, sequences: Sequences, count: int, ended: Tensor | None) -> Draft | None:
-        behind = self._behind(sequences)
-        found = behind > 0
+        follows = self._follows(sequences)
+        found = follows > 0
         if ended is not None:
             found = found | ended
-        if not bool(found.all()):  # rows go on together, so that one without a guess holds up all
+        if not bool(found.all()):  # rows advance together, so one without a guess stops all of them
             return None
         tokens = sequences.tokens()
-        period = (sequences.length - behind).unsqueeze(-1)
-        places = behind.unsqueeze(-1) + torch.arange(count, device=tokens.device).remainder(period)
+        period = (sequences.length - follows).unsqueeze(-1)
+        places = follows.unsqueeze(-1) + torch.arange(count, device=tokens.device).remainder(period)
         return Draft(tokens.gather(1, places))
 
     def keep(self, length: int, sequences: Sequences) -> None:
         """Nothing is remembered."""
 
-    def _behind(self, sequences: Sequences) -> Tensor:
-        """`(b,)` the place behind the best occurrence of each row's last tokens; 0 where there is none."""
+    def _follows(self, sequences: Sequences) -> Tensor:
+        """Return `(b,)` the place after the best occurrence of each row's last tokens; 0 where there is none."""
         tokens, length = sequences.tokens(), sequences.length
         best = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         for size in range(1, min(self.longest, length - 1) + 1):
@@ -148,14 +149,14 @@ class Lookup(Drafter):
 
 
 class Speculation:
-    """A batch that is continued by guesses and passes that judge them.
+    """A batch that is continued by guesses and passes that verify them.
 
     Args:
-        decoding: the model, and what its expectations are contrasted with.
+        decoding: the model, and the amateurs that its logits are contrasted with.
         readers: of these models.
-        drafter: what guesses.
+        drafter: makes the guesses.
         policy: how tokens are drawn.
-        count: guesses of a round, at least 1.
+        count: number of guesses in a round, at least 1.
     """
 
     def __init__(
@@ -167,8 +168,8 @@ class Speculation:
         self.began = False
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
-        """At most `seq_len` tokens, `(b, 1)` each; see `until_ended`. Rounds look for ends by themselves."""
-        yield from until_ended(self._columns(seq_len, eos_token), eos_token, pad_value, every=0)
+        """Return an iterator over at most `seq_len` columns `(b, 1)`; see `until_ended`. Rounds check for ends."""
+        return until_ended(self._columns(seq_len, eos_token), eos_token, pad_value, every=0)
 
     def _columns(self, seq_len: int, eos_token: int | None) -> Iterator[Tensor]:
         while seq_len > 0:
@@ -177,7 +178,7 @@ class Speculation:
             yield from new.split(1, dim=1)
 
     def round(self, most: int, eos_token: int | None) -> tuple[Tensor, bool]:
-        """Guess, judge and append: the new tokens `(b, c)`, c at most `most`, and whether all rows have ended."""
+        """Guess, verify and append; return new tokens `(b, c)`, c at most `most`, and True if all rows have ended."""
         begin = self.sequences.length
         draft = self._draft(min(self.count, most - 1))
         count = 0 if draft is None else draft.tokens.shape[1]
@@ -185,20 +186,22 @@ class Speculation:
             reader.mark(begin + count)
         if draft is not None:
             self.sequences.append(draft.tokens)
+        # one pass over the guesses and the token before them, with the model's logits after each
         logits = self.decoding.expect(self.readers, count + 1)
         self.began = True
-        new = self._judged(logits, draft)
+        new = self._accepted(logits, draft)
         over = False
         if eos_token is not None:
             new, over = self._until_all_end(new, eos_token)
         self.sequences.drop(count)
         self.sequences.append(new)
+        # the last new token was drawn, not read, so caches end one token before it
         for part in (*self.readers, self.drafter):
             part.keep(begin + new.shape[1] - 1, self.sequences)
         return new, over
 
     def _draft(self, count: int) -> Draft | None:
-        """Guesses, where the models see them and all before them at once: a sliding window goes token by token."""
+        """Return guesses, unless a sliding window would drop tokens that some of the guesses still see."""
         for reader in self.readers:
             if reader.window is not None:
                 count = min(count, reader.window - self.sequences.length)
@@ -206,8 +209,8 @@ class Speculation:
             return None
         return self.drafter.draft(self.sequences, count, self.ended)
 
-    def _judged(self, logits: Tensor, draft: Draft | None) -> Tensor:
-        """The guesses that stay and the token behind them, `(b, m + 1)`."""
+    def _accepted(self, logits: Tensor, draft: Draft | None) -> Tensor:
+        """Return the accepted guesses and the token after them, `(b, m + 1)`."""
         probs = self.policy.probs(logits)
         if draft is None:
             return most_likely(logits[:, -1]) if probs is None else draw_from(probs[:, -1])
@@ -223,23 +226,26 @@ class Speculation:
                     f"the draft model gives logits for {draft.probs.shape[-1]} tokens, the model for "
                     f"{probs.shape[-1]}; both need one vocabulary."
                 )
+            # u < p / q, without the division, whose q may be 0
             drawn = drawn * draft.probs.gather(-1, guessed.unsqueeze(-1)).squeeze(-1)
         right = drawn < chance
         kept = self._fewest(right)
         if kept == guessed.shape[1]:
+            # no guess was rejected: one more token comes free, from the logits after the last guess
             return torch.cat((guessed, draw_from(probs[:, -1])), dim=1)
         instead = draw_from(_left_over(probs[:, kept], draft, kept))
-        behind = torch.where(right[:, kept, None], guessed[:, kept, None], instead)
-        return torch.cat((guessed[:, :kept], behind), dim=1)
+        # rows whose guess was accepted at this place keep it; the others take the replacement
+        last = torch.where(right[:, kept, None], guessed[:, kept, None], instead)
+        return torch.cat((guessed[:, :kept], last), dim=1)
 
     def _fewest(self, right: Tensor) -> int:
-        """How many guesses `(b, k)` are right in every row before the first wrong one; ended rows do not matter."""
+        """Return the number of guesses `(b, k)` before the first wrong one in any row; ended rows do not count."""
         if self.ended is not None:
             right = right | self.ended.unsqueeze(-1)
         return int(right.long().cumprod(dim=-1).sum(dim=-1).amin())
 
     def _until_all_end(self, new: Tensor, eos_token: int) -> tuple[Tensor, bool]:
-        """The new tokens up to the column in which the last row ends, and whether it does."""
+        """Cut new tokens after the column in which the last row ends; the second value is True if it does."""
         ended = (new == eos_token).cumsum(dim=-1) > 0
         if self.ended is not None:
             ended = ended | self.ended.unsqueeze(-1)
@@ -249,11 +255,11 @@ class Speculation:
 
 
 def _left_over(probs: Tensor, draft: Draft, place: int) -> Tensor:
-    """`max(p - q, 0)` at one place, `(b, v)`; a guess that was not drawn has q = 1."""
+    """Return `max(p - q, 0)` at one place, `(b, v)`; a guess that was not drawn has q = 1."""
     if draft.probs is None:
         guess = F.one_hot(draft.tokens[:, place], probs.shape[-1]).bool()
         left = probs.masked_fill(guess, 0.0)
     else:
         left = (probs - draft.probs[:, place]).clamp(min=0.0)
-    # equal distributions leave nothing over but rounding
+    # of equal distributions only rounding is left over
     return torch.where(left.sum(dim=-1, keepdim=True) > 0, left, probs)

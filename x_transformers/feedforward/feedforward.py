@@ -154,7 +154,7 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         """
         if layer is not None:
             deep_embed = layer.deep_embed
-        plain = self.at_hand
+        plain = self.ready
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)

@@ -1,8 +1,9 @@
-"""What a part may know about one forward pass.
+"""State of one forward pass shared by all layers: positions, masks, what to record.
 
-Two axes, never mixed. A token's *slot* is its order of arrival: causality, windows and cache places read slots. Its
-*position* is what encodings read, and is all that a caller's `pos` changes. Visibility is therefore a question about
-slots, never about shapes: prefill, chunked prefill and single-token decoding differ only in how many tokens come in.
+There are two axes, which are never mixed. The *slot* of a token is its order of arrival: causality, windows and the
+cache read slots. Its *position* is read by encodings, and is all that a caller's `pos` changes. Visibility therefore
+depends on slots, never on shapes: prefill, chunked prefill and single-token decoding differ only in the number of new
+tokens.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from x_transformers.forward_pass.memo import Memo
 
 @dataclass(eq=False)
 class Span:
-    """A stretch of tokens.
+    """A sequence of tokens, queries or keys.
 
     Attributes:
-        index: `(n,)` order of arrival, the same for every row: causality and cache places.
-        slot: `(1|b, n)` the row's own order of arrival, in which padding does not count: windows.
+        index: `(n,)` order of arrival, the same for every row. Causality and the cache read it.
+        slot: `(1|b, n)` order of arrival within the row, in which padding does not count. Windows read it.
         pos: `(1|b, n)` positions for encodings.
-        live: `(b, n)` bool; False is a place that nobody may see (padding). None: every place is live.
-        contiguous: positions are consecutive and the same for every row, so that distances are few.
-        placed: `(b, n)` bool; False has no slot of its own, so that its neighbours follow each other. None: all have.
-        ordered: tokens stand in the order of arrival; in a ring of places they do not.
-        near: no query of the pass is farther than so many slots behind any of them; None if that is not known.
+        live: `(b, n)` bool; False for tokens that no query may see (padding). None: all are live.
+        contiguous: positions are consecutive and the same for every row, so that there are few distances.
+        placed: `(b, n)` bool; False for tokens without a slot of their own, whose neighbors follow each other. None:
+            all have one.
+        ordered: tokens are in the order of arrival. In a ring buffer they are not.
+        near: every query of the pass is at most so many slots after each of these tokens; None: not known.
     """
 
     index: Tensor
@@ -46,22 +48,30 @@ class Span:
         return self.index.shape[-1]
 
     def live_at(self, index: Tensor) -> Tensor | None:
-        """`(b, m)` liveness of the tokens that arrived at `(m,)` places; None if every place is live."""
+        """Return `(b, m)` bool, liveness of the tokens with the given `(m,)` order of arrival; None if all are live."""
         return None if self.live is None else self.live[:, self.find(index)]
 
     def find(self, index: Tensor) -> Tensor:
-        """Where the tokens stand that arrived at `(m,)` places."""
+        """Return `(m,)` columns of the tokens with the given order of arrival."""
         if self.ordered:
             return torch.searchsorted(self.index, index)
         return (self.index == index.unsqueeze(-1)).long().argmax(dim=-1)
 
     def first(self, count: int) -> Span:
-        """The first `count` tokens."""
+        """Return the first `count` tokens."""
         live = None if self.live is None else self.live[:, :count]
         return Span(self.index[:count], self.slot[:, :count], self.pos[:, :count], live, self.contiguous)
 
-    def behind(self, count: int, live: Tensor | None, batch: int) -> Span:
-        """This span with `count` tokens of recurrent memory before it, at places -count ... -1."""
+    def after_memory(self, count: int, live: Tensor | None, batch: int) -> Span:
+        """Return this span with `count` tokens of recurrent memory before it.
+
+        Memory tokens arrived before the first token of the segment: their slots and positions are -count ... -1.
+
+        Args:
+            count: number of memory tokens.
+            live: `(b, count)` bool, valid ones; None if all are.
+            batch: number of rows.
+        """
         before = torch.arange(-count, 0, device=self.index.device)
         row = before.unsqueeze(0)
         if live is not None or self.live is not None:
@@ -81,12 +91,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Capture:
-    """What the caller asked to see. Nothing else is kept.
+    """What the caller requested to be recorded. Nothing else is kept.
 
     Attributes:
         scores: similarities, logits and weights of every attention.
         hiddens: the residual stream at the entry of each sublayer.
-        memories: what the next segment's recurrent memory is made of.
+        memories: the source of the next segment's recurrent memory.
     """
 
     scores: bool = False
@@ -96,19 +106,19 @@ class Capture:
 
 @dataclass(eq=False)
 class Call:
-    """One forward pass of a stack; built once, read by every part.
+    """One forward pass of a stack, built once and read by every part.
 
     Attributes:
         query: the tokens of this pass.
-        keys: the tokens that self-attention may look at: cached and new, without recurrent memory.
-        causal: whether a token sees only slots up to its own.
-        aligned: keys and queries are the same slots, so that causality is a lower triangle.
-        newest: no key's slot lies behind any query's, so that causality hides nothing.
-        row_mask: `(b, n)` bool; rows where it is False leave attention as zeros.
+        keys: the keys of self-attention, cached and new, without recurrent memory.
+        causal: a token sees only slots up to its own.
+        aligned: keys and queries have the same slots, so that causality is a lower triangle.
+        newest: no key has a later slot than any query, so that causality hides nothing.
+        row_mask: `(b, n)` bool; the output of attention is zero where it is False.
         attn_mask: `(i, j)`, `(h, i, j)` or `(b, h, i, j)` bool over the keys of self-attention.
         attn_bias: broadcastable to `(b, h, i, j)`, added to the logits of self-attention.
-        capture: what to keep for the caller.
-        memo: results that the layers of one pass share (masks, tables), by rule.
+        capture: what to record for the caller.
+        memo: results that the layers of one pass share (masks, tables).
     """
 
     query: Span
@@ -123,27 +133,30 @@ class Call:
     memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
 
     @property
-    def shown(self) -> Tensor | None:
-        """`(b, n)` bool, which of the tokens of this pass others may see; None if all.
+    def live(self) -> Tensor | None:
+        """`(b, n)` bool, True for tokens of this pass that others may see; None if they may see all.
 
-        What a token hands on to others by other ways than as a key must not come from a hidden one.
+        Parts that mix tokens in other ways than by keys (shifts, means, recurrent modules) must leave out the others.
         """
         return self.keys.live_at(self.query.index)
 
     def tables(self, transform: Any, keys: Span) -> Any:
-        """What a query/key transform reads of the positions of these keys; the layers of one pass share it."""
+        """Return the tables of a query/key transform for these keys; the layers of one pass share them."""
         return self.memo.once(lambda: transform.tables(self.query, keys), "tables", transform, keys)
 
 
 @dataclass(frozen=True, eq=False)
 class Carry:
-    """What sublayers leave for later ones: a value that goes from one to the next, never a module's state.
+    """Values from earlier sublayers for later ones.
+
+    It goes in and comes out of every sublayer as a value, and is never a module's state: activation checkpointing runs
+    a layer twice.
 
     Attributes:
-        values: the first executed attention's own values, `(b, g, j, e)`, apart for "a" and "c".
-        scores: the latest attention's logits, `(b, h, i, P + j)`, 0 where a key is hidden, and P, the keys in front
-            that are no tokens; apart for "a" and "c".
-        history: `(b, n, D)` branch inputs of every executed sublayer so far.
+        values: by kind, the values `(b, g, j, e)` of the first executed attention.
+        scores: by kind, the logits `(b, h, i, P + j)` of the latest attention, 0 where a key is hidden, and P, the
+            number of keys before the tokens that are no tokens.
+        history: `(b, n, D)` branch inputs of all sublayers executed so far.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -153,12 +166,12 @@ class Carry:
 
 @dataclass(frozen=True, eq=False)
 class Deltas:
-    """What a caller adds inside of one attention.
+    """Values that a caller adds inside one attention.
 
     Attributes:
-        q, k, v: `(b, n, features)` added behind the projections, over all that is projected in this pass.
-        out: `(b, n, h * e)` added to the heads' outputs, before gates on them.
-        attn: broadcastable to `(b, h, i, P + j)`, added to the weights; fewer columns stand on the right.
+        q, k, v: `(b, n, features)` added after the projections, for all tokens that are projected in this pass.
+        out: `(b, n, h * e)` added to the outputs of the heads, before gates on them.
+        attn: broadcastable to `(b, h, i, P + j)`, added to the weights; fewer columns belong to the last keys.
     """
 
     q: Tensor | None = None
@@ -169,7 +182,7 @@ class Deltas:
 
     @property
     def none(self) -> bool:
-        """Nothing is added to queries, keys and values."""
+        """True if nothing is added to queries, keys and values."""
         return self.q is None and self.k is None and self.v is None
 
 
@@ -190,32 +203,32 @@ class LayerStart(NamedTuple):
 
 @dataclass(eq=False)
 class LayerCall:
-    """What one executed sublayer gets beside its input. Filled in before the sublayer runs, and not changed by it, so
-    that it may run again (activation checkpointing).
+    """Inputs of one executed sublayer besides the tokens.
 
-    Defaults are no objects, since those would break full graphs.
+    It is filled in before the sublayer runs, and the sublayer does not change it, so that it can run again (activation
+    checkpointing). No default is an object, which full graphs could not call.
 
     Attributes:
-        call: the pass it belongs to.
-        keys: every key that is there: recurrent memory, cached, new; for cross-attention, the context.
-        fresh: the keys that are projected in this pass: recurrent memory and new; or the context.
+        call: the pass.
+        keys: all keys: recurrent memory, cached and new ones; for cross-attention, those of the context.
+        fresh: the keys that are projected in this pass: recurrent memory and new ones; or the context.
         rotations: query/key transforms.
-        biases: score modifications of the stack, bound to `query` and `keys`.
-        memory: `(b, m, D)` recurrent memory, normalised as the input was.
-        context: `(b, n, Dc)` source of keys and values of cross-attention.
+        biases: score modifications of the stack, bound to the queries and `keys`.
+        memory: `(b, m, D)` recurrent memory, normalized like the input.
+        context: `(b, m, Dc)` source of keys and values of cross-attention.
         entry: the sublayer's streams in the cache, or None.
-        states: where the sublayer gets and puts its running states: the cache, or what one segment leaves for the
-            next beside its recurrent memory; None if nothing comes before or after.
-        carry: what earlier sublayers left.
-        condition: `(b, 1|n, c)` what adaptive norms and scales read.
+        states: entry with the sublayer's running states: that of the cache, or the one that a segment leaves for the
+            next besides its recurrent memory; None if no state comes in or goes out.
+        carry: values from earlier sublayers.
+        condition: `(b, 1|n, c)` input of adaptive norms and scales.
         injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
         deep_embed: `(b, n, D)` factor of a feedforward's output.
-        additional: keys and values that stand in front, `(b, g', A, d)` and `(b, g', A, e)`, and are used as they are.
-        additional_mask: `(b, A)` bool, which of them are seen.
+        additional: keys `(b, g', A, d)` and values `(b, g', A, e)` before the others, which are used as they are.
+        additional_mask: `(b, A)` bool, True for those that are seen.
         kv_residual: `(b, m, Dc)` added to the source of keys and values.
-        deltas: what a caller adds inside.
-        documents: where the documents of a packed row begin, and those of its keys; None if each row is one.
-        causal: of this sublayer; None: the pass's, and none towards a context.
+        deltas: values that a caller adds inside.
+        documents: the documents of a packed row, and of its keys; None if each row is one document.
+        causal: causality of this sublayer; None: that of the pass for self-attention, none for cross-attention.
         context_attn_mask: like the pass's `attn_mask`, over the keys of a context.
         start: what the sublayer changes, as it was before; None where it runs only once.
     """
@@ -269,19 +282,19 @@ class LayerCall:
         return replace(self, call=replace(self.call, memo=self.call.memo.fork(held)), entry=kept, states=own)
 
     def behind_memory(self, x: Tensor) -> Tensor:
-        """`(b, m + n, D)`: the (query) inputs of every key of this pass, recurrent memory in front."""
+        """Return `(b, m + n, D)`, recurrent memory before the (query) inputs of this pass."""
         if self.memory is None:
             return x
         return torch.cat((self.memory if self.memory.ndim == 3 else self.memory[0], x), dim=-2)
 
     @property
     def fresh_live(self) -> Tensor | None:
-        """`(b, m)` bool, which of the tokens of `fresh` others may see; None if all."""
+        """`(b, m)` bool, True for tokens of `fresh` that others may see; None if they may see all."""
         return self.keys.live_at(self.fresh.index)
 
     @property
     def kind(self) -> str:
-        """What the sublayer is: "a" for self-attention, "c" for cross-attention."""
+        """The letter of an attention's kind: "a" for self-attention, "c" for cross-attention."""
         return "a" if self.context is None else "c"
 
 

@@ -1,4 +1,4 @@
-"""Packed sequences: documents that stand one after the other in a single row, each of which sees only itself."""
+"""Packed rows: several documents in one row, one after the other, each of which sees only itself."""
 
 from __future__ import annotations
 
@@ -13,27 +13,14 @@ from x_transformers.errors import InputError, ShapeError
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
-UNPACKABLE = {
-    feature: f"`flash_pack_seq` keeps the documents of a row apart, but {why}; drop one of them."
-    for feature, why in (
-        ("memory_kv", "`num_mem_kv` puts keys in front that belong to no document"),
-        ("zero_kv", "`add_zero_kv` puts a key in front that belongs to no document"),
-        ("hybrid", "`hybrid_module` would run from one document into the next"),
-        ("inverted_attention", "`inverted_attention` lets the queries of all documents compete"),
-        ("shift_tokens", "`shift_tokens` would move features from one document into the next"),
-        ("mv_split_residual", "`mv_split_residual` takes means over all documents"),
-    )
-}
-"""Features that packed rows exclude, and why."""
-
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Where the documents of a row begin.
+    """Boundaries of the documents of a packed row. Document t of the queries sees document t of the keys.
 
     Attributes:
-        starts_q, starts_k: `(t + 1,)` int32, the first query and the first key of each document, and behind them how
-            many there are. Document t of the queries sees document t of the keys.
+        starts_q, starts_k: `(t + 1,)` int32, the first query and the first key of each document, then the number of
+            queries and keys.
         longest_q, longest_k: at least the length of the longest document.
     """
 
@@ -43,27 +30,30 @@ class Documents:
     longest_k: int
 
     def places(self, n: int) -> Tensor:
-        """`(1, n)` places of the queries within their documents."""
+        """Return `(1, n)`, the index of each query within its document."""
         row = torch.arange(n, device=self.starts_q.device)
         return (row - self.starts_q[_owners(self.starts_q, n)]).unsqueeze(0)
 
     def aligned(self, n: int) -> Tensor:
-        """`(n,)` the place among its document's keys of the last key that a causal query sees; negative for none."""
+        """Return `(n,)`, the index within its document of the last key that each causal query sees; negative for none.
+
+        Causality is right-aligned: the last query of a document sees its last key.
+        """
         owner = _owners(self.starts_q, n)
-        behind = self.starts_k[owner + 1] - self.starts_q[owner + 1]
-        return torch.arange(n, device=owner.device) + behind - self.starts_k[owner]
+        shift = self.starts_k[owner + 1] - self.starts_q[owner + 1]
+        return torch.arange(n, device=owner.device) + shift - self.starts_k[owner]
 
     def owners(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """`(i,)` and `(j,)` numbers of the documents that queries and keys belong to."""
+        """Return `(i,)` and `(j,)`, the number of the document of each query and key."""
         return _owners(self.starts_q, i), _owners(self.starts_k, j)
 
     def slots(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """`(i,)` and `(j,)` places of queries and keys among the keys of their documents, right-aligned."""
+        """Return `(i,)` and `(j,)`, the index of queries (right-aligned) and keys among the keys of their document."""
         owner = _owners(self.starts_k, j)
         return self.aligned(i), torch.arange(j, device=owner.device) - self.starts_k[owner]
 
     def dead(self, i: int, *, causal: bool) -> Tensor:
-        """`(1, 1, i, 1)` bool, True where a query sees no key."""
+        """Return `(1, 1, i, 1)` bool, True for queries that see no key."""
         owner = _owners(self.starts_q, i)
         nothing = self.starts_k[owner + 1] == self.starts_k[owner]
         if causal:
@@ -72,18 +62,20 @@ class Documents:
 
 
 def _owners(starts: Tensor, n: int) -> Tensor:
-    """`(n,)` the number of the document that each token belongs to; empty documents own nothing."""
+    """Return `(n,)`, the number of the document that each token belongs to; empty documents have no token."""
     row = torch.arange(n, device=starts.device, dtype=starts.dtype)
     return torch.searchsorted(starts[1:].contiguous(), row, right=True)
 
 
 def check_packing(given: Any, *, packed: bool, cached: bool, name: str, keyword: str) -> None:
-    """Raise an `InputError` unless documents are given exactly where they are meant.
+    """Raise an `InputError` unless documents are given exactly if the layers keep them apart.
 
     Args:
-        given: what a caller says of documents, or None.
-        packed: the layers keep documents apart; cached: the pass has a cache, of which each row is one document.
-        name: of the argument. keyword: of the option.
+        given: the documents that the caller specifies, or None.
+        packed: the layers keep documents apart.
+        cached: the pass has a cache, each row of which is one document.
+        name: name of the argument.
+        keyword: name of the option.
     """
     if given is not None and not packed:
         raise InputError(f"`{name}` packs documents into one row; build the model with `{keyword} = True`.")
@@ -97,7 +89,7 @@ def check_packing(given: Any, *, packed: bool, cached: bool, name: str, keyword:
 
 
 def refuse_beside(name: str, **given: Any) -> None:
-    """Raise an `InputError` if something is given that documents exclude."""
+    """Raise an `InputError` if an argument is given that documents exclude."""
     for other, value in given.items():
         if value is not None:
             raise InputError(
@@ -106,16 +98,18 @@ def refuse_beside(name: str, **given: Any) -> None:
 
 
 def documents_of(given: Any, *, batch: int, queries: int, keys: int | None, name: str) -> Documents:
-    """What a caller says of documents.
+    """Return the documents that a caller specifies.
 
     Args:
         given: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q` and `max_seqlen_k`, as variable-length kernels take them.
-        batch: rows of the pass.
-        queries, keys: how many there are; without `keys`, the tokens see themselves.
-        name: of the argument.
+        batch: number of rows of the pass.
+        queries: number of queries.
+        keys: number of keys; None: the keys are the queries.
+        name: name of the argument.
 
     Raises:
-        InputError: if names are missing or the boundaries are none. Boundaries on a GPU are taken as they are.
+        InputError: if names are missing or the boundaries are invalid. Boundaries on a GPU are not checked, since that
+            would wait for the device.
         ShapeError: if there is more than one row.
     """
     if not isinstance(given, Mapping) or sorted(given) != sorted(NAMES):
@@ -145,7 +139,7 @@ def _starts(given: Mapping[str, Any], key: str, name: str) -> Tensor:
     starts = given[key]
     if not isinstance(starts, Tensor) or starts.ndim != 1 or len(starts) < 2 or starts.dtype not in WHOLE:
         raise InputError(
-            f"`{key}` of `{name}` must be a tensor of at least 2 whole numbers: 0, and where documents end."
+            f"`{key}` of `{name}` must be a tensor of at least 2 whole numbers: 0, and the end of each document."
         )
     return starts.to(torch.int32)
 
@@ -169,8 +163,8 @@ def _check(documents: Documents, queries: int, keys: int, name: str) -> None:
         lengths = starts.diff()
         if starts[0] != 0 or starts[-1] != tokens or (lengths < 0).any():
             raise InputError(
-                f"`cu_seqlens_{key}` of `{name}` is {starts.tolist()}; it must rise from 0 to the {tokens} tokens that "
-                "are there."
+                f"`cu_seqlens_{key}` of `{name}` is {starts.tolist()}; it must rise from 0 to the number of tokens, "
+                f"{tokens}."
             )
         if lengths.max() > longest:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What a caller asked to see of a forward pass, and nothing else."""
+"""Records of a forward pass, which contain what the caller requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from x_transformers.cache import Entry, KVCache
 
 @dataclass(eq=False)
 class Intermediates:
-    """One executed attention.
+    """Record of one executed attention.
 
     Attributes:
         qk_similarities: `(b, h, i, j)` scaled scores, before biases and masks.
@@ -21,9 +21,10 @@ class Intermediates:
         post_softmax_attn: weights, before dropout.
         values: this layer's projected values, `(b, g, j, e)`, before any mixing.
         layer_type: "a" for self-attention, "c" for cross-attention.
-        layer_index: which of the stack's built sublayers it was.
-        own_kv: keys before rotation, and values, of a pass without a cached past, for another model to read.
-        log_probs: `(b, h, i)` log-probability of the key that each query weighs most, if asked for.
+        layer_index: index of the sublayer among the built ones.
+        own_kv: keys before rotation, and values, of a pass without a cached past, for another model to attend to.
+        log_probs: `(b, h, i)` log-probability of the key with the largest weight of each query, if requested.
+        entry: the sublayer's entry of the cache, if there is one.
 
     The first three are None unless scores were captured.
     """
@@ -40,9 +41,9 @@ class Intermediates:
 
     @property
     def cached_kv(self) -> tuple[Tensor | None, ...] | None:
-        """The sublayer's cached streams: keys as they were after rotation, values as they are weighed.
+        """The sublayer's cached streams: keys after rotation, values as attention reads them.
 
-        Assigning a pair of the same streams writes through to the cache.
+        Assigning a tuple of the same streams writes through to the cache.
         """
         if self.entry is None:
             return self.own_kv
@@ -51,31 +52,39 @@ class Intermediates:
 
     @cached_kv.setter
     def cached_kv(self, value: tuple[Tensor | None, ...]) -> None:
-        assert self.entry is not None, "there is no cache behind this record"
+        assert self.entry is not None, "this record has no cache"
         streams = self.entry.grown or self.entry.states
         for name, stream in zip(list(streams), value, strict=True):
             if stream is not None:
                 streams[name] = stream
 
     def to_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return similarities, logits and weights."""
         return self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn
 
 
 @dataclass(eq=False)
 class LayerIntermediates:
-    """One forward pass of a stack or a model; also what a later call takes as `cache`.
+    """Record of one forward pass of a stack or a model; a later call takes it as `cache`.
 
     Attributes:
         hiddens: the stream at the entry of every executed self-attention.
-        layer_hiddens: the branch input of every executed sublayer, then the stream behind the last one.
-        block_hiddens: the stream behind each block; the last entry is the stack's output.
+        layer_hiddens: the branch input of every executed sublayer, then the stream after the last one.
+        block_hiddens: the stream after each block; the last entry is the stack's output.
         last_hidden: the stack's output.
         attn_intermediates: one record per executed attention, self and cross in order.
-        memory_inputs: what keys and values of each self-attention were computed from, before the norm.
-        memory_states: running states of sublayers (shifted tokens, means), which the next segment takes behind them.
-        attn_pooled_tokens: what an attention pool read, `(b, k, d)`.
-        logits: those of a model that returns pooled tokens in their place.
-        cache: the key/value cache behind this pass, if one was kept.
+        memory_inputs: the source of keys and values of each self-attention, before the norm.
+        memory_states: running states of sublayers (shifted tokens, means), which the next segment takes after the
+            memories.
+        mems: recurrent memories for the next segment.
+        last_layer_hiddens: the stream after the last layer.
+        initial_embeds: the embedded tokens that entered the stack.
+        memory_tokens: the output at the memory tokens.
+        attn_z_loss: z-loss of the logits of attention.
+        logit_entropies: entropies of the predicted distributions.
+        attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
+        logits: logits of a model that returns pooled tokens instead of them.
+        cache: the key/value cache of this pass, if one was kept.
     """
 
     hiddens: list[Tensor] | None = None
@@ -97,13 +106,13 @@ class LayerIntermediates:
 
     @property
     def cache_length(self) -> int | Tensor:
-        """Slots held so far: an int, or a device scalar for a static cache."""
+        """Number of slots in the cache: an int, or a scalar on the device for a static cache."""
         if self.cache is None:
             return 0
         return getattr(self.cache, "filled", self.cache.length)
 
     def __copy__(self) -> LayerIntermediates:
-        """A shallow copy whose attention records and cache can be changed apart from the original's."""
+        """Return a shallow copy; changes of its attention records and cache do not change the original's."""
         twin = LayerIntermediates(**self.__dict__)
         twin.cache = self.cache.begin(0) if self.cache is not None else None
         if self.attn_intermediates is not None:

@@ -1,6 +1,7 @@
-"""One sublayer with all that surrounds it. This is the one place where the order is written.
+"""One sublayer of a stack: a function, and everything between it and the residual stream.
 
-read the stream - norm - function - scale - norm of the output - write the stream - norm of the stream
+This is the only place where the order is written: read the stream, norm, function, scale, norm of the output, write the
+stream, norm of the stream.
 """
 
 from __future__ import annotations
@@ -10,28 +11,28 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from x_transformers.attention.attention import Attention
-from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.forward_pass.call import Carry, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
 from x_transformers.layers.branches.scale import OutputScale
 from x_transformers.layers.branches.shift import TokenShift
 from x_transformers.layers.depth.base import DepthReader
+from x_transformers.layers.kinds import BranchKind
 from x_transformers.layers.residuals.base import ResidualConnection
+from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.norms import Norm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 
 
 class SublayerOutput(NamedTuple):
-    """What a sublayer leaves behind.
+    """Output of one sublayer.
 
     Attributes:
-        stream: the residual stream.
-        branch_input: what the residual connection gave the sublayer.
-        memory_input: what keys and values were computed from, before the norm: the next segment's recurrent memory.
-        record: attention's record, if one was asked for.
-        carry: what later sublayers may read.
+        stream: the residual stream after it.
+        branch_input: the input that the residual connection read from the stream.
+        memory_input: the source of keys and values, before the norm: the next segment's recurrent memory.
+        record: the record of an attention, if one was requested.
+        carry: values for later sublayers.
     """
 
     stream: Tensor
@@ -42,26 +43,26 @@ class SublayerOutput(NamedTuple):
 
 
 class Branch(ReadsReference):
-    """A sublayer: "a" self-attention, "c" cross-attention, "f" feedforward.
+    """A sublayer of a stack.
 
     Args:
-        kind: which of them.
-        fn: the function.
-        residual: how the stream is read and written.
-        reader: a mix of earlier branch inputs in place of the own one.
+        kind: its row in the table of kinds.
+        fn: the function. It becomes the submodule that the kind names (`attention`, `feedforward`).
+        residual: reads and writes the residual stream.
+        reader: replaces the input by a mix of the branch inputs so far; None: no mix.
         norm: before the function.
-        shift: moves features between neighbouring tokens, behind the norm.
-        output_norm: on the function's output.
-        stream_norm: on the stream, behind the residual.
-        scale: learned factor on the output.
-        output_scale: constant factor on the output.
+        shift: moves features between neighboring tokens, after the norm.
+        output_norm: on the output of the function.
+        stream_norm: on the residual stream, after the output is added.
+        scale: learned factor of the output.
+        output_scale: constant factor of the output.
         dropout: probability of skipping the sublayer in training.
     """
 
     def __init__(
         self,
-        kind: str,
-        fn: Attention | FeedForward,
+        kind: BranchKind,
+        fn: BranchFunction,
         residual: ResidualConnection,
         *,
         reader: DepthReader | None,
@@ -77,30 +78,34 @@ class Branch(ReadsReference):
         self.kind = kind
         self.reader, self.shift = reader, shift
         self.norm, self.output_norm, self.stream_norm = norm, output_norm, stream_norm
-        if isinstance(fn, Attention):
-            self.attention = fn
-        else:
-            self.feedforward = fn
+        self.add_module(kind.module_name, fn)
         self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
         self.residual = residual
         shifted = ("shift",) if shift is not None and shift.causal else ()
-        self.running = (*shifted, *residual.running)
-        """The running states that this sublayer keeps in causal passes."""
+        self.running = (*shifted, *residual.running, *fn.state_names)
+        """Names of the running states that this sublayer keeps in causal passes."""
+        self.uses_cache = kind.is_attention or bool(self.running)
+        """True if the sublayer reads and writes an entry of the cache."""
+        # most connections read the stream as it is; every call that is saved here is saved once a layer and token
+        self.reads_stream = type(residual).read is ResidualConnection.read
 
     @property
-    def fn(self) -> Attention | FeedForward:
+    def fn(self) -> BranchFunction:
         """The function of this sublayer."""
-        return self.feedforward if self.kind == "f" else self.attention
+        return self._modules[self.kind.module_name]  # type: ignore[return-value]
 
     def forward(self, stream: Tensor, layer: LayerCall) -> SublayerOutput:
-        """One sublayer.
+        """Run the sublayer.
 
         Args:
-            stream: `(b, n, D)`, or `(b, n, s, D)` where the residual connection keeps several streams.
-            layer: what this sublayer gets beside it. Its memory is raw; it passes the norm here.
+            stream: `(b, n, D)`, or `(b, n, s, D)` if the residual connection keeps several streams.
+            layer: the other inputs of this sublayer. Its recurrent memory is not normalized yet.
+
+        Returns:
+            The new stream, what was read from the old one, the record of an attention, and values for later layers.
         """
         before, residual, norm = stream, self.residual, self.norm
-        x, kept = residual.read(stream)
+        x, kept = (stream, stream) if self.reads_stream else residual.read(stream)
         branch_input = x
         if self.reader is not None:
             carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
@@ -108,17 +113,14 @@ class Branch(ReadsReference):
             x = self.reader(x, carry.history)
         if layer.injection is not None:
             x = x + layer.injection
-        # three views are remembered whole: keys and values read two of them, gates and shifts the first
+        # if there are three views, all of them are recorded: keys and values read two, gates and shifts the first
         memory_input = x
         if self.shift is not None or layer.memory is not None:
-            x, layer = self._prepare(x, layer)
+            x, layer = self._norm_and_shift(x, layer)
         elif norm is not None:
             x = norm(x, layer.condition)
-        record, carry = None, layer.carry
-        if self.kind == "f":
-            out, record, carry = self.feedforward(x, layer=layer)
-        else:
-            out, record, carry = self.attention(x, layer=layer)
+        # called as a module, so that forward hooks, checkpoint wrappers and `fully_shard` act on it
+        out, record, carry = self._modules[self.kind.module_name](x, layer=layer)  # type: ignore[misc]
         if self.scale is not None:
             out = self.scale(out, layer.condition)
         if self.output_scale != 1:
@@ -135,25 +137,26 @@ class Branch(ReadsReference):
             stream = drop_layer(before, stream, self.dropout)
         return SublayerOutput(stream, branch_input, memory_input, record, carry)
 
-    def _prepare(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
-        """Norm and shift, of the input and of the recurrent memory before it."""
+    def _norm_and_shift(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
+        """Normalize and shift the input, and the recurrent memory before it."""
         memory = layer.memory
         if memory is not None and memory.ndim < x.ndim:
-            # one memory for all three views
+            # all three views have the same memory
             memory = memory.expand(x.shape[0], *memory.shape)
         if self.norm is not None:
             x = self.norm(x, layer.condition)
             memory = None if memory is None else self.norm(memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
+        # a copy: a block that runs again (activation checkpointing) must find the raw memory
         return x, layer if memory is layer.memory else replace(layer, memory=memory)
 
     def translate_reference(self, state: dict, prefix: str) -> None:
-        # the reference numbers the parts: 0 norms, 1 the function inside of its wrappers, 2 the residual
+        # the reference numbers the parts: 0 norms, 1 the function inside its wrappers, 2 the residual connection
         for slot, name in enumerate(("norm", "output_norm", "stream_norm")):
             rename_prefix(state, f"{prefix}0.{slot}.", f"{prefix}{name}.")
         rename_prefix(state, f"{prefix}2.", f"{prefix}residual.")
-        # each wrapper of the reference adds an `fn.`; only the learned scale among them has keys of its own
+        # each wrapper of the reference adds an `fn.`; only the learned scale among them has entries of its own
         inside = f"{prefix}1."
         for name in ("gamma", "to_gamma.weight", "to_gamma.bias"):
             for depth in ("", "fn."):
@@ -161,4 +164,4 @@ class Branch(ReadsReference):
                     rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
         while any(key.startswith(f"{inside}fn.") for key in state):
             rename_prefix(state, f"{inside}fn.", inside)
-        rename_prefix(state, inside, f"{prefix}{'feedforward' if self.kind == 'f' else 'attention'}.")
+        rename_prefix(state, inside, f"{prefix}{self.kind.module_name}.")

@@ -12,10 +12,10 @@ from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
 from x_transformers.feedforward import feedforward
-from x_transformers.layers import checkpointing as recompute
-from x_transformers.layers import conditioning, structure, unet, views
+from x_transformers.layers import checkpointing, conditioning, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
+from x_transformers.layers.kinds import KINDS
 from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, plain, resi_dual, streams
 from x_transformers.modules import norms
 from x_transformers.options.schema import Schema
@@ -23,7 +23,7 @@ from x_transformers.options.schema import Schema
 STACK_FEATURES = (
     *structure.FEATURES,
     structure.STACK,
-    recompute.FEATURE,
+    checkpointing.FEATURE,
     *norms.FEATURES,
     norm_placement.FEATURE,
     plain.SCALE,
@@ -61,3 +61,6 @@ FEATURES = (*STACK_FEATURES, *attention.FEATURES, *feedforward.FEATURES)
 STACK = Schema(STACK_FEATURES)
 ATTENTION = attention.SCHEMA
 FEEDFORWARD = feedforward.SCHEMA
+
+KEYWORDS = ((STACK, ""), *((kind.schema, kind.prefix) for kind in KINDS.values()))
+"""The keywords of a stack: its own, and those of each kind of sublayer with their prefix."""

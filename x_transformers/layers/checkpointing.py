@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block's inner results are not kept, but computed again for its gradients (1604.06174)."""
+"""Activation checkpointing: a block's activations are not kept, but computed again for its gradients (1604.06174)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ class RecomputeOptions:
 T = TypeVar("T")
 
 
-def stretches(steps: Sequence[Step], every: int) -> Iterator[tuple[list[Step], bool]]:
-    """The steps of a pass in parts: those of a block that runs again (block 0 and every so many later), and others."""
+def split_by_recomputation(steps: Sequence[Step], every: int) -> Iterator[tuple[list[Step], bool]]:
+    """Split the steps of a pass by blocks, and yield each part with True if it is computed again for its gradients.
+
+    Block 0 and every `every`-th one after it are.
+    """
     for block, inside in itertools.groupby(steps, key=lambda step: step.block):
         yield list(inside), block % every == 0
 
 
-def run_twice(run: Callable[[], T], stream: Tensor) -> T:
-    """`run()`, of which autograd keeps nothing: it runs again, with the same draws, when its gradients are needed.
+def recompute(run: Callable[[], T], stream: Tensor) -> T:
+    """Return `run()`, of which autograd keeps nothing: it runs again, with the same draws, for its gradients.
 
     Args:
-        run: must change nothing that it reads, since it has to find it as it was.
-        stream: a tensor that it reads; on its device the generator is kept.
+        run: must not change what it reads, since the second run has to find it as the first one did.
+        stream: a tensor that it reads; the random generator of its device is restored.
     """
     return checkpoint(lambda _: run(), stream, use_reentrant=False)
 

@@ -16,28 +16,28 @@ from x_transformers.forward_pass.memo import Memo
 from x_transformers.layers.branch import Branch, SublayerOutput
 
 GRAPHS = 64
-"""Kinds of sublayers, in training and in evaluation, for lengths that are fixed and for those that change."""
+"""Limit of graphs: for each build of a sublayer, in training and in evaluation, for one length and for any."""
 
 
-class Regional:
+class CompiledBlocks:
     """Runs sublayers by compiled graphs.
 
     Args:
-        options: of `torch.compile`.
+        options: options of `torch.compile`.
     """
 
     def __init__(self, **options: Any) -> None:
-        # graphs are kept, and their number is limited, for each code object; those of other stacks belong to copies
+        # graphs are kept, and their number is limited, per code object; the graphs of other stacks belong to copies
         own = FunctionType(_run.__code__.replace(), _run.__globals__, "run_block")
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": GRAPHS, **options}
         self.run = torch.compile(own, **options)
-        # PyTorch looks whether the stream, an input of a graph, is one that collects gradients; it is none
+        # PyTorch asks whether the stream, an input of a graph, is a leaf that collects gradients; it is not
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
     @staticmethod
     def call(call: Call) -> Call:
-        """The pass as a graph of a single block may know it: what others made is no part of it."""
+        """Return the pass as the graph of a single block may see it, without the results of other blocks."""
         return replace(call, memo=Memo(forgets=True))
 
     def __call__(self, branch: Branch, x: Tensor, layer: LayerCall) -> SublayerOutput:

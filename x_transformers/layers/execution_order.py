@@ -1,4 +1,4 @@
-"""From structure options to the list of sublayers and the order in which they run: pure data."""
+"""The list of sublayers that structure options lead to, and the order in which they run: pure data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from x_transformers.errors import ConfigError
+from x_transformers.layers.kinds import KINDS, BranchKind
 from x_transformers.options.schema import Options
 
 Repeat = tuple[int | tuple[int, int], int]
@@ -16,14 +17,18 @@ class Step(NamedTuple):
     """One sublayer in the order of execution.
 
     Attributes:
-        number: how many ran before it. layer: index of the built sublayer. kind: of it.
-        nth: how many of its kind ran before it.
-        block: number of its block. begins, ends: it is the first, the last of its block.
+        number: number of sublayers that run before it.
+        layer: index of the built sublayer.
+        kind: its kind.
+        nth: number of sublayers of its kind that run before it.
+        block: number of its block.
+        begins: it is the first of its block.
+        ends: it is the last of its block.
     """
 
     number: int
     layer: int
-    kind: str
+    kind: BranchKind
     nth: int
     block: int
     begins: bool
@@ -32,13 +37,13 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSequence:
-    """Which sublayers are built, and how they run.
+    """The sublayers that are built, and the order in which they run.
 
     Attributes:
-        kinds: "a", "c" or "f" for each built sublayer.
+        kinds: the letter of each built sublayer's kind.
         order: indices of built sublayers, in the order of execution.
-        block: sublayers of one block; 1 for lists that are no blocks.
-        depth: blocks, as wrappers count them.
+        block: number of sublayers in a block; 1 for lists that are not made of equal blocks.
+        depth: number of blocks, as wrappers count them.
         custom: the list is not made of equal blocks.
     """
 
@@ -49,25 +54,26 @@ class LayerSequence:
     custom: bool
 
     def steps(self, order: tuple[int, ...]) -> tuple[Step, ...]:
-        """What runs in an order of execution."""
-        steps, counts = [], dict.fromkeys("acf", 0)
+        """Return the steps of an order of execution."""
+        steps, counts = [], dict.fromkeys(KINDS, 0)
         for number, index in enumerate(order):
             kind = self.kinds[index]
             block, inside = divmod(number, self.block)
-            steps.append(Step(number, index, kind, counts[kind], block, inside == 0, inside == self.block - 1))
+            begins, ends = inside == 0, inside == self.block - 1
+            steps.append(Step(number, index, KINDS[kind], counts[kind], block, begins, ends))
             counts[kind] += 1
         return tuple(steps)
 
     def count(self, kind: str, order: tuple[int, ...]) -> int:
-        """How many sublayers of a kind run."""
+        """Return the number of sublayers of a kind that run."""
         return sum(self.kinds[index] == kind for index in order)
 
 
 def layer_sequence(options: Options) -> LayerSequence:
-    """The sublayers of a stack.
+    """Return the sublayers of a stack and their order.
 
     Raises:
-        ConfigError: if the options do not lead to a list.
+        ConfigError: if the options contradict each other.
     """
     structure, depth = options["structure"], options["structure"].depth
     block = default_block(options)
@@ -86,7 +92,7 @@ def layer_sequence(options: Options) -> LayerSequence:
         kinds = None
     order = options["execute_order"].layers_execute_order
     if kinds is not None:
-        kinds = tuple(kind for kind in kinds if kind != "f" or not structure.only_attn)
+        kinds = _without_feedforwards(kinds) if structure.only_attn else kinds
         order = check_order(order, len(kinds))
         return LayerSequence(kinds, order, 1, len(order), True)
     assert depth is not None
@@ -99,19 +105,23 @@ def layer_sequence(options: Options) -> LayerSequence:
 
 
 def default_block(options: Options) -> tuple[str, ...]:
-    """One block: "a f", with cross-attention "a c f" or "c f", macaron with another "f" in front."""
+    """Return one block: "a f", with cross-attention "a c f" or "c f", with macaron another "f" before it."""
     structure = options["structure"]
-    block = ("a", "c", "f") if structure.cross_attend else ("a", "f")
+    block = tuple("acf" if structure.cross_attend else "af")
     block = block[1:] if structure.only_cross else block
     block = ("f", *block) if options["macaron"].macaron else block
-    return tuple(kind for kind in block if kind != "f" or not structure.only_attn)
+    return _without_feedforwards(block) if structure.only_attn else block
+
+
+def _without_feedforwards(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(kind for kind in kinds if not KINDS[kind].is_feedforward)
 
 
 def check_order(order: Sequence[int] | None, layers: int) -> tuple[int, ...]:
-    """The order of execution, by default that of the list.
+    """Return the order of execution, by default that of the list.
 
     Raises:
-        ConfigError: if an index is not that of a sublayer.
+        ConfigError: if an index is out of range.
     """
     if order is None:
         return tuple(range(layers))
@@ -124,13 +134,13 @@ def check_order(order: Sequence[int] | None, layers: int) -> tuple[int, ...]:
 
 
 def repeated(repeats: Sequence[Repeat] | Repeat, sequence: LayerSequence) -> tuple[int, ...]:
-    """The order of execution when ranges of blocks repeat: `((0, 1), 2)` runs blocks 0 and 1 twice.
+    """Return the order of execution with ranges of blocks repeated: `((0, 1), 2)` runs blocks 0 and 1 twice.
 
     Raises:
-        ConfigError: if the list is not made of blocks, or the ranges overlap, are empty or end behind the last block.
+        ConfigError: if the list is not made of blocks, or the ranges overlap, are empty or end after the last block.
     """
     if sequence.custom:
-        raise ConfigError("`repeat_blocks` needs a stack of equal blocks; this one has a list of its own.")
+        raise ConfigError("`repeat_blocks` needs a stack of equal blocks; this one has its own list of layers.")
     blocks = len(sequence.kinds) // sequence.block
     specs: Any = [repeats] if len(repeats) == 2 and isinstance(repeats[1], int) else list(repeats)
     ranges: dict[int, tuple[int, int]] = {}
@@ -155,13 +165,14 @@ def repeated(repeats: Sequence[Repeat] | Repeat, sequence: LayerSequence) -> tup
 
 
 def _custom(codes: tuple[str, ...], cross_attend: bool, only_attn: bool) -> tuple[str, ...]:
-    if not codes or not set(codes) <= set("acf"):
-        raise ConfigError(f"`custom_layers` is {codes}; it must hold the codes a, c and f.")
+    if not codes or not set(codes) <= set(KINDS):
+        *some, last = KINDS
+        raise ConfigError(f"`custom_layers` is {codes}; it must hold the codes {', '.join(some)} and {last}.")
     if ("c" in codes) != cross_attend:
         raise ConfigError(
             "`custom_layers` with a c needs `cross_attend = True`, and `cross_attend` needs a c among `custom_layers`."
         )
-    if only_attn and "f" in codes:
+    if only_attn and codes != _without_feedforwards(codes):
         raise ConfigError("`custom_layers` holds feedforwards; drop them or `only_attn`.")
     return codes
 
@@ -176,7 +187,7 @@ def _par(ratio: int, depth: int, block: tuple[str, ...]) -> tuple[str, ...]:
     total = depth * len(block)
     if not 1 < ratio <= total:
         raise ConfigError(f"`par_ratio` is {ratio}; it must lie between 2 and the {total} sublayers.")
-    attention = tuple(kind for kind in block if kind != "f")
+    attention = _without_feedforwards(block)
     groups, two_thirds = total // ratio, 2 * total // 3
     width = (two_thirds + two_thirds // groups) // groups
     if len(attention) > width:

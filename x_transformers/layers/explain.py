@@ -1,4 +1,4 @@
-"""What a stack is made of, in a table: features, backends and why, parameters, FLOPs."""
+"""The table of `explain()`: the features, backends, parameters and FLOPs of each sublayer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from x_transformers.attention.attention import Attention
 from x_transformers.attention.backends.base import Situation
-from x_transformers.attention.base import ScoreMod
-from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.layers.stack import LayerStack
 
 
 @dataclass(frozen=True)
@@ -18,11 +16,12 @@ class Row:
     """One sublayer.
 
     Attributes:
-        name: its place in the model.
+        name: its number and kind.
         features: the options that are on.
-        backend: what weighs, or "" for a feedforward. why: the reason for it.
-        parameters: how many.
-        flops: of one token's forward pass, matrix products only, with `seq_len` keys.
+        backend: the backend of an attention, or "" for other sublayers.
+        why: the reason for it.
+        parameters: number of parameters.
+        flops: floating-point operations of one token's forward pass, matrix products only, with `seq_len` keys.
     """
 
     name: str
@@ -35,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The table. `print` shows it; `rows` holds it as data."""
+    """A table of sublayers. `print` shows it; `rows` contains it as data."""
 
     title: str
     stack: tuple[str, ...]
@@ -58,37 +57,43 @@ class Explanation:
 
 
 ALWAYS_ON = {"structure", "stack", "norm", "norm_placement", "heads", "backend", "attention_output", "feedforward"}
-"""Features that every model has; a table that names them says nothing."""
+"""Features that every model has, and that the table leaves out."""
 
 
-def explain_sublayers(
-    layers: list[tuple[str, Attention | FeedForward]],
-    *,
-    causal: bool,
-    bias: ScoreMod | None,
-    situation: Situation,
-    training: bool,
-    seq_len: int,
-) -> tuple[Row, ...]:
-    """A row for each sublayer, given by name and function."""
+def explain_stack(
+    stack: LayerStack, device: str | None, dtype: torch.dtype | None, training: bool | None, seq_len: int
+) -> Explanation:
+    """Return the table of a stack; see `AttentionLayers.explain`."""
+    training = stack.training if training is None else training
+    situation = situation_of(stack, device, dtype, training)
     rows = []
-    for name, fn in layers:
-        features = tuple(feature for feature in fn.features if feature not in ALWAYS_ON)
-        own = not name.endswith("cross-attention")
-        backend, why, flops = fn.explain(
-            situation, causal=causal and own, bias=bias if own else None, training=training, seq_len=seq_len
+    for number, branch in enumerate(stack.sublayers):
+        kind, fn = branch.kind, branch.fn
+        cost = fn.explain(
+            situation,
+            causal=stack.causal and kind.is_self_attention,
+            bias=stack.rel_pos if kind.is_self_attention else None,
+            training=training,
+            seq_len=seq_len,
         )
-        rows.append(Row(name, features, backend, why, count(fn), flops))
-    return tuple(rows)
+        features = _noteworthy(fn.features)
+        rows.append(Row(f"{number} {kind.label}", features, cost.backend, cost.why, count(fn), cost.flops))
+    mode = "training" if training else "evaluation"
+    title = f"{type(stack).__name__}, {situation.device}, {situation.dtype}, {mode}, {seq_len} tokens"
+    return Explanation(title, _noteworthy(stack.features), tuple(rows), count(stack))
+
+
+def _noteworthy(features: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(feature for feature in features if feature not in ALWAYS_ON)
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module, shared ones once."""
+    """Return the number of parameters of a module, with shared ones once."""
     return sum(p.numel() for p in module.parameters())
 
 
 def situation_of(module: nn.Module, device: str | None, dtype: torch.dtype | None, training: bool | None) -> Situation:
-    """Where the module is, unless told otherwise."""
+    """Return the situation to explain: that of the module, unless specified otherwise."""
     like = next(module.parameters())
     return Situation(
         device=torch.device(device).type if device is not None else like.device.type,

@@ -10,7 +10,7 @@ from torch import Tensor
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.forward_pass.call import Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
-from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
+from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.options.signatures import parameter, show_keywords
 
@@ -44,17 +44,18 @@ class CrossAttender(AttentionLayers):
 class PrefixDecoder(AttentionLayers):
     """A causal stack in which every token also sees a prefix of the sequence (1910.10683).
 
-    It is built without causality and masks every pass, so it keeps no cache.
+    It is built without causality and masks every pass, so that it cannot use a cache. See `AttentionLayers` for its
+    arguments.
     """
 
     looks_back = True
 
     def __init__(self, **keywords: Any) -> None:
-        _refuse_causal(keywords, "a PrefixDecoder is causal behind its prefix", "a Decoder")
+        _refuse_causal(keywords, "a PrefixDecoder is causal after its prefix", "a Decoder")
         if keywords.get("mv_split_residual"):
             raise ConfigError(
                 "PrefixDecoder: `mv_split_residual` takes means over the sequence, which would show the future to "
-                "tokens behind the prefix; drop it, or build a Decoder."
+                "tokens after the prefix; drop it, or build a Decoder."
             )
         super().__init__(causal=False, **_with_dim(self, keywords))
 
@@ -65,8 +66,11 @@ class PrefixDecoder(AttentionLayers):
 
         Args:
             x: `(b, n, D)`.
-            prefix_attn_len: how many slots from each row's first one on are seen by all, for every row or `(b,)`.
-                Memory tokens and prepended embeddings count, padding on the left does not.
+            prefix_attn_len: number of slots, from the first one of each row on, that all tokens see: one number or
+                `(b,)`. Memory tokens and prepended embeddings count, padding on the left does not.
+
+        Raises:
+            ShapeError: if `prefix_attn_len` has another shape.
         """
         if isinstance(prefix_attn_len, Tensor) and prefix_attn_len.shape not in ((), (x.shape[0],)):
             raise ShapeError(
@@ -84,7 +88,7 @@ class PrefixDecoder(AttentionLayers):
 
 
 class TransformerBlock(AttentionLayers):
-    """One block, without a final norm, for use inside of other models; see `AttentionLayers` for its arguments."""
+    """One block, without a final norm, for use inside other models; see `AttentionLayers` for its arguments."""
 
     def __init__(self, dim: int, *, depth: int = 1, pre_norm_has_final_norm: bool = False, **keywords: Any) -> None:
         super().__init__(dim=dim, depth=depth, pre_norm_has_final_norm=pre_norm_has_final_norm, **keywords)
@@ -107,7 +111,7 @@ for _class in (Encoder, Decoder, PrefixDecoder, CrossAttender, TransformerBlock)
         _leading.append(parameter("causal", False))
     show_keywords(
         _class,
-        [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")],
+        KEYWORDS,
         _leading,
         {"depth": 1, "pre_norm_has_final_norm": False} if _class is TransformerBlock else None,
     )

@@ -2,69 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
 from x_transformers.errors import ConfigError
-from x_transformers.forward_pass.documents import Documents, check_packing, documents_of
+from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
+from x_transformers.layers.kinds import KINDS
+from x_transformers.layers.pass_state import PassInputs
 from x_transformers.layers.plan import StackPlan
 
-ARGUMENTS = {"a": "flash_pack_seq_kwargs", "c": "flash_pack_seq_context_kwargs"}
-"""Arguments of a pass that specify the documents, for each kind of attention."""
-
-KEYWORDS = {"a": "attn_flash_pack_seq", "c": "cross_attn_flash_pack_seq"}
-"""Keywords that switch packed rows on, for each kind of attention."""
+PACKABLE = {letter: kind for letter, kind in KINDS.items() if kind.documents_argument is not None}
+"""The kinds of branches that can keep the documents of packed rows apart."""
 
 
 def packed_kinds(plan: StackPlan) -> frozenset[str]:
-    """Return the kinds of attention that keep the documents of a packed row apart.
+    """Return the letters of the kinds that keep the documents of a packed row apart.
 
     Raises:
         ConfigError: if only some layers of a kind do, or if another option of the stack would mix documents.
     """
-    kinds = set()
-    for kind, keyword in KEYWORDS.items():
-        requested = {layer.options["backend"].flash_pack_seq for layer in plan.of(kind)}
+    packed = set()
+    for letter, kind in PACKABLE.items():
+        requested = {layer.options["backend"].flash_pack_seq for layer in plan.of(letter)}
         if len(requested) > 1:
             raise ConfigError(
-                f"`{keyword}` differs between layers, but a row is packed for all layers or for none; pass one value."
+                f"`{kind.prefix}flash_pack_seq` differs between layers, but a row is packed for all of them or for "
+                "none; pass one value."
             )
-        if True in requested:
-            kinds.add(kind)
-    if "a" in kinds and not plan.options.on("rotary"):
-        raise ConfigError(
-            "`attn_flash_pack_seq` counts positions within each document, which absolute positions do not; it needs "
-            "`rotary_pos_emb = True`."
-        )
-    if "c" in kinds and plan.options.on("context_dropout"):
-        raise ConfigError(
-            "`cross_attn_flash_pack_seq` divides the context into documents, and `cross_attn_tokens_dropout` may drop "
-            "all tokens of one; drop one of the two options."
-        )
-    return frozenset(kinds)
+        if True not in requested:
+            continue
+        packed.add(letter)
+        if kind.is_self_attention and not plan.options.on("rotary"):
+            raise ConfigError(
+                "`attn_flash_pack_seq` counts positions within each document, which absolute positions do not; it "
+                "needs `rotary_pos_emb = True`."
+            )
+        if kind.is_cross_attention and plan.options.on("context_dropout"):
+            raise ConfigError(
+                "`cross_attn_flash_pack_seq` divides the context into documents, and `cross_attn_tokens_dropout` may "
+                "drop all tokens of one; drop one of the two options."
+            )
+        # without self-attention, nothing but such features could join the documents of the queries
+        mixing = plan.options.unpackable() if kind.is_cross_attention else []
+        if mixing and not any(layer.kind.is_self_attention for layer in plan.layers):
+            raise ConfigError(kind.in_full(" ".join(mixing)))
+    return frozenset(packed)
 
 
-def read_documents(
-    packed: frozenset[str], given: Mapping[str, Any], x: Tensor, context: Tensor | None, *, cached: bool
-) -> dict[str, Documents]:
-    """Return the documents that each kind of attention keeps apart in a pass.
+def read_documents(packed: frozenset[str], inputs: PassInputs) -> dict[str, Documents]:
+    """Return the documents that each kind of attention keeps apart in a pass, by letter.
 
     Args:
-        packed: kinds of attention that keep documents apart.
-        given: arguments of the pass by name, those of `ARGUMENTS` among them; None if not given.
-        x: `(1, n, D)` input.
-        context: `(1, m, Dc)` source of cross-attention, or None.
-        cached: True if the pass has a cache.
+        packed: letters of the kinds that keep documents apart.
+        inputs: the arguments of the pass.
 
     Raises:
-        InputError: if documents are specified for a kind that does not keep them apart, or missing for one that does.
+        InputError: if documents are specified for a kind that does not keep them apart, or missing for one that does,
+            or if an argument contradicts them.
     """
     documents = {}
-    for kind, name in ARGUMENTS.items():
-        check_packing(given[name], packed=kind in packed, cached=cached, name=name, keyword=KEYWORDS[kind])
-        if given[name] is not None:
-            keys = context.shape[1] if kind == "c" and context is not None else None
-            documents[kind] = documents_of(given[name], batch=x.shape[0], queries=x.shape[1], keys=keys, name=name)
+    x, context = inputs.x, inputs.context
+    for letter, kind in PACKABLE.items():
+        name, keyword = str(kind.documents_argument), f"{kind.prefix}flash_pack_seq"
+        given = getattr(inputs, name)
+        check_packing(given, packed=letter in packed, cached=inputs.cache is not None, name=name, keyword=keyword)
+        if given is None:
+            continue
+        keys = context.shape[1] if kind.is_cross_attention and context is not None else None
+        documents[letter] = documents_of(given, batch=x.shape[0], queries=x.shape[1], keys=keys, name=name)
+        if kind.is_self_attention:
+            names = ("mask", "self_attn_kv_mask", "attn_mask", "seq_start_pos", "mems", "self_attn_additional_kv")
+            refuse_beside(name, **{each: getattr(inputs, each) for each in names})
+        else:
+            refuse_beside(name, context_mask=inputs.context_mask)
     return documents

@@ -1,22 +1,107 @@
-"""Where a pass through a stack has got to: the stream, what sublayers left for later ones, and for the caller."""
+"""Inputs and state of one pass through a stack: its arguments, what changes while the layers run, and what is recorded.
+
+`AttentionLayers.forward` puts its arguments into `PassInputs` on its first line. The functions of `begin_pass.py` check
+them and fill in the fields that the sublayers read; from then on only `PassState` changes.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
-from x_transformers.cache import Entry, KVCache
-from x_transformers.forward_pass.call import Call, Capture, Carry
+from x_transformers.attention.base import QKTransform
+from x_transformers.cache import NO_PREFIX, CacheHeader, Entry, KVCache
+from x_transformers.forward_pass.call import Call, Capture, Carry, Span
+from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
-from x_transformers.layers.execution_order import Step
+from x_transformers.layers.execution_order import Repeat, Step
+
+BlockTransform = Callable[[int, Tensor], Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class PassInputs:
+    """Arguments of `AttentionLayers.forward`, which documents them, and what the sublayers read of them.
+
+    Attributes:
+        x: `(b, n, D)`; with a cache, from `begin_pass` on only the tokens that run.
+        order: indices of the built sublayers, in the order of execution.
+        attention_memories: recurrent memory `(b, l, D)` of each executed self-attention, or None.
+        running_states: running states that the previous segment left, in the order of the sublayers that keep them.
+        condition: from `begin_pass` on `(b, 1|n, c)`, the input of adaptive norms and scales.
+        injection: `(b, 1|n, D)`, added to the input of each sublayer.
+        deep_embeds: `(b, n, L, D)`, factors of the outputs of the first L executed feedforwards.
+        block_transform: `(block, stream) -> stream` at the entry of each executed block but the first.
+        rotations: query/key transforms of self-attention.
+        additional: keys and values for each executed self-attention.
+        kv_residuals: by letter of the kind, what is added to the source of keys and values of each such layer.
+        documents: by letter of the kind, the documents of a packed row and of its keys.
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    self_attn_kv_mask: Tensor | None = None
+    mems: Sequence[Tensor | None] | None = None
+    mem_masks: Sequence[Tensor | None] | None = None
+    seq_start_pos: Tensor | None = None
+    seq_pos_offset: int | None = None
+    cache: LayerIntermediates | KVCache | None = None
+    input_not_include_cache: bool = False
+    cache_age: int | None = None
+    return_hiddens: bool = False
+    return_gumbel_log_probs: bool = False
+    rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None
+    polar_pos_emb: tuple[Tensor, Tensor] | None = None
+    pos: Tensor | None = None
+    context_pos: Tensor | None = None
+    attn_bias: Tensor | None = None
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
+    self_attn_additional_kv: LayerIntermediates | Sequence[KeysValues] | None = None
+    additional_kv_mask: Tensor | None = None
+    detach_additional_kv: bool = False
+    route_additional_kv_to_top: bool = True
+    condition: Tensor | None = None
+    in_attn_cond: Tensor | None = None
+    layers_execute_order: Sequence[int] | None = None
+    repeat_blocks: Sequence[Repeat] | Repeat | None = None
+    self_attn_kv_residuals: Tensor | None = None
+    cross_attn_kv_residuals: Tensor | None = None
+    flash_pack_seq_kwargs: Mapping[str, Any] | None = None
+    flash_pack_seq_context_kwargs: Mapping[str, Any] | None = None
+    causal: bool | None = None
+    transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None
+    places: Tensor | None = None
+    header: CacheHeader = NO_PREFIX
+    capture: Capture | None = None
+    pairs: Callable[[Span, Span], Tensor] | None = None
+    # filled in by `begin_pass`
+    order: tuple[int, ...] = field(default=(), init=False)
+    attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
+    running_states: Sequence[Tensor | None] = field(default=(), init=False)
+    injection: Tensor | None = field(default=None, init=False)
+    deep_embeds: Tensor | None = field(default=None, init=False)
+    block_transform: BlockTransform | None = field(default=None, init=False)
+    rotations: tuple[QKTransform, ...] = field(default=(), init=False)
+    additional: Sequence[KeysValues | None] = field(default=(), init=False)
+    kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
+    documents: Mapping[str, Documents] | None = field(default=None, init=False)
 
 
 class Recorder:
-    """Collects what the caller asked to see."""
+    """Collects the intermediates that the caller requested.
+
+    Args:
+        capture: what was requested.
+    """
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
@@ -28,29 +113,35 @@ class Recorder:
         self.blocks: list[Tensor] = []
         self.records: list[Intermediates] = []
 
-    def add(self, step: Step, stream: Tensor, passed: SublayerOutput) -> None:
-        """Keep what is wanted of the stream before and behind one sublayer."""
+    def add(self, step: Step, stream: Tensor, output: SublayerOutput) -> None:
+        """Record the stream before a sublayer, and its output."""
         if self.capture.hiddens:
-            self.inputs.append(passed.branch_input)
+            self.inputs.append(output.branch_input)
             if step.ends:
-                self.blocks.append(folded(passed.stream))
-        if step.kind == "a":
-            self.streams.append(folded(stream))
-            self.memory_inputs.append(passed.memory_input)
+                self.blocks.append(fold_streams(output.stream))
+        if step.kind.is_self_attention:
+            self.streams.append(fold_streams(stream))
+            self.memory_inputs.append(output.memory_input)
 
     def add_states(self, states: Entry | None, names: Sequence[str]) -> None:
-        """Keep the running states of one sublayer."""
+        """Record the running states of a sublayer."""
         if self.keeps_states and states is not None:
             self.states += [states.get(name) for name in names]  # type: ignore[misc]
 
     def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
-        """The record of the pass."""
+        """Return the record of the pass.
+
+        Args:
+            stream: the residual stream after the last sublayer.
+            out: `(b, n, D)`, the output of the stack.
+            kv: the cache of the pass.
+        """
         hiddens = self.capture.hiddens
         return LayerIntermediates(
             hiddens=self.streams,
             last_hidden=out,
             attn_intermediates=self.records,
-            layer_hiddens=[*self.inputs, folded(stream)] if hiddens else None,
+            layer_hiddens=[*self.inputs, fold_streams(stream)] if hiddens else None,
             block_hiddens=[*self.blocks[:-1], out] if hiddens else None,
             memory_inputs=self.memory_inputs,
             memory_states=self.states,
@@ -58,7 +149,7 @@ class Recorder:
         )
 
     def fork(self) -> Recorder:
-        """A collection that goes its own way from here."""
+        """Return a copy that later records do not share with this one."""
         twin = Recorder(self.capture)
         twin.__dict__.update({name: list(kept) for name, kept in self.__dict__.items() if isinstance(kept, list)})
         return twin
@@ -66,52 +157,61 @@ class Recorder:
 
 @dataclass(eq=False, slots=True)
 class PassState:
-    """Everything that changes from sublayer to sublayer.
+    """State that changes from sublayer to sublayer.
 
-    It has slots, since of an object with a `__dict__` the compiler of PyTorch 2.13 loses the attributes that are set
-    behind a FlexAttention.
+    It has slots: with a `__dict__`, the compiler of PyTorch 2.13 loses the attributes that are set after a
+    FlexAttention.
 
     Attributes:
-        call: the pass; its memo fills on the way.
+        call: the pass; its memo fills while the layers run.
         stream: `(b, n, D)`, or `(b, n, s, D)` for several streams.
-        carry: what sublayers left for later ones.
-        seen: what they left for the caller.
-        kv: the cache, whose entries they fill.
-        states: running states of the segment before, for sublayers still to come.
-        skips: place in the order of execution -> the stream that entered there.
+        recorder: intermediates for the caller.
+        shares_keys: all self-attentions read the keys of the pass as they are: there is no recurrent memory, window or
+            bias, and nothing that the caller gives to single layers.
+        carry: values from earlier sublayers for later ones.
+        kv: the cache, whose entries the sublayers fill.
+        states: running states of the previous segment, of the sublayers that have not run yet.
+        skips: place in the order of execution -> the stream at its entry.
     """
 
     call: Call
     stream: Tensor
+    recorder: Recorder
+    shares_keys: bool
     carry: Carry
-    seen: Recorder
     kv: KVCache | None = None
     states: list[Tensor | None] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
 
     def fork(self, numbers: Container[int]) -> PassState:
-        """A way that goes on from here through the sublayers of these numbers, and leaves this one as it is."""
+        """Return a state that goes on from here while this one stays as it is.
+
+        Args:
+            numbers: the sublayers that the new state is for, by their place in the order of execution. Only their
+                entries of the cache are copied: records of earlier sublayers, which the caller gets, refer to the
+                entries of those.
+        """
         kv = None
         if self.kv is not None:
             kv = copy.copy(self.kv)
-            # others' entries stay theirs: what earlier sublayers left for the caller points to them
             kv.entries = [each.copy() if number in numbers else each for number, each in enumerate(self.kv.entries)]
         return PassState(
             replace(self.call, memo=self.call.memo.fork()),
             self.stream,
+            self.recorder.fork(),
+            self.shares_keys,
             self.carry,
-            self.seen.fork(),
             kv,
             list(self.states),
             dict(self.skips),
         )
 
 
-def folded(stream: Tensor) -> Tensor:
-    """`(b, n, s, D)` as callers see streams: `(b * s, n, D)`."""
+def fold_streams(stream: Tensor) -> Tensor:
+    """Fold `(b, n, s, D)` to `(b * s, n, D)`, as callers see several streams."""
     return stream if stream.ndim == 3 else stream.transpose(1, 2).flatten(0, 1)
 
 
-def unfolded(stream: Tensor, like: Tensor) -> Tensor:
-    """The way back, to the axes of `like`."""
+def unfold_streams(stream: Tensor, like: Tensor) -> Tensor:
+    """Undo `fold_streams`, to the axes of `like`."""
     return stream if like.ndim == 3 else stream.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)

@@ -1,161 +1,161 @@
-"""From a call of keywords to a plan of layers: pure data, every fault at once, no torch."""
+"""From the keywords of a call to a plan of layers: pure data, and every fault at once."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from x_transformers.errors import Faults, did_you_mean
-from x_transformers.layers.catalog import ATTENTION, FEEDFORWARD, STACK
+from x_transformers.layers.catalog import STACK
 from x_transformers.layers.execution_order import LayerSequence, layer_sequence
+from x_transformers.layers.kinds import KINDS, BranchKind
 from x_transformers.options.per_layer import distribute
 from x_transformers.options.schema import Options, Surroundings, accepts
 
-SUPPLIED = {
-    "attn_heads": "`heads`",
-    "attn_causal": "an Encoder or a Decoder",
-    "attn_dim": "`dim`",
-    "attn_rotate_num_heads": "`rotate_num_heads`",
-    "attn_qkv_receive_diff_residuals": "`qkv_receive_diff_residuals`",
-    "cross_attn_heads": "`heads`",
-    "attn_learned_value_residual_mix": "`learned_value_residual_mix`",
-    "cross_attn_learned_value_residual_mix": "`add_value_residual`, which mixes by 1/2 there",
-    "attn_dim_out": "`dim`",
-    "ff_dim_out": "`dim`",
-    "ff_dim": "`dim`",
-}
-"""Keywords of a sublayer that the stack itself sets, and by what."""
-
-SENSELESS = {
-    "cross_attn_causal": "would let a token see the context up to a place that depends on how many tokens follow",
-    "cross_attn_qkv_receive_diff_residuals": "would give keys and values inputs beside the context",
-}
-"""Keywords that cross-attention cannot have, and why."""
-
-
-SCHEMAS = {"a": (ATTENTION, "attn_"), "c": (ATTENTION, "cross_attn_"), "f": (FEEDFORWARD, "ff_")}
-"""The keywords of each kind of sublayer, and the prefix that users write."""
+Keywords = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One built sublayer: "a" self-attention, "c" cross-attention, "f" feedforward, and its keywords."""
+    """One built sublayer: its kind, its keywords without prefix, and the options that they mean."""
 
-    kind: str
+    kind: BranchKind
     keywords: Mapping[str, Any]
     options: Options
 
 
 @dataclass(frozen=True)
 class StackPlan:
-    """A stack: its own options, its sublayers in order, and sentences for the user."""
+    """A stack: its own options, its sublayers in order, and warnings for the user."""
 
     options: Options
     layers: tuple[LayerPlan, ...]
     sequence: LayerSequence
     warnings: tuple[str, ...]
 
-    def of(self, kind: str) -> list[LayerPlan]:
-        """The sublayers of one kind."""
-        return [layer for layer in self.layers if layer.kind == kind]
+    def of(self, letter: str) -> list[LayerPlan]:
+        """Return the sublayers of one kind."""
+        return [layer for layer in self.layers if layer.kind.letter == letter]
 
 
 def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     """Sort keywords, distribute per-layer values, and check every layer.
 
+    Args:
+        name: the class that is built, for messages.
+        given: the keywords of its constructor.
+
     Raises:
-        ConfigError: with all faults of the call.
+        ConfigError: listing all faults of the call.
     """
     faults = Faults()
-    groups = _route(given, faults)
-    options = STACK.parse(groups["stack"], faults)
+    own, groups = _route(given, faults)
+    options = STACK.parse(own, faults)
     sequence = LayerSequence((), (), 1, 0, True)
     with faults.catching():
         sequence = layer_sequence(options)
-    kinds = sequence.kinds
-    counts = {kind: kinds.count(kind) for kind in "acf"}
-    if kinds and options["structure"].cross_attend and not counts["c"]:
-        faults.add("`cross_attend` reads a context, but no cross-attention is among the layers; change their list.")
-    if not counts["c"] and groups["cross"]:
-        faults.add(f"`cross_attn_{next(iter(groups['cross']))}` needs `cross_attend = True`.")
-    if "dim_context" in groups["attn"] and counts["a"]:
-        faults.add("`attn_dim_context` belongs to cross-attention; write `cross_attn_dim_context`.")
-    for keyword, value in (
-        ("layer_dropout", options["layer_dropout"].layer_dropout),
-        ("shift_tokens", options["shift_tokens"].shift_tokens),
-    ):
-        if isinstance(value, tuple) and len(value) != len(kinds):
-            faults.add(f"`{keyword}` holds {len(value)} values, but there are {len(kinds)} sublayers.")
-
+    counts = Counter(sequence.kinds)
+    _check_counts(options, groups, counts, len(sequence.kinds), faults)
     keywords = {
-        "a": distribute(groups["attn"], counts["a"], ATTENTION, faults, "attn_", "self-attention"),
-        "c": distribute(_cross(groups, counts["a"]), counts["c"], ATTENTION, faults, "cross_attn_", "cross-attention"),
-        "f": distribute(groups["ff"], counts["f"], FEEDFORWARD, faults, "ff_", "feedforward"),
+        letter: distribute(
+            _with_inherited(kind, groups, counts), counts[letter], kind.schema, faults, kind.prefix, kind.words
+        )
+        for letter, kind in KINDS.items()
     }
     layers = []
-    for kind in kinds:
-        schema, prefix = SCHEMAS[kind]
-        mine = keywords[kind].pop(0) if keywords[kind] else {}
-        parsed = schema.parse(mine, faults, prefix)
-        schema.check_choices(parsed, faults, prefix)
+    for letter in sequence.kinds:
+        kind = KINDS[letter]
+        mine = keywords[letter].pop(0) if keywords[letter] else {}
+        parsed = kind.schema.parse(mine, faults, kind.prefix)
+        kind.schema.check_choices(parsed, faults, kind.prefix)
         layers.append(LayerPlan(kind, mine, parsed))
-
     STACK.check_choices(options, faults)
-    warnings = STACK.without_effect(options, groups["stack"])
-    for layer in layers:
-        schema, prefix = SCHEMAS[layer.kind]
-        surroundings = Surroundings((options, layer.options) if layer.kind != "c" else (layer.options,), layer.kind)
-        schema.check_rules(layer.options, surroundings, faults, prefix)
-        if layer.kind == "a":
-            STACK.check_rules(options, surroundings, faults)
-        warnings += schema.without_effect(layer.options, layer.keywords, prefix)
-        warnings += schema.unwise(layer.options, surroundings)
-    if not counts["a"]:
-        STACK.check_rules(options, Surroundings((options,)), faults)
-    warnings += STACK.unwise(options, Surroundings((options,)))
+    warnings = [*STACK.without_effect(options, own), *_check_rules(options, layers, faults)]
     faults.raise_if_any(name)
     return StackPlan(options, tuple(layers), sequence, tuple(dict.fromkeys(warnings)))
 
 
-def _route(given: Mapping[str, Any], faults: Faults) -> dict[str, dict[str, Any]]:
-    """Split keywords by prefix. The stack's own names come first, since some of them begin with a prefix."""
-    groups: dict[str, dict[str, Any]] = {"stack": {}, "attn": {}, "cross": {}, "ff": {}}
-    known = {
-        "cross_attn_": ("cross", ATTENTION),
-        "attn_": ("attn", ATTENTION),
-        "ff_": ("ff", FEEDFORWARD),
-    }
-    every = [*STACK.owner, *(prefix + name for prefix, (_, schema) in known.items() for name in schema.owner)]
+def _route(given: Mapping[str, Any], faults: Faults) -> tuple[Keywords, dict[str, Keywords]]:
+    """Split keywords into the stack's own and those of each kind of sublayer, without prefix."""
+    own: Keywords = {}
+    groups: dict[str, Keywords] = {letter: {} for letter in KINDS}
     for keyword, value in given.items():
-        if keyword in SUPPLIED:
-            faults.add(f"`{keyword}` is set by the stack; use {SUPPLIED[keyword]}.")
-            continue
-        if value and keyword in SENSELESS:
-            faults.add(f"`{keyword}` {SENSELESS[keyword]}; drop it.")
-            continue
-        if keyword in SENSELESS:
-            continue
+        # the stack's own come first, since some of them begin with the prefix of a kind
+        kind = None if keyword in STACK.owner else _kind_of_keyword(keyword)
         if keyword in STACK.owner:
-            groups["stack"][keyword] = value
-            continue
-        for prefix, (group, schema) in known.items():
-            if keyword.startswith(prefix) and keyword[len(prefix) :] in schema.owner:
-                groups[group][keyword[len(prefix) :]] = value
-                break
-        else:
+            own[keyword] = value
+        elif kind is None:
+            every = [*STACK.owner, *(kind.prefix + name for kind in KINDS.values() for name in kind.schema.owner)]
             faults.add(f"unknown keyword `{keyword}`.{did_you_mean(keyword, every)}")
-    return groups
+        elif (name := keyword.removeprefix(kind.prefix)) in kind.set_by_stack:
+            faults.add(f"`{keyword}` is set by the stack; use {kind.set_by_stack[name]}.")
+        elif name not in kind.meaningless:
+            groups[kind.letter][name] = value
+        elif value:
+            faults.add(f"`{keyword}` {kind.meaningless[name]}; drop it.")
+    return own, groups
 
 
-def _cross(groups: Mapping[str, Mapping[str, Any]], self_layers: int) -> dict[str, Any]:
-    """Cross-attention's keywords: those of self-attention that make sense there, under its own.
+def _kind_of_keyword(keyword: str) -> BranchKind | None:
+    """Return the kind of sublayer that a keyword with prefix belongs to, or None if it is unknown."""
+    for kind in KINDS.values():
+        name = keyword.removeprefix(kind.prefix)
+        known = name in kind.schema.owner or name in kind.set_by_stack or name in kind.meaningless
+        if keyword.startswith(kind.prefix) and known:
+            return kind
+    return None
 
-    A value for each self-attention layer is theirs alone; without such layers, it is meant for cross-attention.
+
+def _with_inherited(kind: BranchKind, groups: Mapping[str, Keywords], counts: Mapping[str, int]) -> Keywords:
+    """Return the keywords of one kind, with those that it inherits from another one.
+
+    One value for each layer of the other kind belongs to those layers only. If there are no such layers, the values are
+    meant for this kind.
     """
     inherited = {}
-    for keyword, value in groups["attn"].items():
-        per_layer = isinstance(value, (tuple, list)) and not accepts(ATTENTION.hints[keyword], tuple(value))
-        if not (per_layer and self_layers) and not ATTENTION.owner[keyword].self_attention_only:
+    for keyword, value in groups[kind.inherits].items() if kind.inherits is not None else ():
+        per_layer = isinstance(value, (tuple, list)) and not accepts(kind.schema.hints[keyword], tuple(value))
+        if not (per_layer and counts[str(kind.inherits)]) and not kind.schema.owner[keyword].self_attention_only:
             inherited[keyword] = value
-    return {**inherited, **groups["cross"]}
+    return {**inherited, **groups[kind.letter]}
+
+
+def _check_counts(
+    options: Options, groups: Mapping[str, Keywords], counts: Mapping[str, int], layers: int, faults: Faults
+) -> None:
+    """Add the faults of keywords for layers that are not there, and of lists of another length than the layers."""
+    if layers and options["structure"].cross_attend and not any(KINDS[letter].is_cross_attention for letter in counts):
+        faults.add("`cross_attend` reads a context, but no cross-attention is among the layers; change their list.")
+    for letter, kind in KINDS.items():
+        if kind.enabled_by is not None and groups[letter] and not counts[letter]:
+            faults.add(f"`{kind.prefix}{next(iter(groups[letter]))}` needs {kind.enabled_by}.")
+        for name, instead in kind.misplaced.items():
+            if name in groups[letter] and counts[letter]:
+                faults.add(f"`{kind.prefix}{name}` {instead}.")
+    for keyword, value in (
+        ("layer_dropout", options["layer_dropout"].layer_dropout),
+        ("shift_tokens", options["shift_tokens"].shift_tokens),
+    ):
+        if isinstance(value, tuple) and len(value) != layers:
+            faults.add(f"`{keyword}` holds {len(value)} values, but there are {layers} sublayers.")
+
+
+def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> list[str]:
+    """Check the rules of every layer in its surroundings, and return the warnings."""
+    warnings: list[str] = []
+    for layer in layers:
+        kind, schema = layer.kind, layer.kind.schema
+        # the parts of a stack (positions, views ...) act inside self-attention; a context has nothing to do with them
+        groups = (layer.options,) if kind.is_cross_attention else (options, layer.options)
+        around = Surroundings(groups, kind.is_self_attention, kind.is_cross_attention)
+        schema.check_rules(layer.options, around, faults, kind.prefix)
+        if kind.is_self_attention:
+            STACK.check_rules(options, around, faults)
+        warnings += schema.without_effect(layer.options, layer.keywords, kind.prefix)
+        warnings += schema.unwise(layer.options, around)
+    alone = Surroundings((options,))
+    if not any(layer.kind.is_self_attention for layer in layers):
+        STACK.check_rules(options, alone, faults)
+    return [*warnings, *STACK.unwise(options, alone)]

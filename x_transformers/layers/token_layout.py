@@ -1,4 +1,4 @@
-"""Where the tokens of one pass stand: slots, positions and liveness, from what a caller says of them."""
+"""Token layout of one pass: slots, positions and liveness of queries and keys, from the arguments of the pass."""
 
 from __future__ import annotations
 
@@ -7,70 +7,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
-from x_transformers.cache import KVCache, StaticCache
+from x_transformers.cache import KVCache
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Span
-from x_transformers.forward_pass.documents import Documents
+from x_transformers.layers.kinds import SELF_ATTENTION
+from x_transformers.layers.pass_state import PassInputs
 
 
-def build_token_layout(
-    batch: int,
-    n: int,
-    device: torch.device,
-    *,
-    cache: KVCache | None,
-    mask: Tensor | None = None,
-    kv_mask: Tensor | None = None,
-    seq_start_pos: Tensor | None = None,
-    places: Tensor | None = None,
-    pos: Tensor | None = None,
-    documents: Documents | None = None,
-) -> tuple[Span, Span]:
-    """The queries of this pass, and every key that is there.
+def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span, Span]:
+    """Return the spans of the queries of a pass, and of its keys, cached and new.
 
     Args:
-        batch, n: rows and new tokens.
-        cache: a cache already begun for this pass, or None.
-        mask, kv_mask: `(b, all tokens so far)` bool; hidden tokens keep their slots.
-        seq_start_pos: `(b,)` tokens of left padding, which have no slots of their own.
-        places: `(b, all tokens so far)` bool; False has no slot of its own (the general form of left padding).
-        pos: `(n,)`, `(b, n)` or all tokens so far: positions for encodings.
-        documents: of a packed row; slots and positions count from the start of each.
+        inputs: `x` contains the new tokens only. `mask` and `self_attn_kv_mask` hide tokens, which keep their slots;
+            tokens of `seq_start_pos` and `places` (its general form) have no slots of their own. `pos` replaces
+            positions. In packed rows, slots and positions count from the start of each document.
+        cache: the cache, begun for this pass, or None.
 
     Raises:
         ShapeError: if an argument covers another number of tokens.
     """
+    (batch, n), device = inputs.x.shape[:2], inputs.x.device
     if cache is None:
         q_index = k_index = torch.arange(n, device=device)
     else:
         q_index, k_index = cache.new_index(n, device), cache.key_index(device)
-    total = n if cache is None else (None if cache.is_static else cache.length)
+    total = n if cache is None else cache.known_length
 
     live: Tensor | None = None
     q_live: Tensor | None = None
-    for given, name in ((mask, "mask"), (kv_mask, "self_attn_kv_mask")):
+    for given, name in ((inputs.mask, "mask"), (inputs.self_attn_kv_mask, "self_attn_kv_mask")):
         if given is not None:
-            if cache is not None and cache.is_static:
-                full = check_static_mask(given, batch, n if cache.fresh else 0, cache.capacity, name)  # type: ignore[attr-defined]
+            least, most = (n, n) if cache is None else cache.mask_width(n)
+            if least == most:
+                full = check_mask(given, batch, most, name)
             else:
-                full = check_mask(given, batch, n if cache is None else cache.length, name)
+                full = check_static_mask(given, batch, least, most, name)
             held = _at(full, k_index, fill=True)
             live = held if live is None else live & held
             own = _at(full, q_index, fill=True)
             q_live = own if q_live is None else q_live & own
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
+    documents = None if inputs.documents is None else inputs.documents.get(SELF_ATTENTION.letter)
     if documents is not None:
         q_slot = k_slot = documents.places(n)
     padded: Tensor | None = None
     q_padded: Tensor | None = None
-    if places is not None:
+    if inputs.places is not None:
+        places = inputs.places
         order = (places.long().cumsum(dim=-1) - 1).clamp(min=0)
         padded, q_padded = _at(places, k_index, fill=True), _at(places, q_index, fill=True)
         k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
-    elif seq_start_pos is not None:
-        check_start(seq_start_pos, batch)
-        start = seq_start_pos.unsqueeze(-1)
+    elif inputs.seq_start_pos is not None:
+        check_start(inputs.seq_start_pos, batch)
+        start = inputs.seq_start_pos.unsqueeze(-1)
         padded, q_padded = k_slot >= start, q_slot >= start
         k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
     if padded is not None:
@@ -79,6 +69,7 @@ def build_token_layout(
 
     q_pos, k_pos = q_slot, k_slot
     contiguous = padded is None and documents is None and (cache is None or not cache.dropped)
+    pos = inputs.pos
     if pos is not None:
         pos = _check_pos(pos, batch, n, total)
         contiguous = False
@@ -89,45 +80,12 @@ def build_token_layout(
         q_pos = k_pos = pos[:, -n:]
 
     query = Span(q_index, q_slot, q_pos, q_live, contiguous, q_padded)
-    return query, Span(k_index, k_slot, k_pos, live, contiguous)
-
-
-def within_reach(keys: Span, cache: KVCache, reach: int, new: int) -> Span:
-    """Of the keys that are there, those that a sublayer holds of which queries look back at most `reach` slots.
-
-    Args:
-        keys: every key, cached and new.
-        cache: begun for this pass, and not fresh.
-        reach: how far back the sublayer looks.
-        new: tokens of this pass.
-    """
-    if isinstance(cache, StaticCache):
-        never = cache.capacity
-        index = cache.ring(reach).slots(cache.filled, cache.index, never)
-        columns = index.clamp(max=len(keys) - 1)
-        live = None if keys.live is None else keys.live[:, columns]
-        return Span(index, keys.slot[:, columns], keys.pos[:, columns], live, ordered=False)
-    first, prefix = len(keys) - cache.tail(reach, new), cache.prefix
-    if prefix == 0:
-        live = None if keys.live is None else keys.live[:, first:]
-        # columns count padding too, so that slots are no farther than columns
-        near = reach if new == 1 else None
-        return Span(keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], live, keys.contiguous, near=near)
-    if first <= prefix:
-        return keys
-    live = None if keys.live is None else _cut(keys.live, prefix, first)
-    return Span(
-        _cut(keys.index, prefix, first), _cut(keys.slot, prefix, first), _cut(keys.pos, prefix, first), live, False
-    )
-
-
-def _cut(t: Tensor, prefix: int, first: int) -> Tensor:
-    """Without the columns from `prefix` to `first`."""
-    return torch.cat((t[..., :prefix], t[..., first:]), dim=-1)
+    # without a cache, the keys are the queries
+    return query, query if cache is None else Span(k_index, k_slot, k_pos, live, contiguous)
 
 
 def check_start(start: Tensor, batch: int) -> None:
-    """Raise unless `seq_start_pos` holds a number of tokens for each row."""
+    """Raise a `ShapeError` unless `seq_start_pos` has a number of tokens for each row."""
     if start.shape != (batch,) or start.is_floating_point():
         raise ShapeError(
             f"`seq_start_pos` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be ({batch},): the "
@@ -136,7 +94,7 @@ def check_start(start: Tensor, batch: int) -> None:
 
 
 def _at(t: Tensor, index: Tensor, fill: int | bool) -> Tensor:
-    """Columns `index` of `(b, m)`; columns that a static cache has beyond m are `fill`."""
+    """Return the columns `index` of `(b, m)`; columns that a static cache has beyond m are `fill`."""
     return F.pad(t, (0, 1), value=fill)[:, index.clamp(max=t.shape[-1])]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from x_transformers.layers.kinds import BranchKind
 from x_transformers.options.schema import Feature, Options, Rule, opt
 
 
@@ -14,13 +15,13 @@ class ViewOptions:
     )
 
 
-def residual_views(options: Options, kind: str) -> int:
+def residual_views(options: Options, kind: BranchKind) -> int:
     """Return the number of inputs that the residual connection makes for a sublayer: 3 with separate views, else 1.
 
     A depth reader replaces that input, and makes the views itself.
     """
     makes = options.on("residual_streams") and not options.enabled("reader")
-    return 3 if kind == "a" and makes and options.on("qkv_views") else 1
+    return 3 if kind.is_self_attention and makes and options.on("qkv_views") else 1
 
 
 FEATURE = Feature(

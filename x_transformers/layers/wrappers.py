@@ -1,6 +1,6 @@
-"""Modules around a function of `(b, n, D)`, for use alone: scaled, shifted and folded sublayers.
+"""Modules that wrap a function of `(b, n, D)`: scaled, shifted and folded sublayers, for use outside a stack.
 
-Stacks build the same into their branches; these keep the wrapped function under `fn`.
+Stacks have the same in their branches. These modules keep the wrapped function under `fn`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
@@ -17,12 +18,15 @@ from x_transformers.layers.branches.scale import AdaptiveGain, LayerScaleGain
 
 
 def shift(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
-    """Move `(b, n, ...)` by `amount` places to the right, filled with zeros; a negative amount moves to the left.
+    """Shift `(b, n, ...)` by `amount` tokens to the right, and fill with zeros.
 
     Args:
-        t: what to move.
-        amount: places, at most n count.
-        mask: `(b, n)` bool; where it is False, zeros are moved.
+        t: the tensor to shift.
+        amount: number of tokens; negative: to the left. More than n are like n.
+        mask: `(b, n)` bool; where it is False, zeros are shifted instead of the values.
+
+    Returns:
+        A tensor of the same shape.
     """
     if amount == 0:
         return t
@@ -35,7 +39,7 @@ def shift(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
 
 
 class _Around(nn.Module):
-    """The contract: a function, and a change of the first tensor of what it returns."""
+    """Abstract base class of wrappers that change the output of a function, or the first tensor of a tuple."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         super().__init__()
@@ -46,7 +50,12 @@ class _Around(nn.Module):
 
 
 class Scale(_Around):
-    """`scale * fn(x)`; without a function, `scale * x`."""
+    """Scaled function: `scale * fn(x)`; without a function, `scale * x`.
+
+    Args:
+        scale: the factor.
+        fn: the function, whose output is a tensor, or a tuple with the tensor first.
+    """
 
     def __init__(self, scale: float, fn: Callable[..., Any] | None = None) -> None:
         super().__init__(nn.Identity() if fn is None else fn)
@@ -57,13 +66,13 @@ class Scale(_Around):
 
 
 class LayerScale(_Around):
-    """`fn(x) * (gamma + offset)`, a learned factor per channel (2103.17239).
+    """LayerScale: `fn(x) * (gamma + offset)`, a learned factor per channel (2103.17239).
 
     Args:
         fn: the function.
         dim: width.
         init_value: initial factor.
-        unit_offset: store the factor less one.
+        unit_offset: store the factor minus one.
     """
 
     def __init__(self, fn: Callable[..., Any], dim: int, init_value: float = 0.0, unit_offset: bool = False) -> None:
@@ -76,13 +85,13 @@ class LayerScale(_Around):
 
 
 class AdaptiveLayerScale(_Around):
-    """`fn(x) * sigmoid(W condition + e)` (2212.09748).
+    """Adaptive LayerScale: `fn(x) * sigmoid(W condition + e)` (2212.09748).
 
     Args:
         fn: the function.
         dim: width.
         dim_condition: width of the condition; default `dim`.
-        init_bias_value: initial e; W is zero at first.
+        init_bias_value: initial value of e; W is zero at first.
     """
 
     def __init__(
@@ -98,17 +107,20 @@ class AdaptiveLayerScale(_Around):
 
 
 class ShiftTokens(_Around):
-    """`fn` of x whose features are cut into as many parts as there are shifts, each moved by its own.
+    """Token shift: `fn` of x with its features split into parts, each shifted by another number of tokens.
 
     Args:
-        shifts: places to the right (negative: to the left) for each part. What is left of the width stays.
-        fn: the function. A `mask` among its arguments also keeps padding from moving.
+        shifts: number of tokens to the right (negative: to the left) for each part. Features that fill no part stay.
+        fn: the function. If its arguments contain a `mask`, padding is not shifted either.
+
+    Raises:
+        ConfigError: if there are no shifts.
     """
 
     def __init__(self, shifts: Sequence[int], fn: Callable[..., Any]) -> None:
         super().__init__(fn)
         if not shifts:
-            raise ConfigError("`shifts` is empty; give at least one number of places, for example (0, 1).")
+            raise ConfigError("`shifts` is empty; give at least one number of tokens, for example (0, 1).")
         self.shifts = tuple(shifts)
 
     def forward(self, x: Tensor, **arguments: Any) -> Any:
@@ -120,11 +132,16 @@ class ShiftTokens(_Around):
 
 
 class FoldAxially(_Around):
-    """`fn` of every `axial_dim`-th token: token t goes to row `t mod axial_dim` of its batch row, and back again.
+    """Axial folding: `fn` of rows that contain every `axial_dim`-th token.
+
+    Token t goes to row `t mod axial_dim` of the rows made of its batch row, and the output is unfolded again.
 
     Args:
-        axial_dim: rows that a row is dealt to; 1 leaves it whole.
-        fn: `(b * axial_dim, ceil(n / axial_dim), ...)` to the same, or to a tuple whose first tensor is such.
+        axial_dim: number of rows made of each row; 1 leaves it whole.
+        fn: maps `(b * axial_dim, ceil(n / axial_dim), ...)` to the same shape, or to a tuple with such a tensor first.
+
+    Raises:
+        ConfigError: if `axial_dim` is below 1.
     """
 
     def __init__(self, axial_dim: int, fn: Callable[..., Any]) -> None:
@@ -138,9 +155,9 @@ class FoldAxially(_Around):
         if rows == 1:
             return self.fn(x, *args, **arguments)
         x = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, -n % rows))
-        folded = x.unflatten(1, (-1, rows)).transpose(1, 2).flatten(0, 1)
+        folded = rearrange(x, "b (n rows) ... -> (b rows) n ...", rows=rows)
 
         def unfolded(out: Tensor) -> Tensor:
-            return out.unflatten(0, (-1, rows)).transpose(1, 2).flatten(1, 2)[:, :n]
+            return rearrange(out, "(b rows) n ... -> b (n rows) ...", rows=rows)[:, :n]
 
         return self._change(self.fn(folded, *args, **arguments), unfolded)

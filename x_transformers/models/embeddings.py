@@ -12,12 +12,12 @@ from x_transformers.ops import l2norm
 
 
 class TokenEmbedding(nn.Module):
-    """A table of token embeddings, `(num_tokens, dim)`.
+    """Table of token embeddings, `(num_tokens, dim)`.
 
     Args:
         dim: width.
-        num_tokens: rows.
-        l2norm_embed: look up rows of unit length (from a tiny initialisation), as FixNorm does (1910.05895).
+        num_tokens: number of rows.
+        l2norm_embed: look up rows of unit length (from a tiny initialization), as FixNorm does (1910.05895).
     """
 
     def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False) -> None:
@@ -26,11 +26,16 @@ class TokenEmbedding(nn.Module):
         self.emb = nn.Embedding(num_tokens, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(b, n)` ids to `(b, n, dim)`.
+        """Look up embeddings.
+
+        Args:
+            x: `(b, n)` ids.
+
+        Returns:
+            `(b, n, dim)`.
 
         Raises:
-            TokenRangeError: if an id lies outside of the table (checked by the kernel; on an accelerator the ids of
-                a training batch are not looked at).
+            TokenRangeError: if an id lies outside of the table. The kernel checks this, which accelerators leave out.
         """
         try:
             embeds = self.emb(x.long())
@@ -42,7 +47,7 @@ class TokenEmbedding(nn.Module):
         return l2norm(embeds) if self.l2norm_embed else embeds
 
     def init_(self) -> None:
-        """Draw the table: Kaiming-normal, or N(0, 1e-5^2) where rows are normalised."""
+        """Initialize the table: Kaiming-normal, or N(0, 1e-5^2) where rows are normalized."""
         if self.l2norm_embed:
             nn.init.normal_(self.emb.weight, std=1e-5)
         else:
@@ -50,10 +55,13 @@ class TokenEmbedding(nn.Module):
 
 
 class SharedTokenEmbedding(TokenEmbedding):
-    """Another model's table, which stays that model's: this one has no weights, and no entry in a state dict.
+    """Table of another model's token embedding, without weights of its own and without an entry in a state dict.
+
+    The owner is kept in a tuple, so that it is not registered as a submodule. A deep copy of a model that contains both
+    refers to the copied owner.
 
     Args:
-        owner: whose table it is. Copied together, the copy reads the copied owner's.
+        owner: the embedding that has the table.
     """
 
     def __init__(self, owner: TokenEmbedding) -> None:
@@ -63,16 +71,17 @@ class SharedTokenEmbedding(TokenEmbedding):
 
     @property
     def emb(self) -> nn.Embedding:
+        """The owner's table."""
         return self._owner[0].emb
 
 
 class AbsolutePositionalEmbedding(PreparesForInference):
-    """A learned table of positions, `table[pos] / sqrt(dim)`.
+    """Learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:
         dim: width.
-        max_seq_len: rows.
-        l2norm_embed: rows of unit length in place of the factor.
+        max_seq_len: number of rows.
+        l2norm_embed: rows of unit length instead of the factor.
     """
 
     def __init__(self, dim: int, max_seq_len: int, l2norm_embed: bool = False) -> None:
@@ -82,17 +91,15 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         self.emb = nn.Embedding(max_seq_len, dim)
 
     def prepare(self) -> Tensor | None:
-        """`(1, max_seq_len, dim)`: what comes out for every position, unless the table is large or no plain one."""
+        """Return the embeddings `(1, max_seq_len, dim)` of all positions, unless the table is large or modified."""
         if (
             not is_plain(self.emb, nn.Embedding)
             or self.emb.max_norm is not None
             or self.emb.weight.nbytes > COPIED_BYTES
         ):
             return None
-        return self._scaled(self.emb.weight.detach()).unsqueeze(0)
-
-    def _scaled(self, embeds: Tensor) -> Tensor:
-        return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
+        table = self.emb.weight.detach()
+        return (l2norm(table) if self.l2norm_embed else table * self.scale).unsqueeze(0)
 
     def forward(
         self,
@@ -101,10 +108,19 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         seq_start_pos: Tensor | None = None,
         offset: int | Tensor = 0,
     ) -> Tensor:
-        """Position embeddings for `x (b, n, ...)`: `(1|b, n, dim)`.
+        """Return position embeddings.
+
+        Args:
+            x: `(b, n, ...)` what has these positions.
+            pos: `(n,)` or `(b, n)` positions; default counted from `offset`.
+            seq_start_pos: `(b,)` left padding of each row, which does not count.
+            offset: position of the first token, if `pos` is not given.
+
+        Returns:
+            `(1|b, n, dim)`.
 
         Raises:
-            ShapeError: if a position lies behind the table.
+            ShapeError: if a position is not in the table.
         """
         n = x.shape[1]
         if pos is None and isinstance(offset, int) and seq_start_pos is None:
@@ -113,21 +129,23 @@ class AbsolutePositionalEmbedding(PreparesForInference):
                     f"{offset + n} tokens were given, but there are absolute positions for `max_seq_len` = "
                     f"{self.max_seq_len}; shorten the input, or use rotary positions."
                 )
-            if self.at_hand is not None:
-                return self.at_hand.narrow(1, offset, n)
-        pos = positions(n, x.device, pos, seq_start_pos, offset)
+            if self.ready is not None and not torch.is_grad_enabled():
+                return self.ready.narrow(1, offset, n)
+            pos = torch.arange(offset, offset + n, device=x.device).unsqueeze(0)
+        else:
+            pos = positions(n, x.device, pos, seq_start_pos, offset)
         try:
             embeds = self.emb(pos)
         except IndexError as error:
             raise ShapeError(
-                f"position {int(pos.max())} is asked for, but there are absolute positions for `max_seq_len` = "
-                f"{self.max_seq_len}."
+                f"position {int(pos.max())} was requested, but there are absolute positions for `max_seq_len` = "
+                f"{self.max_seq_len}; shorten the input, or use rotary positions."
             ) from error
-        return self._scaled(embeds)
+        return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
 
 
 class ScaledSinusoidalEmbedding(KeepsFloat32):
-    """`[sin(pos * f), cos(pos * f)] * scale`, `f_k = theta ** (-2k / dim)`, with a learned scale (2202.10447).
+    """Sinusoids `[sin(pos * f), cos(pos * f)] * scale` with a learned scale, `f_k = theta ** (-2k / dim)` (2202.10447).
 
     Args:
         dim: width, even.
@@ -154,7 +172,7 @@ class ScaledSinusoidalEmbedding(KeepsFloat32):
         seq_start_pos: Tensor | None = None,
         offset: int | Tensor = 0,
     ) -> Tensor:
-        """Position embeddings for `x (b, n, ...)`: `(1|b, n, dim)`."""
+        """Return position embeddings `(1|b, n, dim)`; see `AbsolutePositionalEmbedding.forward`."""
         pos = positions(x.shape[1], x.device, pos, seq_start_pos, offset)
         angles = pos.unsqueeze(-1) * self.inv_freq
         return torch.cat((angles.sin(), angles.cos()), dim=-1).to(self.scale.dtype) * self.scale
@@ -163,7 +181,7 @@ class ScaledSinusoidalEmbedding(KeepsFloat32):
 def build_positions(
     dim: int, max_seq_len: int, *, sinusoids: bool = False, l2norm_embed: bool = False
 ) -> AbsolutePositionalEmbedding | ScaledSinusoidalEmbedding:
-    """A table of `max_seq_len` positions, or sinusoids."""
+    """Build a table of `max_seq_len` positions, or sinusoids."""
     if sinusoids:
         return ScaledSinusoidalEmbedding(dim)
     return AbsolutePositionalEmbedding(dim, max_seq_len, l2norm_embed)
@@ -172,7 +190,7 @@ def build_positions(
 def positions(
     n: int, device: torch.device, pos: Tensor | None, seq_start_pos: Tensor | None, offset: int | Tensor
 ) -> Tensor:
-    """`(1|b, n)` positions: as given, or counted from `offset`, less each row's left padding."""
+    """Return `(1|b, n)` positions: as given, or counted from `offset`, minus the left padding of each row."""
     if pos is None:
         if isinstance(offset, int):
             pos = torch.arange(offset, offset + n, device=device)
@@ -185,7 +203,7 @@ def positions(
 
 
 def check_ids(x: Tensor) -> None:
-    """Raise unless x is `(b, n)` of an integer type."""
+    """Raise an `InputError` unless x is `(b, n)` of an integer type."""
     if x.is_floating_point() or x.dtype is torch.bool:
         raise InputError(f"token ids have dtype {x.dtype}; they must be of an integer type.")
     if x.ndim != 2:
@@ -193,5 +211,5 @@ def check_ids(x: Tensor) -> None:
 
 
 def frac_gradient(t: Tensor, fraction: float) -> Tensor:
-    """The same values, through which that fraction of the gradient passes (2105.13290)."""
+    """Return the same values, which pass on this fraction of the gradient (2105.13290)."""
     return t if fraction == 1 else t * fraction + t.detach() * (1 - fraction)

@@ -1,4 +1,4 @@
-"""From features to logits: one head or several, the token table itself, mixtures of softmaxes."""
+"""Heads, from features to logits: linear maps, the token table (1608.05859), mixtures of softmaxes (1711.03953)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from x_transformers.ops import at_least_float32
 
 
 class LinearNoBias(nn.Linear):
-    """A linear map without a bias."""
+    """Linear map without a bias."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__(dim_in, dim_out, bias=False)
 
 
 class TiedLogits(nn.Module):
-    """`features @ table^T * scale`, with the token embedding's own table.
+    """Logits `features @ table^T * scale`, with the table of the token embedding.
 
-    The embedding is held without being registered: the table has one name in the state dict, and a deep copy of the
-    model reads the copy's table.
+    The embedding is kept in a tuple, so that it is not registered as a submodule of the head too: the table has one
+    name in the state dict. A deep copy of the model refers to the copied table.
+
+    Args:
+        token_emb: the embedding.
+        scale: factor of the logits.
     """
 
     def __init__(self, token_emb: TokenEmbedding, scale: float) -> None:
@@ -33,25 +37,27 @@ class TiedLogits(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features `(..., dim)` to logits `(..., v)`."""
         return F.linear(features, self._embedding[0].emb.weight) * self.scale
 
 
 class Heads(nn.ModuleList):
-    """Several linear heads, `(..., dim)` to a tuple of `(..., width)`."""
+    """Several linear heads, each from `dim` to `width`."""
 
     def __init__(self, count: int, dim: int, width: int) -> None:
         super().__init__(LinearNoBias(dim, width) for _ in range(count))
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Map features `(..., dim)` to a tuple of logits `(..., width)`."""
         return tuple(head(features) for head in self)
 
 
 class MixtureOfSoftmax(nn.Module):
-    """`log sum_j w_j softmax(head(y_j))`, `w = softmax(C y)`, `y_1 ... y_k = T y` (1711.03953).
+    """Log-probabilities `log sum_j w_j softmax(head(y_j))`, `w = softmax(C y)`, `y_1 ... y_k = T y` (1711.03953).
 
     Args:
         dim: width of the features y.
-        k: softmaxes in the mixture.
+        k: number of softmaxes.
     """
 
     def __init__(self, dim: int, k: int) -> None:
@@ -61,11 +67,11 @@ class MixtureOfSoftmax(nn.Module):
         self.combine_mixture = LinearNoBias(dim, k)
 
     def forward(self, features: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """Log-probabilities `(..., v)`.
+        """Return log-probabilities `(..., v)`.
 
         Args:
             features: `(..., dim)`.
-            head: features to logits.
+            head: map from features to logits.
         """
         logits = head(self.to_mixture(features).unflatten(-1, (self.k, -1)))
         weights = self.combine_mixture(features)
@@ -76,15 +82,15 @@ class MixtureOfSoftmax(nn.Module):
 
 
 def sigsoftmax(logits: Tensor) -> Tensor:
-    """`z + log sigmoid(z)`, whose softmax is `exp(z) sigmoid(z)` normalised (1805.10829)."""
+    """Return `z + log sigmoid(z)`, whose softmax is `exp(z) sigmoid(z)`, normalized (1805.10829)."""
     return logits + F.logsigmoid(logits)
 
 
 def next_embedding_head(dim: int, emb_dim: int) -> nn.Module:
-    """`W2 silu(W1 y)`, what the next token's embedding will be."""
+    """Build the map `W2 silu(W1 y)` from features to the embedding of the next token."""
     return nn.Sequential(LinearNoBias(dim, dim), nn.SiLU(), LinearNoBias(dim, emb_dim))
 
 
 def each_head(logits: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `fn` to logits, or to those of each of several heads."""
+    """Apply `fn` to logits, or to the logits of each of several heads."""
     return tuple(fn(each) for each in logits) if isinstance(logits, tuple) else fn(logits)

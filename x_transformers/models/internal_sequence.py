@@ -1,7 +1,7 @@
-"""The internal sequence of one pass, and how a caller's arguments over tokens become arguments over its columns.
+"""The internal sequence of one pass, and how arguments over tokens become arguments over its columns.
 
-Prefix slots (memory tokens, class tokens, prepended embeddings) are seen by every token, and stand at positions before
-them; what a caller says of tokens says nothing about them.
+A model may put memory tokens, class tokens and prepended embeddings around the tokens of a caller. These slots are
+visible to every token and have positions before them; arguments over tokens do not cover them.
 """
 
 from __future__ import annotations
@@ -13,127 +13,129 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
+from x_transformers.cache import CacheHeader
 from x_transformers.forward_pass.intermediates import LayerIntermediates
-from x_transformers.models.memory_layout import Frame, Layout, interspersed
-from x_transformers.models.tokens import Tokens
+from x_transformers.models.inputs import TokenSpan
+from x_transformers.models.memory_layout import ColumnMap, MemoryLayout, interspersed
 from x_transformers.ops import pad_left
 
 
-class Framing:
-    """The internal sequence of a pass.
+class InternalSequence:
+    """What the stack runs in one pass: the items of the pass and the memory tokens around them.
 
     Attributes:
-        x: `(b, columns, D)` what runs.
-        tokens: its tokens.
+        x: `(b, columns, D)` input of the stack.
+        span: the tokens of the pass.
         layout: memory tokens of the model.
-        frame: where they stand, if they are interspersed.
-        memory: memory tokens that this pass puts in front of everything.
-        before: prefix slots in front of the tokens, cached or new, where memory is not interspersed.
-        prefix_mask: `(b, prefix)` which prefix slots are valid, or None for all.
+        column_map: columns of items and memory tokens, if memory tokens are interspersed; else None.
+        memory: number of memory tokens that this pass puts before everything else.
+        before: number of prefix slots before the tokens, cached or new, if memory tokens are not interspersed.
+        prefix_mask: `(b, prefix)` bool, valid prefix slots, or None for all.
     """
 
-    __slots__ = ("before", "frame", "layout", "memory", "prefix_mask", "tokens", "x")
+    __slots__ = ("before", "column_map", "layout", "memory", "prefix_mask", "span", "x")
 
-    def __init__(self, x: Tensor, tokens: Tokens, layout: Layout, frame: Frame | None, memory: int) -> None:
-        self.x, self.tokens, self.layout, self.frame, self.memory = x, tokens, layout, frame, memory
-        kv = tokens.kv
-        held = None if tokens.starts else kv
-        self.before = memory + tokens.leading if held is None else held.prefix
+    def __init__(
+        self, x: Tensor, span: TokenSpan, layout: MemoryLayout, column_map: ColumnMap | None, memory: int
+    ) -> None:
+        self.x, self.span, self.layout, self.column_map, self.memory = x, span, layout, column_map, memory
+        held = None if span.starts else span.kv
+        self.before = memory + span.leading if held is None else held.prefix
         self.prefix_mask = None if held is None else held.prefix_mask
 
-    def hide(self, mask: Tensor, classes: int) -> None:
-        """Take the caller's `(b, p)` mask of prepended embeddings, behind `classes` class tokens."""
-        mask = check_mask(mask, self.x.shape[0], self.tokens.leading - classes, "prepend_mask")
-        self.prefix_mask = pad_left(mask, classes + (0 if self.frame is not None else self.memory), True)
-
-    # the way back
-
-    def unframe(self, t: Tensor) -> Tensor:
-        """Cut memory off `(b, columns, D)`: class tokens, prepended embeddings and tokens are left."""
-        if self.frame is not None:
-            return self.frame.keep(t)
-        return t[:, self.memory :] if self.memory else t
-
-    def remember(self, record: LayerIntermediates, out: Tensor) -> None:
-        """Fill in the memory tokens' outputs, and what a later cached pass must know."""
-        if self.frame is not None:
-            record.memory_tokens = self.frame.keep_memory(out, self.layout.memory)
-        elif self.memory:
-            record.memory_tokens = out[:, : self.memory]
-        kv, tokens = record.cache, self.tokens
-        if kv is None:
-            return
-        if tokens.starts:
-            kv.prepended = tokens.leading
-            kv.prefix = self.layout.slots(tokens.leading) if self.frame is not None else self.before
-            kv.prefix_mask = self.prefix_mask
-        if not kv.is_static or self.frame is not None:
-            kv.tokens = (0 if tokens.kv is None else tokens.kv.tokens) + tokens.count + tokens.leading
-
-    # the caller's arguments
-
-    def over_columns(self, given: dict[str, Any], seq_start_pos: Tensor | None) -> dict[str, Any]:
-        """The stack's arguments, from the caller's: what speaks of tokens is carried over to columns.
+    def hide_prepended(self, mask: Tensor, classes: int) -> None:
+        """Mask prepended embeddings.
 
         Args:
-            given: arguments that are not None. Other slots than tokens get features of zeros, and the id -1.
-            seq_start_pos: tokens of left padding.
+            mask: `(b, p)` bool, the valid ones.
+            classes: number of class tokens before them.
         """
-        if self.before or self.prefix_mask is not None or self.frame is not None:
-            for name, carry in self._CARRY.items():
+        mask = check_mask(mask, self.x.shape[0], self.span.leading - classes, "prepend_mask")
+        self.prefix_mask = pad_left(mask, classes + (0 if self.column_map is not None else self.memory), True)
+
+    def header(self) -> CacheHeader:
+        """Return what a cache must know of the slots that are no tokens."""
+        leading, interspersed = self.span.leading, self.column_map is not None
+        prefix = self.layout.slots(leading) if interspersed else self.before
+        return CacheHeader(prefix, leading, self.prefix_mask, self.span.count + leading, interspersed)
+
+    def without_memory(self, t: Tensor) -> Tensor:
+        """Return `t (b, columns, D)` without memory tokens: class tokens, prepended embeddings and tokens."""
+        if self.column_map is not None:
+            return self.column_map.keep(t)
+        return t[:, self.memory :] if self.memory else t
+
+    def record(self, record: LayerIntermediates, out: Tensor) -> None:
+        """Record the outputs of memory tokens."""
+        if self.column_map is not None:
+            record.memory_tokens = self.column_map.keep_memory(out, self.layout.memory)
+        elif self.memory:
+            record.memory_tokens = out[:, : self.memory]
+
+    # arguments over tokens
+
+    def over_columns(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Turn arguments over tokens into arguments over columns, which the stack takes.
+
+        Args:
+            given: arguments of the stack, changed in place. Slots that are not tokens get zeros as features, and -1 as
+                id.
+        """
+        seq_start_pos = given.get("seq_start_pos")
+        if self.before or self.prefix_mask is not None or self.column_map is not None:
+            for name, convert in self._OVER_COLUMNS.items():
                 if given.get(name) is not None:
-                    given[name] = carry(self, given[name])
+                    given[name] = convert(self, given[name])
             if self.prefix_mask is not None and given.get("mask") is None and given.get("self_attn_kv_mask") is None:
-                name = "mask" if self.tokens.kv is None else "self_attn_kv_mask"
+                name = "mask" if self.span.kv is None else "self_attn_kv_mask"
                 known = torch.ones(self.x.shape[0], self._token_count(), dtype=torch.bool, device=self.x.device)
                 given[name] = self._mask(known, name)
-        if self.frame is not None:
-            given["places"] = self.frame.places
-        elif seq_start_pos is not None and self.before == 0:
-            given["seq_start_pos"] = seq_start_pos
-        elif seq_start_pos is not None:
-            # padding stands behind the prefix, which stays visible
+        if self.column_map is not None:
+            given["seq_start_pos"], given["places"] = None, self.column_map.places
+        elif seq_start_pos is not None and self.before:
+            # The padding is between the prefix, which stays visible, and the tokens. The stack's `seq_start_pos` can
+            # only hide what comes first in a row, so places without a token are named one by one.
             token = torch.arange(self.before + self._token_count(), device=self.x.device) - self.before
-            given["places"] = (token < 0) | (token >= seq_start_pos.unsqueeze(-1))
+            given["seq_start_pos"], given["places"] = None, (token < 0) | (token >= seq_start_pos.unsqueeze(-1))
         return given
 
     @property
     def _leading(self) -> int:
-        """Items before the tokens, of this pass or of the first one."""
-        kv = self.tokens.kv
-        return self.tokens.leading if self.tokens.starts or kv is None else kv.prepended
+        """Number of items before the tokens, in this pass or in the first one."""
+        kv = self.span.kv
+        return self.span.leading if self.span.starts or kv is None else kv.prepended
 
     def _token_count(self) -> int:
-        """Tokens so far, or as many as a static cache has room for."""
-        so_far = self.tokens.so_far
-        return self.tokens.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr]
+        """Number of tokens so far, or the number that a static cache has room for."""
+        so_far = self.span.so_far
+        return self.span.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr, operator]
 
     def _mask(self, t: Tensor, name: str) -> Tensor:
-        kv, batch = self.tokens.kv, self.x.shape[0]
-        if kv is not None and kv.is_static:
-            least = self.tokens.count if self.tokens.starts else 0
-            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)  # type: ignore[attr-defined]
+        kv, batch = self.span.kv, self.x.shape[0]
+        if kv is not None and kv.capacity is not None:
+            least = self.span.count if self.span.starts else 0
+            t = check_static_mask(t, batch, least, kv.capacity - self.before, name)
         else:
             t = check_mask(t, batch, self._token_count(), name)
         front = self.prefix_mask
         if front is None:
-            front = t.new_ones(batch, self._leading if self.frame is not None else self.before)
+            front = t.new_ones(batch, self._leading if self.column_map is not None else self.before)
         t = torch.cat((front, t), dim=-1)
-        return t if self.frame is None else self.frame.spread(t, True)
+        return t if self.column_map is None else self.column_map.spread(t, True)
 
     def _features(self, t: Tensor) -> Tensor:
-        """`(b, tokens, w)` to `(b, columns, w)`; what is the same for all tokens stays as it is."""
+        """Map `(b, tokens, w)` to `(b, columns, w)`; what all tokens share, `(b, w)` or `(b, 1, w)`, is unchanged."""
         return t if t.ndim != 3 or t.shape[1] == 1 else self._spread(t, 0.0)
 
     def _spread(self, t: Tensor, value: float) -> Tensor:
-        """`(b, tokens, w)` to `(b, columns, w)`."""
-        t = F.pad(self.tokens.newest(t, 1), (0, 0, self.tokens.leading, 0), value=value)
-        if self.frame is None:
+        """Map `(b, tokens, w)` to `(b, columns, w)`; columns without a token become `value`."""
+        t = F.pad(self.span.newest(t, 1), (0, 0, self.span.leading, 0), value=value)
+        if self.column_map is None:
             return F.pad(t, (0, 0, self.memory, 0), value=value)
-        return self.frame.fill(t, t.new_full((self.layout.memory, t.shape[-1]), value))
+        return self.column_map.fill(t, t.new_full((self.layout.memory, t.shape[-1]), value))
 
     def _residuals(self, t: Tensor) -> Tensor:
-        """`(b, tokens, w)`, or one for each of several layers."""
+        """Map `(b, tokens, w)`, or `(L, b, tokens, w)` for several layers."""
         return self._spread(t, 0.0) if t.ndim == 3 else torch.stack([self._spread(each, 0.0) for each in t])
 
     def _deep_embeds(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -141,43 +143,45 @@ class Framing:
         return table, self._spread(ids.unsqueeze(-1), -1).squeeze(-1)
 
     def _pairs(self, t: Tensor, value: float | bool) -> Tensor:
-        """A tensor over new tokens (or one row for all of them) and tokens so far."""
-        internal, new = self.x.shape[1], self.tokens.count
+        """Map `(..., n or 1, tokens so far)` to new and internal columns; other slots become `value`."""
+        internal, new = self.x.shape[1], self.span.count
         if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != new:
             return t
-        in_front, in_this_pass = self.before, self.memory + self.tokens.leading
-        if self.frame is not None:
-            in_front, in_this_pass = self._leading, self.tokens.leading
+        in_front, in_this_pass = self.before, self.memory + self.span.leading
+        if self.column_map is not None:
+            in_front, in_this_pass = self._leading, self.span.leading
         one_row = t.shape[-2] == 1
         if t.shape[-1] == 1:
             t = t.expand(*t.shape[:-1], self._token_count())
         t = F.pad(t, (in_front, 0, 0 if one_row else in_this_pass, 0), value=value)
-        if self.frame is None:
+        if self.column_map is None:
             return t
-        t = self.frame.spread(t, value)
-        return t if one_row else self.frame.spread_new(t, value)
+        t = self.column_map.spread(t, value)
+        return t if one_row else self.column_map.spread_new(t, value)
 
     def _positions(self, pos: Tensor) -> Tensor:
-        """Internal positions: the prefix counts from 0, tokens stand behind it."""
+        """Return internal positions: the prefix counts from 0, and tokens come after it."""
         pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
-        if pos.shape[-1] != self.tokens.count:  # over the columns of this pass already
+        if pos.shape[-1] != self.span.count:  # over the columns of this pass already
             return pos
-        leading = self.tokens.leading
-        if self.frame is None:
+        leading = self.span.leading
+        if self.column_map is None:
             front = torch.arange(self.memory + leading, device=pos.device).expand(pos.shape[0], -1)
             return torch.cat((front, pos + self.before), dim=-1)
         item = pos + self._leading
         if leading:
             front = torch.arange(leading, device=pos.device).expand(pos.shape[0], -1)
             item = torch.cat((front, item), dim=-1)
-        columns = self.frame.columns[-self.frame.new :]
+        # A memory token comes directly before the item that opens its group, at the positions that the slots of the
+        # group leave free.
+        columns = self.column_map.columns[-self.column_map.new :]
         owner = torch.where(columns < 0, -1 - columns, columns)
         owner = owner - owner.min()
         slots = self.layout.slot_of(item)[:, owner]
-        which = self.frame.memory[-self.frame.new :]
+        which = self.column_map.memory[-self.column_map.new :]
         return torch.where(columns < 0, slots - self.layout.memory + which, slots)
 
-    _CARRY = {  # noqa: RUF012 (a table that is never written to)
+    _OVER_COLUMNS = {  # noqa: RUF012 (a table that is never written to)
         "mask": lambda self, t: self._mask(t, "mask"),
         "self_attn_kv_mask": lambda self, t: self._mask(t, "self_attn_kv_mask"),
         "attn_mask": lambda self, t: self._pairs(t, True),
@@ -190,19 +194,27 @@ class Framing:
     }
 
 
-def framed(
-    x: Tensor, tokens: Tokens, layout: Layout, memory_tokens: Tensor | None, seq_start_pos: Tensor | None
-) -> Framing:
-    """Put memory tokens `(M, D)` around the items `(b, n, D)` of a pass."""
+def surround(
+    x: Tensor, span: TokenSpan, layout: MemoryLayout, memory_tokens: Tensor | None, seq_start_pos: Tensor | None
+) -> InternalSequence:
+    """Put memory tokens around the items of a pass.
+
+    Args:
+        x: `(b, n, D)` items: class tokens, prepended embeddings and tokens.
+        span: the tokens among them.
+        layout: where memory tokens go.
+        memory_tokens: `(M, D)`, or None.
+        seq_start_pos: `(b,)` number of tokens of left padding.
+    """
     if memory_tokens is None:
-        return Framing(x, tokens, layout, None, 0)
+        return InternalSequence(x, span, layout, None, 0)
     if layout.every is None:
-        if not tokens.starts:
-            return Framing(x, tokens, layout, None, 0)
+        if not span.starts:  # they are cached
+            return InternalSequence(x, span, layout, None, 0)
         front = memory_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
-        return Framing(torch.cat((front, x), dim=1), tokens, layout, None, layout.memory)
-    kv = tokens.kv
+        return InternalSequence(torch.cat((front, x), dim=1), span, layout, None, layout.memory)
+    kv = span.kv
     old = 0 if kv is None else kv.tokens
-    leading = kv.prepended if kv is not None and old else tokens.leading
-    frame = interspersed(layout, old + x.shape[1], old, leading, seq_start_pos, x.device)
-    return Framing(frame.fill(x, memory_tokens), tokens, layout, frame, 0)
+    leading = kv.prepended if kv is not None and old else span.leading
+    columns = interspersed(layout, old + x.shape[1], old, leading, seq_start_pos, x.device)
+    return InternalSequence(columns.fill(x, memory_tokens), span, layout, columns, 0)

@@ -1,8 +1,8 @@
-"""What stands around the tokens inside of a model: memory tokens (2006.11527), prepended embeddings.
+"""Placement of memory tokens (2006.11527) among the items of a model's internal sequence.
 
-The *items* of a row are its prepended embeddings and tokens. Memory tokens stand in front of all items, or, when
-interspersed, in front of every group of `every` items, counted from each row's own first item. The frame says which
-column of the internal sequence holds what, and carries arguments that speak of tokens over to columns.
+The *items* of a row are its prepended embeddings and tokens. Memory tokens come before all items, or, when
+interspersed, before every group of `every` items, counted from the first item of each row. `MemoryLayout` is the rule,
+`ColumnMap` its result for one pass: which column of the internal sequence holds which item.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from x_transformers.errors import InputError
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model frames its tokens.
+class MemoryLayout:
+    """Rule that places a model's memory tokens.
 
     Attributes:
-        memory: memory tokens M, at the front or before each group.
-        every: items of a group, or None for memory at the front alone.
+        memory: number of memory tokens M, before all items or before each group.
+        every: number of items in a group, or None if memory tokens come only before all items.
     """
 
     memory: int
     every: int | None
 
     def slots(self, items: int) -> int:
-        """Internal slots of a row of that many items."""
+        """Return the number of internal slots of a row with this number of items."""
         if self.every is None:
             return self.memory + items
         return items + self.memory * -(-items // self.every)
 
     def slot_of(self, item: Tensor) -> Tensor:
-        """The internal slot at which an item stands."""
+        """Return the internal slots of items, given by their indices."""
         groups = 1 if self.every is None else item.div(self.every, rounding_mode="floor") + 1
         return item + self.memory * groups
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
-    """The internal columns of one pass, new and old.
+class ColumnMap:
+    """The internal columns up to the end of one pass, for interspersed memory tokens.
 
     Attributes:
-        columns: `(N,)` for each internal column so far, its item, or -1 - item for memory in front of that item.
-        memory: `(N,)` for each column, which memory token it is, or -1.
-        new: how many of them, the last ones, this pass runs.
-        first: the first new item.
-        at: where new items, and new memory tokens, stand among the new columns.
-        places: `(b, N)` bool, False where a column is nothing in a row; None if every column is something in each.
+        columns: `(N,)` for each internal column its item, or -1 - item for memory before that item.
+        memory: `(N,)` for each column the index of its memory token, or -1 for an item.
+        new: number of columns that this pass runs, which are the last ones.
+        first: index of the first new item.
+        at: indices of the new items, and of the new memory tokens, among the new columns.
+        places: `(b, N)` bool, False where a row leaves a column empty; None if no row does.
     """
 
     columns: Tensor
@@ -61,55 +61,61 @@ class Frame:
     places: Tensor | None
 
     def keep(self, t: Tensor) -> Tensor:
-        """The columns of new items of `(b, new, D)`."""
+        """Return the columns of the new items of `t (b, new, D)`."""
         return t[:, self.at[0]]
 
     def keep_memory(self, t: Tensor, count: int) -> Tensor:
-        """The columns of new memory tokens, `(b * groups, count, D)`."""
+        """Return the columns of the new memory tokens of `t (b, new, D)`, as `(b * groups, count, D)`."""
         return t[:, self.at[1]].reshape(-1, count, t.shape[-1])
 
     def fill(self, items: Tensor, memory: Tensor) -> Tensor:
-        """Put new items `(b, n, D)` and memory tokens `(M, D)` in their columns: `(b, new, D)`."""
+        """Put new items `(b, n, D)` and memory tokens `(M, D)` into their columns: `(b, new, D)`."""
         columns, which = self.columns[-self.new :], self.memory[-self.new :]
         picked = items[:, (columns - self.first).clamp(min=0)]
         return torch.where(columns[:, None] < 0, memory.to(items.dtype)[which.clamp(min=0)], picked)
 
     def spread(self, t: Tensor, value: float | bool) -> Tensor:
-        """Carry the last axis of a tensor from items to columns; memory columns get `value`."""
+        """Move the last axis of a tensor from items to columns; memory columns become `value`."""
         index = torch.where(self.columns < 0, t.shape[-1], self.columns)
         return F.pad(t, (0, 1), value=value).index_select(-1, index)
 
     def spread_new(self, t: Tensor, value: float | bool) -> Tensor:
-        """Carry the last but one axis of a tensor from new items to new columns; memory rows get `value`."""
+        """Move the second to last axis of a tensor from new items to new columns; memory rows become `value`."""
         columns = self.columns[-self.new :]
         index = torch.where(columns < 0, t.shape[-2], columns - self.first)
         return F.pad(t, (0, 0, 0, 1), value=value).index_select(-2, index)
 
 
 def interspersed(
-    layout: Layout, items: int, old: int, prepended: int, start: Tensor | None, device: torch.device
-) -> Frame:
-    """The frame of a row of `items` items of which `old` are cached.
+    layout: MemoryLayout, items: int, old: int, prepended: int, start: Tensor | None, device: torch.device
+) -> ColumnMap:
+    """Return the columns of a row with interspersed memory tokens.
 
     Args:
-        layout: memory tokens and group size.
-        items: prepended embeddings and tokens so far.
-        old: those that are cached.
-        prepended: how many of them are prepended embeddings.
-        start: `(b,)` tokens of left padding, or None.
+        layout: number of memory tokens and group size.
+        items: number of prepended embeddings and tokens so far.
+        old: number of items that are cached.
+        prepended: number of items that are prepended embeddings.
+        start: `(b,)` number of tokens of left padding, or None.
         device: of the tensors.
+
+    Raises:
+        InputError: for left-padded rows inside of a compiled graph.
     """
     assert layout.every is not None
+    # Whether a group begins at an item. Rows with different left padding begin their groups at different items, but a
+    # batch has one set of columns: a column for memory exists where any row begins a group, and `places` says in which
+    # rows it holds memory. In all other rows it is empty, and no query sees it.
     opened = [item % layout.every == 0 for item in range(items)]
     opens: Tensor | None = None
     live: Tensor | None = None
     if start is not None:
         if torch.compiler.is_compiling():
             raise InputError(
-                "interspersed memory tokens of left-padded rows stand where the padding ends, which a compiled graph "
-                "cannot know; pad on the right, or put memory tokens in front alone."
+                "interspersed memory tokens of left-padded rows begin where the padding ends, which a compiled graph "
+                "cannot know; pad on the right, or drop `memory_tokens_interspersed_every`."
             )
-        # a row's own count of items: padding tokens, behind the prepended ones, do not count
+        # A row counts its own items: prepended embeddings come first, the padding tokens after them do not count.
         token = torch.arange(items, device=device) - prepended
         own = torch.where(token < 0, token + prepended, token + prepended - start.unsqueeze(-1))
         live = (token < 0) | (token >= start.unsqueeze(-1))
@@ -134,4 +140,4 @@ def interspersed(
     new = columns[first_new:]
     at_items = torch.tensor([at for at, item in enumerate(new) if item >= 0], dtype=torch.long, device=device)
     at_memory = torch.tensor([at for at, item in enumerate(new) if item < 0], dtype=torch.long, device=device)
-    return Frame(where, torch.tensor(memory, device=device), len(new), old, (at_items, at_memory), places)
+    return ColumnMap(where, torch.tensor(memory, device=device), len(new), old, (at_items, at_memory), places)

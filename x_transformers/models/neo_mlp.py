@@ -1,4 +1,4 @@
-"""A transformer in place of a multilayer perceptron: inputs, hidden units and outputs are tokens that attend to each
+"""A transformer instead of a multilayer perceptron: inputs, hidden units and outputs are tokens that attend to each
 other (openreview A8Vuf2e8y6).
 """
 
@@ -18,7 +18,11 @@ from x_transformers.options.configured import Configured
 
 
 class RandomFourierEmbed(nn.Module):
-    """`cos(2 pi (w x + c))` with random w and c that are never trained, `(...)` to `(..., dim)`."""
+    """Random features `cos(2 pi (w x + c))` of numbers x, with w and c that are not trained.
+
+    Args:
+        dim: number of features.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -26,19 +30,20 @@ class RandomFourierEmbed(nn.Module):
         self.proj.requires_grad_(False)
 
     def forward(self, times: Tensor) -> Tensor:
+        """Map `(...)` numbers to `(..., dim)` features."""
         return (self.proj(times.unsqueeze(-1)) * (2 * math.pi)).cos()
 
 
 class NeoMLP(Configured, ReadsReference):
     """Vectors `(b, dim_in)` to vectors `(b, dim_out)`, by attention between units.
 
-    Input unit i is `W cos(2 pi (w x_i + c)) + b + e_i`, hidden and output units begin as learned embeddings; behind the
-    encoder, output o is `<out_o, v_o> + b_o`.
+    Input unit i is `W cos(2 pi (w x_i + c)) + b + e_i`; hidden and output units start as learned embeddings. After the
+    encoder, output o is `<y_o, v_o> + b_o`, with the features y_o of its unit.
 
     Args:
-        dim_in, dim_hidden, dim_out: how many units of each kind.
+        dim_in, dim_hidden, dim_out: number of units of each kind.
         dim_model: width of a unit.
-        depth: blocks.
+        depth: number of blocks.
         encoder_kwargs: further keywords of the `Encoder`; default four heads of width 16.
 
     Raises:
@@ -74,9 +79,9 @@ class NeoMLP(Configured, ReadsReference):
         """Run the model.
 
         Args:
-            x: `(b, dim_in)` or `(dim_in,)`; integers are read as numbers.
-            return_embeds: also what the encoder made of inputs, hidden units and outputs, `(b, units, dim_model)`
-                each, with b = 1 for a single x.
+            x: `(b, dim_in)` or `(dim_in,)`; integers are converted.
+            return_embeds: also return the features of input, hidden and output units, `(b, units, dim_model)` each,
+                with b = 1 for a single x.
 
         Returns:
             `(b, dim_out)` or `(dim_out,)`.

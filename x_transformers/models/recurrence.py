@@ -1,4 +1,4 @@
-"""What one segment leaves for the next (1901.02860), and a model that reads its own output again (recycling)."""
+"""Recurrent memory between segments (1901.02860), and models that read their own output again (recycling)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 
 
-def moved_down(
+def shifted_down(
     mems: Sequence[Tensor | None], shift: int, stack: AttentionLayers, arguments: Mapping[str, Any]
 ) -> list[Tensor | None]:
-    """Memories of attention as their layers read them: from `shift` layers above (2012.15688). States stay.
+    """Return memories as the layers read them: that of the layer `shift` above (2012.15688). States stay in place.
 
     Args:
-        mems: a memory for each self-attention, then running states.
-        shift: how many layers.
-        stack: whose layers.
+        mems: `(b, m, D)` memory of each self-attention, then running states.
+        shift: number of layers.
+        stack: the layers.
         arguments: of the pass.
     """
     order = stack.order_of(arguments.get("layers_execute_order"), arguments.get("repeat_blocks"))
@@ -33,13 +33,13 @@ def moved_down(
 def new_memories(
     record: LayerIntermediates, mems: Sequence[Tensor | None] | None, most: int, detach: bool
 ) -> list[Tensor]:
-    """The last `most` positions of each `[memory; input]`, then the running states.
+    """Return the last `most` positions of each `[memory; input]`, then the running states.
 
     Args:
-        record: of a pass that kept memories.
-        mems: what that pass read, or None to begin anew.
-        most: positions.
-        detach: no gradient goes into the next segment.
+        record: of a pass that captured memories.
+        mems: memories that this pass read, or None to keep its inputs only.
+        most: number of positions.
+        detach: stop gradients between segments.
     """
     inputs = record.memory_inputs or []
     old = list(mems or [])[: len(inputs)]
@@ -53,15 +53,15 @@ def new_memories(
 
 
 def recycled(x: Tensor, steps: int, stack: AttentionLayers, project: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """`x + project(F(x + project(F(...))))`: the input of the last of `steps` passes through the stack F.
+    """Return `x + project(F(x + project(F(...))))`, the input of the last of `steps` passes through the stack F.
 
-    No gradient goes through the passes before the last one.
+    The passes before the last one have no gradient.
 
     Args:
         x: `(b, columns, D)`.
-        steps: passes in all.
+        steps: number of passes, including the last one.
         stack: F.
-        project: `(b, n, D)` to the same.
+        project: map from `(b, n, D)` to the same shape.
         arguments: of every pass.
     """
     given = {name: value for name, value in arguments.items() if name != "return_gumbel_log_probs"}

@@ -1,4 +1,4 @@
-"""What a caller wants back of a pass: which intermediates are kept for it, and in which form it returns."""
+"""Outputs of a pass besides features: what the stack has to record for them, and in which form they are returned."""
 
 from __future__ import annotations
 
@@ -11,93 +11,62 @@ from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.models.inputs import ModelInputs
 from x_transformers.ops import at_least_float32, max_neg_value
 
 
-class RequestedOutputs:
-    """What a caller asked for.
-
-    Attributes:
-        intermediates: the record is returned.
-        mems: new recurrent memory.
-        attn: the weights of every attention.
-        z_loss: the weight of attention's z-loss, or None.
-        entropies: entropies of the logits.
-        capture: what the caller says is to be kept, or None for what the other flags need.
-        features: features in place of logits; both: logits and features.
-        next_embed: the next token's predicted embedding beside the output.
+def requested_capture(inputs: ModelInputs, stack: AttentionLayers) -> Capture:
+    """Return what the stack has to record for the outputs that a caller requested.
 
     Raises:
-        InputError: if something is to be kept that nobody asks for.
+        InputError: if scores are requested from a stack that is bound to kernels without them.
     """
+    given, memories = inputs.capture, inputs.return_mems
+    scores = inputs.return_attn or inputs.z_loss_weight is not None
+    if scores and not stack.may_show_scores():
+        raise InputError("attention scores are requested, but `attn_flash = True` keeps none; leave it at None.")
+    if given is None:
+        # without a cache, `return_intermediates` shows everything that the kernels allow
+        scores = scores or (inputs.return_intermediates and inputs.cache is None and stack.may_show_scores())
+        return Capture(scores, inputs.return_intermediates, memories)
+    if (scores and not given.scores) or (memories and not given.memories):
+        return Capture(given.scores or scores, given.hiddens, given.memories or memories)
+    return given
 
-    __slots__ = ("attn", "both", "capture", "entropies", "features", "intermediates", "mems", "next_embed", "z_loss")
 
-    def __init__(
-        self,
-        intermediates: bool = False,
-        mems: bool = False,
-        attn: bool = False,
-        z_loss: float | None = None,
-        entropies: bool = False,
-        capture: Capture | None = None,
-        features: bool = False,
-        both: bool = False,
-        next_embed: bool = False,
-    ) -> None:
-        self.intermediates, self.mems, self.attn = intermediates, mems, attn
-        self.z_loss, self.entropies, self.capture = z_loss, entropies, capture
-        self.features, self.both, self.next_embed = features, both, next_embed
-        if capture is not None and not self.record:
-            raise InputError("`capture` says what intermediates hold; ask for them with `return_intermediates`.")
-
-    @property
-    def record(self) -> bool:
-        """Whether anything but the output is asked for."""
-        return self.intermediates or self.mems or self.attn or self.entropies or self.z_loss is not None
-
-    def kept(self, stack: AttentionLayers, cached: bool) -> Capture:
-        """What the stack keeps.
-
-        Raises:
-            InputError: if scores are asked for that its kernels do not keep.
-        """
-        shows = self.attn or self.z_loss is not None
-        if shows and not stack._may_show_scores():
-            raise InputError("attention scores are asked for, but `attn_flash = True` keeps none; leave it at None.")
-        given = self.capture
-        if given is None:
-            scores = shows or (self.intermediates and not cached and stack._may_show_scores())
-            return Capture(scores, self.intermediates, self.mems)
-        if (shows and not given.scores) or (self.mems and not given.memories):
-            return Capture(given.scores or shows, given.hiddens, given.memories or self.mems)
-        return given
-
-    def results(self, out: Any, record: LayerIntermediates | None) -> Any:
-        """The output with what was asked for beside it; intermediates carry the memories too."""
-        if self.intermediates or self.z_loss is not None or self.entropies:
-            return out, record
-        if not (self.mems or self.attn):
-            return out
-        assert record is not None
-        return out, record.mems if self.mems else [r.post_softmax_attn for r in record.attn_intermediates or []]
+def with_requested(out: Any, record: LayerIntermediates, inputs: ModelInputs) -> Any:
+    """Return the output together with what was requested besides it; intermediates contain the memories too."""
+    if inputs.return_intermediates or inputs.z_loss_weight is not None or inputs.return_logit_entropies:
+        return out, record
+    if inputs.return_mems:
+        return out, record.mems
+    if inputs.return_attn:
+        return out, [each.post_softmax_attn for each in record.attn_intermediates or []]
+    return out
 
 
 def z_loss(records: list[Intermediates], weight: float) -> Tensor:
-    """`weight * mean over b, i of sum over h of (sum over layers of logsumexp over j of logits)^2` (2202.08906).
+    """Return `weight * mean over b, i of sum over h of (sum over layers of logsumexp over j of logits)^2` (2202.08906).
 
     A query that sees no key at all counts as 0.
+
+    Args:
+        records: of every attention, with captured logits.
+        weight: factor.
     """
     return calc_z_loss([r.pre_softmax_attn for r in records if r.pre_softmax_attn is not None], weight=weight)
 
 
 def calc_z_loss(pre_softmax_attns: list[Tensor], mask: Tensor | None = None, weight: float = 1.0) -> Tensor:
-    """The z-loss of attention's logits, `(b, h, i, j)` each.
+    """Return the z-loss of attention's logits.
 
     Args:
-        pre_softmax_attns: of each attention.
+        pre_softmax_attns: `(b, h, i, j)` logits of each attention.
         mask: `(b, i)` bool, the queries that count; None for all.
         weight: factor.
+
+    Returns:
+        A scalar.
     """
     each = []
     for logits in pre_softmax_attns:
@@ -110,7 +79,15 @@ def calc_z_loss(pre_softmax_attns: list[Tensor], mask: Tensor | None = None, wei
 
 
 def calc_entropy(t: Tensor, is_prob: bool = False) -> Tensor:
-    """`-sum p log p` over the last axis, of logits (with `p` their softmax) or of probabilities."""
+    """Return the entropy `-sum p log p` over the last axis.
+
+    Args:
+        t: `(..., v)` logits, with p their softmax, or probabilities.
+        is_prob: t holds probabilities.
+
+    Returns:
+        `(...)` entropies in nats.
+    """
     if is_prob:
         return torch.special.entr(t).sum(dim=-1)
     log_probs = t.log_softmax(dim=-1)

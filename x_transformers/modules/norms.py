@@ -123,8 +123,8 @@ class GainNorm(PreparesForInference, Norm):
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
     def gain(self) -> Tensor:
-        """Return the gain `(D,)`, from the prepared one while decoding without gradients."""
-        if self.ready is not None and not torch.is_grad_enabled():
+        """Return the gain `(D,)`, the prepared one in a view for inference."""
+        if self.ready is not None:
             return self.ready
         return self.gamma + 1 if self.unit_offset else self.gamma
 

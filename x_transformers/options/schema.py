@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from x_transformers.errors import ConfigError, Faults, did_you_mean
 
@@ -40,11 +40,16 @@ class Rule:
 
     Attributes:
         when: receives the options of a layer and its stack, and returns True if they conflict.
-        why: sentence that says what the conflict is, and what to change.
+        why: sentence that says what the conflict is, and what to change; or a function of the same options that
+            returns it.
     """
 
     when: Callable[[Options | Surroundings], bool]
-    why: str
+    why: str | Callable[[Options | Surroundings], str]
+
+    def sentence(self, options: Options | Surroundings) -> str:
+        """Return the conflict in words."""
+        return self.why if isinstance(self.why, str) else self.why(options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +70,10 @@ class Feature:
         refuses: conflicts that raise a `ConfigError` when the feature is on.
         warns: conflicts that are only reported when it is on.
         idle: receives the options, and returns the names of those that have no effect although the feature is on.
+        unpackable: why it cannot keep the documents of packed rows apart; None if it can.
         examples: small sets of keywords, with prefixes, as a user would write them; tests run over them.
-        exempt: properties of the test suite that cannot hold for the feature, each with the reason.
+        exempt: properties of the test suite that cannot hold for the feature, each with the reason; a key (property, n)
+            is about the n-th example only, from 1.
     """
 
     name: str
@@ -82,8 +89,9 @@ class Feature:
     refuses: tuple[Rule, ...] = ()
     warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
+    unpackable: str | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
-    exempt: Mapping[str, str] = field(default_factory=dict)
+    exempt: Mapping[Any, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +101,13 @@ class Options:
     Attributes:
         schema: schema that parsed the options.
         values: options dataclass of each feature, by name; `options["rotary"]` is short for `options.values["rotary"]`.
-        kind: kind of the layer that the options belong to; None outside of a layer.
     """
 
     schema: Schema
     values: Mapping[str, Any]
-    kind: str | None = None
+    # rules read these two of a layer's surroundings; options by themselves belong to no layer
+    is_self_attention: ClassVar[bool] = False
+    is_cross_attention: ClassVar[bool] = False
 
     def __getitem__(self, feature: str) -> Any:
         return self.values[feature]
@@ -124,6 +133,10 @@ class Options:
                 return f"`{prefix}{entry.name}`"
         return feature.name
 
+    def unpackable(self) -> list[str]:
+        """Return why documents of packed rows cannot be kept apart, one sentence for each feature that is on."""
+        return [unpackable(feature) for feature in self.enabled() if feature.unpackable is not None]
+
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
@@ -131,11 +144,12 @@ class Surroundings:
 
     Attributes:
         groups: the options.
-        kind: kind of the layer; None outside of a layer.
+        is_self_attention, is_cross_attention: kind of the layer; both False for other kinds, and outside of a layer.
     """
 
     groups: tuple[Options, ...]
-    kind: str | None = None
+    is_self_attention: bool = False
+    is_cross_attention: bool = False
 
     def __getitem__(self, feature: str) -> Any:
         return next(options[feature] for options in self.groups if feature in options.values)
@@ -143,6 +157,10 @@ class Surroundings:
     def on(self, feature: str) -> bool:
         """Return True if the feature of this name is on in one of the groups."""
         return any(options.on(feature) for options in self.groups)
+
+    def unpackable(self) -> list[str]:
+        """Return why documents of packed rows cannot be kept apart, one sentence for each feature that is on."""
+        return [sentence for options in self.groups for sentence in options.unpackable()]
 
 
 class Schema:
@@ -239,11 +257,12 @@ class Schema:
         for feature in options.enabled():
             for rule in feature.refuses:
                 if rule.when(surroundings):
-                    faults.add(self.in_full(rule.why, prefix))
+                    faults.add(self.in_full(rule.sentence(surroundings), prefix))
 
     def unwise(self, options: Options, surroundings: Options | Surroundings) -> list[str]:
         """Return a sentence for each combination that is allowed but unwise (`Feature.warns`)."""
-        return [rule.why for feature in options.enabled() for rule in feature.warns if rule.when(surroundings)]
+        rules = (rule for feature in options.enabled() for rule in feature.warns)
+        return [rule.sentence(surroundings) for rule in rules if rule.when(surroundings)]
 
     def without_effect(self, options: Options, given: Iterable[str], prefix: str | None = None) -> list[str]:
         """Return a sentence for each given keyword that changes nothing: its feature is off, or ignores it."""
@@ -318,6 +337,11 @@ def accepts(hint: Any, value: Any) -> bool:
     if hint is Callable or (origin is not None and origin is typing.get_origin(Callable[..., Any])):
         return callable(value)
     return isinstance(value, origin or hint)
+
+
+def unpackable(feature: Feature) -> str:
+    """Return why documents of packed rows cannot be kept apart with a feature that declares it."""
+    return f"`flash_pack_seq` keeps the documents of a row apart, but {feature.unpackable}; drop one of them."
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -15,13 +15,15 @@ def show_keywords(
     leading: Iterable[inspect.Parameter],
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Give `cls` the signature and the documentation of every keyword, for `help` and completion.
+    """Set the signature of a class, and add the documentation of every keyword to its docstring.
+
+    `help` and completion show both.
 
     Args:
-        cls: the class.
-        schemas: its keywords, and their prefixes.
-        leading: parameters that no feature owns.
-        defaults: where the class has others than the schemas.
+        cls: the class, whose constructor takes keywords.
+        schemas: the keywords, and the prefix of each schema.
+        leading: parameters that belong to no feature.
+        defaults: defaults of the class that differ from those of the schemas.
     """
     schemas = list(schemas)
     parameters: list[inspect.Parameter] = list(leading)
@@ -35,6 +37,6 @@ def show_keywords(
 
 
 def parameter(name: str, default: Any = inspect.Parameter.empty, *, positional: bool = False) -> inspect.Parameter:
-    """A parameter that no feature owns."""
+    """Return a parameter that belongs to no feature."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default)

@@ -1,1 +1,1 @@
-"""What training needs around a model: optimisers for its parameters, and several processes."""
+"""Optimizers for the parameters of a model, and training in several processes."""

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers (2502.16982), and which parameters are such."""
+"""Muon for the matrices of the layers (2502.16982), and the choice of these matrices."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from x_transformers.errors import ConfigError
 from x_transformers.layers.layers import AttentionLayers
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial `a x + b x^3 + c x^5`, which drives singular values from (0, 1] to about 1 in five steps."""
+"""Coefficients of `a x + b x^3 + c x^5`, which moves singular values from (0, 1] to about 1 in five steps."""
 
 
 class Split(NamedTuple):
-    """The trainable parameters of a model, each in one list.
+    """Trainable parameters of a model, each in one list.
 
     Attributes:
         matrices: linear maps inside of sublayers, for Muon.
         embeddings: tables of tokens and positions.
-        others: heads, gains, biases, and all that is no linear map.
+        others: heads, gains, biases, and everything else.
     """
 
     matrices: list[nn.Parameter]
@@ -32,17 +32,17 @@ class Split(NamedTuple):
 
 
 def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Split:
-    """Which parameters go to Muon, and which to an optimiser of single numbers such as AdamW.
+    """Split parameters into those for Muon and those for an element-wise optimizer such as AdamW.
 
-    A head that is tied to the token table is that table.
+    A head that is tied to the token table counts as that table.
 
     Args:
         model: a model or a wrapper, with any number of stacks inside; or a stack.
-        queries_and_keys: matrices of queries, keys and gates too; else only those of values, outputs and feedforwards
-            (`muon_parameters`).
+        queries_and_keys: include matrices of queries, keys and gates; otherwise only those of values, outputs and
+            feedforwards (`muon_parameters`).
 
     Raises:
-        ConfigError: if there is no stack in it, so that nobody knows what its layers are.
+        ConfigError: if the model contains no stack.
     """
     stacks = [module for module in model.modules() if isinstance(module, AttentionLayers)]
     if not stacks:
@@ -53,7 +53,7 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
         maps = stack.muon_parameters()
         if queries_and_keys:
             maps = (module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear))
-        # a map from or to a single number is a vector, which has nothing to be made orthogonal
+        # a map from or to a single number is a vector, which cannot be orthogonalized
         chosen |= {id(weight) for weight in maps if weight.ndim == 2 and min(weight.shape) > 1}
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and id(module) not in inside
@@ -67,27 +67,27 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
 
 
 class Muon(Optimizer):
-    """Steps of momentum whose matrices are made orthogonal (2502.16982).
+    """Optimizer that orthogonalizes momentum (2502.16982).
 
-    `m <- beta m + (1 - beta) g`, `u = beta m + (1 - beta) g` (or m, without `nesterov`),
+    `m <- beta m + (1 - beta) g`, `u = beta m + (1 - beta) g` (or `u = m` without `nesterov`),
     `W <- (1 - lr * weight_decay) W - lr * s * orthogonal(u)`, with `s = 0.2 sqrt(max(rows, columns))`
-    ("match_rms_adamw", steps as large as AdamW's) or `sqrt(max(1, rows / columns))` ("original").
+    ("match_rms_adamw", for steps as large as AdamW's) or `sqrt(max(1, rows / columns))` ("original").
 
     Arguments, state and steps are those of `torch.optim.Muon`. Parameters that are sharded over processes
-    (`torch.distributed.fsdp.fully_shard`) keep sharded momentum; each direction is gathered for its step alone, since
-    a shard of an orthogonal matrix is not what makes the shard orthogonal.
+    (`torch.distributed.fsdp.fully_shard`) keep sharded momentum; each direction is gathered for its step only, since
+    orthogonalizing shards is not the same as orthogonalizing the matrix.
 
     Args:
         params: matrices, or groups of them; see `split_parameters`.
-        lr, weight_decay, momentum: see above.
-        nesterov: look one step ahead.
+        lr, weight_decay, momentum: learning rate, weight decay and beta of the equations above.
+        nesterov: Nesterov momentum.
         ns_coefficients, eps, ns_steps: of the Newton-Schulz iteration.
         adjust_lr_fn: "match_rms_adamw", "original" or None, which is "original".
-        ns_dtype: of the iteration. In bfloat16 the least change of a gradient, as by another order of summation, can
+        ns_dtype: of the iteration. In bfloat16 the smallest change of a gradient, as by another order of summation, can
             change a direction by half a percent; in float32 any number of processes takes the same steps.
 
     Raises:
-        ConfigError: if a parameter is no matrix, or a number is out of range.
+        ConfigError: if a parameter is not a matrix, or a number is out of range.
     """
 
     def __init__(
@@ -121,7 +121,14 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient; what `closure` returns, if one is given."""
+        """Take one step for every parameter that has a gradient.
+
+        Args:
+            closure: function that computes the loss, or None.
+
+        Returns:
+            The result of `closure`, if one is given.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,9 +159,15 @@ class Muon(Optimizer):
 def orthogonalized(
     matrix: Tensor, coefficients: tuple[float, float, float] = COEFFICIENTS, steps: int = 5, eps: float = 1e-7
 ) -> Tensor:
-    """`U V^T` of `matrix = U S V^T`, nearly: singular values end between 0.7 and 1.2.
+    """Return `U V^T` of `matrix = U S V^T`, approximately: singular values are between 0.7 and 1.2.
 
-    Newton-Schulz: `x <- a x + (b g + c g^2) x`, `g = x x^T`, from `x = matrix / |matrix|`.
+    Newton-Schulz iteration: `x <- a x + (b g + c g^2) x`, `g = x x^T`, from `x = matrix / |matrix|`.
+
+    Args:
+        matrix: `(rows, columns)`.
+        coefficients: a, b and c.
+        steps: number of iterations.
+        eps: least norm of the matrix.
     """
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
@@ -175,8 +188,8 @@ def _check(group: Mapping[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.ndim != 2:
             raise ConfigError(
-                f"Muon takes matrices, but a parameter has shape {tuple(parameter.shape)}; `split_parameters` says "
-                "which parameters of a model are such, and AdamW takes the others."
+                f"Muon takes matrices, but a parameter has shape {tuple(parameter.shape)}; use `split_parameters` to "
+                "find the matrices of a model, and AdamW for its other parameters."
             )
 
 
@@ -189,12 +202,12 @@ def _is_sharded(t: Tensor) -> bool:
 
 
 def _whole(t: Any) -> Tensor:
-    """The tensor of which each process has a part."""
+    """Gather the tensor of which each process has a part."""
     return t.full_tensor() if _is_sharded(t) else t
 
 
 def _sharded_as(whole: Tensor, like: Any) -> Tensor:
-    """The parts of a tensor that every process has whole, as those of `like`; nothing is sent."""
+    """Shard a tensor that every process has, as `like` is sharded; nothing is sent."""
     if not _is_sharded(like):
         return whole
     from torch.distributed.tensor import DTensor, Replicate

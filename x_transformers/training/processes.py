@@ -1,4 +1,4 @@
-"""Several processes that train one model: who takes part, and how the model is spread over them."""
+"""Training of one model in several processes: their group, and sharding of the model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Processes:
     """One process among those of a run.
 
     Attributes:
-        rank: its number. count: how many there are.
-        device: where it works.
+        rank: its number.
+        count: number of processes.
+        device: of this process.
     """
 
     rank: int = 0
@@ -35,24 +36,24 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def part(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch `(b, ...)` that all of them have.
+        """Return the rows of this process, of a batch `(b, ...)` that all processes have.
 
         Raises:
-            InputError: if the rows cannot be dealt evenly, so that a mean over processes would not be one over rows.
+            InputError: if the rows cannot be divided evenly; a mean over processes would not be one over rows.
         """
         if batch.shape[0] % self.count:
             raise InputError(
-                f"a batch of {batch.shape[0]} rows cannot be dealt evenly to {self.count} processes; start a number of "
-                "processes that divides it."
+                f"a batch of {batch.shape[0]} rows cannot be divided evenly among {self.count} processes; start a "
+                "number of processes that divides it."
             )
         return batch.chunk(self.count)[self.rank]
 
     def mean(self, *values: float) -> list[float]:
-        """The mean over the processes of each value, the same everywhere."""
+        """Return the mean over the processes of each value, the same in all of them."""
         if self.count == 1:
             return list(values)
         every = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -62,7 +63,7 @@ class Processes:
 
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[Processes]:
-    """The processes that `torchrun` started, joined for as long as the context lasts; this one alone without it.
+    """Join the processes that `torchrun` started, for the duration of the context. Without it there is a single one.
 
     Args:
         device: "cpu" (gloo) or "cuda" (nccl, each process on its own device).
@@ -82,20 +83,23 @@ def joined(device: str = "cpu") -> Iterator[Processes]:
 
 
 def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
-    """Spread parameters, gradients and optimiser states over processes, layer by layer (2304.11277); the same module.
+    """Shard parameters, gradients and optimizer states over processes, layer by layer (2304.11277).
 
-    Each sublayer gathers its parameters when it runs and forgets them behind it. What stands outside of the layers is
-    gathered once a pass. All processes start from the weights of the first.
+    Each sublayer gathers its parameters when it runs and frees them afterwards. Parameters outside of the layers are
+    gathered once per pass. All processes start from the weights of the first one.
 
-    Call it behind moving the model to its device and before building optimisers. Gradients are means over processes.
-    Parameters that are single numbers (the factor of a dynamic tanh) cannot be split: each process keeps them whole,
-    and an optimiser of a model that has some must not be `fused` or `foreach`, which mix no kinds of tensors.
-    `generate` needs a whole model: one into which `gathered` weights were loaded.
+    Call it after moving the model to its device and before creating optimizers. Gradients are means over processes.
+    Parameters that are single numbers (the factor of a dynamic tanh) cannot be sharded: each process keeps them, and
+    the optimizer of such a model must not be `fused` or `foreach`, which cannot mix kinds of tensors. `generate` needs
+    an unsharded model, into which `gathered` weights were loaded.
 
     Args:
         model: a model or a wrapper.
-        mesh: a `DeviceMesh` of the processes, one axis to shard over, or two: copies and shards; default all of them.
+        mesh: a `DeviceMesh` with one axis to shard over, or two for replicas and shards; default all processes.
         options: of `torch.distributed.fsdp.fully_shard`: `mp_policy`, `reshard_after_forward`, `offload_policy`.
+
+    Returns:
+        The same module.
 
     Raises:
         ConfigError: if the processes are not joined, or there is no stack of layers in the model.
@@ -123,26 +127,26 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
     for stack in stacks:
         for branch in stack.layers:
             fully_shard(branch, mesh=mesh, **options)
-    # a sublayer hands on its input too, which hooks make a view; nothing in this library changes one in place
+    # a sublayer returns its input too, which hooks turn into a view; nothing in this library changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     return fully_shard(model, mesh=mesh, **options)  # type: ignore[return-value]
 
 
 def _over_mesh(tensor: Tensor, mesh: Any, communicate: Callable[[Tensor, Any], Any]) -> None:
-    """Communicate along each axis of a mesh in turn."""
+    """Communicate along one axis of a mesh after the other."""
     for axis in range(mesh.ndim):
         communicate(tensor, mesh.get_group(axis))
 
 
 def _average(mesh: Any, parameter: Tensor) -> None:
-    """Put the mean over processes in place of a gradient."""
+    """Replace a gradient by its mean over processes."""
     assert parameter.grad is not None
     _over_mesh(parameter.grad, mesh, lambda t, group: dist.all_reduce(t, group=group))
     parameter.grad /= mesh.size()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` (or `fully_shard`) has spread the model over processes."""
+    """Return True if the model is sharded over processes, by `shard` or `fully_shard`."""
     if not joins():
         return False
     from torch.distributed.tensor import DTensor
@@ -151,7 +155,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights of a model, sharded or not, in the first process; elsewhere nothing. All have to call it."""
+    """Gather the weights of a model in the first process; others receive none. All processes have to call it."""
     if not is_sharded(model):
         return model.state_dict() if leads() else {}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -160,28 +164,28 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 
 def joins() -> bool:
-    """Whether this process has joined others."""
+    """Return True if this process has joined a group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """The number of this process; 0 if it is alone."""
+    """Return the number of this process; 0 without a group."""
     return dist.get_rank() if joins() else 0
 
 
 def leads() -> bool:
-    """Whether this process is the first, or alone."""
+    """Return True in the first process, or without a group."""
     return rank() == 0
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has called this."""
     if joins():
         dist.barrier()
 
 
 def every_process(value: Any) -> list[Any]:
-    """The value that each process has, by their numbers."""
+    """Return the values of all processes, by their numbers."""
     if not joins():
         return [value]
     values = [None] * dist.get_world_size()

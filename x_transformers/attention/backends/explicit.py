@@ -104,7 +104,7 @@ def _weights(request: Request, logits: Tensor, mask: Tensor | None) -> Tensor:
         return logits.softmax(dim=-1, dtype=_at_least_float32(logits)).to(request.q.dtype)
     if mask is not None and request.sink is not None:
         mask = pad_left(mask, 1, True)
-    live = None if request.layer is None else request.layer.call.shown
+    live = None if request.layer is None else request.layer.call.live
     return request.weighting(logits, mask, live).to(request.q.dtype)
 
 

@@ -58,5 +58,6 @@ FEATURE = Feature(
     build=build,
     summary="learned keys and values besides those of the tokens",
     paper="1907.01470",
+    unpackable="`num_mem_kv` puts keys in front that belong to no document",
     examples=({"attn_num_mem_kv": 3},),
 )

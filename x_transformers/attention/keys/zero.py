@@ -41,5 +41,6 @@ FEATURE = Feature(
     enabled=lambda options: options.add_zero_kv,
     build=build,
     summary="a key and value of zeros, to attend to nothing",
+    unpackable="`add_zero_kv` puts a key in front that belongs to no document",
     examples=({"attn_add_zero_kv": True},),
 )

@@ -281,7 +281,7 @@ FEATURE = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`cross_attn_data_dependent_alibi` has no meaning: forget gates act along one sequence, and in "
             "cross-attention queries and keys are two. Drop it.",
         ),

@@ -132,7 +132,7 @@ FEATURE = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`use_rel_proj_pos_bias` needs distances between queries and keys, and in cross-attention they are in "
             "different sequences; drop it there.",
         ),

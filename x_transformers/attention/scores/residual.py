@@ -16,10 +16,6 @@ class ResidualScoreOptions:
     residual_attn: bool = opt(False, "each self-attention adds the logits of the one before it to its scores")
     cross_residual_attn: bool = opt(False, "each cross-attention adds the logits of the one before it to its scores")
 
-    def shared(self, kind: str) -> bool:
-        """Return True if attentions of this kind ("a" or "c") share their logits."""
-        return {"a": self.residual_attn, "c": self.cross_residual_attn}.get(kind, False)
-
 
 class ResidualScores(RowMod):
     """Residual connection of scores: `scores <- scores + logits of the previous attention of the same kind`.

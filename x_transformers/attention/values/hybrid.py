@@ -190,6 +190,7 @@ FEATURE = Feature(
     summary="a recurrent module in parallel to attention",
     paper="2411.13676",
     self_attention_only=True,
+    unpackable="`hybrid_module` would run from one document into the next",
     examples=(
         {"attn_hybrid_module": _example(nn.GRU)},
         {"attn_hybrid_module": _example(nn.LSTM), "attn_hybrid_fold_axial_dim": 2, "attn_hybrid_learned_mix": True},

@@ -79,7 +79,7 @@ FEATURE = Feature(
     self_attention_only=True,
     refuses=(
         Rule(
-            when=lambda o: o.kind == "c",
+            when=lambda o: o.is_cross_attention,
             why="`orthog_projected_values` makes outputs orthogonal to the token's own value, and in cross-attention "
             "tokens have none; drop it there.",
         ),

@@ -62,7 +62,7 @@ FEATURE = Feature(
     paper="OpenReview WgQZNoQ5AB",
     refuses=(
         Rule(
-            when=lambda o: o.kind == "a",
+            when=lambda o: o.is_self_attention,
             why="`attn_inverted_attention` would apply to self-attention; write `cross_attn_inverted_attention`.",
         ),
         Rule(
@@ -70,5 +70,6 @@ FEATURE = Feature(
             why="`head_learned_sink` competes with keys, but in `inverted_attention` queries compete; drop one.",
         ),
     ),
+    unpackable="`inverted_attention` lets the queries of all documents compete",
     examples=({"cross_attend": True, "cross_attn_inverted_attention": True},),
 )

@@ -151,5 +151,6 @@ FEATURE = Feature(
     ),
     summary="token shift: some features of a token come from its neighbors",
     paper="2305.13048",
+    unpackable="`shift_tokens` would move features from one document into the next",
     examples=({"shift_tokens": 1}, {"shift_tokens": (1, 0, 2, 1)}),
 )

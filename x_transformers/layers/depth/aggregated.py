@@ -105,7 +105,7 @@ class AttentionResidual(ReadsReference, DepthReader):
 
 def build(options: AggregatedOptions, sublayer: SublayerContext) -> AttentionResidual:
     """Build the depth reader of one sublayer."""
-    views = 3 if sublayer.kind == "a" and sublayer.options.on("qkv_views") else 1
+    views = 3 if sublayer.kind.is_self_attention and sublayer.options.on("qkv_views") else 1
     return AttentionResidual(sublayer.dim, views, **options.attn_aggregated_residual_kwargs)
 
 

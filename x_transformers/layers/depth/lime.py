@@ -86,7 +86,7 @@ class DynamicLIMe(ReadsReference, DepthReader):
 def build(options: LIMeOptions, sublayer: SublayerContext) -> DynamicLIMe:
     """Build the depth reader of one sublayer."""
     # the first attention has a single view, as in checkpoints of the reference
-    views = 3 if sublayer.kind == "a" and not sublayer.first else 1
+    views = 3 if sublayer.kind.is_self_attention and not sublayer.first else 1
     softmax = sublayer.options["lime_weights"].layer_integrate_use_softmax
     return DynamicLIMe(sublayer.dim, sublayer.index + 1, views, use_softmax=softmax)
 

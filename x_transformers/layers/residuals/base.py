@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import LayerCall
+from x_transformers.layers.kinds import BranchKind
 from x_transformers.modules.norms import Norm
 from x_transformers.options.schema import Feature, Options, opt
 
@@ -41,7 +42,7 @@ class SublayerContext:
 
     dim: int
     index: int
-    kind: str
+    kind: BranchKind
     causal: bool
     options: Options
     first: bool

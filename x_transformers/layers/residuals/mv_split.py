@@ -119,6 +119,7 @@ FEATURE = Feature(
     build=build,
     summary="residual connection with separate gains for mean and deviation",
     paper="2605.06169",
+    unpackable="`mv_split_residual` takes means over all documents",
     examples=(
         {"mv_split_residual": True},
         {"mv_split_residual": True, "residual_fn_kwargs": {"learned": True, "init_beta": 0.5}},

@@ -1,4 +1,4 @@
-"""Building blocks outside of a stack, in the call forms that scripts use: they are the ones inside of it."""
+"""Building blocks outside of a stack, called as scripts do, equal the ones inside of it."""
 
 import pickle
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def attention(**options: Any) -> Attention:
     return perturb(Attention(DIM, dim_head=D, heads=HEADS, flash=False, **options)).eval()
 
 
-def weighed(module: Attention, x: Tensor, **given: Any) -> Any:
+def attended(module: Attention, x: Tensor, **given: Any) -> Any:
     return module(x, return_intermediates=True, **given)[1]
 
 
@@ -55,10 +55,10 @@ def queries_keys_values(module: Attention, x: Tensor) -> tuple[Tensor, Tensor, T
     return module.projections.queries(x), k, v
 
 
-# weighing
+# attention
 
 
-WEIGHINGS = {
+ATTENDS = {
     feature.name + str(index): {
         name.removeprefix("cross_").removeprefix("attn_"): value
         for name, value in example.items()
@@ -67,14 +67,14 @@ WEIGHINGS = {
     for feature in SCHEMA.features.values()
     for index, example in enumerate(feature.examples)
 }
-"""Every option between queries, keys, values and the weighed values."""
+"""Every option between queries, keys, values and their weighted sum."""
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("name", [*WEIGHINGS, "plain"])
+@pytest.mark.parametrize("name", [*ATTENDS, "plain"])
 @torch.no_grad()
-def test_weighing_is_that_of_an_attention(name: str, kv_heads: int) -> None:
-    options = WEIGHINGS.get(name, {})
+def test_attend_equals_the_module(name: str, kv_heads: int) -> None:
+    options = ATTENDS.get(name, {})
     causal = "inverted_attention" not in options
     module, x = attention(causal=causal, kv_heads=kv_heads, **options), torch.randn(2, N, DIM)
     alone = Attend(causal=causal, heads=HEADS, **options).eval()
@@ -83,7 +83,7 @@ def test_weighing_is_that_of_an_attention(name: str, kv_heads: int) -> None:
         {key: own[key.removeprefix("parts.").replace("learned_sink.", "")] for key in alone.state_dict()}
     )
     bias = torch.randn(HEADS, N, N)
-    record = weighed(module, x, context_mask=MASK, attn_bias=bias)
+    record = attended(module, x, context_mask=MASK, attn_bias=bias)
     out, shown = alone(*queries_keys_values(module, x), mask=MASK, attn_bias=bias, row_mask=MASK)
     for got, wanted in zip(shown.to_tuple(), record.to_tuple(), strict=True):
         close(got, wanted)
@@ -109,14 +109,14 @@ def test_masks_and_biases_over_the_keys_of_a_context(flash: bool | None) -> None
 
 
 @torch.no_grad()
-def test_further_arguments_of_weighing() -> None:
+def test_further_arguments_of_attend() -> None:
     module, x = attention(causal=True), torch.randn(2, N, DIM)
     q, k, v = queries_keys_values(module, x)
     before, delta = torch.randn(2, HEADS, N, N), torch.randn(2, HEADS, N, N)
     alone = Attend(causal=True)
     got = alone(q, k, v, prev_attn=before, attn_delta=delta)[1]
     for one, other in zip(
-        got.to_tuple(), weighed(module, x, prev_attn=before, attn_delta=delta).to_tuple(), strict=True
+        got.to_tuple(), attended(module, x, prev_attn=before, attn_delta=delta).to_tuple(), strict=True
     ):
         close(one, other)
     # the last query is the last key
@@ -142,7 +142,7 @@ def test_further_arguments_of_weighing() -> None:
 @pytest.mark.parametrize("options", [{}, {"add_zero_kv": True}, {"l2_distance": True}], ids=str)
 @pytest.mark.parametrize("given", ["", "mask", "bias"])
 @torch.no_grad()
-def test_fused_weighing_agrees(options: Mapping[str, Any], given: str) -> None:
+def test_fused_attend_agrees(options: Mapping[str, Any], given: str) -> None:
     q, k, v = torch.randn(2, HEADS, N, D), torch.randn(2, 2, N, D), torch.randn(2, 2, N, 5)
     more: dict[str, Any] = {"mask": {"mask": MASK}, "bias": {"attn_bias": torch.randn(1, N, N)}}.get(given, {})
     for causal in (False, True):
@@ -153,7 +153,7 @@ def test_fused_weighing_agrees(options: Mapping[str, Any], given: str) -> None:
             assert fused[1].to_tuple() == (None, None, None)
 
 
-def test_weighing_learns_drops_and_is_saved() -> None:
+def test_attend_trains_and_is_saved() -> None:
     module = perturb(Attend(heads=HEADS, dropout=0.5, head_learned_sink=True, pre_talking_heads=True, causal=True))
     q, k, v = (torch.randn(2, HEADS, N, D, requires_grad=True) for _ in range(3))
     assert not torch.equal(module(q, k, v)[0], module(q, k, v)[0])
@@ -198,7 +198,7 @@ def test_weighing_learns_drops_and_is_saved() -> None:
         ({"sparse_top_k": 2}, "unknown keyword `sparse_top_k`. Did you mean `sparse_topk`?"),
     ],
 )
-def test_options_of_weighing_that_are_refused(options: dict[str, Any], words: str) -> None:
+def test_refused_options_of_attend(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Attend(**options)
 
@@ -225,13 +225,13 @@ def test_options_of_weighing_that_are_refused(options: dict[str, Any], words: st
         ({"inverted_attention": True}, {"causal": True}, "`inverted_attention` normalizes over all queries"),
     ],
 )
-def test_calls_of_weighing_that_are_refused(options: dict[str, Any], given: dict[str, Any], words: str) -> None:
+def test_refused_calls_of_attend(options: dict[str, Any], given: dict[str, Any], words: str) -> None:
     each = {name: torch.zeros(2, 2, N, D) for name in "qkv"}
     with pytest.raises(InputError, match=words):
         Attend(**options)(**{**each, **given})
 
 
-def test_no_fused_kernel_hosts_rows() -> None:
+def test_no_fused_kernel_runs_row_modifications() -> None:
     each = [torch.zeros(2, 2, N, D)] * 3
     with pytest.raises(InputError, match="sdpa cannot host a function of whole rows of logits"):
         Attend(cog_signed=True).flash_attn(*each)
@@ -248,7 +248,7 @@ def test_contextual_positions(options: dict[str, bool]) -> None:
     q, k, v = queries_keys_values(module, x)
     alone = CoPE(D, HEADS, 3, **options)
     alone.load_state_dict(module.rows["cope"].state_dict())
-    record = weighed(module, x, context_mask=MASK)
+    record = attended(module, x, context_mask=MASK)
     seen = torch.ones(N, N).tril().bool() & MASK[:, None, None]
     masked = record.qk_similarities.masked_fill(~seen, -torch.finfo(torch.float32).max)
     wanted = (record.pre_softmax_attn - record.qk_similarities)[seen.expand(-1, HEADS, -1, -1)]
@@ -273,7 +273,7 @@ def test_forget_gates(causal: bool) -> None:
     alone = DataDependentAlibi(DIM, HEADS, causal=causal)
     assert (alone.to_gates.bias == 5).all()
     alone.load_state_dict(module.scores["forgetting"].state_dict())
-    record = weighed(module, x)
+    record = attended(module, x)
     seen = torch.ones(N, N).tril().bool() if causal else torch.ones(N, N).bool()
     bias = alone(x)
     assert bias.shape == (2, HEADS, N, N)
@@ -289,7 +289,7 @@ def test_forget_gates_of_queries() -> None:
     module, x = attention(causal=True, **options), torch.randn(2, N, DIM)
     alone = PerRowDataDependentAlibi(DIM, HEADS)
     alone.load_state_dict(module.scores["forgetting"].state_dict())
-    record, seen = weighed(module, x), torch.ones(N, N).tril().bool()
+    record, seen = attended(module, x), torch.ones(N, N).tril().bool()
     close(alone(x)[..., seen], (record.pre_softmax_attn - record.qk_similarities)[..., seen])
     with pytest.raises(ConfigError, match="it needs causal attention"):
         PerRowDataDependentAlibi(DIM, HEADS, causal=False)
@@ -301,7 +301,7 @@ def test_projected_biases() -> None:
     x = torch.randn(2, N, DIM)
     alone = RelativeProjPositionalBias(DIM, HEADS, num_distance_basis=3, max_dist=4)
     alone.load_state_dict(module.scores["relative_projection"].state_dict())
-    record = weighed(module, x)
+    record = attended(module, x)
     close(alone(x), record.pre_softmax_attn - record.qk_similarities)
     close(alone(x[:, 4:], seq_len_k=N), alone(x)[:, :, 4:])
     with pytest.raises(InputError, match="`seq_len_k` is 5; it must be at least 6"):
@@ -347,7 +347,7 @@ def test_polar_positions() -> None:
     polar = perturb(PolarEmbedding(D, HEADS, bias_uniform_init=True))
     freqs, bias = polar(torch.arange(N))
     scores = apply_polar_pos_emb(q, freqs) @ apply_polar_pos_emb(k, freqs + bias).mT * D**-0.5
-    close(scores, weighed(module, x, polar_pos_emb=(freqs, bias)).qk_similarities)
+    close(scores, attended(module, x, polar_pos_emb=(freqs, bias)).qk_similarities)
     close(polar(torch.arange(N - 2), offset=2)[0], freqs[:, 2:])
     close(PolarEmbedding(D, HEADS, base=16).inv_freq[4], torch.tensor(0.25))
     with pytest.raises(ShapeError, match="at least 6 rows of 8 angles"):
@@ -388,7 +388,7 @@ def test_bounded_activations() -> None:
 
 
 @torch.no_grad()
-def test_skips_are_joined_by_place() -> None:
+def test_skips_are_joined_by_position() -> None:
     x, streams = torch.randn(2, N, DIM), [torch.randn(2, N, DIM) for _ in range(3)]
     combine = ConcatCombine(DIM, 1)
     close(
@@ -412,7 +412,7 @@ def test_residuals(make: Any) -> None:
 
 
 @torch.no_grad()
-def test_means_of_what_is_valid() -> None:
+def test_masked_means() -> None:
     module, stream, out = perturb(MVSplitResidualUpdate(DIM)), torch.randn(2, N, DIM), torch.randn(2, N, DIM)
     mask = torch.arange(N) < torch.tensor([[N], [4]])
     got = module(out, stream, mask=mask)

@@ -1,4 +1,4 @@
-"""What a caller puts into attention: keys and values, inputs, changes of projections and weights; and QK clip."""
+"""Inputs of a caller to attention: keys and values, inputs of projections, changes of weights and outputs; QK clip."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_additional_keys(kv_heads: int, theirs: int, flash: bool | None) -> None
     torch.testing.assert_close(got, attention.to_out(wanted))
 
 
-def test_the_order_of_keys() -> None:
+def test_order_of_keys() -> None:
     """[zero, additional, learned memory, own]; the window and causality concern only the own ones."""
     attention = Attention(**SMALL, add_zero_kv=True, num_mem_kv=2, flash=False, causal=True, max_attend_past=1)
     x, more = torch.randn(1, 4, 8), torch.randn(1, 2, 3, 4)
@@ -70,7 +70,7 @@ def test_rows_that_see_nothing_but_hidden_additional_keys_are_zero() -> None:
     torch.testing.assert_close(out[0], attention.to_out(more[:1, :, 0].reshape(1, 1, 8).expand(-1, 2, -1))[0])
 
 
-def test_additional_keys_beside_biases() -> None:
+def test_additional_keys_have_no_bias() -> None:
     """They have no position: nothing is added to their logits."""
     stack = Decoder(**STACK, alibi_pos_bias=True)
     x, more = torch.randn(1, 4, 16), torch.randn(1, 4, 2, 8)
@@ -82,12 +82,12 @@ def test_additional_keys_beside_biases() -> None:
 
 
 def layers_moved(stack: Decoder, x: Tensor, **given: object) -> list[bool]:
-    """Which self-attentions see more keys."""
+    """Return the self-attentions that see additional keys."""
     _, record = stack(x, return_hiddens=True, **given)
     return [each.pre_softmax_attn.shape[-1] > x.shape[1] for each in record.attn_intermediates]
 
 
-def test_which_layers_get_them() -> None:
+def test_layers_with_additional_keys() -> None:
     stack, x = Decoder(**{**STACK, "depth": 3}), torch.randn(1, 3, 16)
     pair = (torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8))
     assert layers_moved(stack, x, self_attn_additional_kv=[pair]) == [False, False, True]
@@ -116,7 +116,7 @@ def test_keys_of_another_model(source: type) -> None:
         torch.testing.assert_close(got, stack(x, self_attn_additional_kv=pairs), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_into_additional_keys() -> None:
+def test_additional_keys_are_detached() -> None:
     """L12: detached wherever they are routed."""
     stack, x = Decoder(**STACK), torch.randn(1, 3, 16)
     for detach in (False, True):
@@ -169,7 +169,7 @@ def test_additional_keys_that_do_not_fit() -> None:
 # inputs of keys and values
 
 
-def test_inputs_of_keys_and_values() -> None:
+def test_separate_inputs_of_keys_and_values() -> None:
     attention, x, more = Attention(**SMALL), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     source = x + more
     wanted = attend(*(heads_of(t, 2) for t in (attention.to_q(x), attention.to_k(source), attention.to_v(source))))
@@ -223,7 +223,7 @@ def test_deltas(flash: bool | None) -> None:
     torch.testing.assert_close(got, attention.to_out(out))
 
 
-def test_a_delta_without_columns_for_what_stands_in_front() -> None:
+def test_a_delta_does_not_cover_prefix_keys() -> None:
     attention = Attention(**SMALL, add_zero_kv=True, num_mem_kv=2, head_learned_sink=True)
     x, delta = torch.randn(1, 3, 8), torch.randn(2, 3, 3)
     wanted = attention(x, attn_delta=torch.cat((torch.zeros(2, 3, 3), delta), dim=-1))
@@ -262,7 +262,7 @@ def test_clip(options: dict) -> None:
 
 
 @torch.no_grad()
-def test_clip_leaves_small_and_negative_logits_alone() -> None:
+def test_clip_ignores_small_and_negative_logits() -> None:
     attention = Attention(**SMALL)
     weights = [p.clone() for p in attention.parameters()]
     attention.qk_clip_(-torch.ones(1, 2, 3, 3), tau=0.5)
@@ -307,7 +307,7 @@ def test_clip_needs_logits() -> None:
 
 
 @torch.no_grad()
-def test_the_last_heads_rotate() -> None:
+def test_only_the_last_heads_rotate() -> None:
     some = Attention(16, dim_head=8, heads=4, rotate_num_heads=1).eval()
     every = Attention(16, dim_head=8, heads=4).eval()
     every.load_state_dict(some.state_dict())
@@ -332,7 +332,7 @@ def test_the_last_heads_rotate() -> None:
 
 
 @torch.no_grad()
-def test_some_heads_rotate_towards_a_context() -> None:
+def test_some_heads_rotate_in_cross_attention() -> None:
     keywords = {"dim": 16, "depth": 1, "heads": 4, "attn_dim_head": 8, "cross_attend": True, "rotary_pos_emb": True}
     some, every = Decoder(**keywords, cross_attn_rotate_num_heads=2), Decoder(**keywords)
     every.load_state_dict(some.state_dict())
@@ -369,7 +369,7 @@ def test_keywords_that_a_stack_sets_or_cannot_have() -> None:
         ({"attn_rotate_num_heads": 2}, "use `rotate_num_heads`"),
         ({"attn_qkv_receive_diff_residuals": True}, "use `qkv_receive_diff_residuals`"),
         ({"cross_attn_causal": True}, "depends on how many tokens follow; drop it"),
-        ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs beside the context"),
+        ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs besides the context"),
         ({"cross_attn_max_attend_past": 2}, "`cross_attn_max_attend_past` limits how far back"),
         ({"cross_attn_use_rel_proj_pos_bias": True}, "`cross_attn_use_rel_proj_pos_bias` needs distances"),
         ({"rotary_emb_dim": 9}, "`rotary_emb_dim` is 9; heads have `attn_dim_head` = 8"),
@@ -383,7 +383,7 @@ def test_keywords_that_a_stack_sets_or_cannot_have() -> None:
 
 
 @torch.no_grad()
-def test_positions_that_do_not_begin_at_zero() -> None:
+def test_positions_with_an_offset() -> None:
     stack = Decoder(dim=16, depth=1, heads=4, attn_dim_head=8, rotary_pos_emb=True, attn_num_mem_kv=2).eval()
     x = torch.randn(1, 5, 16)
     moved = stack(x, seq_pos_offset=7)
@@ -391,7 +391,7 @@ def test_positions_that_do_not_begin_at_zero() -> None:
     assert (moved - stack(x)).abs().max() > 1e-4
     _, state = stack(x[:, :3], return_hiddens=True)
     torch.testing.assert_close(stack(x, cache=state, seq_pos_offset=3), stack(x)[:, 3:])
-    with pytest.raises(InputError, match="`seq_pos_offset` is 2; new tokens stand behind the cached ones"):
+    with pytest.raises(InputError, match="`seq_pos_offset` is 2, but the positions of new tokens follow"):
         stack(x, cache=state, seq_pos_offset=2)
-    with pytest.raises(InputError, match="both say where the tokens stand"):
+    with pytest.raises(InputError, match="both set the positions of the tokens"):
         stack(x, pos=torch.arange(5), seq_pos_offset=2)

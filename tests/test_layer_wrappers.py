@@ -71,7 +71,7 @@ def test_scales(fn: Any) -> None:
     assert set(adaptive.state_dict()) == {"to_gamma.weight", "to_gamma.bias"}
 
 
-def test_folding_deals_tokens_to_rows() -> None:
+def test_folding_distributes_tokens_over_rows() -> None:
     seen: list[Tensor] = []
 
     def fn(x: Tensor) -> tuple[Tensor, str]:

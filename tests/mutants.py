@@ -1,0 +1,428 @@
+"""Break the library in one place at a time, and check that a test notices.
+
+    python tests/mutants.py [--list] [--trust] [--jobs N] [WORDS ...]
+
+A mutation is a regular expression and what it is replaced by; each place of the package where it matches is a mutant of
+its own. Each one is written into a temporary copy of the checkout, in which the tests run that should notice it. With
+words, only the mutations whose name contains one of them run. The exit code is 1 if a mutant survives, if a mutation
+matches nowhere, or if the tests fail without any mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "x_transformers"
+TIMEOUT = 600
+"""Seconds that the tests of one mutant may take. One that never ends is noticed."""
+
+RANDOM = "properties/test_randomness.py"
+FEW = "plain or rotary-1 or rotary-4 or alibi-1 or window-1 or shift_tokens-1 or memory_tokens-1 or heads"
+"""Cases of a property that are enough to notice what concerns every model."""
+CAUSAL = f"properties/test_causality.py -k '{FEW} or window_ends'"
+PADDED = f"properties/test_padding.py -k '{FEW} or without_visible'"
+DECODING = f"properties/test_cached_decoding.py -k '{FEW} or unused'"
+WINDOWS = "properties/test_windows.py -k 'not every_feature and not compile and not graphs and not ragged'"
+BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break the library.
+
+    Attributes:
+        name: what is broken.
+        pattern: regular expression; every match is a mutant.
+        becomes: the replacement, with groups as in `re.sub`.
+        tests: arguments of pytest, relative to the folder of tests.
+        files: which modules of the package are searched, as a glob.
+    """
+
+    name: str
+    pattern: str
+    becomes: str
+    tests: str
+    files: str = "**/*.py"
+
+
+MUTATIONS = (
+    # dropouts: every one of them is deleted
+    Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
+    Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),
+    Mutation("dropout of weights not requested", r"self\.dropout if self\.training else 0\.0", "0.0", RANDOM),
+    Mutation("dropout of weights in evaluation", r"(self\.dropout) if self\.training else 0\.0", r"\1", RANDOM),
+    Mutation("layer dropout deleted", r"if self\.dropout and self\.training:", "if False:", RANDOM),
+    Mutation("layer dropout keeps what it should skip", r"torch\.rand\((.*)\) >= p\b", r"torch.rand(\1) < p", RANDOM),
+    Mutation("context dropout deleted", r"\w+\.context_dropout and \w+\.training:", "False:", RANDOM),
+    Mutation(
+        "dropout of a translation's source deleted",
+        r"if self\.training and self\.cross_attn_tokens_dropout > 0:",
+        "if False:",
+        RANDOM,
+    ),
+    Mutation("embedding dropout not passed on", r"dropout=self\.emb_dropout", "dropout=0.0", RANDOM),
+    Mutation("Gumbel noise deleted", r"logits - torch\.empty_like\(logits\)\.exponential_\(\).*", "logits", RANDOM),
+    Mutation("the number of passes is not drawn", r"int\(torch\.randint\(1, most \+ 1, \(\)\)\)", "most", RANDOM),
+    # masks
+    Mutation(
+        "causality sees one token ahead",
+        r"\(of_k\[columns\] <= of_q\[rows\]\.unsqueeze\(-1\)\)",
+        "(of_k[columns] <= of_q[rows].unsqueeze(-1) + 1)",
+        CAUSAL,
+    ),
+    Mutation(
+        "the triangle sees one token ahead",
+        r"\.tril\(j - i\)",
+        ".tril(j - i + 1)",
+        f"properties/test_causality.py {BACKENDS}",
+        "attention/backends/*.py",
+    ),
+    Mutation(
+        "a window is one token short",
+        r"<= self\.window\b",
+        "< self.window",
+        CAUSAL,
+    ),
+    Mutation(
+        "padding is seen",
+        r"live = self\.live\[:, None, None, columns\]",
+        r"live = torch.ones_like(self.live[:, None, None, columns])",
+        PADDED,
+    ),
+    Mutation(
+        "documents see each other",
+        r"\(of_k\[columns\] == of_q\[rows\]\.unsqueeze\(-1\)\)",
+        "(of_k[columns] <= of_q[rows].unsqueeze(-1))",
+        "test_packed.py properties/test_documents.py",
+    ),
+    Mutation(
+        "rows that see nothing are not zero",
+        r"return weights if dead is None else weights\.masked_fill\(dead, 0\.0\)",
+        "return weights",
+        PADDED,
+    ),
+    Mutation(
+        "masked rows leave attention",
+        r"(\w+)\.masked_fill\(~call\.row_mask\.unsqueeze\(-1\), 0\.0\)",
+        r"\1",
+        "properties/test_padding.py -k hidden_tokens_is",
+    ),
+    # caches
+    Mutation(
+        "a cached slot is one too far",
+        r"torch\.arange\(self\.length - count, self\.length,",
+        "torch.arange(self.length - count + 1, self.length + 1,",
+        DECODING,
+        "cache/*.py",
+    ),
+    Mutation(
+        "a window's cache keeps one token less",
+        r"self\._newest\(past, self\.reach\)",
+        "self._newest(past, self.reach - 1)",
+        WINDOWS,
+        "cache/*.py",
+    ),
+    Mutation(
+        "a ring goes round one place early",
+        r"\.remainder\(self\.room\)\)$",
+        ".remainder(self.room - 1))",
+        WINDOWS,
+        "cache/*.py",
+    ),
+    Mutation(
+        "beams keep the rows they had",
+        r"t\.index_select\(0, rows\)",
+        "t",
+        "test_beam_search.py test_decoding.py",
+        "cache/*.py",
+    ),
+    Mutation(
+        "a rollback keeps the streams",
+        r"stream\[\.\.\., : stream\.shape\[-2\] - count, :\]",
+        "stream",
+        "test_speculative.py",
+        "cache/*.py",
+    ),
+    Mutation(
+        "the static cache does not count",
+        r"(\w+)\.filled = self\.filled \+ count",
+        r"\1.filled = self.filled + 0",
+        "test_static_cache.py",
+        "cache/*.py",
+    ),
+    Mutation(
+        "a shift forgets the cached tokens",
+        r'layer\.states\.get\("shift"\)',
+        "None",
+        DECODING,
+        "layers/branches/*.py",
+    ),
+    # memories
+    Mutation(
+        "memories are shifted up",
+        r"\*own\[shift:\], \*own\[:shift\]",
+        "*own[-shift:], *own[:-shift]",
+        "properties/test_memories.py",
+    ),
+    Mutation(
+        "the oldest memory is kept",
+        r"whole\[\.\.\., max\(whole\.shape\[-2\] - most, 0\) :, :\]",
+        "whole[..., :most, :]",
+        "properties/test_memories.py",
+    ),
+    # positions
+    Mutation(
+        "keys are rotated one position further",
+        r"\(keys\.pos, -1\.0\)",
+        "(keys.pos + 1, -1.0)",
+        "test_query_key.py properties/test_positions.py -k 'rotat or rotary or xpos or positions'",
+        "attention/qk/*.py",
+    ),
+    Mutation(
+        "rotation turns the other way for queries",
+        r"self\._rotate_heads\(q, \*tables\[0\]\)",
+        "self._rotate_heads(q, tables[0][0], -tables[0][1])",
+        "properties/test_positions.py -k rotary",
+        "attention/qk/*.py",
+    ),
+    Mutation(
+        "interpolation of positions is ignored",
+        r" / self\.interpolation_factor",
+        "",
+        "properties/test_positions.py -k by_formula",
+        "attention/qk/*.py",
+    ),
+    Mutation(
+        "xPos decays the wrong way",
+        r"\(sign \* pos \* self\.xpos_log\)",
+        "(pos * self.xpos_log)",
+        "properties/test_positions.py test_query_key.py -k 'rotat or rotary or xpos'",
+        "attention/qk/*.py",
+    ),
+    Mutation(
+        "ALiBi is half as steep",
+        r"-distance\.abs\(\)\.unsqueeze\(-3\)",
+        "-0.5 * distance.abs().unsqueeze(-3)",
+        "properties/test_positions.py -k by_formula",
+        "attention/scores/*.py",
+    ),
+    # heads
+    Mutation(
+        "shared heads are tiled",
+        r"t\.repeat_interleave\(heads // g, dim=-3\)",
+        "t.repeat(1, heads // g, 1, 1)",
+        f"properties/test_kv_heads.py {BACKENDS}",
+        "ops.py",
+    ),
+    Mutation(
+        "the first heads rotate instead of the last",
+        r"torch\.cat\(\(t\[:, :rest\], rotate\(t\[:, rest:\], cos, sin\)\), dim=1\)",
+        "torch.cat((rotate(t[:, :-rest], cos, sin), t[:, -rest:]), dim=1)",
+        "properties/test_positions.py -k by_formula",
+        "attention/qk/*.py",
+    ),
+    Mutation(
+        "heads are mixed by the transposed matrix",
+        r'"oh,bhij->boij"',
+        '"ho,bhij->boij"',
+        "test_scores_and_weights.py properties/test_heads.py",
+        "ops.py",
+    ),
+    # scales and precision
+    Mutation(
+        "scores are scaled by the width of a head",
+        r"(dim_head|q\.shape\[-1\])\s*\*\*\s*-0\.5",
+        r"\1 ** -1.0",
+        "test_standalone_attention.py test_scores_and_weights.py properties/test_scales.py",
+    ),
+    Mutation(
+        "the scale of normalised queries is ignored",
+        r"self\.scale = None if dim_scale else scale",
+        "self.scale = None if dim_scale else 10.0",
+        "test_query_key.py properties/test_scales.py",
+        "attention/qk/*.py",
+    ),
+    Mutation(
+        "autocast narrows what was widened",
+        r"torch\.autocast\(([\w.]+\.device\.type), enabled=False\)",
+        r"torch.autocast(\1, enabled=torch.is_autocast_enabled(\1))",
+        "properties/test_precision.py -k autocast",
+        "**/att*.py",
+    ),
+    Mutation(
+        "a constant scale of the stream is ignored",
+        r"kept \* self\.constant",
+        "kept",
+        "test_residuals.py properties/test_scales.py",
+        "layers/residuals/*.py",
+    ),
+    Mutation(
+        "both streams of ResiDual get the whole output",
+        r"y \+ self\.scale \* out",
+        "y + out",
+        "test_residuals.py properties/test_scales.py",
+        "layers/residuals/*.py",
+    ),
+    Mutation(
+        "a layer's scale is used without its offset",
+        r"self\.gamma \+ 1 if self\.unit_offset else self\.gamma\)$",
+        "self.gamma)",
+        "test_residuals.py properties/test_scales.py",
+        "layers/branches/*.py",
+    ),
+    # gates
+    Mutation(
+        "a head's gate is reversed",
+        r"split_heads\(self\.gate\(seen\.x\), out\.shape\[-3\]\)\.sigmoid\(\)",
+        "split_heads(-self.gate(seen.x), out.shape[-3]).sigmoid()",
+        "test_values.py",
+        "attention/values/*.py",
+    ),
+    Mutation(
+        "SwiGLU gates are sigmoids",
+        r"(torch\.nn\.functional|F)\.silu\(logits\) if self\.swiglu else logits\.sigmoid\(\)",
+        "logits.sigmoid()",
+        "test_values.py properties/test_scales.py",
+        "attention/values/*.py",
+    ),
+    Mutation(
+        "the GRU's input and state change places",
+        r"self\.gru\(out\.reshape\(-1, width\), kept\.reshape\(-1, width\)\)",
+        "self.gru(kept.reshape(-1, width), out.reshape(-1, width))",
+        "test_residuals.py properties/test_scales.py",
+        "layers/residuals/*.py",
+    ),
+    Mutation(
+        "the activation is on the other half of a GLU",
+        r"up \* activation\(gate\)",
+        "gate * activation(up)",
+        "test_units.py test_sequence.py test_goldens.py properties/test_scales.py",
+        "feedforward/*.py",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One place where a mutation matches.
+
+    Attributes:
+        path: of the file, relative to the checkout.
+        line: where the match begins, from 1.
+        text: the whole file, mutated.
+    """
+
+    mutation: Mutation
+    path: Path
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.mutation.name} ({self.path.as_posix()}:{self.line})"
+
+
+def mutants(mutation: Mutation, root: Path = ROOT) -> Iterator[Mutant]:
+    """Yield a mutant for every place where the mutation matches."""
+    pattern = re.compile(mutation.pattern, re.MULTILINE)
+    for path in sorted((root / PACKAGE).glob(mutation.files)):
+        text = path.read_text(encoding="utf-8")
+        for match in pattern.finditer(text):
+            changed = text[: match.start()] + match.expand(mutation.becomes) + text[match.end() :]
+            yield Mutant(mutation, path.relative_to(root), text.count("\n", 0, match.start()) + 1, changed)
+
+
+def copy_checkout(folder: Path, root: Path = ROOT) -> Path:
+    """Copy the package and its tests, without what was built; link the data next to the checkout."""
+    copy = folder / "checkout"
+    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", ".*_cache", "images", "site")
+    shutil.copytree(root, copy, ignore=ignore)
+    if (root.parent / "shared").is_dir():
+        (folder / "shared").symlink_to((root.parent / "shared").resolve())
+    return copy
+
+
+def run_tests(checkout: Path, arguments: str) -> tuple[int, str]:
+    """Return the exit code of pytest and its last lines; tests that do not exist are left out."""
+    chosen = [
+        word for word in shlex.split(arguments) if not word.endswith(".py") or (checkout / "tests" / word).exists()
+    ]
+    chosen = [f"tests/{word}" if word.endswith(".py") else word for word in chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
+    # `-m` puts the copy in front of an installed package
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 1, "took too long"
+    return done.returncode, "\n".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+
+
+def verdict(mutant: Mutant, root: Path) -> tuple[bool, str]:
+    """Run the tests of a mutant of the checkout `root`: whether one noticed, and a line about it."""
+    try:
+        compile(mutant.text, str(mutant.path), "exec")
+    except SyntaxError as error:
+        return False, f"BROKEN    {mutant}: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = copy_checkout(Path(folder), root)
+        (checkout / mutant.path).write_text(mutant.text, encoding="utf-8")
+        code, words = run_tests(checkout, mutant.mutation.tests)
+    if code == 1:
+        return True, f"noticed   {mutant}"
+    if code == 0:
+        return False, f"SURVIVED  {mutant}: {mutant.mutation.tests}"
+    return False, f"BROKEN    {mutant}: pytest ended with {code}\n{words}"
+
+
+def main() -> None:
+    """Run the mutants and print what became of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only mutations whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the mutants without running them")
+    parser.add_argument("--jobs", type=int, default=1, help="number of mutants that run at a time")
+    parser.add_argument("--trust", action="store_true", help="do not run the tests without any mutation first")
+    given = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not given.words or any(word in m.name for word in given.words)]
+    made, faults = [], 0
+    for mutation in chosen:
+        found = list(mutants(mutation))
+        made += found
+        if not found:
+            faults += 1
+            print(f"MISSING   {mutation.name}: the mutation does not apply, since nothing matches {mutation.pattern!r}")
+    if given.list:
+        for mutant in made:
+            print(mutant)
+        sys.exit(faults > 0)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        checkout = copy_checkout(Path(folder))  # the tree may change while mutants run
+        selections = {} if given.trust else dict.fromkeys(mutation.tests for mutation in chosen)
+        for tests, (code, words) in zip(
+            selections, pool.map(functools.partial(run_tests, checkout), selections), strict=True
+        ):
+            if code != 0:
+                sys.exit(f"without any mutation, `{tests}` ends with {code}:\n{words}")
+        for noticed, line in pool.map(functools.partial(verdict, root=checkout), made):
+            faults += not noticed
+            print(line, flush=True)
+    print(f"{len(made)} mutants, {faults} faults")
+    sys.exit(faults > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Options of generation: documented and checked in one dataclass, which goes from the public methods to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from x_transformers.cache import KVCache
+from x_transformers.decoding.filters import find_filter, top_k
+from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, most_likely
+from x_transformers.errors import InputError
+from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.options.schema import opt
+
+CacheChoice = str | KVCache | LayerIntermediates
+"""`"dynamic"`, `"static"`, or what an earlier call returned."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerationOptions:
+    """Everything that may be chosen about a generation except prompts and length.
+
+    Each public method takes some of the fields as parameters, see `takes_options`; the others keep their defaults.
+
+    Attributes:
+        arguments: keyword arguments of the model's passes.
+
+    Raises:
+        InputError: if a value is out of range, or two options contradict each other.
+    """
+
+    eos_token: int | None = opt(
+        None, "ends a row; `pad_value`s follow. Generation ends as soon as all rows have ended."
+    )
+    temperature: float = opt(1.0, "0 takes the most likely token; otherwise logits are divided by it before the draw.")
+    prompt_lens: Tensor | Sequence[int] | None = opt(
+        None, "`(...)` number of ids of each row of `prompts`, from the left, that are its prompt."
+    )
+    filter_logits_fn: str | Callable[..., Tensor] = opt(
+        top_k, '"top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.'
+    )
+    restrict_to_max_seq_len: bool = opt(
+        True,
+        "the model sees only its last `max_seq_len` tokens. With a cache this is a rolling one, whose keys were "
+        "computed with more past than the window holds.",
+    )
+    amateur_model: nn.Module | Sequence[nn.Module] | None = opt(
+        None, "one or more weaker models to contrast with (2210.15097)."
+    )
+    filter_kwargs: Mapping[str, Any] | None = opt(None, "keywords of the filter.")
+    contrastive_decode_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = opt(
+        None, "`alpha` and `beta` of `contrastive_decode_fn`, for all amateurs or for each."
+    )
+    cache_kv: bool = opt(True, "keep keys and values. False runs the whole sequence at each step.")
+    return_intermediates: bool = opt(False, "also return the record of the last pass (None without a cache).")
+    cache: CacheChoice = opt(
+        "dynamic",
+        '"dynamic"; "static" (fixed buffers, allocated once); or a cache or record of the prompts\' first tokens, '
+        "which are then not read again. The cache given is not changed; one of a single row serves all prompts, which "
+        "then begin with the same tokens.",
+    )
+    compile: bool | Mapping[str, Any] = opt(
+        False,
+        "compile the step of one token, once for this model, to a full graph over a static cache. May be a dict of "
+        "options for `torch.compile`.",
+    )
+    compile_prefill: bool = opt(
+        False, "with `compile`, also compile the reading of prompts, to one graph for all their lengths."
+    )
+    progress: bool = opt(False, "show a progress bar.")
+    filter_before_temperature: bool = opt(
+        False, "draw from `softmax(filter(logits) / temperature)`, as the reference library does."
+    )
+    draft_model: nn.Module | None = opt(
+        None,
+        "a smaller model, or the wrapper that it was trained in, that guesses tokens, several of which this model "
+        "verifies in one pass (2211.17192). Tokens have the same distribution as without it, and at temperature 0 they "
+        "are the same. The rows of a batch advance together, by the number of tokens of the row with the fewest right "
+        "guesses, so that the gain shrinks with the batch. It gets `kwargs`, too.",
+    )
+    draft_tokens: int | None = opt(None, "number of guesses in a round; default 4.")
+    prompt_lookup: int | None = opt(
+        None,
+        "instead of a model, guess what followed the last tokens, at most this many, where they occurred before "
+        "(2304.04487).",
+    )
+    beams: int = opt(4, "number of continuations of each prompt that are followed.")
+    return_beams_and_scores: bool = opt(False, "return all of them, and their scores.")
+    stochastic: bool = opt(
+        False,
+        "propose tokens by `filter(logits / temperature)` with Gumbel noise, which draws without replacement "
+        "(1903.06059), instead of the logits. At temperature 0 there is no noise.",
+    )
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _ = self.adjust  # checks temperature, filter and its keywords
+        for name in ("draft_tokens", "prompt_lookup"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"`{name}` is {value!r}; it is a number of tokens, a whole number, at least 1.")
+        if self.draft_model is not None and self.prompt_lookup is not None:
+            raise InputError("`draft_model` and `prompt_lookup` both guess tokens; pass only one of them.")
+        if self.draft_tokens is not None and not self.guesses:
+            raise InputError(
+                f"`draft_tokens` is {self.draft_tokens}, but nothing guesses tokens; pass a `draft_model` or "
+                "`prompt_lookup` too."
+            )
+        if self.compiles and self.guesses:
+            raise InputError(
+                "`compile` reads one token at a time, and speculation (`draft_model`, `prompt_lookup`) several; drop "
+                "one of them."
+            )
+        if self.compile_prefill and not self.compiles:
+            raise InputError("`compile_prefill` compiles the reading of prompts besides the steps; set `compile` too.")
+
+    @functools.cached_property
+    def adjust(self) -> Adjust:
+        """Logits to those that tokens are drawn from."""
+        keywords = self.filter_kwargs or {}
+        return adjuster(self.temperature, find_filter(self.filter_logits_fn), keywords, self.filter_before_temperature)
+
+    @property
+    def choose(self) -> Choose:
+        """Logits `(b, v)` to tokens `(b, 1)`."""
+        return most_likely if self.temperature == 0 else functools.partial(draw, adjust=self.adjust)
+
+    @property
+    def compiles(self) -> bool:
+        """True if steps are compiled; an empty dict of options compiles too."""
+        return self.compile is not False
+
+    @property
+    def guesses(self) -> int:
+        """Number of tokens that are guessed in a round; 0 without speculation."""
+        if self.draft_model is None and self.prompt_lookup is None:
+            return 0
+        return 4 if self.draft_tokens is None else self.draft_tokens
+
+    @classmethod
+    def read(cls, names: str, given: Mapping[str, Any]) -> GenerationOptions:
+        """Return the options that `given` holds under the given names; all else is for the model's passes."""
+        own = {name: given[name] for name in names.split() if name in given}
+        return cls(**own, arguments={name: value for name, value in given.items() if name not in own})
+
+
+FIELDS = {entry.name: entry for entry in dataclasses.fields(GenerationOptions)}
+
+
+def takes_options(
+    names: str, *, further: bool = True, **defaults: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a method, whose last parameter is `options: GenerationOptions`, a parameter for each of some options.
+
+    The method's signature and its docstring, where it says `[options]`, then show them.
+
+    Args:
+        names: the options, in the order of the signature; after `*` only by keyword. A parameter of the method
+            itself may be among them; those that are not come first.
+        further: take other keywords too, which become `options.arguments`.
+        defaults: where the method's default is another one.
+    """
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        own = dict(inspect.signature(method).parameters)
+        del own["options"]
+        parameters = [entry for name, entry in own.items() if name not in names.split()]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        for name in names.split():
+            if name == "*":
+                kind = inspect.Parameter.KEYWORD_ONLY
+            elif name in own:
+                parameters.append(own[name].replace(kind=kind))
+            else:
+                default = defaults.get(name, FIELDS[name].default)
+                parameters.append(inspect.Parameter(name, kind, default=default, annotation=FIELDS[name].type))
+        if further:
+            parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD, annotation="Any"))
+        signature = inspect.Signature(parameters, return_annotation=inspect.signature(method).return_annotation)
+
+        @functools.wraps(method)
+        def taking(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            options = {name: given.pop(name) for name in list(given) if name in FIELDS and name not in own}
+            rest = given.pop("kwargs", {})
+            return method(**given, options=GenerationOptions(**options, arguments=rest))
+
+        taking.__signature__ = signature  # type: ignore[attr-defined]
+        taking.__doc__ = _documented(method.__doc__ or "", [name for name in names.split() if name in FIELDS])
+        return taking
+
+    return decorate
+
+
+def _documented(doc: str, names: Sequence[str]) -> str:
+    """Return a docstring with the lines of options where `[options]` is written."""
+    lines = []
+    for line in doc.split("\n"):
+        if line.strip() != "[options]":
+            lines.append(line)
+            continue
+        indent = line[: line.index("[")]
+        for name in names:
+            text = f"{name}: {FIELDS[name].metadata['doc']}"
+            lines += textwrap.wrap(text, 118, initial_indent=indent, subsequent_indent=f"{indent}    ")
+    return "\n".join(lines)

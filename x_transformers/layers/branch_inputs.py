@@ -1,0 +1,178 @@
+"""Inputs of one sublayer: the keys, context, recurrent memory and cached streams that a pass gives to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from x_transformers.attention.base import BoundScore, QKTransform
+from x_transformers.attention.qk.caller_rotations import GivenRotation
+from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.validation import bind_attn_bias, check_mask
+from x_transformers.cache import Entry
+from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.call import Call, LayerCall, Span
+from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.conditioning import select_new_tokens
+from x_transformers.layers.execution_order import Step
+from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
+from x_transformers.layers.pass_state import PassInputs, PassState
+from x_transformers.layers.stack import LayerStack
+
+
+def self_attention_inputs(
+    stack: LayerStack, step: Step, inputs: PassInputs, state: PassState, layer: LayerCall
+) -> None:
+    """Fill in what a self-attention reads: its keys and their positions, and recurrent memory and keys before them."""
+    call, kv = layer.call, state.kv
+    memory = memory_mask = reach = None
+    if inputs.attention_memories:
+        memory, memory_mask = nth(inputs.attention_memories, step.nth), nth(inputs.mem_masks, step.nth)
+        memory = None if memory is not None and memory.shape[-2] == 0 else memory
+        layer.memory = memory
+    if kv is not None and kv.reaches and not kv.fresh:
+        reach = kv.reach(step.number)
+    # layers with equally long memories and windows share the result, and with it masks and tables made of it
+    count = None if memory is None else memory.shape[-2]
+    layer.keys, layer.fresh, layer.biases = call.memo.once(
+        lambda: _bind(stack, inputs, state, memory, memory_mask, reach), "keys", count, memory_mask, reach
+    )
+    if inputs.additional:
+        layer.additional, layer.additional_mask = nth(inputs.additional, step.nth), inputs.additional_kv_mask
+        if layer.additional is not None and layer.additional_mask is not None:
+            rows, count = layer.additional[0].shape[0], layer.additional[0].shape[-2]
+            layer.additional_mask = check_mask(layer.additional_mask, rows, count, "additional_kv_mask")
+    if inputs.kv_residuals is not None:
+        residual = nth(inputs.kv_residuals[SELF_ATTENTION.letter], step.nth)
+        if residual is not None:
+            residual = select_new_tokens(residual, len(residual), len(call.query), stack.dim, "self_attn_kv_residuals")
+        layer.kv_residual = residual
+
+
+def _bind(
+    stack: LayerStack,
+    inputs: PassInputs,
+    state: PassState,
+    memory: Tensor | None,
+    memory_mask: Tensor | None,
+    reach: int | None,
+) -> tuple[Span, Span, tuple[BoundScore, ...]]:
+    """Return all keys, the new keys, and the stack's score modifications bound to them."""
+    call, batch = state.call, inputs.x.shape[0]
+    keys, fresh, bias = call.keys, call.query, call.attn_bias
+    if state.kv is not None and reach is not None:
+        keys = state.kv.within_reach(keys, reach, len(call.query))
+        bias = None if bias is None else _columns_of(bias, call.keys, keys)
+    if memory is not None:
+        if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != stack.dim:
+            raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {stack.dim}).")
+        count = memory.shape[-2]
+        if memory_mask is not None:
+            memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
+        keys, fresh = keys.after_memory(count, memory_mask, batch), fresh.after_memory(count, memory_mask, batch)
+    biases: tuple[BoundScore, ...] = ()
+    if stack.rel_pos is not None:
+        biases = (stack.rel_pos.bind(call.query, keys),)
+    if bias is not None:
+        biases = (*biases, bind_attn_bias(bias, len(call.query), len(keys)))
+    return keys, fresh, biases
+
+
+def _columns_of(bias: Tensor, keys: Span, held: Span) -> Tensor:
+    """Return the columns of a caller's bias, whose last one is of the newest key, for the keys in a window."""
+    if held is keys or bias.shape[-1] > len(keys):
+        return bias
+    full = F.pad(bias, (len(keys) - bias.shape[-1], 0))
+    return full[..., torch.searchsorted(keys.index, held.index).clamp(max=len(keys) - 1)]
+
+
+def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, layer: LayerCall) -> None:
+    """Fill in what a cross-attention reads: the context, unless the cache has its keys, and where its tokens are."""
+    call, entry = layer.call, layer.entry
+    held = None if entry is None else entry.get("k")
+    residual = None if inputs.kv_residuals is None else nth(inputs.kv_residuals[CROSS_ATTENTION.letter], step.nth)
+    source, mask, pos = inputs.context, inputs.context_mask, inputs.context_pos
+    if held is None:
+        assert source is not None
+        if stack.context_dropout and stack.training:
+            length = source.shape[1]
+            source, mask, where = _drop_context(stack, source, mask, call)
+            if pos is not None:
+                _check_positions(pos, length)
+                pos = pos.expand(len(where), -1).gather(1, where)
+            if residual is not None:
+                residual = residual.take_along_dim(where.unsqueeze(-1), dim=1)
+        length, batch = source.shape[1], source.shape[0]
+    else:
+        length, batch = held.shape[-2], held.shape[0]
+
+    def span() -> Span:
+        index = torch.arange(length, device=call.query.index.device)
+        live = None if mask is None else check_mask(mask, batch, length, "context_mask")
+        return Span(index, index[None], index[None], live)
+
+    layer.keys = layer.fresh = call.memo.once(span, "context", length, mask)
+    layer.context = call.query.index.new_empty(0) if source is None else source
+    layer.kv_residual = residual
+    layer.rotations = _context_rotations(stack, layer, pos, batch)
+
+
+def _drop_context(
+    stack: LayerStack, context: Tensor, mask: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Drop random tokens of the context: others for each sublayer, unless sublayers share what they attended to."""
+
+    def drop() -> tuple[Tensor, Tensor | None, Tensor]:
+        return drop_context(context, mask, stack.context_dropout)
+
+    return call.memo.once(drop, "dropped context") if stack.one_context else drop()
+
+
+def _context_rotations(stack: LayerStack, layer: LayerCall, pos: Tensor | None, batch: int) -> tuple[QKTransform, ...]:
+    """Return the rotation of a cross-attention, if positions of the context were given in this pass or an earlier one.
+
+    Positions are kept in the cache together with the keys: a decoding step must rotate its queries like the prefill.
+    """
+    call, keys, entry = layer.call, layer.keys, layer.entry
+    if entry is not None:
+        if pos is not None and entry.get("k") is None:
+            entry.put("context_pos", pos.expand(batch, -1))
+        pos = entry.get("context_pos")
+    if pos is None:
+        return ()
+    _check_positions(pos, len(keys))
+    assert isinstance(stack.rotary_pos_emb, RotaryEmbedding)
+    of_queries, of_keys = (stack.rotary_pos_emb.forward(each) for each in (call.query.pos, pos))
+    return (GivenRotation(of_queries, of_keys),)
+
+
+def _check_positions(pos: Tensor, length: int) -> None:
+    if pos.shape[-1] != length:
+        raise ShapeError(f"`context_pos` has {pos.shape[-1]} positions, but the context {length} tokens.")
+
+
+def running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor | None], keeps: bool) -> Entry | None:
+    """Return the entry that a sublayer keeps its running states in, with those of the previous segment.
+
+    Args:
+        names: names of the states.
+        entry: the sublayer's entry of the cache, which is used if there is one.
+        left: states that the previous segment left for this sublayer and later ones. Those of this one are removed.
+        keeps: states come in or go out without a cache, so that an entry is needed in any case.
+    """
+    if entry is None and keeps:
+        entry = Entry()
+    for name in names if left else ():
+        state = left.pop(0)
+        if entry is not None and state is not None and entry.get(name) is None:
+            entry.put(name, state)
+    return entry
+
+
+def nth(values: Sequence[Any] | None, n: int) -> Any:
+    """Return entry n of a sequence, or None if there are fewer entries."""
+    return values[n] if values is not None and n < len(values) else None

@@ -1,0 +1,96 @@
+"""Inputs that a caller gives for single layers, distributed to the layers that execute: additional keys and values,
+residuals of keys and values, deep embeddings and transforms of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
+from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
+from x_transformers.layers.stack import LayerStack
+
+
+def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
+    """Return one function of block number and stream, also for a mapping of block numbers to functions."""
+    if callable(given):
+        return given
+    functions = dict(given)
+    return lambda block, stream: functions[block](stream) if block in functions else stream
+
+
+def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+    """Look up the factors `(b, n, L, D)` of the new tokens.
+
+    Args:
+        table: `(V, L, D)`, one factor for each token id, feedforward and feature.
+        ids: `(b, m)` with m >= n; the last n are read. -1 marks a slot that is no token; its factors are 1.
+        x: `(b, n, D)` new tokens.
+    """
+    batch, n, dim = x.shape
+    if table.ndim != 3 or table.shape[-1] != dim or ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < n:
+        raise ShapeError(
+            f"`deep_embeds_and_ids` has shapes {tuple(table.shape)} and {tuple(ids.shape)}; they must be (V, L, {dim}) "
+            f"and ({batch}, n) for the {n} tokens."
+        )
+    ids = ids[:, ids.shape[1] - n :, None, None]
+    return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
+
+
+def additional_by_layer(
+    stack: LayerStack, inputs: PassInputs, given: LayerIntermediates | Sequence[KeysValues]
+) -> list[KeysValues | None]:
+    """Return additional keys and values for each self-attention that executes, or None.
+
+    Args:
+        stack: the stack.
+        inputs: how the pairs are distributed, `route_additional_kv_to_top` and `detach_additional_kv`.
+        given: a pair for each layer, or the record of another model's pass, whose self-attentions are read.
+    """
+    layers = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
+    pairs = _pairs_of_record(given) if isinstance(given, LayerIntermediates) else [(k, v) for k, v in given]
+    if inputs.detach_additional_kv:
+        pairs = [(k.detach(), v.detach()) for k, v in pairs]
+    missing: list[KeysValues | None] = [None] * max(layers - len(pairs), 0)
+    if inputs.route_additional_kv_to_top:
+        return [*missing, *pairs[max(len(pairs) - layers, 0) :]]
+    return [*pairs[:layers], *missing]
+
+
+def _pairs_of_record(record: LayerIntermediates) -> list[KeysValues]:
+    pairs = []
+    for each in record.attn_intermediates or ():
+        if each.layer_type != SELF_ATTENTION.letter:
+            continue
+        if each.own_kv is None:
+            raise InputError(
+                "this record holds no keys that another model could read; it must come from one pass, without a "
+                "cache, with `return_hiddens = True` (in a model: `return_intermediates = True`)."
+            )
+        pairs.append(each.own_kv)
+    return pairs
+
+
+def kv_residuals_by_layer(stack: LayerStack, inputs: PassInputs) -> dict[str, list[Tensor | None]]:
+    """Return, by letter of the kind, what is added to the source of keys and values of each layer that executes."""
+    return {
+        kind.letter: _by_layer(residuals, stack.sequence.count(kind.letter, inputs.order), name)
+        for kind, residuals, name in (
+            (SELF_ATTENTION, inputs.self_attn_kv_residuals, "self_attn_kv_residuals"),
+            (CROSS_ATTENTION, inputs.cross_attn_kv_residuals, "cross_attn_kv_residuals"),
+        )
+    }
+
+
+def _by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | None]:
+    """Split `(L, b, m, D)` into tensors for the first L layers; `(b, m, D)` is for the first layer only."""
+    if given is None:
+        return [None] * layers
+    if given.ndim not in (3, 4):
+        raise ShapeError(f"`{name}` has shape {tuple(given.shape)}; it must be (b, m, width) or (layers, b, m, width).")
+    each = [given] if given.ndim == 3 else list(given.unbind(0))
+    return [*each[:layers], *[None] * max(layers - len(each), 0)]

@@ -1,0 +1,205 @@
+"""The parts of a stack: sublayers in their order, and the parts before, between and after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from x_transformers.attention.attention import Attention
+from x_transformers.attention.base import QKTransform, ScoreMod
+from x_transformers.cache import Shape
+from x_transformers.errors import ConfigError, Faults, InputError
+from x_transformers.layers.branch import Branch
+from x_transformers.layers.branches.norm_placement import norm_places
+from x_transformers.layers.build import build_branch, check_value_residual, norm_of
+from x_transformers.layers.compile_blocks import CompiledBlocks
+from x_transformers.layers.conditioning import build_condition, build_injection
+from x_transformers.layers.execution_order import Repeat, check_order, repeated
+from x_transformers.layers.kinds import SELF_ATTENTION
+from x_transformers.layers.packing import packed_kinds
+from x_transformers.layers.plan import StackPlan
+from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
+from x_transformers.modules.norms import ADAPTIVE
+
+
+class LayerStack(nn.Module):
+    """Abstract base class of stacks: the parts, built from a plan. A pass through them is in `begin_pass` and `runner`.
+
+    Args:
+        plan: options and sublayers.
+        dim: width D of the residual stream.
+        causal: self-attention sees only the past.
+
+    Attributes:
+        depth: number of blocks. heads: number of query heads.
+        layers: the built sublayers. sequence: their order. steps: what runs in this order.
+        layer_types: the letter of each built sublayer's kind.
+        frame: expands the input to several residual streams and collapses them, or None.
+        rel_pos: the score modification that all self-attentions share, or None.
+        rotary_pos_emb, polar_pos_emb: query/key transforms of self-attention, or None.
+        skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
+        skip_combines: the maps that join the two.
+        checkpoint_every: of every so many blocks, one runs again for its gradients; None: none does.
+        context_dropout: fraction of the context's tokens that is dropped in training.
+        one_context: all cross-attentions see the same part of the context.
+        output_clamp: bound of the output, or None. final_norm: norm of the output, or None.
+        packed: letters of the kinds that keep the documents of packed rows apart.
+        compiled: runs each sublayer by a graph of its own, after `compile_blocks()`; else None.
+
+    Raises:
+        ConfigError: listing everything that the parts refuse.
+    """
+
+    looks_back = False
+    """Tokens see their past although the stack is not causal, so that parts that mix neighbors must look back only."""
+
+    def __init__(self, plan: StackPlan, dim: int, causal: bool) -> None:
+        super().__init__()
+        options, structure = plan.options, plan.options["structure"]
+        self.dim, self.depth, self.heads, self.causal = dim, plan.sequence.depth, structure.heads, causal
+        self.sequence = plan.sequence
+        self.steps = plan.sequence.steps(plan.sequence.order)
+        self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
+        self.layer_types = plan.sequence.kinds
+        self.features = tuple(feature.name for feature in options.enabled())
+
+        faults = Faults()
+        norm = norm_of(plan)
+        self.layers = nn.ModuleList()
+        for index, layer in enumerate(plan.layers):
+            with faults.catching(layer.kind.in_full):
+                self.layers.append(build_branch(self, plan, index, norm))
+        if options.on("value_residual"):
+            for letter in dict.fromkeys(self.layer_types):
+                check_value_residual(self.branches(letter), faults)
+        self.rotary_pos_emb: QKTransform | None = None
+        self.polar_pos_emb: QKTransform | None = None
+        self.rel_pos: ScoreMod | None = None
+        with faults.catching():
+            self._build_positions(plan)
+        with faults.catching():
+            self._build_surroundings(plan)
+        with faults.catching():
+            self.packed = packed_kinds(plan)
+        faults.raise_if_any(type(self).__name__)
+        self.final_norm = norm(dim) if norm_places(options).final else None
+        self.compiled: CompiledBlocks | None = None
+
+    def _build_positions(self, plan: StackPlan) -> None:
+        """Build the position parts that all self-attentions share."""
+        widths = [layer.options["heads"].dim_head for layer in plan.layers if layer.kind.is_self_attention]
+        if not widths:
+            return
+        if len(set(widths)) > 1:
+            raise ConfigError("`attn_dim_head` differs between layers, but positions are shared; give one width.")
+        rotated = plan.options["rotary"].rotary_emb_dim
+        if rotated is not None and rotated > widths[0]:
+            raise ConfigError(f"`rotary_emb_dim` is {rotated}; heads have `attn_dim_head` = {widths[0]} features.")
+        surroundings = {
+            "dim": self.dim,
+            "heads": self.heads,
+            "dim_head": widths[0],
+            "causal": self.causal,
+            "kv_heads": {fn.kv_heads for fn in self.attentions(SELF_ATTENTION.letter)},
+            "kwargs": plan.options["stack"].rel_pos_kwargs,
+        }
+        for slot, name in (("qk", "rotary_pos_emb"), ("polar qk", "polar_pos_emb"), ("score", "rel_pos")):
+            for feature in plan.options.enabled(slot):
+                assert feature.build is not None
+                setattr(self, name, feature.build(plan.options[feature.name], **surroundings))
+
+    def _build_surroundings(self, plan: StackPlan) -> None:
+        """Build the parts before, between and after the sublayers."""
+        options = plan.options
+        self.frame = self.sublayers[0].residual.frame() if len(self.layers) else None
+        self.injection = build_injection(options["reinject_input"], self.dim) if options.on("reinject_input") else None
+        self.need_condition = any(options.on(name) for name in ADAPTIVE)
+        self.dim_condition = options["condition"].given_width(self.dim)
+        self.condition_mlp = build_condition(options, self.dim) if self.need_condition else None
+        self.skip_sources = skip_sources(self.sequence) if options.on("unet_skips") else {}
+        self.skip_combines = nn.ModuleDict(
+            {str(index): ConcatCombine(self.dim, source) for index, source in self.skip_sources.items()}
+        )
+        clamp = options["softclamp_output"]
+        self.output_clamp: float | None = clamp.softclamp_output_value if clamp.softclamp_output else None
+        self.num_residual_streams = options["residual_streams"].num_residual_streams
+        self.reference_mix = options["residual_streams"].hyper_conn_reference_mix
+        self.runs_in_order = options.on("lime")
+        self.checkpoint_every: int | None = options["checkpointing"].checkpoint_every
+        self.context_dropout: float = options["context_dropout"].cross_attn_tokens_dropout
+        # values and scores that one cross-attention leaves for the next must belong to the same keys
+        self.one_context = options.on("value_residual") or options["residual_scores"].cross_residual_attn
+        requested = options["stack"].disable_abs_pos_emb
+        relative = any(options.on(name) for name in ("rotary", "polar", "t5_bias"))
+        self.disable_abs_pos_emb: bool = relative if requested is None else requested
+
+    @property
+    def sublayers(self) -> list[Branch]:
+        """The built sublayers, in order."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def branches(self, *letters: str) -> list[Branch]:
+        """Return the sublayers of the given kinds, in order."""
+        return [branch for branch in self.sublayers if branch.kind.letter in letters]
+
+    def attentions(self, *letters: str) -> list[Attention]:
+        """Return the attentions of the given kinds, in order; of all kinds if none is given."""
+        branches = self.branches(*letters) if letters else self.sublayers
+        return [branch.fn for branch in branches if isinstance(branch.fn, Attention)]
+
+    @property
+    def rotations(self) -> tuple[QKTransform, ...]:
+        """The transforms of queries and keys by position."""
+        rotary, polar = self.rotary_pos_emb, self.polar_pos_emb
+        if polar is None:
+            return () if rotary is None else (rotary,)
+        return (polar,) if rotary is None else (rotary, polar)
+
+    @property
+    def can_cache_kv(self) -> bool:
+        """True if decoding may keep keys and values, as in every causal stack."""
+        return self.causal
+
+    def may_show_scores(self) -> bool:
+        """Return True unless an attention demands fused kernels, which keep no scores."""
+        return all(attention.attend.backends.flash is not True for attention in self.attentions())
+
+    def order_of(self, given: Sequence[int] | None, repeats: Sequence[Repeat] | Repeat | None) -> tuple[int, ...]:
+        """Return the order of execution of a pass.
+
+        Args:
+            given: indices of built sublayers (`layers_execute_order`), or None.
+            repeats: blocks to run repeatedly (`repeat_blocks`), or None.
+
+        Raises:
+            InputError: if the layers cannot run in this order.
+        """
+        if given is None and repeats is None:
+            return self.sequence.order
+        if given is not None and repeats is not None:
+            raise InputError("`repeat_blocks` and `layers_execute_order` both set the order; pass one of them.")
+        try:
+            order = repeated(repeats, self.sequence) if repeats is not None else check_order(given, len(self.layers))
+            check_sources(order, self.skip_sources)
+        except ConfigError as error:
+            raise InputError(str(error)) from None
+        if self.runs_in_order and order != tuple(range(len(order))):
+            raise InputError(
+                f"layers {order} are to run, but with `integrate_layers` they must run in order, each once, since "
+                "there is one weight for each earlier layer."
+            )
+        return order
+
+    def cache_streams(self) -> list[dict[str, Shape]]:
+        """Return the growing streams of each executed sublayer, as `{name: (heads, width)}`."""
+        branches, rotations = self.sublayers, self.rotations
+        run = [branches[index] for index in self.sequence.order]
+        # the keys of a context do not grow
+        return [{} if each.kind.is_cross_attention else each.fn.cache_streams(rotations) for each in run]
+
+    def reaches(self, order: tuple[int, ...]) -> tuple[int | None, ...]:
+        """Return the number of slots that each sublayer of an order of execution looks back at most; None for all."""
+        branches = self.sublayers
+        run = [branches[index] for index in order]
+        return tuple(None if each.kind.is_cross_attention else each.fn.reach for each in run)
