@@ -230,7 +230,7 @@ class LayerCall:
         documents: the documents of a packed row, and of its keys; None if each row is one document.
         causal: causality of this sublayer; None: that of the pass for self-attention, none for cross-attention.
         context_attn_mask: like the pass's `attn_mask`, over the keys of a context.
-        start: what the sublayer changes, as it was before; None where it runs only once.
+        start: the state that the sublayer changes, as it was before; None if the sublayer runs only once.
     """
 
     call: Call

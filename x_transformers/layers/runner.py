@@ -39,7 +39,6 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     x, carry = state.stream, state.carry
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
-    # a wrapper around a sublayer may run it again in the backward pass
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
@@ -71,6 +70,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             layer.deep_embed = inputs.deep_embeds[:, :, step.nth]
         if compiled is None:
             if learns:
+                # a checkpoint wrapper around the function may run it again in the backward pass
                 layer.remember_start()
             output = branch(x, layer)
         else:
