@@ -145,7 +145,12 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return self.packed
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
-        """Raise an `InputError` if the parts do not support this causality, or a cache."""
+        """Check that the parts support a kind of pass; see `Attend.check_causality`.
+
+        Args:
+            causal: tokens see only tokens up to themselves.
+            cached: the pass has a cache.
+        """
         self.attend.check_causality(causal, cached)
 
     def share_scores(self) -> None:

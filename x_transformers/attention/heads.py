@@ -194,6 +194,11 @@ class HeadProjection(nn.Module):
 
         From the left: zeros, those of the caller, learned ones.
 
+        Args:
+            k: `(b, g, j, d)` keys.
+            v: `(b, g, j, e)` values.
+            layer: the sublayer's call.
+
         Returns:
             keys and values, how many were added, and a mask `(b, P)` of the visible ones; None if all are.
         """
@@ -222,7 +227,15 @@ class HeadProjection(nn.Module):
         return k
 
     def change_output(self, out: Tensor, x: Tensor, projected: Tensor, dead: Tensor | None, layer: LayerCall) -> Tensor:
-        """Apply value modifications and the caller's delta to the heads' outputs `(b, h, n, e)`."""
+        """Apply value modifications and the caller's delta to the heads' outputs.
+
+        Args:
+            out: `(b, h, n, e)`.
+            x: `(b, n, D)` input of the queries.
+            projected: `(b, g, keys, e)` values as they were projected.
+            dead: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is none.
+            layer: the sublayer's call.
+        """
         n = x.shape[-2]
         own = projected[..., projected.shape[-2] - n :, :]
         if self.latent_kv is not None and layer.context is None:

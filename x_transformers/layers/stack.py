@@ -147,7 +147,8 @@ class LayerStack(nn.Module):
     def attentions(self, *letters: str) -> list[Attention]:
         """Return the attentions of the given kinds, in order; of all kinds if none is given."""
         branches = self.branches(*letters) if letters else self.sublayers
-        return [branch.fn for branch in branches if isinstance(branch.fn, Attention)]
+        # by kind: a checkpoint wrapper around an attention is no `Attention`, but has its attributes
+        return [branch.fn for branch in branches if branch.kind.is_attention]  # type: ignore[misc]
 
     @property
     def rotations(self) -> tuple[QKTransform, ...]:

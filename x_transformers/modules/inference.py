@@ -90,7 +90,7 @@ class InferenceView:
     put into evaluation mode, see `evaluating`, and the copies prepare what they can.
 
     Args:
-        modules: all roots of what will run; `of` returns what stands in for each.
+        modules: all roots of what will run; `of` returns the replacement of each.
         direct: make parameters and buffers ordinary attributes as well. Compiled graphs must still know them as
             parameters, whose addresses do not change.
         earlier: a view of the same modules whose copies are brought up to date and used again: graphs compiled for
@@ -99,7 +99,7 @@ class InferenceView:
 
     def __init__(self, *modules: nn.Module, direct: bool = True, earlier: InferenceView | None = None) -> None:
         self._direct = direct
-        self._found: dict[int, tuple[Any, Any]] = {}  # an original and its stand-in, by the original's id
+        self._found: dict[int, tuple[Any, Any]] = {}  # an original and its replacement, by the original's id
         self._earlier = {} if earlier is None else earlier._found
         self._copies: list[nn.Module] = []
         self._borrowed: list[nn.Module] = []
@@ -108,7 +108,7 @@ class InferenceView:
         self._earlier = {}
 
     def of(self, module: Net) -> Net:
-        """Return what stands in for a module: always the same object for the same module."""
+        """Return the replacement of a module: always the same object for the same module."""
         found = self._found.get(id(module))
         if found is not None:
             return found[1]
@@ -118,7 +118,7 @@ class InferenceView:
             self._found[id(module)] = module, module
             self._borrowed.append(module)
             return module
-        view = self._stand_in(module) or object.__new__(kind)
+        view = self._earlier_copy(module) or object.__new__(kind)
         self._found[id(module)] = module, view  # before its children, one of which may hold it
         self._copies.append(view)
         attributes = {}
@@ -136,8 +136,8 @@ class InferenceView:
         view.__dict__.update(attributes)
         return cast(Net, view)
 
-    def _stand_in(self, original: Any) -> Any:
-        """Return what stood in for the same object in the earlier view, if that was a copy."""
+    def _earlier_copy(self, original: Any) -> Any:
+        """Return the copy of the same object in the earlier view, if there is one."""
         found = self._earlier.get(id(original))
         if found is None or found[0] is not original or found[1] is original:
             return None
@@ -164,7 +164,7 @@ class InferenceView:
         changed = {name: each for name, each in mapped.items() if each is not vars(value)[name]}
         if not changed:
             return value
-        own = self._stand_in(value) or copy.copy(value)
+        own = self._earlier_copy(value) or copy.copy(value)
         vars(own).update(changed)
         self._found[id(value)] = value, own
         return own
@@ -187,8 +187,11 @@ class InferenceView:
 
 @functools.cache
 def _is_plain_data(kind: type) -> bool:
-    """Return True for enums and frozen dataclasses: options and plans, which hold no modules."""
-    return issubclass(kind, Enum) or (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen)
+    """Return True for enums and dataclasses that are values (options, kinds, plans), which hold no modules."""
+    if not dataclasses.is_dataclass(kind):
+        return issubclass(kind, Enum)
+    rules: Any = getattr(kind, "__dataclass_params__")  # noqa: B009 (unknown to type checkers)
+    return rules.frozen and rules.eq
 
 
 def _is_ours(kind: type) -> bool:
