@@ -69,6 +69,16 @@ __all__ = [
     "sparse_topk_attn",
 ]
 
+WEIGHTINGS = (
+    sigmoid.FEATURE,
+    topk.FEATURE,
+    hard.FEATURE,
+    gumbel.FEATURE,
+    custom.FEATURE,
+    inverted.FEATURE,
+)
+"""What computes or changes the weights; `Attention` takes these features from here."""
+
 SCHEMA = Schema(
     (
         zero.FEATURE,
@@ -78,12 +88,7 @@ SCHEMA = Schema(
         *talking_heads.FEATURES,
         cog.FEATURE,
         selective.FEATURE,
-        sigmoid.FEATURE,
-        topk.FEATURE,
-        hard.FEATURE,
-        gumbel.FEATURE,
-        custom.FEATURE,
-        inverted.FEATURE,
+        *WEIGHTINGS,
     )
 )
 """Options that act between queries, keys, values and the output."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.attend import Attend
 from x_transformers.attention.backends import sdpa
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
-from x_transformers.attention.backends.choice import BackendChoice
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.base import Memo, Needs
@@ -63,15 +63,15 @@ SITUATIONS = {
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The names of the backends that run inside the block."""
     used: set[str] = set()
-    choose = BackendChoice.for_request
+    choose = Attend._backend
 
-    def watching(self: BackendChoice, *asked: Any) -> Backend:
+    def watching(self: Attend, *asked: Any) -> Backend:
         backend = choose(self, *asked)
         used.add(backend.name)
         return backend
 
     with monkeypatch.context() as patch:
-        patch.setattr(BackendChoice, "for_request", watching)
+        patch.setattr(Attend, "_backend", watching)
         yield used
 
 

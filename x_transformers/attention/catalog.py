@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from x_transformers.attend import WEIGHTINGS
 from x_transformers.attention import latent
 from x_transformers.attention.keys import memory, sink, zero
 from x_transformers.attention.output_projection import ON_ATTN, OUTPUT
@@ -19,7 +20,6 @@ from x_transformers.attention.scores import (
     talking_heads,
 )
 from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
-from x_transformers.attention.weights import custom, gumbel, hard, inverted, sigmoid, topk
 from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 
@@ -118,12 +118,7 @@ FEATURES = (
     cog.FEATURE,
     cope.FEATURE,
     selective.FEATURE,
-    sigmoid.FEATURE,
-    topk.FEATURE,
-    hard.FEATURE,
-    gumbel.FEATURE,
-    custom.FEATURE,
-    inverted.FEATURE,
+    *WEIGHTINGS,
     DROPOUT,
     latent.FEATURE,
     l2_distance.FEATURE,
