@@ -78,6 +78,9 @@ class CallAdapter(HeadProjection):
     def layer_call(self, given: AttentionInputs) -> LayerCall:
         """Check the arguments of a call, and return the call of a sublayer that they mean.
 
+        Args:
+            given: the arguments of `Attention.forward`.
+
         Raises:
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.

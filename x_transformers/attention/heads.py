@@ -194,6 +194,10 @@ class HeadProjection(nn.Module):
 
         From the left: zeros, those of the caller, learned ones.
 
+        Args:
+            k, v: `(b, g, j, d)` and `(b, g, j, e)`, those of the cache included.
+            layer: the sublayer's call.
+
         Returns:
             keys and values, how many were added, and a mask `(b, P)` of the visible ones; None if all are.
         """
@@ -222,7 +226,18 @@ class HeadProjection(nn.Module):
         return k
 
     def change_output(self, out: Tensor, x: Tensor, projected: Tensor, dead: Tensor | None, layer: LayerCall) -> Tensor:
-        """Apply value modifications and the caller's delta to the heads' outputs `(b, h, n, e)`."""
+        """Apply value modifications and the caller's delta to the heads' outputs.
+
+        Args:
+            out: `(b, h, n, e)` outputs of attention.
+            x: `(b, n, D)` input of the queries.
+            projected: `(b, g, new keys, e)` values as they were projected.
+            dead: True where a query saw no key, see `ValueContext`; None if there is no such query.
+            layer: the sublayer's call.
+
+        Returns:
+            `(b, h, n, e)`.
+        """
         n = x.shape[-2]
         own = projected[..., projected.shape[-2] - n :, :]
         if self.latent_kv is not None and layer.context is None:

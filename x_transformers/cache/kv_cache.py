@@ -27,7 +27,7 @@ OF_CONTEXT = frozenset({"k", "v", "context_pos"})
 
 @dataclass(frozen=True, eq=False)
 class CacheHeader:
-    """What the model of a pass says about the slots that are no tokens.
+    """Description of the slots that are no tokens, written by the model that runs the pass.
 
     Attributes:
         prefix: number of leading slots that are no tokens (memory tokens, prepended embeddings), never dropped.

@@ -134,7 +134,12 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
             nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
-        """Compute the output of one sublayer of a stack."""
+        """Compute the output of one sublayer of a stack.
+
+        Args:
+            x: `(b, n, D)` normalized input.
+            layer: the sublayer's call.
+        """
         out = self.forward(x, layer=layer)
         assert isinstance(out, BranchOutput)
         return out

@@ -135,7 +135,7 @@ class Memo:
 
 @dataclass(frozen=True)
 class Capture:
-    """What the caller requested to be recorded. Nothing else is kept.
+    """Selection of what a pass records. Nothing else is kept.
 
     Attributes:
         scores: similarities, logits and weights of every attention.

@@ -140,11 +140,19 @@ class LayerStack(nn.Module):
         return list(self.layers)  # type: ignore[arg-type]
 
     def branches(self, *letters: str) -> list[Branch]:
-        """Return the sublayers of the given kinds, in order."""
+        """Return the sublayers of the given kinds, in order.
+
+        Args:
+            letters: of the kinds, as in `KINDS`.
+        """
         return [branch for branch in self.sublayers if branch.kind.letter in letters]
 
     def attentions(self, *letters: str) -> list[Attention]:
-        """Return the attentions of the given kinds, in order; of all kinds if none is given."""
+        """Return the attentions of the given kinds, in order.
+
+        Args:
+            letters: of the kinds, as in `KINDS`; all kinds if there are none.
+        """
         branches = self.branches(*letters) if letters else self.sublayers
         return [branch.fn for branch in branches if isinstance(branch.fn, Attention)]
 
@@ -199,7 +207,11 @@ class LayerStack(nn.Module):
         return [{} if each.kind.is_cross_attention else each.fn.cache_streams(rotations) for each in run]
 
     def reaches(self, order: tuple[int, ...]) -> tuple[int | None, ...]:
-        """Return the number of slots that each sublayer of an order of execution looks back at most; None for all."""
+        """Return how many slots each executed sublayer looks back at most; None for all.
+
+        Args:
+            order: indices of sublayers, in the order of execution.
+        """
         branches = self.sublayers
         run = [branches[index] for index in order]
         return tuple(None if each.kind.is_cross_attention else each.fn.reach for each in run)

@@ -127,7 +127,7 @@ class TransformerWrapper(Model):
 
     @property
     def can_cache_kv(self) -> bool:
-        """Whether decoding may cache keys and values: new tokens must not change earlier outputs."""
+        """True if decoding may cache keys and values: new tokens must not change earlier outputs."""
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
     def forward(

@@ -41,11 +41,23 @@ class BranchFunction(nn.Module):
     features: tuple[str, ...] = ()
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
-        """Compute the output of the branch from its normalized input `(b, n, D)`."""
+        """Compute the output of the branch.
+
+        Args:
+            x: `(b, n, D)` normalized input.
+            layer: the sublayer's call.
+
+        Returns:
+            the output `(b, n, D)`, its record, and what later layers read.
+        """
         raise NotImplementedError
 
     def cache_streams(self, rotations: Sequence[Any] = ()) -> dict[str, Shape]:
-        """Return the streams that grow with the sequence, as `{name: (heads, width)}`."""
+        """Return the streams that grow with the sequence, as `{name: (heads, width)}`.
+
+        Args:
+            rotations: the stack's transforms of queries and keys, which may change the width of keys.
+        """
         return {}
 
     @property
@@ -64,13 +76,26 @@ class BranchFunction(nn.Module):
         return False
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
-        """Raise an `InputError` if the function does not support this causality, or a cache."""
+        """Check that the function supports this causality, and a cache.
+
+        Args:
+            causal: the pass is causal.
+            cached: the pass uses a cache.
+
+        Raises:
+            InputError: if it does not.
+        """
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """Yield the matrices that Muon may orthogonalize (2502.16982)."""
         yield from ()
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
-        """Return the backend that would run, the reason for it, and the cost per token."""
+        """Return the backend that would run, the reason for it, and the cost per token.
+
+        Args:
+            situation: device, dtype and length that are described.
+            surroundings: what the stack gives to the function, such as biases and rotations.
+        """
         flops = 2 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return BranchCost("", "", flops)

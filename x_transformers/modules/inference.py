@@ -90,7 +90,7 @@ class InferenceView:
     put into evaluation mode, see `evaluating`, and the copies prepare what they can.
 
     Args:
-        modules: all roots of what will run; `of` returns what stands in for each.
+        modules: all roots of what will run; `of` returns the replacement of each.
         direct: make parameters and buffers ordinary attributes as well. Compiled graphs must still know them as
             parameters, whose addresses do not change.
         earlier: a view of the same modules whose copies are brought up to date and used again: graphs compiled for
@@ -99,7 +99,7 @@ class InferenceView:
 
     def __init__(self, *modules: nn.Module, direct: bool = True, earlier: InferenceView | None = None) -> None:
         self._direct = direct
-        self._found: dict[int, tuple[Any, Any]] = {}  # an original and its stand-in, by the original's id
+        self._found: dict[int, tuple[Any, Any]] = {}  # an original and its replacement, by the original's id
         self._earlier = {} if earlier is None else earlier._found
         self._copies: list[nn.Module] = []
         self._borrowed: list[nn.Module] = []
@@ -108,7 +108,7 @@ class InferenceView:
         self._earlier = {}
 
     def of(self, module: Net) -> Net:
-        """Return what stands in for a module: always the same object for the same module."""
+        """Return the replacement of a module: always the same object for the same module."""
         found = self._found.get(id(module))
         if found is not None:
             return found[1]
