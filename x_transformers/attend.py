@@ -301,7 +301,7 @@ class Attend(Configured, ReadsReference):
             k: `(b, g, P + j, d)`.
             v: `(b, g, P + j, e)`.
             x: `(b, n, D)` the input of the sublayer, which some score modifications read.
-            layer: positions and liveness of the keys, causality, and what earlier layers and the caller add.
+            layer: positions and mask of the keys, causality, and what earlier layers and the caller add.
             own: the keys are the tokens' own; keys of a context have slots of their own.
             prefix: number P of keys before the first token.
             shown: `(b, P)` bool, which of those are visible; None for all.

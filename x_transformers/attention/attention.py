@@ -253,7 +253,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         )
         out = result.out
         if self.values or layer.deltas.out is not None:
-            out = self.change_output(out, xq, heads.projected, visible.dead_queries(call.memo), layer)
+            out = self.change_output(out, xq, heads.projected, visible.fully_masked_queries(call.memo), layer)
         if out.dtype != heads.q.dtype:
             out = out.to(heads.q.dtype)
         b, _, n, _ = out.shape

@@ -40,7 +40,7 @@ class LayerStack(nn.Module):
         rotary_pos_emb, polar_pos_emb: query/key transforms of self-attention, or None.
         skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
         skip_combines: the maps that join the two.
-        checkpoint_every: of every so many blocks, one runs again for its gradients; None: none does.
+        checkpoint_every: one of this number of blocks runs again for its gradients; None: none does.
         context_dropout: fraction of the context's tokens that is dropped in training.
         one_context: all cross-attentions see the same part of the context.
         output_clamp: bound of the output, or None. final_norm: norm of the output, or None.

@@ -72,7 +72,7 @@ class Model(Configured, ReadsReference):
         self.post_emb_norm: nn.Module | None = None
         self.cls_token: nn.Parameter | None = None
 
-    last_alone: ClassVar[Mapping[str, Any]] = {}
+    last_position_only: ClassVar[Mapping[str, Any]] = {}
     """Arguments with which a pass returns the output of the last position only, for models that have such."""
 
     joins_memories: ClassVar[bool] = True

@@ -67,8 +67,8 @@ class Varlen(Backend):
         )
         assert isinstance(out, Tensor)
         out = rearrange(out[..., : request.v.shape[-1]], "n h d -> 1 h n d")
-        dead = visible.dead_queries(request.memo)
-        return AttentionOutput(out if dead is None else out.masked_fill(dead, 0.0))
+        fully_masked = visible.fully_masked_queries(request.memo)
+        return AttentionOutput(out if fully_masked is None else out.masked_fill(fully_masked, 0.0))
 
 
 def _flat(t: Tensor, width: int) -> Tensor:
