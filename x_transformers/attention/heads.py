@@ -243,6 +243,7 @@ class HeadProjection(nn.Module):
         n = x.shape[-2]
         own = projected[..., projected.shape[-2] - n :, :]
         if self.latent_kv is not None and layer.context is None:
+            # from latents the values of all tokens are projected, and in a ring the newest ones are not the last
             own = projected.index_select(-2, layer.keys.find(layer.call.query.index))
         seen = ValueContext(x, own, fully_masked, layer)
         for mod in self.values:

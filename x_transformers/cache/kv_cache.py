@@ -193,7 +193,7 @@ class KVCache:
                 keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], token_mask, keys.contiguous, near=near
             )
         if first <= prefix:
-            return keys
+            return keys  # the window begins in the prefix, so that no slots between them are left out
         token_mask = None if keys.token_mask is None else _without(keys.token_mask, prefix, first)
         index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
         return Span(index, slot, pos, token_mask, False)

@@ -229,5 +229,6 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
         blocks: `(b, h, query blocks, key blocks)` bool.
     """
     chosen = blocks.to(torch.int32)
+    # kernels visit only the first ones, in this order: stable, so that keys are read from memory one after the other
     order = chosen.argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1, dtype=torch.int32), order.to(torch.int32)

@@ -62,6 +62,7 @@ class Varlen(Backend):
             documents.longest_q,
             documents.longest_k,
             scale=request.scale,
+            # keys to the left and right of a query, which the kernel aligns at the end of each document; -1: all
             window_size=(-1, 0) if visible.is_causal else (-1, -1),
             enable_gqa=request.k.shape[1] != request.q.shape[1],
         )
