@@ -74,7 +74,8 @@ class EntropyBasedTokenizer(nn.Module):
         Raises:
             InputError: with what was given and what is needed.
         """
-        import einx  # takes seconds to import, which only those who segment sequences should wait for
+        # imported here because it takes seconds, which only those who segment sequences should wait for
+        import einx
 
         single = seq.ndim == 1
         seq = seq.unsqueeze(0) if single else seq
@@ -82,7 +83,7 @@ class EntropyBasedTokenizer(nn.Module):
         if seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)
-        valid = einx.less("n, b -> b n", torch.arange(seq.shape[1], device=seq.device), lens)
+        valid = einx.less("n, b -> b n", torch.arange(seq.shape[1], device=seq.device), lens)  # type: ignore[reportPrivateImportUsage]
         view = InferenceView(self.decoder)
         with torch.no_grad(), view:
             logits = view.of(self.decoder)(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
@@ -108,7 +109,7 @@ class EntropyBasedTokenizer(nn.Module):
         else:
             ends = entropies >= self.entropy_threshold
         places = torch.arange(ends.shape[1], device=ends.device)
-        ends = ends | einx.equal("n, b -> b n", places, lens - 1)
+        ends = ends | einx.equal("n, b -> b n", places, lens - 1)  # type: ignore[reportPrivateImportUsage]
         if self.max_token_size is None:
             return ends
         # The first position of the token that contains each position: one after the last end before it.

@@ -145,15 +145,6 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return self.packed
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
-        """Check that the parts support this causality, and a cache.
-
-        Args:
-            causal: the pass is causal.
-            cached: the pass uses a cache.
-
-        Raises:
-            InputError: if a part does not.
-        """
         self.attend.check_causality(causal, cached)
 
     def share_scores(self) -> None:

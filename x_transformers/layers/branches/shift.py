@@ -72,7 +72,7 @@ class TokenShift(nn.Module):
             before = zero_hidden(memory, None if token_mask is None else token_mask[:, : memory.shape[-2]])
         past = 0 if before is None else before.shape[-2]
         moved = visible if before is None else torch.cat((before, visible), dim=-2)
-        rows = None if layer.call.query.placed is None else LiveRows.of(layer.call.query.placed, past)
+        rows = None if layer.call.query.placed is None else UnpaddedRows.of(layer.call.query.placed, past)
         if layer.states is not None and self.causal:
             newest = self._newest(moved, rows)
             layer.states.put("shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
@@ -82,14 +82,14 @@ class TokenShift(nn.Module):
             memory = self._shift(memory, source if self.causal else torch.cat((source, visible), dim=-2), 0)
         return self._shift(x, moved, past, rows), memory
 
-    def _newest(self, whole: Tensor, rows: LiveRows | None) -> Tensor:
+    def _newest(self, whole: Tensor, rows: UnpaddedRows | None) -> Tensor:
         """Return the last k inputs `(..., k, D)` for the cache; zeros where there are fewer."""
         if rows is not None:
             places = rows.count - self.amount + torch.arange(self.amount, device=whole.device)
             return rows.take(whole, places)
         return F.pad(whole, (0, 0, max(self.amount - whole.shape[-2], 0), 0))[..., -self.amount :, :]
 
-    def _shift(self, t: Tensor, source: Tensor, start: int, rows: LiveRows | None = None) -> Tensor:
+    def _shift(self, t: Tensor, source: Tensor, start: int, rows: UnpaddedRows | None = None) -> Tensor:
         """Return `t` with its shifted slices taken from `source`, in which `t` begins at index `start`."""
         n, m = t.shape[-2], source.shape[-2]
         pieces = []
@@ -108,7 +108,7 @@ class TokenShift(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class LiveRows:
+class UnpaddedRows:
     """Numbering of the tokens of each row that skips padding, so that the tokens on both sides of it are neighbors.
 
     Attributes:
@@ -122,7 +122,7 @@ class LiveRows:
     count: Tensor
 
     @classmethod
-    def of(cls, placed: Tensor, past: int) -> LiveRows:
+    def of(cls, placed: Tensor, past: int) -> UnpaddedRows:
         """Number the columns that `placed (b, n)` marks as tokens, after `past` columns that all are tokens."""
         placed = F.pad(placed, (past, 0), value=True)
         columns = (~placed).to(torch.uint8).argsort(dim=-1, stable=True)
