@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalog import Case, beside, cases, close, name_of, tokens
+from catalog import Case, cases, close, name_of, other_inputs, tokens
 from torch import Tensor, nn
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
@@ -52,7 +52,7 @@ def projections(net: nn.Module) -> list[Projections]:
 @torch.no_grad()
 def test_a_view_computes_what_the_net_computes(stack: str, case: Case) -> None:
     net, ids = case.build(stack), tokens(2, 9)
-    given = beside(net, ids)
+    given = other_inputs(net, ids)
     expected = net(ids, **given)
     view = InferenceView(net.train())
     with view:

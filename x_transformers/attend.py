@@ -5,7 +5,7 @@ Helpers of attention are here under their public names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +105,12 @@ class GivenAddend(RowMod):
         return logits + self.fn(rows.q, logits).to(logits.dtype), None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ScoreParts:
     """Parts between queries, keys, values and the output of attention, by slot.
 
-    `Attend` reads them here without owning them: they are submodules of an `Attention`, or of `Attend.parts`.
+    `Attend` reads them here without owning them: they are submodules of an `Attention`, or of `Attend.parts`. (Not
+    frozen: an `InferenceView` replaces the modules in its copy.)
 
     Attributes:
         scores, rows, weighting, weights: what changes scores, rows of logits and weights.
@@ -144,8 +145,7 @@ class Attend(Configured, ReadsReference):
         qk_norm, onnxable: kept for old scripts; the softmax runs in float32 at least, and masks are comparisons of
             index ranges.
         flash_pack_seq: rows are packed: documents, specified by `flash_pack_seq_kwargs` at every call, see only
-            themselves, on every device and whatever `flash` is; with PyTorch's variable-length kernel where there is
-            one.
+            themselves, whatever `flash` is; with PyTorch's variable-length kernel where there is one.
 
     Raises:
         ConfigError: listing every unknown keyword, bad value and conflict.
@@ -271,7 +271,15 @@ class Attend(Configured, ReadsReference):
         self.needs_in_evaluation |= Needs.SCORES
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
-        """Raise an `InputError` if the parts do not support this causality, or a cache."""
+        """Check that the parts support a kind of pass.
+
+        Args:
+            causal: tokens see only tokens up to themselves.
+            cached: the pass has a cache.
+
+        Raises:
+            InputError: if they do not.
+        """
         if not causal and self.requires_causal:
             raise InputError(
                 f"{self.requires_causal[0]} was built for causal attention; `causal = False` makes no sense with it."
@@ -464,23 +472,23 @@ class Attend(Configured, ReadsReference):
         return given.layer_call(causal, documents, capture)
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCall, only_fused: bool = False) -> AttentionOutput:
-        prefix = 0
-        if "zero_kv" in self.parts:
-            prefix = 1
+        prefix = int("zero_kv" in self.parts)
+        if prefix:
             k, v = self.parts["zero_kv"].extend(k, v, lambda t: t)  # type: ignore[operator]
         # documents of queries and keys may differ in length, as those of a context do
-        own = layer.documents is None
-        return self.run(q, k, v, q, layer, own=own, prefix=prefix, only_fused=only_fused)[0]
+        return self.run(q, k, v, q, layer, own=layer.documents is None, prefix=prefix, only_fused=only_fused)[0]
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
-        rename_parts(state, prefix, {f"parts.{name}": part for name, part in _own_parts(self)}, "attend.")
+        rename_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
 
 
-def _own_parts(attend: Attend) -> list[tuple[str, Part]]:
-    own = [(name, part.fn if isinstance(part, GivenAddend) else part) for name, part in attend.parts.items()]
-    named = [(f"{name}.fn" if name == "cope" else name, part) for name, part in own]
-    return [(name, part) for name, part in named if isinstance(part, Part)]
+def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
+    """Yield the parts with entries of their own, by path."""
+    for name, part in parts.items():
+        own = part.fn if isinstance(part, GivenAddend) else part
+        if isinstance(own, Part):
+            yield f"{name}.fn" if own is not part else name, own
 
 
 def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:

@@ -134,11 +134,11 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
             nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
-        """Compute the output of one sublayer of a stack.
+        """Map `(b, n, dim)` to `(b, n, dim_out)` as one sublayer of a pass.
 
         Args:
-            x: `(b, n, D)` normalized input.
-            layer: the sublayer's call.
+            x: `(b, n, dim)` input.
+            layer: the call of the sublayer.
         """
         out = self.forward(x, layer=layer)
         assert isinstance(out, BranchOutput)

@@ -154,7 +154,8 @@ class LayerStack(nn.Module):
             letters: of the kinds, as in `KINDS`; all kinds if there are none.
         """
         branches = self.branches(*letters) if letters else self.sublayers
-        return [branch.fn for branch in branches if isinstance(branch.fn, Attention)]
+        # by kind: a checkpoint wrapper around an attention is no `Attention`, but has its attributes
+        return [branch.fn for branch in branches if branch.kind.is_attention]  # type: ignore[misc]
 
     @property
     def rotations(self) -> tuple[QKTransform, ...]:

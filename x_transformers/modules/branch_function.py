@@ -94,8 +94,8 @@ class BranchFunction(nn.Module):
         """Return the backend that would run, the reason for it, and the cost per token.
 
         Args:
-            situation: device, dtype and length that are described.
-            surroundings: what the stack gives to the function, such as biases and rotations.
+            situation: device, dtype and mode.
+            surroundings: `causal`, `bias`, `training` and `seq_len`; see `Attention.explain`.
         """
         flops = 2 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return BranchCost("", "", flops)

@@ -118,7 +118,7 @@ class InferenceView:
             self._found[id(module)] = module, module
             self._borrowed.append(module)
             return module
-        view = self._stand_in(module) or object.__new__(kind)
+        view = self._earlier_copy(module) or object.__new__(kind)
         self._found[id(module)] = module, view  # before its children, one of which may hold it
         self._copies.append(view)
         attributes = {}
@@ -136,8 +136,8 @@ class InferenceView:
         view.__dict__.update(attributes)
         return cast(Net, view)
 
-    def _stand_in(self, original: Any) -> Any:
-        """Return what stood in for the same object in the earlier view, if that was a copy."""
+    def _earlier_copy(self, original: Any) -> Any:
+        """Return the copy of the same object in the earlier view, if there is one."""
         found = self._earlier.get(id(original))
         if found is None or found[0] is not original or found[1] is original:
             return None
@@ -164,7 +164,7 @@ class InferenceView:
         changed = {name: each for name, each in mapped.items() if each is not vars(value)[name]}
         if not changed:
             return value
-        own = self._stand_in(value) or copy.copy(value)
+        own = self._earlier_copy(value) or copy.copy(value)
         vars(own).update(changed)
         self._found[id(value)] = value, own
         return own
@@ -187,8 +187,11 @@ class InferenceView:
 
 @functools.cache
 def _is_plain_data(kind: type) -> bool:
-    """Return True for enums and frozen dataclasses: options and plans, which hold no modules."""
-    return issubclass(kind, Enum) or (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen)
+    """Return True for enums and dataclasses that are values (options, kinds, plans), which hold no modules."""
+    if not dataclasses.is_dataclass(kind):
+        return issubclass(kind, Enum)
+    rules: Any = getattr(kind, "__dataclass_params__")  # noqa: B009 (unknown to type checkers)
+    return rules.frozen and rules.eq
 
 
 def _is_ours(kind: type) -> bool:
