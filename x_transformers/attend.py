@@ -359,16 +359,7 @@ class Attend(Configured, ReadsReference):
             dropout,
             call.capture.scores or self.leaves_scores,
         )
-        needs = self.needs if dropout > 0 else self.needs_in_evaluation
-        if scores or rows or weights:
-            for part in (*scores, *rows, *weights):
-                needs |= part.needs
-        if request.capture:
-            needs |= Needs.SCORES
-        if visible.hiding is not None and not visible.is_causal:
-            needs |= Needs.MASK
-        if visible.documents is not None:
-            needs |= Needs.DOCUMENTS
+        needs = _needs_of(request, self.needs if dropout > 0 else self.needs_in_evaluation)
         backend = (self.backends.only_fused if only_fused else self._backend)(request, needs)
         if visible.documents is not None and not backend.reads_documents:
             i, j = q.shape[-2], k.shape[-2]
@@ -494,6 +485,19 @@ def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
         own = part.fn if isinstance(part, GivenAddend) else part
         if isinstance(own, Part):
             yield f"{name}.fn" if own is not part else name, own
+
+
+def _needs_of(request: Request, needs: Needs) -> Needs:
+    """Return what a backend needs for a request: the needs of every call, and those of this one."""
+    for part in (*request.scores, *request.rows, *request.weights):
+        needs |= part.needs
+    if request.capture:
+        needs |= Needs.SCORES
+    if request.visible.hiding is not None and not request.visible.is_causal:
+        needs |= Needs.MASK
+    if request.visible.documents is not None:
+        needs |= Needs.DOCUMENTS
+    return needs
 
 
 def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:

@@ -56,11 +56,12 @@ STACK_FEATURES = (
     dynamic.FEATURE,
 )
 
-FEATURES = (*STACK_FEATURES, *attention.FEATURES, *feedforward.FEATURES)
-
 STACK = Schema(STACK_FEATURES)
 ATTENTION = attention.SCHEMA
 FEEDFORWARD = feedforward.SCHEMA
 
 KEYWORDS = ((STACK, ""), *((kind.schema, kind.prefix) for kind in KINDS.values()))
 """The keywords of a stack: its own, and those of each kind of sublayer with their prefix."""
+
+FEATURES = tuple({name: feature for schema, _ in KEYWORDS for name, feature in schema.features.items()}.values())
+"""The features of a stack and of every kind of sublayer, each once."""

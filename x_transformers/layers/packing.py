@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
+from x_transformers.layers.branch import Branch
 from x_transformers.layers.kinds import KINDS
 from x_transformers.layers.pass_state import PassInputs
 from x_transformers.layers.plan import StackPlan
@@ -44,6 +47,20 @@ def packed_kinds(plan: StackPlan) -> frozenset[str]:
         if mixing and not any(layer.kind.is_self_attention for layer in plan.layers):
             raise ConfigError(kind.in_full(" ".join(mixing)))
     return frozenset(packed)
+
+
+def check_apart(packed: frozenset[str], branches: Sequence[Branch]) -> None:
+    """Check that nothing but the attentions mixes the tokens of a packed row.
+
+    Raises:
+        ConfigError: if another function does.
+    """
+    for branch in branches if packed else ():
+        if not branch.kind.is_attention and not branch.fn.keeps_documents_apart:
+            raise ConfigError(
+                "`attn_flash_pack_seq` keeps the documents of a row apart, but "
+                f"{branch.kind.words} carries one into the next; drop one of them."
+            )
 
 
 def read_documents(packed: frozenset[str], inputs: PassInputs) -> dict[str, Documents]:

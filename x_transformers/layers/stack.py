@@ -17,7 +17,7 @@ from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.conditioning import build_condition, build_injection
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
 from x_transformers.layers.kinds import SELF_ATTENTION
-from x_transformers.layers.packing import packed_kinds
+from x_transformers.layers.packing import check_apart, packed_kinds
 from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
@@ -82,6 +82,7 @@ class LayerStack(nn.Module):
             self._build_surroundings(plan)
         with faults.catching():
             self.packed = packed_kinds(plan)
+            check_apart(self.packed, self.sublayers)
         faults.raise_if_any(type(self).__name__)
         self.final_norm = norm(dim) if norm_places(options).final else None
         self.compiled: CompiledBlocks | None = None

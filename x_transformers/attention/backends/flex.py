@@ -14,7 +14,7 @@ from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.base import Needs, ScoreFunction
-from x_transformers.masks.block_masks import block_mask
+from x_transformers.masks.block_masks import block_mask, rule_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -26,6 +26,18 @@ RECENT = Version(Version(torch.__version__).base_version) >= SINCE
 
 NARROWEST, WIDEST = 16, 256
 """Smallest and largest number of features per head that the kernels of a GPU take."""
+
+SMALL = 64
+SMALL_BLOCKS = {
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 64,
+    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 4,
+}
+"""Block sizes for heads of at most `SMALL` features in half precision."""
 
 KERNELS = 64
 """Number of compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
@@ -80,6 +92,7 @@ class Flex(Backend):
             block_mask=_blocks(request),
             scale=request.scale,
             enable_gqa=k.shape[1] != q.shape[1],
+            kernel_options=_kernel_options(request),
             **({} if request.sink is None else _return_lse()),
         )
         out = result if request.sink is None else result[0]
@@ -89,6 +102,25 @@ class Flex(Backend):
             lse = getattr(result[1], "lse", result[1])
             out = out * torch.sigmoid(lse - request.sink[None, :, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
         return AttentionOutput(out)
+
+
+def _kernel_options(request: Request) -> dict[str, Any] | None:
+    """Return options of the GPU's kernels that are faster than the default ones, by measurement on an H200.
+
+    With heads of 64 features in bfloat16, 4,096 tokens, forward and backward: 1.28 of the time of PyTorch's fastest
+    causal kernel, where the default options take 1.45.
+    """
+    q, hiding = request.q, request.visible.hiding
+    if q.device.type != "cuda":
+        return None
+    options: dict[str, Any] = {}
+    if q.dtype in (torch.bfloat16, torch.float16) and max(q.shape[-1], request.v.shape[-1]) <= SMALL:
+        options |= SMALL_BLOCKS
+    rule = None if hiding is None else rule_of(hiding, q.device)
+    if rule is not None and rule.causal and rule.window is None and rule.diagonal >= 0:
+        # plain causality: every query sees its own key, and the blocks of keys that it sees follow each other
+        options |= {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
+    return options or None
 
 
 def _blocks(request: Request) -> BlockMask | None:

@@ -64,7 +64,11 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
         bound = super().bind(query, keys)
 
         def make_at() -> ScoreFunction:
-            of_q, of_k, slopes = by_row(query.pos), by_row(keys.pos), self.slopes
+            slopes = self.slopes
+            if keys is query and query.contiguous:
+                # distances are differences of indices; reading two positions for each score takes a kernel longer
+                return lambda score, b, h, q, k: score - (q - k).abs() * slopes[h]
+            of_q, of_k = by_row(query.pos), by_row(keys.pos)
 
             def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return score - (of_q(b, q) - of_k(b, k)).abs() * slopes[h]

@@ -42,10 +42,12 @@ class SoftclampLogits(ScoreMod):
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
         def make_at() -> ScoreFunction:
-            value = torch.full((1,), self.value, dtype=torch.float32, device=query.pos.device)
+            # `tanh(x) = 2 sigmoid(2 x) - 1`: a kernel computes an exponential in half the time of a tanh, and a number
+            # that is a part of the kernel is not read for each score
+            value, double = self.value, 2 / self.value
 
             def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return torch.tanh(score / value[h * 0]) * value[h * 0]
+                return torch.sigmoid(score * double) * (2 * value) - value
 
             return at
 
