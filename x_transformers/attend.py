@@ -470,7 +470,7 @@ class Attend(Configured, ReadsReference):
 
 
 def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:
-    """Add a fault for each feature that mixes the documents of packed rows, and for the first one that lacks `heads`."""
+    """Add a fault for each feature that mixes packed documents, and for the first one that lacks `heads`."""
     for feature in options.enabled() if packed else ():
         if feature.unpackable is not None:
             faults.add(unpackable(feature))
