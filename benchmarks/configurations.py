@@ -51,7 +51,7 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     "hybrid": {"attn_hybrid_module": nn.GRU(DIM, DIM, batch_first=True)},
     "memory_tokens": {"num_memory_tokens": 16},
     "interspersed_memory_tokens": {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 32},
-    "factorised_embedding": {"emb_dim": DIM // 2},
+    "factorized_embedding": {"emb_dim": DIM // 2},
     "recurrent_memory": {"max_mem_len": LENGTH},
     "logits_dim": {"logits_dim": 2 * VOCABULARY},
 }

@@ -107,7 +107,7 @@ CASES = (
 
 NAMES = """
     absolute_positions alibi attention_dropout backend context_dropout dynamic_bias emb_dropout
-    emb_frac_gradient factorised_embedding feedforward gate_residual glu grouped_heads heads
+    emb_frac_gradient factorized_embedding feedforward gate_residual glu grouped_heads heads
     interspersed_memory_tokens l2norm_embed layer_dropout layerscale learned_sink logits_dim memory_kv
     memory_tokens norm norm_placement post_act_ln post_emb_norm qk_norm qk_rmsnorm recurrent_memory
     residual_scale rmsnorm rotary scalenorm simple_rmsnorm softclamp_logits stack structure t5_bias

@@ -98,8 +98,8 @@ MUTATIONS = (
     ),
     Mutation(
         "padding is seen",
-        r"live = self\.live\[:, None, None, columns\]",
-        r"live = torch.ones_like(self.live[:, None, None, columns])",
+        r"token_mask = self\.token_mask\[:, None, None, columns\]",
+        r"token_mask = torch.ones_like(self.token_mask[:, None, None, columns])",
         PADDED,
     ),
     Mutation(
@@ -110,7 +110,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rows that see nothing are not zero",
-        r"return weights if dead is None else weights\.masked_fill\(dead, 0\.0\)",
+        r"return weights if fully_masked is None else weights\.masked_fill\(fully_masked, 0\.0\)",
         "return weights",
         PADDED,
     ),
@@ -249,7 +249,7 @@ MUTATIONS = (
         "test_standalone_attention.py test_scores_and_weights.py properties/test_scales.py",
     ),
     Mutation(
-        "the scale of normalised queries is ignored",
+        "the scale of normalized queries is ignored",
         r"self\.scale = None if dim_scale else scale",
         "self.scale = None if dim_scale else 10.0",
         "test_query_key.py properties/test_scales.py",

@@ -214,7 +214,7 @@ def test_the_next_embedding(options, prepended):
     assert torch.equal(generated, model.generate(x, 4, temperature=0.0, cache_kv=False, **kwargs))
 
 
-def test_log_probabilities_are_not_normalised_again():
+def test_log_probabilities_are_not_normalized_again():
     model, x = build(), torch.randint(0, VOCAB, (2, 5))
     model.net.output_is_log_prob = True
     picked = model.net(x)[:, :-1].gather(-1, x[:, 1:, None])
@@ -387,7 +387,7 @@ def test_the_window_of_a_rolling_cache(name, prepended, most):
             expected = model.net(so_far, self_attn_kv_mask=seen[None], **rows_of(kwargs, row))[0, -1]
             torch.testing.assert_close(logits[step, row], expected, atol=2e-5, rtol=1e-5)
     if name in ("rotary", "none", "alibi", "t5") and (name == "none" or not prepended):
-        # where only distances matter, reading the window anew comes to the same
+        # where only distances matter, reading the window again gives the same
         assert_same((tokens, logits), sample(model, prompts, 7, cache_kv=False, **kwargs))
 
 

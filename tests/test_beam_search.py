@@ -176,10 +176,10 @@ def test_removed_tokens_never_displace_others():
             for token in tokens[beam, row]:  # no beam goes through a removed token
                 assert token in model.net(ids[None])[0, -1].topk(2).indices
                 ids = torch.cat((ids, token[None]))
-    one, dead = search(model, x, 3, beams=3, filter_logits_fn="top_k", filter_kwargs={"k": 1}, stochastic=True)
+    one, fully_masked = search(model, x, 3, beams=3, filter_logits_fn="top_k", filter_kwargs={"k": 1}, stochastic=True)
     assert torch.equal(one[0], model.generate(x, 3, temperature=0.0))
-    assert dead[0].isfinite().all()
-    assert (dead[1:] == -math.inf).all()
+    assert fully_masked[0].isfinite().all()
+    assert (fully_masked[1:] == -math.inf).all()
     assert scores.isfinite().all()
 
 

@@ -16,7 +16,7 @@ NETS = {
     "absolute": {},
     "rotary": {"layers": {"rotary_pos_emb": True}},
     "memory tokens": {"num_memory_tokens": 2},
-    "factorised": {"emb_dim": 10},
+    "factorized": {"emb_dim": 10},
 }
 
 

@@ -412,7 +412,7 @@ def test_more_calls() -> None:
 def requests(causal: bool, documents: Documents) -> Request:
     i, j = int(documents.starts_q[-1]), int(documents.starts_k[-1])
     q, k, v = torch.randn(1, 4, i, 10), torch.randn(1, 2, j, 10), torch.randn(1, 2, j, 5)
-    visible = Visibility(is_causal=causal, dead=documents.dead(i, causal=causal), documents=documents)
+    visible = Visibility(is_causal=causal, fully_masked=documents.fully_masked(i, causal=causal), documents=documents)
     return Request(q, k, v, 0.3, visible, Memo())
 
 

@@ -1,5 +1,5 @@
 """The README does what it says: each Python block runs, in order, with one namespace for each `##` chapter (or
-block, where the README says so); every feature of the catalogues that has a paper has its section; the contents are the
+block, where the README says so); every feature of the catalogs that has a paper has its section; the contents are the
 headings.
 
 `<!-- no-run: reason -->` on the line before a block keeps it from being run; it is still compiled.

@@ -244,9 +244,9 @@ def test_shift_by_hand() -> None:
 
         class call:  # noqa: N801
             class query:  # noqa: N801
-                live = placed = None
+                token_mask = placed = None
 
-            live = None
+            token_mask = None
 
     causal, _ = TokenShift(1, 4, causal=True)(x, None, Nothing())  # type: ignore[arg-type]
     assert causal[0].tolist() == [[1, 2, 0, 0], [5, 6, 3, 4], [9, 10, 7, 8]]

@@ -259,7 +259,7 @@ def test_qk_norm_makes_cosines() -> None:
     same(attention(x), attention.to_out((7.0 * q @ k.mT).softmax(dim=-1) @ attention.to_v(x)))
 
 
-def test_grouped_heads_are_neighbours() -> None:
+def test_grouped_heads_are_neighbors() -> None:
     """Query head h reads key head h // (heads // kv_heads)."""
     t = torch.arange(2.0).reshape(1, 2, 1, 1)
     assert expand_kv_heads(t, 6).flatten().tolist() == [0, 0, 0, 1, 1, 1]

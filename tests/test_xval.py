@@ -17,7 +17,7 @@ NETS = {
     "rotary": {"rotary_pos_emb": True},
     "sinusoid": {"net": {"scaled_sinu_pos_emb": True}},
     "memory tokens": {"rotary_pos_emb": True, "net": {"num_memory_tokens": 2}},
-    "factorised": {"net": {"emb_dim": 10}},
+    "factorized": {"net": {"emb_dim": 10}},
     "tied": {"net": {"tie_embedding": True}},
     "cross": {"cross_attend": True, "rotary_pos_emb": True},
     "unlimited": {"net": {"max_seq_len": 0}},

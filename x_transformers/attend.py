@@ -51,7 +51,7 @@ from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Schema, unpackable
+from x_transformers.options.schema import Options, Schema, unpackable
 from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
@@ -178,14 +178,9 @@ class Attend(Configured, ReadsReference):
         SCHEMA.check_rules(parsed, parsed, faults)
         if not 0 <= dropout < 1:
             faults.add(f"`dropout` is {dropout}; it must lie in [0, 1).")
-        for feature in parsed.enabled() if flash_pack_seq else ():
-            if feature.unpackable is not None:
-                faults.add(unpackable(feature))
         if cope is not None and not causal:
             faults.add("`cope` counts the keys up to the query; it needs `causal = True`.")
-        needy = [parsed.switch(feature) for feature in parsed.enabled() if feature.name in NEED_HEADS]
-        if needy and heads is None:
-            faults.add(f"{needy[0]} has something for each head; give `heads`.")
+        _check_features(parsed, faults, heads=heads, packed=flash_pack_seq)
         faults.raise_if_any("Attend")
         self.heads = heads
         # no part of these reads the widths
@@ -314,7 +309,7 @@ class Attend(Configured, ReadsReference):
             k: `(b, g, P + j, d)`.
             v: `(b, g, P + j, e)`.
             x: `(b, n, D)` the input of the sublayer, which some score modifications read.
-            layer: positions and liveness of the keys, causality, and what earlier layers and the caller add.
+            layer: positions and mask of the keys, causality, and what earlier layers and the caller add.
             own: the keys are the tokens' own; keys of a context have slots of their own.
             prefix: number P of keys before the first token.
             shown: `(b, P)` bool, which of those are visible; None for all.
@@ -477,6 +472,16 @@ class Attend(Configured, ReadsReference):
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
         rename_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
+
+
+def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:
+    """Add a fault for each feature that mixes packed documents, and for the first one that lacks `heads`."""
+    for feature in options.enabled() if packed else ():
+        if feature.unpackable is not None:
+            faults.add(unpackable(feature))
+    needy = [options.switch(feature) for feature in options.enabled() if feature.name in NEED_HEADS]
+    if needy and heads is None:
+        faults.add(f"{needy[0]} has something for each head; give `heads`.")
 
 
 def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:

@@ -104,7 +104,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
     @property
     def probabilistic(self) -> bool:
-        """Whether the model predicts a mean and a variance."""
+        """True if the model predicts a mean and a variance."""
         return self.net.probabilistic
 
     # training

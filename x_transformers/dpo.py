@@ -50,11 +50,19 @@ class DPO(Configured, ReadsReference):
         self.beta, self.pad_id = beta, pad_id
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yield the parameters that are trained: those of the policy."""
+        """Yield the parameters that are trained: those of the policy.
+
+        Args:
+            recurse: as in `torch.nn.Module.parameters`.
+        """
         return self.policy_model.parameters(recurse)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the policy; the reference stays in evaluation mode."""
+        """Set the mode of the policy; the reference stays in evaluation mode.
+
+        Args:
+            mode: True for training.
+        """
         super().train(mode)
         self.ref_model.eval()
         return self

@@ -74,13 +74,16 @@ class EntropyBasedTokenizer(nn.Module):
         Raises:
             InputError: with what was given and what is needed.
         """
+        # imported here because it takes seconds, which only those who segment sequences should wait for
+        import einx
+
         single = seq.ndim == 1
         seq = seq.unsqueeze(0) if single else seq
         check_ids(seq)
         if seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)
-        valid = torch.arange(seq.shape[1], device=seq.device) < lens.unsqueeze(-1)
+        valid = einx.less("n, b -> b n", torch.arange(seq.shape[1], device=seq.device), lens)  # type: ignore[reportPrivateImportUsage]
         view = InferenceView(self.decoder)
         with torch.no_grad(), view:
             logits = view.of(self.decoder)(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
@@ -99,12 +102,14 @@ class EntropyBasedTokenizer(nn.Module):
 
     def _ends(self, entropies: Tensor, lens: Tensor) -> Tensor:
         """Return `(b, n)` bool, True where a token ends."""
+        import einx
+
         if self.accumulate_entropy:
             ends = get_accumulated_threshold_mask(entropies, self.entropy_threshold, self.ignore_entropy_below)
         else:
             ends = entropies >= self.entropy_threshold
         places = torch.arange(ends.shape[1], device=ends.device)
-        ends = ends | (places == lens.unsqueeze(-1) - 1)
+        ends = ends | einx.equal("n, b -> b n", places, lens - 1)  # type: ignore[reportPrivateImportUsage]
         if self.max_token_size is None:
             return ends
         # The first position of the token that contains each position: one after the last end before it.

@@ -48,7 +48,11 @@ def qk_l2_dist_squared(q: Tensor, k: Tensor) -> Tensor:
 
 
 def default_device(device: torch.device | str | None = None) -> torch.device | str:
-    """Return `device`, or the first available of xpu, cuda, mps and cpu if it is None."""
+    """Return a device.
+
+    Args:
+        device: what to return; by default the first available of xpu, cuda, mps and cpu.
+    """
     if device is not None:
         return device
     found = (name for name in ("xpu", "cuda", "mps") if getattr(torch, name).is_available())

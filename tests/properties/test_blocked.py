@@ -81,9 +81,9 @@ def test_forward_and_gradient(stack: str, case: Case) -> None:
 # the kernel by itself
 
 
-def span(n: int, live: Tensor | None = None) -> Span:
+def span(n: int, token_mask: Tensor | None = None) -> Span:
     index = torch.arange(n)
-    return Span(index, index[None], index[None], live, contiguous=True)
+    return Span(index, index[None], index[None], token_mask, contiguous=True)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,13 +95,13 @@ def request(
     *,
     groups: int = 2,
     window: int | None = None,
-    live: Tensor | None = None,
+    token_mask: Tensor | None = None,
     scores: Callable[[Span], tuple[BoundScore, ...]] = lambda tokens: (),
     dtype: torch.dtype = torch.float32,
     size: float = 1.0,
 ) -> Request:
     """Causal attention of 2 rows and 4 heads."""
-    tokens = span(n, live)
+    tokens = span(n, token_mask)
     visible = visibility(Call(tokens, tokens, True), tokens, causal=True, own=True, window=window, prefix=0)
     q, k, v = draw(2, 4, n, 8, dtype=dtype), draw(2, groups, n, 8, dtype=dtype), draw(2, groups, n, 6, dtype=dtype)
     return Request(q, k, v, size, visible, Memo(), scores(tokens))
@@ -179,9 +179,9 @@ def test_half_precision_sums_in_float32() -> None:
 
 
 def test_rows_that_see_nothing_are_zero() -> None:
-    live = torch.arange(11) >= torch.tensor([[6], [11]])
+    token_mask = torch.arange(11) >= torch.tensor([[6], [11]])
     for scores in ((lambda tokens: ()), (lambda tokens: (ALIBI.bind(tokens, tokens),))):
-        asked = request(live=live, scores=scores)
+        asked = request(token_mask=token_mask, scores=scores)
         out, *gradients = results(Blocked(), asked)
         assert not out[0, :, :6].any()
         assert not out[1].any()
@@ -235,7 +235,7 @@ def test_bounds_are_what_the_mask_says(queries: int, keys: int, window: int | No
             begin, end = hiding.clear(start, stop)
             assert first <= begin <= end <= last
             assert seen[start:stop, begin:end].all()
-    assert torch.equal(hiding.dead()[0, 0, :, 0], ~seen.any(dim=-1))
+    assert torch.equal(hiding.fully_masked()[0, 0, :, 0], ~seen.any(dim=-1))
 
 
 def test_steps_of_padded_rows() -> None:

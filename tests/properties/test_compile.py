@@ -13,7 +13,7 @@ from x_transformers.errors import ConfigError
 
 LENGTH = 8
 PARTS, MOST = 4, 10
-"""Models with many features each are divided among so many tests, and have at most so many."""
+"""Number of tests that share the models with many features, and the largest number of features of one model."""
 
 
 class Counter:

@@ -68,9 +68,9 @@ def hidings() -> dict[str, MaskSpec]:
         "a step": MaskSpec(1, 18, order=(torch.tensor([13]), k)),
         "window": MaskSpec(12, 12, order=order, slots=slots, window=3),
         "both sides": MaskSpec(12, 12, slots=slots, window=0),
-        "padding": MaskSpec(12, 12, order=order, live=padded),
-        "padding and window": MaskSpec(12, 12, order=order, slots=(shifted, shifted), window=3, live=padded),
-        "context": MaskSpec(12, 18, live=torch.rand(3, 18) > 0.5),
+        "padding": MaskSpec(12, 12, order=order, token_mask=padded),
+        "padding and window": MaskSpec(12, 12, order=order, slots=(shifted, shifted), window=3, token_mask=padded),
+        "context": MaskSpec(12, 18, token_mask=torch.rand(3, 18) > 0.5),
         "ring": MaskSpec(
             2, 5, order=(q[6:8], torch.tensor([5, 6, 7, 99, 4])), slots=(q[None, 6:8], row(5)[None]), window=6
         ),
@@ -79,8 +79,8 @@ def hidings() -> dict[str, MaskSpec]:
         "keys of all queries": MaskSpec(12, 12, given=pairs[:1, :, :1]),
         "documents": MaskSpec(12, 12, owners=(owners, owners)),
         "causal documents": apart.hiding,
-        "prefix": MaskSpec(12, 12, order=order, slots=slots, window=2, live=padded, prefix=2),
-        "prefix that is hidden": MaskSpec(12, 12, order=order, live=padded, prefix=2, shown=shown),
+        "prefix": MaskSpec(12, 12, order=order, slots=slots, window=2, token_mask=padded, prefix=2),
+        "prefix that is hidden": MaskSpec(12, 12, order=order, token_mask=padded, prefix=2, shown=shown),
         "prefix alone": MaskSpec(12, 12, prefix=2, shown=shown),
     }
 
@@ -126,13 +126,13 @@ def chosen(count: Tensor | None, which: Tensor | None) -> Tensor:
 def test_queries_that_see_nothing(name: str) -> None:
     """They are told without a mask wherever keys are in order."""
     hiding = hidings()[name]
-    dead = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
-    assert torch.equal(hiding.dead().expand(dead.shape), dead)
+    fully_masked = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
+    assert torch.equal(hiding.fully_masked().expand(fully_masked.shape), fully_masked)
     if name in ("window", "both sides", "padding and window"):
         hiding = hiding._replace(sorted=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MaskSpec, "mask", refuse)
-            assert torch.equal(hiding.dead().expand(dead.shape), dead)
+            assert torch.equal(hiding.fully_masked().expand(fully_masked.shape), fully_masked)
 
 
 def refuse(*_: Any) -> Tensor:
@@ -153,9 +153,11 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_for_every_pair() -> None:
     n = 2048
-    slots, live = row(n)[None], row(n) >= torch.tensor([[0], [700]])
+    slots, token_mask = row(n)[None], row(n) >= torch.tensor([[0], [700]])
     owners = row(n) // 300
-    hiding = MaskSpec(n, n, order=(row(n), row(n)), slots=(slots, slots), window=90, live=live, owners=(owners, owners))
+    hiding = MaskSpec(
+        n, n, order=(row(n), row(n)), slots=(slots, slots), window=90, token_mask=token_mask, owners=(owners, owners)
+    )
     with Largest() as largest:
         build(hiding, torch.device("cpu"))
     assert n <= largest.numbers <= 2 * n
@@ -164,12 +166,12 @@ def test_nothing_for_every_pair() -> None:
 # one block mask for many
 
 
-def span(n: int, live: Tensor | None = None) -> Span:
-    return Span(row(n), row(n)[None], row(n)[None], live, contiguous=True)
+def span(n: int, token_mask: Tensor | None = None) -> Span:
+    return Span(row(n), row(n)[None], row(n)[None], token_mask, contiguous=True)
 
 
-def causal(n: int, window: int | None = None, live: Tensor | None = None) -> Visibility:
-    tokens = span(n, live)
+def causal(n: int, window: int | None = None, token_mask: Tensor | None = None) -> Visibility:
+    tokens = span(n, token_mask)
     return visibility(Call(tokens, tokens, True), tokens, causal=True, own=True, window=window, prefix=0)
 
 
@@ -344,7 +346,7 @@ def test_lengths_and_numbers_that_change() -> None:
         tokens = span(n, row(n) >= torch.tensor([[0], [3]]))
         scores = (SoftclampLogits(clamp).bind(tokens, tokens),)
         q, k, v = torch.randn(3, 2, 2, n, 8)
-        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.live), Memo(), scores)
+        asked = Request(q * 9, k, v, 1.0, causal(n, window, tokens.token_mask), Memo(), scores)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel, "flex_attention", run)
             close(Flex().attend(asked).out, Explicit().attend(asked).out)
@@ -367,7 +369,9 @@ def test_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 150
     tokens = span(n, row(n) >= torch.tensor([[0], [20], [n]]))
     q, k, v = torch.randn(3, 4, n, 8), torch.randn(3, 2, n, 8), torch.randn(3, 2, n, 6)
-    asked = Request(q * 9, k, v, 1.0, causal(n, 140, tokens.live), Memo(), (SoftclampLogits(2.0).bind(tokens, tokens),))
+    asked = Request(
+        q * 9, k, v, 1.0, causal(n, 140, tokens.token_mask), Memo(), (SoftclampLogits(2.0).bind(tokens, tokens),)
+    )
     wanted = Explicit().attend(asked).out
     monkeypatch.setattr(kernel, "flex_attention", torch.compile(kernel.flex_attention, dynamic=False))
     got = Flex().attend(asked).out

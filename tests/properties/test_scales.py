@@ -46,7 +46,7 @@ def test_scores_are_scaled_by_the_root_of_the_width() -> None:
 
 @pytest.mark.parametrize("scale", [10, 4.0])
 @torch.no_grad()
-def test_normalised_queries_have_a_scale_of_their_own(scale: float) -> None:
+def test_normalized_queries_have_a_scale_of_their_own(scale: float) -> None:
     x = torch.randn(B, N, D)
     unit = torch.nn.functional.normalize(x, dim=-1)
     close(scores(plain_attention(qk_norm=True, qk_norm_scale=scale), x), scale * unit @ unit.mT)

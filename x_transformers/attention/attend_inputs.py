@@ -91,9 +91,9 @@ class AttendInputs:
                 f"there are {i} queries and {j} keys; in causal attention the last query is the last key, so that the "
                 "first ones would see nothing. Give as many keys, or `causal = False`."
             )
-        live = own = pairs = None
+        token_mask = own = pairs = None
         if self.mask is not None and self.mask.ndim == 2:
-            live = check_mask(self.mask, batch, j, "mask")
+            token_mask = check_mask(self.mask, batch, j, "mask")
         elif self.mask is not None:
             pairs = check_pairs(self.mask.bool(), "mask", batch=batch, heads=heads, queries=i, keys=j)
         if self.row_mask is not None:
@@ -105,6 +105,6 @@ class AttendInputs:
         places = torch.arange(j, device=device)
         slots = places[None] if documents is None or i != j else documents.places(j)
         query = Span(torch.arange(j - i, j, device=device), slots[:, j - i :], slots[:, j - i :], own)
-        keys = Span(places, slots, slots, live)
+        keys = Span(places, slots, slots, token_mask)
         call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs, capture=capture)
         return LayerCall(call, keys, keys, biases=biases, carry=Carry(), deltas=Deltas(), documents=documents)

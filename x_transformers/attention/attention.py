@@ -145,12 +145,6 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return self.packed
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
-        """Check that the parts support a kind of pass; see `Attend.check_causality`.
-
-        Args:
-            causal: tokens see only tokens up to themselves.
-            cached: the pass has a cache.
-        """
         self.attend.check_causality(causal, cached)
 
     def share_scores(self) -> None:
@@ -250,7 +244,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         )
         out = result.out
         if self.values or layer.deltas.out is not None:
-            out = self.change_output(out, xq, heads.projected, visible.dead_queries(call.memo), layer)
+            out = self.change_output(out, xq, heads.projected, visible.fully_masked_queries(call.memo), layer)
         if out.dtype != heads.q.dtype:
             out = out.to(heads.q.dtype)
         b, _, n, _ = out.shape

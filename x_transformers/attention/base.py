@@ -85,7 +85,7 @@ class BoundScore:
             read tensors only, since a number would become a part of the kernel, and a tensor with a gradient at one
             place only, since kernels cannot add up several gradients.
         dense: for a bias, computes its closed form `(1|b, 1|h, i, j)`. A bias without `at` is read from there.
-        tiles: for a bias with a cheaper way to tiles than the closed form, makes tiles of at most so many rows.
+        tiles: for a bias with a cheaper way to tiles than the closed form, makes tiles of at most `rows` rows.
         pointwise: for a pointwise function, the same on whole tensors of scores.
         pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what `chain` needs.
         chain: the chain rule, `(gradient, left) -> gradient`, written into the first argument.
@@ -265,13 +265,13 @@ class Weighting(Part):
     needs = Needs.WEIGHTING
     across_queries = False
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         """Compute the weights.
 
         Args:
             logits: `(b, h, i, j)`.
             mask: the visible keys, broadcastable to the logits; None for all of them.
-            live: `(b, i)` the queries that others may depend on; None for all of them.
+            token_mask: `(b, i)` the queries that others may depend on; None for all of them.
         """
         raise NotImplementedError
 
@@ -294,13 +294,13 @@ class ValueContext:
     Attributes:
         x: `(b, n, D)` the (query) input.
         values: `(b, g, n, e)` the new tokens' own values as projected; in cross-attention, those of the context.
-        dead: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is no such query.
+        fully_masked: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is no such query.
         layer: the sublayer's call.
     """
 
     x: Tensor
     values: Tensor
-    dead: Tensor | None
+    fully_masked: Tensor | None
     layer: LayerCall
 
 
@@ -308,25 +308,25 @@ class ValueMod(Part):
     """Changes values before attention, or its output.
 
     Attributes:
-        outer: `after` is applied after the caller's `o_delta` is added to the heads' outputs.
+        acts_last: `change_output` is applied after the caller's `o_delta` is added to the heads' outputs.
     """
 
-    outer = False
+    acts_last = False
 
     def project(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
         """Change projected values `(b, g, n, e)` before they are cached; x is the (query) input `(b, n, D)`."""
         return v
 
-    def weigh(self, v: Tensor) -> Tensor:
+    def prepare_values(self, v: Tensor) -> Tensor:
         """Change all values `(b, g, j, e)`, those of the cache and of memories included."""
         return v
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         """Change attention's output from `(b, h, n, e)` to `(b, h, n, out_width(e))`."""
         return out
 
     def out_width(self, width: int) -> int:
-        """Return the number of features per head that `after` makes of `width`."""
+        """Return the number of features per head that `change_output` makes of `width`."""
         return width
 
     def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
@@ -382,11 +382,11 @@ class KeyMod(nn.Module):
 
     Attributes:
         count: how many.
-        nothing: its values are zero whatever is done to other values; it is added after `ValueMod.weigh`.
+        is_zero: its values are zero whatever is done to other values; it is added after `ValueMod.prepare_values`.
     """
 
     count: int
-    nothing: bool = False
+    is_zero: bool = False
 
     def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Add `count` keys to `k (b, g, j, d)` and values to `v (b, g, j, e)` on the left."""

@@ -79,7 +79,7 @@ class CallAdapter(HeadProjection):
         """Check the arguments of a call, and return the call of a sublayer that they mean.
 
         Args:
-            given: the arguments.
+            given: the arguments of `Attention.forward`.
 
         Raises:
             InputError: if arguments contradict each other.
@@ -127,7 +127,7 @@ class CallAdapter(HeadProjection):
             causal=causal,
             aligned=kv.length == n,
             newest=n == 1,
-            row_mask=query.live if given.cache is None else None,
+            row_mask=query.token_mask if given.cache is None else None,
             attn_mask=attn_mask if context is None else None,
             capture=Capture(
                 scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
@@ -196,13 +196,13 @@ def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents 
     """Return the new tokens, and all of them, cached ones included: `length` in number."""
     batch, n = x.shape[:2]
     places = torch.arange(length, device=x.device)
-    live = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
+    token_mask = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
     slot = places.unsqueeze(0) if documents is None else documents.places(n)
     pos = slot if given.pos is None else given.pos if given.pos.ndim == 2 else given.pos.unsqueeze(0)
-    query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if live is None else live[:, -n:])
+    query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if token_mask is None else token_mask[:, -n:])
     if given.context is None and given.context_mask is not None:
-        live = check_mask(given.context_mask, batch, length, "context_mask")
-    return query, Span(places, slot, pos, live)
+        token_mask = check_mask(given.context_mask, batch, length, "context_mask")
+    return query, Span(places, slot, pos, token_mask)
 
 
 def _context_span(context: Tensor, mask: Tensor | None, entry: Entry | None) -> Span:
@@ -210,8 +210,8 @@ def _context_span(context: Tensor, mask: Tensor | None, entry: Entry | None) -> 
     held = None if entry is None else entry.get("k")
     count = context.shape[1] if held is None else held.shape[-2]
     where = torch.arange(count, device=context.device)
-    live = None if mask is None else check_mask(mask, context.shape[0], count, "context_mask")
-    return Span(where, where[None], where[None], live)
+    token_mask = None if mask is None else check_mask(mask, context.shape[0], count, "context_mask")
+    return Span(where, where[None], where[None], token_mask)
 
 
 def _additional_mask(given: AttentionInputs, batch: int) -> Tensor | None:

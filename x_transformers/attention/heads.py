@@ -168,9 +168,9 @@ class HeadProjection(nn.Module):
             if self.unrotated_heads is None:
                 q, k = transform.apply_tables(q, k, tables)
                 continue
-            still_q, still_k = self.unrotated_heads
-            turned_q, turned_k = transform.apply_tables(q[:, still_q:], k[:, still_k:], tables)
-            q, k = torch.cat((q[:, :still_q], turned_q), dim=1), torch.cat((k[:, :still_k], turned_k), dim=1)
+            fixed_q, fixed_k = self.unrotated_heads
+            rotated_q, rotated_k = transform.apply_tables(q[:, fixed_q:], k[:, fixed_k:], tables)
+            q, k = torch.cat((q[:, :fixed_q], rotated_q), dim=1), torch.cat((k[:, :fixed_k], rotated_k), dim=1)
         return q, k
 
     def _mix_values(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
@@ -185,7 +185,7 @@ class HeadProjection(nn.Module):
                 "`learned_value_residual_mix` computes a share for each token's own values, and in cross-attention "
                 "tokens have none; drop it there."
             )
-        share = self.value_mix(layer.behind_memory(x))
+        share = self.value_mix(layer.with_memory(x))
         # the values of cached tokens are projected again from their latents, and mixed in their old shares
         return mix_values(v, first, share if self.latent_kv is None else append("value_mix", share, layer))
 
@@ -195,8 +195,7 @@ class HeadProjection(nn.Module):
         From the left: zeros, those of the caller, learned ones.
 
         Args:
-            k: `(b, g, j, d)` keys.
-            v: `(b, g, j, e)` values.
+            k, v: `(b, g, j, d)` and `(b, g, j, e)`, those of the cache included.
             layer: the sublayer's call.
 
         Returns:
@@ -205,15 +204,15 @@ class HeadProjection(nn.Module):
         prefix, shown, leading = 0, None, 0
         for mod in self.keys:
             prefix += mod.count
-            if not mod.nothing:
+            if not mod.is_zero:
                 k, v = mod.extend(k, v, self._normalize_memory)
         if layer.additional is not None:
             k, v = join_additional(k, v, *layer.additional, heads=self.shape.heads)
             prefix += layer.additional[0].shape[-2]
         for mod in self.values:
-            v = mod.weigh(v)
+            v = mod.prepare_values(v)
         for mod in self.keys:
-            if mod.nothing:
+            if mod.is_zero:
                 k, v = mod.extend(k, v, self._normalize_memory)
                 leading += mod.count
         if layer.additional is not None and layer.additional_mask is not None:
@@ -226,27 +225,33 @@ class HeadProjection(nn.Module):
             k = norm.normalize_memory(k)
         return k
 
-    def change_output(self, out: Tensor, x: Tensor, projected: Tensor, dead: Tensor | None, layer: LayerCall) -> Tensor:
+    def change_output(
+        self, out: Tensor, x: Tensor, projected: Tensor, fully_masked: Tensor | None, layer: LayerCall
+    ) -> Tensor:
         """Apply value modifications and the caller's delta to the heads' outputs.
 
         Args:
-            out: `(b, h, n, e)`.
+            out: `(b, h, n, e)` outputs of attention.
             x: `(b, n, D)` input of the queries.
-            projected: `(b, g, keys, e)` values as they were projected.
-            dead: `(1|b, 1|h, n, 1)` bool, True where a query saw no key; None if there is none.
+            projected: `(b, g, new keys, e)` values as they were projected.
+            fully_masked: True where a query saw no key, see `ValueContext`; None if there is no such query.
             layer: the sublayer's call.
+
+        Returns:
+            `(b, h, n, e)`.
         """
         n = x.shape[-2]
         own = projected[..., projected.shape[-2] - n :, :]
         if self.latent_kv is not None and layer.context is None:
+            # from latents the values of all tokens are projected, and in a ring the newest ones are not the last
             own = projected.index_select(-2, layer.keys.find(layer.call.query.index))
-        seen = ValueContext(x, own, dead, layer)
+        seen = ValueContext(x, own, fully_masked, layer)
         for mod in self.values:
-            out = out if mod.outer else mod.after(out, seen)
+            out = out if mod.acts_last else mod.change_output(out, seen)
         if layer.deltas.out is not None:
             out = out + split_heads(layer.deltas.out, self.shape.heads).to(out.dtype)
         for mod in self.values:
-            out = mod.after(out, seen) if mod.outer else out
+            out = mod.change_output(out, seen) if mod.acts_last else out
         return out
 
 

@@ -27,7 +27,7 @@ OF_CONTEXT = frozenset({"k", "v", "context_pos"})
 
 @dataclass(frozen=True, eq=False)
 class CacheHeader:
-    """What the model of a pass says about the slots that are no tokens.
+    """Description of the slots that are no tokens, written by the model that runs the pass.
 
     Attributes:
         prefix: number of leading slots that are no tokens (memory tokens, prepended embeddings), never dropped.
@@ -186,15 +186,17 @@ class KVCache:
         held = min(reach, self.length - new - self.prefix - self.dropped) + new
         first, prefix = len(keys) - held, self.prefix
         if prefix == 0:
-            live = None if keys.live is None else keys.live[:, first:]
+            token_mask = None if keys.token_mask is None else keys.token_mask[:, first:]
             # columns count padding too, so that slots are no farther apart than columns
             near = reach if new == 1 else None
-            return Span(keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], live, keys.contiguous, near=near)
+            return Span(
+                keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], token_mask, keys.contiguous, near=near
+            )
         if first <= prefix:
-            return keys
-        live = None if keys.live is None else _without(keys.live, prefix, first)
+            return keys  # the window begins in the prefix, so that no slots between them are left out
+        token_mask = None if keys.token_mask is None else _without(keys.token_mask, prefix, first)
         index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
-        return Span(index, slot, pos, live, False)
+        return Span(index, slot, pos, token_mask, False)
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
         """Return `(count,)` slots of the newest `count` tokens."""

@@ -20,7 +20,7 @@ class StaticCache(KVCache):
         streams: for each executed sublayer, `{stream: (heads, width)}`, or `(heads, width, least dtype)`.
         batch: rows.
         capacity: slots, memory tokens and other prefix slots included.
-        reaches: number of slots that each executed sublayer looks back; it has a ring of places for that many.
+        reaches: number of slots that each executed sublayer looks back; it has a ring of as many places.
         prefix: number of leading slots that are no tokens, and stay in rings.
         step: greatest number of tokens of a pass that reads rings by themselves; a longer pass also reads its own keys.
 
@@ -193,8 +193,8 @@ class StaticCache(KVCache):
         ring = next(ring for ring in self.rings if ring.reach == reach)
         index = ring.slots(self.filled, self.index, never=self.capacity)
         columns = index.clamp(max=len(keys) - 1)  # empty places; their slot is later than any query's
-        live = None if keys.live is None else keys.live[:, columns]
-        return Span(index, keys.slot[:, columns], keys.pos[:, columns], live, ordered=False)
+        token_mask = None if keys.token_mask is None else keys.token_mask[:, columns]
+        return Span(index, keys.slot[:, columns], keys.pos[:, columns], token_mask, ordered=False)
 
     def entry(self, number: int) -> Entry:
         if number >= len(self.entries):

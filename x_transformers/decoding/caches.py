@@ -23,7 +23,7 @@ def window_of(net: Model, total: int, *, caching: bool, restrict: bool) -> int |
     """Return the number of tokens that the net may see at a time, or None if all of them always fit.
 
     Raises:
-        InputError: if there are no positions for so many tokens.
+        InputError: if there are not enough positions for the tokens.
     """
     most, beyond = net.max_seq_len, net.can_cache_kv_outside_max_seq_len
     if most == 0 or total <= most or (beyond and not restrict):

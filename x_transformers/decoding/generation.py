@@ -1,4 +1,4 @@
-"""What a generation consists of: prompts, readers of the models, and the rule by which tokens are chosen."""
+"""The parts of a generation: prompts, readers of the models, and the rule that chooses tokens."""
 
 from __future__ import annotations
 

@@ -219,6 +219,7 @@ class Speculation:
             return wanted[:, : self._fewest(wanted[:, :-1] == draft.tokens) + 1]
         guessed = draft.tokens
         chance = probs[:, :-1].gather(-1, guessed.unsqueeze(-1)).squeeze(-1)
+        # a guess that was not drawn, as of `prompt_lookup`, has q = 1: it is accepted if u < p
         drawn = torch.rand_like(chance)
         if draft.probs is not None:
             if draft.probs.shape[-1] != probs.shape[-1]:

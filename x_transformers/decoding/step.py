@@ -274,7 +274,7 @@ def read_prompt(
         return_intermediates=True,
         seq_start_pos=start,
         capture=ONLY_CACHE,
-        **dict.fromkeys(net.last_alone, last),
+        **dict.fromkeys(net.last_position_only, last),
         **arguments,
     )
 
@@ -299,4 +299,4 @@ def settled(record: LayerIntermediates) -> LayerIntermediates:
 
 def last_logits(net: Model, count: int) -> dict[str, Any]:
     """Return the argument with which a net computes logits of its last `count` places only, if it has one."""
-    return dict.fromkeys(net.last_alone, count)
+    return dict.fromkeys(net.last_position_only, count)

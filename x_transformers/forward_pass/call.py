@@ -29,18 +29,18 @@ class Span:
         index: `(n,)` order of arrival, the same for every row. Causality and the cache read it.
         slot: `(1|b, n)` order of arrival within the row, in which padding does not count. Windows read it.
         pos: `(1|b, n)` positions for encodings.
-        live: `(b, n)` bool; False for tokens that no query may see (padding). None: all are live.
+        token_mask: `(b, n)` bool; False for tokens that no query may see (padding). None: all are visible.
         contiguous: positions are consecutive and the same for every row, so that there are few distances.
         placed: `(b, n)` bool; False for tokens without a slot of their own, whose neighbors follow each other. None:
             all have one.
         ordered: tokens are in the order of arrival. In a ring buffer they are not.
-        near: every query of the pass is at most so many slots after each of these tokens; None: not known.
+        near: largest number of slots from one of these tokens to a query of the pass, if it is known; else None.
     """
 
     index: Tensor
     slot: Tensor
     pos: Tensor
-    live: Tensor | None = None
+    token_mask: Tensor | None = None
     contiguous: bool = False
     placed: Tensor | None = None
     ordered: bool = True
@@ -49,9 +49,9 @@ class Span:
     def __len__(self) -> int:
         return self.index.shape[-1]
 
-    def live_at(self, index: Tensor) -> Tensor | None:
-        """Return `(b, m)` bool, liveness of the tokens with the given `(m,)` order of arrival; None if all are live."""
-        return None if self.live is None else self.live[:, self.find(index)]
+    def token_mask_at(self, index: Tensor) -> Tensor | None:
+        """Return `(b, m)` bool, the mask of tokens by their `(m,)` order of arrival; None if all are visible."""
+        return None if self.token_mask is None else self.token_mask[:, self.find(index)]
 
     def find(self, index: Tensor) -> Tensor:
         """Return `(m,)` columns of the tokens with the given order of arrival."""
@@ -61,31 +61,31 @@ class Span:
 
     def first(self, count: int) -> Span:
         """Return the first `count` tokens."""
-        live = None if self.live is None else self.live[:, :count]
-        return Span(self.index[:count], self.slot[:, :count], self.pos[:, :count], live, self.contiguous)
+        token_mask = None if self.token_mask is None else self.token_mask[:, :count]
+        return Span(self.index[:count], self.slot[:, :count], self.pos[:, :count], token_mask, self.contiguous)
 
-    def after_memory(self, count: int, live: Tensor | None, batch: int) -> Span:
+    def after_memory(self, count: int, token_mask: Tensor | None, batch: int) -> Span:
         """Return this span with `count` tokens of recurrent memory before it.
 
         Memory tokens arrived before the first token of the segment: their slots and positions are -count ... -1.
 
         Args:
             count: number of memory tokens.
-            live: `(b, count)` bool, valid ones; None if all are.
+            token_mask: `(b, count)` bool, valid ones; None if all are.
             batch: number of rows.
         """
         before = torch.arange(-count, 0, device=self.index.device)
         row = before.unsqueeze(0)
-        if live is not None or self.live is not None:
+        if token_mask is not None or self.token_mask is not None:
             ones = torch.ones(batch, 1, dtype=torch.bool, device=self.index.device)
-            mine = ones.expand(batch, len(self)) if self.live is None else self.live
-            theirs = ones.expand(batch, count) if live is None else live
-            live = torch.cat((theirs, mine), dim=-1)
+            mine = ones.expand(batch, len(self)) if self.token_mask is None else self.token_mask
+            theirs = ones.expand(batch, count) if token_mask is None else token_mask
+            token_mask = torch.cat((theirs, mine), dim=-1)
         return Span(
             index=torch.cat((before, self.index)),
             slot=torch.cat((row.expand(self.slot.shape[0], -1), self.slot), dim=-1),
             pos=torch.cat((row.expand(self.pos.shape[0], -1), self.pos), dim=-1),
-            live=live,
+            token_mask=token_mask,
             contiguous=self.contiguous,
             ordered=self.ordered,
         )
@@ -135,7 +135,7 @@ class Memo:
 
 @dataclass(frozen=True)
 class Capture:
-    """What the caller requested to be recorded. Nothing else is kept.
+    """Selection of what a pass records. Nothing else is kept.
 
     Attributes:
         scores: similarities, logits and weights of every attention.
@@ -177,12 +177,12 @@ class Call:
     memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
 
     @property
-    def live(self) -> Tensor | None:
+    def token_mask(self) -> Tensor | None:
         """`(b, n)` bool, True for tokens of this pass that others may see; None if they may see all.
 
         Parts that mix tokens in other ways than by keys (shifts, means, recurrent modules) must leave out the others.
         """
-        return self.keys.live_at(self.query.index)
+        return self.keys.token_mask_at(self.query.index)
 
     def tables(self, transform: Any, keys: Span) -> Any:
         """Return the tables of a query/key transform for these keys; the layers of one pass share them."""
@@ -325,16 +325,16 @@ class LayerCall:
         own = None if states is None else kept if states is entry else states.copy()
         return replace(self, call=replace(self.call, memo=self.call.memo.fork(held)), entry=kept, states=own)
 
-    def behind_memory(self, x: Tensor) -> Tensor:
+    def with_memory(self, x: Tensor) -> Tensor:
         """Return `(b, m + n, D)`, recurrent memory before the (query) inputs of this pass."""
         if self.memory is None:
             return x
         return torch.cat((self.memory if self.memory.ndim == 3 else self.memory[0], x), dim=-2)
 
     @property
-    def fresh_live(self) -> Tensor | None:
+    def fresh_token_mask(self) -> Tensor | None:
         """`(b, m)` bool, True for tokens of `fresh` that others may see; None if they may see all."""
-        return self.keys.live_at(self.fresh.index)
+        return self.keys.token_mask_at(self.fresh.index)
 
     @property
     def kind(self) -> str:

@@ -52,7 +52,7 @@ class Documents:
         owner = _owners(self.starts_k, j)
         return self.aligned(i), torch.arange(j, device=owner.device) - self.starts_k[owner]
 
-    def dead(self, i: int, *, causal: bool) -> Tensor:
+    def fully_masked(self, i: int, *, causal: bool) -> Tensor:
         """Return `(1, 1, i, 1)` bool, True for queries that see no key."""
         owner = _owners(self.starts_q, i)
         nothing = self.starts_k[owner + 1] == self.starts_k[owner]

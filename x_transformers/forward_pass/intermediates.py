@@ -113,13 +113,13 @@ class LayerIntermediates:
 
     def __copy__(self) -> LayerIntermediates:
         """Return a shallow copy; changes of its attention records and cache do not change the original's."""
-        twin = LayerIntermediates(**self.__dict__)
-        twin.cache = self.cache.begin(0) if self.cache is not None else None
+        copied = LayerIntermediates(**self.__dict__)
+        copied.cache = self.cache.begin(0) if self.cache is not None else None
         if self.attn_intermediates is not None:
-            twin.attn_intermediates = [copy.copy(record) for record in self.attn_intermediates]
-            twin.block_hiddens = None if self.block_hiddens is None else list(self.block_hiddens)
-            _rewire(self, twin)
-        return twin
+            copied.attn_intermediates = [copy.copy(record) for record in self.attn_intermediates]
+            copied.block_hiddens = None if self.block_hiddens is None else list(self.block_hiddens)
+            _rewire(self, copied)
+        return copied
 
 
 def _rewire(old: LayerIntermediates, new: LayerIntermediates) -> None:

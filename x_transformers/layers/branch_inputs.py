@@ -112,8 +112,8 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
 
     def span() -> Span:
         index = torch.arange(length, device=call.query.index.device)
-        live = None if mask is None else check_mask(mask, batch, length, "context_mask")
-        return Span(index, index[None], index[None], live)
+        token_mask = None if mask is None else check_mask(mask, batch, length, "context_mask")
+        return Span(index, index[None], index[None], token_mask)
 
     layer.keys = layer.fresh = call.memo.once(span, "context", length, mask)
     layer.context = call.query.index.new_empty(0) if source is None else source

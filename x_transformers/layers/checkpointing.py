@@ -16,7 +16,7 @@ from x_transformers.options.schema import Feature, opt, require
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeOptions:
-    checkpoint_every: int | None = opt(None, "every so many blocks, one is run again for its gradients (1: each)")
+    checkpoint_every: int | None = opt(None, "one of this number of blocks is run again for its gradients (1: each)")
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every

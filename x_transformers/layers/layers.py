@@ -227,7 +227,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             seq_pos_offset: position of the first token, by default 0. A cache knows the positions of its tokens.
             cache: the intermediates of an earlier pass with `return_hiddens`, or a cache.
             input_not_include_cache: `x` contains only tokens that are not cached.
-            cache_age: run only that many of the last tokens of x; default all that are not cached.
+            cache_age: number of the last tokens of x to run; default all that are not cached.
             return_hiddens: also return the intermediates.
             return_gumbel_log_probs: the same, with `log_probs` of the key with the largest weight of each query, for
                 training hard attention by its log-probabilities.

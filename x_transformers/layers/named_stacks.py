@@ -32,7 +32,11 @@ class Decoder(AttentionLayers):
 
 
 class CrossAttender(AttentionLayers):
-    """A stack of cross-attentions and feedforwards; see `AttentionLayers` for its arguments."""
+    """A stack of cross-attentions and feedforwards; see `AttentionLayers` for its arguments.
+
+    Raises:
+        ConfigError: if `cross_attend` or `only_cross` is given and not True, or as `AttentionLayers` raises it.
+    """
 
     def __init__(self, **keywords: Any) -> None:
         for name in ("cross_attend", "only_cross"):
@@ -46,6 +50,9 @@ class PrefixDecoder(AttentionLayers):
 
     It is built without causality and masks every pass, so that it cannot use a cache. See `AttentionLayers` for its
     arguments.
+
+    Raises:
+        ConfigError: if `causal` or `mv_split_residual` is given, or as `AttentionLayers` raises it.
     """
 
     looks_back = True

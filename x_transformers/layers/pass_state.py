@@ -150,9 +150,9 @@ class Recorder:
 
     def fork(self) -> Recorder:
         """Return a copy that later records do not share with this one."""
-        twin = Recorder(self.capture)
-        twin.__dict__.update({name: list(kept) for name, kept in self.__dict__.items() if isinstance(kept, list)})
-        return twin
+        copied = Recorder(self.capture)
+        copied.__dict__.update({name: list(kept) for name, kept in self.__dict__.items() if isinstance(kept, list)})
+        return copied
 
 
 @dataclass(eq=False, slots=True)

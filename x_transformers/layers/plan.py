@@ -155,7 +155,7 @@ def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> l
             STACK.check_rules(options, around, faults)
         warnings += schema.without_effect(layer.options, layer.keywords, kind.prefix)
         warnings += schema.unwise(layer.options, around)
-    alone = Surroundings((options,))
+    surroundings = Surroundings((options,))
     if not any(layer.kind.is_self_attention for layer in layers):
-        STACK.check_rules(options, alone, faults)
-    return [*warnings, *STACK.unwise(options, alone)]
+        STACK.check_rules(options, surroundings, faults)
+    return [*warnings, *STACK.unwise(options, surroundings)]

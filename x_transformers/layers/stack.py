@@ -40,7 +40,7 @@ class LayerStack(nn.Module):
         rotary_pos_emb, polar_pos_emb: query/key transforms of self-attention, or None.
         skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
         skip_combines: the maps that join the two.
-        checkpoint_every: of every so many blocks, one runs again for its gradients; None: none does.
+        checkpoint_every: one of this number of blocks runs again for its gradients; None: none does.
         context_dropout: fraction of the context's tokens that is dropped in training.
         one_context: all cross-attentions see the same part of the context.
         output_clamp: bound of the output, or None. final_norm: norm of the output, or None.
@@ -141,11 +141,19 @@ class LayerStack(nn.Module):
         return list(self.layers)  # type: ignore[arg-type]
 
     def branches(self, *letters: str) -> list[Branch]:
-        """Return the sublayers of the given kinds, in order."""
+        """Return the sublayers of the given kinds, in order.
+
+        Args:
+            letters: of the kinds, as in `KINDS`.
+        """
         return [branch for branch in self.sublayers if branch.kind.letter in letters]
 
     def attentions(self, *letters: str) -> list[Attention]:
-        """Return the attentions of the given kinds, in order; of all kinds if none is given."""
+        """Return the attentions of the given kinds, in order.
+
+        Args:
+            letters: of the kinds, as in `KINDS`; all kinds if there are none.
+        """
         branches = self.branches(*letters) if letters else self.sublayers
         # by kind: a checkpoint wrapper around an attention is no `Attention`, but has its attributes
         return [branch.fn for branch in branches if branch.kind.is_attention]  # type: ignore[misc]
@@ -201,7 +209,11 @@ class LayerStack(nn.Module):
         return [{} if each.kind.is_cross_attention else each.fn.cache_streams(rotations) for each in run]
 
     def reaches(self, order: tuple[int, ...]) -> tuple[int | None, ...]:
-        """Return the number of slots that each sublayer of an order of execution looks back at most; None for all."""
+        """Return how many slots each executed sublayer looks back at most; None for all.
+
+        Args:
+            order: indices of sublayers, in the order of execution.
+        """
         branches = self.sublayers
         run = [branches[index] for index in order]
         return tuple(None if each.kind.is_cross_attention else each.fn.reach for each in run)

@@ -1,4 +1,4 @@
-"""Token layout of one pass: slots, positions and liveness of queries and keys, from the arguments of the pass."""
+"""Token layout of one pass: slots, positions and masks of queries and keys, from the arguments of the pass."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
         q_index, k_index = cache.new_index(n, device), cache.key_index(device)
     total = n if cache is None else cache.known_length
 
-    live: Tensor | None = None
-    q_live: Tensor | None = None
+    token_mask: Tensor | None = None
+    q_mask: Tensor | None = None
     for given, name in ((inputs.mask, "mask"), (inputs.self_attn_kv_mask, "self_attn_kv_mask")):
         if given is not None:
             least, most = (n, n) if cache is None else cache.mask_width(n)
@@ -43,9 +43,9 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
             else:
                 full = check_static_mask(given, batch, least, most, name)
             held = _at(full, k_index, fill=True)
-            live = held if live is None else live & held
+            token_mask = held if token_mask is None else token_mask & held
             own = _at(full, q_index, fill=True)
-            q_live = own if q_live is None else q_live & own
+            q_mask = own if q_mask is None else q_mask & own
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
     documents = None if inputs.documents is None else inputs.documents.get(SELF_ATTENTION.letter)
@@ -64,8 +64,8 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
         padded, q_padded = k_slot >= start, q_slot >= start
         k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
     if padded is not None:
-        live = padded if live is None else live & padded
-        q_live = q_padded if q_live is None or q_padded is None else q_live & q_padded
+        token_mask = padded if token_mask is None else token_mask & padded
+        q_mask = q_padded if q_mask is None or q_padded is None else q_mask & q_padded
 
     q_pos, k_pos = q_slot, k_slot
     contiguous = padded is None and documents is None and (cache is None or not cache.dropped)
@@ -79,9 +79,9 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     elif pos is not None:
         q_pos = k_pos = pos[:, -n:]
 
-    query = Span(q_index, q_slot, q_pos, q_live, contiguous, q_padded)
+    query = Span(q_index, q_slot, q_pos, q_mask, contiguous, q_padded)
     # without a cache, the keys are the queries
-    return query, query if cache is None else Span(k_index, k_slot, k_pos, live, contiguous)
+    return query, query if cache is None else Span(k_index, k_slot, k_pos, token_mask, contiguous)
 
 
 def check_start(start: Tensor, batch: int) -> None:

@@ -76,7 +76,7 @@ def _passing(like: Tensor) -> bool:
 
 def rule_of(hiding: MaskSpec, device: torch.device) -> BlockRule | None:
     """Return the rule in numbers; None if the visibility depends on tensors."""
-    parts = hiding.live, hiding.given, hiding.owners, hiding.shown
+    parts = hiding.token_mask, hiding.given, hiding.owners, hiding.shown
     uneven = hiding.window is not None and not hiding.even
     if hiding.diagonal is None or uneven or any(part is not None for part in parts):
         return None
@@ -139,8 +139,8 @@ def parts_of(hiding: MaskSpec) -> list[BlockPart]:
         parts.append(_same(*hiding.owners))
     if hiding.given is not None:
         parts.append(_given(pad_left(hiding.given, prefix, True)))
-    if hiding.live is not None or hiding.shown is not None:
-        parts.append(_live(hiding))
+    if hiding.token_mask is not None or hiding.shown is not None:
+        parts.append(_padding(hiding))
     return parts
 
 
@@ -178,17 +178,17 @@ def _same(of_q: Tensor, of_k: Tensor) -> BlockPart:
     return BlockPart(lambda b, h, q, k: of_k[k] == of_q[q], meet[None, None], (meet & one)[None, None])
 
 
-def _live(hiding: MaskSpec) -> BlockPart:
-    """Allow keys that are live, and those of the prefix that are shown."""
-    live, shown = hiding.live, hiding.shown
+def _padding(hiding: MaskSpec) -> BlockPart:
+    """Allow keys that padding does not hide, and those of the prefix that are shown."""
+    token_mask, shown = hiding.token_mask, hiding.shown
     if shown is None:
-        assert live is not None
-        live = pad_left(live, hiding.prefix, True)
+        assert token_mask is not None
+        token_mask = pad_left(token_mask, hiding.prefix, True)
     else:
-        live = shown.new_ones(1, hiding.keys) if live is None else live
-        rows = max(len(live), len(shown))
-        live = torch.cat((shown.expand(rows, -1), live.expand(rows, -1)), dim=-1)
-    key, (least, most) = by_row(live), _bounds(live)
+        token_mask = shown.new_ones(1, hiding.keys) if token_mask is None else token_mask
+        rows = max(len(token_mask), len(shown))
+        token_mask = torch.cat((shown.expand(rows, -1), token_mask.expand(rows, -1)), dim=-1)
+    key, (least, most) = by_row(token_mask), _bounds(token_mask)
     return BlockPart(lambda b, h, q, k: key(b, k), most[:, None, None], least[:, None, None])
 
 
@@ -229,5 +229,6 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
         blocks: `(b, h, query blocks, key blocks)` bool.
     """
     chosen = blocks.to(torch.int32)
+    # kernels visit only the first ones, in this order: stable, so that keys are read from memory one after the other
     order = chosen.argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1, dtype=torch.int32), order.to(torch.int32)

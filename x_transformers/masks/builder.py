@@ -26,8 +26,8 @@ def visibility(
 ) -> Visibility:
     """Return which of `keys` the queries of this pass see, computed once per pass for equal arguments.
 
-    A key is visible iff it is live, and (causal) its slot is not after the query's, and (window `w`) the query's slot
-    is at most `w` after it, and the caller's `attn_mask` holds. The `prefix` keys before the tokens are visible to
+    A key is visible iff it is no padding, and (causal) its slot is not after the query's, and (window `w`) the query's
+    slot is at most `w` after it, and the caller's `attn_mask` holds. The `prefix` keys before the tokens are visible to
     every query. The slots of a context are unrelated to those of the queries; there the last query is aligned with the
     last key. In packed sequences all of this holds within each document.
 
@@ -59,7 +59,7 @@ def visibility(
         # Causality hides nothing from the newest token, unless keys are unordered: the empty places of a ring have
         # slots after every query.
         hides = causal and not (own and call.newest and keys.ordered)
-        by_order = keys.live is None and attn_mask is None and reach is None and shown is None
+        by_order = keys.token_mask is None and attn_mask is None and reach is None and shown is None
         i, j = call.query.index.shape[-1], keys.index.shape[-1]
         if by_order and not hides:
             visible = Visibility(prefix)
@@ -97,7 +97,7 @@ def _build(
         order=(index, keys.index) if hides else None,
         slots=None if window is None else (slot, keys.slot),
         window=window,
-        live=keys.live,
+        token_mask=keys.token_mask,
         given=None if attn_mask is None else _fit(attn_mask, j),
         prefix=prefix,
         shown=shown,
@@ -106,24 +106,24 @@ def _build(
         sorted=keys.ordered,
     )
     triangle = hides and own and diagonal == 0 and prefix == 0 and attn_mask is None and window is None
-    if triangle and shown is None and keys.live is not None and _ends_in_padding(call, keys.live):
-        return Visibility(is_causal=True, hiding=hiding._replace(live=None))
-    sees_nothing = keys.live is not None or attn_mask is not None or (not own and (hides or window is not None))
-    return Visibility(prefix=prefix, hiding=hiding, dead=(prefix == 0 or shown is not None) and sees_nothing)
+    if triangle and shown is None and keys.token_mask is not None and _ends_in_padding(call, keys.token_mask):
+        return Visibility(is_causal=True, hiding=hiding._replace(token_mask=None))
+    sees_nothing = keys.token_mask is not None or attn_mask is not None or (not own and (hides or window is not None))
+    return Visibility(prefix=prefix, hiding=hiding, fully_masked=(prefix == 0 or shown is not None) and sees_nothing)
 
 
-def _ends_in_padding(call: Call, live: Tensor) -> bool:
+def _ends_in_padding(call: Call, token_mask: Tensor) -> bool:
     """Return True if all hidden keys come after all others, and are hidden queries as well.
 
     Causality already hides such keys from every query that matters, so that the kernel needs no mask. The check reads
     the mask, which is cheap on a CPU only.
     """
     rows = call.row_mask
-    if torch.compiler.is_compiling() or call.capture.scores or not live.is_cpu:
+    if torch.compiler.is_compiling() or call.capture.scores or not token_mask.is_cpu:
         return False
-    if rows is None or rows.shape[-1] != live.shape[-1]:
+    if rows is None or rows.shape[-1] != token_mask.shape[-1]:
         return False
-    return bool((live[:, 1:] <= live[:, :-1]).all()) and bool((rows <= live).all())
+    return bool((token_mask[:, 1:] <= token_mask[:, :-1]).all()) and bool((rows <= token_mask).all())
 
 
 def _right_aligned(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
@@ -138,13 +138,13 @@ def _within_documents(
     """Return the visibility in a packed row, which has neither padding nor a prefix."""
     i, j = len(call.query), len(keys)
     if window is None and call.attn_mask is None:
-        dead = not own and documents.dead(i, causal=causal)
-        return Visibility(is_causal=causal, dead=dead, documents=documents)
+        fully_masked = not own and documents.fully_masked(i, causal=causal)
+        return Visibility(is_causal=causal, fully_masked=fully_masked, documents=documents)
     hiding = _apart(documents, i, j, causal, window, own)
     if own and call.attn_mask is not None:
         hiding = hiding._replace(given=_fit(call.attn_mask, j))
     # in self-attention each token sees itself
-    return Visibility(hiding=hiding, dead=not own or hiding.given is not None)
+    return Visibility(hiding=hiding, fully_masked=not own or hiding.given is not None)
 
 
 def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | None, own: bool) -> MaskSpec:
@@ -167,7 +167,7 @@ def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
     assert visible.documents is not None
     own = visible.documents.starts_q is visible.documents.starts_k
     hiding = _apart(visible.documents, i, j, visible.is_causal, None, own)
-    return Visibility(visible.prefix, hiding=hiding, dead=visible.dead)
+    return Visibility(visible.prefix, hiding=hiding, fully_masked=visible.fully_masked)
 
 
 def _fit(mask: Tensor, keys: int) -> Tensor:

@@ -22,7 +22,7 @@ class MaskSpec(NamedTuple):
         order: `(i,)` and `(j,)` order of arrival; causality hides a key that arrived after the query.
         slots: `(1|b, i)` and `(1|b, j)`, for the window.
         window: a key more than this number of slots before the query is hidden.
-        live: `(b, j)` bool, False hides a key from every query (padding).
+        token_mask: `(b, j)` bool, False hides a key from every query (padding).
         given: `(1|b, 1|h, 1|i, j)` bool, False hides a key from a query.
         owners: `(i,)` and `(j,)` documents of a packed row; keys of other documents than the query's are hidden.
         prefix: number P of keys before the first token, which no rule above covers.
@@ -37,7 +37,7 @@ class MaskSpec(NamedTuple):
     order: tuple[Tensor, Tensor] | None = None
     slots: tuple[Tensor, Tensor] | None = None
     window: int | None = None
-    live: Tensor | None = None
+    token_mask: Tensor | None = None
     given: Tensor | None = None
     owners: tuple[Tensor, Tensor] | None = None
     prefix: int = 0
@@ -49,7 +49,7 @@ class MaskSpec(NamedTuple):
     @property
     def anything(self) -> bool:
         """True if there is a rule that may hide a key."""
-        rules = (self.order, self.window, self.live, self.given, self.owners, self.shown)
+        rules = (self.order, self.window, self.token_mask, self.given, self.owners, self.shown)
         return any(rule is not None for rule in rules)
 
     def seen(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
@@ -66,9 +66,9 @@ class MaskSpec(NamedTuple):
             of_q, of_k = self.owners
             own = (of_k[columns] == of_q[rows].unsqueeze(-1))[None, None]
             seen = own if seen is None else own & seen
-        if self.live is not None:
-            live = self.live[:, None, None, columns]
-            seen = live if seen is None else live & seen
+        if self.token_mask is not None:
+            token_mask = self.token_mask[:, None, None, columns]
+            seen = token_mask if seen is None else token_mask & seen
         if self.given is not None:
             given = self.given[..., rows if self.given.shape[-2] > 1 else ALL, columns]
             seen = given if seen is None else given & seen
@@ -85,7 +85,7 @@ class MaskSpec(NamedTuple):
         front = self.shown[:, None, None, :].expand(-1, *seen.shape[1:3], -1)
         return torch.cat((front, seen.expand(len(front), -1, -1, -1)), dim=-1)
 
-    def dead(self) -> Tensor:
+    def fully_masked(self) -> Tensor:
         """Return `(1|b, 1|h, i, 1)` bool, True where a query sees no key.
 
         Softmax over no key at all is undefined, so that backends replace the output of such queries by zeros. The mask
@@ -94,17 +94,19 @@ class MaskSpec(NamedTuple):
         """
         pairwise = self.given is not None or self.owners is not None or self.shown is not None
         if not pairwise and self.window is not None and self.sorted:
-            dead = self._out_of_reach()[:, None, :, None]
-        elif pairwise or self.window is not None or self.live is None:
-            dead = ~self.mask().any(dim=-1, keepdim=True)
+            fully_masked = self._out_of_reach()[:, None, :, None]
+        elif pairwise or self.window is not None or self.token_mask is None:
+            fully_masked = ~self.mask().any(dim=-1, keepdim=True)
         elif self.order is None:
-            dead = ~self.live.any(dim=-1)[:, None, None, None]
+            fully_masked = ~self.token_mask.any(dim=-1)[:, None, None, None]
         else:
-            # a query sees a key as soon as the first live one has arrived
+            # a query sees a key as soon as the first visible one has arrived
             of_q, of_k = self.order
-            first = of_k.expand_as(self.live).masked_fill(~self.live, torch.iinfo(of_k.dtype).max).amin(dim=-1)
-            dead = (of_q < first.unsqueeze(-1))[:, None, :, None]
-        return dead.expand(-1, -1, self.queries, -1)
+            first = (
+                of_k.expand_as(self.token_mask).masked_fill(~self.token_mask, torch.iinfo(of_k.dtype).max).amin(dim=-1)
+            )
+            fully_masked = (of_q < first.unsqueeze(-1))[:, None, :, None]
+        return fully_masked.expand(-1, -1, self.queries, -1)
 
     def _out_of_reach(self) -> Tensor:
         """Return `(1|b, i)` bool, True where the latest key that padding and order allow lies before the window."""
@@ -112,8 +114,8 @@ class MaskSpec(NamedTuple):
         assert self.window is not None
         of_q, of_k = self.slots
         never = torch.iinfo(of_k.dtype).min
-        latest = of_k if self.live is None else of_k.masked_fill(~self.live, never)
-        # the slot of the latest live key up to each place
+        latest = of_k if self.token_mask is None else of_k.masked_fill(~self.token_mask, never)
+        # the slot of the latest visible key up to each place
         latest = latest.cummax(dim=-1).values
         if self.order is None:
             last = latest[:, -1:]
@@ -137,7 +139,7 @@ class MaskSpec(NamedTuple):
     def clear(self, start: int, stop: int) -> tuple[int, int]:
         """Return a range of keys that each of these queries sees for certain; an empty one if that is unknown."""
         first, last = self.reach(start, stop)
-        if self.live is not None or self.given is not None or self.owners is not None:
+        if self.token_mask is not None or self.given is not None or self.owners is not None:
             return first, first
         if self.diagonal is None or (self.window is not None and not self.even):
             return first, first
@@ -153,14 +155,14 @@ class Visibility(NamedTuple):
         prefix: number P of keys before the first token.
         is_causal: the rule is a lower triangle over equal slots, so that kernels need no mask.
         hiding: the rules that hide keys; None: nothing is hidden, or the rule is in `is_causal` and `documents` only.
-        dead: `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; or True if there may be such queries.
+        fully_masked: `(1|b, 1|h, i, 1)` bool, True where a query sees no key; or True if there may be such queries.
         documents: instead of a mask: the rule holds within each document of a packed row.
     """
 
     prefix: int = 0
     is_causal: bool = False
     hiding: MaskSpec | None = None
-    dead: Tensor | bool = False
+    fully_masked: Tensor | bool = False
     documents: Documents | None = None
 
     def mask(self, memo: Memo) -> Tensor | None:
@@ -169,9 +171,9 @@ class Visibility(NamedTuple):
             return None
         return memo.once(self.hiding.mask, "mask", self)
 
-    def dead_queries(self, memo: Memo) -> Tensor | None:
+    def fully_masked_queries(self, memo: Memo) -> Tensor | None:
         """Return `(1|b, 1|h, i, 1)` bool, True where a query sees no key at all; None if there is no such query."""
-        if self.dead is True:
+        if self.fully_masked is True:
             assert self.hiding is not None
-            return memo.once(self.hiding.dead, "dead", self)
-        return self.dead if isinstance(self.dead, Tensor) else None
+            return memo.once(self.hiding.fully_masked, "fully masked", self)
+        return self.fully_masked if isinstance(self.fully_masked, Tensor) else None

@@ -72,25 +72,25 @@ class Model(Configured, ReadsReference):
         self.post_emb_norm: nn.Module | None = None
         self.cls_token: nn.Parameter | None = None
 
-    last_alone: ClassVar[Mapping[str, Any]] = {}
+    last_position_only: ClassVar[Mapping[str, Any]] = {}
     """Arguments with which a pass returns the output of the last position only, for models that have such."""
 
     joins_memories: ClassVar[bool] = True
-    """Whether new memories are the old ones followed by the inputs of this pass, or only these inputs."""
+    """True if new memories are the old ones followed by the inputs of this pass; False if only these inputs."""
 
     drops_memory_tokens: ClassVar[bool] = False
-    """Whether the embedding dropout acts on everything that the stack reads, memory tokens included."""
+    """True if the embedding dropout acts on everything that the stack reads, memory tokens included."""
 
     # properties that other code reads
 
     @property
     def can_cache_kv(self) -> bool:
-        """Whether decoding may cache keys and values."""
+        """True if decoding may cache keys and values."""
         return self.attn_layers.can_cache_kv
 
     @property
     def can_cache_kv_outside_max_seq_len(self) -> bool:
-        """Whether positions continue beyond `max_seq_len` while a cache is in use."""
+        """True if positions continue beyond `max_seq_len` while a cache is in use."""
         return not isinstance(self.pos_emb, AbsolutePositionalEmbedding)
 
     def muon_parameters(self) -> Iterator[Tensor]:
@@ -98,7 +98,12 @@ class Model(Configured, ReadsReference):
         yield from self.attn_layers.muon_parameters()
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
-        """Bound the logits of attention by shrinking weights in place; see `AttentionLayers.attn_qk_clip_`."""
+        """Bound the logits of attention by scaling down weights in place; see `AttentionLayers.attn_qk_clip_`.
+
+        Args:
+            intermediates: record of a pass that captured the largest logits.
+            tau: largest logit allowed.
+        """
         self.attn_layers.attn_qk_clip_(intermediates, tau)
 
     def explain(
@@ -108,7 +113,14 @@ class Model(Configured, ReadsReference):
         training: bool | None = None,
         seq_len: int | None = None,
     ) -> Explanation:
-        """Describe features, backend, parameters and FLOPs of each layer; see `AttentionLayers.explain`."""
+        """Describe features, backend, parameters and FLOPs of each layer; see `AttentionLayers.explain`.
+
+        Args:
+            device: type of the device to describe, such as "cuda"; by default that of the parameters.
+            dtype: of queries and keys; by default that of the parameters.
+            training: describe a training pass; by default the mode that the model is in.
+            seq_len: number of tokens; by default `max_seq_len`, or 1024 if the model has no such limit.
+        """
         seq_len = seq_len or self.max_seq_len or 1024
         inner = self.attn_layers.explain(device, dtype, training, seq_len)
         return replace(inner, title=f"{type(self).__name__}: {inner.title}", parameters=count(self))

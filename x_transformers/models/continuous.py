@@ -63,7 +63,7 @@ class ContinuousTransformerWrapper(Model):
 
     @property
     def can_cache_kv(self) -> bool:
-        """Whether decoding may cache keys and values: new positions must not change earlier outputs."""
+        """True if decoding may cache keys and values: new positions must not change earlier outputs."""
         return not self.average_pool_embed and self.attn_layers.can_cache_kv
 
     def forward(

@@ -57,7 +57,7 @@ class ModelInputs:
 
     @property
     def needs_record(self) -> bool:
-        """Whether anything but the output is requested.
+        """True if anything but the output is requested.
 
         Raises:
             InputError: if it is specified what to record, but not requested.

@@ -21,7 +21,7 @@ from x_transformers.ops import pad_left
 
 
 class InternalSequence:
-    """What the stack runs in one pass: the items of the pass and the memory tokens around them.
+    """Input of the stack in one pass: the items of the pass and the memory tokens around them.
 
     Attributes:
         x: `(b, columns, D)` input of the stack.

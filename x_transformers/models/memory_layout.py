@@ -108,7 +108,7 @@ def interspersed(
     # rows it holds memory. In all other rows it is empty, and no query sees it.
     opened = [item % layout.every == 0 for item in range(items)]
     opens: Tensor | None = None
-    live: Tensor | None = None
+    token_mask: Tensor | None = None
     if start is not None:
         if torch.compiler.is_compiling():
             raise InputError(
@@ -118,8 +118,8 @@ def interspersed(
         # A row counts its own items: prepended embeddings come first, the padding tokens after them do not count.
         token = torch.arange(items, device=device) - prepended
         own = torch.where(token < 0, token + prepended, token + prepended - start.unsqueeze(-1))
-        live = (token < 0) | (token >= start.unsqueeze(-1))
-        opens = live & (own % layout.every == 0)
+        token_mask = (token < 0) | (token >= start.unsqueeze(-1))
+        opens = token_mask & (own % layout.every == 0)
         opened = opens.any(dim=0).tolist()
     columns: list[int] = []
     memory: list[int] = []
@@ -134,9 +134,9 @@ def interspersed(
         memory.append(-1)
     where = torch.tensor(columns, device=device)
     places = None
-    if opens is not None and live is not None:
+    if opens is not None and token_mask is not None:
         owner = torch.where(where < 0, -1 - where, where)
-        places = torch.where(where < 0, opens[:, owner], live[:, owner])
+        places = torch.where(where < 0, opens[:, owner], token_mask[:, owner])
     new = columns[first_new:]
     at_items = torch.tensor([at for at, item in enumerate(new) if item >= 0], dtype=torch.long, device=device)
     at_memory = torch.tensor([at for at, item in enumerate(new) if item < 0], dtype=torch.long, device=device)

@@ -351,7 +351,7 @@ def _one_head(feature: str, keyword: str) -> Rule:
 
 FURTHER_EMBEDDINGS = _feature("further_embeddings", FurtherEmbeddings, "sums of the embeddings of several ids")
 EMBEDDING_WIDTH = _feature(
-    "factorised_embedding",
+    "factorized_embedding",
     EmbeddingWidth,
     "embeddings narrower than the stack",
     {"emb_dim": 10},

@@ -51,7 +51,7 @@ class TransformerWrapper(Model):
         ConfigError: listing every keyword that is unknown, wrong or in conflict, and what to change.
     """
 
-    last_alone: ClassVar[Mapping[str, Any]] = {"logits_to_keep": 1}
+    last_position_only: ClassVar[Mapping[str, Any]] = {"logits_to_keep": 1}
     looped = False
 
     def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: AttentionLayers, **keywords: Any) -> None:
@@ -127,7 +127,7 @@ class TransformerWrapper(Model):
 
     @property
     def can_cache_kv(self) -> bool:
-        """Whether decoding may cache keys and values: new tokens must not change earlier outputs."""
+        """True if decoding may cache keys and values: new tokens must not change earlier outputs."""
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
     def forward(

@@ -45,7 +45,10 @@ class BranchFunction(nn.Module):
 
         Args:
             x: `(b, n, D)` normalized input.
-            layer: the call of the sublayer.
+            layer: the sublayer's call.
+
+        Returns:
+            the output `(b, n, D)`, its record, and what later layers read.
         """
         raise NotImplementedError
 
@@ -53,7 +56,7 @@ class BranchFunction(nn.Module):
         """Return the streams that grow with the sequence, as `{name: (heads, width)}`.
 
         Args:
-            rotations: the stack's query/key transforms, which may change the width of keys.
+            rotations: the stack's transforms of queries and keys, which may change the width of keys.
         """
         return {}
 
@@ -73,11 +76,11 @@ class BranchFunction(nn.Module):
         return False
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
-        """Check that the function supports a kind of pass.
+        """Check that the function supports this causality, and a cache.
 
         Args:
-            causal: tokens see only tokens up to themselves.
-            cached: the pass has a cache.
+            causal: the pass is causal.
+            cached: the pass uses a cache.
 
         Raises:
             InputError: if it does not.

@@ -263,7 +263,11 @@ class AdaptiveNorm(Norm):
         nn.init.zeros_(self.to_gamma.weight)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Normalize `x (..., D)` without a gain."""
+        """Normalize without a gain.
+
+        Args:
+            x: `(..., D)`.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

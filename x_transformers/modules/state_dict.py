@@ -19,7 +19,12 @@ class ReadsReference(nn.Module):
     """Base class of modules that load both layouts, wherever they are nested, and a file as a whole or not at all."""
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        """Rename the entries of the reference below `prefix` to ours, in place."""
+        """Rename the entries of the reference to ours, in place.
+
+        Args:
+            state: a state dict, which is changed.
+            prefix: of the names of this module's entries.
+        """
 
     def _load_from_state_dict(
         self,

@@ -36,7 +36,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process prints and writes."""
+        """True in the process that prints and writes."""
         return self.rank == 0
 
     def part(self, batch: Tensor) -> Tensor:

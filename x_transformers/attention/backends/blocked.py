@@ -272,10 +272,10 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
         steps.append(ScoreStep(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
         inputs += tiles.inputs
     hiding, shadow = visible.hiding, None
-    if hiding is not None and hiding.live is not None:
+    if hiding is not None and hiding.token_mask is not None:
         # an addition of minus infinity is faster than `masked_fill`
-        shadow = at_least_float32(request.q.new_zeros(hiding.live.shape)).masked_fill_(~hiding.live, NEVER)
-        hiding, shadow = hiding._replace(live=None), shadow[:, None, None, :]
+        shadow = at_least_float32(request.q.new_zeros(hiding.token_mask.shape)).masked_fill_(~hiding.token_mask, NEVER)
+        hiding, shadow = hiding._replace(token_mask=None), shadow[:, None, None, :]
         hiding = hiding if hiding.anything else None
     plan = Plan(
         scale=request.scale,
@@ -284,7 +284,7 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
         hiding=hiding,
         shadow=shadow,
         steps=tuple(steps),
-        empty=visible.dead is not False,
+        empty=visible.fully_masked is not False,
         sums=request.sink is not None,
         steep=any(isinstance(step.by, Tiles) for step in steps),
     )

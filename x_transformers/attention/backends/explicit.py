@@ -90,8 +90,8 @@ def _sink(request: Request, logits: Tensor) -> Tensor:
 
 
 def _only_alive(weights: Tensor, request: Request) -> Tensor:
-    dead = request.visible.dead_queries(request.memo)
-    return weights if dead is None else weights.masked_fill(dead, 0.0)
+    fully_masked = request.visible.fully_masked_queries(request.memo)
+    return weights if fully_masked is None else weights.masked_fill(fully_masked, 0.0)
 
 
 def _hide(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,8 +104,8 @@ def _weights(request: Request, logits: Tensor, mask: Tensor | None) -> Tensor:
         return logits.softmax(dim=-1, dtype=_at_least_float32(logits)).to(request.q.dtype)
     if mask is not None and request.sink is not None:
         mask = pad_left(mask, 1, True)
-    live = None if request.layer is None else request.layer.call.live
-    return request.weighting(logits, mask, live).to(request.q.dtype)
+    token_mask = None if request.layer is None else request.layer.call.token_mask
+    return request.weighting(logits, mask, token_mask).to(request.q.dtype)
 
 
 def _mask(request: Request) -> Tensor | None:

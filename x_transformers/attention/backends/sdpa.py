@@ -61,10 +61,10 @@ class SDPA(Backend):
             scale=request.scale,
             enable_gqa=k.shape[1] != q.shape[1],
         )
-        if visible.dead is False:
+        if visible.fully_masked is False:
             return AttentionOutput(out)
-        dead = visible.dead_queries(request.memo)
-        return AttentionOutput(out if dead is None else out.masked_fill(dead, 0.0))
+        fully_masked = visible.fully_masked_queries(request.memo)
+        return AttentionOutput(out if fully_masked is None else out.masked_fill(fully_masked, 0.0))
 
     def _restricted(self, *args: Any, **kwargs: Any) -> Tensor:
         assert self.kernels is not None
@@ -86,10 +86,10 @@ def _mask(request: Request) -> Tensor | None:
         if seen is None and visible.is_causal and total is not None:
             i, j = request.q.shape[-2], request.k.shape[-2]
             seen = torch.ones(i, j, dtype=torch.bool, device=request.q.device).tril(j - i)
-        dead = visible.dead_queries(request.memo)
-        if seen is not None and dead is not None:
+        fully_masked = visible.fully_masked_queries(request.memo)
+        if seen is not None and fully_masked is not None:
             # a mask with one row for all queries keeps one row
-            seen = seen | (dead if seen.shape[-2] > 1 else dead[..., :1, :])
+            seen = seen | (fully_masked if seen.shape[-2] > 1 else fully_masked[..., :1, :])
         if total is not None:
             total = total.to(request.q.dtype)
             return total if seen is None else total.masked_fill(~seen, float("-inf"))

@@ -62,13 +62,14 @@ class Varlen(Backend):
             documents.longest_q,
             documents.longest_k,
             scale=request.scale,
+            # keys to the left and right of a query, which the kernel aligns at the end of each document; -1: all
             window_size=(-1, 0) if visible.is_causal else (-1, -1),
             enable_gqa=request.k.shape[1] != request.q.shape[1],
         )
         assert isinstance(out, Tensor)
         out = rearrange(out[..., : request.v.shape[-1]], "n h d -> 1 h n d")
-        dead = visible.dead_queries(request.memo)
-        return AttentionOutput(out if dead is None else out.masked_fill(dead, 0.0))
+        fully_masked = visible.fully_masked_queries(request.memo)
+        return AttentionOutput(out if fully_masked is None else out.masked_fill(fully_masked, 0.0))
 
 
 def _flat(t: Tensor, width: int) -> Tensor:

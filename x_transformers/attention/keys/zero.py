@@ -22,7 +22,7 @@ class ZeroKeyValue(KeyMod):
     """Zeros in front, `k <- [0, k]`, `v <- [0, v]`: the softmax becomes `exp(s_j) / (1 + sum_j' exp(s_j'))`."""
 
     count = 1
-    nothing = True
+    is_zero = True
 
     def extend(self, k: Tensor, v: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))

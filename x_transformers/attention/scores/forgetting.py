@@ -151,9 +151,9 @@ class DataDependentAlibi(ScoreMod):
 
     def _log_gates(self, x: Tensor, layer: LayerCall) -> Tensor:
         """Return the logarithms of the gates of recurrent memory and new tokens, `(b, c, m + n)`; 0 for hidden ones."""
-        gates = self._gates_of(layer.behind_memory(x))
-        live = layer.fresh_live
-        return gates if live is None else gates.masked_fill(~live.unsqueeze(1), 0.0)
+        gates = self._gates_of(layer.with_memory(x))
+        token_mask = layer.fresh_token_mask
+        return gates if token_mask is None else gates.masked_fill(~token_mask.unsqueeze(1), 0.0)
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
         return {"forget": (self.to_gates.out_features, 1, torch.float32)}
@@ -198,7 +198,7 @@ class PerRowDataDependentAlibi(ScoreMod):
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
         _refuse_context(layer)
-        u, w = self.to_uw(layer.behind_memory(x)).chunk(2, dim=-1)
+        u, w = self.to_uw(layer.with_memory(x)).chunk(2, dim=-1)
         memory = w.shape[-2] - x.shape[-2]
         u, w = split_heads(u[:, memory:], self.heads), split_heads(w, self.heads)
         if layer.entry is not None:
@@ -223,8 +223,8 @@ class PerRowDataDependentAlibi(ScoreMod):
     def _dense(self, u: Tensor, w: Tensor, layer: LayerCall) -> Tensor:
         keys = layer.keys
         counts = keys.index < layer.call.query.index.unsqueeze(-1)
-        if keys.live is not None:
-            counts = counts & keys.live[:, None, None, :]
+        if keys.token_mask is not None:
+            counts = counts & keys.token_mask[:, None, None, :]
         return self._sum_gates(u, w, counts)
 
     def _sum_gates(self, u: Tensor, w: Tensor, counts: Tensor) -> Tensor:

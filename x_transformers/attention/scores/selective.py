@@ -73,7 +73,7 @@ class Selective(RowMod):
         own = keys.index == query.index.unsqueeze(-1)
         # slot 0 is the first token of a row after its padding; recurrent memory has negative slots
         exempt = own | (keys.slot <= 0).unsqueeze(-2)
-        shown = layer.call.live
+        shown = layer.call.token_mask
         if shown is not None:
             exempt = exempt | ~shown.unsqueeze(-1)
         gate = gate.masked_fill(exempt, 0.0)

@@ -79,24 +79,24 @@ class SequenceRunner:
         return y, SequenceState(leaves, count)
 
     def run_ragged(
-        self, x: Tensor, live: Tensor | None, state: SequenceState | None, pad: bool
+        self, x: Tensor, token_mask: Tensor | None, state: SequenceState | None, pad: bool
     ) -> tuple[Tensor, SequenceState | None]:
-        """Run over the live tokens of each sequence only, rows of the same length together.
+        """Run over the visible tokens of each sequence only, rows of the same length together.
 
         Args:
             x: `(b, n, D)`.
-            live: `(b, n)` bool, True for tokens that the module sees; None if it sees all.
+            token_mask: `(b, n)` bool, True for tokens that the module sees; None if it sees all.
             state: state after an earlier call.
             pad: pad the rows of one sequence with zeros to the same length.
 
         Returns:
-            the output `(b, n, e)`, 0 where a token is not live, and the new state if the module has one.
+            the output `(b, n, e)`, 0 where a token is hidden, and the new state if the module has one.
         """
-        live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if live is None else live
+        token_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if token_mask is None else token_mask
         count = torch.zeros(len(x), dtype=torch.long, device=x.device) if state is None else state.count
         leaves = {} if state is None else {name: t.clone() for name, t in state.leaves.items()}
         y: Tensor | None = None
-        for length, started, pieces in self._group_rows(live, count, pad):
+        for length, started, pieces in self._group_rows(token_mask, count, pad):
             inputs = torch.stack([_pad_right(x[b, at], length) for b, _, at in pieces])
             bs, rs = [b for b, _, _ in pieces], [r for _, r, _ in pieces]
             out, new_leaves = self._call(inputs, {k: t[bs, rs] for k, t in leaves.items()} if started else None, {})
@@ -107,12 +107,12 @@ class SequenceRunner:
                 leaf = leaves.get(name)
                 leaf = t.new_zeros(len(x), self.rows, *t.shape[1:]) if leaf is None else leaf
                 leaves[name] = leaf.index_put((torch.tensor(bs, device=t.device), torch.tensor(rs, device=t.device)), t)
-        if y is None:  # no token is live: run one, only to learn the width of the output
+        if y is None:  # every token is hidden: run one, only to learn the width of the output
             y = torch.zeros_like(self._call(x[:, :1], None, {})[0]).expand(-1, x.shape[1], -1)
-        return y, SequenceState(leaves, count + live.sum(dim=-1)) if leaves else None
+        return y, SequenceState(leaves, count + token_mask.sum(dim=-1)) if leaves else None
 
     def _group_rows(
-        self, live: Tensor, count: Tensor, pad: bool
+        self, token_mask: Tensor, count: Tensor, pad: bool
     ) -> Iterator[tuple[int, bool, list[tuple[int, int, Tensor]]]]:
         """Group rows that can run in one batch: those of the same length, with a state or all without.
 
@@ -121,7 +121,7 @@ class SequenceRunner:
         """
         groups: dict[tuple[int, bool], list[tuple[int, int, Tensor]]] = {}
         for b, earlier in enumerate(count.tolist()):
-            tokens = live[b].nonzero().flatten()
+            tokens = token_mask[b].nonzero().flatten()
             for row in range(self.rows):
                 # the first of these tokens is number `earlier` of its sequence, so it goes to row `earlier % rows`
                 at = tokens[(row - earlier) % self.rows :: self.rows]

@@ -38,7 +38,7 @@ class HeadGate(ValueMod):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, 10.0)
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         return out * split_heads(self.gate(seen.x), out.shape[-3]).sigmoid()
 
 
@@ -74,7 +74,7 @@ class ValueGates(ValueMod):
         ConfigError: if a rank is not below the wider of the widths that it connects.
     """
 
-    outer = True
+    acts_last = True
     reference: ClassVar = {
         "to_v_gate.weight": "input.weight",
         "to_v_gate.down.weight": "input.down.weight",
@@ -107,7 +107,7 @@ class ValueGates(ValueMod):
         self.input = gate("gate_values", shape.dim) if options.gate_values else None
         self.output = gate("output_gate", width) if options.output_gate else None
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         logits = None
         if self.input is not None:
             logits = split_heads(self.input(seen.x), self.heads)

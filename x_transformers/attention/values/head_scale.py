@@ -31,7 +31,7 @@ class HeadScale(ValueMod):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1, heads, 1, 1))
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         return out * self.scale
 
 

@@ -97,7 +97,7 @@ class HybridBranch(ValueMod):
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
         return {} if self.recurrent else {"hybrid_input": (1, shape.dim)}
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         branch = split_heads(self._check_output(self._branch(seen), seen.x.shape[1]), self.heads)
         branch = branch if self.order is None else branch[:, self.order]
         share = 0.5 if self.mix is None else split_heads(self.mix(seen.x), self.heads).sigmoid()
@@ -122,16 +122,16 @@ class HybridBranch(ValueMod):
         state = None if entry is None else SequenceState.read(entry)
         if entry is not None and state is None and not call.aligned and not self.recurrent:
             return self._branch_over_past(entry, seen)
-        x, live = seen.x, _live(seen, call.query.index)
+        x, token_mask = seen.x, _token_mask(seen, call.query.index)
         if state is None:  # a state includes recurrent memory already
-            x, live = _with_memory(x, live, seen)
+            x, token_mask = _with_memory(x, token_mask, seen)
         if self.mask_name is not None and not call.causal:
-            y, _ = self.runner.run_batch(x, None, **{self.mask_name: live})
-        elif live is None and (self.runner.rows == 1 or entry is None):
+            y, _ = self.runner.run_batch(x, None, **{self.mask_name: token_mask})
+        elif token_mask is None and (self.runner.rows == 1 or entry is None):
             y, state = self.runner.run_batch(x, state)
         else:
             # hidden tokens leave gaps; and folded rows have different lengths, which a cache must continue
-            y, state = self.runner.run_ragged(x, live, state, pad=not call.causal)
+            y, state = self.runner.run_ragged(x, token_mask, state, pad=not call.causal)
         if entry is not None and state is not None:
             state.write(entry)
         elif entry is not None and not self.recurrent:
@@ -141,30 +141,32 @@ class HybridBranch(ValueMod):
     def _branch_over_past(self, entry: Entry, seen: ValueContext) -> Tensor:
         """Run a module without state over cached and new inputs, and return its output at the new tokens."""
         keys, index = seen.layer.call.keys, seen.layer.call.query.index
-        x, live = _with_memory(entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _live(seen, keys.index), seen)
-        if live is None and self.runner.rows == 1:
+        x, token_mask = _with_memory(
+            entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _token_mask(seen, keys.index), seen
+        )
+        if token_mask is None and self.runner.rows == 1:
             y, _ = self.runner.run_batch(x, None)
         else:
-            y, _ = self.runner.run_ragged(x, live, None, pad=False)
+            y, _ = self.runner.run_ragged(x, token_mask, None, pad=False)
         # keys lie at the end of the output, after recurrent memory
         return y[:, torch.searchsorted(keys.index, index) + y.shape[1] - len(keys)]
 
 
-def _live(seen: ValueContext, index: Tensor) -> Tensor | None:
+def _token_mask(seen: ValueContext, index: Tensor) -> Tensor | None:
     """Return `(b, n)` bool, True for visible tokens among those that arrived at `index`; None if all are visible."""
     keys = seen.layer.call.keys
-    return None if keys.live is None else keys.live[:, torch.searchsorted(keys.index, index)]
+    return None if keys.token_mask is None else keys.token_mask[:, torch.searchsorted(keys.index, index)]
 
 
-def _with_memory(x: Tensor, live: Tensor | None, seen: ValueContext) -> tuple[Tensor, Tensor | None]:
+def _with_memory(x: Tensor, token_mask: Tensor | None, seen: ValueContext) -> tuple[Tensor, Tensor | None]:
     """Put recurrent memory in front of inputs, and its visibility in front of theirs."""
     if seen.layer.memory is None:
-        return x, live
-    m, key_live = seen.layer.memory.shape[-2], seen.layer.keys.live
-    if key_live is not None:
-        own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if live is None else live
-        live = torch.cat((key_live[:, :m].expand(len(x), -1), own), dim=1)
-    return seen.layer.behind_memory(x), live
+        return x, token_mask
+    m, key_mask = seen.layer.memory.shape[-2], seen.layer.keys.token_mask
+    if key_mask is not None:
+        own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if token_mask is None else token_mask
+        token_mask = torch.cat((key_mask[:, :m].expand(len(x), -1), own), dim=1)
+    return seen.layer.with_memory(x), token_mask
 
 
 def build(options: HybridOptions, shape: AttentionShape, **_: Any) -> HybridBranch:

@@ -35,12 +35,12 @@ class Laser(ValueMod):
         super().__init__()
         self.clamp = clamp
 
-    def weigh(self, v: Tensor) -> Tensor:
+    def prepare_values(self, v: Tensor) -> Tensor:
         return softclamp(at_least_float32(v), self.clamp).exp()
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         out = log(out)
-        return out if seen.dead is None else out.masked_fill(seen.dead, 0.0)
+        return out if seen.fully_masked is None else out.masked_fill(seen.fully_masked, 0.0)
 
 
 def build(options: LaserOptions, **_: Any) -> Laser:

@@ -33,7 +33,7 @@ class OrthogonalToOwnValue(ValueMod):
         by_head: treat each head by itself. With both, a head has the `2 e` features of both results.
     """
 
-    outer = True
+    acts_last = True
 
     def __init__(self, together: bool, by_head: bool) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class OrthogonalToOwnValue(ValueMod):
         # the reference concatenates the two results after merging heads, we concatenate them within each head
         return rearrange(weight, "... (kind h e) -> ... (h kind e)", kind=2, h=heads)
 
-    def after(self, out: Tensor, seen: ValueContext) -> Tensor:
+    def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         if seen.layer.context is not None:
             raise InputError(
                 "`orthog_projected_values` makes outputs orthogonal to the token's own value, and in cross-attention "

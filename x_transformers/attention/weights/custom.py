@@ -39,7 +39,7 @@ class Custom(Weighting):
         self.fn = fn
         self.takes_mask = _takes_mask(fn.forward if isinstance(fn, nn.Module) else fn)
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         weights = self.fn(logits, mask=mask) if self.takes_mask else self.fn(logits)
         return weights if mask is None else weights.masked_fill(~mask, 0.0)
 

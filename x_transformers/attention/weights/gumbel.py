@@ -44,7 +44,7 @@ class Gumbel(Weighting):
         super().__init__()
         self.temperature, self.hard = temperature, hard
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         noisy = self._noisy(at_least_float32(logits)) / self.temperature
         if mask is not None:
             # masked again: a low temperature makes hidden logits infinite, and rows without visible keys NaN

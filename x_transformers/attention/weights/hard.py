@@ -49,7 +49,7 @@ class Hard(Weighting):
     Of equal logits the first is the largest.
     """
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         return one_hot_straight_through(logits)
 
 

@@ -26,10 +26,10 @@ class Inverted(Weighting):
 
     across_queries = True
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         logits = at_least_float32(logits)
-        if live is not None:
-            logits = logits.masked_fill(~live[:, None, :, None], max_neg_value(logits))
+        if token_mask is not None:
+            logits = logits.masked_fill(~token_mask[:, None, :, None], max_neg_value(logits))
         weights = logits.softmax(dim=-2)
         if mask is not None:
             weights = weights.masked_fill(~mask, 0.0)

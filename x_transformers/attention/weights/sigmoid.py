@@ -20,7 +20,7 @@ class SigmoidOptions:
 class Sigmoid(Weighting):
     """Sigmoid attention: `weights = sigmoid(logits)`; hidden keys get exactly 0."""
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         return at_least_float32(logits).sigmoid()
 
 

@@ -68,7 +68,7 @@ class TopK(Weighting):
         super().__init__()
         self.k, self.smooth = k, smooth
 
-    def forward(self, logits: Tensor, mask: Tensor | None, live: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         return _topk(logits, self.k, 1.0, self.smooth, -1)
 
 

@@ -62,34 +62,34 @@ class TokenShift(nn.Module):
         Returns:
             The shifted input and memory.
         """
-        live = layer.fresh.live if memory is not None else layer.call.query.live
-        own = None if live is None else live[:, -x.shape[-2] :]
+        token_mask = layer.fresh.token_mask if memory is not None else layer.call.query.token_mask
+        own = None if token_mask is None else token_mask[:, -x.shape[-2] :]
         visible = zero_hidden(x, own)
         # the batch is the first axis of a cache; with three views it is the second one here
         before = None if layer.states is None or not self.causal else layer.states.get("shift")
         before = before if before is None or before.ndim == 3 else before.transpose(0, 1)
         if before is None and memory is not None:
-            before = zero_hidden(memory, None if live is None else live[:, : memory.shape[-2]])
+            before = zero_hidden(memory, None if token_mask is None else token_mask[:, : memory.shape[-2]])
         past = 0 if before is None else before.shape[-2]
         moved = visible if before is None else torch.cat((before, visible), dim=-2)
-        rows = None if layer.call.query.placed is None else LiveRows.of(layer.call.query.placed, past)
+        rows = None if layer.call.query.placed is None else UnpaddedRows.of(layer.call.query.placed, past)
         if layer.states is not None and self.causal:
             newest = self._newest(moved, rows)
             layer.states.put("shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
         if memory is not None:
-            source = zero_hidden(memory, None if live is None else live[:, : memory.shape[-2]])
+            source = zero_hidden(memory, None if token_mask is None else token_mask[:, : memory.shape[-2]])
             # without causality, the last tokens of the memory also receive features from the new ones
             memory = self._shift(memory, source if self.causal else torch.cat((source, visible), dim=-2), 0)
         return self._shift(x, moved, past, rows), memory
 
-    def _newest(self, whole: Tensor, rows: LiveRows | None) -> Tensor:
+    def _newest(self, whole: Tensor, rows: UnpaddedRows | None) -> Tensor:
         """Return the last k inputs `(..., k, D)` for the cache; zeros where there are fewer."""
         if rows is not None:
             places = rows.count - self.amount + torch.arange(self.amount, device=whole.device)
             return rows.take(whole, places)
         return F.pad(whole, (0, 0, max(self.amount - whole.shape[-2], 0), 0))[..., -self.amount :, :]
 
-    def _shift(self, t: Tensor, source: Tensor, start: int, rows: LiveRows | None = None) -> Tensor:
+    def _shift(self, t: Tensor, source: Tensor, start: int, rows: UnpaddedRows | None = None) -> Tensor:
         """Return `t` with its shifted slices taken from `source`, in which `t` begins at index `start`."""
         n, m = t.shape[-2], source.shape[-2]
         pieces = []
@@ -108,7 +108,7 @@ class TokenShift(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class LiveRows:
+class UnpaddedRows:
     """Numbering of the tokens of each row that skips padding, so that the tokens on both sides of it are neighbors.
 
     Attributes:
@@ -122,7 +122,7 @@ class LiveRows:
     count: Tensor
 
     @classmethod
-    def of(cls, placed: Tensor, past: int) -> LiveRows:
+    def of(cls, placed: Tensor, past: int) -> UnpaddedRows:
         """Number the columns that `placed (b, n)` marks as tokens, after `past` columns that all are tokens."""
         placed = F.pad(placed, (past, 0), value=True)
         columns = (~placed).to(torch.uint8).argsort(dim=-1, stable=True)
@@ -136,9 +136,9 @@ class LiveRows:
         return taken.masked_fill(~exists.unsqueeze(-1), 0.0)
 
 
-def zero_hidden(t: Tensor, live: Tensor | None) -> Tensor:
+def zero_hidden(t: Tensor, token_mask: Tensor | None) -> Tensor:
     """Set the features of hidden tokens to zero."""
-    return t if live is None else t.masked_fill(~live.unsqueeze(-1), 0.0)
+    return t if token_mask is None else t.masked_fill(~token_mask.unsqueeze(-1), 0.0)
 
 
 FEATURE = Feature(

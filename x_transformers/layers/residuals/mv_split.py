@@ -85,13 +85,13 @@ def means(t: Tensor, layer: LayerCall | None) -> Tensor:
     Returns:
         `(b, 1, D)`; in a causal pass `(b, n, D)`, for each token the mean up to it.
     """
-    live = None if layer is None else layer.call.query.live
+    token_mask = None if layer is None else layer.call.query.token_mask
     if layer is None or not layer.call.causal:
-        return masked_mean(t, live).unsqueeze(1)
+        return masked_mean(t, token_mask).unsqueeze(1)
     # sums over thousands of tokens do not fit half precision
     wide = t.to(torch.promote_types(t.dtype, torch.float32))
-    counted = torch.ones_like(wide[..., :1]) if live is None else live.unsqueeze(-1).to(wide)
-    wide = wide if live is None else wide.masked_fill(~live.unsqueeze(-1), 0.0)
+    counted = torch.ones_like(wide[..., :1]) if token_mask is None else token_mask.unsqueeze(-1).to(wide)
+    wide = wide if token_mask is None else wide.masked_fill(~token_mask.unsqueeze(-1), 0.0)
     # the count is one more column, so that one running state holds everything
     totals = torch.cat((wide, counted), dim=-1).cumsum(dim=1)
     if layer.states is not None:
