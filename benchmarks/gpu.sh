@@ -45,7 +45,7 @@ for part in "${parts[@]}"; do
     if [ "$part" = tests ]; then
         files=$(grep -rlE --include='test_*.py' 'mark\.cuda' tests)
         # shellcheck disable=SC2086
-        timeout -k 5 "${limits[$part]}" "$python" -m pytest -m cuda -q -p no:cacheprovider -n "$workers" $files
+        timeout -k 5 "${limits[$part]}" "$python" -m pytest -m cuda -q -p no:cacheprovider -p no:benchmark -n "$workers" $files
     else
         timeout -k 5 "${limits[$part]}" "$python" -m benchmarks.gpu "$part" "${options[@]}"
     fi
