@@ -77,7 +77,7 @@ WEIGHTINGS = (
     custom.FEATURE,
     inverted.FEATURE,
 )
-"""What computes or changes the weights; `Attention` takes these features from here."""
+"""Features that compute or change the weights; the catalog of attention includes them."""
 
 SCHEMA = Schema(
     (

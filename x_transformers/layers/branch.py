@@ -84,7 +84,7 @@ class Branch(ReadsReference):
         shifted = ("shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
         """Names of the running states that this sublayer keeps in causal passes."""
-        self.uses_cache = kind.is_attention or bool(self.running)
+        self.uses_cache = kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
         # most connections read the stream as it is; every call that is saved here is saved once a layer and token
         self.reads_stream = type(residual).read is ResidualConnection.read

@@ -129,7 +129,8 @@ def _check_counts(
     if layers and options["structure"].cross_attend and not any(KINDS[letter].is_cross_attention for letter in counts):
         faults.add("`cross_attend` reads a context, but no cross-attention is among the layers; change their list.")
     for letter, kind in KINDS.items():
-        if kind.enabled_by is not None and groups[letter] and not counts[letter]:
+        # without a list of layers there is a fault already
+        if layers and kind.enabled_by is not None and groups[letter] and not counts[letter]:
             faults.add(f"`{kind.prefix}{next(iter(groups[letter]))}` needs {kind.enabled_by}.")
         for name, instead in kind.misplaced.items():
             if name in groups[letter] and counts[letter]:

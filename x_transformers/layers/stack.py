@@ -216,4 +216,5 @@ class LayerStack(nn.Module):
         """
         branches = self.sublayers
         run = [branches[index] for index in order]
-        return tuple(None if each.kind.is_cross_attention else each.fn.reach for each in run)
+        # what keeps no streams has nothing to drop, and a context is kept whole
+        return tuple(None if b.kind.is_cross_attention or not b.fn.cache_streams() else b.fn.reach for b in run)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from x_transformers.cache.entries import Shape
+from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 
 
@@ -85,6 +86,10 @@ class BranchFunction(nn.Module):
         Raises:
             InputError: if it does not.
         """
+        if not causal and self.requires_causal:
+            raise InputError(
+                f"{self.requires_causal[0]} works in causal passes only; `causal = False` makes no sense with it."
+            )
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """Yield the matrices that Muon may orthogonalize (2502.16982)."""
