@@ -283,6 +283,28 @@ MUTATIONS = (
         "test_residuals.py properties/test_scales.py",
         "layers/branches/*.py",
     ),
+    # weights of keys and biases of maps
+    Mutation(
+        "a softmax is stretched in the wrong direction",
+        r"new_full\(\(\), self\.gamma\)",
+        "new_full((), -self.gamma)",
+        "test_scores_and_weights.py -k Clipped",
+        "attention/weights/*.py",
+    ),
+    Mutation(
+        "QK clip leaves biases as they are",
+        r"linear\.bias\.mul_\(rows\.to\(linear\.bias\)\)",
+        "pass",
+        "test_caller_inputs.py -k clip",
+        "attention/clip.py",
+    ),
+    Mutation(
+        "packed maps have no biases",
+        r"torch\.cat\(biases\) if biases else None",
+        "None",
+        "test_inference_views.py -k packed",
+        "attention/projections.py",
+    ),
     # gates
     Mutation(
         "a head's gate is reversed",

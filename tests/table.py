@@ -122,6 +122,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_value_dim_head": {"attn_value_dim_head": 12},
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
+    "attn_qkv_bias": {"attn_qkv_bias": ON},
     "attn_flash": {"attn_flash": ON},
     "attn_onnxable": {"attn_onnxable": ON, "attn_attend_sdp_kwargs": {"enable_flash": False}},
     "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
@@ -144,6 +145,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_cog_signed": {"attn_cog_signed": ON},
     "attn_selective": {"attn_selective": ON},
     "attn_sigmoid": {"attn_sigmoid": ON},
+    "attn_clipped_softmax": {
+        "attn_clipped_softmax": ON,
+        "attn_clipped_softmax_gamma": -0.02,
+        "attn_clipped_softmax_eta": 1.05,
+    },
     "attn_sparse_topk": {"attn_sparse_topk": 3, "attn_sparse_topk_straight_through": ON},
     "attn_hard": {"attn_hard": ON},
     "attn_gumbel_softmax": {
@@ -170,6 +176,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_on_attn": {"attn_on_attn": ON},
     "attn_zero_init_output": {"attn_zero_init_output": ON},
     "attn_output_proj_depth": {"attn_output_proj_depth": 2},
+    "attn_out_bias": {"attn_out_bias": ON},
     "attn_project_out": {"heads": 2, "attn_project_out": False},
     # feedforward
     "ff_mult": {"ff_mult": 2},
@@ -271,6 +278,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "norm of keys": ("attn_qk_rmsnorm", "attn_k_rmsnorm"),
     "weighting": (
         "attn_sigmoid",
+        "attn_clipped_softmax",
         "attn_sparse_topk",
         "attn_hard",
         "attn_gumbel_softmax",
@@ -395,7 +403,7 @@ REFUSED: dict[str, str] = {
     "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
     "attn_project_out": (
         "cross_attn_dim_head "
-        "depth_scale_residual zero_init_branch_output rel_pos_kwargs attn_dim_head attn_value_dim_head "
+        "depth_scale_residual zero_init_branch_output rel_pos_kwargs attn_dim_head attn_value_dim_head attn_out_bias "
         "attn_hybrid_module attn_hybrid_fold_axial_dim"
     ),
     "integrate_layers": "attn_use_latent_kv attn_latent_rope_subheads",
@@ -404,7 +412,7 @@ REFUSED: dict[str, str] = {
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
-        "attn_sigmoid attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
+        "attn_sigmoid attn_clipped_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
     ),
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
@@ -414,6 +422,7 @@ REFUSED: dict[str, str] = {
     "attn_head_learned_sink": "attn_sigmoid",
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
+    "attn_clipped_softmax": "attn_laser",
     "ff_glu_softclamp": "ff_relu_squared ff_solu ff_custom_activation",
     "emb_dim": "tie_embedding",
 }

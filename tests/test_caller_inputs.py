@@ -242,6 +242,8 @@ def test_a_delta_does_not_cover_prefix_keys() -> None:
         {"kv_heads": 2},
         {"kv_heads": 1},
         {"use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_subheads": 1, "kv_heads": 2},
+        {"qkv_bias": True},
+        {"qkv_bias": True, "use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_subheads": 1, "kv_heads": 2},
     ],
     ids=str,
 )
@@ -249,7 +251,10 @@ def test_a_delta_does_not_cover_prefix_keys() -> None:
 def test_clip(options: dict) -> None:
     """R5, S1: rows of heads are scaled, so that the largest logit of each head that was larger is tau."""
     attention, x = Attention(dim=16, dim_head=4, heads=4, **options), torch.randn(2, 6, 16)
-    attention.projections.q.weight.mul_(torch.tensor([9.0, 9.0, 0.1, 9.0]).repeat_interleave(4)[:, None])
+    factors = torch.tensor([9.0, 9.0, 0.1, 9.0]).repeat_interleave(4)
+    attention.projections.q.weight.mul_(factors[:, None])
+    if attention.projections.q.bias is not None:
+        attention.projections.q.bias.mul_(factors)
     _, record = attention(x, return_intermediates=True)
     before = record.pre_softmax_attn.amax(dim=(0, 2, 3))
     attention.qk_clip_(record, tau=2.0)

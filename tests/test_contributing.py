@@ -14,6 +14,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     ("name", "path", "count"),
     [
         ("worked example", "attention/scores/alibi.py", 3),
+        ("worked example: biases", "attention/projections.py", 3),
         ("worked example: kind", "layers/kinds.py", 2),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from catalog import Case, cases, close, name_of, other_inputs, tokens
 from torch import Tensor, nn
 
@@ -106,9 +107,19 @@ def test_the_packed_matrix_is_what_is_read() -> None:
     with view:
         before = own(x)
         for part in projections(own):
-            part.ready.zero_()
+            part.ready.weight.zero_()
         assert not torch.allclose(own(x), before)
         close(net(x), before)
+
+
+@torch.inference_mode()
+def test_biases_are_packed_too() -> None:
+    part = Projections(dim=4, dim_context=4, heads=4, kv_heads=2, key_heads=2, dim_head=2, value_dim_head=2, bias=True)
+    x, packed = torch.randn(1, 3, 4), part.prepare()
+    assert packed is not None
+    close(F.linear(x, *packed), torch.cat((part.q(x), part.k(x), part.v(x)), dim=-1))
+    part.k = nn.Linear(4, 4, bias=False)  # a user's own map
+    assert part.prepare() is None
 
 
 def test_nothing_is_left_in_the_net() -> None:

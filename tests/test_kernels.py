@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F

@@ -3,12 +3,14 @@
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import catalog
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from x_transformers import Attention, CrossAttender, Decoder, Encoder
@@ -24,6 +26,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 
 DIM, HEADS, WIDTH = 12, 2, 4
 SMALL = {"dim": DIM, "heads": HEADS, "attn_dim_head": WIDTH, "depth": 2, "verbose": False}
+GOLDEN_CLIPPED = ("output.", "grad.", "output.masked_")
 close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-5)
 perturbed = functools.partial(catalog.perturbed, noise=0.3)
 
@@ -76,6 +79,69 @@ class TestSigmoid:
     def test_it_has_no_sink(self) -> None:
         with pytest.raises(ConfigError, match="`head_learned_sink` takes part in a normalization"):
             attention(sigmoid=True, head_learned_sink=True)
+
+
+class TestClippedSoftmax:
+    @pytest.mark.parametrize(("gamma", "eta"), [(-0.03, 1.0), (-0.1, 1.1), (0.0, 1.003)])
+    def test_numbers_of_the_paper(self, gamma: float, eta: float, shared: Path) -> None:
+        with safe_open(shared / "golden-experts" / "clipped-softmax.safetensors", "pt") as file:
+            logits, masked = (file.get_tensor(f"input.{name}") for name in ("logits", "logits_masked"))
+            kind = f"eta_{eta}_gamma_{gamma}"
+            wanted, gradient, hiding = (file.get_tensor(f"{name}{kind}") for name in GOLDEN_CLIPPED)
+        (weighting,) = attention(
+            clipped_softmax=True, clipped_softmax_gamma=gamma, clipped_softmax_eta=eta
+        ).weighting.values()
+        weights = weighting(logits.requires_grad_(), None)
+        close(weights, wanted, atol=2e-5, rtol=0)
+        weights.square().sum().backward()
+        close(logits.grad, gradient, atol=2e-5, rtol=0)
+        close(weighting(masked, None), hiding, atol=2e-5, rtol=0)
+
+    def test_numbers_of_a_whole_attention_with_biases(self, shared: Path) -> None:
+        with safe_open(shared / "golden-experts" / "gated-attention-clipped.safetensors", "pt") as file:
+            golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        options = {"clipped_softmax": True, "clipped_softmax_gamma": -0.25, "qkv_bias": True, "project_out": False}
+        module = Attention(16, dim_head=4, heads=4, **options)
+        names = {"q": "query", "k": "key", "v": "value"}
+        names = {
+            f"projections.{own}.{kind}": f"{theirs}.{kind}"
+            for own, theirs in names.items()
+            for kind in ("weight", "bias")
+        }
+        module.load_state_dict({own: golden[f"state.{theirs}"] for own, theirs in names.items()})
+        out = module(golden["input.x"])
+        close(out, golden["output.y"], atol=2e-5, rtol=0)
+        (out * golden["probe"]).sum().backward()
+        for own, theirs in names.items():
+            close(module.get_parameter(own).grad, golden[f"grad.{theirs}"], atol=2e-5, rtol=2e-5)
+
+    def test_hidden_keys_get_nothing_and_a_single_key_everything(self) -> None:
+        _, logits, weights = scores(attention(clipped_softmax=True), inputs())
+        close(weights, (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1))
+        assert (weights[is_hidden(logits)] == 0).all()
+        assert (weights[:, :, 0, 0] == 1).all()
+        assert (weights.sum(dim=-1)[:, :, 1:] < 1).all()
+
+    def test_a_sink_takes_part_in_the_softmax(self) -> None:
+        module = attention(clipped_softmax=True, head_learned_sink=True)
+        _, logits, weights = scores(module, inputs())
+        sink = module.sink.logits.reshape(-1, 1, 1).expand(2, HEADS, 6, 1)
+        own = logits[..., -6:]
+        wanted = (1.03 * torch.cat((sink, own), dim=-1).softmax(dim=-1) - 0.03).clamp(0, 1)
+        close(weights[..., -6:], wanted[..., 1:])
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"clipped_softmax_gamma": 0.1}, "`clipped_softmax_gamma` is 0.1; it must be at most 0"),
+            ({"clipped_softmax_eta": 0.9}, "`clipped_softmax_eta` is 0.9; it must be at least 1"),
+            ({"laser": True}, "`clipped_softmax` may set all weights of a query to 0"),
+            ({"sigmoid": True}, "`sigmoid` and `clipped_softmax` are alternatives"),
+        ],
+    )
+    def test_refusals(self, options: dict[str, Any], words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            attention(clipped_softmax=True, **options)
 
 
 class TestTopK:

@@ -99,6 +99,7 @@ def test_low_rank_maps() -> None:
         ({"laser": True, "laser_softclamp_value": 0.0}, "must be positive"),
         ({"laser": True, "cog_signed": True}, "makes it negative"),
         ({"output_proj_depth": 0}, "`output_proj_depth` is 0"),
+        ({"project_out": False, "out_bias": True, "dim_out": 8}, "`out_bias` adds a bias to the output projection"),
     ],
 )
 def test_refusals(options: dict, words: str) -> None:
@@ -251,12 +252,47 @@ def test_attention_on_attention() -> None:
     assert Attention(dim=8, dim_head=8, heads=1, on_attn=True).to_out.projection.weight.shape == (16, 8)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_biases_of_projections(gated: bool) -> None:
+    x, options = torch.randn(2, 5, 8), {"on_attn": gated, "qkv_bias": True, "out_bias": True}
+    attention = perturbed(Attention(**SMALL, **options))
+    q, k, v = (F.linear(x, each.weight, each.bias) for each in (attention.to_q, attention.to_k, attention.to_v))
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+    merged = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out = attention.to_out.projection if gated else attention.to_out
+    wanted = F.linear(merged, out.weight, out.bias)
+    torch.testing.assert_close(attention(x), F.glu(wanted) if gated else wanted)
+    assert (Attention(**SMALL, **options, zero_init_output=True)(x) == 0).all()
+    assert all(p.ndim == 2 for p in attention.muon_parameters())
+    assert len(list(attention.muon_parameters())) == 2
+
+
+def test_biases_of_latent_attention() -> None:
+    """Maps to queries, keys and values have biases, and maps to latents do not."""
+    latent = {"use_latent_q": True, "dim_latent_q": 4, "use_latent_kv": True, "dim_latent_kv": 5}
+    attention = Attention(**SMALL, **latent, latent_rope_subheads=1, qkv_bias=True)
+    biases = {name for name, _ in attention.named_parameters() if name.endswith("bias")}
+    assert biases == {f"projections.{each}.bias" for each in "qkv"} | {"latent_kv.sub_keys.bias"}
+
+
+def test_a_context_inherits_biases() -> None:
+    stack = Decoder(**STACK, depth=1, cross_attend=True, attn_qkv_bias=True, attn_out_bias=True)
+    assert stack.branches("c")[0].attention.to_q.bias is not None
+    stack = Decoder(**STACK, depth=1, cross_attend=True, cross_attn_qkv_bias=True, cross_attn_out_bias=True)
+    own, context = (stack.branches(kind)[0].attention for kind in "ac")
+    assert own.to_k.bias is own.to_out.bias is None
+    assert context.to_k.bias is not None
+    assert context.to_out.bias is not None
+
+
 def test_a_head_of_another_width_is_projected() -> None:
     """R13: one head of width 4 must not leave an input of width 8 at width 4."""
     assert Attention(dim=8, dim_head=4, heads=1)(torch.randn(1, 3, 8)).shape == (1, 3, 8)
     assert isinstance(Attention(dim=8, dim_head=8, heads=1).to_out, torch.nn.Identity)
     with pytest.raises(ConfigError, match="no output projection to initialize"):
         Attention(dim=8, dim_head=8, heads=1, zero_init_output=True)
+    with pytest.raises(ConfigError, match="there is none; set `project_out = True`"):
+        Attention(dim=8, dim_head=8, heads=1, out_bias=True)
 
 
 # value residual

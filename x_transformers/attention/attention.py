@@ -158,8 +158,8 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
 
     def muon_parameters(self) -> Iterator[Tensor]:
         """Yield the value and output matrices, which Muon may orthogonalize (2502.16982)."""
-        yield from self.projections.v.parameters()
-        yield from self.out.parameters()
+        for each in (self.projections.v, self.out):
+            yield from (parameter for parameter in each.parameters() if parameter.ndim == 2)
 
     def explain(
         self,
@@ -197,7 +197,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return BranchCost(backend.name, why, flops)
 
     def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
-        """Scale query and key weights down, in place, so that none of the given logits exceeds tau (2507.20534).
+        """Scale the maps to queries and keys down, in place, so that no given logit exceeds tau (2507.20534).
 
         The logits of a head whose largest one is `m > tau` are multiplied by `tau / m`. Query/key norms undo the
         change, except for a scale that they learn.

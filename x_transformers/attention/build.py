@@ -96,7 +96,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     if heads < 1:
         raise ConfigError(f"`heads` is {heads}; it must be at least 1.")
 
-    head, latent = parsed["heads"], parsed["latent"]
+    head, latent, bias = parsed["heads"], parsed["latent"], parsed["projection_bias"]
     shape = AttentionShape(
         dim=dim,
         heads=heads,
@@ -117,7 +117,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         modules["latent_q"] = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
         modules["latent_kv"] = None
         if latent.use_latent_kv:
-            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0)
+            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0, bias.qkv_bias)
         modules["projections"] = Projections(
             dim=latent.dim_latent_q if latent.use_latent_q else dim,
             dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
@@ -126,6 +126,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             kv_heads=shape.kv_heads,
             dim_head=shape.dim_head,
             value_dim_head=shape.value_dim_head,
+            bias=bias.qkv_bias,
         )
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)
@@ -135,8 +136,8 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     for mod in modules["values"]:
         width = mod.out_width(width)
     with faults.catching():
-        gated = parsed.on("on_attn")
-        modules["out"] = build_output(shape, heads * width, parsed["attention_output"], gated=gated)
+        gated, output = parsed.on("on_attn"), parsed["attention_output"]
+        modules["out"] = build_output(shape, heads * width, output, gated=gated, bias=bias.out_bias)
     switches: dict[str, str] = {}
     with faults.catching():
         switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}

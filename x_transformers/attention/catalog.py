@@ -8,7 +8,7 @@ from x_transformers.attend import WEIGHTINGS
 from x_transformers.attention import latent
 from x_transformers.attention.keys import memory, sink, zero
 from x_transformers.attention.output_projection import ON_ATTN, OUTPUT
-from x_transformers.attention.projections import CONTEXT, GROUPED, HEADS
+from x_transformers.attention.projections import BIAS, CONTEXT, GROUPED, HEADS
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
     cog,
@@ -103,6 +103,7 @@ DROPOUT = Feature(
 FEATURES = (
     HEADS,
     GROUPED,
+    BIAS,
     CONTEXT,
     BACKEND,
     normalize.UNIT,

@@ -1,4 +1,4 @@
-"""QK clip: scale query and key weights down until no logit exceeds a bound (MuonClip, 2507.20534)."""
+"""QK clip: scale the maps to queries and keys down until no logit exceeds a bound (MuonClip, 2507.20534)."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def clip_factors(logits: Tensor, tau: float) -> Tensor:
 
 @torch.no_grad()
 def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Tensor, kv_heads: int) -> None:
-    """Multiply the logits of each query head by its factor, shared between query and key weights.
+    """Multiply the logits of each query head by its factor, shared between queries and keys.
 
-    The rows of key head g are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query heads that use it,
-    and those of query head q by the rest, `factor_q / sqrt(f_g)`.
+    The rows of key head g, and their biases, are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query
+    heads that use it, and those of query head q by the rest, `factor_q / sqrt(f_g)`.
 
     Args:
         queries: the map to `h * d` features.
@@ -70,3 +70,5 @@ def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Te
 def _scale_rows(linear: nn.Linear, factors: Tensor) -> None:
     rows = factors.repeat_interleave(linear.weight.shape[0] // len(factors))
     linear.weight.mul_(rows.to(linear.weight)[:, None])
+    if linear.bias is not None:
+        linear.bias.mul_(rows.to(linear.bias))

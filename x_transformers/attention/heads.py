@@ -107,7 +107,7 @@ class HeadProjection(nn.Module):
             # every plain pass goes through here, so that heads are split without further Python calls
             h, g, merged = projections.heads, projections.kv_heads, projections.ready
             if merged is not None and xk is xq and xv is xq:
-                q, k, raw = split_heads(F.linear(xq, merged), h + 2 * g).split_with_sizes((h, g, g), -3)
+                q, k, raw = split_heads(F.linear(xq, *merged), h + 2 * g).split_with_sizes((h, g, g), -3)
             else:
                 assert projections.k is not None
                 q, k, raw = projections.q(xq), projections.k(xk), projections.v(xv)

@@ -42,9 +42,10 @@ class LatentKeysValues(nn.Module):
         dim_context: width of the source x.
         width: of the latent.
         subheads: key heads from x.
+        bias: the map to these key heads adds a bias; that to the latent does not.
     """
 
-    def __init__(self, shape: AttentionShape, dim_context: int, width: int, subheads: int) -> None:
+    def __init__(self, shape: AttentionShape, dim_context: int, width: int, subheads: int, bias: bool = False) -> None:
         super().__init__()
         require(
             subheads <= shape.kv_heads,
@@ -52,7 +53,7 @@ class LatentKeysValues(nn.Module):
         )
         self.width, self.subheads, self.dim_head = width, subheads, shape.dim_head
         self.project = nn.Linear(dim_context, width, bias=False)
-        self.sub_keys = nn.Linear(dim_context, subheads * shape.dim_head, bias=False) if subheads else None
+        self.sub_keys = nn.Linear(dim_context, subheads * shape.dim_head, bias=bias) if subheads else None
 
     def cache_streams(self) -> dict[str, Shape]:
         """Return the streams of the latent, and of the key heads that do not come from it."""

@@ -30,18 +30,18 @@ class OnAttnOptions:
 
 
 class GatedOutput(nn.Module):
-    """`a * sigmoid(c)` with `[a, c] = W out`, W of `(2 Do, h e)`."""
+    """`a * sigmoid(c)` with `[a, c] = W out`, W of `(2 Do, h e)`, perhaps plus a bias."""
 
-    def __init__(self, width: int, dim_out: int) -> None:
+    def __init__(self, width: int, dim_out: int, bias: bool = False) -> None:
         super().__init__()
-        self.projection = nn.Linear(width, 2 * dim_out, bias=False)
+        self.projection = nn.Linear(width, 2 * dim_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(b, n, h e)` to `(b, n, Do)`."""
         return F.glu(self.projection(x), dim=-1)
 
 
-def build_output(shape: AttentionShape, width: int, options: OutputOptions, gated: bool) -> nn.Module:
+def build_output(shape: AttentionShape, width: int, options: OutputOptions, gated: bool, bias: bool) -> nn.Module:
     """Build the output projection, or the identity where it would have no effect and is not requested.
 
     Args:
@@ -49,6 +49,7 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
         width: features of all heads, `h e`.
         options: of the projection.
         gated: attention on attention.
+        bias: the projection adds a bias.
 
     Raises:
         ConfigError: if the projection is forbidden, but its width or another option needs one.
@@ -66,12 +67,17 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
             )
         if options.zero_init_output or options.output_proj_depth is not None:
             raise ConfigError("there is no output projection to initialize; set `project_out = True`.")
+        if bias:
+            raise ConfigError(
+                "`out_bias` adds a bias to the output projection, and there is none; set `project_out = True`."
+            )
         return nn.Identity()
-    out = GatedOutput(width, dim_out) if gated else nn.Linear(width, dim_out, bias=False)
-    weight = linear_of(out).weight  # type: ignore[union-attr]
+    out = GatedOutput(width, dim_out, bias) if gated else nn.Linear(width, dim_out, bias=bias)
     if options.zero_init_output:
-        nn.init.zeros_(weight)
+        for parameter in out.parameters():
+            nn.init.zeros_(parameter)
     elif options.output_proj_depth is not None:
+        weight = linear_of(out).weight  # type: ignore[union-attr]
         nn.init.normal_(weight, std=(2 * width * options.output_proj_depth) ** -0.5)
     return out
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, plain_map
+from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, opt, require
 
@@ -64,12 +64,18 @@ class GroupedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasOptions:
+    qkv_bias: bool = opt(False, "biases of the maps to queries, keys and values; those to latents have none")
+    out_bias: bool = opt(False, "a bias of the output projection")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextOptions:
     dim_context: int | None = opt(None, "width of the context that cross-attention reads; default `dim`")
 
 
 class Projections(PreparesForInference):
-    """`q = W_q x`, `k = W_k s`, `v = W_v s`, without biases, split into heads.
+    """`q = W_q x`, `k = W_k s`, `v = W_v s`, split into heads.
 
     Args:
         dim: width of x.
@@ -77,6 +83,7 @@ class Projections(PreparesForInference):
         heads, kv_heads: query heads; key/value heads.
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
         dim_head, value_dim_head: widths of a head.
+        bias: each of the maps adds a bias.
     """
 
     def __init__(
@@ -89,12 +96,13 @@ class Projections(PreparesForInference):
         key_heads: int,
         dim_head: int,
         value_dim_head: int,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads = heads, kv_heads, key_heads
-        self.q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.k = nn.Linear(dim_context, key_heads * dim_head, bias=False) if key_heads else None
-        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=False)
+        self.q = nn.Linear(dim, heads * dim_head, bias=bias)
+        self.k = nn.Linear(dim_context, key_heads * dim_head, bias=bias) if key_heads else None
+        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias)
 
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""
@@ -108,19 +116,23 @@ class Projections(PreparesForInference):
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
 
-    def prepare(self) -> Tensor | None:
-        """Return the three matrices in one, `((h + 2g) d, D)`.
+    def prepare(self) -> Map | None:
+        """Return the three maps in one, with a weight of `((h + 2g) d, D)`.
 
-        None if they are large, read inputs or make heads of different widths, or are not plain linear maps.
+        None if they are large, read inputs or make heads of different widths, or are not plain linear maps, or if only
+        some have a bias.
         """
-        maps = [plain_map(each) for each in (self.q, self.k, self.v)]
-        weights = [each.weight.detach() for each in maps if each is not None and each.bias is None]
-        if len(weights) < len(maps):
+        maps = [each for each in map(plain_map, (self.q, self.k, self.v)) if each is not None]
+        weights = [each.weight.detach() for each in maps]
+        biases = [each.bias.detach() for each in maps if each.bias is not None]
+        if len(maps) < 3 or len(biases) not in (0, 3):
             return None
         if sum(weight.nbytes for weight in weights) > COPIED_BYTES or len({weight.shape[1] for weight in weights}) > 1:
             return None
         of_q, _, of_v = (weight.shape[0] for weight in weights)
-        return torch.cat(weights) if of_q // self.heads == of_v // self.kv_heads else None
+        if of_q // self.heads != of_v // self.kv_heads:
+            return None
+        return Map(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:
@@ -146,6 +158,21 @@ GROUPED = Feature(
     summary="query heads that share keys and values",
     paper="2305.13245",
     examples=({"attn_kv_heads": 2}, {"attn_one_kv_head": True}),
+)
+
+BIAS = Feature(
+    name="projection_bias",
+    group="attn",
+    slot="projection",
+    options=BiasOptions,
+    enabled=lambda options: options.qkv_bias or options.out_bias,
+    summary="biases of the projections to queries, keys, values and outputs",
+    exempt={("gradients", 1): r"projections\.k\.bias$: adds the same to all logits of a query; softmax ignores it"},
+    examples=(
+        {"attn_qkv_bias": True, "attn_out_bias": True},
+        {"attn_qkv_bias": True, "attn_num_mem_kv": 1},
+        {"attn_out_bias": True, "attn_on_attn": True, "attn_zero_init_output": True},
+    ),
 )
 
 CONTEXT = Feature(
