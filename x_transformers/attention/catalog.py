@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import latent
+from x_transformers.attention import latent, output_projection, projections
 from x_transformers.attention.keys import memory, sink, zero
-from x_transformers.attention.output_projection import ON_ATTN, OUTPUT
-from x_transformers.attention.projections import BIAS, CONTEXT, GROUPED, HEADS
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
     cog,
@@ -101,10 +99,7 @@ DROPOUT = Feature(
 )
 
 FEATURES = (
-    HEADS,
-    GROUPED,
-    BIAS,
-    CONTEXT,
+    *projections.FEATURES,
     BACKEND,
     normalize.UNIT,
     normalize.RMS,
@@ -131,8 +126,7 @@ FEATURES = (
     hybrid.FEATURE,
     gates.GATES,
     orthogonal.FEATURE,
-    OUTPUT,
-    ON_ATTN,
+    *output_projection.FEATURES,
 )
 
 SCHEMA = Schema(FEATURES)

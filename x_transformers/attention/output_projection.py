@@ -109,3 +109,5 @@ ON_ATTN = Feature(
     paper="1908.06954",
     examples=({"attn_on_attn": True}, {"attn_on_attn": True, "attn_zero_init_output": True}),
 )
+
+FEATURES = (OUTPUT, ON_ATTN)

@@ -183,3 +183,5 @@ CONTEXT = Feature(
     enabled=lambda options: options.dim_context is not None,
     summary="width of the context of cross-attention",
 )
+
+FEATURES = (HEADS, GROUPED, BIAS, CONTEXT)
