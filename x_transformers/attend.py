@@ -337,11 +337,13 @@ class Attend(Configured, ReadsReference):
         plain_q = q
         for metric in parts.metrics:
             q, k = metric(q, k)
+        # some parts compute queries, keys or values in float32, and kernels take one dtype only
         if not q.dtype == k.dtype == v.dtype:
             q, k, v = widest(q, k, v)
         scores, rows, weights = layer.biases, (), ()
         if parts.scores:
             bound = (*scores, *(mod.bind_layer(x, layer) for mod in parts.scores))
+            # the sort is stable: within a stage, biases of the stack stay before those of the layer
             scores = tuple(sorted(bound, key=lambda score: score.stage))
         if parts.rows or layer.carry.scores:
             rows = (*parts.rows, self.residual) if layer.kind in layer.carry.scores else tuple(parts.rows)
@@ -352,6 +354,7 @@ class Attend(Configured, ReadsReference):
             q,
             k,
             v,
+            # the width before a similarity appended features to the queries
             plain_q.shape[-1] ** -0.5 if self.scale is None else self.scale,
             visible,
             call.memo,
@@ -384,6 +387,8 @@ class Attend(Configured, ReadsReference):
         q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
         learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
+        # all that `for_request` reads, except in a graph: with something left out, a later call could get a kernel that
+        # cannot host it
         asked = (q.device, q.dtype, learns, q.shape[-2:], v.shape[-1], skips, needs, self.backends.flash)
         if asked != self._answer[0]:
             self._answer = asked, self.backends.for_request(request, needs)

@@ -44,6 +44,7 @@ def qk_l2_dist_squared(q: Tensor, k: Tensor) -> Tensor:
         `(b, h, i, j)`, clamped to at least 0.
     """
     k = k.unsqueeze(1) if k.ndim == 3 else k
+    # the terms cancel for near points, and rounding may leave a negative number
     return (q.square().sum(dim=-1)[..., None] + k.square().sum(dim=-1)[..., None, :] - 2 * q @ k.mT).clamp(min=0)
 
 
@@ -66,6 +67,7 @@ def log(t: Tensor, eps: float = 1e-20) -> Tensor:
 
 def max_neg_value(t: Tensor) -> float:
     """Return the most negative finite number of the dtype of `t`, which hidden logits are set to."""
+    # finite: a row in which every key is hidden has a uniform softmax, where minus infinity would give NaN
     return -torch.finfo(t.dtype).max
 
 
@@ -100,6 +102,7 @@ def reference_head_order(heads: int, kv_heads: int) -> Tensor | None:
     """
     if kv_heads in (1, heads):
         return None
+    # our query heads of one key/value head are adjacent, those of the reference are `g` apart
     return rearrange(torch.arange(heads), "(r g) -> (g r)", g=kv_heads)
 
 
@@ -112,6 +115,7 @@ def reorder_heads(t: Tensor, dim: int, order: Tensor) -> Tensor:
         order: `(h,)` indices of heads.
     """
     width = t.shape[dim] // len(order)
+    # a head is `width` adjacent rows, which move together
     rows = (order[:, None] * width + torch.arange(width)).flatten()
     return t.index_select(dim, rows.to(t.device))
 
@@ -162,6 +166,7 @@ def masked_mean(t: Tensor, mask: Tensor | None = None, dim: int = 1) -> Tensor:
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """Return the value of `hard`, exactly, with the gradient of `soft`."""
+    # the difference is exactly 0, so that the value is exactly `hard`; `(hard + soft) - soft` would round it
     return hard.detach() + (soft - soft.detach())
 
 
@@ -188,6 +193,7 @@ def mix_heads(t: Tensor, weight: Tensor) -> Tensor:
 
 def by_row(t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function that reads `t`, `(1|b, n)`, at tensors of row and column indices; all rows share one."""
+    # kernels count all rows of the batch, and an axis of size 1 has no row but the first
     if t.shape[0] > 1:
         return lambda b, column: t[b, column]
     (shared,) = t

@@ -211,6 +211,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         """
         logits = checked_logits(pre_softmax_attn, self.heads, tau)
         if self.sink is not None:
+            # the sink's logits come first; no query and no key takes part in them
             logits = logits[..., 1:]
         keys = (self.projections.k, None if self.latent_kv is None else self.latent_kv.sub_keys)
         clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads)
@@ -231,6 +232,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         Returns:
             `(b, n, Do)`, a record if scores or a cache were requested, and values for later sublayers.
         """
+        # a checkpoint wrapper runs this again, and must not append the same keys to the cache twice
         if layer.start is not None and layer.runs_again:
             layer = layer.restarted()
         call = layer.call

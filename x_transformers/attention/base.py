@@ -135,6 +135,7 @@ class BoundScore:
 
 def look_up(table: Tensor) -> ScoreFunction:
     """Return a score function that adds `table`, `(1|b, 1|h, i, j)`."""
+    # a kernel does not broadcast: it passes its own row and head, which an axis of size 1 does not have
     rows, heads = table.shape[0] > 1, table.shape[1] > 1
 
     def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

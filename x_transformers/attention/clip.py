@@ -58,6 +58,7 @@ def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Te
     shared = factors.unflatten(0, (kv_heads, -1)).amin(dim=-1).sqrt()
     rest = factors / shared.repeat_interleave(len(factors) // kv_heads)
     _scale_rows(queries, rest)
+    # the maps share the key heads among them, in the order in which `join_sub_keys` concatenates them
     done = 0
     width = queries.weight.shape[0] // len(factors)
     for linear in keys:

@@ -121,6 +121,7 @@ class HeadProjection(nn.Module):
         else:
             q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)
+        # norms before rotations: a norm with a factor per feature would not commute with a rotation
         for norm in self.qk_norms:
             q, k = norm.normalize_q(q), norm.normalize_k(k)
         v = self._mix_values(raw, xq, layer) if layer.carry.values else raw
@@ -143,6 +144,7 @@ class HeadProjection(nn.Module):
         q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q)
         for norm in self.qk_norms:
             q = norm.normalize_q(q)
+        # cached keys are rotated already: with no keys at all, the transforms act on the queries only
         q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
         return Heads(q, k, v, v, None)
 
@@ -201,6 +203,8 @@ class HeadProjection(nn.Module):
         Returns:
             keys and values, how many were added, and a mask `(b, P)` of the visible ones; None if all are.
         """
+        # Value modifications act between the two loops: on learned and given values, but not on the zeros, which must
+        # stay zero (LASER, for example, would make them exp(0)).
         prefix, shown, leading = 0, None, 0
         for mod in self.keys:
             prefix += mod.count
@@ -216,6 +220,8 @@ class HeadProjection(nn.Module):
                 k, v = mod.extend(k, v, self._normalize_memory)
                 leading += mod.count
         if layer.additional is not None and layer.additional_mask is not None:
+            # the caller's keys are in the middle of the prefix, between zeros and learned keys, which are always
+            # visible
             learned = prefix - leading - layer.additional_mask.shape[-1]
             shown = F.pad(layer.additional_mask, (leading, learned), value=True)
         return k, v, prefix, shown
@@ -262,6 +268,7 @@ def _sources(xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
     if layer.kv_residual is not None:
         xk, xv = xk + layer.kv_residual, xv + layer.kv_residual
     if layer.memory is not None:
+        # with four axes, `(3, b, m, D)`, memory has inputs of queries, keys and values; the last two are needed
         mk, mv = (layer.memory, layer.memory) if layer.memory.ndim == 3 else layer.memory[-2:].unbind(0)
         xk, xv = torch.cat((mk, xk), dim=-2), torch.cat((mv, xv), dim=-2)
     return xk, xv

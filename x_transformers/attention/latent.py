@@ -72,6 +72,7 @@ class LatentKeysValues(nn.Module):
 
 def join_sub_keys(k: Tensor | None, streams: dict[str, Tensor]) -> Tensor:
     """Concatenate the key heads from the latent and those from the input."""
+    # those from the input come last, since rotations skip the first heads (`HeadProjection.unrotated_heads`)
     sub = streams.get("sub_keys")
     kept = [t for t in (k, sub) if t is not None]
     return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-3)

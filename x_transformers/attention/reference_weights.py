@@ -66,6 +66,7 @@ def translate(
     if not has_keys:
         state.pop(f"{prefix}projections.k.weight", None)  # it has no rows
     rename_parts(state, prefix, parts)
+    # columns first: parts describe them in the reference's order of heads, which changes below
     for mod in values:
         for name in ("out.weight", "out.projection.weight"):
             if prefix + name in state:

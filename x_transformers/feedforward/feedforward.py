@@ -131,6 +131,8 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
             for parameter_ in self.down.parameters():
                 nn.init.zeros_(parameter_)
         elif core.output_proj_depth is not None:
+            # the residual stream is a sum of 2 * depth branches (attention and feedforward); together they add about
+            # the variance of one (GPT-2)
             nn.init.normal_(self.down.weight, std=(2 * inner * core.output_proj_depth) ** -0.5)
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:

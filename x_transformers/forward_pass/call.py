@@ -57,6 +57,8 @@ class Span:
         """Return `(m,)` columns of the tokens with the given order of arrival."""
         if self.ordered:
             return torch.searchsorted(self.index, index)
+        # a ring is not sorted, so that a binary search fails; `argmax`, unlike `nonzero`, finds the one match without
+        # waiting for a GPU
         return (self.index == index.unsqueeze(-1)).long().argmax(dim=-1)
 
     def first(self, count: int) -> Span:
@@ -301,6 +303,8 @@ class LayerCall:
 
     def remember_start(self) -> None:
         """Record the state that the sublayer changes while it runs; see `restarted`."""
+        # One object may be both entry and states. It must be one object in the copy too, or what is written as one
+        # would be missing in the other.
         entry = None if self.entry is None else self.entry.copy()
         states = None if self.states is None else entry if self.states is self.entry else self.states.copy()
         self.start = LayerStart(torch._C._current_graph_task_id(), len(self.call.memo.held), entry, states)
@@ -310,6 +314,8 @@ class LayerCall:
         """True if the sublayer ran before with this call: a checkpoint wrapper runs it again in a backward pass."""
         if self.start is None or torch.compiler.is_compiling():
             return False
+        # A checkpoint runs the sublayer again in a backward pass, which has another task id than the first run. If the
+        # first run was in that backward pass too (nested checkpoints), the results that it left in the memo show it.
         return torch._C._current_graph_task_id() != self.start.task or len(self.call.memo.held) > self.start.held
 
     def restarted(self) -> LayerCall:

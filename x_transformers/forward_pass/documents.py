@@ -40,6 +40,7 @@ class Documents:
         Causality is right-aligned: the last query of a document sees its last key.
         """
         owner = _owners(self.starts_q, n)
+        # the shift moves the end of a document of queries to the end of its document of keys: right-aligned
         shift = self.starts_k[owner + 1] - self.starts_q[owner + 1]
         return torch.arange(n, device=owner.device) + shift - self.starts_k[owner]
 
@@ -64,6 +65,8 @@ class Documents:
 def _owners(starts: Tensor, n: int) -> Tensor:
     """Return `(n,)`, the number of the document that each token belongs to; empty documents have no token."""
     row = torch.arange(n, device=starts.device, dtype=starts.dtype)
+    # The number of documents that end at or before the token. `starts` may repeat a number (an empty document), and
+    # with `right=True` such documents are passed over.
     return torch.searchsorted(starts[1:].contiguous(), row, right=True)
 
 

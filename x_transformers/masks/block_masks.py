@@ -116,6 +116,7 @@ def build(hiding: MaskSpec, device: torch.device) -> BlockMask:
     for part in parts:
         some, every = some & part.some, every & part.every
     return BlockMask.from_kv_blocks(
+        # in this order: blocks whose pairs the kernel checks with `mask_mod`, and blocks that it takes as a whole
         *_listed(some & ~every),
         *_listed(every),
         BLOCK_SIZE=SIDE,
@@ -171,6 +172,7 @@ def _at_most(of_k: Tensor, of_q: Tensor) -> BlockPart:
 
 def _same(of_q: Tensor, of_k: Tensor) -> BlockPart:
     """Allow keys whose number, in `(j,)`, is the query's, in `(i,)`."""
+    # ranges of documents that do not meet have no pair in common; if both blocks are in one document, every pair counts
     (first_k, last_k), (first_q, last_q) = _bounds(of_k), _bounds(of_q)
     first_q, last_q = first_q.unsqueeze(-1), last_q.unsqueeze(-1)
     meet = (first_k <= last_q) & (first_q <= last_k)
@@ -196,6 +198,7 @@ def _given(seen: Tensor) -> BlockPart:
     """Allow the pairs of a mask `(1|b, 1|h, 1|i, P + j)`."""
     rows, heads, queries = (size > 1 for size in seen.shape[:3])
     least, most = _bounds(seen)
+    # bounds over the keys of a block first, then, with the axes exchanged, over its queries
     if queries:
         (least, _), (_, most) = (_bounds(t.mT) for t in (least, most))
         least, most = least.mT, most.mT

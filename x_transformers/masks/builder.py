@@ -63,6 +63,7 @@ def visibility(
         i, j = call.query.index.shape[-1], keys.index.shape[-1]
         if by_order and not hides:
             visible = Visibility(prefix)
+        # a lower triangle over equal slots, for which every kernel has a flag; the rules are for kernels by blocks
         elif by_order and own and prefix == 0 and call.aligned and i == j == call.keys.index.shape[-1]:
             order, even = (call.query.index, keys.index), call.query.placed is None
             visible = Visibility(
@@ -70,6 +71,7 @@ def visibility(
             )
         else:
             visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
+    # the objects are kept with the result: the key holds their ids, which new objects could get otherwise
     if rule is not None:
         memo.held[rule] = visible, (keys, shown, documents, pairs)
     return visible
@@ -108,6 +110,8 @@ def _build(
     triangle = hides and own and diagonal == 0 and prefix == 0 and attn_mask is None and window is None
     if triangle and shown is None and keys.token_mask is not None and _ends_in_padding(call, keys.token_mask):
         return Visibility(is_causal=True, hiding=hiding._replace(token_mask=None))
+    # In self-attention, causality and a window leave each token at least its own key, and keys of the prefix are
+    # visible unless `shown` hides them. If no row can be empty, backends need not look for empty rows.
     sees_nothing = keys.token_mask is not None or attn_mask is not None or (not own and (hides or window is not None))
     return Visibility(prefix=prefix, hiding=hiding, fully_masked=(prefix == 0 or shown is not None) and sees_nothing)
 
@@ -165,6 +169,8 @@ def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | Non
 def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
     """Return the same visibility with documents among the rules, for kernels that do not take their boundaries."""
     assert visible.documents is not None
+    # Identity instead of equality, which would wait for a GPU. If two equal tensors were given, the result is the same;
+    # only the bounds of blocks are unknown.
     own = visible.documents.starts_q is visible.documents.starts_k
     hiding = _apart(visible.documents, i, j, visible.is_causal, None, own)
     return Visibility(visible.prefix, hiding=hiding, fully_masked=visible.fully_masked)

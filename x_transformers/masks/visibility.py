@@ -114,14 +114,17 @@ class MaskSpec(NamedTuple):
         assert self.window is not None
         of_q, of_k = self.slots
         never = torch.iinfo(of_k.dtype).min
+        # hidden keys hold the least number, so that a running maximum passes over them
         latest = of_k if self.token_mask is None else of_k.masked_fill(~self.token_mask, never)
         # the slot of the latest visible key up to each place
         latest = latest.cummax(dim=-1).values
         if self.order is None:
             last = latest[:, -1:]
         else:
+            # `before` is the number of keys that arrived up to the query; index -1, if there is none, is replaced
             before = torch.searchsorted(self.order[1].contiguous(), self.order[0].contiguous(), right=True)
             last = latest[:, (before - 1).clamp(min=0)].masked_fill(before == 0, never)
+        # the window is subtracted from the query's slot: a sum with `never` could overflow and wrap around
         return last < of_q - self.window
 
     # bounds that are known before any tensor is read
@@ -129,6 +132,8 @@ class MaskSpec(NamedTuple):
     def reach(self, start: int, stop: int) -> tuple[int, int]:
         """Return a range of keys, at least one, that covers those which queries `start ... stop - 1` may see."""
         first, last = 0, self.keys
+        # Query t sees keys up to t + diagonal and from t + diagonal - window on. At least one key is left, even if all
+        # are hidden, since a maximum over no columns is an error; masking then makes it a row of minus infinity.
         if self.diagonal is not None:
             if self.order is not None:
                 last = min(max(stop + self.diagonal, 1), self.keys)
@@ -143,6 +148,7 @@ class MaskSpec(NamedTuple):
             return first, first
         if self.diagonal is None or (self.window is not None and not self.even):
             return first, first
+        # the first of the queries sees the least to the right, and the last one the least to the left
         end = last if self.order is None else min(last, max(start + self.diagonal + 1, first))
         begin = first if self.window is None else min(max(stop - 1 + self.diagonal - self.window, first), end)
         return begin, end

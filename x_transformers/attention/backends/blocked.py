@@ -60,6 +60,9 @@ class Blocked(Backend):
     def attend(self, request: Request) -> AttentionOutput:
         plan, inputs = plan_of(request)
         out, lse = BlockwiseSoftmax.apply(plan, request.q, request.k, request.v, *inputs)
+        # A sink joins only the denominator: every weight is multiplied by exp(lse) / (exp(lse) + exp(sink)), which is
+        # this sigmoid. In rows that see no key lse is infinite, so that the factor is 1 and its gradient is 0, never
+        # NaN.
         if request.sink is not None:
             out = out * torch.sigmoid(lse - request.sink.to(lse.dtype)[None, :, None, None]).to(out.dtype)
         return AttentionOutput(out)
@@ -111,10 +114,13 @@ class Scratch:
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return an uninitialized tensor of this shape."""
+        # kept tensors are saved for the backward pass, so that no later block may overwrite them
         if self.keep:
             return self.like.new_empty(shape)
         if name not in self.buffers:
             self.buffers[name] = self.like.new_empty(self.size)
+        # The buffer is flat, since blocks differ in shape: the last has fewer rows, and causality makes the first ones
+        # narrower. A view of its first numbers is contiguous, which a slice of a larger matrix would not be.
         return self.buffers[name][: math.prod(shape)].view(shape)
 
 
@@ -181,6 +187,8 @@ class Plan:
         """
         shape = (*rows.shape[:2], keys.shape[1])
         product = scratch.take("product", shape)
+        # With `beta=0` the first argument is ignored, even NaN in uninitialized memory; `alpha` makes the scaling part
+        # of the matrix product instead of another pass over the block.
         torch.baddbmm(product, rows, keys.mT, beta=0, alpha=self.scale, out=product)
         scores, left = self.modify(by_heads(product, heads), block, inputs, scratch)
         weights = scratch.take("weights", shape)
@@ -201,10 +209,13 @@ class Plan:
                 scores[..., self.prefix :] += step.by.tile(inputs[step.inputs], block.rows, block.columns)
                 continue
             assert step.by.pointwise_ is not None
+            # The function leaves in its argument what its gradient needs, so that the result must go elsewhere: each
+            # pointwise step has a buffer of its own, named by its number.
             left.append(scores)
             scores = step.by.pointwise_(scores, scratch.take(f"pointwise {len(left)}", scores.shape))
         if self.hiding is not None:
             hide(scores, self.hiding, block)
+        # a key may be hidden twice: minus infinity plus minus infinity is minus infinity, not NaN
         if self.shadow is not None:
             scores[..., self.prefix :] += self.shadow[..., block.columns]
         return scores, left
@@ -219,6 +230,8 @@ class Plan:
         """
         most = scores.amax(dim=-1, keepdim=True) if self.empty or lse is not None else None
         weights = torch.softmax(scores, dim=-1, out=out)
+        # Weights need not be normalized again: the largest weight of a row is at least 1 / (number of keys), so that
+        # what is dropped is far below its rounding error.
         if self.steep:
             torch.threshold_(weights, LEAST[weights.dtype], 0.0)
         if most is None:
@@ -249,6 +262,8 @@ class Plan:
             left: by the pointwise functions.
             sums: for each input the sum of its gradients, to which is added; None for one that needs none.
         """
+        # Masks have no step here: hidden keys have weight 0, by which their gradient has been multiplied already.
+        # Biases do not change the gradient of the scores, they only collect it.
         left = list(left)
         for step in reversed(self.steps):
             if isinstance(step.by, Tiles):
@@ -272,6 +287,8 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
         steps.append(ScoreStep(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
         inputs += tiles.inputs
     hiding, shadow = visible.hiding, None
+    # Padding is the same for all queries of a row. Without it among the rules, `clear` can find ranges of keys that all
+    # queries of a block see, where no mask of pairs is made at all.
     if hiding is not None and hiding.token_mask is not None:
         # an addition of minus infinity is faster than `masked_fill`
         shadow = at_least_float32(request.q.new_zeros(hiding.token_mask.shape)).masked_fill_(~hiding.token_mask, NEVER)
@@ -307,6 +324,7 @@ def hide(scores: Tensor, hiding: MaskSpec, block: Block) -> None:
     """
     if hiding.shown is not None:
         scores[..., : hiding.prefix].masked_fill_(~hiding.shown[:, None, None, :], NEVER)
+    # columns count keys from the first token on, and `scores` begins with the prefix and the block's first key
     first, last = block.columns.start, block.columns.stop
     begin, end = hiding.clear(block.rows.start, block.rows.stop)
     for start, stop in ((first, begin), (end, last)):
@@ -323,10 +341,14 @@ def add_gradients(
     wanted = [(t, total) for t, total in zip(inputs, sums, strict=True) if total is not None]
     if not wanted:
         return
+    # the tile of the sum is a view of it as well, so that an addition to the view adds to the sum; a tile that the
+    # batch or the heads share takes the sum over them
     if tiles.view:
         part = tiles.tile([total for _, total in wanted], block.rows, block.columns)
         part += gradient.sum_to_size(part.shape)
         return
+    # Autograd differentiates one tile at a time. The leaves are detached, so that this graph is freed with the block
+    # and never reaches the graph of the pass.
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(total is not None) for t, total in zip(inputs, sums, strict=True)]
         tile = tiles.tile(leaves, block.rows, block.columns)
@@ -346,9 +368,11 @@ class BlockwiseSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         keep, kept = plan.keep and any(ctx.needs_input_grad), list[BlockOutput]()
+        # autocast would round the products to half precision, and `out=` does not accept tensors of another dtype
         with torch.autocast("cpu", enabled=False):
             heads, (queries, keys, values) = q.shape[:2], (folded(q, k.shape[1]), flat(k), flat(v))
             out = queries.new_empty(*q.shape[:3], v.shape[-1])
+            # the function must return a tensor, so that a log-sum-exp that nobody reads is an empty one
             lse = queries.new_empty(*q.shape[:3] if plan.sums else (0,), 1)
             scratch = Scratch(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2], keep)
             for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
@@ -360,8 +384,11 @@ class BlockwiseSoftmax(torch.autograd.Function):
                 if keep:
                     kept.append(passed)
         out = out.to(q.dtype)
+        # Tensors go through `save_for_backward` although `ctx` could hold them: an output that `ctx` holds is a
+        # reference cycle, and changes of a saved tensor would go unnoticed.
         ctx.plan, ctx.inputs = plan, len(inputs)
         ctx.save_for_backward(q, k, v, out, *inputs, *(t for passed in kept for t in (passed.weights, *passed.left)))
+        # without a sink the log-sum-exp has no gradient: None costs nothing, a tensor of zeros would be computed with
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -389,14 +416,20 @@ class BlockwiseSoftmax(torch.autograd.Function):
             for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
                 rows, d_rows = (t[:, :, block.rows].flatten(1, 2) for t in (queries, d_heads))
                 some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
+                # either all blocks are kept or none is; a `BlockOutput` is a nonempty tuple and therefore true
                 weights, left = next(passes, None) or plan.block_weights(rows, some, heads, block, inputs, scratch)
                 add_product(d_values, weights.mT, d_rows, plan.prefix, block.columns)
+                # the gradient of a softmax, `p * (do v^T - mean)`, without a second buffer: product, difference,
+                # product
                 gradient = torch.bmm(d_rows, some_values.mT, out=scratch.take("gradient", weights.shape))
                 gradient = by_heads(gradient, heads).sub_(mean[:, :, block.rows])
                 gradient = plan.back(gradient.mul_(by_heads(weights, heads)), block, inputs, left, sums)
                 gradient = gradient.view_as(weights)
                 add_product(d_keys, gradient.mT, rows, plan.prefix, block.columns)
+                # a query is in one block only, so that its gradient is assigned; those of keys and values are sums over
+                # blocks
                 d_queries[:, :, block.rows] = (gradient @ some).unflatten(1, (queries.shape[1], -1))
+        # `gradient` is that of the scaled products; to scale the results costs a factor per token, not one per pair
         d_queries *= plan.scale
         d_keys *= plan.scale
         return (
@@ -416,6 +449,7 @@ def kept_blocks(plan: Plan, kept: Sequence[Tensor]) -> Iterator[BlockOutput]:
 
 def folded(q: Tensor, groups: int) -> Tensor:
     """Reshape `(b, h, i, d)` to `(b * g, h // g, i, d)`, in float32 or wider."""
+    # the h // g query heads that share a key head are adjacent: they become rows of one product, and no key is repeated
     b, h, i, d = q.shape
     return at_least_float32(q).reshape(b * groups, h // groups, i, d)
 
@@ -432,6 +466,7 @@ def flat(t: Tensor) -> Tensor:
 
 def key_range(t: Tensor, prefix: int, columns: slice) -> Tensor:
     """Return `(b * g, P + columns, d)`, the keys of the prefix and those of a range."""
+    # the prefix and a range that begins at the first token adjoin, so that one slice (a view) contains both
     if prefix == 0 or columns.start == 0:
         return t[:, columns.start : prefix + columns.stop]
     return torch.cat((t[:, :prefix], t[:, prefix + columns.start : prefix + columns.stop]), dim=1)
@@ -439,6 +474,7 @@ def key_range(t: Tensor, prefix: int, columns: slice) -> Tensor:
 
 def add_product(total: Tensor, one: Tensor, two: Tensor, prefix: int, columns: slice) -> None:
     """Add a product to the rows that `key_range` returns."""
+    # the keys of other blocks may have been a copy of two slices, whose gradients belong to two places
     if prefix == 0 or columns.start == 0:
         total[:, columns.start : prefix + columns.stop].baddbmm_(one, two)
         return

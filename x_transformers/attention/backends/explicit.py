@@ -26,6 +26,7 @@ class Explicit(Backend):
         k, v = expand_kv_heads(request.k, heads), expand_kv_heads(request.v, heads)
         mask = _mask(request)
         similarities, logits, later = _logits(request, (q @ k.transpose(-1, -2)) * request.scale, mask)
+        # the sink takes its share of the softmax and has no value, so that its column is removed from the weights
         joined = logits if request.sink is None else torch.cat((_sink(request, logits), logits), dim=-1)
         weights = _weights(request, joined, mask)
         # weights of a query that sees nothing must be zero before heads are mixed, and after every change
@@ -41,6 +42,7 @@ class Explicit(Backend):
             return AttentionOutput(out)
         if request.sink is not None:
             shown = torch.cat((weights[..., :1], shown), dim=-1)
+        # a later layer adds these logits to its own, and the most negative number twice would be infinite
         plain = logits if mask is None else logits.masked_fill(~mask, 0.0)
         return AttentionOutput(out, similarities, joined, shown, plain)
 

@@ -83,6 +83,8 @@ class Flex(Backend):
         run: Callable[..., Any] = flex_attention
         if not request.q.is_cpu and not torch.compiler.is_compiling():
             run = _compiled(flex_attention)
+        # Features of zeros change no score, and those of the output are cut off. The scale is given, since the default
+        # would follow the padded width.
         q, k, v = (_at_least(t, NARROWEST) for t in (request.q, request.k, request.v))
         result = run(
             q,

@@ -57,6 +57,7 @@ class SDPA(Backend):
             request.v,
             attn_mask=mask,
             dropout_p=request.dropout,
+            # kernels take a mask or the flag, not both; `_mask` has included causality
             is_causal=visible.is_causal and mask is None,
             scale=request.scale,
             enable_gqa=k.shape[1] != q.shape[1],

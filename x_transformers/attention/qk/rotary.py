@@ -122,6 +122,7 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
     def tables(self, query: Span, keys: Span) -> Tables:
         """Return cosines and sines `(1|b, 1, n, r/2)` of queries and of keys, times xPos factors, in float32."""
         q = self._cos_sin(query.pos, 1.0)
+        # xPos multiplies queries and divides keys by its factor, so that their tables differ even at equal positions
         same = keys.pos is query.pos and not self.use_xpos
         return q, q if same else self._cos_sin(keys.pos, -1.0)
 
@@ -200,6 +201,7 @@ def rotate_uncompiled(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Compiled for a CPU, the loop over interleaved pairs loads numbers one by one instead of as vectors, which takes
     four times as long. PyTorch's kernel for complex numbers is vectorized.
     """
+    # the compiler plans with the strides that the fake version below promises
     return _rotate_as_complex(t, cos, sin).contiguous()
 
 

@@ -72,6 +72,7 @@ class DistanceBias(ScoreMod):
         least = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
         distances = least + torch.arange(i + j - 1, device=query.pos.device)
         table = self.bias(distances.unsqueeze(0)).squeeze(-2)
+        # query q and key k read entry `j - 1 + q - k`; as a number, `j - 1` would become a part of the kernel
         first = torch.arange(j - 1, i + j - 1, device=query.pos.device)
 
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -93,6 +94,8 @@ class DistanceBias(ScoreMod):
         strip = by_distance.unfold(-1, i + j - 1, 1).flip(-2)
 
         def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            # Row y and column c of the strip have the distance `query.pos[0] - keys.pos[0] + i - 1 + y - c`. Query
+            # `rows.start + y` and key k have that distance at `c = i - 1 - rows.start + k`.
             left = i - 1 - rows.start
             return inputs[0][..., : rows.stop - rows.start, left + columns.start : left + columns.stop]
 

@@ -22,6 +22,7 @@ class CogSigned(RowMod):
     The logit `s_h` of a learned sink joins the softmax as `|s_h|`.
     """
 
+    # before the mask: the absolute value of a hidden logit would be the largest of its row
     stage = Stage.SIGN
 
     def change(self, logits: Tensor, rows: RowContext) -> tuple[Tensor, WeightChange | None]:

@@ -103,11 +103,13 @@ class CoPE(RowMod):
         # The sum over the keys from j on is a running sum from the right: the total minus a running sum from the left
         # could round to a negative position near the query.
         position = gates.flip(-1).cumsum(dim=-1).flip(-1).clamp(max=len(self.embeddings) - 1)
+        # each query meets all P vectors once, and pairs read the products: interpolation commutes with the dot product
         by_position = at_least_float32(q @ self.embeddings.to(q.dtype).T)
         return self._soft_lookup(by_position, position) if self.soft_onehot else _interpolate(by_position, position)
 
     def _gates(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         if self.mix is not None:
+            # hidden logits are the most negative number, and a sum of several such numbers could be infinite or NaN
             logits = mix_heads(logits if mask is None else logits.masked_fill(~mask, 0.0), self.mix)
         # masked after the mix too, which may have given a hidden key any logit; the sigmoid then makes its gate 0
         return (logits if mask is None else logits.masked_fill(~mask, max_neg_value(logits))).sigmoid()
@@ -121,6 +123,8 @@ class CoPE(RowMod):
 
 def _interpolate(by_position: Tensor, position: Tensor) -> Tensor:
     """Read `(b, h, i, P)` at fractional positions `(b, h, i, j)` by linear interpolation."""
+    # Positions are at most P - 1, so that the ceiling is inside of the table. Floor and ceiling have no gradient: gates
+    # learn by the share `position - floor`.
     floor = position.floor()
     low, high = by_position.gather(-1, floor.long()), by_position.gather(-1, position.ceil().long())
     return torch.lerp(low, high, position - floor)

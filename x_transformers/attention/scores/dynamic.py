@@ -84,6 +84,8 @@ class DynamicPositionBias(DistanceBias):
         i, j = len(query), len(keys)
         least = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
         table = self._mlp(least + torch.arange(i + j - 1, device=query.pos.device))
+        # query q and key k are at the distance `least + (q - k + j - 1)`: from 0 for the first query and the last key
+        # to i + j - 2 for the last query and the first key
         rows, columns = torch.arange(i, device=table.device), torch.arange(j, device=table.device)
         return table[rows[:, None] - columns + (j - 1)].movedim(-1, -3).unsqueeze(0)
 

@@ -109,6 +109,7 @@ class DataDependentAlibi(ScoreMod):
         bias = of_queries.unsqueeze(-1) - of_keys.unsqueeze(-2)
         if self.requires_causal:
             return bias
+        # the backward sums run in the same direction as the forward ones, so that the difference has the opposite sign
         forward, backward = bias.split(self.heads, dim=1)
         return torch.where(later, -backward, forward)
 
@@ -147,6 +148,7 @@ class DataDependentAlibi(ScoreMod):
 
     def _gates_of(self, x: Tensor) -> Tensor:
         """Return the logarithms of the gates `(b, c, n)` of tokens `(b, n, D)`."""
+        # in float32: the bias is a small difference of running sums, which grow with the length of the sequence
         return F.logsigmoid(at_least_float32(self.to_gates(x))).transpose(-1, -2) * self.scale
 
     def _log_gates(self, x: Tensor, layer: LayerCall) -> Tensor:

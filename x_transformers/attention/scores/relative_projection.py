@@ -109,6 +109,7 @@ def _look_up(by_distance: Tensor, query: Tensor, keys: Tensor) -> Tensor:
     """Read `(b, h, i, R)` at the distances of positions `(1|b, i)` and `(1|b, j)`; returns `(b, h, i, j)`."""
     distance = query.unsqueeze(-1) - keys.unsqueeze(-2)
     count = by_distance.shape[-1]
+    # `gather` needs a valid column for every pair: distances that the table lacks read any column and are then dropped
     inside = ((distance >= 0) & (distance < count)).unsqueeze(1)
     columns = distance.clamp(0, count - 1).unsqueeze(1).expand(*by_distance.shape[:2], -1, -1)
     return by_distance.gather(-1, columns).masked_fill(~inside, 0.0)

@@ -43,12 +43,14 @@ def selective_attn(sim: Tensor, sim_head_gate: Tensor | None = None, no_mask_sos
     columns, own = torch.arange(j, device=sim.device), torch.arange(j - i, j, device=sim.device)
     exempt = (columns == own.unsqueeze(-1)) | (columns < j - i + no_mask_sos)
     gate = sim[:, 0] if sim_head_gate is None else sim_head_gate
+    # hidden logits are negative, so that the ReLU turns them to 0: nobody suppresses a key that it does not see
     gate = at_least_float32(gate).relu().masked_fill(exempt, 0.0)
     return sim - _sum_of_earlier_rows(gate).unsqueeze(1).to(sim.dtype)
 
 
 def _sum_of_earlier_rows(gate: Tensor) -> Tensor:
     """Return, for each row of `(b, i, j)`, the sum of the rows before it."""
+    # the running sum without the row itself: moved down by one row, with zeros for the first
     return F.pad(gate.cumsum(dim=-2)[..., :-1, :], (0, 0, 1, 0))
 
 

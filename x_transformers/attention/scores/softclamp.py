@@ -55,6 +55,7 @@ class SoftclampLogits(ScoreMod):
             return torch.mul(scores.div_(self.value).tanh_(), self.value, out=out)
 
         def chain(gradient: Tensor, tanh: Tensor) -> Tensor:
+            # d/ds c tanh(s / c) = 1 - tanh(s / c)^2: the factors c and 1 / c cancel, and the tanh is all that is needed
             return torch.ops.aten.tanh_backward.grad_input(gradient, tanh, grad_input=gradient)
 
         return BoundScore(

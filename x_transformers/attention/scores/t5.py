@@ -74,6 +74,7 @@ class RelativePositionBias(DistanceBias):
             distance = distance.clamp(min=0)
         else:
             buckets //= 2
+            # one half of the table is for keys up to the query, the other half for keys after it
             offset = (distance < 0).long() * buckets
             distance = distance.abs()
         exact = buckets // 2
@@ -97,6 +98,8 @@ class RelativePositionBias(DistanceBias):
         table = table.squeeze(-2)
 
         def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            # A number would become a part of the kernel, one kernel for each `max_distance`. It is therefore read from
+            # a tensor, at an index that is a tensor.
             bound = farthest[h * 0]
             distance = torch.minimum(torch.maximum(of_q(b, q) - of_k(b, k), -bound), bound)
             return score + table[h, distance + bound]

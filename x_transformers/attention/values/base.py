@@ -126,6 +126,7 @@ class SequenceRunner:
                 # the first of these tokens is number `earlier` of its sequence, so it goes to row `earlier % rows`
                 at = tokens[(row - earlier) % self.rows :: self.rows]
                 length = -(-len(tokens) // self.rows) if pad else len(at)
+                # tokens are dealt in turn, so that row r has a state once more than r tokens have been dealt
                 if length:
                     groups.setdefault((length, earlier > row), []).append((b, row, at))
         for (length, started), pieces in groups.items():

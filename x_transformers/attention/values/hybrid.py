@@ -70,6 +70,7 @@ class HybridBranch(ValueMod):
         self.bidirectional = any(getattr(each, "bidirectional", False) is True for each in self.module.modules())
         self.heads, self.order = shape.heads, reference_head_order(shape.heads, shape.kv_heads)
         self.width, self.mask_name = shape.value_dim_head, options.hybrid_mask_kwarg
+        # the states of PyTorch's recurrent modules have layers first and the batch second, even with `batch_first`
         batch_axis = 1 if self.recurrent else getattr(self.module, "state_batch_dim", 0)
         self.runner = SequenceRunner(self.module, options.hybrid_fold_axial_dim or 1, batch_axis)
         self._check(shape)
@@ -99,6 +100,7 @@ class HybridBranch(ValueMod):
 
     def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         branch = split_heads(self._check_output(self._branch(seen), seen.x.shape[1]), self.heads)
+        # the module was written for the reference's order of grouped heads, from which ours differs
         branch = branch if self.order is None else branch[:, self.order]
         share = 0.5 if self.mix is None else split_heads(self.mix(seen.x), self.heads).sigmoid()
         return self.norm(out) * (1 - share) + self.branch_norm(branch.to(out.dtype)) * share

@@ -36,9 +36,11 @@ class Laser(ValueMod):
         self.clamp = clamp
 
     def prepare_values(self, v: Tensor) -> Tensor:
+        # float16 ends at exp(11), below the default bound of 15
         return softclamp(at_least_float32(v), self.clamp).exp()
 
     def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
+        # `log` clamps at 1e-20, so that an output of 0, where no key is visible, would become -46
         out = log(out)
         return out if seen.fully_masked is None else out.masked_fill(seen.fully_masked, 0.0)
 

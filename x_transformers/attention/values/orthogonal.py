@@ -54,6 +54,7 @@ class OrthogonalToOwnValue(ValueMod):
                 "`orthog_projected_values` makes outputs orthogonal to the token's own value, and in cross-attention "
                 "tokens have none; drop it there."
             )
+        # with grouped heads, the own value of a query head is that of its key/value head
         own = expand_kv_heads(seen.values, out.shape[-3])
         results = []
         if self.together:

@@ -54,6 +54,7 @@ class Gumbel(Weighting):
     def _noisy(self, logits: Tensor) -> Tensor:
         if not self.training:
             return logits
+        # a sample may be 0, and its logarithm would make the logit infinite and the softmax NaN
         tiny = torch.finfo(logits.dtype).tiny
         return logits - torch.empty_like(logits).exponential_().clamp(min=tiny).log()
 

@@ -33,6 +33,7 @@ class Inverted(Weighting):
         weights = logits.softmax(dim=-2)
         if mask is not None:
             weights = weights.masked_fill(~mask, 0.0)
+        # a query that sees no key has a row of zeros, which stays zero: the norm divides by a positive number at least
         return l1norm(weights)
 
 

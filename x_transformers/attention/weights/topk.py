@@ -51,6 +51,8 @@ def _topk(logits: Tensor, k: int, temperature: float, smooth: bool, dim: int) ->
     least = wide.topk(min(k, wide.shape[dim]), dim=dim).values.amin(dim=dim, keepdim=True)
     # Equal tokens without positions have equal logits, which matrix products of other shapes round differently: without
     # a tolerance, decoding with a cache could choose other keys than the full forward pass.
+    # If fewer than k keys are visible, the k-th largest logit is a hidden one, which equals all other hidden ones. The
+    # comparison is in the dtype of `logits`, whose most negative number is not that of float32.
     kept = (wide >= least - ROUNDING * least.abs().clamp(min=1)) & (logits > max_neg_value(logits))
     sparse = wide.masked_fill(~kept, max_neg_value(wide)).softmax(dim=dim)
     return straight_through(sparse, (wide / temperature).softmax(dim=dim)) if smooth else sparse
