@@ -173,6 +173,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             logits, (predicted, embeds) = logits
 
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        # labels move to the logits of the token before them; prepended places and the last one have none
         labels = F.pad(x[:, 1:], (p, 1), value=self.ignore_index)
         loss = self._cross_entropy(logits, labels, kwargs.get("to_logits_kwargs"))
         if predicted is not None and embeds is not None:
@@ -319,10 +320,12 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         """Return the compiled step and prefill for calls of this structure, made when first needed."""
         given = dict(options.compile) if isinstance(options.compile, Mapping) else {}
         present = sorted(name for name, value in options.arguments.items() if value is not None)
+        # there is one compiled function for each structure of calls; values of arguments do not change it
         key = (repr(sorted(given.items())), prompts.lens is None, *present)
         made = self._compiled.get(key)
         if made is None:
             made = CompiledReading(CompiledStep(**given), compiled_prefill(**given), InferenceView(direct=False))
+        # graphs refer to the copies of the first view, so that later calls bring these up to date and run them again
         view = InferenceView(self.net, direct=False, earlier=made.view)
         self._compiled[key] = made = made._replace(view=view)
         return made

@@ -124,6 +124,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         if len(pairs) == 0:
             return (f.sum() + g.sum()) * 0.0
         i, j = pairs.unbind(dim=-1)
+        # j = L is valid: that state has read the end and no token
         valid = j <= lens.unsqueeze(-1)
         states, distance = torch.cat((f[:, i], g[:, j]), dim=-1), j - i
         labels = torch.stack((seq[:, i + 1], seq[:, j - 1]), dim=-1)
@@ -144,6 +145,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         # each row is reversed in itself, so that the end comes before its last token
         reversed_seq = seq.gather(1, (lens.unsqueeze(-1) - 1 - places[:-1]).clamp(min=0))
         read = self.backward_decoder(reversed_seq, prepend_embeds=self._end(len(seq)), return_embeddings=True)
+        # `g_j` has read the end and then L - j tokens, so that it is output L - j of the reversed pass
         order = (lens.unsqueeze(-1) - places).clamp(min=0)
         return f, read.gather(1, order.unsqueeze(-1).expand(-1, -1, read.shape[-1]))
 
@@ -271,6 +273,7 @@ class _Paired(Reader):
 
     def read(self, sequences: Sequences) -> Tensor:
         state = self.reader.read(sequences)[:, -1:]
+        # the head takes the forward state first, and returns logits of the next token and then of the previous one
         pair = (self.other, state) if self.backwards else (state, self.other)
         return self.head(torch.cat(pair, dim=-1)).chunk(2, dim=-1)[int(self.backwards)]
 

@@ -167,6 +167,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         else:
             x = x.masked_fill(~_before(lens, x).unsqueeze(-1), 0.0)
         long_enough = lens > rollout_steps
+        # random histories, so that the model learns to continue any length; aligned, so that all rows go on at one
+        # column
         cut = _cut_points(lens - rollout_steps)
         history, start = _aligned(x, cut)
         places = (cut.unsqueeze(-1) + torch.arange(rollout_steps, device=x.device)).clamp(max=x.shape[1] - 1)
@@ -195,6 +197,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             new = predictions[-1]
             if self.probabilistic:
                 mean, variance = new
+                # reparameterized: gradients of later steps flow through the draw into earlier ones
                 new = mean + variance.sqrt() * torch.randn_like(mean)
             new = new.to(history.dtype)
             history = torch.cat((history, new), dim=1) if cache is None else history

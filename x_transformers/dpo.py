@@ -123,6 +123,7 @@ class DPO(Configured, ReadsReference):
         padding = seq == self.pad_id
         if mask is None:
             response = response & ~padding[:, 1:]
+        # padding is on the right of a causal row: no token that counts sees it, so that any valid id will do
         readable = 0 <= self.pad_id < self.policy_model.num_tokens
         return seq if readable else seq.masked_fill(padding, 0), response
 
@@ -154,4 +155,5 @@ def log_prob_from_model_and_seq(model: TransformerWrapper, seq: Tensor) -> Tenso
 def _score(model: TransformerWrapper, seq: Tensor, counted: Tensor) -> Tensor:
     """Return `(b,)` the mean log-probability of the tokens that count."""
     log_probs = log_prob_from_model_and_seq(model, seq)
+    # padding may have a log-probability of minus infinity, and its product with a mask of 0 would be NaN
     return masked_mean(log_probs.masked_fill(~counted, 0.0), counted)

@@ -115,6 +115,7 @@ class EntropyBasedTokenizer(nn.Module):
         # The first position of the token that contains each position: one after the last end before it.
         begins = torch.where(ends, places + 1, 0).cummax(dim=-1).values.roll(1, dims=-1)
         begins[:, 0] = 0
+        # long tokens are cut from their own first position on, so that rows do not influence each other's cuts
         return ends | ((places - begins + 1) % self.max_token_size == 0)
 
 

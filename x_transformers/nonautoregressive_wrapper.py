@@ -230,6 +230,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         critic_loss = None
         if self.token_critic is not None and not only_train_generator:
             sampled = self._sample(logits.detach(), generator_sample_temperature)
+            # a draw may be the true token by chance, which the critic should find right
             filled = torch.where(masked, sampled, x)
             critic_loss = self._critic_loss(filled, filled != x, valid, kwargs, frozen=only_train_critic)
             if only_train_critic:
@@ -264,6 +265,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         """Return the input of the model: most masked tokens as `mask_id`, some unchanged, some random."""
         replaced = masked
         fraction: float | Tensor = self.random_token_prob
+        # One coin for the whole batch decides on each of the two changes, so that some batches show only `mask_id`, as
+        # all inputs of generation do.
         if self.no_replace_prob > 0:
             coin = torch.rand((), device=x.device) < 0.5
             replaced = replaced & ~(get_mask_subset_prob(masked, self.no_replace_prob) & coin)
@@ -301,6 +304,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
     def _loss_weight(self, t: Tensor) -> Tensor:
         """Return `-m'(t) / m(t)` for `t (b,)`, by automatic differentiation."""
+        # a schedule may be any function, and its slope is needed even if the loss is computed without gradients
         with torch.inference_mode(False), torch.enable_grad():
             t = t.detach().clone().requires_grad_()
             fraction = self.schedule(t)
@@ -396,6 +400,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             if count > 0:
                 doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
                 if not self.can_mask_prev_unmasked:
+                    # tokens of earlier steps are final; the schedule falls, so that at least `count` of the others are
+                    # left
                     doubts = doubts.masked_fill(~masked, -math.inf)
                 least_sure = doubts.topk(count, dim=-1).indices
                 masked = torch.zeros_like(masked).scatter(-1, least_sure, True)

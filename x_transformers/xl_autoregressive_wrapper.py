@@ -125,6 +125,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         shown, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
         total, size = labels.shape[1], self.max_seq_len
         if total == 0:
+            # zero, but attached to the graph, so that `backward` works for a batch without targets
             return self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0
         memory = _Memory(self.net, mems)
         loss = torch.zeros((), device=x.device)
@@ -134,9 +135,11 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             logits = memory.read(
                 shown[:, first:last],
                 arguments,
+                # gradients flow through memory within `tbptt_steps` segments, and not beyond
                 detach=(number + 1) % self.tbptt_steps == 0,
                 blind=dropout_mems,
             )
+            # the last segment may be shorter, and counts by its length
             loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
         return loss
 
@@ -251,10 +254,12 @@ class _Memory:
         for mask in masks:
             new = new & mask
         layout = self.net.layout
+        # memory tokens of the model have slots in each segment, and so in the recurrent memory
         if layout.every is None:
             new = pad_left(new, layout.memory, True)
         else:
             new = interspersed(layout, n, 0, 0, None, segment.device).spread(new, True)
+        # memory from before the first mask is visible as a whole
         past = next((t for t in self.mems or () if t is not None), None)
         if past is not None:
             seen = self.seen if self.seen is not None else new.new_ones(batch, past.shape[-2])

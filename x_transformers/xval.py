@@ -227,6 +227,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         prepended = kwargs.get("prepend_embeds") is not None
         read = read_prompts(start_tokens, prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
         numbers = Sequences(read.align(_rows(start_tokens, start_numbers, read.width), 0.0))
+        # a window over the last tokens moves their positions, and cached keys have the old ones
         cached = cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1
         view = InferenceView(net)
         reader = make_reader(
@@ -266,6 +267,7 @@ class _Numbered:
             check_readable(logits, self.vocabulary)
             token, number = self.choose(logits[:, -1]), predicted[:, -1:].to(self.numbers.parts[0].dtype)
             self.ids.append(token)
+            # every token gets a number, which the model ignores unless it is the numeric token
             self.numbers.append(number)
             yield token, number
 

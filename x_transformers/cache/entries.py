@@ -92,6 +92,8 @@ class WindowEntry(Entry):
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         past = self.grown.get(name)
+        # Queries of this pass see `reach` slots. Some more are kept, since after a rollback older slots are in the
+        # window again.
         whole = new if past is None else torch.cat((*self._newest(past, self.reach), new), dim=-2)
         kept = self._newest(whole, self.reach + min(new.shape[-2], SLACK))
         # a copy, so that what is not kept can be freed
@@ -146,6 +148,7 @@ class StaticEntry(Entry):
         """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
         buffer = self.grown[name]
         buffer.index_copy_(-2, self.index, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
+        # the keys of a prompt are all new: attention over them needs neither the buffer's length nor its mask
         if self.fresh:
             return new
         return buffer if self.shown is None else buffer.narrow(-2, 0, self.shown)
@@ -203,6 +206,7 @@ class Ring:
         # in each place is the newest slot that is congruent to it
         newest = filled - 1 - self.prefix
         slot = newest - (newest - (places - self.prefix)).remainder(self.room)
+        # `never` is later than any query, so that causality hides the place without a mask of its own
         slots = torch.where(slot < 0, never, self.prefix + slot)
         return torch.where(places < self.prefix, places, slots)
 
@@ -244,6 +248,8 @@ class RingEntry(StaticEntry):
             whole = torch.cat((buffer, new.to(buffer.dtype)), dim=-2)
         # write no place twice: `index_copy_` does not define which write wins
         late = max(n - ring.room, 0)
+        # only the newest slots of a long prompt survive in the ring, but the prefix has places that are never written
+        # over
         if self.fresh and late > 0:
             late = max(late, ring.prefix)
             self._write(buffer, new, 0, ring.prefix)

@@ -112,6 +112,7 @@ class KVCache:
             own.tokens += header.items
             if own.fresh:
                 own.prefix, own.prepended, own.prefix_mask = header.prefix, header.prepended, header.prefix_mask
+                # interspersed memory tokens are seen from any distance, so that nothing may be dropped
                 bounded = any(reach is not None for reach in reaches) and not header.interspersed
                 own.reaches = reaches if bounded else ()
         return own
@@ -183,6 +184,7 @@ class KVCache:
             reach: number of slots that the sublayer looks back.
             new: number of tokens of this pass.
         """
+        # what `WindowEntry.grow` returns after the prefix; the entry itself may hold more, for rollbacks
         held = min(reach, self.length - new - self.prefix - self.dropped) + new
         first, prefix = len(keys) - held, self.prefix
         if prefix == 0:
@@ -221,6 +223,8 @@ class KVCache:
         past = self.positions
         if past is None:
             past = torch.arange(self.length, device=slots.device).unsqueeze(0)
+        # positions are kept for all slots, dropped ones too, so that a slot is its own column; `key_index` picks those
+        # held
         n = self.length - past.shape[1] if pos is None else pos.shape[1]
         new = torch.arange(self.length - n, self.length, device=slots.device).unsqueeze(0) if pos is None else pos
         past = past[:, : self.length - n]
@@ -238,6 +242,7 @@ class KVCache:
         for entry in self.entries:
             for name, stream in entry.grown.items():
                 first = stream.shape[-2] - most
+                # streams of windowed layers may hold fewer slots already
                 if first > self.prefix:
                     head, tail = stream[..., : self.prefix, :], stream[..., first:, :]
                     entry.grown[name] = torch.cat((head, tail), dim=-2)

@@ -100,6 +100,8 @@ class StaticCache(KVCache):
         if header is not None and (own.fresh or header.interspersed):
             own._take_header(header)
         if torch.compiler.is_compiling() or self.shown is None:
+            # the device adds: a number of the host would be a constant of the graph, and every step would be compiled
+            # again
             own.shown, own.index = None, self.filled + self.places[:count]
         elif self.shown + count > self.capacity:
             raise InputError(
@@ -141,11 +143,13 @@ class StaticCache(KVCache):
 
     def take_over(self, after: StaticCache) -> None:
         """Copy the state after one more pass into this cache's own tensors, so that the object stays the same."""
+        # the pass has written keys and values into shared buffers; only counters and states are new tensors
         self.filled.copy_(after.filled)
         if self.positions is not None and after.positions is not None:
             self.positions.copy_(after.positions)
         for held, now in zip(self.entries, after.entries, strict=True):
             for name, state in now.states.items():
+                # states that a pass only reads (the keys of a context) come back as the same tensors
                 if state is not held.states[name]:
                     held.states[name].copy_(state)
 
@@ -161,6 +165,8 @@ class StaticCache(KVCache):
 
     @property
     def ends_with_newest(self) -> bool:
+        # eager passes read up to the newest token; compiled ones also read empty places after it, which a mask must
+        # hide
         return self.fresh or self.shown is not None
 
     def count_tokens(self, interspersed: bool) -> int | Tensor:
@@ -214,6 +220,7 @@ class StaticCache(KVCache):
         if pos is None and self.positions is None:
             return slots
         if self.positions is None:
+            # places that were filled before positions were given have their own numbers as positions
             self.positions = self.places.unsqueeze(0)
         if pos is not None:
             rows = max(pos.shape[0], self.positions.shape[0])
@@ -274,6 +281,8 @@ class StaticCache(KVCache):
 
     def reset(self) -> StaticCache:
         """Start again in the same buffers."""
+        # A new counter, since caches of earlier passes may share the old one. The buffers keep their contents: no query
+        # sees a place before it is written again.
         self.filled = torch.zeros_like(self.filled)
         self.started, self.shown, self.tokens, self.positions, self.prefix_mask = False, 0, 0, None, None
         self.prefix = self.prepended = 0

@@ -61,6 +61,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     final, draft = folder / f"step-{step:08d}", folder / f".draft-{step:08d}"
+    # both calls communicate, so that every process makes them, before the first one goes on to write
     noise = every_process((torch.get_rng_state(), _cuda_noise()))
     weights = gathered(model)
     if leads():
@@ -87,6 +88,7 @@ def _publish(folder: Path, draft: Path, final: Path, keep: int) -> None:
     """Rename a complete checkpoint, point to it, and remove old ones."""
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
+    # the pointer changes last, and atomically: it never names a checkpoint that is not complete
     pointer = folder / f".{LATEST}-{os.getpid()}"
     pointer.write_text(final.name, encoding="utf-8")
     os.replace(pointer, folder / LATEST)
@@ -138,6 +140,7 @@ def load_checkpoint(
             f"the checkpoint {checkpoint} was written with the optimizers {sorted(state['optimizers'])}; this run has "
             f"{sorted(optimizers)}."
         )
+    # `load_parts` fills these tensors in place; they are sharded as this run is, not as the run that saved them was
     states = _states(model, optimizers)
     try:
         with _quietly():

@@ -56,6 +56,7 @@ class Beams:
         self.vocabulary, self.eos_token = vocabulary, eos_token
         self.prompts, self.prompt_length = sequences.parts[0].shape
         device = sequences.parts[0].device
+        # a single row for each prompt until the first step: equal beams would all propose the same tokens
         self.scores = torch.zeros(self.prompts, 1, device=device)
         self.ended = torch.zeros(self.prompts, dtype=torch.bool, device=device)
         self.steps = torch.zeros((), dtype=torch.long, device=device)
@@ -89,6 +90,7 @@ class Beams:
 
     def step(self) -> None:
         """Replace each prompt's rows by the best of their continuations by one token."""
+        # counted on the device, so that the search need not wait; `run` cuts off what came after the end
         self.steps = self.steps + ~self.ended.all()
         gains, tokens = self._candidates(self.reader.read(self.sequences)[:, -1])
         rows = self.scores.shape[1]
@@ -100,6 +102,7 @@ class Beams:
             self.reader.widen(self.width)
         else:
             scores, order = scores.topk(self.width, dim=-1)
+            # each beam proposes `width` tokens, so that candidate c of a prompt continues its beam c // width
             tokens, parents = tokens.gather(-1, order), order.div(self.width, rounding_mode="floor")
             if self.eos_token is not None:
                 # a search that is over, and continues until the next check, leaves its beams in their order
@@ -107,6 +110,7 @@ class Beams:
                 scores = torch.where(over, self.scores, scores)
                 parents = torch.where(over, torch.arange(rows, device=parents.device), parents)
         self.scores = scores
+        # parents are numbered within their prompt, `_follow` takes rows of the whole batch
         first = torch.arange(self.prompts, device=parents.device) * rows
         self._follow((parents + first.unsqueeze(-1)).flatten(), tokens.reshape(-1, 1))
 
@@ -122,6 +126,7 @@ class Beams:
             only[:, 0] = 0.0
             values = torch.where(ended, only, values)
             log_probs = log_probs.masked_fill(ended, 0.0)
+        # `values` (filtered, maybe with noise) decide which tokens are taken; scores add what the model itself expects
         best = values.topk(self.width, dim=-1)
         return log_probs.gather(-1, best.indices).masked_fill(best.values == -math.inf, -math.inf), best.indices
 

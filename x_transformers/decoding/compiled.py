@@ -70,6 +70,7 @@ class CompiledStep:
             from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
             from torch._dynamo.mutation_guard import GenerationTracker
 
+            # PyTorch moves the entry whose guards held to the front of its list
             code = _debug_get_cache_entry_list(self._own.__code__)[0].code
         except (ImportError, AttributeError, IndexError, TypeError):
             return None
@@ -91,6 +92,7 @@ def compiled_prefill(**options: Any) -> Prefill:
     def prefill(
         net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any, last: int
     ) -> tuple[Tensor, LayerIntermediates]:
+        # a hint: `mark_dynamic` would raise an error where a length is specialized, as 1 always is
         torch._dynamo.maybe_mark_dynamic(tokens, 1)
         return run(net, tokens, cache, start, arguments, last)
 

@@ -111,6 +111,7 @@ class Arguments:
         """
         arguments = dict(self.constant)
         for name, mask in self.masks.items():
+            # a static cache takes places beyond the mask as valid, so that the mask keeps one shape and steps one graph
             grown = 0 if keep_masks else length - mask.shape[1]
             arguments[name] = (F.pad(mask, (0, grown), value=True) if grown else mask)[:, first:]
         for name, t in self.covering.items():

@@ -96,6 +96,7 @@ def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, 
             yield token
             continue
         ends = token == eos_token
+        # `done` is from the step before: the end token itself is kept
         yield token if done is None else token.masked_fill(done, pad_value)
         done = ends if done is None else done | ends
         if every and count % every == 0 and bool(done.all()):

@@ -36,6 +36,7 @@ class Prompts:
         """Move a per-token tensor `(b, width)` as the prompts were moved: `(b, n)`."""
         if self.lens is None:
             return t
+        # columns that are padding in every row were removed from the prompts, and so must be here
         return align_right(t.expand(len(self.lens), -1), self.lens, value)[:, self.width - self.tokens.shape[1] :]
 
 
@@ -102,6 +103,7 @@ def align_right(t: Tensor, lens: Tensor, pad_id: float = 0) -> Tensor:
         raise ShapeError(f"`lens` has shape {tuple(lens.shape)}; it must be ({batch},), a length for each row.")
     if bool(((lens < 0) | (lens > n)).any()):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {n} entries.")
+    # column c of the result comes from column c - (n - length); negative ones are padding
     source = torch.arange(n, device=t.device) - (n - lens.to(t.device)).unsqueeze(-1)
     index = source.clamp(min=0)
     filling = source < 0

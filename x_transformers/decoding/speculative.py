@@ -99,6 +99,7 @@ class ModelDrafter(Drafter):
                 probs.append(each)
             tokens.append(most_likely(logits[:, -1]) if each is None else draw_from(each[:, -1]))
             sequences.append(tokens[-1])
+        # the caller appends the guesses itself; the reader learns from `keep` how many of them were right
         sequences.drop(count)
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None)
 
@@ -138,6 +139,8 @@ class Lookup(Drafter):
         """Return `(b,)` the place after the best occurrence of each row's last tokens; 0 where there is none."""
         tokens, length = sequences.tokens(), sequences.length
         best = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        # Longer matches come later and replace shorter ones. Windows end before the last token, so that the last n
+        # tokens are not found at their own place.
         for size in range(1, min(self.longest, length - 1) + 1):
             ends = torch.arange(size, length, device=tokens.device)
             same = (tokens[:, :-1].unfold(1, size, 1) == tokens[:, None, length - size :]).all(dim=-1)
@@ -180,6 +183,7 @@ class Speculation:
     def round(self, most: int, eos_token: int | None) -> tuple[Tensor, bool]:
         """Guess, verify and append; return new tokens `(b, c)`, c at most `most`, and True if all rows have ended."""
         begin = self.sequences.length
+        # a round returns one token more than it accepts guesses
         draft = self._draft(min(self.count, most - 1))
         count = 0 if draft is None else draft.tokens.shape[1]
         for reader in self.readers if count else ():
@@ -216,6 +220,8 @@ class Speculation:
             return most_likely(logits[:, -1]) if probs is None else draw_from(probs[:, -1])
         if probs is None:
             wanted = logits.argmax(dim=-1)
+            # the column after the accepted guesses is right in every row, since its logits have read accepted tokens
+            # only
             return wanted[:, : self._fewest(wanted[:, :-1] == draft.tokens) + 1]
         guessed = draft.tokens
         chance = probs[:, :-1].gather(-1, guessed.unsqueeze(-1)).squeeze(-1)

@@ -205,6 +205,7 @@ class Cached(Branching):
         else:
             tokens = sequences.tokens
             arguments = self.arguments.at(self.length, tokens, first=self.first, new=new, keep_masks=keep_masks)
+        # the compiled step reads exactly one token; prompts, and several tokens at once, take an ordinary pass
         if self.first_step is not None and self.record is not None and new == 1:
             given = (self.net, sequences.newest(1), self.cache, start, arguments)
             if self.step is not None:
@@ -234,6 +235,8 @@ class Cached(Branching):
             return
         if self.net.layout.every is None and self.cache.can_roll_back(count):
             assert self.record is not None
+            # the copy has a cache of its own, which `rollback` changes in place; the one in an earlier record stays as
+            # it was
             self.record = copy.copy(self.record)
             assert self.record.cache is not None
             self.cache, self.length = self.record.cache, length
@@ -257,6 +260,7 @@ class Cached(Branching):
         if not self.cache.started:
             self.first = self.length = max(sequences.length - window, 0)
             return
+        # new tokens take their part of the window
         keep = max(window - (sequences.length - self.length), 0)
         if self.length - self.first > keep:
             start, device = sequences.start_after(self.first), sequences.parts[0].device

@@ -108,6 +108,7 @@ class Branch(ReadsReference):
         x, kept = (stream, stream) if self.reads_stream else residual.read(stream)
         branch_input = x
         if self.reader is not None:
+            # a new tuple: a block that runs again (activation checkpointing) must find the history as it was
             carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
             layer = replace(layer, carry=carry)
             x = self.reader(x, carry.history)
@@ -130,6 +131,7 @@ class Branch(ReadsReference):
         stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
         if self.stream_norm is not None:
             condition = layer.condition
+            # `(b, n, 1, c)`: one condition for all streams of a token
             if condition is not None and stream.ndim == 4:
                 condition = condition.unsqueeze(-2)
             stream = self.stream_norm(stream, condition)

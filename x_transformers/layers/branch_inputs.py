@@ -34,6 +34,7 @@ def self_attention_inputs(
         memory, memory_mask = nth(inputs.attention_memories, step.nth), nth(inputs.mem_masks, step.nth)
         memory = None if memory is not None and memory.shape[-2] == 0 else memory
         layer.memory = memory
+    # the first pass reads its own keys, which are complete; later ones read a cache that was cut to the window
     if kv is not None and kv.reaches and not kv.fresh:
         reach = kv.reach(step.number)
     # layers with equally long memories and windows share the result, and with it masks and tables made of it
@@ -86,6 +87,8 @@ def _columns_of(bias: Tensor, keys: Span, held: Span) -> Tensor:
     """Return the columns of a caller's bias, whose last one is of the newest key, for the keys in a window."""
     if held is keys or bias.shape[-1] > len(keys):
         return bias
+    # Keys of a ring are out of order, so each one's column is searched by its slot. Empty places have a slot after all
+    # others; they take the last column, which does not matter since they are masked.
     full = F.pad(bias, (len(keys) - bias.shape[-1], 0))
     return full[..., torch.searchsorted(keys.index, held.index).clamp(max=len(keys) - 1)]
 
@@ -166,8 +169,10 @@ def running_states(names: Sequence[str], entry: Entry | None, left: list[Tensor 
     """
     if entry is None and keeps:
         entry = Entry()
+    # `left` is one queue for all sublayers, in the order of execution: each takes its states off, needed or not
     for name in names if left else ():
         state = left.pop(0)
+        # a state in the cache is newer than what the previous segment left
         if entry is not None and state is not None and entry.get(name) is None:
             entry.put(name, state)
     return entry

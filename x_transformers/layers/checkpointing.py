@@ -42,6 +42,8 @@ def recompute(run: Callable[[], T], stream: Tensor) -> T:
         run: must not change what it reads, since the second run has to find it as the first one did.
         stream: a tensor that it reads; the random generator of its device is restored.
     """
+    # The reentrant form ignores tensors inside of objects, such as the state that `run` returns. The stream is an
+    # argument only because `checkpoint` finds the device whose random state it saves by its arguments.
     return checkpoint(lambda _: run(), stream, use_reentrant=False)
 
 

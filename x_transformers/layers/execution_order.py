@@ -142,6 +142,7 @@ def repeated(repeats: Sequence[Repeat] | Repeat, sequence: LayerSequence) -> tup
     if sequence.custom:
         raise ConfigError("`repeat_blocks` needs a stack of equal blocks; this one has its own list of layers.")
     blocks = len(sequence.kinds) // sequence.block
+    # the second part of a single `(range, times)` is a number, that of a list of two such pairs is a tuple
     specs: Any = [repeats] if len(repeats) == 2 and isinstance(repeats[1], int) else list(repeats)
     ranges: dict[int, tuple[int, int]] = {}
     taken: set[int] = set()
@@ -187,6 +188,7 @@ def _par(ratio: int, depth: int, block: tuple[str, ...]) -> tuple[str, ...]:
     total = depth * len(block)
     if not 1 < ratio <= total:
         raise ConfigError(f"`par_ratio` is {ratio}; it must lie between 2 and the {total} sublayers.")
+    # all attention goes into about the first two thirds of the stack, since later layers gain little from it
     attention = _without_feedforwards(block)
     groups, two_thirds = total // ratio, 2 * total // 3
     width = (two_thirds + two_thirds // groups) // groups

@@ -151,6 +151,7 @@ class Recorder:
     def fork(self) -> Recorder:
         """Return a copy that later records do not share with this one."""
         copied = Recorder(self.capture)
+        # copies of the lists: the second run of a block, in the backward pass, must not add its records to the caller's
         copied.__dict__.update({name: list(kept) for name, kept in self.__dict__.items() if isinstance(kept, list)})
         return copied
 
@@ -196,6 +197,8 @@ class PassState:
             kv = copy.copy(self.kv)
             kv.entries = [each.copy() if number in numbers else each for number, each in enumerate(self.kv.entries)]
         return PassState(
+            # `checkpoint` compares what both runs save for autograd, so the second must miss in the memo where the
+            # first did
             replace(self.call, memo=self.call.memo.fork()),
             self.stream,
             self.recorder.fork(),

@@ -55,6 +55,7 @@ def additional_by_layer(
     pairs = _pairs_of_record(given) if isinstance(given, LayerIntermediates) else [(k, v) for k, v in given]
     if inputs.detach_additional_kv:
         pairs = [(k.detach(), v.detach()) for k, v in pairs]
+    # by default the deepest layers of both models are paired, and the lowest of the deeper model get none
     missing: list[KeysValues | None] = [None] * max(layers - len(pairs), 0)
     if inputs.route_additional_kv_to_top:
         return [*missing, *pairs[max(len(pairs) - layers, 0) :]]

@@ -53,6 +53,8 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     faults = Faults()
     own, groups = _route(given, faults)
     options = STACK.parse(own, faults)
+    # an empty list of layers, with which the checks below go on if the structure is wrong: all faults are reported at
+    # once
     sequence = LayerSequence((), (), 1, 0, True)
     with faults.catching():
         sequence = layer_sequence(options)
@@ -67,6 +69,7 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     layers = []
     for letter in sequence.kinds:
         kind = KINDS[letter]
+        # layers of one kind take their per-layer values in the order in which they are built
         mine = keywords[letter].pop(0) if keywords[letter] else {}
         parsed = kind.schema.parse(mine, faults, kind.prefix)
         kind.schema.check_choices(parsed, faults, kind.prefix)
@@ -116,6 +119,7 @@ def _with_inherited(kind: BranchKind, groups: Mapping[str, Keywords], counts: Ma
     """
     inherited = {}
     for keyword, value in groups[kind.inherits].items() if kind.inherits is not None else ():
+        # a tuple that is a valid value by itself is not a list with one value for each layer
         per_layer = isinstance(value, (tuple, list)) and not accepts(kind.schema.hints[keyword], tuple(value))
         if not (per_layer and counts[str(kind.inherits)]) and not kind.schema.owner[keyword].self_attention_only:
             inherited[keyword] = value

@@ -67,6 +67,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     inputs.order = stack.sequence.order
     if inputs.layers_execute_order is not None or inputs.repeat_blocks is not None:
         inputs.order = stack.order_of(inputs.layers_execute_order, inputs.repeat_blocks)
+    # a record of a causal pass contains a cache even if the caller passed none, so that a later call can continue from
+    # it
     if kv is not None or (inputs.return_hiddens and causal and stack.can_cache_kv and inputs.documents is None):
         kv = begin_cache(stack, inputs, kv)
     capture = NO_CAPTURE if inputs.capture is None else inputs.capture
@@ -96,6 +98,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     )
     read_optional_inputs(stack, inputs, kv)
     stream = x if stack.frame is None else stack.frame.expand(x)
+    # Usually all self-attentions read one span of keys, so that masks and tables made of it serve every layer. Anything
+    # that differs between layers, or has to be bound to keys, takes the longer way through `self_attention_inputs`.
     own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
     windows = kv is not None and kv.reaches and not kv.fresh
     shares_keys = not own_keys and not windows and stack.rel_pos is None
@@ -151,9 +155,11 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
         kind = step.kind
+        # a caller's function knows no axis of streams, so they are folded into the batch for it
         if inputs.block_transform is not None and step.begins and step.block > 0:
             x = unfold_streams(inputs.block_transform(step.block + 1, fold_streams(x)), x)
         if skip_sources:
+            # sources are places in the order of execution, readers are built sublayers, which may run several times
             if step.number in skip_sources.values():
                 skips[step.number] = x
             if step.layer in skip_sources:
@@ -202,6 +208,7 @@ def run_recomputing(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs
     caller's cache is only filled at the end.
     """
     kv = state.kv
+    # no entry of the cache is copied yet: each part that may run again copies those of its own sublayers
     state = state.fork(())
     for some, again in split_by_recomputation(steps, int(stack.checkpoint_every or 1)):
         if again:

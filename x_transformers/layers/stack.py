@@ -113,6 +113,7 @@ class LayerStack(nn.Module):
     def _build_surroundings(self, plan: StackPlan) -> None:
         """Build the parts before, between and after the sublayers."""
         options = plan.options
+        # the residual connection is chosen for the whole stack, so that any sublayer can make the entry and exit
         self.frame = self.sublayers[0].residual.frame() if len(self.layers) else None
         self.injection = build_injection(options["reinject_input"], self.dim) if options.on("reinject_input") else None
         self.need_condition = any(options.on(name) for name in ADAPTIVE)

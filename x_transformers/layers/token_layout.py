@@ -55,11 +55,13 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     q_padded: Tensor | None = None
     if inputs.places is not None:
         places = inputs.places
+        # slots count only the tokens of a row; an empty column repeats the slot before it, and is masked
         order = (places.long().cumsum(dim=-1) - 1).clamp(min=0)
         padded, q_padded = _at(places, k_index, fill=True), _at(places, q_index, fill=True)
         k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
     elif inputs.seq_start_pos is not None:
         check_start(inputs.seq_start_pos, batch)
+        # a row's first token has slot 0, so that its outputs do not depend on the padding before it
         start = inputs.seq_start_pos.unsqueeze(-1)
         padded, q_padded = k_slot >= start, q_slot >= start
         k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
@@ -73,6 +75,7 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     if pos is not None:
         pos = _check_pos(pos, batch, n, total)
         contiguous = False
+    # once positions are given, the cache keeps them: later passes also need those of the old keys
     if cache is not None and (pos is not None or cache.positions is not None):
         k_pos = cache.place(None if pos is None else pos[:, -n:], k_slot)
         q_pos, contiguous = _at(cache.positions if cache.positions is not None else k_pos, q_index, fill=0), False

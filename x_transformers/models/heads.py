@@ -75,6 +75,8 @@ class MixtureOfSoftmax(nn.Module):
         """
         logits = head(self.to_mixture(features).unflatten(-1, (self.k, -1)))
         weights = self.combine_mixture(features)
+        # small probabilities of one softmax would vanish in half precision before they are mixed with those of the
+        # others
         with torch.autocast(features.device.type, enabled=False):
             each = at_least_float32(logits).log_softmax(dim=-1)
             shares = at_least_float32(weights).log_softmax(dim=-1)

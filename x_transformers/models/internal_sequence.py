@@ -56,6 +56,7 @@ class InternalSequence:
     def header(self) -> CacheHeader:
         """Return what a cache must know of the slots that are no tokens."""
         leading, interspersed = self.span.leading, self.column_map is not None
+        # leading items open groups too, so that the memory tokens of these groups belong to the prefix
         prefix = self.layout.slots(leading) if interspersed else self.before
         return CacheHeader(prefix, leading, self.prefix_mask, self.span.count + leading, interspersed)
 
@@ -145,12 +146,14 @@ class InternalSequence:
     def _pairs(self, t: Tensor, value: float | bool) -> Tensor:
         """Map `(..., n or 1, tokens so far)` to new and internal columns; other slots become `value`."""
         internal, new = self.x.shape[1], self.span.count
+        # over internal columns already, memory tokens included
         if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != new:
             return t
         in_front, in_this_pass = self.before, self.memory + self.span.leading
         if self.column_map is not None:
             in_front, in_this_pass = self._leading, self.span.leading
         one_row = t.shape[-2] == 1
+        # one column for all tokens, which must not reach the slots that are added below
         if t.shape[-1] == 1:
             t = t.expand(*t.shape[:-1], self._token_count())
         t = F.pad(t, (in_front, 0, 0 if one_row else in_this_pass, 0), value=value)

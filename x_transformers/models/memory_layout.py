@@ -71,11 +71,13 @@ class ColumnMap:
     def fill(self, items: Tensor, memory: Tensor) -> Tensor:
         """Put new items `(b, n, D)` and memory tokens `(M, D)` into their columns: `(b, new, D)`."""
         columns, which = self.columns[-self.new :], self.memory[-self.new :]
+        # both indices are computed for all columns, and clamped where they make no sense: `where` drops these results
         picked = items[:, (columns - self.first).clamp(min=0)]
         return torch.where(columns[:, None] < 0, memory.to(items.dtype)[which.clamp(min=0)], picked)
 
     def spread(self, t: Tensor, value: float | bool) -> Tensor:
         """Move the last axis of a tensor from items to columns; memory columns become `value`."""
+        # memory columns read one more entry at the end, which is `value`
         index = torch.where(self.columns < 0, t.shape[-1], self.columns)
         return F.pad(t, (0, 1), value=value).index_select(-1, index)
 

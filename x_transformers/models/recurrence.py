@@ -26,6 +26,7 @@ def shifted_down(
     order = stack.order_of(arguments.get("layers_execute_order"), arguments.get("repeat_blocks"))
     attentions = sum(stack.layer_types[index] == "a" for index in order)
     own, states = list(mems)[:attentions], list(mems)[attentions:]
+    # the topmost layers have no layer above them, and read the memories of the lowest ones
     shift %= max(len(own), 1)
     return [*own[shift:], *own[:shift], *states]
 
@@ -47,6 +48,7 @@ def new_memories(
     new = []
     for past, hidden in zip(old, inputs, strict=False):
         whole = hidden if past is None else torch.cat((past, hidden), dim=-2)
+        # `-most:` would keep everything if `most` is 0
         new.append(whole[..., max(whole.shape[-2] - most, 0) :, :])
     new += record.memory_states or []
     return [kept.detach() if detach else kept for kept in new]
@@ -69,5 +71,6 @@ def recycled(x: Tensor, steps: int, stack: AttentionLayers, project: Any, argume
     for _ in range(steps - 1):
         with torch.no_grad():
             out = stack(again, **given)
+        # outside of `no_grad`, so that the map learns; the gradient ends at the output of the stack
         again = x + project(out)
     return again

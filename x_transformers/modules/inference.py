@@ -105,6 +105,7 @@ class InferenceView:
         self._borrowed: list[nn.Module] = []
         for module in modules:
             self.of(module)
+        # needed only while the copies are made; it would keep every earlier view alive
         self._earlier = {}
 
     def of(self, module: Net) -> Net:
@@ -118,6 +119,7 @@ class InferenceView:
             self._found[id(module)] = module, module
             self._borrowed.append(module)
             return module
+        # without `__init__`, which would create parameters; a copy has no state but the attributes set below
         view = self._earlier_copy(module) or object.__new__(kind)
         self._found[id(module)] = module, view  # before its children, one of which may hold it
         self._copies.append(view)
@@ -159,6 +161,7 @@ class InferenceView:
         found = self._found.get(id(value))
         if found is not None:
             return found[1]
+        # entered before its attributes are read, one of which may refer back to it
         self._found[id(value)] = value, value
         mapped = {name: self._mapped(each) for name, each in vars(value).items()}
         changed = {name: each for name, each in mapped.items() if each is not vars(value)[name]}
@@ -228,6 +231,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     holder = object()
     try:
         with _LOCK:
+            # only the first context records modes: a later one would record the evaluation mode that the first has set
             for part in parts:
                 _MODES.setdefault(id(part), _Mode(part)).holders[holder] = threading.get_ident()
             for module in modules:

@@ -57,6 +57,8 @@ class ReadsReference(nn.Module):
             StateDictError: if entries are missing or unexpected (only if `strict`) or have other shapes. The message
                 lists all of them, and the model keeps its weights.
         """
+        # Everything is checked before anything is loaded: PyTorch copies module by module, and an error in the middle
+        # would leave a model with some weights of each kind.
         translated = dict(state_dict)
         translate(self, translated, "")
         ours = self.state_dict()

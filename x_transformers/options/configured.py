@@ -123,6 +123,7 @@ def _build(value: Any, objects: Mapping[str, Any]) -> Any:
     if _is_config(value):
         options = {key: _build(item, objects) for key, item in value["options"].items()}
         return Configured._classes[value["class"]](**options)
+    # JSON turned tuples into lists, and options must be immutable
     return tuple(value) if isinstance(value, list) else value
 
 

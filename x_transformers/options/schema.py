@@ -229,6 +229,7 @@ class Schema:
             # `__post_init__` names fields; the user knows them with the prefix
             with faults.catching(lambda message: self.in_full(message, prefix)):
                 values[name] = feature.options(**by_feature[name])
+            # go on with the defaults, so that the checks between features report their faults too
             if name not in values:
                 values[name] = feature.options()
         return Options(self, values)

@@ -55,6 +55,7 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
             maps = (module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear))
         # a map from or to a single number is a vector, which cannot be orthogonalized
         chosen |= {id(weight) for weight in maps if weight.ndim == 2 and min(weight.shape) > 1}
+    # embeddings inside of a stack are tables of biases, not of tokens or positions
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and id(module) not in inside
     }
@@ -170,8 +171,10 @@ def orthogonalized(
         eps: least norm of the matrix.
     """
     a, b, c = coefficients
+    # the products below are square matrices of the first axis, which is made the shorter one
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
+    # the Frobenius norm is at least the largest singular value, so that all of them are in (0, 1], where this converges
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T

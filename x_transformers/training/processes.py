@@ -117,6 +117,7 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
         raise ConfigError(f"`model` is a {type(model).__name__} without a stack of layers (an Encoder, a Decoder ...).")
     if mesh is None:
         mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    # `fully_shard` keeps a part of what each process has: parts of different random weights would make no model
     for tensor in (*model.parameters(), *model.buffers()):
         _over_mesh(tensor.data, mesh, lambda t, group: dist.broadcast(t, dist.get_global_rank(group, 0), group=group))
     numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}

@@ -63,6 +63,7 @@ class TokenShift(nn.Module):
             The shifted input and memory.
         """
         token_mask = layer.fresh.token_mask if memory is not None else layer.call.query.token_mask
+        # with recurrent memory the mask covers the memory and then the new tokens, `(b, m + n)`
         own = None if token_mask is None else token_mask[:, -x.shape[-2] :]
         visible = zero_hidden(x, own)
         # the batch is the first axis of a cache; with three views it is the second one here
@@ -72,6 +73,8 @@ class TokenShift(nn.Module):
             before = zero_hidden(memory, None if token_mask is None else token_mask[:, : memory.shape[-2]])
         past = 0 if before is None else before.shape[-2]
         moved = visible if before is None else torch.cat((before, visible), dim=-2)
+        # Left padding lies between what came before (prefix slots) and the first token of a row, by a different width
+        # in each row. Neighbors are then found by their number in the row, not by their column.
         rows = None if layer.call.query.placed is None else UnpaddedRows.of(layer.call.query.placed, past)
         if layer.states is not None and self.causal:
             newest = self._newest(moved, rows)
@@ -125,6 +128,7 @@ class UnpaddedRows:
     def of(cls, placed: Tensor, past: int) -> UnpaddedRows:
         """Number the columns that `placed (b, n)` marks as tokens, after `past` columns that all are tokens."""
         placed = F.pad(placed, (past, 0), value=True)
+        # a stable sort moves the padding of each row to its end and keeps the order of the tokens
         columns = (~placed).to(torch.uint8).argsort(dim=-1, stable=True)
         return cls(columns, placed.cumsum(dim=-1) - 1, placed.sum(dim=-1, keepdim=True))
 

@@ -36,6 +36,7 @@ class TwoStreams(StreamFrame):
         self.norm, self.scale = norm, scale
 
     def expand(self, x: Tensor) -> Tensor:
+        # the second stream is a sum of scaled outputs, so that the input enters it with the same scale
         return torch.stack((x, x * self.scale), dim=-2)
 
     def collapse(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -59,6 +60,7 @@ class ResiDual(ResidualConnection):
         self.norm, self.scale = norm, scale
 
     def frame(self) -> TwoStreams:
+        # the exit's norm is of the same kind as the sublayers', but has gains of its own
         return TwoStreams(copy.deepcopy(self.norm), self.scale)
 
     def read(self, stream: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,8 @@ def sinkhorn(t: Tensor, iters: int = 20) -> Tensor:
     Returns:
         `(..., s, t)`, nonnegative; the sums over sources are 1, those over targets nearly so.
     """
+    # Sums over sources are made 1 last, so that these are exact: each new stream is a weighted mean of the old ones.
+    # The clamp is for a source whose weights underflow for every target.
     m = t.to(torch.promote_types(t.dtype, torch.float32)).softmax(dim=-2)
     for _ in range(iters):
         m = m / m.sum(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -260,6 +262,7 @@ class GatedMultiResidual(StreamConnection):
         gates = self.to_read_gate(hidden).unflatten(-1, self.static_read_logit.shape) + self.static_read_logit
         views = torch.einsum("bnvsd,bnsd->vbnd", gates.sigmoid(), normed) / self.streams
         beta = 2 * (self.to_write_gate(hidden) + self.static_write_logit).sigmoid()
+        # only the views are normalized: the streams themselves are an identity path through all layers
         return views[0] if self.views == 1 else views, (stream, beta)
 
     def write(self, out: Tensor, kept: Kept, layer: LayerCall | None = None) -> Tensor:
