@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.state_dict import ReadsReference, rename
-from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, Options, Rule, opt, require
 
 
@@ -320,21 +319,22 @@ _TINY = 1e-24
 
 
 class MultiheadRMSNorm(nn.Module):
-    """RMSNorm per head, `x / |x| * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
+    """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
 
     Args:
         dim: width d of a head.
         heads: number of heads.
+        eps: lower bound of the length that vectors are divided by.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, eps: float = 1e-12) -> None:
         super().__init__()
-        self.scale = dim**0.5
+        self.scale, self.eps = dim**0.5, eps
         self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x (b, heads, n, d)` over the last axis."""
-        return l2norm(x) * self.scale * (self.gamma + 1)
+        return F.normalize(x, dim=-1, eps=self.eps) * self.scale * (self.gamma + 1)
 
 
 LAYER_NORM = Feature(

@@ -74,7 +74,9 @@ class HybridBranch(ValueMod):
         batch_axis = 1 if self.recurrent else getattr(self.module, "state_batch_dim", 0)
         self.runner = SequenceRunner(self.module, options.hybrid_fold_axial_dim or 1, batch_axis)
         self._check(shape)
-        self.norm = MultiheadRMSNorm(self.width, shape.heads)
+        # An output that should be zero is zero up to rounding, for example the logarithm of a sum of weights (`laser`)
+        # where all values are zero. Divided by a smaller length, its rounding errors would become a direction.
+        self.norm = MultiheadRMSNorm(self.width, shape.heads, eps=1e-6)
         self.branch_norm = MultiheadRMSNorm(self.width, shape.heads)
         self.mix = nn.Linear(shape.dim, shape.heads, bias=False) if options.hybrid_learned_mix else None
 
