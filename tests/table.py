@@ -17,6 +17,9 @@ from torch import nn
 
 ON = True
 ROTARY = {"rotary_pos_emb": ON}
+# modules among the values have the same weights in every process, so that a failure repeats
+torch.manual_seed(0)
+
 STREAMS = {"num_residual_streams": 2}
 HYBRID = {"attn_hybrid_module": nn.GRU(DIM, HEADS * 8, batch_first=True)}
 COPE = {"attn_use_cope": ON, "attn_cope_max_pos": 4}

@@ -179,8 +179,9 @@ def build(options: HybridOptions, shape: AttentionShape, **_: Any) -> HybridBran
 
 
 def _example(module: type[nn.GRU] | type[nn.LSTM]) -> nn.RNNBase:
-    """Return a small recurrent module, without a draw from the random generator of the importing program."""
+    """Return a small recurrent module, the same in every process, and leave the generator of the importing program."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         return module(16, 32, batch_first=True)
 
 
