@@ -129,7 +129,7 @@ ZEROS = torch.zeros(2, N, dtype=torch.long)
 WRONG_IDS = (
     (only(ZEROS + VOCAB), {}, r"ids .*run from \d+ to 12"),
     (only(ZEROS - 1), {}, "ids .*run from -1 to"),
-    (only(ZEROS.float()), {}, "dtype torch.float32"),
+    (only(ZEROS + 0.5), {}, "dtype torch.float32"),
     (only(ZEROS > 0), {}, "dtype torch.bool"),
     (only(ZEROS[0]), {}, r"shapes? \(8,\)"),
     (only(ZEROS[..., None]), {}, r"shapes? \(2, 8, 1\)"),

@@ -188,10 +188,10 @@ class Attend(Configured, ReadsReference):
         shape = AttentionShape(dim=0, heads=heads or 1, kv_heads=1, dim_head=0, value_dim_head=0, causal=causal)
         self.parts = nn.ModuleDict()
         slots: dict[str, list[Any]] = {}
-        for feature in parsed.enabled():
+        for feature in parsed.parts():
             with faults.catching():
                 assert feature.build is not None
-                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape)
+                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape, others=parsed)
                 slots.setdefault(feature.slot, []).append(part)
         self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
         if cope is not None:

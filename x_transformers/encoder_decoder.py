@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.errors import ConfigError, UnknownKeywordError, did_you_mean
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
@@ -183,7 +183,7 @@ def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[
     known = ("dim", "tie_token_emb", "ignore_index", "pad_value", "cross_attn_tokens_dropout")
     if stray:
         clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, known)}" for name in stray)
-        raise ConfigError(f"XTransformer: {clauses} Options of its halves begin with `enc_` or `dec_`.")
+        raise UnknownKeywordError(f"XTransformer: {clauses} Options of its halves begin with `enc_` or `dec_`.")
     missing = [f"{half}_{name}" for half in ("enc", "dec") for name in ("num_tokens", "max_seq_len")]
     missing = [name for name in missing if name not in given]
     if missing:

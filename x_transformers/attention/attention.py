@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -156,10 +156,10 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         self.attend.share_scores()
         self.leaves_scores = True
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the value and output matrices, which Muon may orthogonalize (2502.16982)."""
-        for each in (self.projections.v, self.out):
-            yield from (parameter for parameter in each.parameters() if parameter.ndim == 2)
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
+        maps = (self.projections.v, self.out)
+        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim == 2]
 
     def explain(
         self,
@@ -309,7 +309,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             attn_mask: `(i, j)`, `(h, i, j)` or `(b, h, i, j)` bool, True where a query may see a key.
             rel_pos: a bias module, for example `AlibiPositionalBias`.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits.
-            pos: `(n,)` or `(b, n)` positions for `rel_pos`.
+            pos: `(n,)` or `(b, n)` positions for `rel_pos`; for an `AlibiPositionalBias` also `(b, h, n)`.
             prev_attn: `(b, h, i, every key)` logits of an earlier attention, added to the scores.
             mem, mem_mask: `(b, l, D)` recurrent memory before x, and its `(b, l)` mask.
             return_intermediates: also return the record, which a later call takes as `cache`.

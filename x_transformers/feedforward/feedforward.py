@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,9 +187,9 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         up, down = plain_map(self.up), plain_map(self.down)
         return None if up is None or down is None else (up, down)
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
-        yield from (module.weight for module in self.modules() if isinstance(module, nn.Linear))
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """Return the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
+        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         into = "ff.0.proj" if self.glu else "ff.0.0"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
@@ -121,10 +121,9 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         # graphs belong to this object and this process
         return {**self.__dict__, "compiled": None}
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
-        for branch in self.sublayers:
-            yield from branch.fn.muon_parameters()
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """Return the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
+        return [matrix for branch in self.sublayers for matrix in branch.fn.muon_parameters()]
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Clip the logits of every attention in place, see `Attention.qk_clip_`.
@@ -233,8 +232,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
                 training hard attention by its log-probabilities.
             rotary_pos_emb: angles `(1|b, N, r)` of every key and a factor of them, instead of the stack's.
             polar_pos_emb: angles `(1|b, N, d)` of every key and a bias `(h, 1, d)`, instead of the stack's.
-            pos: integer positions for encodings, of the new or of all tokens. They never change which tokens see each
-                other.
+            pos: integer positions for encodings, `(n,)` or `(b, n)`, of the new or of all tokens; for ALiBi also
+                `(b, h, n)`, of all tokens. They never change which tokens see each other.
             context_pos: `(m,)` or `(b, m)` positions of the context; cross-attention then rotates too.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits of self-attention.
             deep_embeds_and_ids: a table `(V, L, D)` and ids `(b, n)`; the t-th executed feedforward's output is

@@ -16,7 +16,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids
+from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, checked_ids, whole_numbers
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
@@ -248,7 +248,7 @@ class TransformerWrapper(Model):
             self._check_requested(inputs)
         if x is None:
             x = _no_ids(prepend_embeds)
-        check_ids(x)
+        x = checked_ids(x)
         if kwargs:
             transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
         span = self._token_span(x.shape[1], inputs)
@@ -318,7 +318,7 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(ids, -1))
+            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(whole_numbers(ids, "`embed_ids` has"), -1))
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:

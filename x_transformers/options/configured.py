@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.errors import ConfigError, Faults
 
 Built = TypeVar("Built", bound="Configured")
 
@@ -77,10 +77,11 @@ def _recording(init: Any) -> Any:
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
-            unknown = [] if takes_any else [name for name in kwargs if name not in names]
-            if unknown:
-                clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, names)}" for name in unknown)
-                raise ConfigError(f"{type(self).__name__}: {clauses}")
+            faults = Faults()
+            for name in () if takes_any else kwargs:
+                if name not in names:
+                    faults.add_unknown(name, names)
+            faults.raise_if_any(type(self).__name__)
             bound = signature.bind(self, *args, **kwargs)
             options: dict[str, Any] = {}
             for name, value in list(bound.arguments.items())[1:]:

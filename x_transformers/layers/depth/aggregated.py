@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError, InputError
+from x_transformers.errors import ConfigError, InputError, UnknownKeywordError
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.state_dict import ReadsReference, rename
-from x_transformers.options.schema import Feature, Rule, opt, require
+from x_transformers.options.schema import Feature, Rule, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,11 @@ class AggregatedOptions:
 
     def __post_init__(self) -> None:
         unknown = set(self.attn_aggregated_residual_kwargs) - {"lora_rank", "lora_activation"}
-        require(
-            not unknown,
-            f"`attn_aggregated_residual_kwargs` names {sorted(unknown)}; it takes `lora_rank` and `lora_activation`.",
-        )
+        if unknown:
+            raise UnknownKeywordError(
+                f"`attn_aggregated_residual_kwargs` names {sorted(unknown)}; it takes `lora_rank` and "
+                "`lora_activation`."
+            )
 
 
 class AttentionResidual(ReadsReference, DepthReader):
