@@ -32,7 +32,7 @@ from x_transformers.attention.base import (
 from x_transformers.attention.keys import sink, zero
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.qk import l2_distance
-from x_transformers.attention.reference_weights import rename_parts
+from x_transformers.attention.reference_weights import export_parts, rename_parts
 from x_transformers.attention.scores import cog, selective, talking_heads
 from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
@@ -478,6 +478,10 @@ class Attend(Configured, ReadsReference):
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
         rename_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        rename(state, f"{prefix}parts.learned_sink.logits", f"{prefix}head_attn_sink")
+        export_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
 
 
 def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:

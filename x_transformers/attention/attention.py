@@ -17,7 +17,7 @@ from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import checked_logits, clip_factors, clip_heads
 from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
-from x_transformers.attention.reference_weights import translate
+from x_transformers.attention.reference_weights import export, translate
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
@@ -371,8 +371,16 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return out, record if record is not None else Intermediates(layer_type="a")
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        values, has_keys = self.values, self.projections.k is not None
-        translate(state, prefix, shape=self.shape, parts=self.parts(), values=values, has_keys=has_keys)
+        translate(state, prefix, **self._layout)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        export(state, prefix, **self._layout)
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What names and order of the reference's weights depend on."""
+        has_keys = self.projections.k is not None
+        return {"shape": self.shape, "parts": self.parts(), "values": self.values, "has_keys": has_keys}
 
 
 def _carry_on(values: Tensor | None, scores: Tensor | None, prefix: int, layer: LayerCall) -> Carry:

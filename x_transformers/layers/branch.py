@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import Carry, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
@@ -56,6 +57,7 @@ class Branch(ReadsReference):
         stream_norm: on the residual stream, after the output is added.
         scale: learned factor of the output.
         output_scale: constant factor of the output.
+        halved: another constant factor of 1/2, for the two feedforwards of a macaron block.
         dropout: probability of skipping the sublayer in training.
     """
 
@@ -72,6 +74,7 @@ class Branch(ReadsReference):
         stream_norm: Norm | None,
         scale: OutputScale | None,
         output_scale: float,
+        halved: bool,
         dropout: float,
     ) -> None:
         super().__init__()
@@ -79,7 +82,8 @@ class Branch(ReadsReference):
         self.reader, self.shift = reader, shift
         self.norm, self.output_norm, self.stream_norm = norm, output_norm, stream_norm
         self.add_module(kind.module_name, fn)
-        self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
+        self.scale, self.output_scale, self.halved, self.dropout = scale, output_scale, halved, dropout
+        self.output_factor = output_scale * 0.5 if halved else output_scale
         self.residual = residual
         shifted = ("shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
@@ -124,8 +128,8 @@ class Branch(ReadsReference):
         out, record, carry = self._modules[self.kind.module_name](x, layer=layer)  # type: ignore[misc]
         if self.scale is not None:
             out = self.scale(out, layer.condition)
-        if self.output_scale != 1:
-            out = out * self.output_scale
+        if self.output_factor != 1:
+            out = out * self.output_factor
         if self.output_norm is not None:
             out = self.output_norm(out, layer.condition)
         stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
@@ -155,15 +159,31 @@ class Branch(ReadsReference):
 
     def translate_reference(self, state: dict, prefix: str) -> None:
         # the reference numbers the parts: 0 norms, 1 the function inside its wrappers, 2 the residual connection
-        for slot, name in enumerate(("norm", "output_norm", "stream_norm")):
-            rename_prefix(state, f"{prefix}0.{slot}.", f"{prefix}{name}.")
-        rename_prefix(state, f"{prefix}2.", f"{prefix}residual.")
+        for theirs, ours in _NUMBERED.items():
+            rename_prefix(state, prefix + theirs, prefix + ours)
         # each wrapper of the reference adds an `fn.`; only the learned scale among them has entries of its own
         inside = f"{prefix}1."
-        for name in ("gamma", "to_gamma.weight", "to_gamma.bias"):
+        for name in _SCALE_NAMES if self.scale is not None else ():
             for depth in ("", "fn."):
-                if self.scale is not None:
-                    rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
+                rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
         while any(key.startswith(f"{inside}fn.") for key in state):
             rename_prefix(state, f"{inside}fn.", inside)
         rename_prefix(state, inside, f"{prefix}{self.kind.module_name}.")
+
+    def export_reference(self, state: dict, prefix: str) -> None:
+        if not isinstance(self.fn, ReadsReference):
+            raise StateDictError(f"the reference has no {self.kind.words}; a model with it cannot be exported.")
+        outer = "fn." if self.output_scale != 1 else ""
+        wrappers = (self.scale is not None) + (self.shift is not None) + self.halved
+        rename_prefix(state, f"{prefix}{self.kind.module_name}.", f"{prefix}1.{outer}{'fn.' * wrappers}")
+        for name in _SCALE_NAMES:
+            rename(state, f"{prefix}scale.{name}", f"{prefix}1.{outer}{name}")
+        for theirs, ours in _NUMBERED.items():
+            rename_prefix(state, prefix + ours, prefix + theirs)
+
+
+_NUMBERED = {"0.0.": "norm.", "0.1.": "output_norm.", "0.2.": "stream_norm.", "2.": "residual."}
+"""The reference's prefixes of norms and residual connection, and ours."""
+
+_SCALE_NAMES = ("gamma", "to_gamma.weight", "to_gamma.bias")
+"""Entries of learned scales of the output."""

@@ -43,9 +43,7 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
     )
     keywords = {**layer.keywords, **output_keywords(options, index // plan.sequence.block + 1)}
     fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=context.first)
-    where, factor = norm_places(options), output_scale(options)
-    if layer.kind.is_feedforward and options["macaron"].macaron:
-        factor *= 0.5
+    where = norm_places(options)
     skip, shift = (
         _each(value, index) for value in (options["layer_dropout"].layer_dropout, options["shift_tokens"].shift_tokens)
     )
@@ -59,7 +57,8 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         output_norm=norm(dim) if where.output else None,
         stream_norm=norm(dim) if where.after else None,
         scale=_one(options, "branch scale", context),
-        output_scale=factor,
+        output_scale=output_scale(options),
+        halved=layer.kind.is_feedforward and options["macaron"].macaron,
         dropout=skip,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ from x_transformers.layers.explain import Explanation, explain_stack
 from x_transformers.layers.optional_inputs import refuse_cache_unless_causal
 from x_transformers.layers.pass_state import BlockTransform, PassInputs
 from x_transformers.layers.plan import make_plan
-from x_transformers.layers.reference_names import translate_stack
+from x_transformers.layers.reference_names import (
+    export_positions,
+    mixes_as_reference,
+    stack_names,
+    translate_positions,
+)
+from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.modules.state_dict import ReadsReference
@@ -289,8 +296,54 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
                 each.log_probs = log_prob_from_hard_attend(each)
         return out, record
 
+    # state dicts
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor as plain data, with what loaded weights have changed; see `Configured`."""
+        config = super().config
+        if self.reference_mix:
+            config["options"]["hyper_conn_reference_mix"] = True
+        return config
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        if self.reference_mix or not config["options"].get("hyper_conn_reference_mix"):
+            return []
+        self.mix_streams_as_reference()
+        return [partial(self.mix_streams_as_reference, on=False)]
+
+    def reference_names(self) -> Mapping[str, str]:
+        return stack_names(self)
+
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        translate_stack(self, state, prefix)
+        translate_positions(self, state, prefix)
+        super().translate_reference(state, prefix)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        export_positions(self, state, prefix)
+        super().export_reference(state, prefix)
+
+    def after_loading(
+        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> Callable[[], None] | None:
+        streams = any(isinstance(branch.residual, HyperConnection) for branch in self.sublayers)
+        if self.reference_mix or not streams or not mixes_as_reference(state, prefix, metadata):
+            return None
+
+        def finish() -> None:
+            self.mix_streams_as_reference()
+            logger.warning(
+                f"{type(self).__name__}: these weights were trained with residual streams that mix by a matrix of "
+                "ones, so that this model computes them that way from now on (`hyper_conn_reference_mix = True`)."
+            )
+
+        return finish
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # `torch.save` keeps the metadata of a state dict, so that our own files say how their streams are mixed
+        if self.reference_mix and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["reference_mix"] = True
 
 
 show_keywords(AttentionLayers, KEYWORDS, [parameter("dim", positional=True), parameter("causal", False)])

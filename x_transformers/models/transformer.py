@@ -30,7 +30,6 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import rename
 from x_transformers.ops import masked_mean
 
 
@@ -379,9 +378,8 @@ class TransformerWrapper(Model):
 
     # checkpoints
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        for name in ("to_mixture.0.weight", "combine_mixture.weight"):
-            rename(state, prefix + name, f"{prefix}mixture.{name}")
+    def reference_names(self) -> Mapping[str, str]:
+        return {name: f"mixture.{name}" for name in ("to_mixture.0.weight", "combine_mixture.weight")}
 
 
 def _build_head(options: ModelOptions, dim: int, num_tokens: int, token_emb: nn.Module) -> nn.Module | None:

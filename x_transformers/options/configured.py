@@ -7,10 +7,9 @@ initialized weights. A value that is not plain data (a callable, a module of the
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from x_transformers.errors import ConfigError, Faults
@@ -35,8 +34,27 @@ class Configured:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`."""
-        return copy.deepcopy(self._config)
+        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`.
+
+        Of an object that was given as an argument, its present configuration.
+        """
+        return _present(self._config)
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        """Take over what loading weights had changed in the object that a configuration describes.
+
+        Args:
+            config: of an object that was built with the same arguments.
+
+        Returns:
+            Functions that undo it.
+        """
+        undo: list[Callable[[], None]] = []
+        for name, theirs in config["options"].items():
+            own = self._config["options"].get(name)
+            if isinstance(own, Configured) and _is_config(theirs):
+                undo += own.adopt_config(theirs)
+        return undo
 
     @classmethod
     def from_config(cls: type[Built], config: Mapping[str, Any], **objects: Any) -> Built:
@@ -95,9 +113,12 @@ def _recording(init: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none."""
+    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none.
+
+    Objects with a configuration are kept, since it may change; `_present` replaces them.
+    """
     if isinstance(value, Configured):
-        return value.config
+        return value
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -107,6 +128,15 @@ def _plain(name: str, value: Any) -> Any:
         items = {key: _plain(key, item) for key, item in value.items()}
         return {"$object": name} if any(_is_object(item) for item in items.values()) else items
     return {"$object": name}
+
+
+def _present(value: Any) -> Any:
+    """Return a copy of recorded data, with the present configuration of objects that have one."""
+    if isinstance(value, Configured):
+        return value.config
+    if isinstance(value, dict):
+        return {name: _present(item) for name, item in value.items()}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_object(value: Any) -> bool:

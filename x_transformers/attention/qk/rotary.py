@@ -156,6 +156,11 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         for name in ("inv_freq", "scale"):
             state.pop(f"{prefix}{name}", None)
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        state[f"{prefix}inv_freq"] = self.inv_freq.clone()
+        if self.use_xpos:
+            state[f"{prefix}scale"] = (self.xpos_log * self.scale_base).exp()
+
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent pairs of the first r features: `(x0 cos - x1 sin, x1 cos + x0 sin)`.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, ScoreFunction, ScoreMod, Tiles
 from x_transformers.attention.scores.base import DistanceBias, build_bias
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError
 from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
@@ -109,6 +109,23 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         # the reference does not save slopes
         state.setdefault(f"{prefix}slopes", self._standard_slopes())
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        state.pop(f"{prefix}slopes", None)
+
+    def check_export(self, order: Tensor | None) -> None:
+        """Raise a `StateDictError` unless the slopes are those that the reference computes.
+
+        Args:
+            order: index of each of our query heads in the reference; None if both have the same order.
+        """
+        slopes = self._standard_slopes()
+        if not torch.equal(self.slopes, slopes if order is None else slopes[order.to(slopes.device)]):
+            raise StateDictError(
+                "the reference does not save the slopes of ALiBi, but computes them from its own order of grouped "
+                "heads, in which those of this model are different. Only a model whose weights come from the reference "
+                "can be exported with `alibi_pos_bias` and `attn_kv_heads`."
+            )
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
         # start from the standard order: an earlier checkpoint may have reordered the buffer already
