@@ -371,16 +371,10 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return out, record if record is not None else Intermediates(layer_type="a")
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        translate(state, prefix, **self._layout)
+        translate(self, state, prefix)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
-        export(state, prefix, **self._layout)
-
-    @property
-    def _layout(self) -> dict[str, Any]:
-        """What names and order of the reference's weights depend on."""
-        has_keys = self.projections.k is not None
-        return {"shape": self.shape, "parts": self.parts(), "values": self.values, "has_keys": has_keys}
+        export(self, state, prefix)
 
 
 def _carry_on(values: Tensor | None, scores: Tensor | None, prefix: int, layer: LayerCall) -> Carry:

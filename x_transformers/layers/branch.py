@@ -6,6 +6,7 @@ stream, norm of the stream.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -56,8 +57,8 @@ class Branch(ReadsReference):
         output_norm: on the output of the function.
         stream_norm: on the residual stream, after the output is added.
         scale: learned factor of the output.
-        output_scale: constant factor of the output.
-        halved: another constant factor of 1/2, for the two feedforwards of a macaron block.
+        output_scales: constant factors of the output: that of the stack, and perhaps that of the function itself, such
+            as 1/2 of the two feedforwards of a macaron block.
         dropout: probability of skipping the sublayer in training.
     """
 
@@ -73,8 +74,7 @@ class Branch(ReadsReference):
         output_norm: Norm | None,
         stream_norm: Norm | None,
         scale: OutputScale | None,
-        output_scale: float,
-        halved: bool,
+        output_scales: tuple[float, ...],
         dropout: float,
     ) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class Branch(ReadsReference):
         self.reader, self.shift = reader, shift
         self.norm, self.output_norm, self.stream_norm = norm, output_norm, stream_norm
         self.add_module(kind.module_name, fn)
-        self.scale, self.output_scale, self.halved, self.dropout = scale, output_scale, halved, dropout
-        self.output_factor = output_scale * 0.5 if halved else output_scale
+        self.scale, self.output_scales, self.dropout = scale, output_scales, dropout
+        self.output_scale = math.prod(output_scales)
         self.residual = residual
         shifted = ("shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
@@ -128,8 +128,8 @@ class Branch(ReadsReference):
         out, record, carry = self._modules[self.kind.module_name](x, layer=layer)  # type: ignore[misc]
         if self.scale is not None:
             out = self.scale(out, layer.condition)
-        if self.output_factor != 1:
-            out = out * self.output_factor
+        if self.output_scale != 1:
+            out = out * self.output_scale
         if self.output_norm is not None:
             out = self.output_norm(out, layer.condition)
         stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
@@ -173,8 +173,9 @@ class Branch(ReadsReference):
     def export_reference(self, state: dict, prefix: str) -> None:
         if not isinstance(self.fn, ReadsReference):
             raise StateDictError(f"the reference has no {self.kind.words}; a model with it cannot be exported.")
-        outer = "fn." if self.output_scale != 1 else ""
-        wrappers = (self.scale is not None) + (self.shift is not None) + self.halved
+        of_stack, *of_function = self.output_scales
+        outer = "fn." if of_stack != 1 else ""
+        wrappers = (self.scale is not None) + (self.shift is not None) + len(of_function)
         rename_prefix(state, f"{prefix}{self.kind.module_name}.", f"{prefix}1.{outer}{'fn.' * wrappers}")
         for name in _SCALE_NAMES:
             rename(state, f"{prefix}scale.{name}", f"{prefix}1.{outer}{name}")

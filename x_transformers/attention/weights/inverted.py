@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from x_transformers.attention.base import AttentionShape, Weighting
-from x_transformers.attention.weights.sigmoid import Sigmoid
 from x_transformers.errors import ConfigError
 from x_transformers.ops import at_least_float32, l1norm, max_neg_value
 from x_transformers.options.schema import Feature, Options, Rule, opt
@@ -54,8 +53,10 @@ def build(options: InvertedOptions, shape: AttentionShape, others: Options, **_:
     Raises:
         ConfigError: if the attention is causal, and queries compete.
     """
-    if others.on("sigmoid"):
-        return Inverted(Sigmoid())
+    for name in FEATURE.joins:
+        feature = others.schema.features[name]
+        if others.on(name) and feature.build is not None:
+            return Inverted(feature.build(others[name], shape=shape, others=others))
     if shape.causal:
         raise ConfigError(
             "`inverted_attention` normalizes over the queries, so that earlier ones would see later ones; it cannot be "

@@ -316,6 +316,7 @@ FEATURE = Feature(
             why="`gated_multi_residual` normalizes the streams after each sublayer; drop `sandwich_norm`.",
         ),
     ),
+    exempt={("export", number): "the reference mixes streams by another matrix" for number in (1, 2)},
     examples=(
         {"num_residual_streams": 3},
         {"num_residual_streams": 2, "qkv_receive_diff_residuals": True},
