@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from torch import Tensor, nn
 
 from x_transformers import (
+    DPO,
     Attention,
     AttentionPool,
     AutoregressiveWrapper,
@@ -57,8 +58,7 @@ def log() -> Iterator[list[str]]:
 
 
 def model(**layers: Any) -> TransformerWrapper:
-    stack = Decoder(**{**STACK, **layers})
-    return perturbed(TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=16, attn_layers=stack))
+    return perturbed(text_of(**layers))
 
 
 # keywords without effect
@@ -98,6 +98,10 @@ def test_longer_lists_are_cut(keyword: str, log: list[str]) -> None:
 
 def text(**options: Any) -> TransformerWrapper:
     return TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=16, attn_layers=Decoder(**STACK), **options)
+
+
+def text_of(**layers: Any) -> TransformerWrapper:
+    return TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=16, attn_layers=Decoder(**STACK, **layers))
 
 
 UNKNOWN: dict[str, Callable[..., Any]] = {
@@ -472,11 +476,14 @@ def test_a_refused_state_does_not_switch_the_mixing() -> None:
 
 
 @torch.no_grad()
-def test_models_that_build_their_stacks_carry_the_mixing() -> None:
+def test_models_around_stacks_carry_the_mixing() -> None:
     def pair(**options: Any) -> XTransformer:
         half = {"num_tokens": VOCABULARY, "max_seq_len": 16, "depth": 1, "heads": 2, "verbose": False}
         halves = {f"{name}_{key}": value for name in ("enc", "dec") for key, value in half.items()}
         return XTransformer(dim=16, **halves, **options)
+
+    def preferences(**options: Any) -> DPO:
+        return DPO(text_of(**options))
 
     def field(**options: Any) -> NeoMLP:
         encoder = {"heads": 2, "attn_dim_head": 8, "verbose": False, **options}
@@ -486,6 +493,7 @@ def test_models_that_build_their_stacks_carry_the_mixing() -> None:
     for build, streams, switch, call in (
         (pair, {"dec_num_residual_streams": 2}, f"dec_{MIX}", lambda net: net(ids, ids)),
         (field, STREAMS, MIX, lambda net: net(torch.ones(2, 2))),
+        (preferences, STREAMS, MIX, lambda net: net(ids, ids.flip(1), prompt_mask=ids < 0)),
     ):
         weights, source = reference_weights(build, **streams, **{switch: True})
         net = build(**streams).eval()
@@ -497,9 +505,11 @@ def test_models_that_build_their_stacks_carry_the_mixing() -> None:
         fresh = build(**streams)
         undo = fresh.adopt_config(net.config)
         assert fresh.config == net.config
+        assert mixes(fresh) == mixes(net) == {True}
         for each in undo:
             each()
         assert fresh.config == plain
+        assert mixes(fresh) == {False}
 
 
 def test_checkpoints_carry_the_mixing(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         self.attend.share_scores()
         self.leaves_scores = True
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
         maps = (self.projections.v, self.out)
         return [parameter for each in maps for parameter in each.parameters() if parameter.ndim == 2]

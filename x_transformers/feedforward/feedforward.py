@@ -188,7 +188,7 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         up, down = plain_map(self.up), plain_map(self.down)
         return None if up is None or down is None else (up, down)
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
         return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
@@ -128,7 +127,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         # graphs belong to this object and this process
         return {**self.__dict__, "compiled": None}
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
         return [matrix for branch in self.sublayers for matrix in branch.fn.muon_parameters()]
 
@@ -298,19 +297,24 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
 
     # state dicts
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Arguments of the constructor as plain data, with what loaded weights have changed; see `Configured`."""
-        config = super().config
-        if self.reference_mix:
-            config["options"]["hyper_conn_reference_mix"] = True
-        return config
+    def mix_streams_as_reference(self, on: bool = True) -> None:
+        super().mix_streams_as_reference(on)
+        # wrappers around this stack share these options
+        self._config["options"]["hyper_conn_reference_mix"] = on
 
     def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
         if self.reference_mix or not config["options"].get("hyper_conn_reference_mix"):
             return []
+        options = self._config["options"]
+        before = dict(options)
+
+        def undo() -> None:
+            self.mix_streams_as_reference(on=False)
+            options.clear()
+            options.update(before)
+
         self.mix_streams_as_reference()
-        return [partial(self.mix_streams_as_reference, on=False)]
+        return [undo]
 
     def reference_names(self) -> Mapping[str, str]:
         return stack_names(self)

@@ -36,9 +36,10 @@ def translate_positions(stack: LayerStack, state: dict[str, Any], prefix: str) -
     """
     # only the sublayers of the reference are numbered parts
     if any(key.startswith((f"{prefix}layers.0.0.", f"{prefix}layers.0.1.")) for key in state):
-        order, shared = _order_of_heads(stack, "read"), _shared_positions(stack, prefix)
-        for part, path in shared if order is not None else ():
-            part.permute_heads(state, path, order)
+        order = _order_of_heads(stack, "read")
+        if order is not None:
+            for part, path in _shared_positions(stack, prefix):
+                part.permute_heads(state, path, order)
 
 
 def export_positions(stack: LayerStack, state: dict[str, Any], prefix: str) -> None:
@@ -50,7 +51,9 @@ def export_positions(stack: LayerStack, state: dict[str, Any], prefix: str) -> N
     order = _order_of_heads(stack, "exported")
     if isinstance(stack.rel_pos, AlibiPositionalBias):
         stack.rel_pos.check_export(order)
-    for part, path in _shared_positions(stack, prefix) if order is not None else ():
+    if order is None:
+        return
+    for part, path in _shared_positions(stack, prefix):
         if not isinstance(part, AlibiPositionalBias):  # has no entries there
             part.permute_heads(state, path, order.argsort())
 

@@ -93,7 +93,7 @@ class Model(Configured, ReadsReference):
         """True if positions continue beyond `max_seq_len` while a cache is in use."""
         return not isinstance(self.pos_emb, AbsolutePositionalEmbedding)
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize; see `AttentionLayers.muon_parameters`."""
         return self.attn_layers.muon_parameters()
 

@@ -91,7 +91,7 @@ class BranchFunction(nn.Module):
                 f"{self.requires_causal[0]} works in causal passes only; `causal = False` makes no sense with it."
             )
 
-    def muon_parameters(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize (2502.16982)."""
         return []
 

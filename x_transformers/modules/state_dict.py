@@ -46,7 +46,7 @@ class ReadsReference(nn.Module):
         Raises:
             StateDictError: if the reference has nothing like this module.
         """
-        for theirs, ours in reversed(self.reference_names().items()):
+        for theirs, ours in reversed(list(self.reference_names().items())):
             rename_entries(state, prefix + ours, prefix + theirs)
 
     def after_loading(

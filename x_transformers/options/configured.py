@@ -7,10 +7,13 @@ initialized weights. A value that is not plain data (a callable, a module of the
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
+
+from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
 
@@ -38,7 +41,7 @@ class Configured:
 
         Of an object that was given as an argument, its present configuration.
         """
-        return _present(self._config)
+        return copy.deepcopy(self._config)
 
     def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
         """Take over what loading weights had changed in the object that a configuration describes.
@@ -50,10 +53,15 @@ class Configured:
             Functions that undo it.
         """
         undo: list[Callable[[], None]] = []
-        for name, theirs in config["options"].items():
-            own = self._config["options"].get(name)
-            if isinstance(own, Configured) and _is_config(theirs):
-                undo += own.adopt_config(theirs)
+        given = [own for own in self._config["options"].values() if _is_config(own)]
+        for part in self.children() if isinstance(self, nn.Module) else ():
+            if not isinstance(part, Configured):
+                continue
+            for name, own in self._config["options"].items():
+                # an argument, or a copy of one
+                mine = own is part._config or (own == part._config and not any(each is part._config for each in given))
+                if mine and _is_config(own) and _is_config(config["options"].get(name)):
+                    undo += part.adopt_config(config["options"][name])
         return undo
 
     @classmethod
@@ -115,10 +123,10 @@ def _recording(init: Any) -> Any:
 def _plain(name: str, value: Any) -> Any:
     """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none.
 
-    Objects with a configuration are kept, since it may change; `_present` replaces them.
+    The configuration of an object is shared with it, since loading weights may change it.
     """
     if isinstance(value, Configured):
-        return value
+        return value._config
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -128,15 +136,6 @@ def _plain(name: str, value: Any) -> Any:
         items = {key: _plain(key, item) for key, item in value.items()}
         return {"$object": name} if any(_is_object(item) for item in items.values()) else items
     return {"$object": name}
-
-
-def _present(value: Any) -> Any:
-    """Return a copy of recorded data, with the present configuration of objects that have one."""
-    if isinstance(value, Configured):
-        return value.config
-    if isinstance(value, dict):
-        return {name: _present(item) for name, item in value.items()}
-    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_object(value: Any) -> bool:
