@@ -52,17 +52,17 @@ class Configured:
         Returns:
             Functions that undo it.
         """
-        undo: list[Callable[[], None]] = []
-        given = [own for own in self._config["options"].values() if _is_config(own)]
-        for part in self.children() if isinstance(self, nn.Module) else ():
-            if not isinstance(part, Configured):
-                continue
-            for name, own in self._config["options"].items():
-                # an argument, or a copy of one
-                mine = own is part._config or (own == part._config and not any(each is part._config for each in given))
-                if mine and _is_config(own) and _is_config(config["options"].get(name)):
-                    undo += part.adopt_config(config["options"][name])
-        return undo
+        given = {name: own for name, own in self._config["options"].items() if _is_config(own)}
+        parts = (
+            [part for part in self.children() if isinstance(part, Configured)] if isinstance(self, nn.Module) else []
+        )
+        found: list[tuple[Configured, Any]] = []
+        for part in parts:
+            # an argument; or else a copy of one
+            same = [name for name, own in given.items() if own is part._config]
+            same = same or [name for name, own in given.items() if own == part._config]
+            found += [(part, config["options"].get(name)) for name in same]
+        return [undo for part, theirs in found if _is_config(theirs) for undo in part.adopt_config(theirs)]
 
     @classmethod
     def from_config(cls: type[Built], config: Mapping[str, Any], **objects: Any) -> Built:
