@@ -51,7 +51,7 @@ from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Options, Schema, unpackable
+from x_transformers.options.schema import Options, Schema
 from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
@@ -486,9 +486,8 @@ class Attend(Configured, ReadsReference):
 
 def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:
     """Add a fault for each feature that mixes packed documents, and for the first one that lacks `heads`."""
-    for feature in options.enabled() if packed else ():
-        if feature.unpackable is not None:
-            faults.add(unpackable(feature))
+    for sentence in options.unpackable() if packed else ():
+        faults.add(sentence)
     needy = [options.switch(feature) for feature in options.enabled() if feature.name in NEED_HEADS]
     if needy and heads is None:
         faults.add(f"{needy[0]} has something for each head; give `heads`.")

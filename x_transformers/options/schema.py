@@ -71,7 +71,8 @@ class Feature:
         refuses: conflicts that raise a `ConfigError` when the feature is on.
         warns: conflicts that are only reported when it is on.
         idle: receives the options, and returns the names of those that have no effect although the feature is on.
-        unpackable: why it cannot keep the documents of packed rows apart; None if it can.
+        unpackable: why it cannot keep the documents of packed rows apart, or a function of the options of its group
+            that returns this; None if it can.
         examples: small sets of keywords, with prefixes, as a user would write them; tests run over them.
         exempt: properties of the test suite that cannot hold for the feature, each with the reason; a key (property, n)
             is about the n-th example only, from 1.
@@ -91,7 +92,7 @@ class Feature:
     refuses: tuple[Rule, ...] = ()
     warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
-    unpackable: str | None = None
+    unpackable: str | Callable[[Options], str | None] | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
     exempt: Mapping[Any, str] = field(default_factory=dict)
 
@@ -147,7 +148,13 @@ class Options:
 
     def unpackable(self) -> list[str]:
         """Return why documents of packed rows cannot be kept apart, one sentence for each feature that is on."""
-        return [unpackable(feature) for feature in self.enabled() if feature.unpackable is not None]
+        given = (feature.unpackable for feature in self.enabled())
+        reasons = [reason(self) if callable(reason) else reason for reason in given]
+        return [
+            f"`flash_pack_seq` keeps the documents of a row apart, but {reason}; drop one of them."
+            for reason in reasons
+            if reason is not None
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,11 +359,6 @@ def accepts(hint: Any, value: Any) -> bool:
     if hint is Callable or (origin is not None and origin is typing.get_origin(Callable[..., Any])):
         return callable(value)
     return isinstance(value, origin or hint)
-
-
-def unpackable(feature: Feature) -> str:
-    """Return why documents of packed rows cannot be kept apart with a feature that declares it."""
-    return f"`flash_pack_seq` keeps the documents of a row apart, but {feature.unpackable}; drop one of them."
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -86,7 +86,7 @@ FEATURE = Feature(
             why="`head_learned_sink` competes with keys, but in `inverted_attention` queries compete; drop one.",
         ),
     ),
-    unpackable="`inverted_attention` lets the queries of all documents compete",
+    unpackable=lambda o: None if o.on("sigmoid") else "`inverted_attention` lets the queries of all documents compete",
     examples=(
         {"cross_attend": True, "cross_attn_inverted_attention": True},
         {"cross_attend": True, "cross_attn_inverted_attention": True, "cross_attn_sigmoid": True},
