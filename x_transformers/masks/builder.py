@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import ShapeError
-from x_transformers.forward_pass.call import Call, Span
+from x_transformers.forward_pass.call import MISSING, Call, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks.visibility import MaskSpec, Visibility
 from x_transformers.ops import pad_left
@@ -42,13 +42,12 @@ def visibility(
         documents: boundaries of the documents of a packed row.
         pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
-    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Graphs
-    # of single blocks keep no results; to read the identity of an object would tie such a graph to one pass.
-    memo, rule = call.memo, None
+    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call.
+    memo, rule = call.memo, (keys, causal, own, window, prefix, shown, documents, pairs)
     if not memo.forgets:
-        rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
-        if rule in memo.held:
-            return memo.held[rule][0]
+        found = memo.find("visibility", rule)
+        if found is not MISSING:
+            return found
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window
@@ -71,9 +70,8 @@ def visibility(
             )
         else:
             visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
-    # the objects are kept with the result: the key holds their ids, which new objects could get otherwise
-    if rule is not None:
-        memo.held[rule] = visible, (keys, shown, documents, pairs)
+    if not memo.forgets:
+        memo.held.append(("visibility", rule, visible))
     return visible
 
 
