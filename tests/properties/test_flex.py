@@ -172,7 +172,14 @@ def span(n: int, token_mask: Tensor | None = None) -> Span:
 
 def causal(n: int, window: int | None = None, token_mask: Tensor | None = None) -> Visibility:
     tokens = span(n, token_mask)
-    return visibility(Call(tokens, tokens, True, capture=Capture(), memo=Memo()), tokens, causal=True, own=True, window=window, prefix=0)
+    return visibility(
+        Call(tokens, tokens, True, capture=Capture(), memo=Memo()),
+        tokens,
+        causal=True,
+        own=True,
+        window=window,
+        prefix=0,
+    )
 
 
 def test_rules_without_tensors_stay() -> None:

@@ -146,8 +146,10 @@ class KVCache:
     @property
     def rows(self) -> int | None:
         """Number of rows, or None before a pass."""
-        streams = (stream for entry in self.entries for stream in (*entry.grown.values(), *entry.states.values()))
-        return next((stream.shape[0] for stream in streams), None)
+        for entry in self.entries:
+            for stream in (*entry.grown.values(), *entry.states.values()):
+                return stream.shape[0]
+        return None
 
     @property
     def known_length(self) -> int | None:

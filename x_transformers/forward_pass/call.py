@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 MISSING: Any = object()
 """No entry of a `Memo`."""
+BY_VALUE = (int, str)
+"""Types that a `Memo` compares by value; other objects are compared by identity."""
 
 
 @dataclass(eq=False)
@@ -117,7 +119,14 @@ class Memo:
         # There are few entries. A dict would need the identities of objects as keys, which older versions of the
         # compiler cannot read; and the objects are held here, so that no other one gets the identity of one of them.
         for kind, held, result in self.held:
-            if kind == what and _same(held, of):
+            if kind != what:
+                continue
+            for one, other in zip(held, of, strict=True):
+                if one is not other and not (
+                    isinstance(one, BY_VALUE) and isinstance(other, BY_VALUE) and one == other
+                ):
+                    break
+            else:
                 return result
         return MISSING
 
@@ -142,16 +151,6 @@ class Memo:
         copied = Memo(forgets=self.forgets)
         copied.held.extend(self.held[:first])
         return copied
-
-
-def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Return True if two tuples hold the same objects, and equal numbers and strings."""
-    if len(some) != len(others):
-        return False
-    for one, other in zip(some, others, strict=True):
-        if one is not other and not (isinstance(one, (int, str)) and isinstance(other, (int, str)) and one == other):
-            return False
-    return True
 
 
 @dataclass(frozen=True)

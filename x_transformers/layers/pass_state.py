@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.cache import NO_PREFIX, CacheHeader, Entry, KVCache
+from x_transformers.cache import CacheHeader, Entry, KVCache
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import ShapeError
-from x_transformers.forward_pass.call import MISSING, Call, Span
+from x_transformers.forward_pass.call import Call, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks.visibility import MaskSpec, Visibility
 from x_transformers.ops import pad_left
@@ -42,12 +42,16 @@ def visibility(
         documents: boundaries of the documents of a packed row.
         pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
-    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call.
+    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Windows
+    # of equal width may be two numbers; then the rules are only built twice.
     memo, rule = call.memo, (keys, causal, own, window, prefix, shown, documents, pairs)
-    if not memo.forgets:
-        found = memo.find("visibility", rule)
-        if found is not MISSING:
-            return found
+    for what, of, found in memo.held:
+        if what == "visibility":
+            for one, other in zip(of, rule, strict=True):
+                if one is not other:
+                    break
+            else:
+                return found
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window

@@ -64,20 +64,26 @@ class BackendChoice:
 
     def choose(self, situation: Situation, needs: int) -> tuple[Backend, str]:
         """Return the backend for these needs, and the reason."""
+        backend, reasons = self._decide(situation, needs)
+        return backend, "; ".join(str(reason) for reason in reasons) or "fused, and hosts every part"
+
+    def _decide(self, situation: Situation, needs: int) -> tuple[Backend, list[str | Measurement | None]]:
+        """Return the backend, and why not those before it; words are joined elsewhere, since graphs cannot."""
         if self.flash is False:
-            return self.explicit, "`flash = False`"
+            return self.explicit, ["`flash = False`"]
         if needs & Needs.SCORES:
-            return self.explicit, "the scores were requested"
-        reasons = {each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused}
+            return self.explicit, ["the scores were requested"]
+        reasons: dict[str, str | Measurement | None] = {
+            each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused
+        }
         able = [each for each in self.fused if reasons[each.name] is None]
         for backend in able:
             reasons[backend.name] = slower(backend, able, situation, needs)
             if reasons[backend.name] is None:
-                passed = self.fused[: self.fused.index(backend)]
-                return backend, "; ".join(str(reasons[each.name]) for each in passed) or "fused, and hosts every part"
+                return backend, [reasons[each.name] for each in self.fused[: self.fused.index(backend)]]
         if self.flash and able:
-            return able[0], "`flash = True`"
-        return self.explicit, "; ".join(str(reason) for reason in reasons.values())
+            return able[0], ["`flash = True`"]
+        return self.explicit, list(reasons.values())
 
     def for_request(self, request: Request, needs: int) -> Backend:
         """Return the backend for a request, and warn once if a fused kernel is demanded and none can run."""
@@ -91,8 +97,9 @@ class BackendChoice:
             compiling, queries, layer = True, 1 if queries == 1 else MANY, request.layer
             keeps = layer is not None and (layer.entry is not None or layer.states is not None)
         situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps)
-        backend, why = self.choose(situation, needs)
-        if self.flash and not backend.fused and not request.capture:
+        backend, reasons = self._decide(situation, needs)
+        if self.flash and not backend.fused and not request.capture and not torch.compiler.is_compiling():
+            why = "; ".join(str(reason) for reason in reasons)
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return backend
 
@@ -112,7 +119,7 @@ class BackendChoice:
         raise InputError(f"no fused kernel hosts this call: {'; '.join(str(reason) for reason in reasons)}.")
 
     def _warn_once(self, message: str) -> None:
-        if not torch.compiler.is_compiling() and message not in self._warned:
+        if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
 
@@ -188,8 +195,11 @@ for every pair of tokens; FlexAttention computes both where it needs them, and s
 there are few scores, and to write them out is fast."""
 
 
-def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: int) -> str | None:
-    """Return why another able backend, or the explicit one, is to be preferred to this one; None if none is."""
+def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: int) -> Measurement | None:
+    """Return the finding that another able backend, or the explicit one, is faster than this one; None if none is."""
     others = {each.name for each in able} | {Explicit.name}
-    found = (each for each in MEASUREMENTS if each.slow == backend.name and each.fast in others)
-    return next((str(each) for each in found if each.holds(situation, needs)), None)
+    # a loop, since older versions of the compiler cannot trace a default of `next`
+    for each in MEASUREMENTS:
+        if each.slow == backend.name and each.fast in others and each.holds(situation, needs):
+            return each
+    return None
