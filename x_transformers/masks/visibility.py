@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -154,7 +155,8 @@ class MaskSpec(NamedTuple):
         return begin, end
 
 
-class Visibility(NamedTuple):
+@dataclass(eq=False)
+class Visibility:
     """Which keys each query sees.
 
     Attributes:
