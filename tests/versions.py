@@ -34,7 +34,7 @@ GROUPS = {
 }
 """Columns of the table, and the tests of each."""
 PACKAGES = ("allpairspy", "hypothesis", "numpy", "pytest", "pytest-xdist", "tqdm")
-"""What these tests need besides the library."""
+"""Packages that these tests need besides the library."""
 BEGIN, END = "<!-- table: versions -->", "<!-- end of table: versions -->"
 
 

@@ -69,7 +69,7 @@ class KVCache:
         "entries", "length", "started", "fresh", "dropped", "positions", "prefix", "prepended", "prefix_mask", "tokens",
         "order", "reaches",
     )  # fmt: skip
-    """What a copy takes over."""
+    """Attributes that a copy takes over."""
     capacity: int | None = None
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.forward_pass.documents import Documents
@@ -23,6 +24,8 @@ MISSING: Any = object()
 """No entry of a `Memo`."""
 BY_VALUE = (int, str)
 """Types that a `Memo` compares by value; other objects are compared by identity."""
+COMPARES_BY_VALUE = Version(Version(torch.__version__).base_version) < Version("2.7")
+"""The compiler reads `is` between named tuples of tensors as `==`. Graphs then keep no results."""
 
 
 @dataclass(eq=False)
@@ -112,7 +115,7 @@ class Memo:
 
     def __init__(self, *, forgets: bool = False) -> None:
         self.held: list[tuple[str, tuple[Any, ...], Any]] = []
-        self.forgets = forgets
+        self.forgets = forgets or (COMPARES_BY_VALUE and torch.compiler.is_compiling())
 
     def find(self, what: str, of: tuple[Any, ...]) -> Any:
         """Return the result that was computed from the same arguments; `MISSING` if there is none."""

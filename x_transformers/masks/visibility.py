@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -155,8 +154,7 @@ class MaskSpec(NamedTuple):
         return begin, end
 
 
-@dataclass(eq=False)
-class Visibility:
+class Visibility(NamedTuple):
     """Which keys each query sees.
 
     Attributes:
