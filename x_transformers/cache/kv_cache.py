@@ -66,10 +66,10 @@ class KVCache:
     """
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
-        "entries", "length", "started", "fresh", "dropped", "positions", "prefix", "prepended", "prefix_mask", "tokens",
-        "order", "reaches",
+        "dropped", "positions", "prefix", "prepended", "prefix_mask", "tokens", "order", "reaches",
     )  # fmt: skip
-    """Attributes that a copy takes over."""
+    """Attributes that `begin` takes over. It sets the others, which it must not read: in a graph, each value that is
+    read becomes a condition, and every pass would be compiled again."""
     capacity: int | None = None
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class KVCache:
         Raises:
             InputError: if other sublayers filled the cache, or it has no room.
         """
-        own = self._shallow_copy()
+        own = self._begun()
         own.entries = [entry.copy() for entry in self.entries]
         own.length = self.length + count
         own.fresh, own.started = not self.started, own.length > 0
@@ -122,7 +122,8 @@ class KVCache:
                 own.reaches = reaches if bounded else ()
         return own
 
-    def _shallow_copy(self) -> Self:
+    def _begun(self) -> Self:
+        """Return a copy without the attributes that `begin` sets."""
         # faster than `copy.copy`, which older versions of the compiler cannot trace
         own = object.__new__(type(self))
         for name in self.ATTRIBUTES:

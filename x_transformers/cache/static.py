@@ -34,8 +34,7 @@ class StaticCache(KVCache):
     """
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
-        *KVCache.ATTRIBUTES, "batch", "capacity", "filled", "places", "index", "shown", "ring_prefix", "rings",
-        "nth_ring",
+        *KVCache.ATTRIBUTES, "length", "batch", "capacity", "places", "ring_prefix", "rings", "nth_ring",
     )  # fmt: skip
 
     def __init__(
@@ -97,7 +96,7 @@ class StaticCache(KVCache):
         """Return a cache for the next `count` places, which shares its buffers with the one it came from."""
         if count > self.capacity:
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
-        own = self._shallow_copy()
+        own = self._begun()
         own.filled = self.filled + count
         own.fresh, own.started = not self.started, self.started or count > 0
         if order is not None and order != own.order:
