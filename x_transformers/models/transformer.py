@@ -183,7 +183,7 @@ class TransformerWrapper(Model):
             return_mems, mems, mem_masks, detach_mems: recurrent memory, a `(b, m, D)` tensor for each self-attention.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             recycle_steps: number of times that a recycling model runs its stack.
-            pos: integer positions `(n,)`, `(b, n)` or, for ALiBi, `(b, h, n)`; or a floating tensor, position embeddings.
+            pos: integer positions `(n,)`, `(b, n)` or, for ALiBi, `(b, h, n)`; or floating position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: remove their positions from logits and features.
             embed_ids: name -> `(b, n)` ids of the further embeddings.
