@@ -58,14 +58,14 @@ DEFAULT_DIM_HEAD = 64
 """Width of a head, unless specified otherwise."""
 
 
-def exists(value: Any) -> bool:
+def exists(val: Any) -> bool:
     """Return True unless the value is None."""
-    return value is not None
+    return val is not None
 
 
-def default(*values: Any) -> Any:
+def default(*args: Any) -> Any:
     """Return the first value that is not None; None if there is none."""
-    return next((value for value in values if value is not None), None)
+    return next((value for value in args if value is not None), None)
 
 
 def identity(t: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,56 +73,50 @@ def identity(t: Any, *args: Any, **kwargs: Any) -> Any:
     return t
 
 
-def first(values: Iterable[Any], default: Any = None) -> Any:
+def first(it: Iterable[Any], default: Any = None) -> Any:
     """Return the first element, or the default if there is none."""
-    return next(iter(values), default)
+    return next(iter(it), default)
 
 
-def cast_tuple(value: Any, depth: int = 1) -> tuple[Any, ...]:
+def cast_tuple(val: Any, depth: int = 1) -> tuple[Any, ...]:
     """Return a tuple as it is, and anything else `depth` times."""
-    return value if isinstance(value, tuple) else (value,) * depth
+    return val if isinstance(val, tuple) else (val,) * depth
 
 
-def divisible_by(number: float, by: float) -> bool:
+def divisible_by(num: float, den: float) -> bool:
     """Return True if the first number is a multiple of the second."""
-    return number % by == 0
+    return num % den == 0
 
 
-def at_most_one_of(*values: Any) -> bool:
+def at_most_one_of(*bools: Any) -> bool:
     """Return True unless two or more of the values are true."""
-    return sum(map(bool, values)) <= 1
+    return sum(map(bool, bools)) <= 1
 
 
-def join(parts: Iterable[str], delimiter: str = ", ") -> str:
+def join(arr: Iterable[str], delimiter: str = ", ") -> str:
     """Return the strings, separated by the delimiter."""
-    return delimiter.join(parts)
+    return delimiter.join(arr)
 
 
 class always:  # noqa: N801
     """Function that returns the same value for any arguments."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, val: Any) -> None:
+        self.val = val
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value
+        return self.val
 
 
-class equals:  # noqa: N801
-    """Function that compares its argument with a value."""
+class equals(always):  # noqa: N801
+    """Function that returns True if its first argument equals the value."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self, other: Any, *args: Any, **kwargs: Any) -> bool:
-        return bool(other == self.value)
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> bool:
+        return x == self.val
 
 
-class not_equals:  # noqa: N801
-    """Function that is True for all arguments but one."""
+class not_equals(always):  # noqa: N801
+    """Function that returns True unless its first argument equals the value."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self, other: Any, *args: Any, **kwargs: Any) -> bool:
-        return bool(other != self.value)
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> bool:
+        return x != self.val
