@@ -41,9 +41,9 @@ class TokenEmbedding(nn.Module):
         try:
             embeds = self.emb(x.long())
         except IndexError as error:
+            count = len(table_of(self))
             raise TokenRangeError(
-                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {self.emb.num_embeddings}, "
-                f"0 to {self.emb.num_embeddings - 1}."
+                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {count}, 0 to {count - 1}."
             ) from error
         return l2norm(embeds) if self.l2norm_embed else embeds
 
