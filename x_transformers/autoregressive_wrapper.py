@@ -24,9 +24,9 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.script_names import *  # noqa: F403
-from x_transformers.modules.script_names import __all__ as SCRIPT_NAMES
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import log
 from x_transformers.options.configured import Configured
@@ -47,7 +47,7 @@ __all__ = [
     "top_k",
     "top_p",
 ]
-__all__ += SCRIPT_NAMES
+__all__ += script_names.__all__
 
 
 class AutoregressiveWrapper(Configured, ReadsReference):

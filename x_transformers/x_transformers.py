@@ -43,6 +43,7 @@ from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.requested_outputs import calc_entropy, calc_z_loss
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
+from x_transformers.modules import script_names
 from x_transformers.modules.lora import LoRALinear
 from x_transformers.modules.norms import (
     AdaptiveLayerNorm,
@@ -55,7 +56,6 @@ from x_transformers.modules.norms import (
     SimpleRMSNorm,
 )
 from x_transformers.modules.script_names import *  # noqa: F403
-from x_transformers.modules.script_names import __all__ as SCRIPT_NAMES
 from x_transformers.ops import l2norm, log, masked_mean, max_neg_value, softclamp
 from x_transformers.ops import project_away as orthog_project
 from x_transformers.options.per_layer import layer_schedule
@@ -135,4 +135,4 @@ __all__ = [
     "softclamp_gelu",
     "softclamp_silu",
 ]
-__all__ += SCRIPT_NAMES
+__all__ += script_names.__all__

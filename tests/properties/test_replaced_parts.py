@@ -25,7 +25,7 @@ from x_transformers import (
 from x_transformers.modules.lora import LoRALinear
 from x_transformers.modules.norms import MultiheadRMSNorm, Norm
 
-REPLACEABLE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, Norm, MultiheadRMSNorm, LoRALinear)
+REPLACEABLE = (nn.RNNBase, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, Norm, MultiheadRMSNorm, LoRALinear)
 PROMPT, NEW = 5, 4
 
 
@@ -37,12 +37,15 @@ class Adapter(nn.Module):
         self.inner, self.calls = inner, 0
         self.scale, self.offset = nn.Parameter(torch.tensor(0.1)), nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        out = self.inner(*args, **kwargs)
+        out, *states = (
+            self.inner(*args, **kwargs) if isinstance(self.inner, nn.RNNBase) else (self.inner(*args, **kwargs),)
+        )
         # an offset along an axis of signs, which a norm does not remove as it would a constant
         signs = 1 - 2 * (torch.arange(out.shape[-1], device=out.device) % 2)
-        return out * (1 + self.scale) + self.offset * signs.to(out.dtype)
+        out = out * (1 + self.scale) + self.offset * signs.to(out.dtype)
+        return (out, *states) if states else out
 
 
 def adapt(model: nn.Module) -> dict[str, Adapter]:

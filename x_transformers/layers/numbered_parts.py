@@ -59,7 +59,7 @@ def _norms(branch: NumberedParts) -> PartsView:
 def _replace_norms(branch: NumberedParts, norms: Any) -> None:
     if len(norms) != 3:
         raise ConfigError(f"part 0 of a sublayer is its three norms, some perhaps None; {len(norms)} were given.")
-    branch.norm, branch.output_norm, branch.stream_norm = norms  # type: ignore[assignment]
+    branch.norm, branch.output_norm, branch.stream_norm = norms
 
 
 def _function(branch: NumberedParts) -> Any:

@@ -33,7 +33,7 @@ class TiedLogits(nn.Module):
 
     def __init__(self, model: nn.Module, scale: float) -> None:
         super().__init__()
-        self._model = (model,)
+        self._model: tuple[Any] = (model,)
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:

@@ -117,9 +117,10 @@ def apply_norm(norm: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
         x: `(..., D)`.
         condition: see `Norm.forward`; None if there is none.
     """
-    if condition is None or not any(isinstance(each, Norm) for each in norm.modules()):
+    if condition is None:
         return norm(x)
-    return norm(x, condition)
+    takes_condition = isinstance(norm, Norm) or any(isinstance(each, Norm) for each in norm.modules())
+    return norm(x, condition) if takes_condition else norm(x)
 
 
 class GainNorm(PreparesForInference, Norm):

@@ -13,7 +13,7 @@ further child under a name that the property hides, so that it would never run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
@@ -59,7 +59,7 @@ class SecondNames(nn.Module):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """Yield all modules by name, those with second names under these as well.
 
         Args:
@@ -104,7 +104,10 @@ class View(SecondNames):
         self.__dict__["_shown"] = owner, attributes, dict.fromkeys(places)
         for name, place in places.items():
             part = getattr(owner, place) if isinstance(place, str) else place
-            (self._parameters if isinstance(part, nn.Parameter) else self._modules)[name] = part
+            if isinstance(part, nn.Parameter):
+                self._parameters[name] = part
+            else:
+                self._modules[name] = part
 
     def __setattr__(self, name: str, value: Any) -> None:
         owner, attributes, places = self.__dict__.get("_shown", (None, {}, {}))
@@ -122,8 +125,8 @@ class View(SecondNames):
             "added or removed, and hooks belong on the parts, or on the module itself."
         )
 
-    __delitem__ = __delattr__ = _refuse  # type: ignore[assignment]
-    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = _refuse  # type: ignore[assignment]
+    __delitem__ = __delattr__ = _refuse
+    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = _refuse
 
 
 class PartsView(View, nn.Sequential):
