@@ -467,6 +467,34 @@ def test_a_module_in_the_place_of_an_attention() -> None:
     assert generate(ids, 3, cache_kv=False).shape == (2, 3)
 
 
+def test_a_module_in_the_place_of_a_cross_attention() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return self.project(context.mean(dim=1, keepdim=True)).expand_as(x)
+
+    model, ids, context = decoder(cross_attend=True), tokens(2, 5), torch.randn(2, 3, 32)
+    model.attn_layers.layers[1][1] = Mean()
+    new = AutoregressiveWrapper(model).generate(ids, 4, temperature=0.0, context=context)
+    logits = model(torch.cat((ids, new), dim=1), context=context)[:, 4:-1]
+    assert (logits.argmax(dim=-1) == new).all()
+    _, record = model(ids, context=context, return_intermediates=True)
+    with pytest.raises(InputError, match="pass `context` at every step"):
+        model(ids[:, :1], cache=record, input_not_include_cache=True)
+
+
+def test_logits_of_wrapped_maps_are_not_clipped_silently() -> None:
+    attention, x = Attention(32, heads=2, flash=False), torch.randn(2, 5, 32)
+    _, record = attention(x, return_intermediates=True)
+    attention.qk_clip_(record, 1e-3)
+    attention.to_k = Passed(attention.to_k)
+    with pytest.raises(InputError, match="a Passed is in the place"):
+        attention.qk_clip_(record, 1e-3)
+
+
 def test_replaced_residual_connections_are_used() -> None:
     model, ids = decoder(), tokens(2, 6)
     before = model(ids)

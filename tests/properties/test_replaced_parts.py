@@ -87,9 +87,11 @@ def sum_of_squares(out: Any) -> Tensor:
 
 @pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross"), ids=name_of)
 def test_a_pass_calls_them_and_depends_on_them(stack: str, case: Case) -> None:
-    model = case.build(stack)
+    model, ids = case.build(stack), tokens(2, PROMPT)
+    with torch.no_grad():
+        call(model, ids)
     adapters = running(model, adapt(model))
-    sum_of_squares(call(model, tokens(2, PROMPT))).backward()
+    sum_of_squares(call(model, ids)).backward()
     assert silent(adapters, case.without_gradient()) == []
 
 

@@ -43,7 +43,7 @@ def clip_factors(logits: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Tensor, kv_heads: int) -> None:
+def clip_heads(queries: nn.Module, keys: Sequence[nn.Module | None], factors: Tensor, kv_heads: int) -> None:
     """Multiply the logits of each query head by its factor, shared between queries and keys.
 
     The rows of key head g, and their biases, are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query
@@ -54,7 +54,16 @@ def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Te
         keys: the maps whose features, concatenated, are the `g * d` features of the keys.
         factors: `(h,)`.
         kv_heads: g.
+
+    Raises:
+        InputError: if one of the maps was replaced by a module that is not linear.
     """
+    for linear in (queries, *keys):
+        if linear is not None and not isinstance(linear, nn.Linear):
+            raise InputError(
+                f"logits are clipped by scaling the weights of `nn.Linear` maps, and a {type(linear).__name__} is in "
+                "the place of one; merge the adapter into its map first."
+            )
     shared = factors.unflatten(0, (kv_heads, -1)).amin(dim=-1).sqrt()
     rest = factors / shared.repeat_interleave(len(factors) // kv_heads)
     _scale_rows(queries, rest)
