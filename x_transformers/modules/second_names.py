@@ -48,7 +48,8 @@ class SecondNames(nn.Module):
     An assignment reaches such a property: its setter, or an `AttributeError` if it has none.
 
     `named_modules` lists modules under their second names too, after the others, so that adapters which search by the
-    end of a name (`to_q`) find them. Names of parameters and of entries of state dicts are those of the places.
+    end of a name (`to_q`) find them. `modules` therefore yields these modules twice. Names of parameters and of entries
+    of state dicts are those of the places.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
