@@ -15,7 +15,7 @@ from torch import Tensor
 from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
-from x_transformers.modules.norms import Norm
+from x_transformers.modules.norms import Norm, apply_norm
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.schema import Feature, Rule, opt, require
 
@@ -44,7 +44,7 @@ class TwoStreams(StreamFrame):
 
     def collapse(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
         x, y = stream.unbind(dim=-2)
-        return x + self.norm(y, condition)
+        return x + apply_norm(self.norm, y, condition)
 
 
 class ResiDual(ReadsReference, ResidualConnection):
@@ -72,7 +72,7 @@ class ResiDual(ReadsReference, ResidualConnection):
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         x, y = kept.unbind(dim=-2)
         condition = None if layer is None else layer.condition
-        return torch.stack((self.norm(x + out, condition), y + self.scale * out), dim=-2)
+        return torch.stack((apply_norm(self.norm, x + out, condition), y + self.scale * out), dim=-2)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         raise StateDictError("the reference has no `resi_dual`; a model with it cannot be exported.")
