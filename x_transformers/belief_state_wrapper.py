@@ -22,6 +22,7 @@ from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 
@@ -65,20 +66,20 @@ class BeliefStateWrapper(Configured, ReadsReference):
     ) -> None:
         super().__init__()
         backward_decoder = forward_decoder if backward_decoder is None else backward_decoder
-        _check_decoders(forward_decoder, backward_decoder)
+        forward, backward = _check_decoders(forward_decoder, backward_decoder)
         _check_fractions(train_frac_forward_backward_pairs, cond_on_distance_prob)
         if not pred_distance and (max_pred_distance is not None or pred_distance_loss_weight != 1):
             raise ConfigError(
                 "`max_pred_distance` and `pred_distance_loss_weight` concern predicted distances; set `pred_distance "
                 "= True`, or drop them."
             )
-        dim, vocabulary = forward_decoder.attn_layers.dim, forward_decoder.num_tokens
+        dim, vocabulary = forward.attn_layers.dim, forward.num_tokens
         self.forward_decoder, self.backward_decoder = forward_decoder, backward_decoder
         self.train_frac, self.num_tokens = train_frac_forward_backward_pairs, vocabulary
         self.pred_distance_loss_weight, self.cond_on_distance_prob = pred_distance_loss_weight, cond_on_distance_prob
-        self.suffix_token = nn.Parameter(torch.randn(backward_decoder.emb_dim) * 0.02)
+        self.suffix_token = nn.Parameter(torch.randn(backward.emb_dim) * 0.02)
         self.text_head = text_head if text_head is not None else _two_layers(dim * 2, dim, vocabulary * 2)
-        self.max_pred_distance = max_pred_distance or forward_decoder.max_seq_len
+        self.max_pred_distance = max_pred_distance or forward.max_seq_len
         if pred_distance and self.max_pred_distance < 2:
             raise ConfigError(
                 f"`max_pred_distance` is {self.max_pred_distance}; distances begin at 2, so it must be larger (it is "
@@ -232,7 +233,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         own = view.of(self)
         with torch.inference_mode(), view:
             other = own._other_state(read, suffix, decode_backwards)
-            net = own.backward_decoder if decode_backwards else own.forward_decoder
+            net = unwrapped(own.backward_decoder if decode_backwards else own.forward_decoder)
             growing = lambda first, last: {"return_embeddings": True}  # noqa: E731
             reader = make_reader(net, read, seq_len, options, growing=growing)
             paired = _Paired(reader, own.text_head, other, backwards=decode_backwards)
@@ -289,7 +290,8 @@ def _reversed(prompts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     return [prompt.flip(-1) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
 
 
-def _check_decoders(forward: Any, backward: Any) -> None:
+def _check_decoders(forward: Any, backward: Any) -> tuple[TransformerWrapper, TransformerWrapper]:
+    forward, backward = unwrapped(forward), unwrapped(backward)
     for name, net in (("forward_decoder", forward), ("backward_decoder", backward)):
         if not isinstance(net, TransformerWrapper):
             raise ConfigError(f"`{name}` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
@@ -300,6 +302,7 @@ def _check_decoders(forward: Any, backward: Any) -> None:
             f"the decoders have vocabularies of {forward.num_tokens} and {backward.num_tokens}, and widths of "
             f"{forward.attn_layers.dim} and {backward.attn_layers.dim}; both must agree."
         )
+    return forward, backward
 
 
 def _check_fractions(of_pairs: float, conditioned: float) -> None:

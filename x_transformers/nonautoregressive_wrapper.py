@@ -21,6 +21,7 @@ from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured
 
@@ -121,7 +122,7 @@ class SelfCritic(nn.Module):
     def __init__(self, net: TransformerWrapper) -> None:
         super().__init__()
         self.net = net
-        self.to_logits = nn.Linear(net.attn_layers.dim, 1)
+        self.to_logits = nn.Linear(unwrapped(net).attn_layers.dim, 1)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Return `(b, n, 1)` logits that each of the tokens `x (b, n)` is wrong."""
@@ -168,9 +169,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         use_simple_mdlm_loss_weight: bool = True,
     ) -> None:
         super().__init__()
-        _check_net(net)
-        if not 0 <= mask_id < net.num_tokens:
-            raise ConfigError(f"`mask_id` is {mask_id}; the vocabulary runs from 0 to {net.num_tokens - 1}.")
+        model = _check_net(net)
+        if not 0 <= mask_id < model.num_tokens:
+            raise ConfigError(f"`mask_id` is {mask_id}; the vocabulary runs from 0 to {model.num_tokens - 1}.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"`steps` is {steps!r}; it must be a whole number, at least 1.")
         _check_probabilities(
@@ -188,9 +189,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.critic_loss_weight = critic_loss_weight
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
-        dim = net.attn_layers.dim
+        dim = model.attn_layers.dim
         self.null_embed = nn.Parameter(torch.randn(dim)) if self_cond else None
-        self.to_self_cond = nn.Linear(dim, net.emb_dim, bias=False) if self_cond else None
+        self.to_self_cond = nn.Linear(dim, model.emb_dim, bias=False) if self_cond else None
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
 
     # training
@@ -243,8 +244,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
     def _check(self, x: Tensor, only_generator: bool, only_critic: bool, kwargs: dict[str, Any]) -> Tensor:
         """Check the arguments, and return `(b, n)` bool, where there are tokens."""
         check_ids(x)
-        if x.shape[1] != self.net.max_seq_len:
-            raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {self.net.max_seq_len}.")
+        length = unwrapped(self.net).max_seq_len
+        if x.shape[1] != length:
+            raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {length}.")
         if only_generator and only_critic:
             raise InputError("`only_train_generator` and `only_train_critic` leave nothing to train; choose one.")
         if only_critic and self.token_critic is None:
@@ -274,7 +276,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         if self.random_token_prob > 0:
             coin = torch.rand((), device=x.device) < 0.5
             swapped = get_mask_subset_prob(replaced, fraction) & coin
-            x = torch.where(swapped, torch.randint_like(x, self.net.num_tokens), x)
+            x = torch.where(swapped, torch.randint_like(x, unwrapped(self.net).num_tokens), x)
             replaced = replaced & ~swapped
         return x.masked_fill(replaced, self.mask_id)
 
@@ -297,7 +299,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return {"sum_embeds": self.to_self_cond(features)}
 
     def _generator_loss(self, logits: Tensor, x: Tensor, masked: Tensor, t: Tensor) -> Tensor:
-        each = token_losses(logits, x.masked_fill(~masked, -100), log_probs=self.net.output_is_log_prob)
+        normalized = unwrapped(self.net).output_is_log_prob
+        each = token_losses(logits, x.masked_fill(~masked, -100), log_probs=normalized)
         if self.use_simple_mdlm_loss_weight:
             each = at_least_float32(each) * self._loss_weight(t).unsqueeze(-1)
         return mean_over(each, masked)
@@ -386,7 +389,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Generate `(batch, max_seq_len)` tokens; see `generate`."""
-        device, n = next(self.net.parameters()).device, self.net.max_seq_len
+        device, n = next(self.net.parameters()).device, unwrapped(self.net).max_seq_len
         tokens = torch.full((batch, n), self.mask_id, device=device)
         masked = torch.ones(batch, n, dtype=torch.bool, device=device)
         features: Tensor | None = None
@@ -430,7 +433,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _check_net(net: Any) -> None:
+def _check_net(net: Any) -> TransformerWrapper:
+    net = unwrapped(net)
     if not isinstance(net, TransformerWrapper):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.to_logits is None or net.has_multiple_heads or net.pools or net.returns_pooled:
@@ -439,6 +443,7 @@ def _check_net(net: Any) -> None:
         raise ConfigError(
             f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of all sequences, at least 1."
         )
+    return net
 
 
 def _check_probabilities(**given: float) -> None:

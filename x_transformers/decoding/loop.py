@@ -21,6 +21,7 @@ from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
+from x_transformers.modules.unwrap import unwrapped
 
 Each = TypeVar("Each")
 Shown = TypeVar("Shown")
@@ -180,8 +181,13 @@ def pair_amateurs(
     return pairs
 
 
-def check_next_token_net(net: Any) -> None:
-    """Raise a `ConfigError` unless the net returns logits for each token, by a single head."""
+def check_next_token_net(net: Any) -> TransformerWrapper:
+    """Return the model, without what PyTorch put around it, if it returns logits for each token, by a single head.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    net = unwrapped(net)
     if not isinstance(net, TransformerWrapper):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.has_multiple_heads or net.to_logits is None:
@@ -192,6 +198,7 @@ def check_next_token_net(net: Any) -> None:
             "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so has no logits for "
             "each token; build it without."
         )
+    return net
 
 
 def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWrapper:
@@ -200,6 +207,7 @@ def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWr
     Raises:
         InputError: if it is not.
     """
+    net = unwrapped(net)
     if not isinstance(net, TransformerWrapper):
         raise InputError(f"{what} is a {type(net).__name__}; it must be a TransformerWrapper.")
     if net.num_tokens != vocabulary:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.modules.unwrap import unwrapped
 
 Built = TypeVar("Built", bound="Configured")
 
@@ -95,8 +96,9 @@ def _recording(init: Any) -> Any:
 
 def _plain(name: str, value: Any) -> Any:
     """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none."""
-    if isinstance(value, Configured):
-        return value.config
+    model = unwrapped(value)
+    if isinstance(model, Configured):
+        return model.config
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
