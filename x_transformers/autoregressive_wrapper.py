@@ -247,9 +247,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         """
         generation = self._begin(prompts, seq_len, options)
         steps = generation.steps(seq_len, generation.every)
-        with torch.inference_mode(), generation.view:
+        # what is returned may be used in training, which refuses tensors of inference mode: a record is made without
+        # that mode, and tokens are joined outside of it
+        with torch.no_grad() if options.return_intermediates else torch.inference_mode(), generation.view:
             tokens = list(with_progress(steps, seq_len) if options.progress else steps)
-        joined = generation.join(tokens)  # outside of inference mode, since training may use it
+        joined = generation.join(tokens)
         return (joined, generation.record) if options.return_intermediates else joined
 
     def stream(

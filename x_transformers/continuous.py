@@ -16,6 +16,7 @@ from x_transformers.decoding.generation_inputs import check_seq_len, cut_argumen
 from x_transformers.decoding.loop import in_shape, make_reader, streamed
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right
+from x_transformers.decoding.sampling import is_greedy
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over
@@ -299,7 +300,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             new = reader.read(sequences)[..., -1:, :]
             if self.probabilistic:
                 mean, variance = new
-                new = mean if temperature == 0 else sample_from_mean_variance(mean, variance, temperature=temperature)
+                new = mean if is_greedy(temperature) else sample_from_mean_variance(mean, variance, temperature=temperature)
             _check_width(new.shape[-1], first.shape[-1])
             new = new.to(first.dtype)
             sequences.append(new)

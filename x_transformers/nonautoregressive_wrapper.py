@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
@@ -88,6 +89,7 @@ def sample_along(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) ->
     Returns:
         Indices, without the axis.
     """
+    t = at_least_float32(t)  # half precision would overflow when divided by a low temperature
     scale = temperature.clamp(min=1e-10) if isinstance(temperature, Tensor) else max(temperature, 1e-10)
     return (t / scale + clamped_gumbel_noise(t)).argmax(dim=dim)
 
@@ -392,16 +394,19 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         device, n = next(self.net.parameters()).device, unwrapped(self.net).max_seq_len
         tokens = torch.full((batch, n), self.mask_id, device=device)
         masked = torch.ones(batch, n, dtype=torch.bool, device=device)
-        features: Tensor | None = None
+        features, watch = None, Watch()
         for step, count in enumerate(self._counts(n), start=1):
             left = (self.steps - step) / self.steps
             logits, features = self._predict(tokens, features, kwargs)
             if filter_thres is not None:
                 logits = remove_fraction(logits, filter_thres)
-            sampled = sample_along(logits, max(start_temperature * left, 1e-3))
+            watch.note(logits)
+            sampled = sample_along(logits, start_temperature * left)
             tokens = torch.where(masked, sampled, tokens)
             if count > 0:
                 doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
+                if self.token_critic is not None:
+                    watch.note(doubts, "the critic")
                 if not self.can_mask_prev_unmasked:
                     # tokens of earlier steps are final; the schedule falls, so that at least `count` of the others are
                     # left
@@ -411,6 +416,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
                 tokens = tokens.masked_fill(masked, self.mask_id)
             else:
                 masked = torch.zeros_like(masked)
+        watch.look()
         return tokens
 
     def _counts(self, n: int) -> list[int]:

@@ -18,6 +18,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable
 from x_transformers.decoding.step import Reader, Sequences
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
@@ -237,18 +238,20 @@ class _Numbered:
 
     def __init__(self, ids: Sequences, numbers: Sequences, reader: Reader, choose: Choose, vocabulary: int) -> None:
         self.ids, self.numbers, self.reader = ids, numbers, reader
-        self.choose, self.vocabulary = choose, vocabulary
+        self.choose, self.vocabulary, self.watch = choose, vocabulary, Watch()
 
     def run(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Append and yield `count` tokens and numbers, `(b, 1)` each."""
         for _ in range(count):
             logits, predicted = self.reader.read(self.ids)
             check_readable(logits, self.vocabulary)
+            self.watch.note(logits[:, -1])
             token, number = self.choose(logits[:, -1]), predicted[:, -1:].to(self.numbers.parts[0].dtype)
             self.ids.append(token)
             # every token gets a number, which the model ignores unless it is the numeric token
             self.numbers.append(number)
             yield token, number
+        self.watch.look()
 
 
 def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor], width: int) -> Tensor:

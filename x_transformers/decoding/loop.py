@@ -17,6 +17,7 @@ from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
 from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
@@ -50,15 +51,18 @@ class Decoding:
         amateurs: Sequence[tuple[Reader, Contrast]] = (),
     ) -> None:
         self.sequences, self.expert, self.amateurs = sequences, expert, amateurs
-        self.choose, self.vocabulary = choose, vocabulary
+        self.choose, self.vocabulary, self.watch = choose, vocabulary, Watch()
 
     def step(self) -> Tensor:
         """Choose and append the next tokens, `(b, 1)`."""
         logits = self.expert.read(self.sequences)[:, -1]
         if logits.shape[-1] > self.vocabulary:
             check_readable(logits, self.vocabulary)
+        self.watch.note(logits)
         for amateur, contrast in self.amateurs:
-            logits = contrast(logits, amateur.read(self.sequences)[:, -1])
+            other = amateur.read(self.sequences)[:, -1]
+            self.watch.note(other, "an amateur")
+            logits = contrast(logits, other)
         token = self.choose(logits)
         self.sequences.append(token)
         return token
@@ -72,13 +76,16 @@ class Decoding:
         """
         logits, *others = [reader.read(self.sequences, last)[:, -last:] for reader in readers]
         check_readable(logits, self.vocabulary)
+        self.watch.note(logits)
         for other, (_, contrast) in zip(others, self.amateurs, strict=True):
+            self.watch.note(other, "an amateur")
             logits = contrast(logits, other)
         return logits
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
         """Return an iterator over at most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
-        return until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
+        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
+        self.watch.look()
 
 
 def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:

@@ -178,7 +178,8 @@ class InferenceView:
     def __enter__(self) -> InferenceView:
         with ExitStack() as stack:
             stack.enter_context(evaluating(*self._borrowed))
-            with torch.inference_mode():
+            # ordinary tensors, which a record may refer to, whatever mode the caller is in
+            with torch.inference_mode(False), torch.no_grad():
                 for view in self._copies:
                     if isinstance(view, PreparesForInference):
                         view.__dict__["ready"] = view.prepare()
