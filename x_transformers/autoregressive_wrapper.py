@@ -21,7 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, identity
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.losses import chunked_token_losses, mean_over, token_losses
+from x_transformers.losses import chunked_token_losses, mean_over, reaching, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView, eval_decorator
@@ -182,6 +182,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
+        model = unwrapped(self.net)
+        loss = reaching(loss, model.attn_pool, model.to_next_embed_pred if predicted is None else None)
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 
     def _drop_keys(self, x: Tensor) -> Tensor:

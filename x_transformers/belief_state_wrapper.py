@@ -17,7 +17,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
@@ -123,7 +123,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         f, g = self._states(seq, lens)
         pairs = self._pairs(seq.shape[1], seq.device)
         if len(pairs) == 0:
-            return (f.sum() + g.sum()) * 0.0
+            return self._reaching((f.sum() + g.sum()) * 0.0, self.text_head)
         i, j = pairs.unbind(dim=-1)
         # j = L is valid: that state has read the end and no token
         valid = j <= lens.unsqueeze(-1)
@@ -133,11 +133,17 @@ class BeliefStateWrapper(Configured, ReadsReference):
         # the distance is either an input or a target
         if self.to_distance_cond is not None and bool(torch.rand(()) < self.cond_on_distance_prob):
             conditioned = states * self.to_distance_cond(distance.to(states.dtype))
-            return self._text_loss(conditioned, labels, valid, weights)
+            return self._reaching(self._text_loss(conditioned, labels, valid, weights))
         loss = self._text_loss(states, labels, valid, weights)
-        if self.to_distance_logits is None:
-            return loss
-        return loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
+        if self.to_distance_logits is not None:
+            loss = loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
+        return self._reaching(loss)
+
+    def _reaching(self, loss: Tensor, *further: nn.Module) -> Tensor:
+        """Return the loss with gradients for what it does not read: the decoders' own heads, a distance not drawn."""
+        nets = [unwrapped(net) for net in (self.forward_decoder, self.backward_decoder)]
+        heads = [part for net in nets for part in (net.to_logits, net.mixture, net.to_next_embed_pred, net.attn_pool)]
+        return reaching(loss, *heads, self.to_distance_cond, self.to_distance_logits, *further)
 
     def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return `f (b, n, d)` and `g (b, n + 1, d)`, whose values after a row's length are arbitrary."""

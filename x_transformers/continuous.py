@@ -300,7 +300,11 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             new = reader.read(sequences)[..., -1:, :]
             if self.probabilistic:
                 mean, variance = new
-                new = mean if is_greedy(temperature) else sample_from_mean_variance(mean, variance, temperature=temperature)
+                new = (
+                    mean
+                    if is_greedy(temperature)
+                    else sample_from_mean_variance(mean, variance, temperature=temperature)
+                )
             _check_width(new.shape[-1], first.shape[-1])
             new = new.to(first.dtype)
             sequences.append(new)

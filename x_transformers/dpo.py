@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.losses import next_token_log_probs
+from x_transformers.losses import next_token_log_probs, reaching
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import exchanges_gradients, unwrapped
@@ -112,7 +112,9 @@ class DPO(Configured, ReadsReference):
             reference = _score(self.ref_model, sequences, counted)
         gain = _score(self.policy_model, sequences, counted) - reference
         preferred_gain, other_gain = gain.chunk(2)
-        return -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
+        loss = -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
+        model = unwrapped(self.policy_model)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Return ids that the model can read, and `(b, n - 1)` bool, the predicted tokens of the response."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
@@ -212,8 +212,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
         Args:
             x: `(b, max_seq_len)` ids.
-            only_train_generator: leave out the critic.
-            only_train_critic: train only the critic; the model gets no gradient.
+            only_train_generator: leave out the critic, which gets no gradient.
+            only_train_critic: train only the critic; the model gets no gradient. DistributedDataParallel needs
+                `find_unused_parameters = True` for steps with either of the two.
             generator_sample_temperature: temperature of the tokens that the critic rates; default random in [0, 1).
             kwargs: of the passes of the model and the critic. Where `mask` is False, nothing is predicted.
 
@@ -238,7 +239,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             critic_loss = self._critic_loss(filled, filled != x, valid, kwargs, frozen=only_train_critic)
             if only_train_critic:
                 return Losses(critic_loss, None, critic_loss)
+        # what the loss does not read, such as the learned vector where the model has read its own features
         loss = self._generator_loss(logits, x, masked, t)
+        loss = reaching(loss, self.null_embed, unwrapped(self.net).to_next_embed_pred)
         if critic_loss is None:
             return Losses(loss, loss, None)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)

@@ -21,7 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
-from x_transformers.losses import token_losses
+from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.transformer import TransformerWrapper
@@ -127,7 +127,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         total, size = labels.shape[1], self.max_seq_len
         if total == 0:
             # zero, but attached to the graph, so that `backward` works for a batch without targets
-            return self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0
+            return self._reaching(self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0)
         memory = _Memory(self.net, mems)
         loss = torch.zeros((), device=x.device)
         for number, first in enumerate(range(0, total, size)):
@@ -142,7 +142,12 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             )
             # the last segment may be shorter, and counts by its length
             loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
-        return loss
+        return self._reaching(loss)
+
+    def _reaching(self, loss: Tensor) -> Tensor:
+        """Return the loss with gradients for the heads that it does not read."""
+        model = unwrapped(self.net)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
 
     def _segment_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         normalized = unwrapped(self.net).output_is_log_prob

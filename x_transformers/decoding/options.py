@@ -39,7 +39,9 @@ class GenerationOptions:
     eos_token: int | None = opt(
         None, "ends a row; `pad_value`s follow. Generation ends as soon as all rows have ended."
     )
-    temperature: float = opt(1.0, "0 (or below 1e-6) takes the most likely token; otherwise logits are divided by it before the draw.")
+    temperature: float = opt(
+        1.0, "0 (or below 1e-6) takes the most likely token; otherwise logits are divided by it before the draw."
+    )
     prompt_lens: Tensor | Sequence[int] | None = opt(
         None, "`(...)` number of ids of each row of `prompts`, from the left, that are its prompt."
     )

@@ -64,8 +64,8 @@ def _report(whose: str, largest: Tensor) -> None:
         return
     wrong = sorted({row for row, *_ in (~largest.isfinite()).nonzero().tolist()})
     found = "NaN" if bad.isnan().any() else "infinity" if (bad > 0).any() else "minus infinity for each token"
+    rows = ", ".join(map(str, wrong[:4])) + (", ..." if wrong[4:] else "")
     raise NotFiniteError(
-        f"{whose} returned {found} as logits (row {', '.join(map(str, wrong[:4]))}{', ...' if wrong[4:] else ''} of the "
-        "batch), from which no token can be chosen. Look for weights or inputs that are not finite; if there are none, "
+        f"{whose} returned {found} as logits (in row {rows} of the batch), from which no token can be chosen. Look for weights or inputs that are not finite; if there are none, "
         "numbers overflow: compute in bfloat16 or float32."
     )

@@ -10,7 +10,6 @@ sees every mistake of a call at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
 import types
