@@ -36,7 +36,7 @@ class Watch:
             return
         # NaN if one is; minus infinity only if all are
         largest = logits.amax(dim=-1)
-        if largest.device.type == "cpu":
+        if costs_nothing(largest.device):
             # a sum of finite numbers may overflow, which a second look finds out
             if not math.isfinite(largest.sum(dtype=torch.float32).item()):
                 _report(whose, largest)
@@ -57,6 +57,11 @@ class Watch:
                 _report(whose, largest)
 
 
+def costs_nothing(device: torch.device) -> bool:
+    """Return True if looking at a tensor waits for nothing."""
+    return device.type == "cpu"
+
+
 def _report(whose: str, largest: Tensor) -> None:
     """Raise an error if any of the largest logits is not finite."""
     bad = largest[~largest.isfinite()]
@@ -66,6 +71,6 @@ def _report(whose: str, largest: Tensor) -> None:
     found = "NaN" if bad.isnan().any() else "infinity" if (bad > 0).any() else "minus infinity for each token"
     rows = ", ".join(map(str, wrong[:4])) + (", ..." if wrong[4:] else "")
     raise NotFiniteError(
-        f"{whose} returned {found} as logits (in row {rows} of the batch), from which no token can be chosen. Look for weights or inputs that are not finite; if there are none, "
-        "numbers overflow: compute in bfloat16 or float32."
+        f"{whose} returned {found} as logits (in row {rows} of the batch), from which no token can be chosen. Look for "
+        "weights or inputs that are not finite; if there are none, numbers overflow: compute in bfloat16 or float32."
     )
