@@ -152,7 +152,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
         x = x.long()  # bytes could not hold `ignore_index`
         if lens is not None:
-            padding = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
+            padding = torch.arange(x.shape[1], device=x.device) >= lens.long().unsqueeze(-1)
             x = x.masked_fill(padding, self.ignore_index)
         shown = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0:
@@ -395,6 +395,6 @@ def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any])
     if (
         lens.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and bool(((lens < 0) | (lens > x.shape[1])).any())
+        and bool(((lens.long() < 0) | (lens.long() > x.shape[1])).any())
     ):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {x.shape[1]} tokens.")

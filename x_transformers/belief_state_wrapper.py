@@ -23,7 +23,7 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.ops import at_least_float32
+from x_transformers.ops import at_least_float32, flipped
 from x_transformers.options.configured import Configured
 
 PairWeights = Callable[[Tensor], Tensor]
@@ -292,8 +292,8 @@ def _two_layers(dim_in: int, dim: int, dim_out: int) -> nn.Sequential:
 def _reversed(prompts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Reverse each prompt; what is no prompt is left for `read_prompts` to refuse."""
     if isinstance(prompts, Tensor):
-        return prompts.flip(-1) if prompts.ndim else prompts
-    return [prompt.flip(-1) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
+        return flipped(prompts) if prompts.ndim else prompts
+    return [flipped(prompt) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
 
 
 def _check_decoders(forward: Any, backward: Any) -> tuple[TransformerWrapper, TransformerWrapper]:
@@ -327,6 +327,7 @@ def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {batch} whole numbers."
         )
+    lens = lens.long()
     if bool(((lens < 0) | (lens > n)).any()):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {n} tokens.")
     return lens

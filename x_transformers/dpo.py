@@ -118,6 +118,7 @@ class DPO(Configured, ReadsReference):
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Return ids that the model can read, and `(b, n - 1)` bool, the predicted tokens of the response."""
+        seq = seq.long()  # bytes could not be compared with a `pad_id` outside of their range
         # Position t of the output predicts token t + 1, so masks over tokens lose their first column: what counts is
         # whether the predicted token belongs to the response, even where the last token read belongs to the prompt.
         response = ~_of_targets(prompt, seq, "prompt_mask")

@@ -158,6 +158,7 @@ def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {batch} whole numbers."
         )
+    lens = lens.long()
     if bool(((lens < 0) | (lens > n)).any()):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {n} ids.")
     return lens

@@ -120,4 +120,4 @@ def reaching(loss: Tensor, *parts: nn.Module | nn.Parameter | None) -> Tensor:
 
 def next_token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log-probabilities `(...)` of labels under `logits (..., v)`, at least in float32."""
-    return at_least_float32(logits).log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return at_least_float32(logits).log_softmax(dim=-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
