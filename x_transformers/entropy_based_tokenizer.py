@@ -86,7 +86,7 @@ class EntropyBasedTokenizer(nn.Module):
         valid = einx.less("n, b -> b n", torch.arange(seq.shape[1], device=seq.device), lens)  # type: ignore[reportPrivateImportUsage]
         view = InferenceView(self.decoder)
         with torch.no_grad(), view:
-            logits = view.of(self.decoder)(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
+            logits = view.of(self.decoder)(seq.long().masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
         if logits.ndim != 3:
             raise ShapeError(
                 f"the decoder returns a tensor of shape {tuple(logits.shape)}; it must return logits (b, n, v). Of a "
