@@ -79,7 +79,7 @@ def chooser(
     return most_likely if is_greedy(temperature) else partial(draw, adjust=adjust)
 
 
-def identity(logits: Tensor) -> Tensor:
+def unchanged(logits: Tensor) -> Tensor:
     """Return the logits unchanged."""
     return logits
 
