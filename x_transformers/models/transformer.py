@@ -317,7 +317,8 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(whole_numbers(ids, "`embed_ids` has"), -1))
+            ids = whole_numbers(ids, "`embed_ids` has").long()
+            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(ids, -1))
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
