@@ -365,10 +365,14 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             flash_pack_seq_kwargs=flash_pack_seq_kwargs,
             causal=causal,
         )
-        out, record, _ = self.run(x, self.layer_call(given))
+        call, kv = self.layer_call(given)
+        out, record, _ = self.run(x, call)
         if not return_intermediates:
             return out
-        return out, record if record is not None else Intermediates(layer_type="a")
+        if record is None:
+            return out, Intermediates(layer_type="a")
+        record.cache = kv
+        return out, record
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         values, has_keys = self.values, self.projections.k is not None

@@ -228,6 +228,15 @@ class StaticCache(KVCache):
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
         return self.positions[:, : slots.shape[1]]
 
+    def held(self, entry: Entry) -> tuple[Tensor, dict[str, Tensor]]:
+        filled = int(self.filled) if self.shown is None else self.shown
+        if entry.ring is None:
+            return self.places[:filled], {name: t[..., :filled, :] for name, t in entry.grown.items()}
+        in_places = entry.ring.held(self.filled, never=self.capacity)
+        slots, order = in_places.sort()
+        count = int((slots < filled).sum())
+        return slots[:count], {name: t.index_select(-2, order[:count]) for name, t in entry.grown.items()}
+
     # going back, and other rows
 
     def rollback(self, count: int) -> None:

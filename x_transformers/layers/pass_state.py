@@ -137,6 +137,8 @@ class Recorder:
             kv: the cache of the pass.
         """
         hiddens = self.capture.hiddens
+        for record in self.records:
+            record.cache = kv
         return LayerIntermediates(
             hiddens=self.streams,
             last_hidden=out,
