@@ -365,14 +365,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             flash_pack_seq_kwargs=flash_pack_seq_kwargs,
             causal=causal,
         )
-        call, kv = self.layer_call(given)
-        out, record, _ = self.run(x, call)
-        if not return_intermediates:
-            return out
-        if record is None:
-            return out, Intermediates(layer_type="a")
-        record.cache = kv
-        return out, record
+        return self.run_call(given)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         values, has_keys = self.values, self.projections.k is not None
@@ -393,7 +386,10 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
     """Return what the caller requested, and the entry of the cache."""
     capture = layer.call.capture
     if not (capture.scores or capture.hiddens):
-        return Intermediates(layer_type=layer.kind, entry=layer.entry)
+        # without the call of `__init__`, which every layer pays at every token
+        record = object.__new__(Intermediates)
+        record.layer_type, record.entry = layer.kind, layer.entry
+        return record
     return Intermediates(
         qk_similarities=result.similarities,
         pre_softmax_attn=result.logits,

@@ -25,7 +25,7 @@ from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import entry_of, put_keys, untransformed_keys
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.call import BranchOutput, Call, Capture, Carry, Deltas, LayerCall, Span
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 
@@ -75,6 +75,21 @@ class CallAdapter(HeadProjection):
     takes_views: bool
     packed: bool
     attend: Attend
+
+    def run_call(self, given: AttentionInputs) -> Tensor | tuple[Tensor, Intermediates]:
+        """Attend outside of a stack; see `Attention.forward`."""
+        layer, cache = self.layer_call(given)
+        out, record, _ = self.run(given.x, layer)
+        if not given.return_intermediates:
+            return out
+        if record is None:
+            return out, Intermediates(layer_type="a")
+        record.cache = cache
+        return out, record
+
+    def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
+        """Attend as one sublayer of a pass."""
+        raise NotImplementedError
 
     def layer_call(self, given: AttentionInputs) -> tuple[LayerCall, KVCache]:
         """Check the arguments of a call, and return the call of a sublayer that they mean, and its cache.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from x_transformers.cache.entries import Entry, WindowEntry
+from x_transformers.cache.entries import Entry, StaticEntry, WindowEntry
 from x_transformers.cache.kv_cache import KVCache, Reach, SlotSpan
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Span
@@ -64,17 +64,20 @@ def write_cached(cache: KVCache, entry: Entry, value: Sequence[Tensor | None]) -
     given = dict(zip(names, _checked(value, {n: streams[n] for n in names if n in streams}), strict=False))
     first = given[names[0]]
     rows, count = first.shape[0], first.shape[-2]
-    if cache.capacity is not None:
-        _write_static(cache, entry, given, slots)
-        return
-    others = [name for name in streams if name not in names]
-    _check_rows(cache, streams, others, rows)
-    if count != len(slots):
-        slots = _cut(cache, entry, slots, count, others)
-    cache.edited, cache.token_mask = True, None
+    if cache.capacity is None:
+        others = [name for name in streams if name not in names]
+        _check_rows(cache, streams, others, rows)
+        if count != len(slots):
+            slots = _cut(cache, entry, slots, count, others)
+        cache.edited, cache.token_mask = True, None
+    elif (rows, count) != (cache.rows, len(slots)):
+        raise InputError(
+            f"`cached_kv` has {rows} rows of {count} tokens, but the static cache {cache.rows} of {len(slots)}; a "
+            "static cache can hold other keys, but not another number of them."
+        )
     if "k" in given:
         given["k"] = _transform(cache, entry, first, slots, back=False)
-    entry.grown.update(given)
+    _store(entry, given, slots)
 
 
 def set_length(cache: KVCache, length: int) -> None:
@@ -155,12 +158,8 @@ def put_keys(cache: KVCache, keys: dict[int, Tensor]) -> None:
     """Transform keys by the positions that their slots have now, and put them into the entries."""
     for number, k in keys.items():
         entry = cache.entries[number]
-        slots, streams = cache.held(entry)
-        k = _transform(cache, entry, k, slots, back=False)
-        if cache.capacity is None:
-            entry.grown["k"] = k
-        else:
-            _write_static(cache, entry, {**streams, "k": k}, slots)
+        slots, _ = cache.held(entry)
+        _store(entry, {"k": _transform(cache, entry, k, slots, back=False)}, slots)
 
 
 def within_span(cache: KVCache, keys: Span, span: SlotSpan, reach: Reach, new: int) -> Span:
@@ -276,14 +275,11 @@ def _cut(cache: KVCache, entry: Entry, slots: Tensor, count: int, others: list[s
     return slots
 
 
-def _write_static(cache: KVCache, entry: Entry, given: dict[str, Tensor], slots: Tensor) -> None:
-    """Put streams into copies of fixed buffers, at the places of their slots."""
-    places = slots if entry.ring is None else entry.ring.place(slots)  # type: ignore[attr-defined]
-    for name, t in given.items():
-        buffer = entry.grown[name]
-        if t.shape[0] != buffer.shape[0] or t.shape[-2] != len(slots):
-            raise InputError(
-                f"`cached_kv` has {t.shape[0]} rows of {t.shape[-2]} tokens, but the static cache {buffer.shape[0]} of "
-                f"{len(slots)}; a static cache can hold other keys, but not another number of them."
-            )
-        entry.grown = {**entry.grown, name: buffer.index_copy(-2, places, t.to(buffer.dtype))}
+def _store(entry: Entry, streams: dict[str, Tensor], slots: Tensor) -> None:
+    """Put streams `(b, heads, p, d)` of the given slots into an entry, as new tensors: other caches share the old."""
+    if isinstance(entry, StaticEntry):
+        places = slots if entry.ring is None else entry.ring.place(slots)
+        streams = {
+            name: entry.grown[name].index_copy(-2, places, t.to(entry.grown[name].dtype)) for name, t in streams.items()
+        }
+    entry.grown = {**entry.grown, **streams}

@@ -132,6 +132,7 @@ class StaticCache(KVCache):
                 "`prepended`)."
             )
         self.prefix, self.prepended, self.prefix_mask = header.prefix, header.prepended, header.prefix_mask
+        self.interspersed = header.interspersed
 
     def settle(self) -> None:
         """Prepare for `take_over`: passes of one shape from now on, with states and counters of its own."""

@@ -2,27 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 from torch import Tensor
 
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import CachedStreams, read_cached, set_length, write_cached
+from x_transformers.errors import InputError
 
 
-@dataclass(eq=False, init=False)
+class _CachedStreams:
+    """The attribute `Intermediates.cached_kv`; also an argument of the constructor, with which caches are made."""
+
+    @overload
+    def __get__(self, record: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, record: Intermediates, owner: type) -> CachedStreams | None: ...
+    def __get__(self, record: Intermediates | None, owner: type) -> CachedStreams | None:
+        if record is None:  # the default of the argument
+            return None
+        if record.given_kv is not None:
+            return record.given_kv
+        if record.entry is None or record.cache is None:
+            return record.own_kv
+        return read_cached(record.cache, record.entry)
+
+    def __set__(self, record: Intermediates, value: CachedStreams | None) -> None:
+        if value is None:
+            if record.entry is not None:
+                raise InputError(
+                    "`cached_kv` cannot be None, since the cache has keys; pass no `cache` to begin again."
+                )
+            record.given_kv = None
+        elif record.entry is None or record.cache is None or record.given_kv is not None:
+            record.given_kv = value
+        else:
+            write_cached(record.cache, record.entry, value)
+        if record.own_kv is not None and value is not None:
+            keys, values = value
+            record.own_kv = None if keys is None or values is None else (keys, values)
+
+
+class _CacheLength:
+    """The attribute `LayerIntermediates.cache_length`; also an argument of the constructor."""
+
+    @overload
+    def __get__(self, record: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, record: LayerIntermediates, owner: type) -> int | Tensor: ...
+    def __get__(self, record: LayerIntermediates | None, owner: type) -> int | Tensor | None:
+        if record is None:
+            return None
+        if record.cache is None:
+            return record.given_length
+        return getattr(record.cache, "filled", record.cache.length)
+
+    def __set__(self, record: LayerIntermediates, length: int | Tensor | None) -> None:
+        if length is None or length is record.cache_length:
+            return
+        if record.cache is None:
+            record.given_length = int(length)
+        else:
+            set_length(record.cache, int(length))
+
+
+@dataclass(eq=False)
 class Intermediates:
     """Record of one executed attention.
-
-    Args:
-        cached_kv: keys and values of a cache that is made by hand, see `cached_kv`.
 
     Attributes:
         qk_similarities: `(b, h, i, j)` scaled scores, before biases and masks.
         pre_softmax_attn: logits, with every bias, clamp and mask.
         post_softmax_attn: weights, before dropout.
         values: this layer's projected values, `(b, g, j, e)`, before any mixing.
+        cached_kv: cached keys `(b, g, p, d)` before their rotation by position, and values `(b, g, p, e)` as attention
+            reads them, in the order of arrival; of latent attention the latent `(b, p, w)`, and its further key heads
+            or None. They can be replaced by any number of others, `record.cached_kv = keys, values`, which belong to
+            the newest slots: the last `k` keys are those of the last `k` tokens.
         layer_type: "a" for self-attention, "c" for cross-attention.
         log_probs: `(b, h, i)` log-probability of the key with the largest weight of each query, if requested.
         layer_index: index of the sublayer among the built ones.
@@ -34,73 +91,23 @@ class Intermediates:
     The first three are None unless scores were captured.
     """
 
-    qk_similarities: Tensor | None
-    pre_softmax_attn: Tensor | None
-    post_softmax_attn: Tensor | None
-    values: Tensor | None
-    layer_type: str | None
-    log_probs: Tensor | None
-    layer_index: int | None
-    own_kv: tuple[Tensor, Tensor] | None
-    entry: Entry | None
-    cache: KVCache | None
-    given_kv: CachedStreams | None
-
-    def __init__(
-        self,
-        qk_similarities: Tensor | None = None,
-        pre_softmax_attn: Tensor | None = None,
-        post_softmax_attn: Tensor | None = None,
-        values: Tensor | None = None,
-        cached_kv: CachedStreams | None = None,
-        layer_type: str | None = None,
-        log_probs: Tensor | None = None,
-        layer_index: int | None = None,
-        own_kv: tuple[Tensor, Tensor] | None = None,
-        entry: Entry | None = None,
-        cache: KVCache | None = None,
-        given_kv: CachedStreams | None = None,
-    ) -> None:
-        self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn = (
-            qk_similarities,
-            pre_softmax_attn,
-            post_softmax_attn,
-        )
-        self.values, self.layer_type, self.log_probs, self.layer_index = values, layer_type, log_probs, layer_index
-        self.own_kv, self.entry, self.cache, self.given_kv = own_kv, entry, cache, given_kv
-        if cached_kv is not None:
-            self.entry, self.given_kv = None, cached_kv
-
-    @property
-    def cached_kv(self) -> CachedStreams | None:
-        """Cached keys `(b, g, p, d)` before their rotation by position, and values `(b, g, p, e)` as attention reads
-        them, in the order of arrival. Of latent attention the latent `(b, p, w)`, and its further key heads or None.
-
-        They can be replaced, by any number of tokens: `record.cached_kv = keys, values` writes to the cache. Keys and
-        values always belong to the newest slots, so that the last `k` of them are those of the last `k` tokens.
-        """
-        if self.given_kv is not None:
-            return self.given_kv
-        if self.entry is None:
-            return self.own_kv
-        if self.cache is None:
-            return tuple((self.entry.grown or self.entry.states).values())
-        return read_cached(self.cache, self.entry)
-
-    @cached_kv.setter
-    def cached_kv(self, value: CachedStreams) -> None:
-        if self.entry is None or self.cache is None:
-            self.given_kv = value
-        else:
-            write_cached(self.cache, self.entry, value)
-        if self.own_kv is not None and value[0] is not None and value[1] is not None:
-            self.own_kv = (value[0], value[1])
+    qk_similarities: Tensor | None = None
+    pre_softmax_attn: Tensor | None = None
+    post_softmax_attn: Tensor | None = None
+    values: Tensor | None = None
+    cached_kv: _CachedStreams = _CachedStreams()
+    layer_type: str | None = None
+    log_probs: Tensor | None = None
+    layer_index: int | None = None
+    own_kv: tuple[Tensor, Tensor] | None = None
+    entry: Entry | None = None
+    cache: KVCache | None = None
+    given_kv: CachedStreams | None = field(default=None, init=False)
 
     def __copy__(self) -> Intermediates:
         """Return a copy whose keys and values may be replaced without changing the cache of this record."""
         copied = self.of(None, None)
-        if self.entry is not None:
-            copied.given_kv = self.cached_kv
+        copied.given_kv = self.given_kv if self.entry is None else self.cached_kv
         return copied
 
     def of(self, entry: Entry | None, cache: KVCache | None) -> Intermediates:
@@ -114,12 +121,9 @@ class Intermediates:
         return self.qk_similarities, self.pre_softmax_attn, self.post_softmax_attn
 
 
-@dataclass(eq=False, init=False)
+@dataclass(eq=False)
 class LayerIntermediates:
     """Record of one forward pass of a stack or a model; a later call takes it as `cache`.
-
-    Args:
-        cache_length: of a cache that is made by hand, of `cached_kv` of the records: number of slots consumed.
 
     Attributes:
         hiddens: the stream at the entry of every executed self-attention.
@@ -139,75 +143,29 @@ class LayerIntermediates:
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
         logits: logits of a model that returns pooled tokens instead of them.
         cache: the key/value cache of this pass, if one was kept.
+        cache_length: number of slots in the cache: an int, or a scalar on the device for a static cache. It can be set:
+            the cached keys then belong to the last slots before that number, and new tokens come after it.
+        given_length: the same of a cache that is made by hand, of `cached_kv` of the records.
     """
 
-    hiddens: list[Tensor] | None
-    last_hidden: Tensor | None
-    attn_intermediates: list[Intermediates] | None
-    layer_hiddens: list[Tensor] | None
-    block_hiddens: list[Tensor] | None
-    memory_inputs: list[Tensor] | None
-    memory_states: list[Tensor] | None
-    mems: list[Tensor] | None
-    last_layer_hiddens: Tensor | None
-    initial_embeds: Tensor | None
-    memory_tokens: Tensor | None
-    attn_z_loss: Tensor | None
-    logit_entropies: Any
-    attn_pooled_tokens: Tensor | None
-    logits: Any
-    cache: KVCache | None
-
-    def __init__(
-        self,
-        hiddens: list[Tensor] | None = None,
-        last_hidden: Tensor | None = None,
-        attn_intermediates: list[Intermediates] | None = None,
-        layer_hiddens: list[Tensor] | None = None,
-        block_hiddens: list[Tensor] | None = None,
-        memory_inputs: list[Tensor] | None = None,
-        memory_states: list[Tensor] | None = None,
-        mems: list[Tensor] | None = None,
-        last_layer_hiddens: Tensor | None = None,
-        initial_embeds: Tensor | None = None,
-        memory_tokens: Tensor | None = None,
-        attn_z_loss: Tensor | None = None,
-        logit_entropies: Any = None,
-        attn_pooled_tokens: Tensor | None = None,
-        logits: Any = None,
-        cache: KVCache | None = None,
-        cache_length: int | None = None,
-    ) -> None:
-        self.hiddens, self.last_hidden, self.attn_intermediates = hiddens, last_hidden, attn_intermediates
-        self.layer_hiddens, self.block_hiddens = layer_hiddens, block_hiddens
-        self.memory_inputs, self.memory_states, self.mems = memory_inputs, memory_states, mems
-        self.last_layer_hiddens, self.initial_embeds, self.memory_tokens = (
-            last_layer_hiddens,
-            initial_embeds,
-            memory_tokens,
-        )
-        self.attn_z_loss, self.logit_entropies = attn_z_loss, logit_entropies
-        self.attn_pooled_tokens, self.logits, self.cache = attn_pooled_tokens, logits, cache
-        self._length = 0
-        if cache_length is not None:
-            self.cache_length = cache_length
-
-    @property
-    def cache_length(self) -> int | Tensor:
-        """Number of slots in the cache: an int, or a scalar on the device for a static cache.
-
-        It can be set: the cached keys then belong to the last slots before that number, and new tokens come after it.
-        """
-        if self.cache is None:
-            return self._length
-        return getattr(self.cache, "filled", self.cache.length)
-
-    @cache_length.setter
-    def cache_length(self, length: int) -> None:
-        if self.cache is None:
-            self._length = int(length)
-        else:
-            set_length(self.cache, int(length))
+    hiddens: list[Tensor] | None = None
+    last_hidden: Tensor | None = None
+    attn_intermediates: list[Intermediates] | None = None
+    layer_hiddens: list[Tensor] | None = None
+    block_hiddens: list[Tensor] | None = None
+    memory_inputs: list[Tensor] | None = None
+    memory_states: list[Tensor] | None = None
+    mems: list[Tensor] | None = None
+    last_layer_hiddens: Tensor | None = None
+    initial_embeds: Tensor | None = None
+    memory_tokens: Tensor | None = None
+    attn_z_loss: Tensor | None = None
+    logit_entropies: Any = None
+    attn_pooled_tokens: Tensor | None = None
+    logits: Any = None
+    cache: KVCache | None = None
+    cache_length: _CacheLength = _CacheLength()
+    given_length: int = field(default=0, init=False)
 
     def __copy__(self) -> LayerIntermediates:
         """Return a shallow copy; changes of its attention records and cache do not change the original's."""

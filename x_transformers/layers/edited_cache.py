@@ -74,6 +74,7 @@ def placed_anew(stack: LayerStack, inputs: PassInputs, kv: KVCache) -> KVCache:
 
     Raises:
         ShapeError: if an edit changed the rows of some keys and values only.
+        InputError: if the slots of the cached tokens depend on the padding.
     """
     start = inputs.seq_start_pos
     if kv.edited:
@@ -89,7 +90,14 @@ def placed_anew(stack: LayerStack, inputs: PassInputs, kv: KVCache) -> KVCache:
             kv.newest = torch.tensor([kv.length + inputs.x.shape[1] - 1], device=inputs.x.device)
         put_keys(kv, keys)
         return kv
-    if not kv.started or kv.positions is not None or not kv.rotations or _same(kv.start, start):
+    if not kv.started or _same(kv.start, start):
+        return kv
+    if kv.interspersed:
+        raise InputError(
+            "interspersed memory tokens begin where the left padding ends (`seq_start_pos`), so that it has to be "
+            "given from the first pass on, and stay the same."
+        )
+    if kv.positions is not None or not kv.rotations:
         return kv
     kv = kv.begin(0)
     keys = restored_keys(kv)
