@@ -15,7 +15,9 @@ def slots_in_rows(index: Tensor, start: Tensor | None, places: Tensor | None) ->
         places: `(b, N)` bool, the general form: False for columns that are no tokens of their row. It comes first.
     """
     if places is not None:
-        return columns_at((places.long().cumsum(dim=-1) - 1).clamp(min=0), index, fill=0)
+        order, last = (places.long().cumsum(dim=-1) - 1).clamp(min=0), places.shape[-1] - 1
+        # columns that it does not cover yet are tokens in all rows
+        return order[:, index.clamp(max=last)] + (index - last).clamp(min=0)
     if start is not None:
         # a row's first token has slot 0, so that its outputs do not depend on the padding before it
         return (index - start.unsqueeze(-1)).clamp(min=0)

@@ -110,7 +110,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     # a graph cannot ask whether two tensors are equal
-    return one is other or torch.compiler.is_compiling() or torch.equal(one, other)
+    return torch.compiler.is_compiling() or one is other or torch.equal(one, other)
 
 
 def _check_rows(kv: KVCache, x: Tensor) -> None:

@@ -68,7 +68,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1]):
             read_uncached_tokens(inputs, kv)
             x = inputs.x
-        if kv.edited or kv.rotations is None or kv.start is not inputs.seq_start_pos:
+        if kv.edited or kv.rotations is None or kv.start is not None or inputs.seq_start_pos is not None:
             kv = inputs.cache = placed_anew(stack, inputs, kv)
     causal = stack.causal if inputs.causal is None else inputs.causal
     inputs.order = stack.sequence.order
