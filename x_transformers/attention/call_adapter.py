@@ -77,7 +77,11 @@ class CallAdapter(HeadProjection):
     attend: Attend
 
     def run_call(self, given: AttentionInputs) -> Tensor | tuple[Tensor, Intermediates]:
-        """Attend outside of a stack; see `Attention.forward`."""
+        """Attend outside of a stack; see `Attention.forward`.
+
+        Args:
+            given: the arguments of the call.
+        """
         layer, cache = self.layer_call(given)
         out, record, _ = self.run(given.x, layer)
         if not given.return_intermediates:
@@ -88,7 +92,12 @@ class CallAdapter(HeadProjection):
         return out, record
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
-        """Attend as one sublayer of a pass."""
+        """Attend as one sublayer of a pass.
+
+        Args:
+            x: `(b, n, D)`.
+            layer: what the sublayer reads besides it.
+        """
         raise NotImplementedError
 
     def layer_call(self, given: AttentionInputs) -> tuple[LayerCall, KVCache]:

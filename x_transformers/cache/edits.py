@@ -61,7 +61,9 @@ def write_cached(cache: KVCache, entry: Entry, value: Sequence[Tensor | None]) -
     names = LATENT if "latent" in streams else PLAIN
     if names is LATENT and value and value[0] is not None and value[0].ndim == 3:
         value = (value[0].unsqueeze(1), *value[1:])
-    given = dict(zip(names, _checked(value, {n: streams[n] for n in names if n in streams}), strict=False))
+    given: dict[str, Tensor] = dict(
+        zip(names, _checked(value, {n: streams[n] for n in names if n in streams}), strict=False)
+    )
     first = given[names[0]]
     rows, count = first.shape[0], first.shape[-2]
     if cache.capacity is None:

@@ -229,7 +229,7 @@ class StaticCache(KVCache):
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
         return self.positions[:, : slots.shape[1]]
 
-    def held(self, entry: Entry) -> tuple[Tensor, dict[str, Tensor]]:
+    def held(self, entry: StaticEntry) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
         filled = int(self.filled) if self.shown is None else self.shown
         if entry.ring is None:
             return self.places[:filled], {name: t[..., :filled, :] for name, t in entry.grown.items()}

@@ -97,13 +97,13 @@ def slots_of_newest(net: Model, cache: KVCache, count: int, start: Tensor | None
 
 
 def modify_cached_kv(cache: LayerIntermediates | None, fn: Callable[[Tensor], Tensor]) -> None:
-    """Replace the cached keys and values of every self-attention by `fn` of them.
+    """Replace the cached keys and values of every self-attention by `fn` of them; see `Intermediates.cached_kv`.
 
-    To shorten a cache use `KVCache.crop`, which keeps count.
+    `KVCache.crop` shortens a cache too, without rotating its keys back and forth, and keeps memory tokens.
 
     Args:
         cache: record of a pass; None is ignored.
-        fn: tensor to tensor, applied to keys and to values `(b, heads, n, d)`.
+        fn: tensor to tensor, applied to keys before rotation and to values `(b, heads, n, d)`.
     """
     if cache is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def cache_of(
     return own
 
 
-def placed_anew(stack: LayerStack, inputs: PassInputs, kv: KVCache) -> KVCache:
+def with_positions_of_pass(stack: LayerStack, inputs: PassInputs, kv: KVCache) -> KVCache:
     """Return the cache with its keys at the positions that they have in this pass.
 
     Positions change if the left padding is given at another pass than the first. Keys that a caller made have none
@@ -124,7 +125,7 @@ def _check_rows(kv: KVCache, x: Tensor) -> None:
 
 
 def _made_by_hand(
-    stack: LayerStack, steps: Sequence[Step], given: Sequence[CachedStreams], length: int | Tensor
+    stack: LayerStack, steps: Sequence[Step], given: Sequence[CachedStreams | None], length: int | Tensor
 ) -> KVCache:
     """Return a cache of keys and values that did not come from a pass of this stack.
 
@@ -143,9 +144,9 @@ def _made_by_hand(
             "with a pass over the first tokens."
         )
     for step, value in zip(steps, given, strict=True):
-        attention = stack.sublayers[step.layer].attention
+        attention: Any = stack.sublayers[step.layer].attention
         crosses = step.kind.is_cross_attention
-        entry = entry_of(value, PLAIN if crosses else tuple(attention.cache_streams(stack.rotations)))
+        entry = entry_of(value or (), PLAIN if crosses else tuple(attention.cache_streams(stack.rotations)))
         if crosses:
             entry.states, entry.grown, entry.front = entry.grown, {}, None
         else:

@@ -15,7 +15,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branch_inputs import cross_attention_inputs, running_states, self_attention_inputs
 from x_transformers.layers.checkpointing import recompute, split_by_recomputation
-from x_transformers.layers.edited_cache import cache_of, placed_anew
+from x_transformers.layers.edited_cache import cache_of, with_positions_of_pass
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.optional_inputs import (
     begin_cache,
@@ -69,7 +69,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
             read_uncached_tokens(inputs, kv)
             x = inputs.x
         if kv.edited or kv.rotations is None or kv.start is not None or inputs.seq_start_pos is not None:
-            kv = inputs.cache = placed_anew(stack, inputs, kv)
+            kv = inputs.cache = with_positions_of_pass(stack, inputs, kv)
     causal = stack.causal if inputs.causal is None else inputs.causal
     inputs.order = stack.sequence.order
     if inputs.layers_execute_order is not None or inputs.repeat_blocks is not None:

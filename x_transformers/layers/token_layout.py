@@ -103,7 +103,7 @@ def _all_tokens_mask(inputs: PassInputs, cache: KVCache | None, k_index: Tensor)
         if given is None:
             continue
         least, most = (n, n) if cache is None else cache.mask_width(n)
-        width = given.shape[-1]
+        width = given.shape[-1] if given.ndim == 2 else most
         if least != most:
             full = check_static_mask(given, batch, least, most, name)
         elif cache is not None and width != most and width in (n, len(k_index)):

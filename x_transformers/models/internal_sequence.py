@@ -113,7 +113,7 @@ class InternalSequence:
 
     def _mask(self, t: Tensor, name: str) -> Tensor:
         kv, batch, count = self.span.kv, self.x.shape[0], self.span.count
-        if kv is not None and kv.capacity is None and not self.span.starts and t.shape[-1] == count:
+        if kv is not None and kv.capacity is None and not self.span.starts and t.ndim == 2 and t.shape[1] == count:
             # over the new tokens only, as the stack takes it too; memory tokens between them are visible
             t = check_mask(t, batch, count, name)
             return t if self.column_map is None else self.column_map.spread_new(t.unsqueeze(-1), True).squeeze(-1)
