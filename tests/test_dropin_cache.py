@@ -18,6 +18,7 @@ from torch import Tensor
 
 from x_transformers import (
     Attention,
+    AutoregressiveWrapper,
     ContinuousTransformerWrapper,
     Decoder,
     Encoder,
@@ -588,3 +589,15 @@ def test_caches_that_were_edited_can_be_cut_reordered_and_rolled_back() -> None:
     modify_cached_kv(shorter, lambda t: t[..., -3:, :])
     cache.cache.crop(3)
     close(stack(x[:, 8:], cache=cache), stack(x[:, 8:], cache=shorter), RIGHT)
+
+
+def test_generation_goes_on_from_edited_caches_and_those_made_by_hand() -> None:
+    model, prompt = model_of(decoder()), tokens(6)
+    wrapper = AutoregressiveWrapper(model)
+    wanted = wrapper.generate(prompt, 4, temperature=0.0)
+    _, cache = model(prompt[:, :5], **RECORD)
+    for record in cache.attn_intermediates:
+        record.cached_kv = record.cached_kv
+    made = [Intermediates(cached_kv=record.cached_kv) for record in cache.attn_intermediates]
+    for given in (cache, LayerIntermediates(attn_intermediates=made, cache_length=5), copy.deepcopy(cache)):
+        assert torch.equal(wrapper.generate(prompt, 4, temperature=0.0, cache=given), wanted)

@@ -12,6 +12,7 @@ from x_transformers.decoding.options import CacheChoice, GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.edited_cache import cache_of
 from x_transformers.models.base import Model
 from x_transformers.models.memory_layout import interspersed
 
@@ -64,7 +65,10 @@ def first_cache(
             return net.static_cache(batch, room, prepended=prepended, step=options.guesses + 1), 0
         needed = slots(net, prepended + room, prepended, prompts.start)
         return net.attn_layers.static_cache(batch, needed, prefix=None), 0
-    kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
+    kv = cache
+    if isinstance(cache, LayerIntermediates):
+        by_hand = any(each.given_kv is not None for each in cache.attn_intermediates or ())
+        kv = cache_of(net.attn_layers, cache) if by_hand else cache.cache
     if not isinstance(kv, KVCache):
         what = "a record without one" if kv is None else repr(kv)
         raise InputError(f'`cache` is {what}; it must be "dynamic", "static", or what an earlier call returned.')
