@@ -51,12 +51,14 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     if inputs.places is not None:
         padded = columns_at(inputs.places, k_index, fill=True)
         q_padded = columns_at(inputs.places, q_index, fill=True)
+        k_slot, q_slot = (slots_in_rows(index, None, inputs.places) for index in (k_index, q_index))
     elif inputs.seq_start_pos is not None:
         check_start(inputs.seq_start_pos, batch)
         start = inputs.seq_start_pos.unsqueeze(-1)
         padded, q_padded = k_slot >= start, q_slot >= start
+        # as `slots_in_rows` has it, which every step of a padded batch would pay for
+        k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
     if padded is not None:
-        k_slot, q_slot = (slots_in_rows(i, inputs.seq_start_pos, inputs.places) for i in (k_index, q_index))
         token_mask = padded if token_mask is None else token_mask & padded
         q_mask = q_padded if q_mask is None or q_padded is None else q_mask & q_padded
 
