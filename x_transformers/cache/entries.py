@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,15 @@ class Entry:
         grown: streams that grow, by name, `(..., n, d)`.
         states: running states, by name.
         rewritten: the streams of which new tokens changed what was there.
+        unrotated: number of key heads, from the first on, that are cached as they were projected.
+        rotation: transform of the keys of a context whose positions were given, or None.
+        front: first and last slot (exclusive) of the leading slots that are held; after them come the newest ones.
+            None: the prefix of the cache.
     """
+
+    unrotated: int = 0
+    rotation: Any = None
+    front: tuple[int, int] | None = None
 
     def __init__(self) -> None:
         self.grown: dict[str, Tensor] = {}
@@ -73,6 +82,7 @@ class Entry:
 
     def _share(self, own: Entry) -> Entry:
         own.grown, own.states, own.rewritten = dict(self.grown), dict(self.states), self.rewritten
+        own.unrotated, own.rotation, own.front = self.unrotated, self.rotation, self.front
         return own
 
 
@@ -138,6 +148,7 @@ class StaticEntry(Entry):
         own = object.__new__(StaticEntry)  # without the call of `__init__`, which every layer pays at every token
         own.grown, own.states, own.rewritten = self.grown, dict(self.states), self.rewritten
         own.index, own.fresh, own.shown = index, fresh, shown
+        own.unrotated, own.rotation = self.unrotated, self.rotation
         return own
 
     def copy(self) -> StaticEntry:
@@ -246,7 +257,7 @@ class RingEntry(StaticEntry):
     def at(self, index: Tensor, fresh: bool, shown: int | None) -> RingEntry:
         # all places are read: their slots show which of them are empty
         own = RingEntry(self.grown, index, self.ring, fresh)
-        own.states = dict(self.states)
+        own.states, own.unrotated, own.rotation = dict(self.states), self.unrotated, self.rotation
         return own
 
     def grow(self, name: str, new: Tensor) -> Tensor:
