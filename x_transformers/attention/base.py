@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from x_transformers.cache import Shape
 from x_transformers.forward_pass.call import LayerCall, Memo, Span
 from x_transformers.masks.visibility import Visibility
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import reorder_heads
 
 T = TypeVar("T")
@@ -164,7 +165,7 @@ class Stage:
     MULTIPLY = 16.0
 
 
-class Part(nn.Module):
+class Part(LoadsWhole):
     """Base class of the parts between projected heads and attention's output.
 
     Attributes:
@@ -335,7 +336,7 @@ class ValueMod(Part):
         return weight
 
 
-class Similarity(nn.Module):
+class Similarity(LoadsWhole):
     """Replaces the dot product by another similarity, as the dot product of augmented q and k. Applied last."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,7 +344,7 @@ class Similarity(nn.Module):
         raise NotImplementedError
 
 
-class QKTransform(nn.Module):
+class QKTransform(LoadsWhole):
     """Transforms queries and keys by their positions. Keys are cached transformed, and never transformed again."""
 
     def width(self, dim_head: int) -> int:
@@ -359,7 +360,7 @@ class QKTransform(nn.Module):
         raise NotImplementedError
 
 
-class QKNorm(nn.Module):
+class QKNorm(LoadsWhole):
     """Normalizes projected queries and keys, independently of positions."""
 
     scale: float | None = None
@@ -378,7 +379,7 @@ class QKNorm(nn.Module):
         return k
 
 
-class KeyMod(nn.Module):
+class KeyMod(LoadsWhole):
     """Adds keys and values before those of the tokens; every query sees them.
 
     Attributes:

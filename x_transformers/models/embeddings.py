@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import l2norm
 
 
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(LoadsWhole):
     """Table of token embeddings, `(num_tokens, dim)`.
 
     Args:
@@ -75,7 +76,7 @@ class SharedTokenEmbedding(TokenEmbedding):
         return self._owner[0].emb
 
 
-class AbsolutePositionalEmbedding(PreparesForInference):
+class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
     """Learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:
@@ -144,7 +145,7 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
 
 
-class ScaledSinusoidalEmbedding(KeepsFloat32):
+class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
     """Sinusoids `[sin(pos * f), cos(pos * f)] * scale` with a learned scale, `f_k = theta ** (-2k / dim)` (2202.10447).
 
     Args:

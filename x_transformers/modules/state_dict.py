@@ -10,13 +10,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from x_transformers.errors import StateDictError
+from x_transformers.modules.whole_loading import PLAIN_LOADERS, load_whole
 
 
-class ReadsReference(nn.Module):
-    """Base class of modules that load both layouts, wherever they are nested, and a file as a whole or not at all."""
+class LoadsWhole(nn.Module):
+    """Base class of modules that load a state dict as a whole or not at all."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights in our layout or that of the reference, also of a model that `torch.compile` or DDP wrapped.
+
+        Args:
+            state_dict: the weights; not changed.
+            strict: raise an error if entries are missing or unexpected.
+            assign: use the tensors of `state_dict` as parameters, instead of copying their values.
+
+        Returns:
+            the missing and unexpected keys, as `torch.nn.Module.load_state_dict` does.
+
+        Raises:
+            StateDictError: if entries are missing or unexpected (only if `strict`), have other shapes or another kind
+                of dtype, or are no dense tensors. The message lists all of them, and the model keeps its weights.
+        """
+        return load_whole(self, state_dict, super().load_state_dict, _translate, strict=strict, assign=assign)
+
+
+class ReadsReference(LoadsWhole):
+    """Base class of modules that load both layouts, wherever they are nested."""
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         """Rename the entries of the reference to ours, in place.
@@ -42,54 +63,26 @@ class ReadsReference(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights in our layout or that of the reference.
 
-        Args:
-            state_dict: the weights; not changed.
-            strict: raise an error if entries are missing or unexpected.
-            assign: use the tensors of `state_dict` as parameters, instead of copying their values.
-
-        Returns:
-            the missing and unexpected keys, as `torch.nn.Module.load_state_dict` does.
-
-        Raises:
-            StateDictError: if entries are missing or unexpected (only if `strict`) or have other shapes. The message
-                lists all of them, and the model keeps its weights.
-        """
-        # Everything is checked before anything is loaded: PyTorch copies module by module, and an error in the middle
-        # would leave a model with some weights of each kind.
-        translated = dict(state_dict)
-        translate(self, translated, "")
-        ours = self.state_dict()
-        missing = [key for key in ours if key not in translated]
-        unexpected = [key for key in translated if key not in ours]
-        misshaped = [
-            f"{key} is {tuple(translated[key].shape)}, the model has {tuple(ours[key].shape)}"
-            for key in ours
-            if key in translated
-            and isinstance(ours[key], Tensor)
-            and tuple(translated[key].shape) != tuple(ours[key].shape)
-        ]
-        groups = [("wrong shape", misshaped)]
-        if strict:
-            groups += [("missing", missing), ("unexpected", unexpected)]
-        faults = [f"{name}: {_list_keys(keys)}" for name, keys in groups if keys]
-        if faults:
-            raise StateDictError(
-                f"This state dict fits {type(self).__name__} neither in our layout nor in that of the reference; the "
-                "model is unchanged. Build it with the options of the model that the weights come from.\n  "
-                + "\n  ".join(faults)
-            )
-        return super().load_state_dict(translated, strict=strict, assign=assign)
+PLAIN_LOADERS.add(ReadsReference._load_from_state_dict)
 
 
-def translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Translate the entries of a module and of all modules in it, parents before children, in place."""
+def load_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict into any module as a whole or not at all, also into one that is not of this library.
+
+    Raises:
+        StateDictError: see `LoadsWhole.load_state_dict`.
+    """
+    if isinstance(module, LoadsWhole):
+        module.load_state_dict(state_dict)
+    else:
+        load_whole(module, state_dict, module.load_state_dict, _translate)
+
+
+def _translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Translate the entries of one module, in place."""
     if isinstance(module, ReadsReference):
         module.translate_reference(state, prefix)
-    for name, child in module.named_children():
-        translate(child, state, f"{prefix}{name}.")
 
 
 def rename(state: dict[str, Any], old: str, new: str) -> None:
@@ -102,8 +95,3 @@ def rename_prefix(state: dict[str, Any], old: str, new: str) -> None:
     """Replace the prefix `old` of names by `new`."""
     for key in [key for key in state if key.startswith(old)]:
         state[new + key[len(old) :]] = state.pop(key)
-
-
-def _list_keys(keys: list[str], limit: int = 12) -> str:
-    more = f" ... and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
