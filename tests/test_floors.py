@@ -61,6 +61,7 @@ HOUSE = (
     ("F8", ["decoding.generation"]),
     ("F9", ["*"]),
     ("F9", ["encoder_decoder"]),
+    ("F10", ["checkpoints.durable", "checkpoints.tensor_files"]),
     ("F10", ["checkpoints.files"]),
     ("F10", ["checkpoints"]),
     ("roof", ["x_transformers", ""]),

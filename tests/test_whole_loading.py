@@ -7,7 +7,6 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from catalog import BASE

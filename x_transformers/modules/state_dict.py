@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from x_transformers.modules.whole_loading import PLAIN_LOADERS, load_whole
+from x_transformers.modules.whole_loading import PLAIN_LOADERS, check_whole, load_whole
 
 
 class LoadsWhole(nn.Module):
@@ -77,6 +77,15 @@ def load_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         module.load_state_dict(state_dict)
     else:
         load_whole(module, state_dict, module.load_state_dict, _translate)
+
+
+def check_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Check that a state dict fits any module, without loading it.
+
+    Raises:
+        StateDictError: see `LoadsWhole.load_state_dict`.
+    """
+    check_whole(module, state_dict, _translate)
 
 
 def _translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:

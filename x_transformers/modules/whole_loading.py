@@ -48,6 +48,29 @@ def load_whole(
     Raises:
         StateDictError: if the state dict does not fit; the module is unchanged.
     """
+    state, metadata, check = check_whole(module, state_dict, translate, strict=strict, assign=assign)
+    if metadata is not None:
+        state._metadata = metadata  # type: ignore[attr-defined]
+    with ExitStack() as pending:
+        for hooked in check.hooked:
+            pending.enter_context(_without_pre_hooks(hooked))
+        restore = _snapshot(module, assign) if check.may_fail_late else None
+        try:
+            return load(state, strict=strict, assign=assign)
+        except Exception as error:
+            if restore is not None:
+                restore()
+            raise StateDictError(f"This state dict does not fit {type(module).__name__}: {error}") from error
+
+
+def check_whole(
+    module: nn.Module, state_dict: Mapping[str, Any], translate: Translate, *, strict: bool = True, assign: bool = False
+) -> tuple[OrderedDict[str, Any], dict[str, Any] | None, _Check]:
+    """Return the state dict that is to be loaded, its versions and what was found out; see `load_whole`.
+
+    Raises:
+        StateDictError: if the state dict does not fit.
+    """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict maps names to tensors; {type(state_dict).__name__} was given.")
     odd = [repr(key) for key in state_dict if not isinstance(key, str)]
@@ -64,18 +87,7 @@ def load_whole(
             check.missing.append(key)
     check.unexpected += [key for key in state if key not in own and not key.startswith(tuple(check.opaque))]
     check.raise_if_any(type(module).__name__)
-    if metadata is not None:
-        state._metadata = metadata  # type: ignore[attr-defined]
-    with ExitStack() as pending:
-        for hooked in check.hooked:
-            pending.enter_context(_without_pre_hooks(hooked))
-        restore = _snapshot(module, assign) if check.may_fail_late else None
-        try:
-            return load(state, strict=strict, assign=assign)
-        except Exception as error:
-            if restore is not None:
-                restore()
-            raise StateDictError(f"This state dict does not fit {type(module).__name__}: {error}") from error
+    return state, metadata, check
 
 
 class _Check:
