@@ -161,3 +161,12 @@ def _share(path: str | Path, model: nn.Module, shared: Any) -> None:
         for name in group[1:]:
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._parameters[leaf] = parameters[group[0]]
+
+
+def first_difference(theirs: Any, own: Any, path: str = "") -> str:
+    """Describe the first difference of two configurations."""
+    if isinstance(theirs, dict) and isinstance(own, dict):
+        for key in sorted({*theirs, *own}):
+            if theirs.get(key) != own.get(key):
+                return first_difference(theirs.get(key), own.get(key), f"{path}.{key}" if path else str(key))
+    return f"{path}: {theirs!r} there, {own!r} here"
