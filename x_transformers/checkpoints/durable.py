@@ -39,10 +39,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise a `CheckpointError` that names `path` if the block cannot write."""
+    """Raise a `CheckpointError` that names `path` if the block cannot write, or is given what cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
 

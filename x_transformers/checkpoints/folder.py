@@ -110,9 +110,10 @@ def publish(draft: Path, step: int, keep: int) -> Path:
     with replacing(folder / LATEST) as file:
         file.write_text(final.name, encoding="utf-8")
     shutil.rmtree(replaced, ignore_errors=True)
-    # a run that went back to an earlier step has left the later ones
-    order = sorted(_steps(folder), key=lambda found: (found[0] <= step, found[0]))
-    for _, old in order[:-keep]:
+    # a run that went back to an earlier step has abandoned the later ones
+    found = sorted(_steps(folder))
+    earlier = [old for number, old in found if number <= step]
+    for old in [*earlier[:-keep], *(old for number, old in found if number > step)]:
         shutil.rmtree(old, ignore_errors=True)
     for old in folder.glob(".draft-*"):
         shutil.rmtree(old, ignore_errors=True)

@@ -114,6 +114,8 @@ def _unpack(key: str, packed: Any, names: dict[int, str], optimizer: Optimizer, 
     for name, values in packed["states"].items():
         if name not in parameters:
             raise CheckpointError(f"the optimizer `{key}` has a state of `{name}`, which is none of its parameters")
+        if not isinstance(values, dict):
+            raise CheckpointError(f"the state of `{name}` in the optimizer `{key}` is no mapping")
         parameter = parameters[name]
         states[numbers[name]] = unpack(values, lambda tensor, parameter=parameter: reader.like(tensor, parameter))
     _check_states(key, states, numbers, groups, optimizer)
@@ -177,11 +179,14 @@ def _expected_states(optimizer: Optimizer, groups: list[dict[str, Any]]) -> dict
         for own, group in zip(optimizer.param_groups, groups, strict=True):
             # implementations that need another device; all of them have the same states
             plain = {name: False for name in ("fused", "foreach", "capturable") if name in group}
-            params = [torch.empty(p.shape, dtype=p.dtype, device="meta", requires_grad=True) for p in own["params"]]
-            for number, parameter in zip(group["params"], params, strict=True):
-                parameter.grad = torch.empty_like(parameter)
-                created[number] = parameter
-            twin.param_groups.append({**group, **plain, "params": params})
+            alike: dict[Any, Tensor] = {}
+            for number, parameter in zip(group["params"], own["params"], strict=True):
+                shape, dtype = tuple(parameter.shape), parameter.dtype
+                if (shape, dtype) not in alike:
+                    alike[shape, dtype] = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+                    alike[shape, dtype].grad = torch.empty(shape, dtype=dtype, device="meta")
+                created[number] = alike[shape, dtype]
+            twin.param_groups.append({**group, **plain, "params": list(alike.values())})
         with torch.no_grad():
             # without the hooks of the user's, which PyTorch runs around this function
             getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)(twin)

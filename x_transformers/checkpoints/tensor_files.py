@@ -44,12 +44,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         The checksum of the contents.
 
     Raises:
-        CheckpointError: if something is no dense tensor with values.
+        TypeError: if something is no dense tensor with values.
     """
     ready: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():
-        _check(path, name, tensor)
+        _check(name, tensor)
         tensor = tensor.detach().cpu().contiguous()
         start = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if start in memory else tensor
@@ -94,7 +94,7 @@ def _decoded(value: str) -> Any:
         return value
 
 
-def _check(path: Path, name: str, tensor: Any) -> None:
+def _check(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         what = f"is a {type(tensor).__name__}, not a tensor"
     elif type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -103,7 +103,7 @@ def _check(path: Path, name: str, tensor: Any) -> None:
         what = "is on the meta device, sparse or quantized"
     else:
         return
-    raise CheckpointError(f"{path} cannot be written: `{name}` {what} and has no place in a safetensors file.")
+    raise TypeError(f"`{name}` {what} and has no place in a safetensors file")
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

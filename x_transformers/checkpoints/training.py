@@ -85,7 +85,8 @@ def save_checkpoint(
         if not isinstance(number, int) or number < least:
             raise InputError(f"`{name}` is {number!r}; it must be a whole number of at least {least}.")
     model = unwrapped(model)
-    draft = _together(lambda: open_draft(Path(folder), step) if leads() else None)[0]
+    subject = f"{folder} cannot be written"
+    draft = _together(lambda: open_draft(Path(folder), step) if leads() else None, subject)[0]
     assert draft is not None
     try:
         final = _write(draft, step, model, optimizers, progress, keep)
@@ -114,7 +115,7 @@ def _write(
             "random": pack_random_states(f"random.{rank()}", tensors),
         }
 
-    states = _together(packed)
+    states = _together(packed, f"{draft} cannot be written")
     index, checksums, problem = write_parts(draft, tensors)
     weights = gathered(model)
 
@@ -131,7 +132,7 @@ def _write(
             sync(draft / TRAINING)
         return publish(draft, step, keep)
 
-    final = _together(finish)[0]
+    final = _together(finish, f"{draft} cannot be written")[0]
     assert final is not None
     return final
 
@@ -156,8 +157,9 @@ def load_checkpoint(
             names the file, and the tensor if one does not fit.
     """
     checkpoint, model = Path(checkpoint), unwrapped(model)
-    read = _together(lambda: _read(checkpoint, model, optimizers, device), gather=False)[0]
-    _together(lambda: _restore(read, model, optimizers), gather=False)
+    subject = f"the checkpoint {checkpoint} cannot be loaded"
+    read = _together(lambda: _read(checkpoint, model, optimizers, device), subject, gather=False)[0]
+    _together(lambda: _restore(read, model, optimizers), subject, gather=False)
     continue_in(checkpoint.parent)
     return read.progress
 
@@ -195,15 +197,17 @@ def _read(checkpoint: Path, model: nn.Module, optimizers: Mapping[str, Optimizer
         if checksums.pop(WEIGHTS) != file.checksum:
             raise CheckpointError(f"{path} is damaged, or belongs to another checkpoint")
         reader = PartReader(checkpoint, data["tensors"], checksums)
+        progress = unpack(data["progress"], reader.whole)
+        if not isinstance(progress, dict):
+            raise CheckpointError("it contains no progress of a run")
         return _Read(
             file.tensors,
-            unpack(data["progress"], reader.whole),
+            progress,
             unpack_optimizers(data["optimizers"], model, optimizers, reader),
             unpack_random_states(data["random"], reader.whole),
         )
-    except Exception as error:  # the files may contain anything
-        reason = str(error).rstrip(".") if isinstance(error, CheckpointError) else f"{type(error).__name__} {error}"
-        raise CheckpointError(f"the checkpoint {checkpoint} cannot be loaded: {reason}.") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {checkpoint} cannot be loaded: {str(error).rstrip('.')}.") from error
 
 
 def _restore(read: _Read, model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
@@ -228,25 +232,29 @@ def _restore(read: _Read, model: nn.Module, optimizers: Mapping[str, Optimizer])
         raise
 
 
-def _together(act: Callable[[], Any], gather: bool = True) -> list[Any]:
+def _together(act: Callable[[], Any], subject: str, gather: bool = True) -> list[Any]:
     """Run a function in all processes, and raise an error in all if any has one. Each has to call this.
 
     Args:
-        act: function without collective communication.
+        act: function without collective communication. Files may contain anything, and so may errors.
+        subject: beginning of the message about an error that is not a `CheckpointError`.
         gather: return the results of all processes, by their numbers; otherwise only the own one.
 
     Raises:
-        CheckpointError: of the first process that raised any.
+        CheckpointError: of the first process that raised any error.
     """
     result, problem = None, None
     try:
         result = act()
-    except Exception as error:
+    except CheckpointError as error:
         problem = error
-    problems = every_process(None if problem is None else f"{problem}")
-    if problem is not None and isinstance(problem, CheckpointError):
+    except Exception as error:
+        problem = CheckpointError(f"{subject}: {type(error).__name__}: {str(error).rstrip('.')}.")
+        problem.__cause__ = error
+    texts = every_process(None if problem is None else str(problem))
+    if problem is not None:
         raise problem
-    first = next((text for text in problems if text is not None), None)
+    first = next((text for text in texts if text is not None), None)
     if first is not None:
-        raise CheckpointError(first) from problem
+        raise CheckpointError(first)
     return every_process(result) if gather else [result]

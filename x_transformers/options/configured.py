@@ -110,7 +110,7 @@ def _recording(init: Any) -> Any:
                 kind = signature.parameters[name].kind
                 options.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
             plain = {name: _plain(name, value) for name, value in options.items()}
-            self.__dict__["_config"] = {"class": type(self).__name__, "options": plain}
+            self.__dict__["_config"] = {"class": _class_name(type(self)), "options": plain}
         init(self, *args, **kwargs)
 
     return recorded
