@@ -140,32 +140,32 @@ class Run:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGTERM, self._stop)
         saved, evaluated, smooth = time.monotonic(), self.seconds, math.nan
-        bar = tqdm(total=1.0, disable=not self.processes.leads, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")
-        while self.done() < 1 and not self.stopped:
-            start = time.perf_counter()
-            loss = self.train_step()
-            state = (
-                loss,
-                time.perf_counter() - start,
-                self.stopped,
-                time.monotonic() - saved >= self.options.save_every,
-            )
-            loss, seconds, stopped, due = self.processes.mean(*state)  # all processes decide by the same values
-            self.seconds, self.stopped = self.seconds + seconds, stopped > 0
-            rate, bits = round(BATCH * CONTEXT / seconds), loss / math.log(2)
-            self.metrics.append({"step": self.step, "loss": loss, "bits_per_byte": bits, "tokens_per_second": rate})
-            smooth = bits if math.isnan(smooth) else 0.95 * smooth + 0.05 * bits
-            bar.n = self.done()
-            bar.set_postfix_str(f"step {self.step}  loss {loss:.3f}  {smooth:.3f} bits/byte  {rate:,} tokens/s")
-            if self.seconds - evaluated >= self.options.look_every:
-                evaluated = self.seconds
-                self.evaluate(bar, windows=64)
-            if due > 0:
-                saved = time.monotonic()
-                self.save()
-        if not self.stopped:
-            self.evaluate(bar, windows=1024)
-        bar.close()
+        form = "{percentage:3.0f}%|{bar:24}| {postfix}"
+        with tqdm(total=1.0, disable=not self.processes.leads, bar_format=form) as bar:
+            while self.done() < 1 and not self.stopped:
+                start = time.perf_counter()
+                loss = self.train_step()
+                state = (
+                    loss,
+                    time.perf_counter() - start,
+                    self.stopped,
+                    time.monotonic() - saved >= self.options.save_every,
+                )
+                loss, seconds, stopped, due = self.processes.mean(*state)  # all processes decide by the same values
+                self.seconds, self.stopped = self.seconds + seconds, stopped > 0
+                rate, bits = round(BATCH * CONTEXT / seconds), loss / math.log(2)
+                self.metrics.append({"step": self.step, "loss": loss, "bits_per_byte": bits, "tokens_per_second": rate})
+                smooth = bits if math.isnan(smooth) else 0.95 * smooth + 0.05 * bits
+                bar.n = self.done()
+                bar.set_postfix_str(f"step {self.step}  loss {loss:.3f}  {smooth:.3f} bits/byte  {rate:,} tokens/s")
+                if self.seconds - evaluated >= self.options.look_every:
+                    evaluated = self.seconds
+                    self.evaluate(bar, windows=64)
+                if due > 0:
+                    saved = time.monotonic()
+                    self.save()
+            if not self.stopped:
+                self.evaluate(bar, windows=1024)
         self.save()
 
     def _stop(self, *_: Any) -> None:

@@ -127,19 +127,26 @@ def _unpack(key: str, packed: Any, names: dict[int, str], optimizer: Optimizer, 
 def _check_options(where: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Check that options are of the kinds that the optimizer has."""
     for name, value in saved.items():
-        mine = own.get(name)
-        if value is None or mine is None:
-            continue
-        if _kind(value) != _kind(mine) or (isinstance(mine, list | tuple) and len(value) != len(mine)):
-            raise CheckpointError(f"`{name}` in {where} is {value!r} there and {mine!r} here")
+        if name in own and not _alike(value, own[name]):
+            raise CheckpointError(f"`{name}` in {where} is {value!r} there and {own[name]!r} here")
+
+
+def _alike(value: Any, own: Any) -> bool:
+    """Return True if two values are of one kind. None is of the kind of everything that is optional."""
+    if own is None or value is None:
+        return own is None or isinstance(own, bool | str)
+    if isinstance(own, list | tuple):
+        same = isinstance(value, list | tuple) and len(value) == len(own)
+        return same and all(map(_alike, value, own))
+    return _kind(value) == _kind(own)
 
 
 def _kind(value: Any) -> Any:
-    if isinstance(value, bool | str):
-        return type(value)
-    if isinstance(value, Number) or (isinstance(value, Tensor) and value.numel() == 1):
+    if not isinstance(value, bool) and (
+        isinstance(value, Number) or (isinstance(value, Tensor) and value.numel() == 1)
+    ):
         return Number
-    return list if isinstance(value, list | tuple) else type(value)
+    return type(value)
 
 
 def _check_states(
