@@ -20,7 +20,7 @@ RUN = ".run"
 NAME = re.compile(r"(\.replaced-)?step-(\d{8,})")
 
 _owned: dict[Path, str | None] = {}
-"""What this process wrote into the file `.run` of a folder; None if it resumed from there and has not written yet."""
+"""Token of this process in the file `.run` of each folder; None until it saves where it resumed from."""
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

@@ -42,9 +42,11 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor], depth: int = 0) -> A
         value = value.item()
     if value is None:
         return value
-    for kind in (bool, int, float, str):
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (bool, int, float):
         if isinstance(value, kind):
-            return kind(value) if kind is not str else str.__str__(value)
+            return kind(value)
     if isinstance(value, Tensor) or (type(value).__module__ == "numpy" and value.dtype.kind in "biuf"):
         while name in tensors:
             name += "'"

@@ -107,15 +107,15 @@ def _write(
 ) -> Path:
     """Write all files of a checkpoint, and publish it. Each step that may fail is taken by all processes together."""
     tensors: dict[str, Tensor] = {}
+    content: dict[str, Any] = {"format": FORMAT}
+    subject = f"{draft} cannot be written"
 
-    def packed() -> dict[str, Any]:
-        return {
-            "progress": pack(dict(progress), "progress", tensors) if leads() else None,
-            "optimizers": pack_optimizers(model, optimizers, tensors),
-            "random": pack_random_states(f"random.{rank()}", tensors),
-        }
+    def collect() -> Any:
+        content["progress"] = pack(dict(progress), "progress", tensors) if leads() else None
+        content["optimizers"] = pack_optimizers(model, optimizers, tensors)
+        return pack_random_states(f"random.{rank()}", tensors)
 
-    states = _together(packed, f"{draft} cannot be written")
+    content["random"] = _together(collect, subject)
     index, checksums, problem = write_parts(draft, tensors)
     weights = gathered(model)
 
@@ -127,12 +127,11 @@ def _write(
         with writing(draft):
             checksums[WEIGHTS] = write_model(model, draft / WEIGHTS, weights)
             sync(draft / WEIGHTS)
-            content = {**states[0], "random": [state["random"] for state in states]}
-            write_sealed(draft / TRAINING, {"format": FORMAT, **content, "tensors": index, "checksums": checksums})
+            write_sealed(draft / TRAINING, {**content, "tensors": index, "checksums": checksums})
             sync(draft / TRAINING)
         return publish(draft, step, keep)
 
-    final = _together(finish, f"{draft} cannot be written")[0]
+    final = _together(finish, subject)[0]
     assert final is not None
     return final
 

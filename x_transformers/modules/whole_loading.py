@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from x_transformers.errors import StateDictError
 from x_transformers.modules.unwrapping import COMPILED, plain_name
@@ -160,7 +161,7 @@ class _Check:
         """Compare an entry with the tensor that it is copied to."""
         if type(own) not in PLAIN_TENSORS:  # a sharded or quantized tensor knows by itself what can be copied to it
             self.may_fail_late = True
-            if isinstance(own, nn.parameter.UninitializedTensorMixin):
+            if isinstance(own, UninitializedTensorMixin):
                 return
         if not isinstance(entry, Tensor):
             self.misfits["no dense tensor"].append(f"{key} is a {type(entry).__name__}")
@@ -222,11 +223,11 @@ def _without_pre_hooks(module: nn.Module) -> Iterator[None]:
 
 def _snapshot(module: nn.Module, assign: bool) -> Callable[[], None]:
     """Return a function that brings back the present weights of a module."""
+    kept: list[dict[str, Any]] = [each for part in module.modules() for each in (part._parameters, part._buffers)]
     tensors = [
-        (kept, name, tensor, None if assign or tensor is None or tensor.is_meta else tensor.detach().clone())
-        for part in module.modules()
-        for kept in (part._parameters, part._buffers)
-        for name, tensor in kept.items()
+        (own, name, tensor, None if assign or tensor is None or tensor.is_meta else tensor.detach().clone())
+        for own in kept
+        for name, tensor in own.items()
     ]
     # what opaque modules keep elsewhere can only be read and written through their own methods
     state = module.state_dict()
@@ -237,8 +238,8 @@ def _snapshot(module: nn.Module, assign: bool) -> Callable[[], None]:
     def restore() -> None:
         if others:
             nn.Module.load_state_dict(module, others, strict=False)
-        for kept, name, tensor, values in tensors:
-            kept[name] = tensor
+        for own, name, tensor, values in tensors:
+            own[name] = tensor
             if values is not None:
                 tensor.copy_(values)
 
