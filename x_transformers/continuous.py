@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from x_transformers.cache import KVCache
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
 from x_transformers.decoding.loop import in_shape, make_reader, streamed
-from x_transformers.decoding.options import GenerationOptions
+from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -229,17 +229,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
     # generation
 
-    def generate(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        temperature: float = 1.0,
-        cache_kv: bool = True,
-        *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        restrict_to_max_seq_len: bool = True,
-        **kwargs: Any,
-    ) -> Tensor:
+    @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
+    def generate(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Tensor:
         """Continue each prompt by `seq_len` vectors, in evaluation mode.
 
         Args:
@@ -259,60 +250,45 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        steps, read, view = self._begin(
-            start_tokens,
-            seq_len,
-            temperature,
-            cache_kv,
-            prompt_lens=prompt_lens,
-            restrict_to_max_seq_len=restrict_to_max_seq_len,
-            **kwargs,
-        )
+        steps, read, view = self._begin(start_tokens, seq_len, options)
         with torch.inference_mode(), view:
             new = list(steps())
         # outside of inference mode, so that training may use the vectors
         vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
         return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
 
-    def stream(self, start_tokens: Tensor, seq_len: int, **options: Any) -> Iterator[Tensor]:
+    @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
+    def stream(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
         """Yield the vectors of `generate`, `(b, D)` or `(D,)` each.
 
         The model is in evaluation mode until the last one.
 
         Args:
-            start_tokens, seq_len, options: as in `generate`.
+            start_tokens, seq_len, temperature, cache_kv, prompt_lens, restrict_to_max_seq_len, kwargs: as in
+                `generate`.
 
         Raises:
             InputError: immediately, with what was given and what is needed; but for the width of a custom
                 `project_out`, which is only known with the first vector.
         """
-        steps, read, view = self._begin(start_tokens, seq_len, **options)
+        steps, read, view = self._begin(start_tokens, seq_len, options)
         return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), view)
 
     def _begin(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        temperature: float = 1.0,
-        cache_kv: bool = True,
-        *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        restrict_to_max_seq_len: bool = True,
-        **kwargs: Any,
+        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions
     ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
         """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
-        if not 0 <= temperature < math.inf:
-            raise InputError(f"`temperature` is {temperature}; it must be finite and not negative.")
-        if "lens" in kwargs:
+        if "lens" in options.arguments:
             raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
-        read = self._read(start_tokens, prompt_lens)
+        read = self._read(start_tokens, options.prompt_lens)
         net, total = self.net, read.tokens.shape[1] + max(seq_len, 1) - 1
-        ends = 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len
-        view, cached = InferenceView(net), cache_kv and not ends
-        options = GenerationOptions(cache_kv=cached, restrict_to_max_seq_len=restrict_to_max_seq_len, arguments=kwargs)
+        if 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len:
+            options = replace(options, cache_kv=False)
+        view = InferenceView(net)
         reader = make_reader(view.of(net), read, seq_len, options)
-        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read, view
+        steps = partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, options.temperature)
+        return steps, read, view
 
     def _steps(self, reader: Reader, sequences: Sequences, count: int, temperature: float) -> Iterator[Tensor]:
         """Append and yield `count` vectors, `(b, 1, D)` each."""
