@@ -143,7 +143,11 @@ def main() -> None:
             folder.mkdir(parents=True)
             # the moments of one run together are somewhat more than its duration
             moments = [chance.uniform(0, duration * 0.6) for _ in range(min(options.kills - kills, 6))]
-            kills += lives(start, folder, moments)
+            try:
+                kills += lives(start, folder, moments)
+            except SystemExit as error:
+                output = folder.with_name("output.txt")
+                raise SystemExit(f"{error}: {output.read_text()[-500:] if output.exists() else ''}") from error
             rounds += 1
             if losses(folder) != wanted:
                 raise SystemExit(f"after {kills} kills the losses differ: {losses(folder)}, {wanted}")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 
 from x_transformers.errors import StateDictError
 from x_transformers.modules.unwrapping import COMPILED, plain_name
@@ -161,7 +160,7 @@ class _Check:
         """Compare an entry with the tensor that it is copied to."""
         if type(own) not in PLAIN_TENSORS:  # a sharded or quantized tensor knows by itself what can be copied to it
             self.may_fail_late = True
-            if isinstance(own, UninitializedTensorMixin):
+            if isinstance(own, nn.UninitializedParameter | nn.UninitializedBuffer):
                 return
         if not isinstance(entry, Tensor):
             self.misfits["no dense tensor"].append(f"{key} is a {type(entry).__name__}")
