@@ -422,6 +422,34 @@ UNREADABLE = {
 }
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer of a user's that keeps more than states of parameters."""
+
+    count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+
+
+def test_optimizers_of_users(tmp_path: Path) -> None:
+    """With entries of their own, states under names, and a learning rate that is a tensor."""
+    model = net()
+    made: Optimizers = {"one": Counting(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)}
+    step(model, made)
+    made["one"].state["all"] = {"seen": 3}  # type: ignore[index]
+    made["one"].count = 5
+    wanted = copy.deepcopy(made["one"].state_dict())
+    path = save_checkpoint(tmp_path, step=1, model=model, optimizers=made, progress={})
+    again: Optimizers = {"one": Counting(model.parameters(), lr=torch.tensor(0.2), momentum=0.9)}
+    load_checkpoint(path, model=model, optimizers=again)
+    assert equal(again["one"].state_dict(), wanted)
+    assert wanted["count"] == 5
+
+
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_what_could_not_be_read_is_not_saved(kind: str, tmp_path: Path) -> None:
     model, made = build()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.checkpoints.files import load_model, read_model_file, save_model
-from x_transformers.errors import CheckpointError, ConfigError, StateDictError
+from x_transformers.errors import CheckpointError, ConfigError, InputError, StateDictError
 from x_transformers.options.configured import Configured
 
 SMALL: dict[str, Any] = {"dim": 8, "depth": 1, "heads": 1, "verbose": False}
@@ -237,6 +237,8 @@ def test_any_change_of_a_file_is_noticed(written: tuple[Path, dict[str, Tensor]]
         hit.write_bytes(content)
         with pytest.raises(CheckpointError, match=str(hit)):
             load_model(hit)
+    with pytest.raises(InputError, match="`device` is 'foo'"):
+        load_model(path, device="foo")
     for other in (path.parent, path.with_name("nothing")):
         with pytest.raises(CheckpointError, match=str(other)):
             load_model(other)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.checkpoints.durable import replacing
 from x_transformers.checkpoints.tensor_files import read_tensors, write_tensors
-from x_transformers.errors import CheckpointError, StateDictError
+from x_transformers.errors import CheckpointError, InputError, StateDictError
 from x_transformers.modules.state_dict import check_state, load_state
 from x_transformers.modules.unwrapping import plain_name, unwrapped
 from x_transformers.options.configured import Configured
@@ -85,7 +85,12 @@ def load_model(path: str | Path, device: str = "cpu", **objects: Any) -> Any:
         CheckpointError: if the file cannot be read, or contains no configuration, or one of which no model can be
             built.
         StateDictError: if the weights do not fit the configuration.
+        InputError: if `device` is no name of a device.
     """
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"`device` is {device!r}, which is no name of a device: {error}") from error
     file = read_tensors(path)
     config = _config(path, file.about)
     if config is None:

@@ -19,6 +19,8 @@ from x_transformers.modules.unwrapping import plain_name
 
 NAMES = ("params", "param_names")
 """Entries of a group that name its parameters."""
+PARTS = ("state", "param_groups")
+"""Entries of the state dict of every optimizer; some have more."""
 
 
 def pack_optimizers(
@@ -56,16 +58,13 @@ def pack_optimizers(
             part = states if number in named else others
             name = named.get(number, number)
             part[name] = pack(values, f"{key}.{name}", tensors)
-        others |= {name: pack(values, key, tensors) for name, values in whole.items() if name not in _PARTS}
+        extra = {name: pack(values, f"{key}.{name}", tensors) for name, values in whole.items() if name not in PARTS}
         if any(not isinstance(name, str) for name in others):
             raise CheckpointError(
                 f"the optimizer `{key}` has a state under {sorted(map(repr, others))}, not a parameter."
             )
-        packed[key] = {"groups": groups, "states": states, "others": others}
+        packed[key] = {"groups": groups, "states": states, "others": others, "extra": extra}
     return packed
-
-
-_PARTS = ("state", "param_groups")
 
 
 def unpack_optimizers(
@@ -108,6 +107,9 @@ def _unpack(key: str, packed: Any, names: dict[int, str], optimizer: Optimizer, 
         parameters |= dict(zip(own, group["params"], strict=True))
         options = unpack(saved["options"], reader.whole)
         _check_options(f"group {i} of the optimizer `{key}`", options, group)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and isinstance(own_value := group.get(name), Tensor):
+                options[name] = value.to(own_value.device)
         rest = {name: value for name, value in group.items() if name not in NAMES}
         groups.append({**rest, **options, "params": [numbers[name] for name in own]})
     states: dict[Any, Any] = {}
@@ -121,7 +123,8 @@ def _unpack(key: str, packed: Any, names: dict[int, str], optimizer: Optimizer, 
     _check_states(key, states, numbers, groups, optimizer)
     for name, values in packed["others"].items():
         states[name] = unpack(values, reader.whole)
-    return {"state": states, "param_groups": groups}
+    extra = {name: unpack(values, reader.whole) for name, values in packed["extra"].items() if name not in PARTS}
+    return {"state": states, "param_groups": groups, **extra}
 
 
 def _check_options(where: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
