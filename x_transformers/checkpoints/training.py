@@ -163,9 +163,15 @@ def load_checkpoint(
     return read.progress
 
 
+def _adopt(model: nn.Module, config: Any) -> list[Callable[[], None]]:
+    """Take over what loading weights had changed in the run; see `Configured.adopt_config`."""
+    return model.adopt_config(config) if isinstance(model, Configured) and isinstance(config, dict) else []
+
+
 class _Read(NamedTuple):
     """Contents of a checkpoint, checked against the run that continues."""
 
+    config: Any
     weights: dict[str, Tensor]
     progress: dict[str, Any]
     optimizers: dict[str, dict[str, Any]]
@@ -176,7 +182,11 @@ def _read(checkpoint: Path, model: nn.Module, optimizers: Mapping[str, Optimizer
     """Read a checkpoint without changing anything."""
     path = checkpoint / WEIGHTS
     file = read_tensors(path, device)
-    config, own = file.about.get("config"), model.config if isinstance(model, Configured) else None
+    config = file.about.get("config")
+    undo = _adopt(model, config)
+    own = model.config if isinstance(model, Configured) else None
+    for each in undo:
+        each()
     if config is not None and own is not None and config != own:
         raise CheckpointError(
             f"the checkpoint {checkpoint} is of another configuration ({first_difference(config, own)}); resume with "
@@ -187,7 +197,7 @@ def _read(checkpoint: Path, model: nn.Module, optimizers: Mapping[str, Optimizer
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from error
     if not (checkpoint / TRAINING).exists() and (checkpoint / OLD_TRAINING).exists():
-        return _Read(file.tensors, read_old_progress(checkpoint, optimizers), {}, None)
+        return _Read(config, file.tensors, read_old_progress(checkpoint, optimizers), {}, None)
     data = read_sealed(checkpoint / TRAINING)
     try:
         if data["format"] != FORMAT:
@@ -200,6 +210,7 @@ def _read(checkpoint: Path, model: nn.Module, optimizers: Mapping[str, Optimizer
         if not isinstance(progress, dict):
             raise CheckpointError("it contains no progress of a run")
         return _Read(
+            config,
             file.tensors,
             progress,
             unpack_optimizers(data["optimizers"], model, optimizers, reader),
@@ -214,6 +225,7 @@ def _restore(read: _Read, model: nn.Module, optimizers: Mapping[str, Optimizer])
     noise = random_states()
     undo: list[Callable[[], None]] = [lambda: set_random_states(noise)]
     try:
+        undo += _adopt(model, read.config)
         if read.optimizers:
             undo += load_optimizers(optimizers, read.optimizers)
         if read.noise is not None:

@@ -20,7 +20,7 @@ PLAIN_LOADERS: set[Any] = {nn.Module._load_from_state_dict}
 """Implementations of `_load_from_state_dict` that do no more than copy the entries of a module."""
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
-Translate = Callable[[nn.Module, dict[str, Any], str], None]
+Translate = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], None]
 
 
 def load_whole(
@@ -38,7 +38,8 @@ def load_whole(
         module: any module.
         state_dict: the weights; not changed.
         load: `torch.nn.Module.load_state_dict` of the module.
-        translate: function that renames the entries of one module, given the state and the prefix of its names.
+        translate: function that renames the entries of one module, given the state, the prefix of its names, and what
+            `state_dict` noted about it.
         strict: raise an error if entries are missing or unexpected.
         assign: use the tensors of `state_dict` as parameters, instead of copying their values.
 
@@ -119,10 +120,10 @@ class _Check:
         assign: bool,
     ) -> None:
         """Run the pre-hooks of all modules on the state, and translate it; parents before children, in place."""
+        about = dict((metadata or {}).get(prefix[:-1], {}))
         if module._load_state_dict_pre_hooks:
             self.hooked.append(module)
             local = {key: value for key, value in state.items() if key.startswith(prefix)}
-            about = dict((metadata or {}).get(prefix[:-1], {}))
             if assign:
                 about["assign_to_params_buffers"] = assign
             for key in local:
@@ -130,7 +131,7 @@ class _Check:
             for hook in module._load_state_dict_pre_hooks.values():
                 hook(local, prefix, about, self.strict, self.missing, self.unexpected, self.errors)
             state.update(local)
-        translate(module, state, prefix)
+        translate(module, state, prefix, about)
         for name, child in module._modules.items():
             if child is not None:
                 self.prepare(child, state, f"{prefix}{name}.", metadata, translate, assign)
