@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
     ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names", "modules.unwrap"]),
+    ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),
     ("F1", ["masks.visibility"]),
@@ -61,7 +62,9 @@ HOUSE = (
     ("F8", ["decoding.generation"]),
     ("F9", ["*"]),
     ("F9", ["encoder_decoder"]),
-    ("F10", ["checkpoints.files"]),
+    ("F10", ["checkpoints.durable", "checkpoints.tensor_files", "checkpoints.plain_data", "checkpoints.random_states"]),
+    ("F10", ["checkpoints.files", "checkpoints.folder", "checkpoints.parts"]),
+    ("F10", ["checkpoints.optimizer_states", "checkpoints.old_layout"]),
     ("F10", ["checkpoints"]),
     ("roof", ["x_transformers", ""]),
 )

@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
 
 
-class EntropyBasedTokenizer(nn.Module):
+class EntropyBasedTokenizer(LoadsWhole):
     """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:

@@ -9,10 +9,11 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRang
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.modules.second_names import SecondNames
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import l2norm
 
 
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(LoadsWhole):
     """Table of token embeddings, `(num_tokens, dim)`.
 
     Args:
@@ -97,7 +98,7 @@ def table_of(token_emb: nn.Module) -> Tensor:
     return emb.weight
 
 
-class AbsolutePositionalEmbedding(PreparesForInference):
+class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
     """Learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:
@@ -166,7 +167,7 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
 
 
-class ScaledSinusoidalEmbedding(KeepsFloat32):
+class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
     """Sinusoids `[sin(pos * f), cos(pos * f)] * scale` with a learned scale, `f_k = theta ** (-2k / dim)` (2202.10447).
 
     Args:
