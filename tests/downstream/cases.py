@@ -135,7 +135,7 @@ def h_net() -> Usage:
         return Decoder(dim=dim, depth=1, heads=2, attn_dim_head=16, rotary_pos_emb=True, pre_norm_has_final_norm=False)
 
     model = HNet(stack(32), stack(48), stack(32), dim=32, dim_inner=48)
-    tokens = torch.randn(2, 12, 32)
+    tokens = torch.randn(3, 16, 32)
 
     def sample() -> Tensor:
         whole = model(tokens).output
@@ -147,7 +147,7 @@ def h_net() -> Usage:
         return same(torch.cat(outputs, dim=1), whole, "cached steps differ from one pass")
 
     def loss() -> Tensor:
-        out = model(tokens, lens=torch.tensor([12, 8]))
+        out = model(tokens, lens=torch.tensor([16, 12, 9]))
         return F.mse_loss(out.output, tokens) + out.loss
 
     return Usage(model, forward=lambda: model(tokens), loss=loss, sample=sample)
@@ -228,8 +228,8 @@ def meshgpt() -> Usage:
         attn_depth=2,
         attn_dim_head=16,
         attn_heads=2,
-        coarse_pre_gateloop_depth=0,
-        fine_pre_gateloop_depth=0,
+        coarse_pre_gateloop_depth=1,
+        fine_pre_gateloop_depth=1,
         fine_attn_depth=1,
     )
     codes = torch.randint(0, 16, (2, 36))
@@ -287,7 +287,12 @@ def x_transformers_rl() -> Usage:
         return after
 
     def sample() -> Any:
-        agent.eval()
+        model, given = agent.model, torch.from_numpy(states)[None]
+        steps, cache = [], None
+        for state in given.split(1, dim=1):
+            action, *_, cache = model(state, cache=cache)
+            steps.append(action)
+        same(torch.cat(steps, dim=1), model(given)[0], "cached steps differ from one pass")
         actions, cache = [], None
         for state in states:
             action, cache = agent(state, hiddens=cache)
@@ -329,6 +334,7 @@ def declarative_attention() -> Usage:
 def dreamer4() -> Usage:
     """A world model with a hierarchy of dynamic chunks over time, whose inner network is a `Decoder`."""
     from dreamer4 import DynamicsWorldModel, VideoTokenizer
+    from dreamer4.dreamer4 import HierarchicalTemporalTransformer
 
     hierarchy: dict[str, Any] = {"depth": 1, "heads": 2, "dim_head": 16}
     sizes: dict[str, Any] = {"attn_heads": 2, "attn_dim_head": 16}
@@ -363,11 +369,21 @@ def dreamer4() -> Usage:
     video = torch.rand(2, 3, 4, 16, 16)
     taken: dict[str, Any] = {"discrete_actions": torch.randint(0, 4, (2, 4, 1)), "rewards": torch.randn(2, 4)}
 
+    chunks, tokens = HierarchicalTemporalTransformer(32, **hierarchy).eval(), torch.randn(3, 8, 32)
+
+    def sample() -> Tensor:
+        steps, cache = [], None
+        for token in tokens.split(1, dim=1):
+            out, _, cache = chunks(token, cache=cache, return_hiddens=True)
+            steps.append(out)
+        same(torch.cat(steps, dim=1), chunks(tokens)[0], "cached steps differ from one pass")
+        return world.generate(3, batch_size=2, return_decoded_video=True)
+
     return Usage(
         nn.ModuleList((tokenizer, world)),
         forward=lambda: tokenizer(video, return_latents=True),
         loss=lambda: tokenizer(video) + world(video=video, **taken),
-        sample=lambda: world.generate(3, batch_size=2, return_decoded_video=True).video,
+        sample=sample,
     )
 
 
