@@ -20,7 +20,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.downstream.packages import ALSO_WITHOUT_DEPENDENCIES, PACKAGES, STAGES, VENDORED
+from .packages import ALSO_WITHOUT_DEPENDENCIES, PACKAGES, STAGES, VENDORED
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
