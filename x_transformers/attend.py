@@ -380,7 +380,7 @@ class Attend(Configured, ReadsReference):
         with torch.autocast(q.device.type, enabled=False):
             return backend.attend(request), visible
 
-    def _backend(self, request: Request, needs: Needs) -> Backend:
+    def _backend(self, request: Request, needs: int) -> Backend:
         """Return the backend for a request. Eager decoding asks for every token, so the last answer is kept."""
         if torch.compiler.is_compiling():
             return self.backends.for_request(request, needs)
@@ -498,7 +498,7 @@ def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
             yield f"{name}.fn" if own is not part else name, own
 
 
-def _needs_of(request: Request, needs: Needs) -> Needs:
+def _needs_of(request: Request, needs: int) -> int:
     """Return what a backend needs for a request: the needs of every call, and those of this one."""
     for part in (*request.scores, *request.rows, *request.weights):
         needs |= part.needs
@@ -518,9 +518,9 @@ def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:
     return ScoreParts(sink=sink, **{name: tuple(parts.get(slot, ())) for name, slot in names.items()})
 
 
-def _needed_by(switches: Iterable[tuple[str, nn.Module]], dropout: float) -> dict[Needs, list[str]]:
+def _needed_by(switches: Iterable[tuple[str, nn.Module]], dropout: float) -> dict[int, list[str]]:
     """Return the keywords that each need comes from."""
-    found: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
+    found: dict[int, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
     for switch, part in switches:
         need = Needs.SINK if isinstance(part, LearnedSink) else getattr(part, "needs", Needs.NOTHING)
         found.setdefault(need, []).append(switch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,30 +17,34 @@ T = TypeVar("T")
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class Needs(enum.Flag):
-    """Capabilities that the parts of one attention require of a backend."""
+class Needs:
+    """Capabilities that the parts of one attention require of a backend: bits of an integer.
+
+    Plain integers, since `torch.compile` cannot trace `enum.Flag` before PyTorch 2.13.
+    """
 
     NOTHING = 0
-    MASK = enum.auto()
+    MASK = 1 << 0
     """Hide keys by a boolean mask, beyond plain causality."""
-    BIAS = enum.auto()
+    BIAS = 1 << 1
     """Add a function of (b, h, q, k) to the scores."""
-    POINTWISE = enum.auto()
+    POINTWISE = 1 << 2
     """Apply any function to single scores."""
-    SINK = enum.auto()
+    SINK = 1 << 3
     """Include a learned logit per head in the softmax."""
-    DROPOUT = enum.auto()
+    DROPOUT = 1 << 4
     """Drop attention weights at random."""
-    DOCUMENTS = enum.auto()
+    DOCUMENTS = 1 << 5
     """Keep the documents of a packed row apart."""
-    SCORES = enum.auto()
+    SCORES = 1 << 6
     """Return the scores and weights."""
-    ROWS = enum.auto()
+    ROWS = 1 << 7
     """Change whole rows of logits."""
-    WEIGHTING = enum.auto()
+    WEIGHTING = 1 << 8
     """Turn logits into weights by another function than softmax."""
-    WEIGHTS = enum.auto()
+    WEIGHTS = 1 << 9
     """Change weights."""
+    ALL = (1 << 10) - 1
 
 
 class Parts(nn.ModuleDict, Generic[Kind]):
@@ -94,7 +97,7 @@ class BoundScore:
     def __init__(
         self,
         *,
-        needs: Needs,
+        needs: int,
         stage: float,
         at: Callable[[], ScoreFunction] | None = None,
         dense: Callable[[], Tensor] | None = None,
@@ -200,7 +203,7 @@ class ScoreMod(Part):
         stage: its place in the pipeline.
     """
 
-    needs: Needs
+    needs: int
     stage: float
 
     def bind(self, query: Span, keys: Span) -> BoundScore:

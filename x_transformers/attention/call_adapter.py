@@ -24,7 +24,7 @@ from x_transformers.attention.validation import (
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 
@@ -132,6 +132,7 @@ class CallAdapter(HeadProjection):
             capture=Capture(
                 scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
             ),
+            memo=Memo(),
         )
         return LayerCall(
             call=call,

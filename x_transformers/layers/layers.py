@@ -272,9 +272,18 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if arguments do not fit the stack or each other.
             ShapeError: if an argument has a shape that does not fit `x`.
         """
-        given = locals()
-        del given["self"]
-        inputs = PassInputs(**given)
+        # in the order of the signature; `torch.compile` cannot read `locals()` before PyTorch 2.13
+        # fmt: off
+        inputs = PassInputs(
+            x, context, mask, context_mask, attn_mask, self_attn_kv_mask, mems, mem_masks, seq_start_pos,
+            seq_pos_offset, cache, input_not_include_cache, cache_age, return_hiddens, return_gumbel_log_probs,
+            rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias, deep_embeds_and_ids, self_attn_additional_kv,
+            additional_kv_mask, detach_additional_kv, route_additional_kv_to_top, condition, in_attn_cond,
+            layers_execute_order, repeat_blocks, self_attn_kv_residuals, cross_attn_kv_residuals,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, causal, transform_block_inputs, places, header,
+            capture, pairs,
+        )
+        # fmt: on
         state = begin_pass(self, inputs)
         steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
         if self.checkpoint_every is not None and recomputes(self, state):
