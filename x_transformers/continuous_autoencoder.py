@@ -165,7 +165,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return self.from_latent_to_prepend_token[0].weight.device
+        return next(self.from_latent_to_prepend_token.parameters()).device
 
     def encode(
         self,

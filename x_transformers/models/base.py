@@ -295,7 +295,9 @@ class Model(Configured, ReadsReference):
         """
         if inputs.sum_embeds is not None:
             more = inputs.sum_embeds
-            embeds = embeds + (more if same_for_all_tokens(more) else span.newest(more, -2))
+            if isinstance(more, Tensor) and not same_for_all_tokens(more):
+                more = span.newest(more, -2)
+            embeds = embeds + more
         if self.post_emb_norm is not None:
             embeds = self.post_emb_norm(embeds)
         if inputs.prepend_embeds is not None and span.starts:

@@ -140,9 +140,9 @@ class TokenSpan:
         return valid
 
 
-def same_for_all_tokens(more: Tensor | float) -> bool:
-    """Return True if `sum_embeds` is a number, one vector, or one embedding for each row: `(E,)` or `(b, 1, E)`."""
-    return not isinstance(more, Tensor) or more.ndim < 2 or more.shape[-2] == 1
+def same_for_all_tokens(embeds: Tensor) -> bool:
+    """Return True if embeddings are one number, one vector, or one vector for each row: `()`, `(E,)` or `(b, 1, E)`."""
+    return embeds.ndim < 2 or embeds.shape[-2] == 1
 
 
 def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: MemoryLayout) -> TokenSpan:
