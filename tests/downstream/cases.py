@@ -134,13 +134,14 @@ def h_net() -> Usage:
     def stack(dim: int) -> Decoder:
         return Decoder(dim=dim, depth=1, heads=2, attn_dim_head=16, rotary_pos_emb=True, pre_norm_has_final_norm=False)
 
-    model = HNet(stack(32), stack(48), stack(32), dim=32, dim_inner=48)
+    inner = HNet(stack(48), stack(64), stack(48), dim=48, dim_inner=64)
+    model = HNet(stack(32), inner, stack(32), dim=32, dim_inner=48, heads=2)
     tokens = torch.randn(3, 16, 32)
 
     def sample() -> Tensor:
         whole = model(tokens).output
         outputs, cache = [], None
-        for token in tokens.split(1, dim=1):
+        for token in tokens.split((7, *[1] * 9), dim=1):
             step = model(token, cache=cache, return_hiddens=True)
             outputs.append(step.output)
             cache = step.next_cache
