@@ -19,13 +19,16 @@ from x_transformers.decoding.generation_inputs import check_length_and_end
 from x_transformers.decoding.loop import check_next_token_net, in_shape, streamed, with_progress
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
-from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, identity
+from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
+from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.ops import log
 from x_transformers.options.configured import Configured
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "eval_decorator",
     "gumbel_noise",
     "gumbel_sample",
+    "log",
     "min_p",
     "modify_cached_kv",
     "pad_at_dim",
@@ -43,6 +47,7 @@ __all__ = [
     "top_k",
     "top_p",
 ]
+__all__ += script_names.__all__
 
 
 class AutoregressiveWrapper(Configured, ReadsReference):
@@ -283,7 +288,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
     @takes_options(
         "beams return_beams_and_scores eos_token temperature stochastic prompt_lens filter_logits_fn "
         "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature",
-        filter_logits_fn=identity,
+        filter_logits_fn=unchanged,
     )
     def beam_search(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
         """Find the continuations of each prompt with the highest probability, among those that beam search meets.

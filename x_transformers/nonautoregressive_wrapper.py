@@ -193,6 +193,21 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         self.to_self_cond = nn.Linear(dim, net.emb_dim, bias=False) if self_cond else None
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
 
+    @property
+    def dim(self) -> int:
+        """Width of the model's features."""
+        return self.net.attn_layers.dim
+
+    @property
+    def max_seq_len(self) -> int:
+        """Number of tokens of the model's inputs."""
+        return self.net.max_seq_len
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the model's vocabulary."""
+        return self.net.num_tokens
+
     # training
 
     def forward(

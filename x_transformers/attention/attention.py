@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Situation
 from x_transformers.attention.base import Needs, Part, ScoreMod
@@ -22,12 +22,13 @@ from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerC
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
+from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, BranchFunction):
+class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, CallAdapter, BranchFunction):
     """Multi-head attention `softmax(q k^T / sqrt(d)) v` of the tokens to themselves or to a context.
 
     Args:
@@ -93,21 +94,13 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
     def dropout(self) -> float:
         return self.attend.dropout
 
-    @property
-    def to_q(self) -> nn.Module:
-        return self.projections.q
-
-    @property
-    def to_k(self) -> nn.Module | None:
-        return self.projections.k
-
-    @property
-    def to_v(self) -> nn.Module:
-        return self.projections.v
-
-    @property
-    def to_out(self) -> nn.Module:
-        return self.out
+    to_q = SecondName("projections.q")
+    to_k = SecondName("projections.k")
+    to_v = SecondName("projections.v")
+    to_out = SecondName("out")
+    to_latent_q = SecondName("latent_q")
+    to_latent_kv = SecondName("latent_kv.project")
+    to_rotateable_k = SecondName("latent_kv.sub_keys")
 
     # declarations
 
@@ -297,7 +290,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         causal: bool | None = None,
         *,
         layer: LayerCall | None = None,
-    ) -> Tensor | tuple[Tensor, Intermediates] | BranchOutput:
+    ) -> Tensor | tuple[Tensor, Intermediates | BranchOutput] | BranchOutput:
         """Attend outside of a stack; or, with `layer`, as a sublayer of one (see `run`).
 
         Args:
@@ -332,14 +325,16 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             layer: the call of a sublayer, instead of all other arguments.
 
         Returns:
-            `(b, n, Do)`, and the record if `return_intermediates` is set; with `layer`, a `BranchOutput`.
+            `(b, n, Do)`, and the record if `return_intermediates` is set; with `layer`, a `BranchOutput`, which then
+            comes second.
 
         Raises:
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
         if layer is not None:
-            return self.run(x, layer)
+            output = self.run(x, layer)
+            return (output.out, output) if return_intermediates else output
         given = AttentionInputs(
             x=x,
             context=context,

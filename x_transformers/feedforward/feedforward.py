@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from x_transformers.errors import Faults
 from x_transformers.feedforward import activations, softclamp
-from x_transformers.feedforward.glu import gated
-from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.feedforward.glu import GLUView, gated
+from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.second_names import PartsView, SecondNames
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
@@ -93,7 +94,7 @@ FEATURES = (
 SCHEMA = Schema(FEATURES)
 
 
-class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFunction):
+class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference, BranchFunction):
     """Feedforward network: `down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:
@@ -177,6 +178,21 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         if deep_embed is not None:
             x = x * deep_embed
         return x if layer is None else BranchOutput(x, None, layer.carry)
+
+    @property
+    def ff(self) -> PartsView:
+        """The parts in the reference's order: the input map with its activation, the norm, dropout, the output map.
+
+        Called, it computes the output before `sublayer_dropout`.
+        """
+        if self.glu:
+            names = {"proj": "up", "act": "activation", "mult_bias": "gate_scale"}
+            into: nn.Module = GLUView(self, names, self.bound)
+        else:
+            clamps = () if self.bound is None else (Softclamp(self.bound),)
+            into = PartsView(self, "up", *clamps, "activation")
+        norms = () if self.norm is None else ("norm",)
+        return PartsView(self, into, *norms, nn.Dropout(self.dropout).train(self.training), "down")
 
     @property
     def keeps_documents_apart(self) -> bool:

@@ -7,9 +7,9 @@ stream, norm of the stream.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.forward_pass.call import Carry, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
@@ -18,9 +18,11 @@ from x_transformers.layers.branches.scale import OutputScale
 from x_transformers.layers.branches.shift import TokenShift
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.kinds import BranchKind
+from x_transformers.layers.numbered_parts import NumberedParts
+from x_transformers.layers.replaced_function import convention_of, declarations_of, run_replaced
 from x_transformers.layers.residuals.base import ResidualConnection
 from x_transformers.modules.branch_function import BranchFunction
-from x_transformers.modules.norms import Norm
+from x_transformers.modules.norms import Norm, apply_norm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 
 
@@ -42,8 +44,10 @@ class SublayerOutput(NamedTuple):
     carry: Carry
 
 
-class Branch(ReadsReference):
+class Branch(NumberedParts, ReadsReference):
     """A sublayer of a stack.
+
+    Its parts can be replaced: `branch.norm = nn.Identity()`, or by number, see `NumberedParts`.
 
     Args:
         kind: its row in the table of kinds.
@@ -81,18 +85,31 @@ class Branch(ReadsReference):
         self.add_module(kind.module_name, fn)
         self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
         self.residual = residual
+        self._read_declarations()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and "running" in self.__dict__:
+            self._read_declarations()
+
+    def _read_declarations(self) -> None:
+        """Note what the parts in place declare."""
+        shift, residual, fn = self.shift, self.residual, self.fn
+        self.replaced = convention_of(self[1])
+        """How to call a module that is no branch function of this library; None for a branch function."""
         shifted = ("shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
         """Names of the running states that this sublayer keeps in causal passes."""
-        self.uses_cache = kind.is_attention or bool(self.running) or bool(fn.cache_streams())
+        self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
         # most connections read the stream as it is; every call that is saved here is saved once a layer and token
         self.reads_stream = type(residual).read is ResidualConnection.read
 
     @property
     def fn(self) -> BranchFunction:
-        """The function of this sublayer."""
-        return self._modules[self.kind.module_name]  # type: ignore[return-value]
+        """The function of this sublayer, also if it is inside of a wrapper."""
+        fn = self._modules[self.kind.module_name]
+        return fn if isinstance(fn, BranchFunction) else declarations_of(fn)  # type: ignore[arg-type]
 
     def forward(self, stream: Tensor, layer: LayerCall) -> SublayerOutput:
         """Run the sublayer.
@@ -119,22 +136,26 @@ class Branch(ReadsReference):
         if self.shift is not None or layer.memory is not None:
             x, layer = self._norm_and_shift(x, layer)
         elif norm is not None:
-            x = norm(x, layer.condition)
+            x = norm(x) if layer.condition is None else apply_norm(norm, x, layer.condition)
         # called as a module, so that forward hooks, checkpoint wrappers and `fully_shard` act on it
-        out, record, carry = self._modules[self.kind.module_name](x, layer=layer)  # type: ignore[misc]
+        fn: Any = self._modules[self.kind.module_name]
+        if self.replaced is None:
+            out, record, carry = fn(x, layer=layer)
+        else:
+            out, record, carry = run_replaced(fn, self.replaced, self.kind, x, layer)
         if self.scale is not None:
             out = self.scale(out, layer.condition)
         if self.output_scale != 1:
             out = out * self.output_scale
         if self.output_norm is not None:
-            out = self.output_norm(out, layer.condition)
+            out = apply_norm(self.output_norm, out, layer.condition)
         stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
         if self.stream_norm is not None:
             condition = layer.condition
             # `(b, n, 1, c)`: one condition for all streams of a token
             if condition is not None and stream.ndim == 4:
                 condition = condition.unsqueeze(-2)
-            stream = self.stream_norm(stream, condition)
+            stream = apply_norm(self.stream_norm, stream, condition)
         if self.dropout and self.training:
             stream = drop_layer(before, stream, self.dropout)
         return SublayerOutput(stream, branch_input, memory_input, record, carry)
@@ -146,8 +167,8 @@ class Branch(ReadsReference):
             # all three views have the same memory
             memory = memory.expand(x.shape[0], *memory.shape)
         if self.norm is not None:
-            x = self.norm(x, layer.condition)
-            memory = None if memory is None else self.norm(memory, layer.condition)
+            x = apply_norm(self.norm, x, layer.condition)
+            memory = None if memory is None else apply_norm(self.norm, memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
         # a copy: a block that runs again (activation checkpointing) must find the raw memory

@@ -14,7 +14,7 @@ from x_transformers.attention.qk.caller_rotations import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import bind_attn_bias, check_mask
 from x_transformers.cache import Entry
-from x_transformers.errors import ShapeError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Call, LayerCall, Span
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import select_new_tokens
@@ -100,7 +100,8 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     residual = None if inputs.kv_residuals is None else nth(inputs.kv_residuals[CROSS_ATTENTION.letter], step.nth)
     source, mask, pos = inputs.context, inputs.context_mask, inputs.context_pos
     if held is None:
-        assert source is not None
+        if source is None:
+            raise InputError("a cross-attention has no cached keys of the context; pass `context` at every step.")
         if stack.context_dropout and stack.training:
             length = source.shape[1]
             source, mask, where = _drop_context(stack, source, mask, call)

@@ -39,6 +39,7 @@ from x_transformers.layers.per_layer_inputs import (
 )
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout
+from x_transformers.modules.norms import apply_norm
 from x_transformers.ops import softclamp
 
 NO_CAPTURE, NO_CARRY, NO_DELTAS = Capture(), Carry(), Deltas()
@@ -233,4 +234,7 @@ def finish(stack: LayerStack, inputs: PassInputs, stream: Tensor) -> Tensor:
         stream = softclamp(stream, stack.output_clamp)
     if stack.frame is not None:
         stream = stack.frame.collapse(stream, inputs.condition)
-    return stream if stack.final_norm is None else stack.final_norm(stream, inputs.condition)
+    if stack.final_norm is None:
+        return stream
+    condition = inputs.condition
+    return stack.final_norm(stream) if condition is None else apply_norm(stack.final_norm, stream, condition)

@@ -84,6 +84,11 @@ class Model(Configured, ReadsReference):
     # properties that other code reads
 
     @property
+    def has_memory_tokens(self) -> bool:
+        """True if there are learned memory tokens before the others or between them."""
+        return self.num_memory_tokens > 0
+
+    @property
     def can_cache_kv(self) -> bool:
         """True if decoding may cache keys and values."""
         return self.attn_layers.can_cache_kv

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
+from x_transformers.modules.second_names import SecondNames
 from x_transformers.ops import l2norm
 
 
@@ -40,9 +41,9 @@ class TokenEmbedding(nn.Module):
         try:
             embeds = self.emb(x.long())
         except IndexError as error:
+            count = len(table_of(self))
             raise TokenRangeError(
-                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {self.emb.num_embeddings}, "
-                f"0 to {self.emb.num_embeddings - 1}."
+                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {count}, 0 to {count - 1}."
             ) from error
         return l2norm(embeds) if self.l2norm_embed else embeds
 
@@ -54,7 +55,7 @@ class TokenEmbedding(nn.Module):
             nn.init.kaiming_normal_(self.emb.weight)
 
 
-class SharedTokenEmbedding(TokenEmbedding):
+class SharedTokenEmbedding(SecondNames, TokenEmbedding):
     """Table of another model's token embedding, without weights of its own and without an entry in a state dict.
 
     The owner is kept in a tuple, so that it is not registered as a submodule. A deep copy of a model that contains both
@@ -71,8 +72,29 @@ class SharedTokenEmbedding(TokenEmbedding):
 
     @property
     def emb(self) -> nn.Embedding:
-        """The owner's table."""
+        """The owner's table. An assignment replaces it there."""
         return self._owner[0].emb
+
+    @emb.setter
+    def emb(self, value: nn.Embedding) -> None:
+        self._owner[0].emb = value
+
+
+def table_of(token_emb: nn.Module) -> Tensor:
+    """Return the table `(num_tokens, dim)` of a token embedding, or of a module in its place that contains one.
+
+    Raises:
+        InputError: if the module contains no table.
+    """
+    emb = token_emb.emb if isinstance(token_emb, TokenEmbedding) else token_emb
+    if not isinstance(emb, nn.Embedding):
+        emb = next((each for each in emb.modules() if isinstance(each, nn.Embedding)), None)
+    if emb is None:
+        raise InputError(
+            f"`tie_embedding` computes logits with the token table, and {type(token_emb).__name__} contains no "
+            "`nn.Embedding`; put one inside, or replace `to_logits` too."
+        )
+    return emb.weight
 
 
 class AbsolutePositionalEmbedding(PreparesForInference):

@@ -114,7 +114,7 @@ class TransformerWrapper(Model):
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
         self.own_to_logits = options.to_logits is None
-        self.to_logits = _build_head(options, dim, self.num_tokens, self.token_emb)
+        self.to_logits = _build_head(options, self, self.num_tokens)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
 
@@ -384,13 +384,13 @@ class TransformerWrapper(Model):
             rename(state, prefix + name, f"{prefix}mixture.{name}")
 
 
-def _build_head(options: ModelOptions, dim: int, num_tokens: int, token_emb: nn.Module) -> nn.Module | None:
+def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Module | None:
     """Build the map from features to logits, or None if a pass returns features."""
     if options.return_only_embed:
         return None
+    dim = model.attn_layers.dim
     if options.tie_embedding:
-        assert isinstance(token_emb, TokenEmbedding)
-        return TiedLogits(token_emb, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
+        return TiedLogits(model, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
     if options.to_logits is not None:
         return options.to_logits
     width = num_tokens if options.logits_dim is None else options.logits_dim

@@ -62,7 +62,7 @@ class XValTransformerWrapper(Model):
         self.num_tokens, self.numerical_token_id = num_tokens, numerical_token_id
         self.token_emb = TokenEmbedding(emb_dim, num_tokens)
         self.to_logits = (
-            TiedLogits(self.token_emb, dim**-0.5)
+            TiedLogits(self, dim**-0.5)
             if options.tie_embedding
             else nn.Linear(dim, num_tokens if options.logits_dim is None else options.logits_dim)
         )

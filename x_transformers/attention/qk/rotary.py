@@ -98,6 +98,11 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         zeta = (pairs + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("xpos_log", zeta.log() / scale_base, persistent=False)
 
+    @property
+    def scale(self) -> Tensor | None:
+        """XPos factors `(r / 2,)` of a distance of `scale_base`, the reference's buffer; None without xPos."""
+        return (self.xpos_log * self.scale_base).exp() if self.use_xpos else None
+
     def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor | float]:
         """Return the angles of positions and the xPos factor of queries, for `apply_rotary_pos_emb`.
 

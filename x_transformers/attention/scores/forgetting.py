@@ -65,7 +65,8 @@ class DataDependentAlibi(ScoreMod):
     ) -> None:
         super().__init__()
         self.heads, self.requires_causal, self.scale = heads, causal, post_log_scale
-        self.to_gates = nn.Linear(dim, heads if causal else 2 * heads)
+        self.directions = 1 if causal else 2
+        self.to_gates = nn.Linear(dim, self.directions * heads)
         nn.init.constant_(self.to_gates.bias, bias_init)
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
@@ -158,11 +159,11 @@ class DataDependentAlibi(ScoreMod):
         return gates if token_mask is None else gates.masked_fill(~token_mask.unsqueeze(1), 0.0)
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
-        return {"forget": (self.to_gates.out_features, 1, torch.float32)}
+        return {"forget": (self.directions * self.heads, 1, torch.float32)}
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        _permute(state, f"{prefix}to_gates.weight", order, self.to_gates.out_features // self.heads)
-        _permute(state, f"{prefix}to_gates.bias", order, self.to_gates.out_features // self.heads)
+        _permute(state, f"{prefix}to_gates.weight", order, self.directions)
+        _permute(state, f"{prefix}to_gates.bias", order, self.directions)
 
 
 class PerRowDataDependentAlibi(ScoreMod):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
-from x_transformers.modules.norms import Norm
+from x_transformers.modules.norms import Norm, apply_norm
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
@@ -41,7 +41,7 @@ class TwoStreams(StreamFrame):
 
     def collapse(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
         x, y = stream.unbind(dim=-2)
-        return x + self.norm(y, condition)
+        return x + apply_norm(self.norm, y, condition)
 
 
 class ResiDual(ResidualConnection):
@@ -69,7 +69,7 @@ class ResiDual(ResidualConnection):
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         x, y = kept.unbind(dim=-2)
         condition = None if layer is None else layer.condition
-        return torch.stack((self.norm(x + out, condition), y + self.scale * out), dim=-2)
+        return torch.stack((apply_norm(self.norm, x + out, condition), y + self.scale * out), dim=-2)
 
 
 def build(options: ResiDualOptions, sublayer: SublayerContext) -> ResiDual:
