@@ -253,7 +253,7 @@ def test_the_loss_compiles_to_one_graph():
     ("x", "kwargs", "error", "said"),
     [
         (torch.zeros(4, dtype=torch.long), {}, ShapeError, r"shape \(4,\); they must be \(batch, tokens\)"),
-        (torch.zeros(1, 4), {}, InputError, "dtype torch.float32"),
+        (torch.full((1, 4), 0.5), {}, InputError, "dtype torch.float32"),
         (torch.zeros(1, 4, dtype=torch.bool), {}, InputError, "dtype torch.bool"),
         (torch.zeros(1, 0, dtype=torch.long), {}, ShapeError, "no token to learn from"),
         (torch.tensor([[1, VOCAB]]), {}, TokenRangeError, "from 1 to 24"),

@@ -32,7 +32,7 @@ from x_transformers.attention.base import (
 from x_transformers.attention.keys import sink, zero
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.qk import l2_distance
-from x_transformers.attention.reference_weights import rename_parts
+from x_transformers.attention.reference_weights import export_parts, rename_parts
 from x_transformers.attention.scores import cog, selective, talking_heads
 from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
@@ -51,7 +51,7 @@ from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Options, Schema, unpackable
+from x_transformers.options.schema import Options, Schema
 from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
@@ -188,10 +188,10 @@ class Attend(Configured, ReadsReference):
         shape = AttentionShape(dim=0, heads=heads or 1, kv_heads=1, dim_head=0, value_dim_head=0, causal=causal)
         self.parts = nn.ModuleDict()
         slots: dict[str, list[Any]] = {}
-        for feature in parsed.enabled():
+        for feature in parsed.parts():
             with faults.catching():
                 assert feature.build is not None
-                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape)
+                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape, others=parsed)
                 slots.setdefault(feature.slot, []).append(part)
         self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
         if cope is not None:
@@ -479,12 +479,15 @@ class Attend(Configured, ReadsReference):
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
         rename_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        rename(state, f"{prefix}parts.learned_sink.logits", f"{prefix}head_attn_sink")
+        export_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
+
 
 def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:
     """Add a fault for each feature that mixes packed documents, and for the first one that lacks `heads`."""
-    for feature in options.enabled() if packed else ():
-        if feature.unpackable is not None:
-            faults.add(unpackable(feature))
+    for sentence in options.unpackable() if packed else ():
+        faults.add(sentence)
     needy = [options.switch(feature) for feature in options.enabled() if feature.name in NEED_HEADS]
     if needy and heads is None:
         faults.add(f"{needy[0]} has something for each head; give `heads`.")

@@ -146,7 +146,9 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Args:
             x: `(b, n, D)`.
             rollout_steps: number R of vectors that are predicted. Rows of at most R vectors do not count.
-            kwargs: `lens (b,)`, and arguments of the model's passes that are not over positions.
+            kwargs: `lens (b,)` or `mask (b, n)`, and arguments of the model's passes that are not over positions. Where
+                the mask is False, a position stays hidden, whether it is given or predicted, and a target counts if it
+                and the position before it are valid.
 
         Returns:
             A scalar, the mean over rows, steps and features; zero, attached to the graph, if no row is long enough.
@@ -155,33 +157,42 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         _check(x, kwargs)
-        for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
+        for name in ("self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
             if kwargs.get(name) is not None:
                 raise InputError(
-                    f"`{name}` covers positions, which roll-outs move; pass the number of valid ones as `lens`, or set "
+                    f"`{name}` covers positions, which roll-outs move; pass the valid ones as `lens` or `mask`, or set "
                     "`rollout_steps = 1`."
                 )
-        lens = kwargs.pop("lens", None)
+        lens, mask = kwargs.pop("lens", None), kwargs.pop("mask", None)
+        if mask is not None:
+            mask, lens = _checked_mask(mask, x, lens)
         if lens is None:
             lens = torch.full((len(x),), x.shape[1], device=x.device)
         else:
             x = x.masked_fill(~_before(lens, x).unsqueeze(-1), 0.0)
-        long_enough = lens > rollout_steps
+        counted = (lens > rollout_steps).unsqueeze(-1).expand(-1, rollout_steps)
         # random histories, so that the model learns to continue any length; aligned, so that all rows go on at one
         # column
         cut = _cut_points(lens - rollout_steps)
         history, start = _aligned(x, cut)
         places = (cut.unsqueeze(-1) + torch.arange(rollout_steps, device=x.device)).clamp(max=x.shape[1] - 1)
         targets = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        losses = self._losses(self._roll_out(history, start, rollout_steps, kwargs), targets)
-        return mean_over(losses.mean(dim=(1, 2)), long_enough)
+        if mask is not None:
+            counted = counted & mask.gather(1, places) & mask.gather(1, places - 1)
+            mask = torch.cat((align_right(mask, cut, False)[:, -history.shape[1] :], mask.gather(1, places)), dim=1)
+        losses = self._losses(self._roll_out(history, start, mask, rollout_steps, kwargs), targets)
+        return mean_over(losses.mean(dim=-1), counted)
 
-    def _roll_out(self, history: Tensor, start: Tensor, steps: int, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return `steps` predictions, `([2,] b, steps, D)`."""
+    def _roll_out(
+        self, history: Tensor, start: Tensor, mask: Tensor | None, steps: int, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return `steps` predictions, `([2,] b, steps, D)`; the mask covers histories and predictions."""
         predictions: list[Tensor] = []
         cache: Any = KVCache() if self.net.can_cache_kv else None
-        new = history
-        for _ in range(steps):
+        new, width = history, history.shape[1]
+        for step in range(steps):
+            if mask is not None:
+                kwargs = {**kwargs, "mask": mask[:, : width + step]}
             if cache is None:
                 out = self.net(history, seq_start_pos=start, **kwargs)
             else:
@@ -370,6 +381,16 @@ def _before(lens: Tensor, x: Tensor) -> Tensor:
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {len(x)} whole numbers."
         )
     return torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(-1)
+
+
+def _checked_mask(mask: Tensor, x: Tensor, lens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return `(b, n)` bool, and `(b,)` the number of positions up to the last valid one."""
+    if lens is not None:
+        raise InputError("`mask` and `lens` both specify the valid positions; pass one of them.")
+    if mask.ndim != 2 or mask.shape[0] not in (1, len(x)) or mask.shape[1] != x.shape[1]:
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape[:2])}.")
+    mask = mask.bool().expand(len(x), -1)
+    return mask, (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(dim=-1)
 
 
 def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:

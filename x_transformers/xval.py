@@ -20,7 +20,7 @@ from x_transformers.decoding.sampling import Choose, check_readable
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.losses import mean_over, token_losses
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -106,8 +106,9 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        x = checked_ids(x).long()
         _check(x, x_num, kwargs)
-        x, n = x.long(), x.shape[1]
+        n = x.shape[1]
         ignored = x == self.ignore_index
         shown, numbers = x.masked_fill(ignored, self.pad_value), x_num.masked_fill(ignored, 0.0)
         if n == 1:
@@ -274,7 +275,6 @@ def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
-    check_ids(x)
     if x.shape[1] == 0 or x_num.shape != x.shape:
         raise ShapeError(
             f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with at least one "

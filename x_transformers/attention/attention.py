@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import checked_logits, clip_factors, clip_heads
 from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
-from x_transformers.attention.reference_weights import translate
+from x_transformers.attention.reference_weights import export, translate
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
@@ -149,10 +149,10 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.attend.share_scores()
         self.leaves_scores = True
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the value and output matrices, which Muon may orthogonalize (2502.16982)."""
-        for each in (self.projections.v, self.out):
-            yield from (parameter for parameter in each.parameters() if parameter.ndim == 2)
+    def muon_parameters(self) -> list[Tensor]:
+        """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
+        maps = (self.projections.v, self.out)
+        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim == 2]
 
     def explain(
         self,
@@ -302,7 +302,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             attn_mask: `(i, j)`, `(h, i, j)` or `(b, h, i, j)` bool, True where a query may see a key.
             rel_pos: a bias module, for example `AlibiPositionalBias`.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits.
-            pos: `(n,)` or `(b, n)` positions for `rel_pos`.
+            pos: `(n,)` or `(b, n)` positions for `rel_pos`; for an `AlibiPositionalBias` also `(b, h, n)`.
             prev_attn: `(b, h, i, every key)` logits of an earlier attention, added to the scores.
             mem, mem_mask: `(b, l, D)` recurrent memory before x, and its `(b, l)` mask.
             return_intermediates: also return the record, which a later call takes as `cache`.
@@ -366,8 +366,10 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         return out, record if record is not None else Intermediates(layer_type="a")
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        values, has_keys = self.values, self.projections.k is not None
-        translate(state, prefix, shape=self.shape, parts=self.parts(), values=values, has_keys=has_keys)
+        translate(self, state, prefix)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        export(self, state, prefix)
 
 
 def _carry_on(values: Tensor | None, scores: Tensor | None, prefix: int, layer: LayerCall) -> Carry:

@@ -173,6 +173,7 @@ class Part(nn.Module):
     Attributes:
         reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops an
             entry, and a name that ends with a dot means all entries below it.
+        beyond_reference: what the part is, if the reference has nothing like it; else None.
         per_head: this part's entries that have query heads, and along which axes.
         requires_causal: the part works in causal attention only, so that no call may lift causality.
         whole_past: the part reads keys in the order of arrival, or also those that a window hides, so that a cache
@@ -180,6 +181,7 @@ class Part(nn.Module):
     """
 
     reference: ClassVar[Mapping[str, str | None]] = {}
+    beyond_reference: ClassVar[str | None] = None
     per_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     requires_causal = False
     whole_past = False
@@ -335,6 +337,10 @@ class ValueMod(Part):
 
     def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
         """Reorder the columns of the reference's output projection, `(Do, h * out_width)`, to our order."""
+        return weight
+
+    def export_columns(self, weight: Tensor, heads: int) -> Tensor:
+        """Reorder the columns of our output projection to the order of the reference."""
         return weight
 
 

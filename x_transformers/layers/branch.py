@@ -6,11 +6,13 @@ stream, norm of the stream.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import Carry, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
@@ -59,7 +61,8 @@ class Branch(NumberedParts, ReadsReference):
         output_norm: on the output of the function.
         stream_norm: on the residual stream, after the output is added.
         scale: learned factor of the output.
-        output_scale: constant factor of the output.
+        output_scales: constant factors of the output: that of the stack, and perhaps that of the function itself, such
+            as 1/2 of the two feedforwards of a macaron block.
         dropout: probability of skipping the sublayer in training.
     """
 
@@ -75,7 +78,7 @@ class Branch(NumberedParts, ReadsReference):
         output_norm: Norm | None,
         stream_norm: Norm | None,
         scale: OutputScale | None,
-        output_scale: float,
+        output_scales: tuple[float, ...],
         dropout: float,
     ) -> None:
         super().__init__()
@@ -83,7 +86,8 @@ class Branch(NumberedParts, ReadsReference):
         self.reader, self.shift = reader, shift
         self.norm, self.output_norm, self.stream_norm = norm, output_norm, stream_norm
         self.add_module(kind.module_name, fn)
-        self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
+        self.scale, self.output_scales, self.dropout = scale, output_scales, dropout
+        self.output_scale = math.prod(output_scales)
         self.residual = residual
         self._read_declarations()
 
@@ -176,15 +180,32 @@ class Branch(NumberedParts, ReadsReference):
 
     def translate_reference(self, state: dict, prefix: str) -> None:
         # the reference numbers the parts: 0 norms, 1 the function inside its wrappers, 2 the residual connection
-        for slot, name in enumerate(("norm", "output_norm", "stream_norm")):
-            rename_prefix(state, f"{prefix}0.{slot}.", f"{prefix}{name}.")
-        rename_prefix(state, f"{prefix}2.", f"{prefix}residual.")
+        for theirs, ours in _NUMBERED.items():
+            rename_prefix(state, prefix + theirs, prefix + ours)
         # each wrapper of the reference adds an `fn.`; only the learned scale among them has entries of its own
         inside = f"{prefix}1."
-        for name in ("gamma", "to_gamma.weight", "to_gamma.bias"):
+        for name in _SCALE_NAMES if self.scale is not None else ():
             for depth in ("", "fn."):
-                if self.scale is not None:
-                    rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
+                rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
         while any(key.startswith(f"{inside}fn.") for key in state):
             rename_prefix(state, f"{inside}fn.", inside)
         rename_prefix(state, inside, f"{prefix}{self.kind.module_name}.")
+
+    def export_reference(self, state: dict, prefix: str) -> None:
+        if not isinstance(self.fn, ReadsReference):
+            raise StateDictError(f"the reference has no {self.kind.words}; a model with it cannot be exported.")
+        of_stack, *of_function = self.output_scales
+        outer = "fn." if of_stack != 1 else ""
+        wrappers = (self.scale is not None) + (self.shift is not None) + len(of_function)
+        rename_prefix(state, f"{prefix}{self.kind.module_name}.", f"{prefix}1.{outer}{'fn.' * wrappers}")
+        for name in _SCALE_NAMES:
+            rename(state, f"{prefix}scale.{name}", f"{prefix}1.{outer}{name}")
+        for theirs, ours in _NUMBERED.items():
+            rename_prefix(state, prefix + ours, prefix + theirs)
+
+
+_NUMBERED = {"0.0.": "norm.", "0.1.": "output_norm.", "0.2.": "stream_norm.", "2.": "residual."}
+"""The reference's prefixes of norms and residual connection, and ours."""
+
+_SCALE_NAMES = ("gamma", "to_gamma.weight", "to_gamma.bias")
+"""Entries of learned scales of the output."""

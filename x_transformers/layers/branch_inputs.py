@@ -76,7 +76,7 @@ def _bind(
             memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
         keys, fresh = keys.after_memory(count, memory_mask, batch), fresh.after_memory(count, memory_mask, batch)
     biases: tuple[BoundScore, ...] = ()
-    if stack.rel_pos is not None:
+    if stack.rel_pos is not None and not inputs.by_head:
         biases = (stack.rel_pos.bind(call.query, keys),)
     if bias is not None:
         biases = (*biases, bind_attn_bias(bias, len(call.query), len(keys)))

@@ -42,6 +42,7 @@ class PassInputs:
         additional: keys and values for each executed self-attention.
         kv_residuals: by letter of the kind, what is added to the source of keys and values of each such layer.
         documents: by letter of the kind, the documents of a packed row and of its keys.
+        by_head: positions differ between heads; `attn_bias` contains their bias, instead of that of the stack.
     """
 
     x: Tensor
@@ -94,6 +95,7 @@ class PassInputs:
     additional: Sequence[KeysValues | None] = field(default=(), init=False)
     kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
     documents: Mapping[str, Documents] | None = field(default=None, init=False)
+    by_head: bool = field(default=False, init=False)
 
 
 class Recorder:

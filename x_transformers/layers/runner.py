@@ -22,6 +22,7 @@ from x_transformers.layers.optional_inputs import (
     checked_context_pos,
     given_rotations,
     offset_positions,
+    positions_by_head,
     read_condition,
     read_injection,
     read_masks,
@@ -64,6 +65,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
         inputs.x = x = uncached_tokens(inputs, kv)
+    if inputs.pos is not None and inputs.pos.ndim == 3:
+        positions_by_head(stack, inputs, kv)
     causal = stack.causal if inputs.causal is None else inputs.causal
     inputs.order = stack.sequence.order
     if inputs.layers_execute_order is not None or inputs.repeat_blocks is not None:

@@ -20,6 +20,7 @@ from x_transformers.layers.execution_order import Repeat, check_order, repeated
 from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
 from x_transformers.layers.packing import check_apart, packed_kinds
 from x_transformers.layers.plan import StackPlan
+from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
 
@@ -47,6 +48,7 @@ class LayerStack(nn.Module):
         context_dropout: fraction of the context's tokens that is dropped in training.
         one_context: all cross-attentions see the same part of the context.
         output_clamp: bound of the output, or None. final_norm: norm of the output, or None.
+        reference_mix: residual streams are mixed as in the reference.
         packed: letters of the kinds that keep the documents of packed rows apart.
         compiled: runs each sublayer by a graph of its own, after `compile_blocks()`; else None.
 
@@ -142,6 +144,17 @@ class LayerStack(nn.Module):
         requested = options["stack"].disable_abs_pos_emb
         relative = any(options.on(name) for name in ("rotary", "polar", "t5_bias"))
         self.disable_abs_pos_emb: bool = relative if requested is None else requested
+
+    def mix_streams_as_reference(self, on: bool = True) -> None:
+        """Mix residual streams by a matrix of ones from now on, as the reference does.
+
+        Args:
+            on: False returns to the matrix that the streams determine.
+        """
+        self.reference_mix = on
+        for branch in self.sublayers:
+            if isinstance(branch.residual, HyperConnection):
+                branch.residual.reference_mix = on
 
     @property
     def num_attn_layers(self) -> int:

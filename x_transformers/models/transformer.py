@@ -16,7 +16,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids
+from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, checked_ids, whole_numbers
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
@@ -30,7 +30,6 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import rename
 from x_transformers.ops import masked_mean
 
 
@@ -184,7 +183,7 @@ class TransformerWrapper(Model):
             return_mems, mems, mem_masks, detach_mems: recurrent memory, a `(b, m, D)` tensor for each self-attention.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             recycle_steps: number of times that a recycling model runs its stack.
-            pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
+            pos: integer positions `(n,)`, `(b, n)` or, for ALiBi, `(b, h, n)`; or floating position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: remove their positions from logits and features.
             embed_ids: name -> `(b, n)` ids of the further embeddings.
@@ -248,7 +247,7 @@ class TransformerWrapper(Model):
             self._check_requested(inputs)
         if x is None:
             x = _no_ids(prepend_embeds)
-        check_ids(x)
+        x = checked_ids(x)
         if kwargs:
             transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
         span = self._token_span(x.shape[1], inputs)
@@ -318,7 +317,7 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(ids, -1))
+            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(whole_numbers(ids, "`embed_ids` has"), -1))
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
@@ -379,9 +378,8 @@ class TransformerWrapper(Model):
 
     # checkpoints
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        for name in ("to_mixture.0.weight", "combine_mixture.weight"):
-            rename(state, prefix + name, f"{prefix}mixture.{name}")
+    def reference_names(self) -> Mapping[str, str]:
+        return {name: f"mixture.{name}" for name in ("to_mixture.0.weight", "combine_mixture.weight")}
 
 
 def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Module | None:

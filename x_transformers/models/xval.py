@@ -14,7 +14,7 @@ from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import TokenEmbedding, check_ids
+from x_transformers.models.embeddings import TokenEmbedding, checked_ids
 from x_transformers.models.heads import TiedLogits
 from x_transformers.models.inputs import ModelInputs
 from x_transformers.models.options import XVAL, check_size, read_options, show_options
@@ -116,7 +116,7 @@ class XValTransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
-        check_ids(x)
+        x = checked_ids(x)
         if x_num.shape != x.shape:
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         inputs = ModelInputs(

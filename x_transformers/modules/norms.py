@@ -6,6 +6,7 @@ others ignore it. With `unit_offset`, a gain is stored minus 1, so that weight d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
-from x_transformers.modules.state_dict import ReadsReference, rename
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.schema import Feature, Options, Rule, opt, require
 
 
@@ -181,8 +182,8 @@ class RMSNorm(SecondNames, ReadsReference, GainNorm):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.gain(), eps=_TINY)
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}g", f"{prefix}gamma")
+    def reference_names(self) -> Mapping[str, str]:
+        return {"g": "gamma"}
 
 
 class SimpleRMSNorm(Norm):
@@ -215,8 +216,8 @@ class ScaleNorm(SecondNames, ReadsReference, Norm):
         gamma = self.gamma + 1 if self.unit_offset else self.gamma
         return F.rms_norm(x, x.shape[-1:], eps=_TINY) * gamma
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}g", f"{prefix}gamma")
+    def reference_names(self) -> Mapping[str, str]:
+        return {"g": "gamma"}
 
 
 class DynamicTanh(Norm):

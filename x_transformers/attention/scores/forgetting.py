@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.cache import Shape
-from x_transformers.errors import ConfigError, InputError
+from x_transformers.errors import ConfigError, InputError, UnknownKeywordError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, reorder_heads, split_heads
 from x_transformers.options.schema import Feature, Rule, opt, require
@@ -36,7 +36,10 @@ class ForgettingOptions:
         require(width >= 1, f"`data_dependent_alibi_per_row_dim_head` is {width}; it must be at least 1.")
         taken = {"post_log_scale"} if self.data_dependent_alibi_per_row else {"post_log_scale", "bias_init"}
         unknown = sorted(set(self.data_dependent_alibi_kwargs) - taken)
-        require(not unknown, f"`data_dependent_alibi_kwargs` contains {unknown}; it takes {sorted(taken)} here.")
+        if unknown:
+            raise UnknownKeywordError(
+                f"`data_dependent_alibi_kwargs` contains {unknown}; it takes {sorted(taken)} here."
+            )
 
 
 class DataDependentAlibi(ScoreMod):
