@@ -360,10 +360,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             flash_pack_seq_kwargs=flash_pack_seq_kwargs,
             causal=causal,
         )
-        out, record, _ = self.run(x, self.layer_call(given))
-        if not return_intermediates:
-            return out
-        return out, record if record is not None else Intermediates(layer_type="a")
+        return self.run_call(given)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         translate(self, state, prefix)
@@ -386,7 +383,10 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
     """Return what the caller requested, and the entry of the cache."""
     capture = layer.call.capture
     if not (capture.scores or capture.hiddens):
-        return Intermediates(layer_type=layer.kind, entry=layer.entry)
+        # without the call of `__init__`, which every layer pays at every token
+        record = object.__new__(Intermediates)
+        record.layer_type, record.entry = layer.kind, layer.entry
+        return record
     return Intermediates(
         qk_similarities=result.similarities,
         pre_softmax_attn=result.logits,

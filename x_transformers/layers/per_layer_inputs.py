@@ -37,7 +37,7 @@ def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
             f"`deep_embeds_and_ids` has shapes {tuple(table.shape)} and {tuple(ids.shape)}; they must be (V, L, {dim}) "
             f"and ({batch}, n) for the {n} tokens."
         )
-    ids = ids[:, ids.shape[1] - n :, None, None]
+    ids = ids[:, ids.shape[1] - n :, None, None].long()  # bytes would select as a mask does
     return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
 
 
