@@ -19,7 +19,7 @@ from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.token_layout import check_start
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, build_positions, frac_gradient
-from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens
+from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens, same_for_all_tokens
 from x_transformers.models.internal_sequence import surround
 from x_transformers.models.memory_layout import MemoryLayout
 from x_transformers.models.options import ModelOptions
@@ -315,7 +315,9 @@ class Model(Configured, ReadsReference):
         """
         if inputs.sum_embeds is not None:
             more = inputs.sum_embeds
-            embeds = embeds + (more if more.shape[-2] == 1 else span.newest(more, -2))
+            if isinstance(more, Tensor) and not same_for_all_tokens(more):
+                more = span.newest(more, -2)
+            embeds = embeds + more
         if self.post_emb_norm is not None:
             embeds = self.post_emb_norm(embeds)
         if inputs.prepend_embeds is not None and span.starts:

@@ -80,7 +80,7 @@ class ContinuousTransformerWrapper(Model):
         mems: Sequence[Tensor | None] | None = None,
         mem_masks: Sequence[Tensor | None] | None = None,
         pos: Tensor | None = None,
-        sum_embeds: Tensor | None = None,
+        sum_embeds: Tensor | float | None = None,
         prepend_embeds: Tensor | None = None,
         prepend_mask: Tensor | None = None,
         cache: LayerIntermediates | KVCache | None = None,
@@ -103,7 +103,7 @@ class ContinuousTransformerWrapper(Model):
             lens: `(b,)` valid positions of each row, from the left, instead of a mask.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
-            sum_embeds: `(b, n, D)`, added to the projected input.
+            sum_embeds: `(b, n, D)` or what broadcasts to it, added to the projected input.
             prepend_embeds, prepend_mask: `(b, p, D)` embeddings before the others, and their `(b, p)` mask. Their
                 outputs come before the others'.
             seq_start_pos: `(b,)` number of positions of left padding of each row.

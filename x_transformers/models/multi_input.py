@@ -71,7 +71,7 @@ class MultiInputTransformerWrapper(Model):
         pos: Tensor | None = None,
         prepend_embeds: Tensor | None = None,
         prepend_mask: Tensor | None = None,
-        sum_embeds: Tensor | None = None,
+        sum_embeds: Tensor | float | None = None,
         return_attn_z_loss: bool = False,
         attn_z_loss_weight: float | None = None,
         seq_start_pos: Tensor | None = None,
@@ -95,7 +95,7 @@ class MultiInputTransformerWrapper(Model):
             pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask. Their
                 outputs come before the others'.
-            sum_embeds: `(b, n, E)`, added to the token embeddings.
+            sum_embeds: `(b, n, E)` or what broadcasts to it, added to the token embeddings.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
             seq_start_pos: `(b,)` number of positions of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.

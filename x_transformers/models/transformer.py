@@ -150,7 +150,7 @@ class TransformerWrapper(Model):
         prepend_mask: Tensor | None = None,
         excise_prepend_embeds: bool = False,
         embed_ids: Mapping[str, Tensor] | None = None,
-        sum_embeds: Tensor | None = None,
+        sum_embeds: Tensor | float | None = None,
         transform_token_embeds: Callable[[Tensor], Tensor] | None = None,
         return_attn_z_loss: bool = False,
         attn_z_loss_weight: float | None = None,
@@ -187,7 +187,7 @@ class TransformerWrapper(Model):
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: remove their positions from logits and features.
             embed_ids: name -> `(b, n)` ids of the further embeddings.
-            sum_embeds: `(b, n, E)`, added to the token embeddings.
+            sum_embeds: `(b, n, E)` or what broadcasts to it, added to the token embeddings.
             transform_token_embeds: applied to the token embeddings before positions are added.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
             seq_start_pos: `(b,)` number of tokens of left padding of each row.
