@@ -437,7 +437,7 @@ class Attend(Configured, ReadsReference):
         layer.deltas = Deltas(attn=attn_delta)
         if prev_attn is not None:
             prefix = int("zero_kv" in self.parts)
-            layer.carry = Carry(scores={"a": (without_hidden(prev_attn, prefix + len(layer.keys)), prefix)})
+            layer.carry = Carry(scores={"a": (without_hidden(prev_attn, prefix + layer.keys.length), prefix)})
         result = self._run(q, k, v, layer)
         return result.out.to(v.dtype), Intermediates(result.similarities, result.logits, result.weights)
 

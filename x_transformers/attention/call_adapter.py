@@ -108,10 +108,10 @@ class CallAdapter(HeadProjection):
             keys = fresh = _context_span(context, given.context_mask, entry)
             if given.pos is None and given.cache is None:
                 # biases measure distances to a context from the right: the last query is aligned with the last key
-                aligned = torch.arange(len(keys) - n, len(keys), device=x.device)
+                aligned = torch.arange(keys.length - n, keys.length, device=x.device)
                 query = replace(query, pos=aligned.unsqueeze(0))
         attn_mask, attn_bias = given.attn_mask, given.attn_bias
-        size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": len(keys)}
+        size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": keys.length}
         if attn_mask is not None:
             attn_mask = check_pairs(attn_mask, "attn_mask", **size)
         if attn_bias is not None:
@@ -120,7 +120,7 @@ class CallAdapter(HeadProjection):
             keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
         biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)
         if attn_bias is not None:
-            biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
+            biases = (*biases, bind_attn_bias(attn_bias, query.length, keys.length))
         call = Call(
             query=query,
             keys=own,
@@ -141,7 +141,7 @@ class CallAdapter(HeadProjection):
             memory=mem,
             context=context,
             entry=entry,
-            carry=self._carry(given, len(keys)),
+            carry=self._carry(given, keys.length),
             rotations=rotations,
             additional=given.additional_key_values,
             additional_mask=_additional_mask(given, batch),

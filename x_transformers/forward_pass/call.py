@@ -46,7 +46,9 @@ class Span:
     ordered: bool = True
     near: int | None = None
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
+        """Number of tokens; in a graph perhaps a symbol, which `len` would turn into a number."""
         return self.index.shape[-1]
 
     def token_mask_at(self, index: Tensor) -> Tensor | None:
@@ -80,7 +82,7 @@ class Span:
         row = before.unsqueeze(0)
         if token_mask is not None or self.token_mask is not None:
             ones = torch.ones(batch, 1, dtype=torch.bool, device=self.index.device)
-            mine = ones.expand(batch, len(self)) if self.token_mask is None else self.token_mask
+            mine = ones.expand(batch, self.length) if self.token_mask is None else self.token_mask
             theirs = ones.expand(batch, count) if token_mask is None else token_mask
             token_mask = torch.cat((theirs, mine), dim=-1)
         return Span(

@@ -142,7 +142,7 @@ def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, k
     """Check the caller's mask and bias, and add the pairs that the stack itself masks."""
     if inputs.attn_bias is not None and kv is not None:
         inputs.attn_bias = kv.cut_bias(inputs.attn_bias)
-    size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": len(query), "keys": len(keys)}
+    size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": query.length, "keys": keys.length}
     if inputs.attn_mask is not None:
         inputs.attn_mask = check_pairs(inputs.attn_mask, "attn_mask", **size)
     if inputs.attn_bias is not None:

@@ -19,6 +19,7 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import MULTI_INPUT, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class MultiInputTransformerWrapper(Model):
@@ -57,6 +58,7 @@ class MultiInputTransformerWrapper(Model):
             else nn.ModuleDict({name: LinearNoBias(dim, size) for name, size in sizes.items()})
         )
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     def forward(
         self,
         x: Mapping[str, Tensor],

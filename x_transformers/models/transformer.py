@@ -32,6 +32,7 @@ from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import rename
 from x_transformers.ops import masked_mean
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class TransformerWrapper(Model):
@@ -130,6 +131,7 @@ class TransformerWrapper(Model):
         """True if decoding may cache keys and values: new tokens must not change earlier outputs."""
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     def forward(
         self,
         x: Tensor | None,

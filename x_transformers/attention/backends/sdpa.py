@@ -60,7 +60,8 @@ class SDPA(Backend):
             # kernels take a mask or the flag, not both; `_mask` has included causality
             is_causal=visible.is_causal and mask is None,
             scale=request.scale,
-            enable_gqa=k.shape[1] != q.shape[1],
+            # under `torch.jit.trace` sizes are tensors
+            enable_gqa=bool(k.shape[1] != q.shape[1]),
         )
         if visible.fully_masked is False:
             return AttentionOutput(out)
