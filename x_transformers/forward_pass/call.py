@@ -105,36 +105,66 @@ class Memo:
             compiler removes what is computed twice.
 
     Attributes:
-        held: `{key: (result, objects)}` in the order of insertion.
+        held: `{key: (result, objects, size)}` in the order of insertion.
+        in_graph: `(key, size, result)` in a graph, where keys are searched: to read the identity of a caller's tensor,
+            as a dictionary needs it, would tie the graph to this tensor.
     """
 
     def __init__(self, *, forgets: bool = False) -> None:
         self.held: dict[Any, Any] = {}
+        self.in_graph: list[tuple[tuple[Any, ...], int, Any]] = []
         self.forgets = forgets
 
-    def once(self, make: Callable[[], T], what: str, *of: Any) -> T:
+    def once(self, make: Callable[[], T], what: str, *of: Any, size: int = 0) -> T:
         """Return `make()`, computed at the first request only.
 
         Args:
-            make: computes the result from `what` and `of`, and from nothing else.
+            make: computes the result from its other arguments, and from nothing else.
             what: kind of the result.
             of: the arguments; numbers and strings are compared by value, other objects by identity.
+            size: a further argument, the length of a tensor. In a graph it may be a symbol, which as a part of a key
+                would become a number.
         """
         if self.forgets:
             return make()
+        if torch.compiler.is_compiling():
+            return self._once_in_graph(make, (what, *of), size)
         key: tuple[Any, ...] = (what,)
         for each in of:
             key += (each if each is None or isinstance(each, (int, str)) else id(each),)
-        if key not in self.held:
-            # the objects are kept, so that no other object gets the id of one of them
-            self.held[key] = make(), of
-        return self.held[key][0]
+        # results of other sizes have the same key with another number at its end
+        number = 0
+        while (*key, number) in self.held:
+            result, _, own = self.held[(*key, number)]
+            if own == size:
+                return result
+            number += 1
+        # the objects are kept, so that no other object gets the id of one of them
+        result = make()
+        self.held[(*key, number)] = result, of, size
+        return result
+
+    def _once_in_graph(self, make: Callable[[], T], key: tuple[Any, ...], size: int) -> T:
+        for other, own, result in self.in_graph:
+            if len(other) == len(key) and own == size and all(_same(a, b) for a, b in zip(other, key, strict=True)):
+                return result
+        result = make()
+        self.in_graph.append((key, size, result))
+        return result
 
     def fork(self, first: int | None = None) -> Memo:
         """Return an independent copy, of the first entries only if their number is given."""
         copied = Memo(forgets=self.forgets)
         copied.held.update(itertools.islice(self.held.items(), first))
+        copied.in_graph.extend(self.in_graph)
         return copied
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare numbers and strings by value, other objects by identity."""
+    if isinstance(one, (int, str)):
+        return isinstance(other, (int, str)) and one == other
+    return one is other
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,12 @@ def self_attention_inputs(
     if kv is not None and kv.reaches and not kv.fresh:
         reach = kv.reach(step.number)
     # layers with equally long memories and windows share the result, and with it masks and tables made of it
-    count = None if memory is None else memory.shape[-2]
     layer.keys, layer.fresh, layer.biases = call.memo.once(
-        lambda: _bind(stack, inputs, state, memory, memory_mask, reach), "keys", count, memory_mask, reach
+        lambda: _bind(stack, inputs, state, memory, memory_mask, reach),
+        "keys",
+        memory_mask,
+        reach,
+        size=0 if memory is None else memory.shape[-2],
     )
     if inputs.additional:
         layer.additional, layer.additional_mask = nth(inputs.additional, step.nth), inputs.additional_kv_mask
@@ -108,7 +111,7 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
             source, mask, where = _drop_context(stack, source, mask, call)
             if pos is not None:
                 _check_positions(pos, length)
-                pos = pos.expand(len(where), -1).gather(1, where)
+                pos = pos.expand(where.shape[0], -1).gather(1, where)
             if residual is not None:
                 residual = residual.take_along_dim(where.unsqueeze(-1), dim=1)
         length, batch = source.shape[1], source.shape[0]
@@ -120,7 +123,7 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
         token_mask = None if mask is None else check_mask(mask, batch, length, "context_mask")
         return Span(index, index[None], index[None], token_mask)
 
-    layer.keys = layer.fresh = call.memo.once(span, "context", length, mask)
+    layer.keys = layer.fresh = call.memo.once(span, "context", mask, size=length)
     layer.context = call.query.index.new_empty(0) if source is None else source
     layer.kv_residual = residual
     layer.rotations = _context_rotations(stack, layer, pos, batch)

@@ -152,11 +152,13 @@ class MultiInputTransformerWrapper(Model):
             found = sorted(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
             raise InputError(f"x is {found}; this model reads a dict of the streams {sorted(self.num_tokens)}.")
         shapes = {name: tuple(ids.shape) for name, ids in x.items()}
-        if len(set(shapes.values())) > 1:
+        first = next(iter(shapes.values()))
+        # sizes may be symbols of a graph, which cannot be members of a set
+        if any(shape != first for shape in shapes.values()):
             raise ShapeError(f"the streams have shapes {shapes}; they must be the same.")
         for ids in x.values():
             check_ids(ids)
-        return next(iter(shapes.values()))  # type: ignore[return-value]
+        return first  # type: ignore[return-value]
 
     def _embed(self, x: Mapping[str, Tensor], span: TokenSpan) -> Tensor:
         """Return the sum of the streams' embeddings, `(b, n, E)`."""

@@ -340,7 +340,7 @@ class TransformerWrapper(Model):
         if self.num_cls_tokens:
             classes = features[:, : self.num_cls_tokens]
             return classes[:, 0] if self.num_cls_tokens == 1 else classes, None
-        valid = span.valid(len(features), inputs.mask, inputs.seq_start_pos, features.device)
+        valid = span.valid(features.shape[0], inputs.mask, inputs.seq_start_pos, features.device)
         if self.average_pool_embed:
             return masked_mean(features[:, span.leading :], valid), None
         requested = span.kv is None and (self.returns_pooled or inputs.return_intermediates)
