@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.attend_inputs import AttendInputs
-from x_transformers.attention.backends.base import AttentionOutput, Backend, Request
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, is_transformed
 from x_transformers.attention.backends.choice import BackendChoice
 from x_transformers.attention.base import (
     AttentionShape,
@@ -389,7 +389,8 @@ class Attend(Configured, ReadsReference):
         skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
         # all that `for_request` reads, except in a graph: with something left out, a later call could get a kernel that
         # cannot host it
-        asked = (q.device, q.dtype, learns, q.shape[-2:], v.shape[-1], skips, needs, self.backends.flash)
+        mode = learns, skips, is_transformed()
+        asked = (q.device, q.dtype, mode, q.shape[-2:], v.shape[-1], needs, self.backends.flash)
         if asked != self._answer[0]:
             self._answer = asked, self.backends.for_request(request, needs)
         return self._answer[1]

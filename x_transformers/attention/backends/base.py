@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
 from x_transformers.forward_pass.call import Memo
@@ -24,6 +25,7 @@ class Situation(NamedTuple):
         queries: their number; 0 if it does not matter. In a graph, 1 or `MANY`.
         skips: causality or a window hides whole ranges of keys.
         keeps: in a graph, the pass writes to a cache, or to states for the next segment.
+        transformed: derivatives are taken in forward mode, or by `torch.func`, which needs a formula for each step.
     """
 
     device: str
@@ -34,6 +36,7 @@ class Situation(NamedTuple):
     queries: int = 0
     skips: bool = False
     keeps: bool = False
+    transformed: bool = False
 
 
 class Request(NamedTuple):
@@ -117,6 +120,11 @@ class Backend(ABC):
     @abstractmethod
     def attend(self, request: Request) -> AttentionOutput:
         """Compute the attention."""
+
+
+def is_transformed() -> bool:
+    """Return True within a function that `torch.func` transforms, or where derivatives are taken in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 NEEDS_IN_WORDS = {

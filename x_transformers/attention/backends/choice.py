@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from loguru import logger
 
-from x_transformers.attention.backends.base import Backend, Request, Situation
+from x_transformers.attention.backends.base import Backend, Request, Situation, is_transformed
 from x_transformers.attention.backends.blocked import Blocked
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
@@ -68,6 +68,8 @@ class BackendChoice:
             return self.explicit, "`flash = False`"
         if Needs.SCORES in needs:
             return self.explicit, "the scores were requested"
+        if situation.transformed:
+            return self.explicit, "fused kernels have no derivatives in forward mode and under `torch.func`"
         reasons = {each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused}
         able = [each for each in self.fused if reasons[each.name] is None]
         for backend in able:
@@ -90,7 +92,8 @@ class BackendChoice:
             # length of 1 is never a symbol.
             compiling, queries, layer = True, 1 if queries == 1 else MANY, request.layer
             keeps = layer is not None and (layer.entry is not None or layer.states is not None)
-        situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps)
+        transformed = not compiling and is_transformed()
+        situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps, transformed)
         backend, why = self.choose(situation, needs)
         if self.flash and not backend.fused and not request.capture:
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
