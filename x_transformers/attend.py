@@ -6,15 +6,18 @@ Helpers of attention are here under their public names.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from x_transformers.attention.attend_inputs import AttendInputs
-from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, is_transformed
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request
 from x_transformers.attention.backends.choice import BackendChoice
+from x_transformers.attention.backends.on_demand import can_wait, scores_on_demand
 from x_transformers.attention.base import (
     AttentionShape,
     Needs,
@@ -350,6 +353,7 @@ class Attend(Configured, ReadsReference):
         if parts.weights or deltas.attn is not None:
             weights = (*parts.weights, *given_delta(deltas.attn))
         dropout = self.dropout if self.training else 0.0
+        later = call.capture.on_demand and not self.leaves_scores and not torch.compiler.is_compiling()
         request = Request(
             q,
             k,
@@ -366,19 +370,20 @@ class Attend(Configured, ReadsReference):
             plain_q,
             layer,
             dropout,
-            call.capture.scores or self.leaves_scores,
+            self.leaves_scores or (call.capture.scores and not later),
         )
         needs = _needs_of(request, self.needs if dropout > 0 else self.needs_in_evaluation)
         backend = (self.backends.only_fused if only_fused else self._backend)(request, needs)
+        if later and not can_wait(request, backend, self.training):
+            request, later = request._replace(capture=True), False
         if visible.documents is not None and not backend.reads_documents:
             i, j = q.shape[-2], k.shape[-2]
             masked = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
             request = request._replace(visible=masked)
-        if q is plain_q:
-            return backend.attend(request), visible
         # the parts that widened the queries need float32, and autocast would narrow them again
-        with torch.autocast(q.device.type, enabled=False):
-            return backend.attend(request), visible
+        with nullcontext() if q is plain_q else torch.autocast(q.device.type, enabled=False):
+            result = backend.attend(request)
+        return result._replace(on_demand=scores_on_demand(request)) if later else result, visible
 
     def _backend(self, request: Request, needs: Needs) -> Backend:
         """Return the backend for a request. Eager decoding asks for every token, so the last answer is kept."""
@@ -389,7 +394,8 @@ class Attend(Configured, ReadsReference):
         skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
         # all that `for_request` reads, except in a graph: with something left out, a later call could get a kernel that
         # cannot host it
-        mode = learns, skips, is_transformed()
+        # `is_transformed` written out
+        mode = learns, skips, torch._C._are_functorch_transforms_active(), forward_ad._current_level
         asked = (q.device, q.dtype, mode, q.shape[-2:], v.shape[-1], needs, self.backends.flash)
         if asked != self._answer[0]:
             self._answer = asked, self.backends.for_request(request, needs)

@@ -154,7 +154,7 @@ BATCH_ONLY = {"img", "seq_start_pos"}
 def sizes(given: dict[str, Any], name: str) -> Any:
     t = given[name]
     if isinstance(t, dict):
-        return {each: ANY for each in t}
+        return dict.fromkeys(t, ANY)
     if isinstance(t, list):
         return [ANY for _ in t]
     if not isinstance(t, Tensor):

@@ -68,7 +68,10 @@ def check(stack: str, case: Case, *, assign: bool) -> None:
 @torch.no_grad()
 def test_other_models(kind: Kind, assign: bool) -> None:
     options = {"scaled_sinu_pos_emb": True} if kind.name in ("continuous", "xval") else {}
-    make = lambda: kind.build(layers={"rotary_pos_emb": True}, **options)
+
+    def make() -> nn.Module:
+        return kind.build(layers={"rotary_pos_emb": True}, **options)
+
     saved, inputs = make(), kind.draw(2, 5)
     assert torch.equal(kind.run(materialized(make, saved, assign=assign), inputs), kind.run(saved, inputs))
 
@@ -111,7 +114,7 @@ def test_frequencies_do_not_depend_on_the_default_dtype(options: dict[str, bool]
 @pytest.mark.parametrize("options", ROTATED, ids=lambda options: next(iter(options)))
 @torch.no_grad()
 def test_memory_that_is_taken_away_again(options: dict[str, bool]) -> None:
-    """`to_empty` of a model with weights, a journey to the meta device and back, and half precision keep frequencies."""
+    """`to_empty` of a model with weights, a way to the meta device and back, and half precision keep all."""
     model, usual = BASE.build(**options), BASE.build(**options)
     equal(model.to_empty(device="cpu"), usual)
     equal(model.to("meta").to_empty(device="cpu"), usual)

@@ -390,7 +390,7 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
     capture = layer.call.capture
     if not (capture.scores or capture.hiddens):
         return Intermediates(layer_type=layer.kind, entry=layer.entry)
-    return Intermediates(
+    record = Intermediates(
         qk_similarities=result.similarities,
         pre_softmax_attn=result.logits,
         post_softmax_attn=result.weights,
@@ -399,6 +399,9 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
         entry=layer.entry,
         own_kv=heads.fresh if layer.call.aligned else None,
     )
+    if result.on_demand is not None:
+        record.defer(result.on_demand)
+    return record
 
 
 show_keywords(

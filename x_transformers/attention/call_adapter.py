@@ -121,6 +121,7 @@ class CallAdapter(HeadProjection):
         biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)
         if attn_bias is not None:
             biases = (*biases, bind_attn_bias(attn_bias, query.length, keys.length))
+        shown = given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
         call = Call(
             query=query,
             keys=own,
@@ -129,9 +130,7 @@ class CallAdapter(HeadProjection):
             newest=n == 1,
             row_mask=query.token_mask if given.cache is None else None,
             attn_mask=attn_mask if context is None else None,
-            capture=Capture(
-                scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
-            ),
+            capture=Capture(scores=shown, on_demand=shown),
         )
         return LayerCall(
             call=call,

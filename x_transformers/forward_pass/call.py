@@ -128,7 +128,11 @@ class Memo:
         if self.forgets:
             return make()
         if torch.compiler.is_compiling():
-            return self._once_in_graph(make, (what, *of), size)
+            found = self.find_in_graph((what, *of), size)
+            if found is None:
+                found = make()
+                self.keep_in_graph((what, *of), found, size)
+            return found
         key: tuple[Any, ...] = (what,)
         for each in of:
             key += (each if each is None or isinstance(each, (int, str)) else id(each),)
@@ -144,13 +148,17 @@ class Memo:
         self.held[(*key, number)] = result, of, size
         return result
 
-    def _once_in_graph(self, make: Callable[[], T], key: tuple[Any, ...], size: int) -> T:
+    def find_in_graph(self, key: tuple[Any, ...], size: int = 0) -> Any:
+        """Return the result with equal arguments that a graph has computed, or None."""
         for other, own, result in self.in_graph:
             if len(other) == len(key) and own == size and all(_same(a, b) for a, b in zip(other, key, strict=True)):
                 return result
-        result = make()
-        self.in_graph.append((key, size, result))
-        return result
+        return None
+
+    def keep_in_graph(self, key: tuple[Any, ...], result: Any, size: int = 0) -> None:
+        """Keep a result for later layers of the same graph."""
+        if not self.forgets:
+            self.in_graph.append((key, size, result))
 
     def fork(self, first: int | None = None) -> Memo:
         """Return an independent copy, of the first entries only if their number is given."""
@@ -175,11 +183,14 @@ class Capture:
         scores: similarities, logits and weights of every attention.
         hiddens: the residual stream at the entry of each sublayer.
         memories: the source of the next segment's recurrent memory.
+        on_demand: scores are computed when somebody reads them, so that a pass whose caller needs only the cache runs
+            the fastest kernel and has no memory for all pairs. A compiled graph records them at once.
     """
 
     scores: bool = False
     hiddens: bool = False
     memories: bool = False
+    on_demand: bool = False
 
 
 @dataclass(eq=False)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from x_transformers.cache import Entry, KVCache
+
+Scores = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Similarities, logits and weights."""
+
+SCORES = ("qk_similarities", "pre_softmax_attn", "post_softmax_attn")
 
 
 @dataclass(eq=False)
@@ -26,18 +32,44 @@ class Intermediates:
         log_probs: `(b, h, i)` log-probability of the key with the largest weight of each query, if requested.
         entry: the sublayer's entry of the cache, if there is one.
 
-    The first three are None unless scores were captured.
+    The first three are None unless scores were captured. Those that are captured on demand are computed when one of
+    them is read for the first time, from the queries and keys of the pass, which the record keeps until then.
     """
 
-    qk_similarities: Tensor | None = None
-    pre_softmax_attn: Tensor | None = None
-    post_softmax_attn: Tensor | None = None
+    # without defaults in the class, so that `__getattr__` is asked for what is deferred
+    qk_similarities: Tensor | None = field(default_factory=lambda: None, repr=False)
+    pre_softmax_attn: Tensor | None = field(default_factory=lambda: None, repr=False)
+    post_softmax_attn: Tensor | None = field(default_factory=lambda: None, repr=False)
     values: Tensor | None = None
     layer_type: str | None = None
     layer_index: int | None = None
     own_kv: tuple[Tensor, Tensor] | None = None
     log_probs: Tensor | None = None
     entry: Entry | None = None
+
+    def defer(self, compute: Callable[[], Scores]) -> None:
+        """Compute the scores when they are read."""
+        for name in SCORES:
+            self.__dict__.pop(name, None)
+        self.__dict__["_compute"] = compute
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in SCORES or "_compute" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__.update(zip(SCORES, self.__dict__["_compute"](), strict=True))
+        self.__dict__.pop("_compute", None)
+        return self.__dict__[name]
+
+    def __copy__(self) -> Intermediates:
+        own = object.__new__(Intermediates)
+        own.__dict__.update(self.__dict__)
+        return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        # files and deep copies contain the scores themselves
+        if "_compute" in self.__dict__:
+            self.to_tuple()
+        return self.__dict__
 
     @property
     def cached_kv(self) -> tuple[Tensor | None, ...] | None:

@@ -75,11 +75,11 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     capture = inputs.capture
     if capture is None:
         scores = inputs.return_hiddens and inputs.cache is None and stack.may_show_scores()
-        capture = Capture(scores=scores, hiddens=inputs.return_hiddens)
+        capture = Capture(scores=scores, hiddens=inputs.return_hiddens, on_demand=scores)
     if inputs.return_gumbel_log_probs:
         if not stack.may_show_scores():
             raise InputError("log-probabilities need scores, but `attn_flash = True` keeps none; leave it at None.")
-        capture = replace(capture, scores=True)
+        capture = replace(capture, scores=True, on_demand=False)
     return capture
 
 

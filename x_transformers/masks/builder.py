@@ -42,55 +42,46 @@ def visibility(
         documents: boundaries of the documents of a packed row.
         pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
-    memo, rule = call.memo, None
+    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Graphs
+    # of single blocks keep no results; to read the identity of an object would tie a graph to one pass.
+    memo, rule, in_graph = call.memo, None, None
     if torch.compiler.is_compiling():
-
-        def build() -> Visibility:
-            return _visibility(call, keys, causal, own, window, prefix, shown, documents, pairs)
-
-        return memo.once(build, "visibility", keys, causal, own, window, prefix, shown, documents, pairs)
-    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call
-    if not memo.forgets:
+        in_graph = ("visibility", keys, causal, own, window, prefix, shown, documents, pairs)
+        found = memo.find_in_graph(in_graph)
+        if found is not None:
+            return found
+    elif not memo.forgets:
         rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
         if rule in memo.held:
             return memo.held[rule][0]
-    visible = _visibility(call, keys, causal, own, window, prefix, shown, documents, pairs)
-    # the objects are kept with the result: the key holds their ids, which new objects could get otherwise
-    if rule is not None:
-        memo.held[rule] = visible, (keys, shown, documents, pairs)
-    return visible
-
-
-def _visibility(
-    call: Call,
-    keys: Span,
-    causal: bool,
-    own: bool,
-    window: int | None,
-    prefix: int,
-    shown: Tensor | None,
-    documents: Documents | None,
-    pairs: Tensor | None,
-) -> Visibility:
-    """Compute `visibility`."""
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window
     if documents is not None:
-        return _within_documents(documents, call, keys, causal, own, reach)
-    attn_mask = call.attn_mask if own else pairs
-    # Causality hides nothing from the newest token, unless keys are unordered: the empty places of a ring have
-    # slots after every query.
-    hides = causal and not (own and call.newest and keys.ordered)
-    by_order = keys.token_mask is None and attn_mask is None and reach is None and shown is None
-    i, j = call.query.index.shape[-1], keys.index.shape[-1]
-    if by_order and not hides:
-        return Visibility(prefix)
-    # a lower triangle over equal slots, for which every kernel has a flag; the rules are for kernels by blocks
-    if by_order and own and prefix == 0 and call.aligned and i == j == call.keys.index.shape[-1]:
-        order, even = (call.query.index, keys.index), call.query.placed is None
-        return Visibility(is_causal=True, hiding=MaskSpec(i, j, order, diagonal=0, even=even, sorted=keys.ordered))
-    return _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
+        visible = _within_documents(documents, call, keys, causal, own, reach)
+    else:
+        attn_mask = call.attn_mask if own else pairs
+        # Causality hides nothing from the newest token, unless keys are unordered: the empty places of a ring have
+        # slots after every query.
+        hides = causal and not (own and call.newest and keys.ordered)
+        by_order = keys.token_mask is None and attn_mask is None and reach is None and shown is None
+        i, j = call.query.index.shape[-1], keys.index.shape[-1]
+        if by_order and not hides:
+            visible = Visibility(prefix)
+        # a lower triangle over equal slots, for which every kernel has a flag; the rules are for kernels by blocks
+        elif by_order and own and prefix == 0 and call.aligned and i == j == call.keys.index.shape[-1]:
+            order, even = (call.query.index, keys.index), call.query.placed is None
+            visible = Visibility(
+                is_causal=True, hiding=MaskSpec(i, j, order, diagonal=0, even=even, sorted=keys.ordered)
+            )
+        else:
+            visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
+    # the objects are kept with the result: the key holds their ids, which new objects could get otherwise
+    if rule is not None:
+        memo.held[rule] = visible, (keys, shown, documents, pairs)
+    elif in_graph is not None:
+        memo.keep_in_graph(in_graph, visible)
+    return visible
 
 
 def _build(

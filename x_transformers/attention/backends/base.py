@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
 from x_transformers.forward_pass.call import Memo
+from x_transformers.forward_pass.intermediates import Scores
 from x_transformers.ops import pad_left
 
 
@@ -81,6 +82,7 @@ class AttentionOutput(NamedTuple):
         similarities: `(b, h, i, P + j)` scaled scores, before biases and masks.
         logits, weights: the same after them; with a learned sink, its column comes first.
         plain: the logits without it, and 0 where a key is hidden.
+        on_demand: computes similarities, logits and weights later, if they were requested that way.
     """
 
     out: Tensor
@@ -88,6 +90,7 @@ class AttentionOutput(NamedTuple):
     logits: Tensor | None = None
     weights: Tensor | None = None
     plain: Tensor | None = None
+    on_demand: Callable[[], Scores] | None = None
 
 
 class Backend(ABC):
@@ -120,11 +123,6 @@ class Backend(ABC):
     @abstractmethod
     def attend(self, request: Request) -> AttentionOutput:
         """Compute the attention."""
-
-
-def is_transformed() -> bool:
-    """Return True within a function that `torch.func` transforms, or where derivatives are taken in forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 NEEDS_IN_WORDS = {

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from loguru import logger
+from torch.autograd import forward_ad
 
-from x_transformers.attention.backends.base import Backend, Request, Situation, is_transformed
+from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.blocked import Blocked
 from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
@@ -118,6 +119,11 @@ class BackendChoice:
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def is_transformed() -> bool:
+    """Return True within a function that `torch.func` transforms, or where derivatives are taken in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 FULL, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
