@@ -49,7 +49,12 @@ class SDPA(Backend):
         return None
 
     def attend(self, request: Request) -> AttentionOutput:
-        q, k, visible = request.q, request.k, request.visible
+        q, k, v, visible = request.q, request.k, request.v, request.visible
+        width = v.shape[-1]
+        if q.shape[-1] != width and q.is_cpu:
+            # The fused kernel of a CPU takes one width. Features of zeros change no score, and those of the output are
+            # cut off.
+            q, k, v = _of_one_width(q, k, v)
         masked = request.scores or (visible.hiding is not None and not visible.is_causal)
         mask = _mask(request) if masked else None
         attend = F.scaled_dot_product_attention if self.kernels is None else self._restricted
@@ -61,9 +66,11 @@ class SDPA(Backend):
             # under `torch.jit.trace` sizes are tensors
             "enable_gqa": bool(k.shape[1] != q.shape[1]),
         }
-        out = attend(q, k, request.v, attn_mask=mask, **options)
+        out = attend(q, k, v, attn_mask=mask, **options)
         if out.requires_grad and not request.dropout and not torch.compiler.is_compiling():
-            out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, request.v, mask)
+            out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, v, mask)
+        if out.shape[-1] != width:
+            out = out[..., :width]
         if visible.fully_masked is False:
             return AttentionOutput(out)
         fully_masked = visible.fully_masked_queries(request.memo)
@@ -99,6 +106,12 @@ class SecondDerivatives(torch.autograd.Function):
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(ctx.plain(*inputs), wanted, gradient, create_graph=True))
         return None, None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def _of_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Pad the last axis of tensors with zeros to the width of the widest."""
+    width = max(t.shape[-1] for t in tensors)
+    return tuple(t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in tensors)
 
 
 def _plain(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
