@@ -51,10 +51,21 @@ class KeepsFloat32(nn.Module):
             if buffer is not None and buffer.is_meta:
                 self._buffers[name] = self._on(name, buffer, device)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: Any,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
         if local_metadata.get("assign_to_params_buffers", False):
             leave_meta(self, device_of(state_dict, prefix))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         for name, buffer in self._buffers.items():
             # an assigned tensor may be of half precision
             if buffer is not None and buffer.is_floating_point():

@@ -62,7 +62,7 @@ def shows_keywords_of(inner: Callable[..., Any], but: Iterable[str] = ()) -> Cal
             if name not in own and name not in but and p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
                 own[name] = p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         signature = inspect.Signature([*own.values(), takes_any])
-        method.__signature__ = signature  # type: ignore[attr-defined]
+        method.__signature__ = signature
         return method
 
     return decorate

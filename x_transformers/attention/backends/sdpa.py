@@ -88,7 +88,7 @@ class SecondDerivatives(torch.autograd.Function):
     A backward pass with `create_graph = True` differentiates the gradient, for which kernels have no formula. There the
     gradient flows through another function of the same tensors, which is computed only then.
 
-    Args of `apply`: that function; its value `out`, as the kernel computed it; and its tensors, or None.
+    `apply` takes that function; its value `out`, as the kernel computed it; and its tensors, or None.
     """
 
     @staticmethod
