@@ -13,6 +13,7 @@ from x_transformers.attend import Attend
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.heads import HeadProjection
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation, Pair
+from x_transformers.attention.scores.alibi import bias_by_head
 from x_transformers.attention.validation import (
     bind_attn_bias,
     check_context,
@@ -24,7 +25,7 @@ from x_transformers.attention.validation import (
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 
@@ -102,6 +103,10 @@ class CallAdapter(HeadProjection):
             )
         keeps = given.return_intermediates and (causal or context is not None) and documents is None
         kv, entry = _cache_for_call(given.cache, n, keeps)
+        attn_bias = given.attn_bias
+        by_head = given.pos is not None and given.pos.ndim == 3
+        if by_head:
+            given, attn_bias = _positions_by_head(given, n, kv.length)
         query, own = _spans(given, x, kv.length, documents)
         keys, fresh = own, query
         if context is not None:
@@ -110,7 +115,7 @@ class CallAdapter(HeadProjection):
                 # biases measure distances to a context from the right: the last query is aligned with the last key
                 aligned = torch.arange(keys.length - n, keys.length, device=x.device)
                 query = replace(query, pos=aligned.unsqueeze(0))
-        attn_mask, attn_bias = given.attn_mask, given.attn_bias
+        attn_mask = given.attn_mask
         size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": keys.length}
         if attn_mask is not None:
             attn_mask = check_pairs(attn_mask, "attn_mask", **size)
@@ -118,7 +123,7 @@ class CallAdapter(HeadProjection):
             attn_bias = check_pairs(attn_bias, "attn_bias", **size)
         if mem is not None:
             keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
-        biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)
+        biases = () if given.rel_pos is None or by_head else (given.rel_pos.bind(query, keys),)
         if attn_bias is not None:
             biases = (*biases, bind_attn_bias(attn_bias, query.length, keys.length))
         shown = given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
@@ -131,6 +136,7 @@ class CallAdapter(HeadProjection):
             row_mask=query.token_mask if given.cache is None else None,
             attn_mask=attn_mask if context is None else None,
             capture=Capture(scores=shown, on_demand=shown),
+            memo=Memo(),
         )
         return LayerCall(
             call=call,
@@ -189,6 +195,16 @@ class CallAdapter(HeadProjection):
             prefix += given.additional_key_values[0].shape[-2]
         previous = without_hidden(given.prev_attn, prefix + keys)
         return replace(carry, scores={kind: (previous, previous.shape[-1] - keys)})
+
+
+def _positions_by_head(given: AttentionInputs, new: int, total: int) -> tuple[AttentionInputs, Tensor]:
+    """Return the arguments without positions `(b, h, n)` that differ between heads, and the bias that these mean."""
+    assert given.pos is not None
+    if given.context is not None or given.mem is not None:
+        other = "context" if given.context is not None else "mem"
+        raise InputError(f"`pos` for each head has no positions for the keys of `{other}`; drop one of them.")
+    bias = bias_by_head(given.rel_pos, given.pos, batch=given.x.shape[-3], new=new, total=total)
+    return replace(given, pos=None), bias if given.attn_bias is None else given.attn_bias + bias
 
 
 def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents | None) -> tuple[Span, Span]:

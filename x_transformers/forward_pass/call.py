@@ -8,17 +8,24 @@ tokens.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.forward_pass.documents import Documents
 
 T = TypeVar("T")
+
+MISSING: Any = object()
+"""No entry of a `Memo`."""
+BY_VALUE = (int, str)
+"""Types that a `Memo` compares by value; other objects are compared by identity."""
+COMPARES_BY_VALUE = Version(Version(torch.__version__).base_version) < Version("2.7")
+"""The compiler reads `is` between named tuples of tensors as `==`. Graphs then keep no results."""
 
 
 @dataclass(eq=False)
@@ -105,74 +112,50 @@ class Memo:
             compiler removes what is computed twice.
 
     Attributes:
-        held: `{key: (result, objects, size)}` in the order of insertion.
-        in_graph: `(key, size, result)` in a graph, where keys are searched: to read the identity of a caller's tensor,
-            as a dictionary needs it, would tie the graph to this tensor.
+        held: `(what, objects, result)` of each entry, in the order of insertion.
     """
 
     def __init__(self, *, forgets: bool = False) -> None:
-        self.held: dict[Any, Any] = {}
-        self.in_graph: list[tuple[tuple[Any, ...], int, Any]] = []
-        self.forgets = forgets
+        self.held: list[tuple[str, tuple[Any, ...], Any]] = []
+        self.forgets = forgets or (COMPARES_BY_VALUE and torch.compiler.is_compiling())
 
-    def once(self, make: Callable[[], T], what: str, *of: Any, size: int = 0) -> T:
+    def find(self, what: str, of: tuple[Any, ...]) -> Any:
+        """Return the result that was computed from the same arguments; `MISSING` if there is none."""
+        # There are few entries. A dict would need the identities of objects as keys, which older versions of the
+        # compiler cannot read; and the objects are held here, so that no other one gets the identity of one of them.
+        for kind, held, result in self.held:
+            if kind != what:
+                continue
+            for one, other in zip(held, of, strict=True):
+                if one is not other and not (
+                    isinstance(one, BY_VALUE) and isinstance(other, BY_VALUE) and one == other
+                ):
+                    break
+            else:
+                return result
+        return MISSING
+
+    def once(self, make: Callable[[], T], what: str, *of: Any) -> T:
         """Return `make()`, computed at the first request only.
 
         Args:
-            make: computes the result from its other arguments, and from nothing else.
+            make: computes the result from `what` and `of`, and from nothing else.
             what: kind of the result.
             of: the arguments; numbers and strings are compared by value, other objects by identity.
-            size: a further argument, the length of a tensor. In a graph it may be a symbol, which as a part of a key
-                would become a number.
         """
         if self.forgets:
             return make()
-        if torch.compiler.is_compiling():
-            found = self.find_in_graph((what, *of), size)
-            if found is None:
-                found = make()
-                self.keep_in_graph((what, *of), found, size)
-            return found
-        key: tuple[Any, ...] = (what,)
-        for each in of:
-            key += (each if each is None or isinstance(each, (int, str)) else id(each),)
-        # results of other sizes have the same key with another number at its end
-        number = 0
-        while (*key, number) in self.held:
-            result, _, own = self.held[(*key, number)]
-            if own == size:
-                return result
-            number += 1
-        # the objects are kept, so that no other object gets the id of one of them
-        result = make()
-        self.held[(*key, number)] = result, of, size
+        result = self.find(what, of)
+        if result is MISSING:
+            result = make()
+            self.held.append((what, of, result))
         return result
-
-    def find_in_graph(self, key: tuple[Any, ...], size: int = 0) -> Any:
-        """Return the result with equal arguments that a graph has computed, or None."""
-        for other, own, result in self.in_graph:
-            if len(other) == len(key) and own == size and all(_same(a, b) for a, b in zip(other, key, strict=True)):
-                return result
-        return None
-
-    def keep_in_graph(self, key: tuple[Any, ...], result: Any, size: int = 0) -> None:
-        """Keep a result for later layers of the same graph."""
-        if not self.forgets:
-            self.in_graph.append((key, size, result))
 
     def fork(self, first: int | None = None) -> Memo:
         """Return an independent copy, of the first entries only if their number is given."""
         copied = Memo(forgets=self.forgets)
-        copied.held.update(itertools.islice(self.held.items(), first))
-        copied.in_graph.extend(self.in_graph)
+        copied.held.extend(self.held[:first])
         return copied
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Compare numbers and strings by value, other objects by identity."""
-    if isinstance(one, (int, str)):
-        return isinstance(other, (int, str)) and one == other
-    return one is other
 
 
 @dataclass(frozen=True)
@@ -197,6 +180,8 @@ class Capture:
 class Call:
     """One forward pass of a stack, built once and read by every part.
 
+    No default is an object: within a graph, the compiler of older PyTorch versions cannot make it.
+
     Attributes:
         query: the tokens of this pass.
         keys: the keys of self-attention, cached and new, without recurrent memory.
@@ -218,8 +203,8 @@ class Call:
     row_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     attn_bias: Tensor | None = None
-    capture: Capture = Capture()
-    memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
+    capture: Capture = field(kw_only=True)
+    memo: Memo = field(kw_only=True)
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -295,7 +280,7 @@ class LayerCall:
     """Inputs of one executed sublayer besides the tokens.
 
     It is filled in before the sublayer runs, and the sublayer does not change it, so that it can run again (activation
-    checkpointing). No default is an object, which full graphs could not call.
+    checkpointing). No default is an object, as in `Call`.
 
     Attributes:
         call: the pass.

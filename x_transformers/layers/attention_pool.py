@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.layers.named_stacks import CrossAttender
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 
 
-class AttentionPool(Configured, nn.Module):
+class AttentionPool(Configured, ReadsReference):
     """Pooling of a context by k learned queries, through one attention or a stack of cross-attention blocks.
 
     Args:

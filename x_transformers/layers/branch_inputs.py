@@ -14,7 +14,7 @@ from x_transformers.attention.qk.caller_rotations import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import bind_attn_bias, check_mask
 from x_transformers.cache import Entry
-from x_transformers.errors import ShapeError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Call, LayerCall, Span
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import select_new_tokens
@@ -41,9 +41,9 @@ def self_attention_inputs(
     layer.keys, layer.fresh, layer.biases = call.memo.once(
         lambda: _bind(stack, inputs, state, memory, memory_mask, reach),
         "keys",
+        None if memory is None else memory.shape[-2],
         memory_mask,
         reach,
-        size=0 if memory is None else memory.shape[-2],
     )
     if inputs.additional:
         layer.additional, layer.additional_mask = nth(inputs.additional, step.nth), inputs.additional_kv_mask
@@ -81,7 +81,7 @@ def _bind(
             memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
         keys, fresh = keys.after_memory(count, memory_mask, batch), fresh.after_memory(count, memory_mask, batch)
     biases: tuple[BoundScore, ...] = ()
-    if stack.rel_pos is not None:
+    if stack.rel_pos is not None and not inputs.by_head:
         biases = (stack.rel_pos.bind(call.query, keys),)
     if bias is not None:
         biases = (*biases, bind_attn_bias(bias, call.query.length, keys.length))
@@ -105,7 +105,8 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     residual = None if inputs.kv_residuals is None else nth(inputs.kv_residuals[CROSS_ATTENTION.letter], step.nth)
     source, mask, pos = inputs.context, inputs.context_mask, inputs.context_pos
     if held is None:
-        assert source is not None
+        if source is None:
+            raise InputError("a cross-attention has no cached keys of the context; pass `context` at every step.")
         if stack.context_dropout and stack.training:
             length = source.shape[1]
             source, mask, where = _drop_context(stack, source, mask, call)
@@ -123,7 +124,7 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
         token_mask = None if mask is None else check_mask(mask, batch, length, "context_mask")
         return Span(index, index[None], index[None], token_mask)
 
-    layer.keys = layer.fresh = call.memo.once(span, "context", mask, size=length)
+    layer.keys = layer.fresh = call.memo.once(span, "context", length, mask)
     layer.context = call.query.index.new_empty(0) if source is None else source
     layer.kv_residual = residual
     layer.rotations = _context_rotations(stack, layer, pos, batch)

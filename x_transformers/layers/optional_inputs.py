@@ -10,6 +10,7 @@ from torch import Tensor
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.scores.alibi import bias_by_head
 from x_transformers.attention.validation import check_context, check_pairs
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError
@@ -136,6 +137,31 @@ def offset_positions(offset: int, inputs: PassInputs, kv: KVCache | None) -> Ten
             "or give the positions of all tokens as `pos`."
         )
     return None
+
+
+def positions_by_head(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> None:
+    """Turn positions `(b, h, n)` that differ between heads into a bias, which replaces that of the stack.
+
+    Raises:
+        InputError: if something besides ALiBi would read the positions.
+        ShapeError: if they do not cover all tokens.
+    """
+    pos = inputs.pos
+    assert pos is not None
+    given = inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None
+    if stack.rotations or given:
+        raise InputError("`pos` for each head cannot rotate queries and keys; pass positions (n,) or (b, n).")
+    if inputs.mems:
+        raise InputError("`pos` for each head has no positions for the recurrent memory; drop `mems`.")
+    batch, new = inputs.x.shape[:2]
+    held = 0 if kv is None else kv.known_length
+    if held is None:
+        raise InputError(
+            "`pos` for each head cannot be combined with a static cache that is not empty; use a dynamic one."
+        )
+    bias = bias_by_head(stack.rel_pos, pos, batch=batch, new=new, total=held + new)
+    inputs.pos, inputs.by_head = None, True
+    inputs.attn_bias = bias if inputs.attn_bias is None else inputs.attn_bias + bias
 
 
 def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, kv: KVCache | None) -> None:

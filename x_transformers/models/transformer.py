@@ -16,7 +16,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids
+from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, checked_ids, whole_numbers
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
@@ -30,7 +30,6 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import rename
 from x_transformers.ops import masked_mean
 from x_transformers.options.signatures import shows_keywords_of
 
@@ -115,7 +114,7 @@ class TransformerWrapper(Model):
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
         self.own_to_logits = options.to_logits is None
-        self.to_logits = _build_head(options, dim, self.num_tokens, self.token_emb)
+        self.to_logits = _build_head(options, self, self.num_tokens)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
 
@@ -186,7 +185,7 @@ class TransformerWrapper(Model):
             return_mems, mems, mem_masks, detach_mems: recurrent memory, a `(b, m, D)` tensor for each self-attention.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             recycle_steps: number of times that a recycling model runs its stack.
-            pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
+            pos: integer positions `(n,)`, `(b, n)` or, for ALiBi, `(b, h, n)`; or floating position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: remove their positions from logits and features.
             embed_ids: name -> `(b, n)` ids of the further embeddings.
@@ -250,7 +249,7 @@ class TransformerWrapper(Model):
             self._check_requested(inputs)
         if x is None:
             x = _no_ids(prepend_embeds)
-        check_ids(x)
+        x = checked_ids(x)
         if kwargs:
             transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
         span = self._token_span(x.shape[1], inputs)
@@ -320,7 +319,7 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(ids, -1))
+            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(whole_numbers(ids, "`embed_ids` has"), -1))
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
@@ -381,18 +380,17 @@ class TransformerWrapper(Model):
 
     # checkpoints
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        for name in ("to_mixture.0.weight", "combine_mixture.weight"):
-            rename(state, prefix + name, f"{prefix}mixture.{name}")
+    def reference_names(self) -> Mapping[str, str]:
+        return {name: f"mixture.{name}" for name in ("to_mixture.0.weight", "combine_mixture.weight")}
 
 
-def _build_head(options: ModelOptions, dim: int, num_tokens: int, token_emb: nn.Module) -> nn.Module | None:
+def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Module | None:
     """Build the map from features to logits, or None if a pass returns features."""
     if options.return_only_embed:
         return None
+    dim = model.attn_layers.dim
     if options.tie_embedding:
-        assert isinstance(token_emb, TokenEmbedding)
-        return TiedLogits(token_emb, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
+        return TiedLogits(model, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
     if options.to_logits is not None:
         return options.to_logits
     width = num_tokens if options.logits_dim is None else options.logits_dim

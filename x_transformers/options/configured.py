@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from x_transformers.errors import ConfigError, did_you_mean
+from torch import nn
+
+from x_transformers.errors import ConfigError, Faults
 
 Built = TypeVar("Built", bound="Configured")
 
@@ -35,8 +37,32 @@ class Configured:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`."""
+        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`.
+
+        Of an object that was given as an argument, its present configuration.
+        """
         return copy.deepcopy(self._config)
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        """Take over what loading weights had changed in the object that a configuration describes.
+
+        Args:
+            config: of an object that was built with the same arguments.
+
+        Returns:
+            Functions that undo it.
+        """
+        given = {name: own for name, own in self._config["options"].items() if _is_config(own)}
+        parts = (
+            [part for part in self.children() if isinstance(part, Configured)] if isinstance(self, nn.Module) else []
+        )
+        found: list[tuple[Configured, Any]] = []
+        for part in parts:
+            # an argument; or else a copy of one
+            same = [name for name, own in given.items() if own is part._config]
+            same = same or [name for name, own in given.items() if own == part._config]
+            found += [(part, config["options"].get(name)) for name in same]
+        return [undo for part, theirs in found if _is_config(theirs) for undo in part.adopt_config(theirs)]
 
     @classmethod
     def from_config(cls: type[Built], config: Mapping[str, Any], **objects: Any) -> Built:
@@ -77,10 +103,11 @@ def _recording(init: Any) -> Any:
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
-            unknown = [] if takes_any else [name for name in kwargs if name not in names]
-            if unknown:
-                clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, names)}" for name in unknown)
-                raise ConfigError(f"{type(self).__name__}: {clauses}")
+            faults = Faults()
+            for name in () if takes_any else kwargs:
+                if name not in names:
+                    faults.add_unknown(name, names)
+            faults.raise_if_any(type(self).__name__)
             bound = signature.bind(self, *args, **kwargs)
             options: dict[str, Any] = {}
             for name, value in list(bound.arguments.items())[1:]:
@@ -94,9 +121,12 @@ def _recording(init: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none."""
+    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none.
+
+    The configuration of an object is shared with it, since loading weights may change it.
+    """
     if isinstance(value, Configured):
-        return value.config
+        return value._config
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
