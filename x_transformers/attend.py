@@ -322,8 +322,7 @@ class Attend(Configured, ReadsReference):
         Returns:
             `(b, h, i, e)`, zeros for a query that sees no key, with the scores if requested; and the visible keys.
         """
-        call, parts, deltas = layer.call, self.slots, layer.deltas
-        causal = layer.causal
+        call, parts, deltas, causal = layer.call, self.slots, layer.deltas, layer.causal
         if causal is None:
             causal = call.causal if layer.context is None else self.causal
         visible = visibility(
@@ -377,9 +376,7 @@ class Attend(Configured, ReadsReference):
         if later and not can_wait(request, backend, self.training):
             request, later = request._replace(capture=True), False
         if visible.documents is not None and not backend.reads_documents:
-            i, j = q.shape[-2], k.shape[-2]
-            masked = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
-            request = request._replace(visible=masked)
+            request = _with_masked_documents(request)
         # the parts that widened the queries need float32, and autocast would narrow them again
         with nullcontext() if q is plain_q else torch.autocast(q.device.type, enabled=False):
             result = backend.attend(request)
@@ -394,7 +391,6 @@ class Attend(Configured, ReadsReference):
         skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
         # all that `for_request` reads, except in a graph: with something left out, a later call could get a kernel that
         # cannot host it
-        # `is_transformed` written out
         mode = learns, skips, torch._C._are_functorch_transforms_active(), forward_ad._current_level
         asked = (q.device, q.dtype, mode, q.shape[-2:], v.shape[-1], needs, self.backends.flash)
         if asked != self._answer[0]:
@@ -519,6 +515,13 @@ def _needs_of(request: Request, needs: int) -> int:
     if request.visible.documents is not None:
         needs |= Needs.DOCUMENTS
     return needs
+
+
+def _with_masked_documents(request: Request) -> Request:
+    """Return the request with the documents of a packed row among the rules of its mask."""
+    visible, i, j = request.visible, request.q.shape[-2], request.k.shape[-2]
+    masked = request.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
+    return request._replace(visible=masked)
 
 
 def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:

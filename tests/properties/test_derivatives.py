@@ -118,14 +118,14 @@ def test_only_transformed_functions_leave_the_fused_kernel() -> None:
     model: AttentionLayers = Encoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
     (core,) = (attention.attend for attention in attentions(model))
     ran: list[str] = []
-    choose = core.backends.choose
+    choose = core.backends._decide
 
     def noted(*given: Any) -> Any:
         backend, why = choose(*given)
         ran.append(backend.name)
         return backend, why
 
-    core.backends.choose = noted  # type: ignore[method-assign]
+    core.backends._decide = noted  # type: ignore[method-assign]
     x = torch.randn(1, 4, 16)
     model(x)
     torch.func.jvp(model, (x,), (x,))

@@ -393,7 +393,7 @@ class BlockwiseSoftmax(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         q, k, v, out, *inputs = ctx.saved_tensors
         inputs, kept = inputs[: ctx.inputs], inputs[ctx.inputs :]
