@@ -24,7 +24,7 @@ HOUSE = (
     ("F2", ["forward_pass.intermediates"]),
     ("F2", ["masks.builder", "modules.branch_function"]),
     ("F3", ["attention"]),
-    ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice"]),
+    ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
     ("F4", ["attend"]),
     ("F4", ["attention.call_adapter"]),
     ("F5", ["feedforward.softclamp"]),

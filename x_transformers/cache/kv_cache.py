@@ -225,7 +225,7 @@ class KVCache:
         """
         # what `WindowEntry.grow` returns after the prefix; the entry itself may hold more, for rollbacks
         held = min(reach, self.length - new - self.prefix - self.dropped) + new
-        first, prefix = len(keys) - held, self.prefix
+        first, prefix = keys.length - held, self.prefix
         if prefix == 0:
             token_mask = None if keys.token_mask is None else keys.token_mask[:, first:]
             # columns count padding too, so that slots are no farther apart than columns

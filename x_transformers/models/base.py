@@ -321,7 +321,7 @@ class Model(Configured, ReadsReference):
         if self.post_emb_norm is not None:
             embeds = self.post_emb_norm(embeds)
         if inputs.prepend_embeds is not None and span.starts:
-            embeds = torch.cat((self._check_prepended(inputs.prepend_embeds, len(embeds)), embeds), dim=1)
+            embeds = torch.cat((self._check_prepended(inputs.prepend_embeds, embeds.shape[0]), embeds), dim=1)
         if self.emb_frac_gradient != 1:
             embeds = frac_gradient(embeds, self.emb_frac_gradient)
         items = embeds
@@ -330,7 +330,7 @@ class Model(Configured, ReadsReference):
         if self.project_emb is not None:
             items = self.project_emb(items)
         if self.cls_token is not None:
-            classes = self.cls_token.to(items.dtype).expand(len(items), -1, -1)
+            classes = self.cls_token.to(items.dtype).expand(items.shape[0], -1, -1)
             items = torch.cat((classes, items), dim=1)
         return items, embeds
 

@@ -20,6 +20,7 @@ from x_transformers.models.options import CONTINUOUS, check_size, read_options, 
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class ContinuousTransformerWrapper(Model):
@@ -68,6 +69,7 @@ class ContinuousTransformerWrapper(Model):
         """True if decoding may cache keys and values: new positions must not change earlier outputs."""
         return not self.average_pool_embed and self.attn_layers.can_cache_kv
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     def forward(
         self,
         x: Tensor,
@@ -143,7 +145,7 @@ class ContinuousTransformerWrapper(Model):
         embeds = self._add_positions(self.project_in(span.newest(x, 1)), inputs, span)
         features, record, _ = self._run_stack(embeds, inputs, span)
         if self.average_pool_embed:
-            valid = span.valid(len(x), mask, seq_start_pos, x.device)
+            valid = span.valid(x.shape[0], mask, seq_start_pos, x.device)
             features = masked_mean(features[:, span.leading :], valid)
         out = features if return_embeddings else self._output(features)
         return out if record is None else with_requested(out, record, inputs)

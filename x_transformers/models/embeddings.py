@@ -184,9 +184,12 @@ class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
         super().__init__()
         if dim % 2:
             raise ConfigError(f"sinusoidal positions need an even width; it is {dim}.")
-        half = dim // 2
+        self.frequencies, self.theta = dim // 2, theta
         self.scale = nn.Parameter(torch.full((1,), dim**-0.5))
-        self.register_buffer("inv_freq", theta ** -(torch.arange(half).float() / half), persistent=False)
+        self.register_derived()
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        return {"inv_freq": self.theta ** -(torch.arange(self.frequencies, dtype=torch.float32) / self.frequencies)}
 
     def forward(
         self,

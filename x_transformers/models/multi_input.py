@@ -19,6 +19,7 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import MULTI_INPUT, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class MultiInputTransformerWrapper(Model):
@@ -57,6 +58,7 @@ class MultiInputTransformerWrapper(Model):
             else nn.ModuleDict({name: LinearNoBias(dim, size) for name, size in sizes.items()})
         )
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     def forward(
         self,
         x: Mapping[str, Tensor],
@@ -150,7 +152,9 @@ class MultiInputTransformerWrapper(Model):
             found = sorted(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
             raise InputError(f"x is {found}; this model reads a dict of the streams {sorted(self.num_tokens)}.")
         shapes = {name: tuple(ids.shape) for name, ids in x.items()}
-        if len(set(shapes.values())) > 1:
+        first = next(iter(shapes.values()))
+        # sizes may be symbols of a graph, which cannot be members of a set
+        if any(shape != first for shape in shapes.values()):
             raise ShapeError(f"the streams have shapes {shapes}; they must be the same.")
         streams = {name: checked_ids(ids) for name, ids in x.items()}
         return streams, next(iter(streams.values())).shape[1]

@@ -31,6 +31,7 @@ from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size,
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class TransformerWrapper(Model):
@@ -129,6 +130,7 @@ class TransformerWrapper(Model):
         """True if decoding may cache keys and values: new tokens must not change earlier outputs."""
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     def forward(
         self,
         x: Tensor | None,
@@ -338,7 +340,7 @@ class TransformerWrapper(Model):
         if self.num_cls_tokens:
             classes = features[:, : self.num_cls_tokens]
             return classes[:, 0] if self.num_cls_tokens == 1 else classes, None
-        valid = span.valid(len(features), inputs.mask, inputs.seq_start_pos, features.device)
+        valid = span.valid(features.shape[0], inputs.mask, inputs.seq_start_pos, features.device)
         if self.average_pool_embed:
             return masked_mean(features[:, span.leading :], valid), None
         requested = span.kv is None and (self.returns_pooled or inputs.return_intermediates)

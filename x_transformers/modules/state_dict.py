@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from x_transformers.modules.float32_buffers import device_of, leave_meta
 from x_transformers.modules.whole_loading import PLAIN_LOADERS, check_whole, load_whole
 
 
@@ -113,6 +114,9 @@ class ReadsReference(LoadsWhole):
         if finish is not None and not _fits(self, state_dict, prefix):
             finish = None
         self.translate_reference(state_dict, prefix)
+        if local_metadata.get("assign_to_params_buffers", False):
+            # what no state dict contains goes where the weights are
+            leave_meta(self, device_of(state_dict, prefix))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
