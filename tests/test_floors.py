@@ -15,6 +15,7 @@ HOUSE = (
     ("F1", ["forward_pass.call"]),
     ("F1", ["masks.visibility"]),
     ("F1", ["masks.block_masks"]),
+    ("F0", ["options.values"]),
     ("F1", ["options.schema", "modules.state_dict", "modules.inference"]),
     ("F1", ["options"]),
     ("F2", ["cache.entries", "modules", "losses"]),

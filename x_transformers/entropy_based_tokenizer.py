@@ -13,9 +13,10 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.models.embeddings import check_ids
 from x_transformers.modules.inference import InferenceView
 from x_transformers.ops import at_least_float32
+from x_transformers.options.configured import Checked
 
 
-class EntropyBasedTokenizer(nn.Module):
+class EntropyBasedTokenizer(Checked, nn.Module):
     """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:

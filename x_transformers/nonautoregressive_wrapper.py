@@ -461,7 +461,13 @@ def _find_schedule(given: str | Schedule) -> Schedule:
     schedule = SCHEDULES[given] if isinstance(given, str) else given
     if not callable(schedule):
         raise ConfigError(f"`schedule` is {given!r}; it must be a function of t or one of {', '.join(SCHEDULES)}.")
-    fractions = schedule(torch.linspace(0, 1, 101))
+    times = torch.linspace(0, 1, 101)
+    try:
+        fractions = schedule(times)
+    except Exception as error:
+        raise ConfigError(f"`schedule` raised {type(error).__name__} for 101 times from 0 to 1: {error}") from error
+    if not isinstance(fractions, Tensor) or fractions.shape != times.shape:
+        raise ConfigError("`schedule` must return a tensor of the shape of the times t that it is given.")
     if not (fractions.diff() < 0).all() or fractions.max() > 1 + 1e-6 or fractions.min() < -1e-6:
         raise ConfigError(
             "`schedule` must return the masked fraction at time t, which falls from at most 1 at t = 0 to at least 0 "

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+SHORTEST = {torch.float16: 2.0**-24}
+"""Least length that vectors are divided by, where a smaller one would be rounded to 0; zero vectors stay zero."""
+
 
 def l2norm(t: Tensor, groups: int = 1) -> Tensor:
     """Normalize the last axis to unit length: `t / max(|t|, 1e-12)`.
@@ -19,13 +22,13 @@ def l2norm(t: Tensor, groups: int = 1) -> Tensor:
         groups: cut the axis into this many equal parts and normalize each by itself.
     """
     if groups == 1:
-        return F.normalize(t, dim=-1)
-    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
+        return F.normalize(t, dim=-1, eps=SHORTEST.get(t.dtype, 1e-12))
+    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1, eps=SHORTEST.get(t.dtype, 1e-12)).flatten(-2)
 
 
 def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
     """Divide by the sum of absolute values over an axis: `t / max(|t|_1, eps)`."""
-    return F.normalize(t, p=1, dim=dim, eps=eps)
+    return F.normalize(t, p=1, dim=dim, eps=max(eps, SHORTEST.get(t.dtype, 0.0)))
 
 
 def softclamp(t: Tensor, value: float) -> Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.decoding.generation import Generation
@@ -75,7 +75,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         ttt_muon_steps: int = 5,
         ttt_muon_lr: float = 0.01,
         ttt_low_rank_paths: Sequence[str] = (),
-        ttt_custom_loss_module: Any = None,
+        ttt_custom_loss_module: nn.Module | None = None,
         ttt_next_latent_loss: bool = False,
         episodic_mem_len: int = 0,
     ) -> None:

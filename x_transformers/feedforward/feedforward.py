@@ -21,7 +21,7 @@ from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Feature, Schema, opt, require
+from x_transformers.options.schema import Feature, Schema, positive, at_least, opt, require
 from x_transformers.options.signatures import parameter, show_keywords
 
 
@@ -40,7 +40,8 @@ class FeedForwardOptions:
     )
 
     def __post_init__(self) -> None:
-        require(self.mult > 0, f"`mult` is {self.mult}; it must be positive.")
+        positive(mult=self.mult)
+        at_least(1, dim_out=self.dim_out, output_proj_depth=self.output_proj_depth)
         for name in ("dropout", "sublayer_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
@@ -113,6 +114,10 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         faults.raise_if_any("FeedForward")
         core, glu = parsed["feedforward"], parsed["glu"]
         inner = int(dim * core.mult)
+        at_least(1, dim=dim)
+        require(
+            1 <= inner < 2**31, f"`dim` is {dim} and `mult` {core.mult}; the inner width is {inner}, choose others."
+        )
         self.features = tuple(feature.name for feature in parsed.enabled())
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do

@@ -12,6 +12,7 @@ from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.layers.named_stacks import CrossAttender
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 
 
 class AttentionPool(Configured, nn.Module):
@@ -51,6 +52,7 @@ class AttentionPool(Configured, nn.Module):
         self.squeeze_output = bool(squeeze_output)
         self.add_residual, self.dim = add_residual, dim
         dim_context = dim if dim_context is None else dim_context
+        at_least(1, dim=dim, dim_context=dim_context)
         _check(num_pooled_tokens, depth, blocks, self.squeeze_output, add_residual)
         self.queries = nn.Parameter(torch.randn(num_pooled_tokens, dim) * 1e-2) if num_pooled_tokens else None
         self.pooler: Attention | CrossAttender

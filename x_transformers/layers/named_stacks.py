@@ -59,7 +59,7 @@ class PrefixDecoder(AttentionLayers):
 
     def __init__(self, **keywords: Any) -> None:
         _refuse_causal(keywords, "a PrefixDecoder is causal after its prefix", "a Decoder")
-        if keywords.get("mv_split_residual"):
+        if keywords.get("mv_split_residual") is True:
             raise ConfigError(
                 "PrefixDecoder: `mv_split_residual` takes means over the sequence, which would show the future to "
                 "tokens after the prefix; drop it, or build a Decoder."

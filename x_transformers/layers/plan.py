@@ -12,7 +12,8 @@ from x_transformers.layers.catalog import STACK
 from x_transformers.layers.execution_order import LayerSequence, layer_sequence
 from x_transformers.layers.kinds import KINDS, BranchKind
 from x_transformers.options.per_layer import distribute
-from x_transformers.options.schema import Options, Surroundings, accepts
+from x_transformers.options.schema import Options, Surroundings
+from x_transformers.options.values import accepts
 
 Keywords = dict[str, Any]
 
@@ -96,7 +97,7 @@ def _route(given: Mapping[str, Any], faults: Faults) -> tuple[Keywords, dict[str
             faults.add(f"`{keyword}` is set by the stack; use {kind.set_by_stack[name]}.")
         elif name not in kind.meaningless:
             groups[kind.letter][name] = value
-        elif value:
+        elif not (value is None or value is False):
             faults.add(f"`{keyword}` {kind.meaningless[name]}; drop it.")
     return own, groups
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.state_dict import ReadsReference, rename
-from x_transformers.options.schema import Feature, Options, Rule, opt, require
+from x_transformers.ops import SHORTEST
+from x_transformers.options.configured import Checked
+from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class ConditionOptions:
         return self.given_width(dim) * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
 
 
-class Norm(nn.Module):
+class Norm(Checked, nn.Module):
     """Abstract base class of normalization layers.
 
     Attributes:
@@ -118,6 +120,7 @@ class GainNorm(PreparesForInference, Norm):
 
     def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
@@ -257,6 +260,7 @@ class AdaptiveNorm(Norm):
 
     def __init__(self, dim: int, dim_condition: int | None = None) -> None:
         super().__init__()
+        at_least(1, dim=dim, dim_condition=dim_condition)
         self.dim_condition = dim if dim_condition is None else dim_condition
         self.to_gamma = nn.Linear(self.dim_condition, dim, bias=False)
         nn.init.zeros_(self.to_gamma.weight)
@@ -318,7 +322,7 @@ _TINY = 1e-24
 """Epsilon of RMSNorms: it maps a zero vector to zero, and is too small to change any other."""
 
 
-class MultiheadRMSNorm(nn.Module):
+class MultiheadRMSNorm(Checked, nn.Module):
     """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
 
     Args:
@@ -334,7 +338,8 @@ class MultiheadRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x (b, heads, n, d)` over the last axis."""
-        return F.normalize(x, dim=-1, eps=self.eps) * self.scale * (self.gamma + 1)
+        least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
+        return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
 
 
 LAYER_NORM = Feature(
