@@ -16,6 +16,7 @@ HOUSE = (
     ("F1", ["masks.visibility"]),
     ("F1", ["masks.block_masks"]),
     ("F0", ["options.values"]),
+    ("F0", ["forward_pass.arguments"]),
     ("F1", ["options.schema", "modules.state_dict", "modules.inference"]),
     ("F1", ["options"]),
     ("F2", ["cache.entries", "modules", "losses"]),

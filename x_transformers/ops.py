@@ -82,14 +82,15 @@ def pad_left(t: Tensor, count: int, value: float | bool) -> Tensor:
 def split_heads(t: Tensor, heads: int) -> Tensor:
     """Split the last axis into heads: `(b, n, h d) -> (b, h, n, d)`."""
     # called for every projection of every layer and token: no einops here, and one view for a single token
-    b, n, _ = t.shape
-    return t.view(b, heads, 1, -1) if n == 1 else t.view(b, n, heads, -1).transpose(1, 2)
+    # sizes are written out, since -1 is ambiguous in a batch of no rows
+    b, n, width = t.shape
+    return t.view(b, heads, 1, width // heads) if n == 1 else t.view(b, n, heads, width // heads).transpose(1, 2)
 
 
 def merge_heads(t: Tensor) -> Tensor:
     """Merge heads into the last axis: `(b, h, n, d) -> (b, n, h d)`."""
-    b, _, n, _ = t.shape
-    return t.reshape(b, 1, -1) if n == 1 else t.transpose(1, 2).flatten(2)
+    b, h, n, d = t.shape
+    return t.reshape(b, 1, h * d) if n == 1 else t.transpose(1, 2).flatten(2)
 
 
 def expand_kv_heads(t: Tensor, heads: int) -> Tensor:
@@ -184,6 +185,8 @@ def one_hot_straight_through(logits: Tensor, temperature: float = 1.0, dim: int 
     Returns:
         a tensor of the shape and dtype of `logits`.
     """
+    if logits.shape[dim] == 0:  # nothing is the largest
+        return logits
     soft = (at_least_float32(logits) / temperature).softmax(dim=dim)
     hard = torch.zeros_like(soft).scatter(dim, logits.argmax(dim=dim, keepdim=True), 1.0)
     return straight_through(hard, soft).to(logits.dtype)

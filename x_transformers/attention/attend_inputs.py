@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_pairs
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import read_mask
 from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 
@@ -95,7 +96,7 @@ class AttendInputs:
         if self.mask is not None and self.mask.ndim == 2:
             token_mask = check_mask(self.mask, batch, j, "mask")
         elif self.mask is not None:
-            pairs = check_pairs(self.mask.bool(), "mask", batch=batch, heads=heads, queries=i, keys=j)
+            pairs = check_pairs(read_mask(self.mask, "mask"), "mask", batch=batch, heads=heads, queries=i, keys=j)
         if self.row_mask is not None:
             own = check_mask(self.row_mask, batch, i, "row_mask")
         biases = ()

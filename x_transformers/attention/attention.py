@@ -18,6 +18,7 @@ from x_transformers.attention.clip import checked_logits, clip_factors, clip_hea
 from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import translate
+from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
@@ -249,9 +250,9 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             out = self.change_output(out, xq, heads.projected, visible.fully_masked_queries(call.memo), layer)
         if out.dtype != heads.q.dtype:
             out = out.to(heads.q.dtype)
-        b, _, n, _ = out.shape
+        b, h, n, e = out.shape
         # the axes of a single token need not be exchanged
-        out = out.reshape(b, 1, -1) if n == 1 else out.transpose(1, 2).flatten(2)
+        out = out.reshape(b, 1, h * e) if n == 1 else out.transpose(1, 2).flatten(2)
         plain = self.ready
         out = self.out(out) if plain is None else F.linear(out, *plain)
         if self.sublayer_dropout:
@@ -365,7 +366,11 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             flash_pack_seq_kwargs=flash_pack_seq_kwargs,
             causal=causal,
         )
-        out, record, _ = self.run(x, self.layer_call(given))
+        try:
+            out, record, _ = self.run(x, self.layer_call(given))
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), vars(given))
+            raise
         if not return_intermediates:
             return out
         return out, record if record is not None else Intermediates(layer_type="a")

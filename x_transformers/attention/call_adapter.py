@@ -18,13 +18,15 @@ from x_transformers.attention.validation import (
     check_context,
     check_input,
     check_mask,
+    check_memory,
     check_pairs,
     without_hidden,
 )
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span, check_kinds
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 
@@ -85,6 +87,8 @@ class CallAdapter(HeadProjection):
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
+        check_kinds(vars(given), kinds_of(AttentionInputs))
+        read_masks_of(given, ("mask", "context_mask", "attn_mask", "mem_mask", "additional_key_value_mask"))
         x, context, mem = self._input_of_queries(given), given.context, given.mem
         batch, n = x.shape[:2]
         causal = self.attend.causal if given.causal is None else given.causal
@@ -116,6 +120,10 @@ class CallAdapter(HeadProjection):
             attn_mask = check_pairs(attn_mask, "attn_mask", **size)
         if attn_bias is not None:
             attn_bias = check_pairs(attn_bias, "attn_bias", **size)
+        if mem is not None:
+            check_memory(mem, batch, self.dim_context)
+            if given.mem_mask is not None:
+                check_mask(given.mem_mask, batch, mem.shape[-2], "mem_mask")
         if mem is not None:
             keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
         biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from x_transformers.cache.entries import Entry, WindowEntry
 from x_transformers.errors import InputError
+from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.call import Span
 
 Reach = int | None
@@ -235,7 +236,12 @@ class KVCache:
     # going back, and other rows
 
     def crop(self, most: int) -> None:
-        """Keep the prefix and the newest `most` slots after it, in every stream that grows."""
+        """Keep the prefix and the newest `most` slots after it, in every stream that grows.
+
+        Raises:
+            InputError: if `most` is no number of slots.
+        """
+        check_counts(most, "most", None)
         drop = self.length - self.prefix - self.dropped - most
         if drop <= 0:
             return
@@ -272,6 +278,10 @@ class KVCache:
         self.tokens -= count
         self.started = self.length > 0
 
+    def retract(self, count: int) -> None:
+        """Take the newest `count` slots back; the earlier name of `rollback`."""
+        self.rollback(count)
+
     def can_roll_back(self, count: int) -> bool:
         """Return True if `rollback` can take `count` slots back."""
         left = self.length - count - self.prefix - self.dropped
@@ -283,6 +293,7 @@ class KVCache:
         return self.supports_rollback
 
     def _refuse_rollback(self, count: int) -> None:
+        check_counts(count, "count", self.tokens or self.known_length)
         if not self.supports_rollback:
             raise InputError(
                 "this cache holds running states (shifted tokens, means, recurrent modules), or suppression of older "
@@ -299,7 +310,13 @@ class KVCache:
         return self.begin(0)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row `r` continue from old row `rows[r]`, as beam search does."""
+        """Let row `r` continue from old row `rows[r]`, as beam search does.
+
+        Raises:
+            InputError: if there is no such row; rows that are on an accelerator are not read.
+        """
+        if self.rows is not None and rows.numel():
+            check_counts(rows, "rows", self.rows - 1)
         for entry in self.entries:
             entry.map(lambda t: t.index_select(0, rows))
         self._map_rows(lambda t: t.index_select(0, rows))
@@ -318,7 +335,14 @@ class KVCache:
         return own
 
     def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, in place."""
+        """Repeat each row `times` times, in place.
+
+        Raises:
+            InputError: if `times` is below 1.
+        """
+        check_counts(times, "times", None)
+        if times < 1:
+            raise InputError(f"`times` is {times}; it must be at least 1.")
         for entry in self.entries:
             entry.map(lambda t: t.repeat_interleave(times, dim=0))
         self._map_rows(lambda t: t.repeat_interleave(times, dim=0))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import Faults
+from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
@@ -21,8 +21,9 @@ from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Feature, Schema, positive, at_least, opt, require
+from x_transformers.options.schema import Feature, Schema, at_least, opt, positive, require
 from x_transformers.options.signatures import parameter, show_keywords
+from x_transformers.options.values import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         require(
             1 <= inner < 2**31, f"`dim` is {dim} and `mult` {core.mult}; the inner width is {inner}, choose others."
         )
+        self.dim = dim
         self.features = tuple(feature.name for feature in parsed.enabled())
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do
@@ -166,6 +168,8 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         """
         if layer is not None:
             deep_embed = layer.deep_embed
+        else:
+            self._check_input(x)
         plain = self.ready
         x = self.up(x) if plain is None else F.linear(x, *plain[0])
         if self.glu:
@@ -182,6 +186,12 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         if deep_embed is not None:
             x = x * deep_embed
         return x if layer is None else BranchOutput(x, None, layer.carry)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise InputError(f"the input is {shown(x)}; it must be a floating tensor, (..., {self.dim}).")
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ShapeError(f"the input has shape {tuple(x.shape)}; it must be (..., {self.dim}).")
 
     @property
     def keeps_documents_apart(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.attention.base import BoundScore, QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
-from x_transformers.attention.validation import bind_attn_bias, check_mask
+from x_transformers.attention.validation import bind_attn_bias, check_mask, check_memory
 from x_transformers.cache import Entry
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Call, LayerCall, Span
@@ -69,8 +69,7 @@ def _bind(
         keys = state.kv.within_reach(keys, reach, len(call.query))
         bias = None if bias is None else _columns_of(bias, call.keys, keys)
     if memory is not None:
-        if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != stack.dim:
-            raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {stack.dim}).")
+        check_memory(memory, batch, stack.dim)
         count = memory.shape[-2]
         if memory_mask is not None:
             memory_mask = check_mask(memory_mask, batch, count, "mem_masks")

@@ -12,14 +12,15 @@ from torch import Tensor
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.forward_pass.call import Capture, Span
+from x_transformers.forward_pass.arguments import check_counts
+from x_transformers.forward_pass.call import Capture, Span, check_kinds
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
 from x_transformers.layers.explain import Explanation, explain_stack
-from x_transformers.layers.optional_inputs import refuse_cache_unless_causal
-from x_transformers.layers.pass_state import BlockTransform, PassInputs
+from x_transformers.layers.optional_inputs import explain_failed_pass, refuse_cache_unless_causal
+from x_transformers.layers.pass_state import KINDS_OF_INPUTS, BlockTransform, PassInputs
 from x_transformers.layers.plan import make_plan
 from x_transformers.layers.reference_names import translate_stack
 from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
@@ -91,6 +92,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if the stack is not causal.
         """
         refuse_cache_unless_causal(self)
+        for name, count in (("batch", batch), ("capacity", capacity), ("prefix", prefix or 0), ("step", step)):
+            check_counts(count, name, None)
         like = next(self.parameters())
         cache = StaticCache(
             self.cache_streams(),
@@ -274,14 +277,19 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         """
         given = locals()
         del given["self"]
+        check_kinds(given, KINDS_OF_INPUTS)
         inputs = PassInputs(**given)
         state = begin_pass(self, inputs)
         steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
-        if self.checkpoint_every is not None and recomputes(self, state):
-            state = run_recomputing(self, steps, inputs, state)
-        else:
-            run_steps(self, steps, inputs, state)
-        out = finish(self, inputs, state.stream)
+        try:
+            if self.checkpoint_every is not None and recomputes(self, state):
+                state = run_recomputing(self, steps, inputs, state)
+            else:
+                run_steps(self, steps, inputs, state)
+            out = finish(self, inputs, state.stream)
+        except RuntimeError as error:
+            explain_failed_pass(self, given, state, error)
+            raise
         if not (return_hiddens or return_gumbel_log_probs):
             return out
         record = state.recorder.intermediates(state.stream, out, state.kv)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +14,19 @@ from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotati
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import check_context, check_pairs
 from x_transformers.cache import KVCache
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts, explain_failure, read_mask
 from x_transformers.forward_pass.call import Capture, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
-from x_transformers.layers.pass_state import PassInputs
+from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
+from x_transformers.options.values import shown
 
 # checks
+
+MASKS = ("mask", "self_attn_kv_mask", "context_mask", "additional_kv_mask")
 
 
 def check_inputs(stack: LayerStack, inputs: PassInputs) -> None:
@@ -83,6 +89,39 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     return capture
 
 
+def explain_failed_pass(stack: LayerStack, given: Mapping[str, Any], state: PassState, error: Exception) -> None:
+    """Raise an `InputError` if a kernel failed because of what the caller gave.
+
+    Sizes of cached tensors, dtypes and devices are compared only then, so that passes that fit do not pay for it.
+
+    Args:
+        stack: the stack.
+        given: arguments of the pass.
+        state: where the pass failed.
+        error: of the kernel.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    rows, batch = None if state.kv is None else state.kv.rows, len(state.stream)
+    if rows is not None and rows != batch:
+        raise InputError(
+            f"the cache holds {rows} rows, but {batch} are to run; give the cache of these rows."
+        ) from error
+    streams = stack.cache_streams() if given["cache"] is not None and state.kv is not None else ()
+    for entry, shapes in zip(state.kv.entries if state.kv is not None else (), streams, strict=False):
+        for name, (heads, width, *_) in shapes.items():
+            held = entry.grown.get(name)
+            if held is not None and (held.shape[1], held.shape[-1]) != (heads, width):
+                raise InputError(
+                    f"the cache holds {held.shape[1]} heads of width {held.shape[-1]} as {name!r}, and this stack "
+                    f"{heads} of width {width}; a cache belongs to the model that made it."
+                ) from error
+    weights = next((p for p in stack.parameters() if p.is_floating_point()), None)
+    if weights is not None:
+        explain_failure(error, weights, given)
+
+
 # the cache
 
 
@@ -126,6 +165,7 @@ def offset_positions(offset: int, inputs: PassInputs, kv: KVCache | None) -> Ten
     Raises:
         InputError: if positions are given too, or the cache holds another number of tokens.
     """
+    check_counts(offset, "seq_pos_offset", None)
     if inputs.pos is not None:
         raise InputError("`pos` and `seq_pos_offset` both set the positions of the tokens; drop one of them.")
     if kv is None:
@@ -144,6 +184,7 @@ def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, k
         inputs.attn_bias = kv.cut_bias(inputs.attn_bias)
     size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": len(query), "keys": len(keys)}
     if inputs.attn_mask is not None:
+        inputs.attn_mask = read_mask(inputs.attn_mask, "attn_mask")
         inputs.attn_mask = check_pairs(inputs.attn_mask, "attn_mask", **size)
     if inputs.attn_bias is not None:
         inputs.attn_bias = check_pairs(inputs.attn_bias, "attn_bias", **size)
@@ -169,7 +210,7 @@ def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -
     return (GivenPolar(*polar),)
 
 
-def checked_context_pos(stack: LayerStack, pos: Tensor) -> Tensor:
+def checked_context_pos(stack: LayerStack, inputs: PassInputs, pos: Tensor) -> Tensor:
     """Return the positions of the context as `(1|b, m)`.
 
     Raises:
@@ -179,6 +220,8 @@ def checked_context_pos(stack: LayerStack, pos: Tensor) -> Tensor:
         raise InputError(
             "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
         )
+    if pos.ndim not in (1, 2) or pos.shape[:-1] not in ((), (1,), (len(inputs.x),)) or pos.is_complex():
+        raise ShapeError(f"`context_pos` has shape {tuple(pos.shape)}; it must be (m,) or ({len(inputs.x)}, m).")
     return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
 
@@ -212,4 +255,14 @@ def read_memories(stack: LayerStack, inputs: PassInputs) -> None:
     """Split what the previous segment left: memories of the self-attentions, then running states."""
     assert inputs.mems is not None
     attentions = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
+    for each in inputs.mems:
+        if each is not None and not isinstance(each, Tensor):
+            raise InputError(f"`mems` contains {shown(each)}; it must be a tensor or None for each layer.")
+    if inputs.mem_masks is not None and len(inputs.mem_masks) > attentions:
+        raise InputError(f"`mem_masks` holds {len(inputs.mem_masks)} masks; there are {attentions} self-attentions.")
+    states = sum(len(stack.sublayers[index].running) for index in inputs.order)
+    if len(inputs.mems) > attentions + states:
+        raise InputError(
+            f"`mems` holds {len(inputs.mems)} tensors; this stack reads {attentions} memories and {states} states."
+        )
     inputs.attention_memories, inputs.running_states = inputs.mems[:attentions], inputs.mems[attentions:]

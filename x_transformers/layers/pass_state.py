@@ -15,6 +15,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.cache import NO_PREFIX, CacheHeader, Entry, KVCache
+from x_transformers.forward_pass.arguments import kinds_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
@@ -94,6 +95,9 @@ class PassInputs:
     additional: Sequence[KeysValues | None] = field(default=(), init=False)
     kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
     documents: Mapping[str, Documents] | None = field(default=None, init=False)
+
+
+KINDS_OF_INPUTS = kinds_of(PassInputs)
 
 
 class Recorder:

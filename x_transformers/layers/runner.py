@@ -10,6 +10,7 @@ from torch import Tensor
 
 from x_transformers.attention.validation import check_input
 from x_transformers.cache import KVCache
+from x_transformers.forward_pass.arguments import read_masks_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.branch import Branch
@@ -17,6 +18,7 @@ from x_transformers.layers.branch_inputs import cross_attention_inputs, running_
 from x_transformers.layers.checkpointing import recompute, split_by_recomputation
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.optional_inputs import (
+    MASKS,
     begin_cache,
     check_inputs,
     checked_context_pos,
@@ -54,6 +56,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     x = inputs.x
     if x.ndim != 3 or x.shape[-1] != stack.dim or not x.is_floating_point():
         check_input(x, stack.dim)
+    if inputs.mask is not None or inputs.self_attn_kv_mask is not None or inputs.context_mask is not None:
+        read_masks_of(inputs, MASKS)
     if inputs.cache is not None or inputs.causal is not None or inputs.context is not None or stack.cross_attend:
         check_inputs(stack, inputs)
     if stack.packed or inputs.flash_pack_seq_kwargs is not None or inputs.flash_pack_seq_context_kwargs is not None:
@@ -90,7 +94,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         causal=causal,
         aligned=kv is None or kv.fresh,
         newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
-        row_mask=inputs.mask.bool() if inputs.mask is not None and inputs.cache is None else None,
+        row_mask=inputs.mask if inputs.cache is None else None,
         attn_mask=inputs.attn_mask,
         attn_bias=inputs.attn_bias,
         capture=capture,
@@ -114,7 +118,7 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
     elif stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None:
         inputs.rotations = stack.rotations
     if inputs.context_pos is not None:
-        inputs.context_pos = checked_context_pos(stack, inputs.context_pos)
+        inputs.context_pos = checked_context_pos(stack, inputs, inputs.context_pos)
     if inputs.condition is not None or stack.need_condition:
         read_condition(stack, inputs)
     if inputs.in_attn_cond is not None or stack.injection is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from x_transformers.attention.validation import check_mask, check_static_mask
 from x_transformers.cache import KVCache
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.call import Span
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs
@@ -60,7 +61,8 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
         padded, q_padded = _at(places, k_index, fill=True), _at(places, q_index, fill=True)
         k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
     elif inputs.seq_start_pos is not None:
-        check_start(inputs.seq_start_pos, batch)
+        # the first pass of a cache may read a part of the padding only
+        check_start(inputs.seq_start_pos, batch, n if cache is None else None)
         # a row's first token has slot 0, so that its outputs do not depend on the padding before it
         start = inputs.seq_start_pos.unsqueeze(-1)
         padded, q_padded = k_slot >= start, q_slot >= start
@@ -87,13 +89,20 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     return query, query if cache is None else Span(k_index, k_slot, k_pos, token_mask, contiguous)
 
 
-def check_start(start: Tensor, batch: int) -> None:
-    """Raise a `ShapeError` unless `seq_start_pos` has a number of tokens for each row."""
+def check_start(start: Tensor, batch: int, most: int | None = None) -> None:
+    """Raise a `ShapeError` unless `seq_start_pos` has a number of tokens for each row.
+
+    Args:
+        start: the argument.
+        batch: number of rows.
+        most: greatest number of padding tokens; None if it is not known.
+    """
     if start.shape != (batch,) or start.is_floating_point():
         raise ShapeError(
             f"`seq_start_pos` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be ({batch},): the "
             "number of padding tokens on the left of each row."
         )
+    check_counts(start, "seq_start_pos", most, batch)
 
 
 def _at(t: Tensor, index: Tensor, fill: int | bool) -> Tensor:
@@ -104,7 +113,8 @@ def _at(t: Tensor, index: Tensor, fill: int | bool) -> Tensor:
 def _check_pos(pos: Tensor, batch: int, n: int, total: int | None) -> Tensor:
     pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
     allowed = {n} if total is None else {n, total}
-    if pos.ndim != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] not in allowed or pos.is_floating_point():
+    whole = not (pos.is_floating_point() or pos.is_complex() or pos.dtype is torch.bool)
+    if pos.ndim != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] not in allowed or not whole:
         raise ShapeError(
             f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; it must hold integer positions for "
             f"{' or '.join(str(count) for count in sorted(allowed))} tokens."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
@@ -148,6 +149,8 @@ class Model(Configured, ReadsReference):
             InputError: if the model cannot decode with a cache.
         """
         self._refuse_cache()
+        for name, number in (("batch", batch), ("max_len", max_len), ("prepended", prepended), ("step", step)):
+            check_counts(number, name, None)
         # a ring keeps its window after a prefix of fixed length; interspersed memory tokens belong to none
         prefix = None if self.layout.every is not None else self.layout.memory + prepended
         return self.attn_layers.static_cache(
@@ -160,6 +163,8 @@ class Model(Configured, ReadsReference):
         """Return which of the n tokens given are new. Prepended embeddings that are cached do not run again."""
         leading = self.num_cls_tokens
         if inputs.prepend_embeds is not None:
+            if inputs.prepend_embeds.ndim != 3:
+                self._check_prepended(inputs.prepend_embeds, "b")
             leading += inputs.prepend_embeds.shape[1]
         if inputs.cache is None:
             return TokenSpan(n, n, 0, leading, None, True)
@@ -172,6 +177,11 @@ class Model(Configured, ReadsReference):
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         if kv is None:
             raise InputError("the intermediates given as `cache` hold none; request them with `return_intermediates`.")
+        if kv.started and kv.prefix != self.layout.slots(kv.prepended):
+            raise InputError(
+                f"the cache begins with {kv.prefix - kv.prepended} memory tokens, and this model has "
+                f"{self.layout.slots(0)}; a cache belongs to the model that made it."
+            )
         if self.layout.every is not None and kv.capacity is not None and torch.compiler.is_compiling():
             raise InputError(
                 "interspersed memory tokens make steps of different lengths, which one compiled step cannot run; drop "
@@ -197,7 +207,9 @@ class Model(Configured, ReadsReference):
         """
         pos, start = inputs.pos, inputs.seq_start_pos
         if start is not None:
-            check_start(start, embeds.shape[0])
+            check_start(start, embeds.shape[0], None if span.kv is not None else span.count)
+        if pos is not None:
+            self._check_pos(pos, embeds)
         if pos is not None and pos.is_floating_point():
             inputs.pos = None
             return embeds + span.newest(pos, -2)
@@ -207,6 +219,19 @@ class Model(Configured, ReadsReference):
         if self.pos_emb is None:
             return embeds
         return embeds + self.pos_emb(embeds, pos, start, span.first).to(embeds.dtype)
+
+    def _check_pos(self, pos: Tensor, embeds: Tensor) -> None:
+        """Raise a `ShapeError` unless positions are those of the rows of `embeds`, or of all rows alike."""
+        batch, floating = embeds.shape[0], pos.is_floating_point()
+        axes = pos.ndim - floating
+        # tables have one position for each token; heads of their own are for the stack
+        most = 2 if floating or self.pos_emb is not None else 3
+        width = pos.shape[-1] == embeds.shape[-1] if floating and pos.ndim else True
+        if not 1 <= axes <= most or (axes > 1 and pos.shape[0] not in (1, batch)) or not width or pos.is_complex():
+            raise ShapeError(
+                f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; it must hold whole numbers, (n,) or "
+                f"({batch}, n), or embeddings of positions, (n, {self.emb_dim}) or ({batch}, n, {self.emb_dim})."
+            )
 
     def _integer_positions(self, pos: Tensor, span: TokenSpan) -> tuple[Tensor, Tensor]:
         """Return positions for the stack and for the position table."""
@@ -295,6 +320,9 @@ class Model(Configured, ReadsReference):
         """
         if inputs.sum_embeds is not None:
             more = inputs.sum_embeds
+            batch, width = len(embeds), embeds.shape[-1]
+            if more.ndim not in (2, 3) or more.shape[:-2] not in ((), (1,), (batch,)) or more.shape[-1] != width:
+                raise ShapeError(f"`sum_embeds` has shape {tuple(more.shape)}; it must be ({batch}, n, {width}).")
             embeds = embeds + (more if more.shape[-2] == 1 else span.newest(more, -2))
         if self.post_emb_norm is not None:
             embeds = self.post_emb_norm(embeds)
@@ -316,7 +344,7 @@ class Model(Configured, ReadsReference):
         """Apply the embedding dropout."""
         return F.dropout(x, self.emb_dropout, self.training)
 
-    def _check_prepended(self, embeds: Tensor, batch: int) -> Tensor:
+    def _check_prepended(self, embeds: Tensor, batch: int | str) -> Tensor:
         if embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[2] != self.emb_dim:
             raise ShapeError(
                 f"`prepend_embeds` has shape {tuple(embeds.shape)}; it must be ({batch}, p, {self.emb_dim})."

@@ -9,6 +9,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRang
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.ops import l2norm
+from x_transformers.options.values import shown
 
 
 class TokenEmbedding(nn.Module):
@@ -202,12 +203,29 @@ def positions(
     return pos
 
 
-def check_ids(x: Tensor) -> None:
+def further_embeddings(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
+    """Look up the embeddings of further ids `(b, n)`.
+
+    Raises:
+        TokenRangeError: if an id lies outside of the table. The kernel checks this, which accelerators leave out.
+    """
+    try:
+        return table(ids.long())
+    except IndexError as error:
+        raise TokenRangeError(
+            f"`embed_ids[{name!r}]` runs from {int(ids.min())} to {int(ids.max())}; this table holds "
+            f"{table.num_embeddings}, 0 to {table.num_embeddings - 1}."
+        ) from error
+
+
+def check_ids(x: Tensor, what: str = "token ids") -> None:
     """Raise an `InputError` unless x is `(b, n)` of an integer type."""
-    if x.is_floating_point() or x.dtype is torch.bool:
-        raise InputError(f"token ids have dtype {x.dtype}; they must be of an integer type.")
+    if not isinstance(x, Tensor):
+        raise InputError(f"{what} are {shown(x)}; they must be a tensor, (batch, tokens).")
+    if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
+        raise InputError(f"{what} have dtype {x.dtype}; they must be of an integer type.")
     if x.ndim != 2:
-        raise ShapeError(f"token ids have shape {tuple(x.shape)}; they must be (batch, tokens).")
+        raise ShapeError(f"{what} have shape {tuple(x.shape)}; they must be (batch, tokens).")
 
 
 def frac_gradient(t: Tensor, fraction: float) -> Tensor:

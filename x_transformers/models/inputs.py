@@ -11,7 +11,8 @@ from torch import Tensor
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
+from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.memory_layout import MemoryLayout
 
@@ -54,6 +55,13 @@ class ModelInputs:
     z_loss_weight: float | None = None
     capture: Capture | None = None
     logits_to_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kinds(self.__dict__, kinds_of(ModelInputs))
+        if self.mask is not None or self.self_attn_kv_mask is not None or self.prepend_mask is not None:
+            read_masks_of(self, ("mask", "self_attn_kv_mask", "prepend_mask"))
+        if self.attn_mask is not None:
+            read_masks_of(self, ("attn_mask",))
 
     @property
     def needs_record(self) -> bool:
@@ -131,7 +139,7 @@ class TokenSpan:
             start: `(b,)` number of tokens of left padding.
             device: of the result.
         """
-        valid = None if mask is None else self.newest(mask.bool(), -1)
+        valid = None if mask is None else self.newest(mask, -1)
         if start is not None:
             after_padding = torch.arange(self.count, device=device) >= start.unsqueeze(-1)
             valid = after_padding if valid is None else valid & after_padding

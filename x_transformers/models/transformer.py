@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids
+from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids, further_embeddings
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
@@ -318,7 +318,8 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(ids, -1))
+            table = self.embeds[f"{name}_embed"]
+            embeds = embeds + further_embeddings(table, _newest_ids(ids, len(embeds), name, span), name)
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
@@ -350,7 +351,7 @@ class TransformerWrapper(Model):
         keys = None
         if valid is not None or prepend_mask is not None:
             ones = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-            before = ones[:, : span.leading] if prepend_mask is None else prepend_mask.bool()
+            before = ones[:, : span.leading] if prepend_mask is None else prepend_mask
             keys = torch.cat((before, ones[:, span.leading :] if valid is None else valid), dim=-1)
         return self.attn_pool(features, keys)
 
@@ -403,6 +404,14 @@ def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
     if prepend_embeds is None:
         raise InputError("there is nothing to run: pass token ids, or `prepend_embeds`.")
     return torch.zeros(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
+
+
+def _newest_ids(ids: Tensor, batch: int, name: str, span: TokenSpan) -> Tensor:
+    """Return the ids `(1|b, n)` of the new tokens."""
+    check_ids(ids, f"`embed_ids[{name!r}]`")
+    if ids.shape[0] not in (1, batch):
+        raise ShapeError(f"`embed_ids[{name!r}]` has shape {tuple(ids.shape)}; it must be ({batch}, n).")
+    return span.newest(ids, -1)
 
 
 def _read_stack_arguments(

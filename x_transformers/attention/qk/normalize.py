@@ -12,7 +12,7 @@ from x_transformers.attention.base import AttentionShape, QKNorm
 from x_transformers.errors import ConfigError
 from x_transformers.modules.norms import MultiheadRMSNorm
 from x_transformers.ops import l2norm
-from x_transformers.options.schema import Feature, positive, at_least, opt, require
+from x_transformers.options.schema import Feature, at_least, opt, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
-from x_transformers.options.schema import Feature, Rule, positive, at_least, opt, require
+from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)

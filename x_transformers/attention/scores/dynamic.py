@@ -79,7 +79,7 @@ class DynamicPositionBias(DistanceBias):
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
         bound = super().bind(query, keys)
-        if query.contiguous and keys.contiguous:
+        if query.contiguous and keys.contiguous and len(query):
             bound.make_dense = lambda: self._toeplitz(query, keys)
         return bound
 

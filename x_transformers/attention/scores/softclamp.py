@@ -12,7 +12,7 @@ from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, Scor
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
 from x_transformers.ops import softclamp
-from x_transformers.options.schema import Feature, positive, opt
+from x_transformers.options.schema import Feature, opt, positive
 
 
 @dataclass(frozen=True, kw_only=True)
