@@ -27,6 +27,7 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import shown
 
 __all__ = [
     "FILTER_LOGITS_FN",
@@ -349,6 +350,8 @@ def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
         return []
     if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList):
         return [_net(amateurs)]
+    if not isinstance(amateurs, Sequence | nn.ModuleList):
+        raise InputError(f"`amateur_model` is {shown(amateurs)}; it must be a model, or a list of models.")
     return [_net(model) for model in amateurs]
 
 

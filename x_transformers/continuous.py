@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import accepts, shown
 
 __all__ = [
     "ContinuousAutoregressiveWrapper",
@@ -302,8 +302,12 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
         """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
-        if not 0 <= temperature < math.inf:
-            raise InputError(f"`temperature` is {temperature}; it must be finite and not negative.")
+        if not accepts(float, temperature) or temperature < 0:
+            raise InputError(f"`temperature` is {shown(temperature)}; it must be finite and not negative.")
+        if not isinstance(start_tokens, Tensor):
+            raise InputError(f"`start_tokens` is {shown(start_tokens)}; it must be a tensor of vectors.")
+        if "cache" in kwargs:
+            raise InputError("`cache` cannot be chosen here; vectors are generated with a dynamic cache (`cache_kv`).")
         if "lens" in kwargs:
             raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
         read = self._read(start_tokens, prompt_lens)

@@ -136,7 +136,8 @@ class KVCache:
     def rows(self) -> int | None:
         """Number of rows, or None before a pass."""
         streams = (stream for entry in self.entries for stream in (*entry.grown.values(), *entry.states.values()))
-        return next((stream.shape[0] for stream in streams), None)
+        # a single row of a context may serve all rows
+        return max((stream.shape[0] for stream in streams), default=None)
 
     @property
     def known_length(self) -> int | None:
@@ -317,8 +318,6 @@ class KVCache:
         """
         if self.rows is not None and rows.numel():
             check_counts(rows, "rows", self.rows - 1)
-        for entry in self.entries:
-            entry.map(lambda t: t.index_select(0, rows))
         self._map_rows(lambda t: t.index_select(0, rows))
 
     def private(self, batch: int) -> KVCache:
@@ -343,11 +342,12 @@ class KVCache:
         check_counts(times, "times", None)
         if times < 1:
             raise InputError(f"`times` is {times}; it must be at least 1.")
-        for entry in self.entries:
-            entry.map(lambda t: t.repeat_interleave(times, dim=0))
         self._map_rows(lambda t: t.repeat_interleave(times, dim=0))
 
     def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        shared = self.rows != 1
+        for entry in self.entries:
+            entry.map(lambda t: t if shared and t.shape[0] == 1 else fn(t))
         if self.positions is not None and self.positions.shape[0] > 1:
             self.positions = fn(self.positions)
         if self.prefix_mask is not None:

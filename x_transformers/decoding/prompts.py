@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import InputError, ShapeError, TokenRangeError
+from x_transformers.options.values import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,10 @@ def _stack(
 
 def _lengths(prompt_lens: Tensor | Sequence[int], tokens: Tensor) -> list[int]:
     """Return `prompt_lens` as numbers, one for each row."""
-    given = torch.as_tensor(prompt_lens)
+    try:
+        given = torch.as_tensor(prompt_lens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"`prompt_lens` is {shown(prompt_lens)}; it must hold a length for each prompt.") from error
     _check_dtype(given, "prompt_lens")
     lens = given.flatten().tolist()
     batch, n = tokens.shape
