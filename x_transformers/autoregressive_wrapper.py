@@ -21,6 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, identity
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -116,6 +117,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
 
     # training
 
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -381,7 +383,7 @@ def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any])
             raise InputError(f"`{name}` cannot be given to the loss; use `return_outputs`, or call the net itself.")
     if lens is None:
         return
-    if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.dtype is torch.bool:
+    if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.is_complex() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers, "
             "the number of valid tokens of each row."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
@@ -66,6 +67,7 @@ class XTransformer(Configured, ReadsReference):
         self.decoder = AutoregressiveWrapper(net, ignore_index=ignore_index, pad_value=pad_value)
         self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
 
+    @checked
     def forward(
         self,
         src: Tensor,
@@ -96,6 +98,7 @@ class XTransformer(Configured, ReadsReference):
             context, mask, _ = drop_context(context, mask, self.cross_attn_tokens_dropout)
         return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
 
+    @checked
     def generate(
         self,
         seq_in: Tensor,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -195,6 +196,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
     # training
 
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -344,6 +346,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
     # generation
 
     @torch.no_grad()
+    @checked
     def generate(
         self,
         batch_size: int | None = None,

@@ -168,6 +168,16 @@ def masked_mean(t: Tensor, mask: Tensor | None = None, dim: int = 1) -> Tensor:
     return (t * mask).sum(dim=dim) / mask.sum(dim=dim).clamp(min=1)
 
 
+def finite_where_hidden(t: Tensor, valid: Tensor) -> Tensor:
+    """Return `t` with 0 instead of NaN and infinity at hidden places, which a weight of 0 would not keep out.
+
+    Args:
+        t: `(..., b, n, D)`.
+        valid: `(1|b, n)` bool, False at hidden places.
+    """
+    return t.masked_fill(~(valid.unsqueeze(-1) | t.isfinite()), 0.0)
+
+
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """Return the value of `hard`, exactly, with the gradient of `soft`."""
     # the difference is exactly 0, so that the value is exactly `hard`; `(hard + soft) - soft` would round it

@@ -19,6 +19,7 @@ from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable, chooser
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import check_ids
 from x_transformers.models.xval import XValTransformerWrapper
@@ -90,6 +91,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         """Length of the model's position table; 0 for no limit."""
         return self.net.max_seq_len
 
+    @checked
     def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
         """Return the mean over valid targets of `-log p(x[t + 1]) + w * [is numeric] * (number[t] - x_num[t + 1])^2`.
 
@@ -134,6 +136,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         target = torch.where(numeric, target.to(predicted.dtype), predicted.detach())
         return F.mse_loss(at_least_float32(predicted), at_least_float32(target), reduction="none")
 
+    @checked
     def generate(
         self,
         start_tokens: Tensor | Sequence[Tensor],
@@ -302,7 +305,11 @@ def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
             f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with at least one "
             "token."
         )
+    if x_num.is_complex():
+        raise InputError(f"`x_num` has dtype {x_num.dtype}; the numbers must be real.")
     mask = kwargs.get("mask")
+    if mask is not None:
+        kwargs["mask"] = mask = read_mask(mask, "mask")
     if mask is not None and (mask.ndim != 2 or mask.shape[1] not in (x.shape[1], x.shape[1] - 1)):
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape)}.")
     for name in kwargs:

@@ -39,6 +39,8 @@ class AttendInputs:
         """
         q, k, v = self.q, self.k, self.v
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        if any(t.is_complex() for t in (q, k, v)):
+            raise InputError("queries, keys and values must be real; got complex numbers.")
         if not q.ndim == k.ndim == v.ndim == 4:
             raise ShapeError(f"got {shapes}; they must be (b, h, i, d), (b, g, j, d) and (b, g, j, e).")
         fits = q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]

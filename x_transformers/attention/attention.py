@@ -367,7 +367,8 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             causal=causal,
         )
         try:
-            out, record, _ = self.run(x, self.layer_call(given))
+            layer = self.layer_call(given)
+            out, record, _ = self.run(given.x, layer)
         except RuntimeError as error:
             explain_failure(error, next(self.parameters()), vars(given))
             raise

@@ -29,6 +29,7 @@ from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span, check_kinds
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.ops import finite_where_hidden
 
 PACKS = "flash_pack_seq_kwargs"
 
@@ -91,6 +92,12 @@ class CallAdapter(HeadProjection):
         read_masks_of(given, ("mask", "context_mask", "attn_mask", "mem_mask", "additional_key_value_mask"))
         x, context, mem = self._input_of_queries(given), given.context, given.mem
         batch, n = x.shape[:2]
+        residual, source = given.kv_input_residual, x if context is None else context
+        sizes = [] if residual is None else zip(residual.shape[::-1], source.shape[::-1], strict=False)
+        if residual is not None and (residual.ndim > 3 or any(size not in (1, whole) for size, whole in sizes)):
+            raise ShapeError(
+                f"`kv_input_residual` has shape {tuple(residual.shape)}; it must broadcast to {tuple(source.shape)}."
+            )
         causal = self.attend.causal if given.causal is None else given.causal
         if given.polar_pos_emb is not None and self.unrotated_heads is not None:
             raise InputError("`polar_pos_emb` turns all heads alike; drop `rotate_num_heads`, or the sub-heads.")
@@ -107,9 +114,13 @@ class CallAdapter(HeadProjection):
         keeps = given.return_intermediates and (causal or context is not None) and documents is None
         kv, entry = _cache_for_call(given.cache, n, keeps)
         query, own = _spans(given, x, kv.length, documents)
+        if query.token_mask is not None:
+            given.x, x = finite_where_hidden(given.x, query.token_mask), finite_where_hidden(x, query.token_mask)
         keys, fresh = own, query
         if context is not None:
             keys = fresh = _context_span(context, given.context_mask, entry)
+            if keys.token_mask is not None and context.numel():
+                context = finite_where_hidden(context, keys.token_mask)
             if given.pos is None and given.cache is None:
                 # biases measure distances to a context from the right: the last query is aligned with the last key
                 aligned = torch.arange(len(keys) - n, len(keys), device=x.device)
@@ -205,6 +216,8 @@ def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents 
     batch, n = x.shape[:2]
     places = torch.arange(length, device=x.device)
     token_mask = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
+    if given.pos is not None and (given.pos.ndim not in (1, 2) or given.pos.shape[-1] not in (n, length)):
+        raise ShapeError(f"`pos` has shape {tuple(given.pos.shape)}; it must be (n,) or (b, n), {length} tokens.")
     slot = places.unsqueeze(0) if documents is None else documents.places(n)
     pos = slot if given.pos is None else given.pos if given.pos.ndim == 2 else given.pos.unsqueeze(0)
     query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if token_mask is None else token_mask[:, -n:])

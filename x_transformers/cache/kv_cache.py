@@ -16,7 +16,7 @@ from torch import Tensor
 
 from x_transformers.cache.entries import Entry, WindowEntry
 from x_transformers.errors import InputError
-from x_transformers.forward_pass.arguments import check_counts
+from x_transformers.forward_pass.arguments import check_counts, check_whole
 from x_transformers.forward_pass.call import Span
 
 Reach = int | None
@@ -242,7 +242,7 @@ class KVCache:
         Raises:
             InputError: if `most` is no number of slots.
         """
-        check_counts(most, "most", None)
+        check_whole(most=most)
         drop = self.length - self.prefix - self.dropped - most
         if drop <= 0:
             return
@@ -316,8 +316,11 @@ class KVCache:
         Raises:
             InputError: if there is no such row; rows that are on an accelerator are not read.
         """
-        if self.rows is not None and rows.numel():
+        if not isinstance(rows, Tensor) or rows.ndim != 1:
+            raise InputError("`rows` must be a tensor of the numbers of rows, (rows,).")
+        if self.rows is not None:
             check_counts(rows, "rows", self.rows - 1)
+            rows = rows.long()
         self._map_rows(lambda t: t.index_select(0, rows))
 
     def private(self, batch: int) -> KVCache:
@@ -339,7 +342,7 @@ class KVCache:
         Raises:
             InputError: if `times` is below 1.
         """
-        check_counts(times, "times", None)
+        check_whole(times=times)
         if times < 1:
             raise InputError(f"`times` is {times}; it must be at least 1.")
         self._map_rows(lambda t: t.repeat_interleave(times, dim=0))

@@ -18,7 +18,7 @@ from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, mos
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.options.schema import opt
-from x_transformers.options.values import hints_of, misfits, plain
+from x_transformers.options.values import accepts, convert, hints_of, misfits, plain
 
 CacheChoice = str | KVCache | LayerIntermediates
 """`"dynamic"`, `"static"`, or what an earlier call returned."""
@@ -127,7 +127,8 @@ class GenerationOptions:
         """Raise an `InputError` for a value that does not fit its field; the last token is checked with the model."""
         hints = {name: hint for name, hint in hints_of(GenerationOptions).items() if name not in CHECKED_ELSEWHERE}
         for name in hints:
-            object.__setattr__(self, name, plain(getattr(self, name)))
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, convert(hints[name], value) if accepts(hints[name], value) else value)
         for sentence in misfits(hints, vars(self)):
             raise InputError(sentence)
         if isinstance(self.cache, str) and self.cache not in ("dynamic", "static"):

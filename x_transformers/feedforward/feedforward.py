@@ -14,6 +14,7 @@ from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
@@ -171,7 +172,11 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         else:
             self._check_input(x)
         plain = self.ready
-        x = self.up(x) if plain is None else F.linear(x, *plain[0])
+        try:
+            x = self.up(x) if plain is None else F.linear(x, *plain[0])
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), {"x": x})
+            raise
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
 import types
 import typing
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.options.values import hints_of, misfits, plain, shown, type_name
+from x_transformers.options.values import WHOLE, hints_of, misfits, plain, shown, type_name
 
 Kinds = Mapping[str, tuple[tuple[type, ...], Any]]
 """For each argument the classes of its values, and its annotation."""
@@ -31,14 +30,15 @@ def _classes(hint: Any) -> tuple[type, ...]:
     """Return the classes of an annotation's values; none if the annotation allows any."""
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     outer = [typing.get_origin(arm) or arm for arm in arms]
-    if not all(isinstance(each, type) for each in outer):
+    if Any in outer or not all(isinstance(each, type) for each in outer):
         return ()
     return tuple({int: numbers.Integral, float: numbers.Real}.get(each, each) for each in outer)
 
 
 def check_kind(name: str, value: Any, kind: tuple[tuple[type, ...], Any]) -> None:
     """Raise an `InputError` unless an argument is of the classes of its annotation."""
-    if not isinstance(value, kind[0]) or (value.__class__ is bool and bool not in kind[0]):
+    text = isinstance(value, str | bytes) and str not in kind[0]
+    if text or not isinstance(value, kind[0]) or (value.__class__ is bool and bool not in kind[0]):
         raise InputError(f"`{name}` is {shown(value)}; it must be of type {type_name(kind[1])}.")
 
 
@@ -62,9 +62,16 @@ def checked(method: Callable[..., Any]) -> Callable[..., Any]:
         args = tuple(plain(value) for value in args)
         # names of further keywords are not those of the signature
         named = {name: kwargs[name] for name in kwargs if any(entry.name == name for entry in parameters)}
-        for sentence in misfits(hints, {**dict(zip(positional, args, strict=False)), **named}):
+        named = {**dict(zip(positional, args, strict=False)), **named}
+        for sentence in misfits(hints, named):
             raise InputError(sentence)
-        return method(self, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        except RuntimeError as error:
+            weights = next((p for p in self.parameters() if p.is_floating_point()), None)
+            if weights is not None:
+                explain_failure(error, weights, {**kwargs, **named})
+            raise
 
     return checking
 
@@ -130,14 +137,22 @@ def check_counts(t: Any, name: str, most: int | None, batch: int | None = None) 
             )
         if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() == 0 or type(t) is not Tensor:
             return
-        least, largest = (int(each) for each in t.aminmax())
+        least, largest = (int(each) for each in t.long().aminmax())
     elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
         least = largest = int(t)
     else:
         raise InputError(f"`{name}` is {shown(t)}; it must be a whole number, or hold some.")
-    if least < 0 or largest > (math.inf if most is None else most):
+    if least < 0 or largest > (WHOLE.stop // 2 if most is None else most):
         bound = "at least 0" if most is None else f"between 0 and {most}"
         raise InputError(f"`{name}` runs from {least} to {largest}; it must lie {bound}, a number of tokens.")
+
+
+def check_whole(**given: Any) -> None:
+    """Raise an `InputError` for a number that is no whole number of at least 0."""
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            raise InputError(f"`{name}` is {shown(value)}; it must be a whole number.")
+        check_counts(value, name, None)
 
 
 def explain_failure(error: Exception, weights: Tensor, given: Mapping[str, Any]) -> None:
@@ -158,6 +173,8 @@ def explain_failure(error: Exception, weights: Tensor, given: Mapping[str, Any])
         if t.device != weights.device:
             raise InputError(f"`{name}` is on {t.device}, and the model on {weights.device}; move one.") from error
         narrow = t.dtype is torch.float64 or not casts
+        if t.is_complex():
+            raise InputError(f"`{name}` has dtype {t.dtype}; complex numbers are not supported.") from error
         if t.is_floating_point() and t.dtype != weights.dtype and narrow:
             raise InputError(
                 f"`{name}` has dtype {t.dtype}, and the model {weights.dtype}; convert one, or use autocast."

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import CrossAttender
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
@@ -69,6 +70,7 @@ class AttentionPool(Configured, nn.Module):
         else:
             self.pooler = Attention(dim, dim_head, dim_context=dim_context, heads=heads, **options)
 
+    @checked
     def forward(
         self, context: Tensor, mask: Tensor | None = None, queries: Tensor | None = None, **arguments: Any
     ) -> Tensor:
@@ -87,6 +89,8 @@ class AttentionPool(Configured, nn.Module):
             InputError: if there are no queries, or `squeeze_output` has to remove an axis of several.
             ShapeError: if the queries have another shape.
         """
+        if context.ndim != 3:
+            raise ShapeError(f"`context` has shape {tuple(context.shape)}; it must be (b, m, width).")
         given = self.queries if queries is None else queries
         if given is None:
             raise InputError("this pool has no queries (`num_pooled_tokens = 0`); pass `queries`, (b, k, dim).")

@@ -50,7 +50,8 @@ def self_attention_inputs(
     if inputs.kv_residuals is not None:
         residual = nth(inputs.kv_residuals[SELF_ATTENTION.letter], step.nth)
         if residual is not None:
-            residual = select_new_tokens(residual, len(residual), len(call.query), stack.dim, "self_attn_kv_residuals")
+            rows = inputs.x.shape[0]
+            residual = select_new_tokens(residual, rows, len(call.query), stack.dim, "self_attn_kv_residuals")
         layer.kv_residual = residual
 
 
@@ -100,6 +101,12 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     source, mask, pos = inputs.context, inputs.context_mask, inputs.context_pos
     if held is None:
         assert source is not None
+        rows, width = (1, len(inputs.x)), source.shape[1:]
+        if residual is not None and (residual.shape[0] not in rows or residual.shape[1:] not in (width, (1, width[1]))):
+            raise ShapeError(
+                f"`cross_attn_kv_residuals` has shape {tuple(residual.shape)} for a layer; it must be that of the "
+                f"context, {tuple(source.shape)}."
+            )
         if stack.context_dropout and stack.training:
             length = source.shape[1]
             source, mask, where = _drop_context(stack, source, mask, call)

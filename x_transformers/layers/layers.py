@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.forward_pass.arguments import check_counts
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.call import Capture, Span, check_kinds
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.catalog import KEYWORDS
@@ -92,8 +92,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if the stack is not causal.
         """
         refuse_cache_unless_causal(self)
-        for name, count in (("batch", batch), ("capacity", capacity), ("prefix", prefix or 0), ("step", step)):
-            check_counts(count, name, None)
+        check_whole(batch=batch, capacity=capacity, prefix=prefix or 0, step=step)
         like = next(self.parameters())
         cache = StaticCache(
             self.cache_streams(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
-from x_transformers.attention.validation import check_context, check_pairs
+from x_transformers.attention.validation import check_context, check_mask, check_memory, check_pairs
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, explain_failure, read_mask
@@ -22,6 +22,7 @@ from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
+from x_transformers.ops import finite_where_hidden
 from x_transformers.options.values import shown
 
 # checks
@@ -54,6 +55,9 @@ def check_context_of_pass(stack: LayerStack, inputs: PassInputs) -> None:
         raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
     if context is not None and not cached:
         check_context(context, inputs.x.shape[0], stack.attentions(CROSS_ATTENTION.letter)[0].dim_context)
+        if inputs.context_mask is not None:
+            mask = check_mask(inputs.context_mask, *context.shape[:2], "context_mask")
+            inputs.context = finite_where_hidden(context, mask)
 
 
 def check_causality(stack: LayerStack, causal: bool, *, cached: bool) -> None:
@@ -200,6 +204,11 @@ def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -
         InputError: if there are two, or one that the cache has no room for.
     """
     rotary, polar = inputs.rotary_pos_emb, inputs.polar_pos_emb
+    for name, pair in (("rotary_pos_emb", rotary), ("polar_pos_emb", polar)):
+        if pair is not None and (len(pair) != 2 or not isinstance(pair[0], Tensor)):
+            raise InputError(f"`{name}` is {shown(pair)}; it must be a pair of angles and a factor or bias.")
+    if polar is not None and not isinstance(polar[1], Tensor):
+        raise InputError(f"`polar_pos_emb` has the bias {shown(polar[1])}; it must be a tensor.")
     if polar is None:
         assert rotary is not None
         return (GivenRotation(rotary),)
@@ -256,13 +265,22 @@ def read_memories(stack: LayerStack, inputs: PassInputs) -> None:
     assert inputs.mems is not None
     attentions = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     for each in inputs.mems:
-        if each is not None and not isinstance(each, Tensor):
-            raise InputError(f"`mems` contains {shown(each)}; it must be a tensor or None for each layer.")
-    if inputs.mem_masks is not None and len(inputs.mem_masks) > attentions:
-        raise InputError(f"`mem_masks` holds {len(inputs.mem_masks)} masks; there are {attentions} self-attentions.")
+        if each is not None and (not isinstance(each, Tensor) or each.ndim < 2):
+            raise InputError(f"`mems` contains {shown(each)}; it must be a tensor (b, m, D) or None for each layer.")
+    if inputs.mem_masks is not None:
+        if len(inputs.mem_masks) > attentions:
+            raise InputError(f"`mem_masks` holds {len(inputs.mem_masks)} masks for {attentions} self-attentions.")
+        inputs.mem_masks = [None if each is None else read_mask(each, "mem_masks") for each in inputs.mem_masks]
     states = sum(len(stack.sublayers[index].running) for index in inputs.order)
     if len(inputs.mems) > attentions + states:
         raise InputError(
             f"`mems` holds {len(inputs.mems)} tensors; this stack reads {attentions} memories and {states} states."
         )
-    inputs.attention_memories, inputs.running_states = inputs.mems[:attentions], inputs.mems[attentions:]
+    memories = list(inputs.mems[:attentions])
+    for number, mask in enumerate(inputs.mem_masks or ()):
+        memory = memories[number] if number < len(memories) else None
+        if memory is not None and mask is not None:
+            check_memory(memory, inputs.x.shape[0], stack.dim)
+            mask = check_mask(mask, inputs.x.shape[0], memory.shape[-2], "mem_masks")
+            memories[number] = finite_where_hidden(memory, mask)
+    inputs.attention_memories, inputs.running_states = memories, inputs.mems[attentions:]

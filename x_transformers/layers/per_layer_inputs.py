@@ -14,6 +14,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
 from x_transformers.layers.stack import LayerStack
+from x_transformers.options.values import accepts
 
 
 def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
@@ -33,6 +34,8 @@ def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
         x: `(b, n, D)` new tokens.
     """
     batch, n, dim = x.shape
+    if not isinstance(table, Tensor) or not isinstance(ids, Tensor):
+        raise InputError("`deep_embeds_and_ids` must be a table of factors and the ids of the tokens, both tensors.")
     if ids.is_floating_point() or ids.dtype is torch.bool or not table.is_floating_point():
         raise InputError(
             f"`deep_embeds_and_ids` has dtypes {table.dtype} and {ids.dtype}; the factors must be floating, and the "
@@ -66,8 +69,10 @@ def additional_by_layer(
     layers = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     if isinstance(given, LayerIntermediates):
         pairs = _pairs_of_record(given)
-    elif all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in given):
+    elif all(isinstance(pair, Sequence) and accepts(tuple[Tensor, Tensor], tuple(pair)) for pair in given):
         pairs = [(k, v) for k, v in given]
+        if any(k.ndim != 4 or v.ndim != 4 for k, v in pairs):
+            raise ShapeError("`self_attn_additional_kv` must hold keys (b, g, A, d) and values (b, g, A, e).")
     else:
         raise InputError("`self_attn_additional_kv` must be a list with a pair of keys and values for each layer.")
     if inputs.detach_additional_kv:

@@ -13,7 +13,7 @@ from x_transformers.layers.execution_order import LayerSequence, layer_sequence
 from x_transformers.layers.kinds import KINDS, BranchKind
 from x_transformers.options.per_layer import distribute
 from x_transformers.options.schema import Options, Surroundings
-from x_transformers.options.values import accepts
+from x_transformers.options.values import accepts, plain, shown, why_not
 
 Keywords = dict[str, Any]
 
@@ -60,6 +60,7 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     with faults.catching():
         sequence = layer_sequence(options)
     counts = Counter(sequence.kinds)
+    _check_values(groups, counts, faults)
     _check_counts(options, groups, counts, len(sequence.kinds), faults)
     keywords = {
         letter: distribute(
@@ -125,6 +126,18 @@ def _with_inherited(kind: BranchKind, groups: Mapping[str, Keywords], counts: Ma
         if not (per_layer and counts[str(kind.inherits)]) and not kind.schema.owner[keyword].self_attention_only:
             inherited[keyword] = value
     return {**inherited, **groups[kind.letter]}
+
+
+def _check_values(groups: Mapping[str, Keywords], counts: Mapping[str, int], faults: Faults) -> None:
+    """Add the faults of values for kinds of layers that are not there, which no layer would check."""
+    for letter, given in groups.items():
+        kind = KINDS[letter]
+        for name, value in given.items() if not counts[letter] else ():
+            values = value if isinstance(value, (tuple, list)) and value else (value,)
+            hint = kind.schema.hints[name]
+            if not accepts(hint, plain(value)) and not all(accepts(hint, plain(each)) for each in values):
+                wanted = why_not(kind.schema.fields[name].type, value)
+                faults.add(f"`{kind.prefix}{name}` is {shown(value)}; {wanted}")
 
 
 def _check_counts(

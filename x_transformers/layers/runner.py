@@ -41,7 +41,7 @@ from x_transformers.layers.per_layer_inputs import (
 )
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout
-from x_transformers.ops import softclamp
+from x_transformers.ops import finite_where_hidden, softclamp
 
 NO_CAPTURE, NO_CARRY, NO_DELTAS = Capture(), Carry(), Deltas()
 
@@ -86,6 +86,9 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         query = keys = Span(index, row, row, contiguous=True)
     else:
         query, keys = build_token_layout(inputs, kv)
+    # a single token of a cached pass is left as it is, for the speed of decoding
+    if query.token_mask is not None and (kv is None or x.shape[1] > 1):
+        inputs.x = x = finite_where_hidden(x, query.token_mask)
     if inputs.attn_mask is not None or inputs.attn_bias is not None or inputs.pairs is not None:
         read_masks(stack, inputs, query, keys, kv)
     call = Call(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import check_counts
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
@@ -149,8 +149,7 @@ class Model(Configured, ReadsReference):
             InputError: if the model cannot decode with a cache.
         """
         self._refuse_cache()
-        for name, number in (("batch", batch), ("max_len", max_len), ("prepended", prepended), ("step", step)):
-            check_counts(number, name, None)
+        check_whole(batch=batch, max_len=max_len, prepended=prepended, step=step)
         # a ring keeps its window after a prefix of fixed length; interspersed memory tokens belong to none
         prefix = None if self.layout.every is not None else self.layout.memory + prepended
         return self.attn_layers.static_cache(

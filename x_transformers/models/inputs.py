@@ -11,8 +11,8 @@ from torch import Tensor
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
-from x_transformers.forward_pass.call import Capture, check_kinds
+from x_transformers.forward_pass.arguments import read_masks_of
+from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.memory_layout import MemoryLayout
 
@@ -57,7 +57,6 @@ class ModelInputs:
     logits_to_keep: int | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self.__dict__, kinds_of(ModelInputs))
         if self.mask is not None or self.self_attn_kv_mask is not None or self.prepend_mask is not None:
             read_masks_of(self, ("mask", "self_attn_kv_mask", "prepend_mask"))
         if self.attn_mask is not None:

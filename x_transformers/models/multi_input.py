@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
@@ -57,6 +58,7 @@ class MultiInputTransformerWrapper(Model):
             else nn.ModuleDict({name: LinearNoBias(dim, size) for name, size in sizes.items()})
         )
 
+    @checked
     def forward(
         self,
         x: Mapping[str, Tensor],

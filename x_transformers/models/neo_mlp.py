@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Encoder
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
@@ -74,6 +75,7 @@ class NeoMLP(Configured, ReadsReference):
         self.to_output_weights = nn.Parameter(torch.randn(dim_out, dim_model))
         self.to_output_bias = nn.Parameter(torch.zeros(dim_out))
 
+    @checked
     def forward(self, x: Tensor, return_embeds: bool = False) -> Any:
         """Run the model.
 
@@ -88,7 +90,7 @@ class NeoMLP(Configured, ReadsReference):
         Raises:
             ShapeError: if x has another width or rank.
         """
-        if x.ndim not in (1, 2) or x.shape[-1] != self.sizes[0]:
+        if x.is_complex() or x.ndim not in (1, 2) or x.shape[-1] != self.sizes[0]:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}; it must be (batch, {self.sizes[0]}) or ({self.sizes[0]},)."
             )

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.arguments import kinds_of
+from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.layers.pass_state import KINDS_OF_INPUTS
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids, further_embeddings
 from x_transformers.models.heads import (
@@ -209,6 +211,7 @@ class TransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
+        check_kinds(locals(), KINDS_OF_ARGUMENTS)
         if not return_attn_z_loss:
             attn_z_loss_weight = None
         elif attn_z_loss_weight is None:
@@ -250,6 +253,7 @@ class TransformerWrapper(Model):
             x = _no_ids(prepend_embeds)
         check_ids(x)
         if kwargs:
+            check_kinds(kwargs, KINDS_OF_INPUTS)
             transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
         span = self._token_span(x.shape[1], inputs)
         ids = span.newest(x, 1)
@@ -436,4 +440,5 @@ def _squeezed(logits: Tensor) -> Tensor:
     return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
 
 
+KINDS_OF_ARGUMENTS = kinds_of(TransformerWrapper.forward)
 show_options(TransformerWrapper, TRANSFORMER)

@@ -81,4 +81,7 @@ def layer_schedule(
         if schedule not in shapes:
             raise ConfigError(f"`schedule` is {schedule!r}; it must be one of {sorted(shapes)} or a callable.")
         schedule = shapes[schedule]
-    return tuple(schedule(start, end, layer / (depth - 1)) for layer in range(depth))
+    try:
+        return tuple(schedule(start, end, layer / (depth - 1)) for layer in range(depth))
+    except TypeError as error:
+        raise ConfigError(f"`schedule` cannot be called with (start, end, t): {error}.") from error
