@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 LONG = os.environ.get("XT_FUZZ") == "long"
 EXAMPLES = settings(
     derandomize=True,
-    max_examples=1_000_000 if LONG else 60,
+    max_examples=1_000_000 if LONG else 40,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),

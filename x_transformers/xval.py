@@ -298,7 +298,7 @@ def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     return counted & (mask[:, 1:] if mask.shape[1] == n else mask).bool()
 
 
-def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
+def _check(x: Tensor, x_num: Tensor, kwargs: dict[str, Any]) -> None:
     check_ids(x)
     if x.shape[1] == 0 or x_num.shape != x.shape:
         raise ShapeError(

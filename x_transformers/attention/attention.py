@@ -367,8 +367,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             causal=causal,
         )
         try:
-            layer = self.layer_call(given)
-            out, record, _ = self.run(given.x, layer)
+            out, record, _ = self.run(layer=self.layer_call(given), x=given.x)  # in this order
         except RuntimeError as error:
             explain_failure(error, next(self.parameters()), vars(given))
             raise

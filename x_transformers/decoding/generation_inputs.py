@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import read_mask
 from x_transformers.forward_pass.intermediates import LayerIntermediates
-from x_transformers.options.values import WHOLE, accepts, shown
+from x_transformers.options.values import accepts, shown
 
 _REFUSED = {
     "seq_start_pos": "give `prompt_lens`, or the prompts as a list",
@@ -206,7 +205,7 @@ def _cut(name: str, t: Tensor, first: int, last: int, n: int) -> Tensor:
 
 def check_seq_len(seq_len: Any) -> None:
     """Raise an `InputError` unless `seq_len` counts tokens."""
-    if isinstance(seq_len, bool) or not isinstance(seq_len, Integral) or not 0 <= seq_len < WHOLE.stop:
+    if not accepts(int, seq_len) or seq_len < 0:
         raise InputError(f"`seq_len` is {shown(seq_len)}; it is how many tokens to generate, a whole number, >= 0.")
 
 

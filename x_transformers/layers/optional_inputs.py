@@ -56,7 +56,7 @@ def check_context_of_pass(stack: LayerStack, inputs: PassInputs) -> None:
     if context is not None and not cached:
         check_context(context, inputs.x.shape[0], stack.attentions(CROSS_ATTENTION.letter)[0].dim_context)
         if inputs.context_mask is not None:
-            mask = check_mask(inputs.context_mask, *context.shape[:2], "context_mask")
+            mask = check_mask(inputs.context_mask, context.shape[0], context.shape[1], "context_mask")
             inputs.context = finite_where_hidden(context, mask)
 
 

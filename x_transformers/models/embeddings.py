@@ -203,7 +203,7 @@ def positions(
     return pos
 
 
-def further_embeddings(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
+def further_embeddings(table: nn.Module, ids: Tensor, name: str) -> Tensor:
     """Look up the embeddings of further ids `(b, n)`.
 
     Raises:
@@ -213,8 +213,7 @@ def further_embeddings(table: nn.Embedding, ids: Tensor, name: str) -> Tensor:
         return table(ids.long())
     except IndexError as error:
         raise TokenRangeError(
-            f"`embed_ids[{name!r}]` runs from {int(ids.min())} to {int(ids.max())}; this table holds "
-            f"{table.num_embeddings}, 0 to {table.num_embeddings - 1}."
+            f"`embed_ids[{name!r}]` runs from {int(ids.min())} to {int(ids.max())}; its table, {table}, is smaller."
         ) from error
 
 

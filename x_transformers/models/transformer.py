@@ -322,8 +322,7 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            table = self.embeds[f"{name}_embed"]
-            embeds = embeds + further_embeddings(table, _newest_ids(ids, len(embeds), name, span), name)
+            embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, len(embeds), span)
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
@@ -410,12 +409,12 @@ def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
     return torch.zeros(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
 
 
-def _newest_ids(ids: Tensor, batch: int, name: str, span: TokenSpan) -> Tensor:
-    """Return the ids `(1|b, n)` of the new tokens."""
+def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSpan) -> Tensor:
+    """Return the embeddings `(1|b, n, E)` of the further ids of the new tokens."""
     check_ids(ids, f"`embed_ids[{name!r}]`")
     if ids.shape[0] not in (1, batch):
         raise ShapeError(f"`embed_ids[{name!r}]` has shape {tuple(ids.shape)}; it must be ({batch}, n).")
-    return span.newest(ids, -1)
+    return further_embeddings(table, span.newest(ids, -1), name)
 
 
 def _read_stack_arguments(
