@@ -11,6 +11,8 @@ from text_data import open_folder
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from x_transformers.training.optimizers import Muon
+
 
 def arguments(description: str, out: str, steps: int) -> argparse.Namespace:
     """Parse `--out`, `--seed` and `--steps`, seed torch, and create the output folder."""
@@ -52,7 +54,7 @@ def train(
     rest = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
     if muon_lr is not None:
-        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     shapes = [
         torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / (0.1 * steps), (1 - step / steps) / 0.9)

@@ -334,6 +334,42 @@ MUTATIONS = (
         "test_units.py test_sequence.py test_goldens.py properties/test_scales.py",
         "feedforward/*.py",
     ),
+    # replaced parts
+    Mutation(
+        "an assignment under a second name registers another child",
+        r"isinstance\(getattr\(type\(self\), name, None\), property\)",
+        "False",
+        "test_dropin_names.py -k replaced_maps",
+        "modules/second_names.py",
+    ),
+    Mutation(
+        "a wrapped map is prepared without its wrapper",
+        r"(Map\(module\.weight, module\.bias\)) if is_plain\(module, nn\.Linear\) else None",
+        r"\1 if module is not None else None",
+        "test_dropin_names.py -k hooks_on_them",
+        "modules/inference.py",
+    ),
+    Mutation(
+        "the tied head keeps the table that it was built with",
+        r"self\._model: tuple\[Any\] = \(model,\)",
+        "self._model = (type('Kept', (), {'token_emb': model.token_emb}),)",
+        "test_dropin_names.py -k replaced_embeddings",
+        "models/heads.py",
+    ),
+    Mutation(
+        "a replaced attention loses what it leaves for later layers",
+        r"return BranchOutput\(out, left\.record, left\.carry\)",
+        "return BranchOutput(out, left.record, layer.carry)",
+        "test_dropin_names.py -k hands_on",
+        "layers/replaced_function.py",
+    ),
+    Mutation(
+        "the hybrid module is the one it was built with",
+        r"(return SequenceRunner)\(self\.module,",
+        r"\1(self.__dict__.setdefault('_first', self.module),",
+        "properties/test_replaced_parts.py -k 'hybrid'",
+        "attention/values/hybrid.py",
+    ),
 )
 
 

@@ -305,7 +305,7 @@ ELSEWHERE = {
     "attn_dim_context": "of a cross-attention; in a stack the others read their own stream",
     "attn_dim_out": "in a stack it is `dim`",
     "ff_dim_out": "in a stack it is `dim`",
-    "attn_inverted_attention": "of cross-attention, whose `cross_attn_inverted_attention` no causal stack can have",
+    "attn_inverted_attention": "of cross-attention; causal stacks can have it with `cross_attn_sigmoid` only",
     "attn_rotate_num_heads": "set by the stack, by `rotate_num_heads`",
     "attn_qkv_receive_diff_residuals": "set by the stack, by `qkv_receive_diff_residuals`",
     "attn_flash_pack_seq": "needs one row, and the boundaries of its documents; `tests/test_packed.py`",

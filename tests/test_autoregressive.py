@@ -17,6 +17,7 @@ from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper, contrastive_decode_fn, top_k
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.modules import script_names
 
 VOCAB, DIM = 24, 16
 NETS = {
@@ -252,7 +253,7 @@ def test_the_loss_compiles_to_one_graph():
     ("x", "kwargs", "error", "said"),
     [
         (torch.zeros(4, dtype=torch.long), {}, ShapeError, r"shape \(4,\); they must be \(batch, tokens\)"),
-        (torch.zeros(1, 4), {}, InputError, "dtype torch.float32"),
+        (torch.full((1, 4), 0.5), {}, InputError, "dtype torch.float32"),
         (torch.zeros(1, 4, dtype=torch.bool), {}, InputError, "dtype torch.bool"),
         (torch.zeros(1, 0, dtype=torch.long), {}, ShapeError, "no token to learn from"),
         (torch.tensor([[1, VOCAB]]), {}, TokenRangeError, "from 1 to 24"),
@@ -855,7 +856,8 @@ def test_reference_names():
         "contrastive_decode_fn",
         "FILTER_LOGITS_FN",
         "AutoregressiveWrapper",
+        "log",
     )
-    assert sorted(names) == sorted(module.__all__)
+    assert sorted((*names, *script_names.__all__)) == sorted(module.__all__)
     defaults = inspect.signature(AutoregressiveWrapper.generate).parameters
     assert defaults["filter_logits_fn"].default is top_k

@@ -334,7 +334,13 @@ def test_bad_options():
         ({"lens": torch.tensor([1])}, ShapeError, "2 whole numbers"),
         ({"mask": torch.ones(2, 4).bool()}, ShapeError, r"`mask` has shape \(2, 4\); it must be \(2, 8\)"),
         ({"mask": torch.ones(2, 8).bool(), "lens": torch.tensor([1, 2])}, InputError, "pass one of them"),
-        ({"rollout_steps": 2, "mask": torch.ones(2, 8).bool()}, InputError, "which roll-outs move"),
+        ({"rollout_steps": 2, "pos": torch.arange(8)}, InputError, "which roll-outs move"),
+        ({"rollout_steps": 2, "mask": torch.ones(2, 7).bool()}, ShapeError, r"`mask` has shape \(2, 7\)"),
+        (
+            {"rollout_steps": 2, "mask": torch.ones(2, 8).bool(), "lens": torch.tensor([1, 2])},
+            InputError,
+            "one of them",
+        ),
     ],
 )
 def test_bad_input_of_the_loss(kwargs, error, said):

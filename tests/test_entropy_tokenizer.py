@@ -116,7 +116,7 @@ def test_bad_options(options, said):
     ("ids", "lens", "error", "said"),
     [
         (torch.zeros(2, 0, dtype=torch.long), None, ShapeError, "nothing to cut"),
-        (torch.zeros(2, 3), None, InputError, "integer type"),
+        (torch.full((2, 3), 0.5), None, InputError, "integer type"),
         (torch.zeros(2, 3, dtype=torch.long), torch.tensor([1]), ShapeError, "2 whole numbers"),
         (torch.zeros(1, 3, dtype=torch.long), torch.tensor([4]), InputError, r"`lens` holds \[4\]; the rows have 3"),
     ],

@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A row is a floor, or a step inside of one; a name covers what lies under it, and the
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
-    ("F0", ["errors", "ops", "modules.float32_buffers"]),
+    ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names"]),
     ("F0", ["options.values"]),
     ("F0", ["forward_pass.arguments"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),
     ("F1", ["masks.visibility"]),
     ("F1", ["masks.block_masks"]),
-    ("F1", ["options.schema", "modules.state_dict", "modules.inference"]),
+    ("F1", ["options.schema", "modules.state_dict", "modules.second_names", "modules.inference"]),
     ("F1", ["options"]),
     ("F2", ["cache.entries", "modules", "losses"]),
     ("F2", ["cache.kv_cache"]),

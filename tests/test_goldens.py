@@ -48,11 +48,11 @@ NAMES = """
     encoder-rotary-pos-emb encoder-sandwich-coef encoder-unet-skips encoder-use-rmsnorm feedforward-alone
     generate-greedy generate-ragged generate-xtransformer multi-input-logits multi-input neo-mlp prefix-decoder
     transformer-block vit-registers vit xtransformer-loss xtransformer-prepend xval xl-loss
-    continuous-probabilistic-loss xval-loss
+    continuous-probabilistic-loss xval-loss decoder-hyper decoder-hyper-views encoder-num-residual-streams
 """
 GOLDENS = NAMES.split()
 
-# The reference's mixing of residual streams degenerates to ones; these agree with the switch that reproduces it.
+# The reference's mixing of residual streams degenerates to ones, which these weights switch on.
 DEGENERATE_MIXING = ["decoder-hyper", "decoder-hyper-views", "encoder-num-residual-streams"]
 
 # These hold a fault of the reference and must not agree: the future leaks; padding leaks into kept rows.
@@ -94,11 +94,18 @@ def golden(name: str) -> Golden:
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_numbers(name: str) -> None:
-    """Weights in the reference's layout, ours made from them, and a model inside of a user's module: all agree."""
+    """Weights in the reference's layout, ours made from them, and a model inside of a user's module: all agree.
+
+    Exported, the weights are those of the file.
+    """
     one = golden(name)
     model = one.build()
     model.load_state_dict(one.state)
     one.check(model)
+    exported = model.export_reference_state_dict()
+    assert exported.keys() == one.state.keys()
+    for key, tensor in exported.items():
+        torch.testing.assert_close(tensor, one.state[key], atol=0, rtol=1e-6, msg=key)
     again = one.build()
     again.load_state_dict(model.state_dict())
     one.check(again)
@@ -108,14 +115,18 @@ def test_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEGENERATE_MIXING)
-def test_numbers_of_the_degenerate_mixing(name: str) -> None:
+def test_the_keyword_of_the_degenerate_mixing(name: str) -> None:
+    """A model that was built with the keyword and one that read such weights have the same configuration."""
     one = golden(name)
+    read = one.build()
+    read.load_state_dict(one.state)
     one.told["build"] = one.told["build"].replace(
         "num_residual_streams", "hyper_conn_reference_mix = True, num_residual_streams"
     )
     model = one.build()
     model.load_state_dict(one.state)
     one.check(model)
+    assert read.config == model.config
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -136,13 +147,13 @@ def test_corrected_numbers(name: str, shared: Path) -> None:
 
 
 def test_files_are_the_list() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.safetensors")) == sorted([*GOLDENS, *DEGENERATE_MIXING])
+    assert sorted(path.stem for path in FOLDER.glob("*.safetensors")) == sorted(GOLDENS)
 
 
 def test_none_is_forgotten(shared: Path) -> None:
     """Goldens that are not in the list ask for something that does not exist."""
     for path in sorted((shared / "golden").glob("*.safetensors")):
-        if path.stem not in (*GOLDENS, *DEGENERATE_MIXING, *FAULTY, *CORRECTED):
+        if path.stem not in (*GOLDENS, *FAULTY, *CORRECTED):
             with pytest.raises((NameError, ConfigError), match=NOT_YET):
                 Golden(path).build()
 
@@ -240,6 +251,9 @@ def test_grouped_heads_are_reordered(kind: str, nested: bool) -> None:
     # loading the reference's file once more, over reordered slopes, ends in the same place
     again.load_state_dict(grouped)
     torch.testing.assert_close(again(x), wanted, atol=CLOSE, rtol=0)
+    exported = again.export_reference_state_dict()
+    assert exported.keys() == grouped.keys()
+    assert all(torch.equal(tensor, grouped[key]) for key, tensor in exported.items())
 
 
 @pytest.mark.parametrize("name", ["decoder-alibi", "decoder-kv-heads", "decoder-rotary", "encoder-rel-pos-bias"])

@@ -540,7 +540,7 @@ def test_a_floating_pos_is_an_embedding_and_no_rotation() -> None:
     pos = torch.randn(6, 16)
     close(model(IDS, pos=pos), model(IDS, sum_embeds=pos.expand(2, -1, -1)))
     table = build(num_memory_tokens=2)
-    close(table(IDS, pos=table.pos_emb(torch.zeros(1, 6, 16))[0]), table(IDS))
+    close(table(IDS, pos=table.pos_emb(torch.zeros(1, 6, 16))), table(IDS))
 
 
 @torch.no_grad()

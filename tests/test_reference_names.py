@@ -17,12 +17,12 @@ LATER_MODULES = """
     recirculation up_wrapper xm_latent_decoder
 """
 CONVENIENCES = """
-    F always at_most_one_of batch_masked_mean cast_tuple coin_flip compact default detach_all disable_autocast
-    divisible_by dropout_seq equals exists first flip freeze_all_layers_ get_cached_kvs get_module_by_path
-    group_by_key_prefix group_dict_by_key groupby_prefix_and_trim identity init_depth_scaled_ init_zero_ is_empty
-    join maybe maybe_and_mask not_equals once or_reduce pack_one pack_one_with_inverse pick_and_pop repeat_batch
+    F at_most_one_of batch_masked_mean coin_flip compact default detach_all disable_autocast divisible_by
+    dropout_seq exists first flip freeze_all_layers_ get_cached_kvs get_module_by_path group_by_key_prefix
+    group_dict_by_key groupby_prefix_and_trim init_depth_scaled_ init_zero_ is_empty maybe maybe_and_mask once
+    or_reduce pack_one pack_one_with_inverse pick_and_pop repeat_batch
     resolve_repeat_blocks_to_layer_execute_order sample_prob set_module_by_path string_begins_with transpose
-    unpack_one DEFAULT_DIM_HEAD DEFAULT_ATTN_RESIDUAL_LORA_RANK log
+    unpack_one DEFAULT_ATTN_RESIDUAL_LORA_RANK log
 """
 LATER_NAMES = """
     EpisodicMemories EpisodicMemoryWrapper LowRankLinear TTTModuleWrapper TTTMetaLearningTargetKLLoss
@@ -87,11 +87,12 @@ def entries(text: str) -> Iterator[Entry]:
 
 
 def split(parameters: str) -> list[str]:
-    """`a, b={1, 2}` to its parts."""
-    parts, depth = [""], 0
+    """`a, b={1, 2}, c=', '` to its parts."""
+    parts, depth, quoted = [""], 0, False
     for character in parameters:
         depth += (character in "([{<") - (character in ")]}>")
-        if character == "," and depth == 0:
+        quoted ^= character == "'"
+        if character == "," and depth == 0 and not quoted:
             parts.append("")
         else:
             parts[-1] += character

@@ -163,13 +163,7 @@ def test_shifts_of_views_do_not_depend_on_the_batch() -> None:
 
 def test_reference_weights_name_the_keyword_of_their_mixing() -> None:
     ours = Decoder(**SMALL, num_residual_streams=2)
-    theirs = {}
-    for key, value in ours.state_dict().items():
-        name = key.replace("frame.emb", "stream_emb").replace(".residual.norm.gamma", ".2.norm.weight")
-        name = name.replace(".residual.", ".2.").replace(".feedforward.up.", ".1.ff.0.0.")
-        name = name.replace(".feedforward.down.", ".1.ff.2.").replace(".attention.projections.", ".1.to_")
-        name = name.replace(".attention.out.", ".1.to_out.")
-        theirs[name.replace(".norm.gamma", ".0.0.gamma")] = value
+    theirs = Decoder(**SMALL, num_residual_streams=2, hyper_conn_reference_mix=True).export_reference_state_dict()
     said: list[str] = []
     handler = logger.add(lambda message: said.append(str(message)), level="WARNING")
     ours.load_state_dict(theirs)

@@ -79,7 +79,6 @@ def test_tied_layers_are_one_block_run_repeatedly() -> None:
         ({"weight_tie_layers": True, "layers_execute_order": (0,)}, "`weight_tie_layers` repeats one block"),
         ({"weight_tie_layers": True, "par_ratio": 2}, "`weight_tie_layers` repeats one block"),
         ({"shift_tokens": (1, 0, 1)}, "`shift_tokens` holds 3 values, but there are 4"),
-        ({"shift_tokens": (1, 0, 1, 0, 1)}, "`shift_tokens` holds 5 values, but there are 4"),
         ({"layer_dropout": (0.1,)}, "`layer_dropout` holds 1 values"),
         ({"unet_skips": True, "depth": 1}, "there is 1 block"),
         ({"unet_skips": True, "weight_tie_layers": True}, "drop one of them"),

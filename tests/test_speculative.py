@@ -12,7 +12,7 @@ from x_transformers import AutoregressiveWrapper, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.filters import top_k
 from x_transformers.decoding.loop import Decoding, cut_after_end
-from x_transformers.decoding.sampling import adjuster, chooser, identity
+from x_transformers.decoding.sampling import adjuster, chooser, unchanged
 from x_transformers.decoding.speculative import Draft, Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.errors import InputError
@@ -175,7 +175,7 @@ def test_the_distribution_is_that_of_the_model(kind: str, filtered: bool) -> Non
     """All sequences of three tokens, of two rows that go on together, by a chi-square test."""
     torch.manual_seed(5)
     target, other = torch.randn(2, VOCABULARY, VOCABULARY).unbind(0)
-    adjust = adjuster(0.8, top_k if filtered else identity, {"k": 3} if filtered else {})
+    adjust = adjuster(0.8, top_k if filtered else unchanged, {"k": 3} if filtered else {})
     counts = torch.zeros(2, VOCABULARY**LENGTH)
     powers = VOCABULARY ** torch.arange(LENGTH)
     policy = Policy(adjust)
@@ -183,7 +183,7 @@ def test_the_distribution_is_that_of_the_model(kind: str, filtered: bool) -> Non
         sequences = Sequences(torch.tensor([[0], [2]]))
         expert = Chain(target)
         drafter = ModelDrafter(Chain(other), policy, VOCABULARY) if kind == "model" else Stubborn()
-        decoding = Decoding(sequences, expert, chooser(1.0, identity, {}), VOCABULARY)
+        decoding = Decoding(sequences, expert, chooser(1.0, unchanged, {}), VOCABULARY)
         speculation = Speculation(decoding, [expert], drafter, policy, 2)
         speculation.began = True
         new = torch.cat(list(speculation.run(LENGTH, None, 0)), dim=1)
@@ -251,7 +251,7 @@ def test_looking_for_the_end_now_and_then(every: int) -> None:
     def run(every: int) -> Tensor:
         torch.manual_seed(1)
         sequences = Sequences(torch.tensor([[0], [1], [4]]))
-        decoding = Decoding(sequences, Chain(table), chooser(1.0, identity, {}), 6)
+        decoding = Decoding(sequences, Chain(table), chooser(1.0, unchanged, {}), 6)
         return torch.cat(list(decoding.run(40, 3, 5, every)), dim=1)
 
     wanted = run(1)

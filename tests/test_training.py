@@ -73,6 +73,7 @@ def test_each_parameter_once() -> None:
         split_parameters(nn.Linear(2, 2))
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="compares with torch.optim.Muon, of PyTorch 2.9 and later")
 @pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_takes_the_steps_of_torch(adjust: str | None, nesterov: bool) -> None:

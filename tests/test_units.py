@@ -190,26 +190,28 @@ def test_rotation_keeps_lengths_and_reads_differences() -> None:
 def test_xpos_decays() -> None:
     rotary = RotaryEmbedding(8, use_xpos=True, scale_base=1.0)
     same(rotary.xpos_log.exp(), [0.285714, 0.464286, 0.642857, 0.821429])
-    _, factor = rotary(torch.tensor([2]))
-    same(factor[0, 0, ::2], torch.tensor([0.285714, 0.464286, 0.642857, 0.821429]).square(), 1e-5)
+    # positions count from half of the largest one
+    _, factor = rotary(torch.tensor([2, 5]), offset=1)
+    same(factor[0, 0, ::2], torch.tensor([1.0, 1.0, 1.0, 1.0]), 1e-5)
+    same(factor[0, 1, 1::2], torch.tensor([0.285714, 0.464286, 0.642857, 0.821429]) ** 3, 1e-5)
 
 
 def test_absolute_positions() -> None:
     table = AbsolutePositionalEmbedding(4, 6)
     weight = table.emb.weight / 2
     ids = torch.zeros(2, 3)
-    same(table(ids), weight[None, :3])
-    same(table(ids, offset=2), weight[None, 2:5])
-    same(table(ids, pos=torch.tensor([5, 0, 5])), weight[None, [5, 0, 5]])
+    same(table(ids), weight[:3])
+    same(table(ids, offset=2), weight[2:5])
+    same(table(ids, pos=torch.tensor([5, 0, 5])), weight[[5, 0, 5]])
     same(table(ids, seq_start_pos=torch.tensor([0, 2])), weight[torch.tensor([[0, 1, 2], [0, 0, 0]])])
     unit = AbsolutePositionalEmbedding(4, 6, l2norm_embed=True)
-    same(unit(ids).norm(dim=-1), torch.ones(1, 3))
+    same(unit(ids).norm(dim=-1), torch.ones(3))
 
 
 def test_sinusoids() -> None:
     sinusoid = ScaledSinusoidalEmbedding(4)
     at = [[math.sin(p), math.sin(p / 100), math.cos(p), math.cos(p / 100)] for p in (0, 1, 2)]
-    same(sinusoid(torch.zeros(1, 3)), torch.tensor([at]) / 2)
+    same(sinusoid(torch.zeros(1, 3)), torch.tensor(at) / 2)
     assert "inv_freq" not in sinusoid.state_dict()
 
 

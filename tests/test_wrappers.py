@@ -129,7 +129,7 @@ ZEROS = torch.zeros(2, N, dtype=torch.long)
 WRONG_IDS = (
     (only(ZEROS + VOCAB), {}, r"ids .*run from \d+ to 12"),
     (only(ZEROS - 1), {}, "ids .*run from -1 to"),
-    (only(ZEROS.float()), {}, "dtype torch.float32"),
+    (only(ZEROS + 0.5), {}, "dtype torch.float32"),
     (only(ZEROS > 0), {}, "dtype torch.bool"),
     (only(ZEROS[0]), {}, r"shapes? \(8,\)"),
     (only(ZEROS[..., None]), {}, r"shapes? \(2, 8, 1\)"),
@@ -366,3 +366,21 @@ def test_bad_input_meets_a_sentence(
 ) -> None:
     with pytest.raises(InputError, match=words):
         kind.build()(*arguments(), **more)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.no_grad()
+def test_whole_floats_are_ids(kind: Kind) -> None:
+    """Ids of a floating type, which data sets often contain, mean the same as whole numbers."""
+    model, arguments = kind.ready(), kind.draw(2)
+
+    def as_floats(t: Any) -> Any:
+        if isinstance(t, dict):
+            return {name: as_floats(each) for name, each in t.items()}
+        return t.double() if t.dtype is torch.long else t
+
+    floating = tuple(as_floats(t) for t in arguments)
+    assert torch.equal(scalar(run(kind, model, arguments)), scalar(run(kind, model, floating)))
+    if kind.generate is not None:
+        made = [kind.generate(model, *each, temperature=0.0) for each in (arguments, floating)]
+        assert torch.equal(*(each[0] if isinstance(each, tuple) else each for each in made))

@@ -32,7 +32,7 @@ from x_transformers.attention.base import (
 from x_transformers.attention.keys import sink, zero
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.qk import l2_distance
-from x_transformers.attention.reference_weights import rename_parts
+from x_transformers.attention.reference_weights import export_parts, rename_parts
 from x_transformers.attention.scores import cog, selective, talking_heads
 from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
@@ -43,7 +43,6 @@ from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError, Faults, InputError
-from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.call import Capture, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
@@ -52,7 +51,7 @@ from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Options, Schema, unpackable
+from x_transformers.options.schema import Options, Schema
 from x_transformers.options.signatures import parameter, show_keywords
 
 __all__ = [
@@ -189,10 +188,10 @@ class Attend(Configured, ReadsReference):
         shape = AttentionShape(dim=0, heads=heads or 1, kv_heads=1, dim_head=0, value_dim_head=0, causal=causal)
         self.parts = nn.ModuleDict()
         slots: dict[str, list[Any]] = {}
-        for feature in parsed.enabled():
+        for feature in parsed.parts():
             with faults.catching():
                 assert feature.build is not None
-                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape)
+                self.parts[feature.name] = part = feature.build(parsed[feature.name], shape=shape, others=parsed)
                 slots.setdefault(feature.slot, []).append(part)
         self.switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
         if cope is not None:
@@ -381,7 +380,7 @@ class Attend(Configured, ReadsReference):
         with torch.autocast(q.device.type, enabled=False):
             return backend.attend(request), visible
 
-    def _backend(self, request: Request, needs: Needs) -> Backend:
+    def _backend(self, request: Request, needs: int) -> Backend:
         """Return the backend for a request. Eager decoding asks for every token, so the last answer is kept."""
         if torch.compiler.is_compiling():
             return self.backends.for_request(request, needs)
@@ -395,7 +394,6 @@ class Attend(Configured, ReadsReference):
             self._answer = asked, self.backends.for_request(request, needs)
         return self._answer[1]
 
-    @checked
     def forward(
         self,
         q: Tensor,
@@ -443,7 +441,6 @@ class Attend(Configured, ReadsReference):
         result = self._run(q, k, v, layer)
         return result.out.to(v.dtype), Intermediates(result.similarities, result.logits, result.weights)
 
-    @checked
     def flash_attn(
         self,
         q: Tensor,
@@ -482,12 +479,15 @@ class Attend(Configured, ReadsReference):
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
         rename_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        rename(state, f"{prefix}parts.learned_sink.logits", f"{prefix}head_attn_sink")
+        export_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
+
 
 def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:
     """Add a fault for each feature that mixes packed documents, and for the first one that lacks `heads`."""
-    for feature in options.enabled() if packed else ():
-        if feature.unpackable is not None:
-            faults.add(unpackable(feature))
+    for sentence in options.unpackable() if packed else ():
+        faults.add(sentence)
     needy = [options.switch(feature) for feature in options.enabled() if feature.name in NEED_HEADS]
     if needy and heads is None:
         faults.add(f"{needy[0]} has something for each head; give `heads`.")
@@ -501,7 +501,7 @@ def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
             yield f"{name}.fn" if own is not part else name, own
 
 
-def _needs_of(request: Request, needs: Needs) -> Needs:
+def _needs_of(request: Request, needs: int) -> int:
     """Return what a backend needs for a request: the needs of every call, and those of this one."""
     for part in (*request.scores, *request.rows, *request.weights):
         needs |= part.needs
@@ -521,9 +521,9 @@ def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:
     return ScoreParts(sink=sink, **{name: tuple(parts.get(slot, ())) for name, slot in names.items()})
 
 
-def _needed_by(switches: Iterable[tuple[str, nn.Module]], dropout: float) -> dict[Needs, list[str]]:
+def _needed_by(switches: Iterable[tuple[str, nn.Module]], dropout: float) -> dict[int, list[str]]:
     """Return the keywords that each need comes from."""
-    found: dict[Needs, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
+    found: dict[int, list[str]] = {Needs.DROPOUT: ["`dropout`"]} if dropout > 0 else {}
     for switch, part in switches:
         need = Needs.SINK if isinstance(part, LearnedSink) else getattr(part, "needs", Needs.NOTHING)
         found.setdefault(need, []).append(switch)

@@ -19,14 +19,17 @@ from x_transformers.decoding.generation_inputs import check_length_and_end
 from x_transformers.decoding.loop import check_next_token_net, in_shape, streamed, with_progress
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
-from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, identity
+from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import chunked_token_losses, mean_over, token_losses
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
+from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.ops import log
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
@@ -38,6 +41,7 @@ __all__ = [
     "eval_decorator",
     "gumbel_noise",
     "gumbel_sample",
+    "log",
     "min_p",
     "modify_cached_kv",
     "pad_at_dim",
@@ -45,6 +49,7 @@ __all__ = [
     "top_k",
     "top_p",
 ]
+__all__ += script_names.__all__
 
 
 class AutoregressiveWrapper(Configured, ReadsReference):
@@ -144,7 +149,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        _check_loss_input(x, lens, kwargs)
+        x = _checked_loss_input(x, lens, kwargs)
         chunked = self.loss_chunk_size is not None
         if chunked and return_outputs:
             raise InputError(
@@ -152,7 +157,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
                 "the net itself for them, or build the wrapper without `loss_chunk_size`."
             )
         kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
-        x = x.long()  # bytes could not hold `ignore_index`
         if lens is not None:
             padding = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
             x = x.masked_fill(padding, self.ignore_index)
@@ -286,7 +290,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
     @takes_options(
         "beams return_beams_and_scores eos_token temperature stochastic prompt_lens filter_logits_fn "
         "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature",
-        filter_logits_fn=identity,
+        filter_logits_fn=unchanged,
     )
     def beam_search(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
         """Find the continuations of each prompt with the highest probability, among those that beam search meets.
@@ -374,15 +378,16 @@ def _check_chunks(net: TransformerWrapper, chunk: int) -> None:
         )
 
 
-def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-    check_ids(x)
+def _checked_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the ids in 64 bits, since bytes could not hold `ignore_index`."""
+    x = checked_ids(x).long()
     if x.shape[1] == 0:
         raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
     for name in kwargs:
         if name.startswith("return_") or name == "cache":
             raise InputError(f"`{name}` cannot be given to the loss; use `return_outputs`, or call the net itself.")
     if lens is None:
-        return
+        return x
     if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.is_complex() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers, "
@@ -394,3 +399,4 @@ def _check_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any])
         and bool(((lens < 0) | (lens > x.shape[1])).any())
     ):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {x.shape[1]} tokens.")
+    return x

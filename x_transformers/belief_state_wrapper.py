@@ -19,7 +19,7 @@ from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import mean_over, token_losses
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -116,7 +116,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        check_ids(seq)
+        seq = checked_ids(seq)
         if seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is no token to learn from.")
         lens = _lengths(lens, seq)

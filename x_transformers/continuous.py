@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from x_transformers.cache import KVCache
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
 from x_transformers.decoding.loop import in_shape, make_reader, streamed
-from x_transformers.decoding.options import GenerationOptions
+from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -24,7 +25,7 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, finite_where_hidden
 from x_transformers.options.configured import Configured
-from x_transformers.options.values import accepts, shown
+from x_transformers.options.values import shown
 
 __all__ = [
     "ContinuousAutoregressiveWrapper",
@@ -149,7 +150,9 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Args:
             x: `(b, n, D)`.
             rollout_steps: number R of vectors that are predicted. Rows of at most R vectors do not count.
-            kwargs: `lens (b,)`, and arguments of the model's passes that are not over positions.
+            kwargs: `lens (b,)` or `mask (b, n)`, and arguments of the model's passes that are not over positions. Where
+                the mask is False, a position stays hidden, whether it is given or predicted, and a target counts if it
+                and the position before it are valid.
 
         Returns:
             A scalar, the mean over rows, steps and features; zero, attached to the graph, if no row is long enough.
@@ -158,33 +161,42 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         _check(x, kwargs)
-        for name in ("mask", "self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
+        for name in ("self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
             if kwargs.get(name) is not None:
                 raise InputError(
-                    f"`{name}` covers positions, which roll-outs move; pass the number of valid ones as `lens`, or set "
+                    f"`{name}` covers positions, which roll-outs move; pass the valid ones as `lens` or `mask`, or set "
                     "`rollout_steps = 1`."
                 )
-        lens = kwargs.pop("lens", None)
+        lens, mask = kwargs.pop("lens", None), kwargs.pop("mask", None)
+        if mask is not None:
+            mask, lens = _checked_mask(mask, x, lens)
         if lens is None:
             lens = torch.full((len(x),), x.shape[1], device=x.device)
         else:
             x = x.masked_fill(~_before(lens, x).unsqueeze(-1), 0.0)
-        long_enough = lens > rollout_steps
+        counted = (lens > rollout_steps).unsqueeze(-1).expand(-1, rollout_steps)
         # random histories, so that the model learns to continue any length; aligned, so that all rows go on at one
         # column
         cut = _cut_points(lens - rollout_steps)
         history, start = _aligned(x, cut)
         places = (cut.unsqueeze(-1) + torch.arange(rollout_steps, device=x.device)).clamp(max=x.shape[1] - 1)
         targets = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        losses = self._losses(self._roll_out(history, start, rollout_steps, kwargs), targets)
-        return mean_over(losses.mean(dim=(1, 2)), long_enough)
+        if mask is not None:
+            counted = counted & mask.gather(1, places) & mask.gather(1, places - 1)
+            mask = torch.cat((align_right(mask, cut, False)[:, -history.shape[1] :], mask.gather(1, places)), dim=1)
+        losses = self._losses(self._roll_out(history, start, mask, rollout_steps, kwargs), targets)
+        return mean_over(losses.mean(dim=-1), counted)
 
-    def _roll_out(self, history: Tensor, start: Tensor, steps: int, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return `steps` predictions, `([2,] b, steps, D)`."""
+    def _roll_out(
+        self, history: Tensor, start: Tensor, mask: Tensor | None, steps: int, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return `steps` predictions, `([2,] b, steps, D)`; the mask covers histories and predictions."""
         predictions: list[Tensor] = []
         cache: Any = KVCache() if self.net.can_cache_kv else None
-        new = history
-        for _ in range(steps):
+        new, width = history, history.shape[1]
+        for step in range(steps):
+            if mask is not None:
+                kwargs = {**kwargs, "mask": mask[:, : width + step]}
             if cache is None:
                 out = self.net(history, seq_start_pos=start, **kwargs)
             else:
@@ -232,17 +244,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
     # generation
 
-    def generate(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        temperature: float = 1.0,
-        cache_kv: bool = True,
-        *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        restrict_to_max_seq_len: bool = True,
-        **kwargs: Any,
-    ) -> Tensor:
+    @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
+    def generate(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Tensor:
         """Continue each prompt by `seq_len` vectors, in evaluation mode.
 
         Args:
@@ -262,64 +265,49 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        steps, read, view = self._begin(
-            start_tokens,
-            seq_len,
-            temperature,
-            cache_kv,
-            prompt_lens=prompt_lens,
-            restrict_to_max_seq_len=restrict_to_max_seq_len,
-            **kwargs,
-        )
+        steps, read, view = self._begin(start_tokens, seq_len, options)
         with torch.inference_mode(), view:
             new = list(steps())
         # outside of inference mode, so that training may use the vectors
         vectors = torch.cat([read.tokens[:, :0], *new], dim=1)
         return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
 
-    def stream(self, start_tokens: Tensor, seq_len: int, **options: Any) -> Iterator[Tensor]:
+    @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
+    def stream(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
         """Yield the vectors of `generate`, `(b, D)` or `(D,)` each.
 
         The model is in evaluation mode until the last one.
 
         Args:
-            start_tokens, seq_len, options: as in `generate`.
+            start_tokens, seq_len, temperature, cache_kv, prompt_lens, restrict_to_max_seq_len, kwargs: as in
+                `generate`.
 
         Raises:
             InputError: immediately, with what was given and what is needed; but for the width of a custom
                 `project_out`, which is only known with the first vector.
         """
-        steps, read, view = self._begin(start_tokens, seq_len, **options)
+        steps, read, view = self._begin(start_tokens, seq_len, options)
         return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), view)
 
     def _begin(
-        self,
-        start_tokens: Tensor,
-        seq_len: int,
-        temperature: float = 1.0,
-        cache_kv: bool = True,
-        *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        restrict_to_max_seq_len: bool = True,
-        **kwargs: Any,
+        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions
     ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
         """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
-        if not accepts(float, temperature) or temperature < 0:
-            raise InputError(f"`temperature` is {shown(temperature)}; it must be finite and not negative.")
         if not isinstance(start_tokens, Tensor):
             raise InputError(f"`start_tokens` is {shown(start_tokens)}; it must be a tensor of vectors.")
-        if "cache" in kwargs:
+        if "cache" in options.arguments:
             raise InputError("`cache` cannot be chosen here; vectors are generated with a dynamic cache (`cache_kv`).")
-        if "lens" in kwargs:
+        if "lens" in options.arguments:
             raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
-        read = self._read(start_tokens, prompt_lens)
+        read = self._read(start_tokens, options.prompt_lens)
         net, total = self.net, read.tokens.shape[1] + max(seq_len, 1) - 1
-        ends = 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len
-        view, cached = InferenceView(net), cache_kv and not ends
-        options = GenerationOptions(cache_kv=cached, restrict_to_max_seq_len=restrict_to_max_seq_len, arguments=kwargs)
+        if 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len:
+            options = replace(options, cache_kv=False)
+        view = InferenceView(net)
         reader = make_reader(view.of(net), read, seq_len, options)
-        return partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, temperature), read, view
+        steps = partial(self._steps, reader, Sequences(read.tokens, read.start), seq_len, options.temperature)
+        return steps, read, view
 
     def _steps(self, reader: Reader, sequences: Sequences, count: int, temperature: float) -> Iterator[Tensor]:
         """Append and yield `count` vectors, `(b, 1, D)` each."""
@@ -403,6 +391,16 @@ def _before(lens: Tensor, x: Tensor) -> Tensor:
         raise InputError(f"`lens` is {shown(lens)}; it must hold {len(x)} whole numbers.")
     check_counts(lens, "lens", x.shape[1], len(x))
     return torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(-1)
+
+
+def _checked_mask(mask: Tensor, x: Tensor, lens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return `(b, n)` bool, and `(b,)` the number of positions up to the last valid one."""
+    if lens is not None:
+        raise InputError("`mask` and `lens` both specify the valid positions; pass one of them.")
+    if mask.ndim != 2 or mask.shape[0] not in (1, len(x)) or mask.shape[1] != x.shape[1]:
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape[:2])}.")
+    mask = mask.bool().expand(len(x), -1)
+    return mask, (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(dim=-1)
 
 
 def _finite(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import next_token_log_probs
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import masked_mean
@@ -100,6 +101,7 @@ class DPO(Configured, ReadsReference):
                 f"the sequences have shapes {tuple(preferred_seq.shape)} and {tuple(unpreferred_seq.shape)}; both must "
                 "be (b, n), the shorter ones padded on the right."
             )
+        preferred_seq, unpreferred_seq = checked_ids(preferred_seq), checked_ids(unpreferred_seq)
         if preferred_seq.shape[1] < 2:
             raise ShapeError(f"the sequences have {preferred_seq.shape[1]} tokens; preferences need at least two.")
         preferred, counted_w = self._prepare(preferred_seq, prompt_mask, preferred_seq_mask, "preferred_seq_mask")

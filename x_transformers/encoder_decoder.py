@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.errors import ConfigError, UnknownKeywordError, did_you_mean
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.branches.dropout import drop_context
+from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
 from x_transformers.models.transformer import TransformerWrapper
@@ -23,6 +24,10 @@ from x_transformers.options.configured import Configured
 
 OF_THE_WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
 """Options with the prefixes `enc_` and `dec_` that go to the wrapper; all others go to the stack."""
+
+
+REFERENCE_MIX = "hyper_conn_reference_mix"
+"""Option of a stack that loading weights may set."""
 
 
 class XTransformer(Configured, ReadsReference):
@@ -153,6 +158,24 @@ class XTransformer(Configured, ReadsReference):
             context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.stream(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor as plain data, with what loaded weights have changed; see `Configured`."""
+        config = super().config
+        for half, stack in self._stacks.items():
+            if stack.reference_mix:
+                config["options"][f"{half}_{REFERENCE_MIX}"] = True
+        return config
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        given = config["options"]
+        halves = {half: {REFERENCE_MIX: given.get(f"{half}_{REFERENCE_MIX}", False)} for half in self._stacks}
+        return [undo for half, stack in self._stacks.items() for undo in stack.adopt_config({"options": halves[half]})]
+
+    @property
+    def _stacks(self) -> dict[str, AttentionLayers]:
+        return {"enc": self.encoder.attn_layers, "dec": self.decoder.net.attn_layers}
+
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         if not isinstance(self.decoder.net.token_emb, SharedTokenEmbedding):
             return
@@ -160,6 +183,10 @@ class XTransformer(Configured, ReadsReference):
         own, second = (f"{prefix}{part}.token_emb.emb.weight" for part in ("encoder", "decoder.net"))
         if own in state and second in state and torch.equal(state[own], state[second]):
             del state[second]
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if isinstance(self.decoder.net.token_emb, SharedTokenEmbedding):
+            state[f"{prefix}decoder.net.token_emb.emb.weight"] = state[f"{prefix}encoder.token_emb.emb.weight"]
 
 
 def _encode(
@@ -186,7 +213,7 @@ def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[
     known = ("dim", "tie_token_emb", "ignore_index", "pad_value", "cross_attn_tokens_dropout")
     if stray:
         clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, known)}" for name in stray)
-        raise ConfigError(f"XTransformer: {clauses} Options of its halves begin with `enc_` or `dec_`.")
+        raise UnknownKeywordError(f"XTransformer: {clauses} Options of its halves begin with `enc_` or `dec_`.")
     missing = [f"{half}_{name}" for half in ("enc", "dec") for name in ("num_tokens", "max_seq_len")]
     missing = [name for name in missing if name not in given]
     if missing:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Checked
@@ -82,7 +82,7 @@ class EntropyBasedTokenizer(Checked, nn.Module):
 
         single = seq.ndim == 1
         seq = seq.unsqueeze(0) if single else seq
-        check_ids(seq)
+        seq = checked_ids(seq)
         if seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)

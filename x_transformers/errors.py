@@ -14,6 +14,13 @@ class ConfigError(ValueError, AssertionError):
     """
 
 
+class UnknownKeywordError(ConfigError, TypeError):
+    """Options among which at least one keyword is unknown.
+
+    Also a `TypeError`, which Python raises for an unknown keyword, so that code that probes for keywords keeps working.
+    """
+
+
 class InputError(ValueError, AssertionError):
     """Arguments of a call that do not fit the model: values, dtypes or combinations."""
 
@@ -39,15 +46,28 @@ class Faults:
 
     Attributes:
         messages: the messages so far, without duplicates.
+        unknown: one of them is about an unknown keyword.
     """
 
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.unknown = False
 
     def add(self, message: str) -> None:
         """Collect a message, unless it is there already."""
         if message not in self.messages:
             self.messages.append(message)
+
+    def add_unknown(self, keyword: str, known: Iterable[str], near: str | None = None) -> None:
+        """Collect an unknown keyword, with a suggestion.
+
+        Args:
+            keyword: the keyword in full.
+            known: names to suggest from.
+            near: what is compared with these names; default the keyword.
+        """
+        self.unknown = True
+        self.add(f"unknown keyword `{keyword}`.{did_you_mean(keyword if near is None else near, known)}")
 
     @contextmanager
     def catching(self, rewrite: Callable[[str], str] = str) -> Iterator[None]:
@@ -59,6 +79,7 @@ class Faults:
         try:
             yield
         except ConfigError as error:
+            self.unknown |= isinstance(error, UnknownKeywordError)
             for message in getattr(error, "faults", [str(error)]):
                 self.add(rewrite(message))
 
@@ -69,15 +90,17 @@ class Faults:
             subject: name of the class that is being built, put in front of the messages.
 
         Raises:
-            ConfigError: if there are messages; its attribute `faults` is the list of them.
+            ConfigError: if there are messages; its attribute `faults` is the list of them. If a keyword is unknown, an
+                `UnknownKeywordError`.
         """
         if not self.messages:
             return
+        kind = UnknownKeywordError if self.unknown else ConfigError
         if len(self.messages) == 1:
-            error = ConfigError(f"{subject}: {self.messages[0]}")
+            error = kind(f"{subject}: {self.messages[0]}")
         else:
             listed = "\n".join(f"  - {message}" for message in self.messages)
-            error = ConfigError(f"{subject}: {len(self.messages)} faults\n{listed}")
+            error = kind(f"{subject}: {len(self.messages)} faults\n{listed}")
         error.faults = list(self.messages)  # type: ignore[attr-defined]
         raise error
 

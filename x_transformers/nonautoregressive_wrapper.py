@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import mean_over, token_losses
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -194,6 +194,21 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         self.to_self_cond = nn.Linear(dim, net.emb_dim, bias=False) if self_cond else None
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
 
+    @property
+    def dim(self) -> int:
+        """Width of the model's features."""
+        return self.net.attn_layers.dim
+
+    @property
+    def max_seq_len(self) -> int:
+        """Number of tokens of the model's inputs."""
+        return self.net.max_seq_len
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the model's vocabulary."""
+        return self.net.num_tokens
+
     # training
 
     @checked
@@ -222,8 +237,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        x = checked_ids(x).long()
         valid = self._check(x, only_train_generator, only_train_critic, kwargs)
-        x = x.long()
         t = torch.rand(len(x), device=x.device)
         masked = self._draw_masked(x, t, valid)
         shown = self._show(x, masked)
@@ -244,7 +259,6 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
     def _check(self, x: Tensor, only_generator: bool, only_critic: bool, kwargs: dict[str, Any]) -> Tensor:
         """Check the arguments, and return `(b, n)` bool, where there are tokens."""
-        check_ids(x)
         if x.shape[1] != self.net.max_seq_len:
             raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {self.net.max_seq_len}.")
         if only_generator and only_critic:

@@ -1,5 +1,6 @@
 """The reference's import path. Everything here lives elsewhere."""
 
+from x_transformers.attend import Attend
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.qk.caller_rotations import apply_polar_pos_emb, apply_rotary_pos_emb, rotate_half
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
@@ -11,12 +12,14 @@ from x_transformers.attention.scores.dynamic import DynamicPositionBias
 from x_transformers.attention.scores.forgetting import DataDependentAlibi, PerRowDataDependentAlibi
 from x_transformers.attention.scores.relative_projection import RelativeProjPositionalBias
 from x_transformers.attention.scores.t5 import RelativePositionBias
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.decoding.prompts import pad_at_dim
 from x_transformers.encoder_decoder import XTransformer
 from x_transformers.feedforward.activations import ReluSquared, SoLU
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.feedforward.glu import GLU
 from x_transformers.feedforward.softclamp import softclamp_gelu, softclamp_silu
-from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.depth.aggregated import AttentionResidual
 from x_transformers.layers.depth.lime import DynamicLIMe
@@ -40,6 +43,7 @@ from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.requested_outputs import calc_entropy, calc_z_loss
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
+from x_transformers.modules import script_names
 from x_transformers.modules.lora import LoRALinear
 from x_transformers.modules.norms import (
     AdaptiveLayerNorm,
@@ -51,6 +55,7 @@ from x_transformers.modules.norms import (
     ScaleNorm,
     SimpleRMSNorm,
 )
+from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.ops import l2norm, log, masked_mean, max_neg_value, softclamp
 from x_transformers.ops import project_away as orthog_project
 from x_transformers.options.per_layer import layer_schedule
@@ -62,10 +67,12 @@ __all__ = [
     "AdaptiveLayerScale",
     "AdaptiveRMSNorm",
     "AlibiPositionalBias",
+    "Attend",
     "Attention",
     "AttentionLayers",
     "AttentionPool",
     "AttentionResidual",
+    "AutoregressiveWrapper",
     "CoPE",
     "ConcatCombine",
     "CrossAttender",
@@ -81,6 +88,7 @@ __all__ = [
     "GRUGating",
     "GatedMultiResidual",
     "HyperConnection",
+    "Intermediates",
     "LayerIntermediates",
     "LayerNorm",
     "LayerScale",
@@ -119,6 +127,7 @@ __all__ = [
     "masked_mean",
     "max_neg_value",
     "orthog_project",
+    "pad_at_dim",
     "rotate_half",
     "shift",
     "sinkhorn",
@@ -126,3 +135,4 @@ __all__ = [
     "softclamp_gelu",
     "softclamp_silu",
 ]
+__all__ += script_names.__all__

@@ -23,7 +23,7 @@ from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import token_losses
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
@@ -121,10 +121,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        check_ids(x)
+        x = checked_ids(x).long()  # bytes could not hold `ignore_index`
         if x.shape[1] == 0:
             raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
-        x = x.long()  # bytes could not hold `ignore_index`
         shown, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
         total, size = labels.shape[1], self.max_seq_len
         if total == 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.decoding.filters import find_filter, top_k
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
 from x_transformers.decoding.loop import make_reader, streamed
-from x_transformers.decoding.options import GenerationOptions
+from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
-from x_transformers.decoding.sampling import Choose, check_readable, chooser
+from x_transformers.decoding.sampling import Choose, check_readable
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.losses import mean_over, token_losses
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -108,8 +108,9 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        x = checked_ids(x).long()
         _check(x, x_num, kwargs)
-        x, n = x.long(), x.shape[1]
+        n = x.shape[1]
         ignored = x == self.ignore_index
         shown, numbers = x.masked_fill(ignored, self.pad_value), x_num.masked_fill(ignored, 0.0)
         if n == 1:
@@ -136,20 +137,13 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         target = torch.where(numeric, target.to(predicted.dtype), predicted.detach())
         return F.mse_loss(at_least_float32(predicted), at_least_float32(target), reduction="none")
 
-    @checked
+    @takes_options("filter_logits_fn filter_kwargs temperature * prompt_lens cache_kv filter_before_temperature")
     def generate(
         self,
         start_tokens: Tensor | Sequence[Tensor],
         start_numbers: Tensor | Sequence[Tensor],
         seq_len: int,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        temperature: float = 1.0,
-        *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        cache_kv: bool = True,
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
+        options: GenerationOptions,
     ) -> GenerateReturn:
         """Continue each prompt by `seq_len` tokens and numbers, in evaluation mode.
 
@@ -159,12 +153,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
             start_tokens: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
             start_numbers: the numbers, of the same shapes.
             seq_len: number of tokens to generate.
-            filter_logits_fn: "top_p", "top_k", "top_a", "min_p", or a function of logits `(b, v)`.
-            filter_kwargs: keywords of the filter.
-            temperature: 0 takes the most likely token; otherwise draw from `softmax(filter(logits / temperature))`.
-            prompt_lens: `(...)` length of the prompt of each row, which starts on the left.
-            cache_kv: cache keys and values. False runs the whole sequence at each step.
-            filter_before_temperature: draw from `softmax(filter(logits) / temperature)`, as the reference library does.
+            [options]
             kwargs: of the model's passes. `mask` covers the prompts; `pos` covers prompts and generated tokens.
 
         Returns:
@@ -173,40 +162,32 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        numbered, read, view = self._begin(
-            start_tokens,
-            start_numbers,
-            seq_len,
-            filter_logits_fn,
-            filter_kwargs,
-            temperature,
-            prompt_lens=prompt_lens,
-            cache_kv=cache_kv,
-            filter_before_temperature=filter_before_temperature,
-            **kwargs,
-        )
+        numbered, read, view = self._begin(start_tokens, start_numbers, seq_len, options)
         with torch.inference_mode(), view:
             for _ in numbered.run(seq_len):
                 pass
         width = read.tokens.shape[1]
         return self._shown((numbered.ids.tokens()[:, width:], numbered.numbers.tokens()[:, width:]), read.lead, seq_len)
 
+    @takes_options("filter_logits_fn filter_kwargs temperature * prompt_lens cache_kv filter_before_temperature")
     def stream(
         self,
         start_tokens: Tensor | Sequence[Tensor],
         start_numbers: Tensor | Sequence[Tensor],
         seq_len: int,
-        **options: Any,
+        options: GenerationOptions,
     ) -> Iterator[GenerateReturn]:
         """Yield the tokens and numbers of `generate`, `(...)` each; the model is in evaluation mode until the last one.
 
         Args:
-            start_tokens, start_numbers, seq_len, options: as in `generate`.
+            start_tokens, start_numbers, seq_len: as in `generate`.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Raises:
             InputError: immediately, with what was given and what is needed.
         """
-        numbered, read, view = self._begin(start_tokens, start_numbers, seq_len, **options)
+        numbered, read, view = self._begin(start_tokens, start_numbers, seq_len, options)
         return streamed(partial(numbered.run, seq_len), lambda pair: self._shown(pair, read.lead), view)
 
     def _begin(
@@ -214,33 +195,30 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         start_tokens: Tensor | Sequence[Tensor],
         start_numbers: Tensor | Sequence[Tensor],
         seq_len: int,
-        filter_logits_fn: str | Callable[..., Tensor] = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        temperature: float = 1.0,
-        *,
-        prompt_lens: Tensor | Sequence[int] | None = None,
-        cache_kv: bool = True,
-        filter_before_temperature: bool = False,
-        **kwargs: Any,
+        options: GenerationOptions,
     ) -> tuple[_Numbered, Prompts, InferenceView]:
         """Check all arguments; return the batch that is continued, the prompts, and the modules that run."""
         net = self.net
         check_seq_len(seq_len)
-        choose = chooser(temperature, find_filter(filter_logits_fn), filter_kwargs or {}, filter_before_temperature)
-        prepended = kwargs.get("prepend_embeds") is not None
-        read = read_prompts(start_tokens, prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
+        prepended = options.arguments.get("prepend_embeds") is not None
+        read = read_prompts(start_tokens, options.prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
         numbers = Sequences(read.align(_rows(start_tokens, start_numbers, read.width), 0.0))
         # a window over the last tokens moves their positions, and cached keys have the old ones
-        cached = cache_kv and not 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1
+        if 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1:
+            options = replace(options, cache_kv=False)
         view = InferenceView(net)
         reader = make_reader(
             view.of(net),
             read,
             seq_len,
-            GenerationOptions(cache_kv=cached, arguments=kwargs),
+            options,
             growing=lambda first, last: {"x_num": numbers.tokens()[:, first:last]},
         )
-        return _Numbered(Sequences(read.tokens, read.start), numbers, reader, choose, net.num_tokens), read, view
+        return (
+            _Numbered(Sequences(read.tokens, read.start), numbers, reader, options.choose, net.num_tokens),
+            read,
+            view,
+        )
 
     def _shown(self, pair: tuple[Tensor, Tensor], lead: tuple[int, ...], *count: int) -> GenerateReturn:
         """Return tokens and numbers `(b, m)` of inference mode as ordinary tensors `(*lead, *count)`."""
@@ -299,7 +277,6 @@ def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _check(x: Tensor, x_num: Tensor, kwargs: dict[str, Any]) -> None:
-    check_ids(x)
     if x.shape[1] == 0 or x_num.shape != x.shape:
         raise ShapeError(
             f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with at least one "

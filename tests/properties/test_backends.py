@@ -276,7 +276,7 @@ def test_both_forms_of_a_bias(case: Case, how: str, stack: str) -> None:
     bias = case.build(stack).attn_layers.rel_pos
     bound = bias.bind(query, keys)
     b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 4, len(query), len(keys))), indexing="ij")
-    assert bound.needs is Needs.BIAS
+    assert bound.needs == Needs.BIAS
     close(bound.at(Memo())(torch.zeros(b.shape), b, h, q, k), bound.dense(Memo()).expand(b.shape))
     distance = query.pos[:, :, None] - keys.pos[:, None]
     close(bound.dense(Memo()), bias.bias(distance))

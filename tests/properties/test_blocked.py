@@ -15,10 +15,10 @@ from x_transformers.attention.backends import blocked
 from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.blocked import Blocked
 from x_transformers.attention.backends.explicit import Explicit
-from x_transformers.attention.base import BoundScore, Memo, Needs
+from x_transformers.attention.base import BoundScore, Memo
 from x_transformers.attention.scores.alibi import AlibiPositionalBias
 from x_transformers.attention.scores.softclamp import SoftclampLogits
-from x_transformers.forward_pass.call import Call, Span
+from x_transformers.forward_pass.call import Call, Capture, Span
 from x_transformers.masks import builder as masks
 from x_transformers.masks.builder import visibility
 from x_transformers.masks.visibility import MaskSpec
@@ -53,7 +53,7 @@ def twins(case: Case, stack: str) -> tuple[TransformerWrapper, TransformerWrappe
     return one, two
 
 
-def by_blocks(situation: Situation, needs: Needs) -> tuple[Backend, str]:
+def by_blocks(situation: Situation, needs: int) -> tuple[Backend, str]:
     backend = Blocked()
     assert backend.lacks(needs) is None
     return backend, "made to"
@@ -102,7 +102,14 @@ def request(
 ) -> Request:
     """Causal attention of 2 rows and 4 heads."""
     tokens = span(n, token_mask)
-    visible = visibility(Call(tokens, tokens, True), tokens, causal=True, own=True, window=window, prefix=0)
+    visible = visibility(
+        Call(tokens, tokens, True, capture=Capture(), memo=Memo()),
+        tokens,
+        causal=True,
+        own=True,
+        window=window,
+        prefix=0,
+    )
     q, k, v = draw(2, 4, n, 8, dtype=dtype), draw(2, groups, n, 8, dtype=dtype), draw(2, groups, n, 6, dtype=dtype)
     return Request(q, k, v, size, visible, Memo(), scores(tokens))
 

@@ -19,7 +19,7 @@ from x_transformers.attention.backends.explicit import Explicit
 from x_transformers.attention.backends.flex import Flex
 from x_transformers.attention.base import Memo, Needs
 from x_transformers.attention.scores.softclamp import SoftclampLogits
-from x_transformers.forward_pass.call import Call, Span
+from x_transformers.forward_pass.call import Call, Capture, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks import block_masks
 from x_transformers.masks.block_masks import block_mask, build
@@ -172,7 +172,14 @@ def span(n: int, token_mask: Tensor | None = None) -> Span:
 
 def causal(n: int, window: int | None = None, token_mask: Tensor | None = None) -> Visibility:
     tokens = span(n, token_mask)
-    return visibility(Call(tokens, tokens, True), tokens, causal=True, own=True, window=window, prefix=0)
+    return visibility(
+        Call(tokens, tokens, True, capture=Capture(), memo=Memo()),
+        tokens,
+        causal=True,
+        own=True,
+        window=window,
+        prefix=0,
+    )
 
 
 def test_rules_without_tensors_stay() -> None:

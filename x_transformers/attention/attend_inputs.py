@@ -11,8 +11,8 @@ from torch import Tensor
 
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_pairs
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import read_mask
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span
+from x_transformers.forward_pass.arguments import kinds_of, read_mask
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span, check_kinds
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 
 PACKS = "flash_pack_seq_kwargs"
@@ -37,6 +37,7 @@ class AttendInputs:
         Raises:
             ShapeError: if they do not.
         """
+        check_kinds(self.__dict__, KINDS)
         q, k, v = self.q, self.k, self.v
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
         if any(t.is_complex() for t in (q, k, v)):
@@ -109,5 +110,8 @@ class AttendInputs:
         slots = places[None] if documents is None or i != j else documents.places(j)
         query = Span(torch.arange(j - i, j, device=device), slots[:, j - i :], slots[:, j - i :], own)
         keys = Span(places, slots, slots, token_mask)
-        call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs, capture=capture)
+        call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs, capture=capture, memo=Memo())
         return LayerCall(call, keys, keys, biases=biases, carry=Carry(), deltas=Deltas(), documents=documents)
+
+
+KINDS = kinds_of(AttendInputs)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Situation
 from x_transformers.attention.base import Needs, Part, ScoreMod
@@ -17,18 +17,19 @@ from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import checked_logits, clip_factors, clip_heads
 from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
-from x_transformers.attention.reference_weights import translate
+from x_transformers.attention.reference_weights import export, translate
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
+from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, BranchFunction):
+class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, CallAdapter, BranchFunction):
     """Multi-head attention `softmax(q k^T / sqrt(d)) v` of the tokens to themselves or to a context.
 
     Args:
@@ -94,21 +95,13 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
     def dropout(self) -> float:
         return self.attend.dropout
 
-    @property
-    def to_q(self) -> nn.Module:
-        return self.projections.q
-
-    @property
-    def to_k(self) -> nn.Module | None:
-        return self.projections.k
-
-    @property
-    def to_v(self) -> nn.Module:
-        return self.projections.v
-
-    @property
-    def to_out(self) -> nn.Module:
-        return self.out
+    to_q = SecondName("projections.q")
+    to_k = SecondName("projections.k")
+    to_v = SecondName("projections.v")
+    to_out = SecondName("out")
+    to_latent_q = SecondName("latent_q")
+    to_latent_kv = SecondName("latent_kv.project")
+    to_rotateable_k = SecondName("latent_kv.sub_keys")
 
     # declarations
 
@@ -157,10 +150,10 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         self.attend.share_scores()
         self.leaves_scores = True
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the value and output matrices, which Muon may orthogonalize (2502.16982)."""
-        for each in (self.projections.v, self.out):
-            yield from (parameter for parameter in each.parameters() if parameter.ndim == 2)
+    def muon_parameters(self) -> list[Tensor]:
+        """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
+        maps = (self.projections.v, self.out)
+        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim == 2]
 
     def explain(
         self,
@@ -298,7 +291,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         causal: bool | None = None,
         *,
         layer: LayerCall | None = None,
-    ) -> Tensor | tuple[Tensor, Intermediates] | BranchOutput:
+    ) -> Tensor | tuple[Tensor, Intermediates | BranchOutput] | BranchOutput:
         """Attend outside of a stack; or, with `layer`, as a sublayer of one (see `run`).
 
         Args:
@@ -310,7 +303,7 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             attn_mask: `(i, j)`, `(h, i, j)` or `(b, h, i, j)` bool, True where a query may see a key.
             rel_pos: a bias module, for example `AlibiPositionalBias`.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits.
-            pos: `(n,)` or `(b, n)` positions for `rel_pos`.
+            pos: `(n,)` or `(b, n)` positions for `rel_pos`; for an `AlibiPositionalBias` also `(b, h, n)`.
             prev_attn: `(b, h, i, every key)` logits of an earlier attention, added to the scores.
             mem, mem_mask: `(b, l, D)` recurrent memory before x, and its `(b, l)` mask.
             return_intermediates: also return the record, which a later call takes as `cache`.
@@ -333,14 +326,16 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
             layer: the call of a sublayer, instead of all other arguments.
 
         Returns:
-            `(b, n, Do)`, and the record if `return_intermediates` is set; with `layer`, a `BranchOutput`.
+            `(b, n, Do)`, and the record if `return_intermediates` is set; with `layer`, a `BranchOutput`, which then
+            comes second.
 
         Raises:
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
         if layer is not None:
-            return self.run(x, layer)
+            output = self.run(x, layer)
+            return (output.out, output) if return_intermediates else output
         given = AttentionInputs(
             x=x,
             context=context,
@@ -376,8 +371,10 @@ class Attention(Configured, PreparesForInference, ReadsReference, CallAdapter, B
         return out, record if record is not None else Intermediates(layer_type="a")
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        values, has_keys = self.values, self.projections.k is not None
-        translate(state, prefix, shape=self.shape, parts=self.parts(), values=values, has_keys=has_keys)
+        translate(self, state, prefix)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        export(self, state, prefix)
 
 
 def _carry_on(values: Tensor | None, scores: Tensor | None, prefix: int, layer: LayerCall) -> Carry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,30 +17,34 @@ T = TypeVar("T")
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class Needs(enum.Flag):
-    """Capabilities that the parts of one attention require of a backend."""
+class Needs:
+    """Capabilities that the parts of one attention require of a backend: bits of an integer.
+
+    Plain integers, since `torch.compile` cannot trace `enum.Flag` before PyTorch 2.13.
+    """
 
     NOTHING = 0
-    MASK = enum.auto()
+    MASK = 1 << 0
     """Hide keys by a boolean mask, beyond plain causality."""
-    BIAS = enum.auto()
+    BIAS = 1 << 1
     """Add a function of (b, h, q, k) to the scores."""
-    POINTWISE = enum.auto()
+    POINTWISE = 1 << 2
     """Apply any function to single scores."""
-    SINK = enum.auto()
+    SINK = 1 << 3
     """Include a learned logit per head in the softmax."""
-    DROPOUT = enum.auto()
+    DROPOUT = 1 << 4
     """Drop attention weights at random."""
-    DOCUMENTS = enum.auto()
+    DOCUMENTS = 1 << 5
     """Keep the documents of a packed row apart."""
-    SCORES = enum.auto()
+    SCORES = 1 << 6
     """Return the scores and weights."""
-    ROWS = enum.auto()
+    ROWS = 1 << 7
     """Change whole rows of logits."""
-    WEIGHTING = enum.auto()
+    WEIGHTING = 1 << 8
     """Turn logits into weights by another function than softmax."""
-    WEIGHTS = enum.auto()
+    WEIGHTS = 1 << 9
     """Change weights."""
+    ALL = (1 << 10) - 1
 
 
 class Parts(nn.ModuleDict, Generic[Kind]):
@@ -94,7 +97,7 @@ class BoundScore:
     def __init__(
         self,
         *,
-        needs: Needs,
+        needs: int,
         stage: float,
         at: Callable[[], ScoreFunction] | None = None,
         dense: Callable[[], Tensor] | None = None,
@@ -170,6 +173,7 @@ class Part(nn.Module):
     Attributes:
         reference: entries of the reference's state dict, below attention's prefix -> this part's own; None drops an
             entry, and a name that ends with a dot means all entries below it.
+        beyond_reference: what the part is, if the reference has nothing like it; else None.
         per_head: this part's entries that have query heads, and along which axes.
         requires_causal: the part works in causal attention only, so that no call may lift causality.
         whole_past: the part reads keys in the order of arrival, or also those that a window hides, so that a cache
@@ -177,6 +181,7 @@ class Part(nn.Module):
     """
 
     reference: ClassVar[Mapping[str, str | None]] = {}
+    beyond_reference: ClassVar[str | None] = None
     per_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     requires_causal = False
     whole_past = False
@@ -200,7 +205,7 @@ class ScoreMod(Part):
         stage: its place in the pipeline.
     """
 
-    needs: Needs
+    needs: int
     stage: float
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
@@ -332,6 +337,10 @@ class ValueMod(Part):
 
     def translate_columns(self, weight: Tensor, heads: int) -> Tensor:
         """Reorder the columns of the reference's output projection, `(Do, h * out_width)`, to our order."""
+        return weight
+
+    def export_columns(self, weight: Tensor, heads: int) -> Tensor:
+        """Reorder the columns of our output projection to the order of the reference."""
         return weight
 
 

@@ -174,10 +174,10 @@ SLOTS = {
 def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -> Any:
     """Build the parts of one slot."""
     parts: dict[str, nn.Module] = {}
-    for feature in parsed.enabled(slot):
+    for feature in parsed.parts(slot):
         with faults.catching():
             assert feature.build is not None
-            parts[feature.name] = feature.build(parsed[feature.name], shape=shape)
+            parts[feature.name] = feature.build(parsed[feature.name], shape=shape, others=parsed)
     return Parts(parts) if parts else ()
 
 

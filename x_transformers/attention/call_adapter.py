@@ -13,6 +13,7 @@ from x_transformers.attend import Attend
 from x_transformers.attention.base import QKTransform, ScoreMod
 from x_transformers.attention.heads import HeadProjection
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation, Pair
+from x_transformers.attention.scores.alibi import bias_by_head
 from x_transformers.attention.validation import (
     bind_attn_bias,
     check_context,
@@ -26,7 +27,7 @@ from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Span, check_kinds
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span, check_kinds
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import finite_where_hidden
@@ -63,6 +64,9 @@ class AttentionInputs:
     causal: bool | None
 
 
+KINDS = kinds_of(AttentionInputs)
+
+
 class CallAdapter(HeadProjection):
     """Abstract base class of `Attention`: turns the arguments of a call outside of a stack into a `LayerCall`.
 
@@ -88,7 +92,7 @@ class CallAdapter(HeadProjection):
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
-        check_kinds(vars(given), kinds_of(AttentionInputs))
+        check_kinds(given.__dict__, KINDS)
         read_masks_of(given, ("mask", "context_mask", "attn_mask", "mem_mask", "additional_key_value_mask"))
         x, context, mem = self._input_of_queries(given), given.context, given.mem
         batch, n = x.shape[:2]
@@ -113,6 +117,10 @@ class CallAdapter(HeadProjection):
             )
         keeps = given.return_intermediates and (causal or context is not None) and documents is None
         kv, entry = _cache_for_call(given.cache, n, keeps)
+        attn_bias = given.attn_bias
+        by_head = given.pos is not None and given.pos.ndim == 3
+        if by_head:
+            given, attn_bias = _positions_by_head(given, n, kv.length)
         query, own = _spans(given, x, kv.length, documents)
         if query.token_mask is not None:
             given.x, x = finite_where_hidden(given.x, query.token_mask), finite_where_hidden(x, query.token_mask)
@@ -125,7 +133,7 @@ class CallAdapter(HeadProjection):
                 # biases measure distances to a context from the right: the last query is aligned with the last key
                 aligned = torch.arange(len(keys) - n, len(keys), device=x.device)
                 query = replace(query, pos=aligned.unsqueeze(0))
-        attn_mask, attn_bias = given.attn_mask, given.attn_bias
+        attn_mask = given.attn_mask
         size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": len(keys)}
         if attn_mask is not None:
             attn_mask = check_pairs(attn_mask, "attn_mask", **size)
@@ -137,7 +145,7 @@ class CallAdapter(HeadProjection):
                 check_mask(given.mem_mask, batch, mem.shape[-2], "mem_mask")
         if mem is not None:
             keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
-        biases = () if given.rel_pos is None else (given.rel_pos.bind(query, keys),)
+        biases = () if given.rel_pos is None or by_head else (given.rel_pos.bind(query, keys),)
         if attn_bias is not None:
             biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
         call = Call(
@@ -151,6 +159,7 @@ class CallAdapter(HeadProjection):
             capture=Capture(
                 scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
             ),
+            memo=Memo(),
         )
         return LayerCall(
             call=call,
@@ -209,6 +218,16 @@ class CallAdapter(HeadProjection):
             prefix += given.additional_key_values[0].shape[-2]
         previous = without_hidden(given.prev_attn, prefix + keys)
         return replace(carry, scores={kind: (previous, previous.shape[-1] - keys)})
+
+
+def _positions_by_head(given: AttentionInputs, new: int, total: int) -> tuple[AttentionInputs, Tensor]:
+    """Return the arguments without positions `(b, h, n)` that differ between heads, and the bias that these mean."""
+    assert given.pos is not None
+    if given.context is not None or given.mem is not None:
+        other = "context" if given.context is not None else "mem"
+        raise InputError(f"`pos` for each head has no positions for the keys of `{other}`; drop one of them.")
+    bias = bias_by_head(given.rel_pos, given.pos, batch=given.x.shape[-3], new=new, total=total)
+    return replace(given, pos=None), bias if given.attn_bias is None else given.attn_bias + bias
 
 
 def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents | None) -> tuple[Span, Span]:

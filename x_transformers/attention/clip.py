@@ -43,7 +43,7 @@ def clip_factors(logits: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Tensor, kv_heads: int) -> None:
+def clip_heads(queries: nn.Module, keys: Sequence[nn.Module | None], factors: Tensor, kv_heads: int) -> None:
     """Multiply the logits of each query head by its factor, shared between queries and keys.
 
     The rows of key head g, and their biases, are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query
@@ -54,18 +54,30 @@ def clip_heads(queries: nn.Linear, keys: Sequence[nn.Linear | None], factors: Te
         keys: the maps whose features, concatenated, are the `g * d` features of the keys.
         factors: `(h,)`.
         kv_heads: g.
+
+    Raises:
+        InputError: if one of the maps was replaced by a module that is not linear.
     """
+    to_queries, to_keys = _linear(queries), [_linear(each) for each in keys if each is not None]
     shared = factors.unflatten(0, (kv_heads, -1)).amin(dim=-1).sqrt()
     rest = factors / shared.repeat_interleave(len(factors) // kv_heads)
-    _scale_rows(queries, rest)
+    _scale_rows(to_queries, rest)
     # the maps share the key heads among them, in the order in which `join_sub_keys` concatenates them
     done = 0
-    width = queries.weight.shape[0] // len(factors)
-    for linear in keys:
-        if linear is not None:
-            heads = linear.weight.shape[0] // width
-            _scale_rows(linear, shared[done : done + heads])
-            done += heads
+    width = to_queries.weight.shape[0] // len(factors)
+    for linear in to_keys:
+        heads = linear.weight.shape[0] // width
+        _scale_rows(linear, shared[done : done + heads])
+        done += heads
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise InputError(
+            f"logits are clipped by scaling the weights of `nn.Linear` maps, and a {type(module).__name__} is in the "
+            "place of one; merge the adapter into its map first."
+        )
+    return module
 
 
 def _scale_rows(linear: nn.Linear, factors: Tensor) -> None:

@@ -170,7 +170,10 @@ BIAS = Feature(
     options=BiasOptions,
     enabled=lambda options: options.qkv_bias or options.out_bias,
     summary="biases of the projections to queries, keys, values and outputs",
-    exempt={("gradients", 1): r"projections\.k\.bias$: adds the same to all logits of a query; softmax ignores it"},
+    exempt={
+        ("gradients", 1): r"projections\.k\.bias$: adds the same to all logits of a query; softmax ignores it",
+        "export": "the reference has no biases there",
+    },
     examples=(
         {"attn_qkv_bias": True, "attn_out_bias": True},
         {"attn_qkv_bias": True, "attn_num_mem_kv": 1},

@@ -1,11 +1,14 @@
-"""Names of attention's weights in the reference's checkpoints, and its order of heads."""
+"""Names of attention's weights in the reference's state dicts, and its order of heads, for reading and writing them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from x_transformers.attention.base import AttentionShape, Part, ValueMod
+from torch import Tensor
+
+from x_transformers.attention.base import AttentionShape, Part
+from x_transformers.errors import StateDictError
 from x_transformers.modules.state_dict import rename, rename_prefix
 from x_transformers.ops import reference_head_order, reorder_heads
 
@@ -40,45 +43,112 @@ _PER_HEAD = (
 """Our entries with query heads, and along which axis."""
 
 
-def translate(
-    state: dict[str, Any],
-    prefix: str,
-    *,
-    shape: AttentionShape,
-    parts: Mapping[str, Part],
-    values: Iterable[ValueMod],
-    has_keys: bool,
-) -> None:
-    """Rename the reference's entries below a prefix to ours, and reorder their heads, in place.
+class NamedWeights(Protocol):
+    """Widths and parts of an attention, which decide about the names and the order of its weights."""
+
+    shape: AttentionShape
+    projections: Any
+    values: Any
+
+    def parts(self) -> dict[str, Part]:
+        """Return the parts with entries of their own, by path."""
+        ...
+
+
+def translate(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
+    """Turn the reference's entries of an attention into ours, and reorder their heads, in place.
 
     Args:
+        attention: the attention.
         state: of the whole model.
         prefix: of this attention.
-        shape: its numbers of heads.
-        parts: the parts with entries of their own, by path.
-        values: the parts that know the order of the columns of the output projection.
-        has_keys: there is a map for keys.
     """
     if f"{prefix}to_q.weight" not in state:
         return
     for old, new in _REFERENCE.items():
         rename(state, prefix + old, prefix + new)
-    if not has_keys:
+    if attention.projections.k is None:
         state.pop(f"{prefix}projections.k.weight", None)  # it has no rows
+    parts, shape = attention.parts(), attention.shape
     rename_parts(state, prefix, parts)
     # columns first: parts describe them in the reference's order of heads, which changes below
-    for mod in values:
+    for mod in attention.values:
         for name in ("out.weight", "out.projection.weight"):
             if prefix + name in state:
                 state[prefix + name] = mod.translate_columns(state[prefix + name], shape.heads)
     order = reference_head_order(shape.heads, shape.kv_heads)
     if order is None:
         return
+    _permute(state, prefix, parts, order)
+
+
+def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
+    """Turn our entries of an attention into those of the reference, in its order of heads, in place: undo `translate`.
+
+    Args:
+        attention, state, prefix: as in `translate`.
+
+    Raises:
+        StateDictError: if a part or an entry has no counterpart.
+    """
+    parts, shape = attention.parts(), attention.shape
+    order = reference_head_order(shape.heads, shape.kv_heads)
+    if order is not None:
+        _permute(state, prefix, parts, order.argsort())
+    for mod in reversed(list(attention.values)):
+        for name in ("out.weight", "out.projection.weight"):
+            if prefix + name in state:
+                state[prefix + name] = mod.export_columns(state[prefix + name], shape.heads)
+    ours = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    theirs: dict[str, Any] = {}
+    if attention.projections.k is None:
+        values_map = ours[f"{prefix}projections.v.weight"]
+        theirs[f"{prefix}to_k.weight"] = values_map.new_zeros(0, values_map.shape[1])  # a map to no features
+    for name, new in _REFERENCE.items():
+        if prefix + new in ours:
+            theirs[prefix + name] = ours.pop(prefix + new)
+    export_parts(ours, prefix, parts, into=theirs)
+    if ours:
+        raise StateDictError(
+            f"the reference has nothing like {', '.join(sorted(ours))}; a model with it cannot be exported."
+        )
+    state.update(theirs)
+
+
+def _permute(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], order: Tensor) -> None:
+    """Reorder the query heads of all entries, in place."""
     for name, axis in _PER_HEAD:
         if prefix + name in state:
             state[prefix + name] = reorder_heads(state[prefix + name], axis, order)
     for path, part in parts.items():
         part.permute_heads(state, f"{prefix}{path}.", order)
+
+
+def export_parts(
+    state: dict[str, Any],
+    prefix: str,
+    parts: Mapping[str, Part],
+    within: str = "",
+    into: dict[str, Any] | None = None,
+) -> None:
+    """Give the entries of parts the names that the parts declare: undo `rename_parts`.
+
+    Args:
+        state, prefix, parts, within: as in `rename_parts`.
+        into: another dict to move the entries to; default `state`.
+
+    Raises:
+        StateDictError: if the reference has nothing like a part.
+    """
+    into = state if into is None else into
+    for path, part in parts.items():
+        if part.beyond_reference is not None:
+            raise StateDictError(f"the reference has no {part.beyond_reference}; a model with it cannot be exported.")
+        for name, own in part.reference.items():
+            theirs, ours = prefix + name.removeprefix(within), f"{prefix}{path}.{own}"
+            for key in [key for key in state if own is not None and key.startswith(ours)]:
+                if key == ours or ours.endswith(".") or theirs.endswith("."):
+                    into[theirs + key[len(ours) :]] = state.pop(key)
 
 
 def rename_parts(state: dict[str, Any], prefix: str, parts: Mapping[str, Part], within: str = "") -> None:

@@ -7,9 +7,9 @@ executed sublayer, so that a layer that runs twice has two.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -66,6 +66,11 @@ class KVCache:
         capacity: number of slots that there is room for; None for a cache that grows.
     """
 
+    ATTRIBUTES: ClassVar[tuple[str, ...]] = (
+        "dropped", "positions", "prefix", "prepended", "prefix_mask", "tokens", "order", "reaches",
+    )  # fmt: skip
+    """Attributes that `begin` takes over. It sets the others, which it must not read: in a graph, each value that is
+    read becomes a condition, and every pass would be compiled again."""
     capacity: int | None = None
 
     def __init__(self) -> None:
@@ -103,7 +108,7 @@ class KVCache:
         Raises:
             InputError: if other sublayers filled the cache, or it has no room.
         """
-        own = copy.copy(self)
+        own = self._begun()
         own.entries = [entry.copy() for entry in self.entries]
         own.length = self.length + count
         own.fresh, own.started = not self.started, own.length > 0
@@ -116,6 +121,14 @@ class KVCache:
                 # interspersed memory tokens are seen from any distance, so that nothing may be dropped
                 bounded = any(reach is not None for reach in reaches) and not header.interspersed
                 own.reaches = reaches if bounded else ()
+        return own
+
+    def _begun(self) -> Self:
+        """Return a copy without the attributes that `begin` sets."""
+        # faster than `copy.copy`, which older versions of the compiler cannot trace
+        own = object.__new__(type(self))
+        for name in self.ATTRIBUTES:
+            setattr(own, name, getattr(self, name))
         return own
 
     def _take_order(self, order: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class StaticCache(KVCache):
 
     A pass writes into the buffers in place, so a static cache cannot be continued twice from one point.
     """
+
+    ATTRIBUTES: ClassVar[tuple[str, ...]] = (
+        *KVCache.ATTRIBUTES, "length", "batch", "capacity", "places", "ring_prefix", "rings", "nth_ring",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -91,8 +96,7 @@ class StaticCache(KVCache):
         """Return a cache for the next `count` places, which shares its buffers with the one it came from."""
         if count > self.capacity:
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
-        own = object.__new__(StaticCache)  # a copy, in a third of the time that `copy.copy` takes
-        own.__dict__.update(self.__dict__)
+        own = self._begun()
         own.filled = self.filled + count
         own.fresh, own.started = not self.started, self.started or count > 0
         if order is not None and order != own.order:

@@ -125,6 +125,23 @@ def load_checkpoint(
     """
     checkpoint = Path(checkpoint)
     config, weights = read_model_file(checkpoint / WEIGHTS, device)
+    undo = model.adopt_config(config) if config is not None and isinstance(model, Configured) else []
+    try:
+        return _load(checkpoint, config, weights, model=model, optimizers=optimizers)
+    except BaseException:
+        for each in undo:
+            each()
+        raise
+
+
+def _load(
+    checkpoint: Path,
+    config: Mapping[str, Any] | None,
+    weights: dict[str, Tensor],
+    *,
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+) -> dict[str, Any]:
     own = model.config if isinstance(model, Configured) else None
     if config is not None and own is not None and config != own:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from x_transformers.decoding.compiled import CompiledReading
 from x_transformers.decoding.loop import Decoding, cut_after_end, make_reader, pair_amateurs, same_vocabulary
 from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
-from x_transformers.decoding.sampling import identity
+from x_transformers.decoding.sampling import unchanged
 from x_transformers.decoding.speculative import Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Sequences
 from x_transformers.errors import InputError
@@ -131,7 +131,7 @@ def search(
             f"`beams` is {beams!r}; it must be a whole number, at least 1 and at most the vocabulary's size "
             f"{vocabulary}, since the first beams differ in their first token."
         )
-    filtered = options.filter_logits_fn is not identity or options.filter_kwargs or options.filter_before_temperature
+    filtered = options.filter_logits_fn is not unchanged or options.filter_kwargs or options.filter_before_temperature
     if filtered and not options.stochastic:
         raise InputError(
             "`filter_logits_fn`, `filter_kwargs` and `filter_before_temperature` change what stochastic beams are "
@@ -139,7 +139,7 @@ def search(
         )
     view = InferenceView(net)
     reader = make_reader(view.of(net), prompts, seq_len, options)
-    select = noisy(options.adjust) if options.stochastic and options.temperature > 0 else identity
+    select = noisy(options.adjust) if options.stochastic and options.temperature > 0 else unchanged
     sequences = Sequences(prompts.tokens, prompts.start)
     run = Beams(sequences, reader, beams, select, vocabulary, options.eos_token)
     with torch.inference_mode(), view:

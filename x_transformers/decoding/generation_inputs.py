@@ -119,7 +119,9 @@ class Arguments:
             grown = 0 if keep_masks else length - mask.shape[1]
             arguments[name] = (F.pad(mask, (0, grown), value=True) if grown else mask)[:, first:]
         for name, t in self.covering.items():
-            arguments[name] = t.narrow(_token_axis(t), length - new, new).contiguous()
+            # the positions of each head become a bias, which needs those of all keys
+            begin = first if _is_by_head(t) else length - new
+            arguments[name] = t.narrow(_token_axis(t), begin, length - begin).contiguous()
         if self.growing is not None:
             arguments |= self.growing(length - new, length)
         if self.embed_ids:
@@ -162,11 +164,16 @@ def _widened(name: str, value: Any, times: int) -> Any:
     axis = _ROW_AXIS.get(name)
     if axis is None:
         raise InputError(f"`{name}` is a tensor of which beam search does not know the rows; search without it.")
-    if name == "pos" and value.is_floating_point():
-        axis = -3  # embeddings of positions
+    if name == "pos" and (value.is_floating_point() or _is_by_head(value)):
+        axis = -3  # embeddings of positions, or positions of each head
     if value.ndim < -axis or value.shape[axis] == 1:
         return value
     return value.repeat_interleave(times, dim=axis)
+
+
+def _is_by_head(t: Tensor) -> bool:
+    """Return True for positions `(b, h, n)` that differ between heads."""
+    return t.ndim == 3 and not t.is_floating_point()
 
 
 def _token_axis(t: Tensor) -> int:

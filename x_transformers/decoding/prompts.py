@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import InputError, ShapeError, TokenRangeError
+from x_transformers.models.embeddings import whole_numbers
 from x_transformers.options.values import shown
 
 
@@ -128,7 +129,7 @@ def pad_at_dim(t: Tensor, pad: tuple[int, int], dim: int = -1, value: float = 0.
 
 def _rows(prompts: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return `(..., n)` as `(b, n)`, and the axes that were folded."""
-    _check_dtype(prompts)
+    prompts = whole_numbers(prompts, "`prompts` has")
     if prompts.ndim == 0:
         raise ShapeError("`prompts` is a single number; it must have an axis of tokens: (n,) or (..., n).")
     lead = tuple(prompts.shape[:-1])
@@ -148,8 +149,8 @@ def _stack(
         raise InputError("`prompts` is an empty list; give at least one prompt.")
     if prompt_lens is not None:
         raise InputError("the prompts are a list, which has their lengths; drop `prompt_lens`.")
+    prompts = [whole_numbers(prompt, "`prompts` has") for prompt in prompts]
     for prompt in prompts:
-        _check_dtype(prompt)
         if prompt.ndim != 1:
             raise ShapeError(f"a prompt of the list has shape {tuple(prompt.shape)}; each must be (n,).")
     tokens = pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=pad_value)
@@ -162,7 +163,8 @@ def _lengths(prompt_lens: Tensor | Sequence[int], tokens: Tensor) -> list[int]:
         given = torch.as_tensor(prompt_lens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"`prompt_lens` is {shown(prompt_lens)}; it must hold a length for each prompt.") from error
-    _check_dtype(given, "prompt_lens")
+    if given.is_floating_point() or given.is_complex() or given.dtype is torch.bool:
+        raise InputError(f"`prompt_lens` has dtype {given.dtype}; it must be of an integer type.")
     lens = given.flatten().tolist()
     batch, n = tokens.shape
     if len(lens) != batch:
@@ -170,11 +172,6 @@ def _lengths(prompt_lens: Tensor | Sequence[int], tokens: Tensor) -> list[int]:
     if min(lens) < 0 or max(lens) > n:
         raise InputError(f"`prompt_lens` runs from {min(lens)} to {max(lens)}; the prompts have {n} columns.")
     return lens
-
-
-def _check_dtype(t: Tensor, name: str = "prompts") -> None:
-    if t.is_floating_point() or t.is_complex() or t.dtype is torch.bool:
-        raise InputError(f"`{name}` has dtype {t.dtype}; it must be of an integer type.")
 
 
 def _check_range(tokens: Tensor, vocabulary: int) -> None:

@@ -77,7 +77,7 @@ def chooser(
     return most_likely if temperature == 0 else partial(draw, adjust=adjust)
 
 
-def identity(logits: Tensor) -> Tensor:
+def unchanged(logits: Tensor) -> Tensor:
     """Return the logits unchanged."""
     return logits
 

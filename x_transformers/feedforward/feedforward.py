@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.feedforward import activations, softclamp
-from x_transformers.feedforward.glu import gated
-from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.feedforward.glu import GLUView, gated
+from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
+from x_transformers.modules.second_names import PartsView, SecondNames
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, at_least, opt, positive, require
@@ -96,7 +97,7 @@ FEATURES = (
 SCHEMA = Schema(FEATURES)
 
 
-class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFunction):
+class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference, BranchFunction):
     """Feedforward network: `down(act(up(x)))`, or gated, `down(u * act(g) * m)` with `[u, g] = up(x)`.
 
     Args:
@@ -199,6 +200,21 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
             raise ShapeError(f"the input has shape {tuple(x.shape)}; it must be (..., {self.dim}).")
 
     @property
+    def ff(self) -> PartsView:
+        """The parts in the reference's order: the input map with its activation, the norm, dropout, the output map.
+
+        Called, it computes the output before `sublayer_dropout`.
+        """
+        if self.glu:
+            names = {"proj": "up", "act": "activation", "mult_bias": "gate_scale"}
+            into: nn.Module = GLUView(self, names, self.bound)
+        else:
+            clamps = () if self.bound is None else (Softclamp(self.bound),)
+            into = PartsView(self, "up", *clamps, "activation")
+        norms = () if self.norm is None else ("norm",)
+        return PartsView(self, into, *norms, nn.Dropout(self.dropout).train(self.training), "down")
+
+    @property
     def keeps_documents_apart(self) -> bool:
         """True: every token is mapped by itself."""
         return True
@@ -208,20 +224,21 @@ class FeedForward(Configured, PreparesForInference, ReadsReference, BranchFuncti
         up, down = plain_map(self.up), plain_map(self.down)
         return None if up is None or down is None else (up, down)
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
-        yield from (module.weight for module in self.modules() if isinstance(module, nn.Linear))
+    def muon_parameters(self) -> list[Tensor]:
+        """Return the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
+        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
+    def reference_names(self) -> Mapping[str, str]:
         into = "ff.0.proj" if self.glu else "ff.0.0"
         back = "ff.3" if self.norm is not None else "ff.2"
         inside = "act" if self.glu else "1" if self.bound is None else "2"
-        rename_prefix(state, f"{prefix}ff.0.{inside}.", f"{prefix}activation.")
-        for name in ("weight", "bias"):
-            rename(state, f"{prefix}{into}.{name}", f"{prefix}up.{name}")
-            rename(state, f"{prefix}{back}.{name}", f"{prefix}down.{name}")
-        rename(state, f"{prefix}ff.0.mult_bias", f"{prefix}gate_scale")
-        rename(state, f"{prefix}ff.1.gamma", f"{prefix}norm.gamma")
+        return {
+            f"ff.0.{inside}.": "activation.",
+            f"{into}.": "up.",
+            f"{back}.": "down.",
+            "ff.0.mult_bias": "gate_scale",
+            "ff.1.gamma": "norm.gamma",
+        }
 
 
 show_keywords(FeedForward, [(SCHEMA, "")], [parameter("dim", positional=True)])

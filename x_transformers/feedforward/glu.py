@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.modules.second_names import View
 from x_transformers.ops import softclamp as clamp
 
 
@@ -66,3 +69,18 @@ class GLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., dim_in)` to `(..., dim_out)`."""
         return gated(self.proj(x), self.act, self.bound, self.mult_bias)
+
+
+class GLUView(View, GLU):
+    """Gated linear unit made of another module's parts.
+
+    Args:
+        owner: the module.
+        places: by the names of a `GLU`, the attributes of the module.
+        bound: of the values u, or None.
+    """
+
+    def __init__(self, owner: nn.Module, places: Mapping[str, str | nn.Module], bound: float | None) -> None:
+        nn.Module.__init__(self)
+        self.bound = bound
+        self._show(owner, places)

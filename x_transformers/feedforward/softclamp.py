@@ -38,6 +38,22 @@ def softclamp_silu(t: Tensor, value: float) -> Tensor:
     return softclamp(t, value) * F.sigmoid(t)
 
 
+class Softclamp(nn.Module):
+    """Bound `c * tanh(u / c)`.
+
+    Args:
+        value: the bound c.
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the bound elementwise."""
+        return softclamp(x, self.value)
+
+
 class BoundedGate(nn.Module):
     """GELU or SiLU whose linear factor is bounded: `c * tanh(g / c) * Phi(g)` or `c * tanh(g / c) * sigmoid(g)`.
 

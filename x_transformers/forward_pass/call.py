@@ -8,19 +8,26 @@ tokens.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.forward_pass.arguments import Kinds, check_kind
 from x_transformers.forward_pass.documents import Documents
 
 T = TypeVar("T")
+
+MISSING: Any = object()
+"""No entry of a `Memo`."""
+BY_VALUE = (int, str)
+"""Types that a `Memo` compares by value; other objects are compared by identity."""
+COMPARES_BY_VALUE = Version(Version(torch.__version__).base_version) < Version("2.7")
+"""The compiler reads `is` between named tuples of tensors as `==`. Graphs then keep no results."""
 
 
 def check_kinds(given: Mapping[str, Any], kinds: Kinds) -> None:
@@ -122,12 +129,28 @@ class Memo:
             compiler removes what is computed twice.
 
     Attributes:
-        held: `{key: (result, objects)}` in the order of insertion.
+        held: `(what, objects, result)` of each entry, in the order of insertion.
     """
 
     def __init__(self, *, forgets: bool = False) -> None:
-        self.held: dict[Any, Any] = {}
-        self.forgets = forgets
+        self.held: list[tuple[str, tuple[Any, ...], Any]] = []
+        self.forgets = forgets or (COMPARES_BY_VALUE and torch.compiler.is_compiling())
+
+    def find(self, what: str, of: tuple[Any, ...]) -> Any:
+        """Return the result that was computed from the same arguments; `MISSING` if there is none."""
+        # There are few entries. A dict would need the identities of objects as keys, which older versions of the
+        # compiler cannot read; and the objects are held here, so that no other one gets the identity of one of them.
+        for kind, held, result in self.held:
+            if kind != what:
+                continue
+            for one, other in zip(held, of, strict=True):
+                if one is not other and not (
+                    isinstance(one, BY_VALUE) and isinstance(other, BY_VALUE) and one == other
+                ):
+                    break
+            else:
+                return result
+        return MISSING
 
     def once(self, make: Callable[[], T], what: str, *of: Any) -> T:
         """Return `make()`, computed at the first request only.
@@ -139,18 +162,16 @@ class Memo:
         """
         if self.forgets:
             return make()
-        key: tuple[Any, ...] = (what,)
-        for each in of:
-            key += (each if each is None or isinstance(each, (int, str)) else id(each),)
-        if key not in self.held:
-            # the objects are kept, so that no other object gets the id of one of them
-            self.held[key] = make(), of
-        return self.held[key][0]
+        result = self.find(what, of)
+        if result is MISSING:
+            result = make()
+            self.held.append((what, of, result))
+        return result
 
     def fork(self, first: int | None = None) -> Memo:
         """Return an independent copy, of the first entries only if their number is given."""
         copied = Memo(forgets=self.forgets)
-        copied.held.update(itertools.islice(self.held.items(), first))
+        copied.held.extend(self.held[:first])
         return copied
 
 
@@ -173,6 +194,8 @@ class Capture:
 class Call:
     """One forward pass of a stack, built once and read by every part.
 
+    No default is an object: within a graph, the compiler of older PyTorch versions cannot make it.
+
     Attributes:
         query: the tokens of this pass.
         keys: the keys of self-attention, cached and new, without recurrent memory.
@@ -194,8 +217,8 @@ class Call:
     row_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     attn_bias: Tensor | None = None
-    capture: Capture = Capture()
-    memo: Memo = field(default_factory=lambda: Memo())  # graphs cannot call a class here
+    capture: Capture = field(kw_only=True)
+    memo: Memo = field(kw_only=True)
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -271,7 +294,7 @@ class LayerCall:
     """Inputs of one executed sublayer besides the tokens.
 
     It is filled in before the sublayer runs, and the sublayer does not change it, so that it can run again (activation
-    checkpointing). No default is an object, which full graphs could not call.
+    checkpointing). No default is an object, as in `Call`.
 
     Attributes:
         call: the pass.

@@ -6,11 +6,13 @@ stream, norm of the stream.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import Carry, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
@@ -18,9 +20,11 @@ from x_transformers.layers.branches.scale import OutputScale
 from x_transformers.layers.branches.shift import TokenShift
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.kinds import BranchKind
+from x_transformers.layers.numbered_parts import NumberedParts
+from x_transformers.layers.replaced_function import convention_of, declarations_of, run_replaced
 from x_transformers.layers.residuals.base import ResidualConnection
 from x_transformers.modules.branch_function import BranchFunction
-from x_transformers.modules.norms import Norm
+from x_transformers.modules.norms import Norm, apply_norm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 
 
@@ -42,8 +46,10 @@ class SublayerOutput(NamedTuple):
     carry: Carry
 
 
-class Branch(ReadsReference):
+class Branch(NumberedParts, ReadsReference):
     """A sublayer of a stack.
+
+    Its parts can be replaced: `branch.norm = nn.Identity()`, or by number, see `NumberedParts`.
 
     Args:
         kind: its row in the table of kinds.
@@ -55,7 +61,8 @@ class Branch(ReadsReference):
         output_norm: on the output of the function.
         stream_norm: on the residual stream, after the output is added.
         scale: learned factor of the output.
-        output_scale: constant factor of the output.
+        output_scales: constant factors of the output: that of the stack, and perhaps that of the function itself, such
+            as 1/2 of the two feedforwards of a macaron block.
         dropout: probability of skipping the sublayer in training.
     """
 
@@ -71,7 +78,7 @@ class Branch(ReadsReference):
         output_norm: Norm | None,
         stream_norm: Norm | None,
         scale: OutputScale | None,
-        output_scale: float,
+        output_scales: tuple[float, ...],
         dropout: float,
     ) -> None:
         super().__init__()
@@ -79,20 +86,34 @@ class Branch(ReadsReference):
         self.reader, self.shift = reader, shift
         self.norm, self.output_norm, self.stream_norm = norm, output_norm, stream_norm
         self.add_module(kind.module_name, fn)
-        self.scale, self.output_scale, self.dropout = scale, output_scale, dropout
+        self.scale, self.output_scales, self.dropout = scale, output_scales, dropout
+        self.output_scale = math.prod(output_scales)
         self.residual = residual
+        self._read_declarations()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and "running" in self.__dict__:
+            self._read_declarations()
+
+    def _read_declarations(self) -> None:
+        """Note what the parts in place declare."""
+        shift, residual, fn = self.shift, self.residual, self.fn
+        self.replaced = convention_of(self[1])
+        """How to call a module that is no branch function of this library; None for a branch function."""
         shifted = ("shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
         """Names of the running states that this sublayer keeps in causal passes."""
-        self.uses_cache = kind.is_attention or bool(self.running) or bool(fn.cache_streams())
+        self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
         # most connections read the stream as it is; every call that is saved here is saved once a layer and token
         self.reads_stream = type(residual).read is ResidualConnection.read
 
     @property
     def fn(self) -> BranchFunction:
-        """The function of this sublayer."""
-        return self._modules[self.kind.module_name]  # type: ignore[return-value]
+        """The function of this sublayer, also if it is inside of a wrapper."""
+        fn = self._modules[self.kind.module_name]
+        return fn if isinstance(fn, BranchFunction) else declarations_of(fn)  # type: ignore[arg-type]
 
     def forward(self, stream: Tensor, layer: LayerCall) -> SublayerOutput:
         """Run the sublayer.
@@ -119,22 +140,26 @@ class Branch(ReadsReference):
         if self.shift is not None or layer.memory is not None:
             x, layer = self._norm_and_shift(x, layer)
         elif norm is not None:
-            x = norm(x, layer.condition)
+            x = norm(x) if layer.condition is None else apply_norm(norm, x, layer.condition)
         # called as a module, so that forward hooks, checkpoint wrappers and `fully_shard` act on it
-        out, record, carry = self._modules[self.kind.module_name](x, layer=layer)  # type: ignore[misc]
+        fn: Any = self._modules[self.kind.module_name]
+        if self.replaced is None:
+            out, record, carry = fn(x, layer=layer)
+        else:
+            out, record, carry = run_replaced(fn, self.replaced, self.kind, x, layer)
         if self.scale is not None:
             out = self.scale(out, layer.condition)
         if self.output_scale != 1:
             out = out * self.output_scale
         if self.output_norm is not None:
-            out = self.output_norm(out, layer.condition)
+            out = apply_norm(self.output_norm, out, layer.condition)
         stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
         if self.stream_norm is not None:
             condition = layer.condition
             # `(b, n, 1, c)`: one condition for all streams of a token
             if condition is not None and stream.ndim == 4:
                 condition = condition.unsqueeze(-2)
-            stream = self.stream_norm(stream, condition)
+            stream = apply_norm(self.stream_norm, stream, condition)
         if self.dropout and self.training:
             stream = drop_layer(before, stream, self.dropout)
         return SublayerOutput(stream, branch_input, memory_input, record, carry)
@@ -146,8 +171,8 @@ class Branch(ReadsReference):
             # all three views have the same memory
             memory = memory.expand(x.shape[0], *memory.shape)
         if self.norm is not None:
-            x = self.norm(x, layer.condition)
-            memory = None if memory is None else self.norm(memory, layer.condition)
+            x = apply_norm(self.norm, x, layer.condition)
+            memory = None if memory is None else apply_norm(self.norm, memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
         # a copy: a block that runs again (activation checkpointing) must find the raw memory
@@ -155,15 +180,32 @@ class Branch(ReadsReference):
 
     def translate_reference(self, state: dict, prefix: str) -> None:
         # the reference numbers the parts: 0 norms, 1 the function inside its wrappers, 2 the residual connection
-        for slot, name in enumerate(("norm", "output_norm", "stream_norm")):
-            rename_prefix(state, f"{prefix}0.{slot}.", f"{prefix}{name}.")
-        rename_prefix(state, f"{prefix}2.", f"{prefix}residual.")
+        for theirs, ours in _NUMBERED.items():
+            rename_prefix(state, prefix + theirs, prefix + ours)
         # each wrapper of the reference adds an `fn.`; only the learned scale among them has entries of its own
         inside = f"{prefix}1."
-        for name in ("gamma", "to_gamma.weight", "to_gamma.bias"):
+        for name in _SCALE_NAMES if self.scale is not None else ():
             for depth in ("", "fn."):
-                if self.scale is not None:
-                    rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
+                rename(state, f"{inside}{depth}{name}", f"{prefix}scale.{name}")
         while any(key.startswith(f"{inside}fn.") for key in state):
             rename_prefix(state, f"{inside}fn.", inside)
         rename_prefix(state, inside, f"{prefix}{self.kind.module_name}.")
+
+    def export_reference(self, state: dict, prefix: str) -> None:
+        if not isinstance(self.fn, ReadsReference):
+            raise StateDictError(f"the reference has no {self.kind.words}; a model with it cannot be exported.")
+        of_stack, *of_function = self.output_scales
+        outer = "fn." if of_stack != 1 else ""
+        wrappers = (self.scale is not None) + (self.shift is not None) + len(of_function)
+        rename_prefix(state, f"{prefix}{self.kind.module_name}.", f"{prefix}1.{outer}{'fn.' * wrappers}")
+        for name in _SCALE_NAMES:
+            rename(state, f"{prefix}scale.{name}", f"{prefix}1.{outer}{name}")
+        for theirs, ours in _NUMBERED.items():
+            rename_prefix(state, prefix + ours, prefix + theirs)
+
+
+_NUMBERED = {"0.0.": "norm.", "0.1.": "output_norm.", "0.2.": "stream_norm.", "2.": "residual."}
+"""The reference's prefixes of norms and residual connection, and ours."""
+
+_SCALE_NAMES = ("gamma", "to_gamma.weight", "to_gamma.bias")
+"""Entries of learned scales of the output."""

@@ -14,7 +14,7 @@ from x_transformers.attention.qk.caller_rotations import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_memory
 from x_transformers.cache import Entry
-from x_transformers.errors import ShapeError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Call, LayerCall, Span
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.conditioning import select_new_tokens
@@ -76,7 +76,7 @@ def _bind(
             memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
         keys, fresh = keys.after_memory(count, memory_mask, batch), fresh.after_memory(count, memory_mask, batch)
     biases: tuple[BoundScore, ...] = ()
-    if stack.rel_pos is not None:
+    if stack.rel_pos is not None and not inputs.by_head:
         biases = (stack.rel_pos.bind(call.query, keys),)
     if bias is not None:
         biases = (*biases, bind_attn_bias(bias, len(call.query), len(keys)))
@@ -100,7 +100,8 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     residual = None if inputs.kv_residuals is None else nth(inputs.kv_residuals[CROSS_ATTENTION.letter], step.nth)
     source, mask, pos = inputs.context, inputs.context_mask, inputs.context_pos
     if held is None:
-        assert source is not None
+        if source is None:
+            raise InputError("a cross-attention has no cached keys of the context; pass `context` at every step.")
         rows, width = (1, len(inputs.x)), source.shape[1:]
         if residual is not None and (residual.shape[0] not in rows or residual.shape[1:] not in (width, (1, width[1]))):
             raise ShapeError(

@@ -43,9 +43,7 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
     )
     keywords = {**layer.keywords, **output_keywords(options, index // plan.sequence.block + 1)}
     fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=context.first)
-    where, factor = norm_places(options), output_scale(options)
-    if layer.kind.is_feedforward and options["macaron"].macaron:
-        factor *= 0.5
+    where, halved = norm_places(options), layer.kind.is_feedforward and options["macaron"].macaron
     skip, shift = (
         _each(value, index) for value in (options["layer_dropout"].layer_dropout, options["shift_tokens"].shift_tokens)
     )
@@ -59,7 +57,7 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         output_norm=norm(dim) if where.output else None,
         stream_norm=norm(dim) if where.after else None,
         scale=_one(options, "branch scale", context),
-        output_scale=factor,
+        output_scales=(output_scale(options), 0.5) if halved else (output_scale(options),),
         dropout=skip,
     )
 

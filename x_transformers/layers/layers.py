@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,13 @@ from x_transformers.layers.explain import Explanation, explain_stack
 from x_transformers.layers.optional_inputs import explain_failed_pass, refuse_cache_unless_causal
 from x_transformers.layers.pass_state import KINDS_OF_INPUTS, BlockTransform, PassInputs
 from x_transformers.layers.plan import make_plan
-from x_transformers.layers.reference_names import translate_stack
+from x_transformers.layers.reference_names import (
+    export_positions,
+    mixes_as_reference,
+    stack_names,
+    translate_positions,
+)
+from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.modules.state_dict import ReadsReference
@@ -123,10 +129,9 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         # graphs belong to this object and this process
         return {**self.__dict__, "compiled": None}
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
-        for branch in self.sublayers:
-            yield from branch.fn.muon_parameters()
+    def muon_parameters(self) -> list[Tensor]:
+        """Return the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
+        return [matrix for branch in self.sublayers for matrix in branch.fn.muon_parameters()]
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Clip the logits of every attention in place, see `Attention.qk_clip_`.
@@ -235,8 +240,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
                 training hard attention by its log-probabilities.
             rotary_pos_emb: angles `(1|b, N, r)` of every key and a factor of them, instead of the stack's.
             polar_pos_emb: angles `(1|b, N, d)` of every key and a bias `(h, 1, d)`, instead of the stack's.
-            pos: integer positions for encodings, of the new or of all tokens. They never change which tokens see each
-                other.
+            pos: integer positions for encodings, `(n,)` or `(b, n)`, of the new or of all tokens; for ALiBi also
+                `(b, h, n)`, of all tokens. They never change which tokens see each other.
             context_pos: `(m,)` or `(b, m)` positions of the context; cross-attention then rotates too.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits of self-attention.
             deep_embeds_and_ids: a table `(V, L, D)` and ids `(b, n)`; the t-th executed feedforward's output is
@@ -274,10 +279,19 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if arguments do not fit the stack or each other.
             ShapeError: if an argument has a shape that does not fit `x`.
         """
-        given = locals()
-        del given["self"]
-        check_kinds(given, KINDS_OF_INPUTS)
-        inputs = PassInputs(**given)
+        # in the order of the signature; `torch.compile` cannot read `locals()` before PyTorch 2.13
+        # fmt: off
+        inputs = PassInputs(
+            x, context, mask, context_mask, attn_mask, self_attn_kv_mask, mems, mem_masks, seq_start_pos,
+            seq_pos_offset, cache, input_not_include_cache, cache_age, return_hiddens, return_gumbel_log_probs,
+            rotary_pos_emb, polar_pos_emb, pos, context_pos, attn_bias, deep_embeds_and_ids, self_attn_additional_kv,
+            additional_kv_mask, detach_additional_kv, route_additional_kv_to_top, condition, in_attn_cond,
+            layers_execute_order, repeat_blocks, self_attn_kv_residuals, cross_attn_kv_residuals,
+            flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, causal, transform_block_inputs, places, header,
+            capture, pairs,
+        )
+        # fmt: on
+        check_kinds(inputs.given(), KINDS_OF_INPUTS)
         state = begin_pass(self, inputs)
         steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
         try:
@@ -287,7 +301,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
                 run_steps(self, steps, inputs, state)
             out = finish(self, inputs, state.stream)
         except RuntimeError as error:
-            explain_failed_pass(self, given, state, error)
+            explain_failed_pass(self, inputs, state, error)
             raise
         if not (return_hiddens or return_gumbel_log_probs):
             return out
@@ -297,8 +311,59 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
                 each.log_probs = log_prob_from_hard_attend(each)
         return out, record
 
+    # state dicts
+
+    def mix_streams_as_reference(self, on: bool = True) -> None:
+        super().mix_streams_as_reference(on)
+        # wrappers around this stack share these options
+        self._config["options"]["hyper_conn_reference_mix"] = on
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        if self.reference_mix or not config["options"].get("hyper_conn_reference_mix"):
+            return []
+        options = self._config["options"]
+        before = dict(options)
+
+        def undo() -> None:
+            self.mix_streams_as_reference(on=False)
+            options.clear()
+            options.update(before)
+
+        self.mix_streams_as_reference()
+        return [undo]
+
+    def reference_names(self) -> Mapping[str, str]:
+        return stack_names(self)
+
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        translate_stack(self, state, prefix)
+        translate_positions(self, state, prefix)
+        super().translate_reference(state, prefix)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        export_positions(self, state, prefix)
+        super().export_reference(state, prefix)
+
+    def after_loading(
+        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> Callable[[], None] | None:
+        streams = any(isinstance(branch.residual, HyperConnection) for branch in self.sublayers)
+        if self.reference_mix or not streams or not mixes_as_reference(state, prefix, metadata):
+            return None
+
+        def finish() -> None:
+            self.mix_streams_as_reference()
+            logger.warning(
+                f"{type(self).__name__}: these weights were trained with residual streams that mix by a matrix of "
+                "ones, so that this model computes them that way from now on (`hyper_conn_reference_mix = True`)."
+            )
+
+        return finish
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # `torch.save` keeps the metadata of a state dict, so that our own files say how their streams are mixed
+        if self.reference_mix and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["reference_mix"] = True
 
 
 show_keywords(AttentionLayers, KEYWORDS, [parameter("dim", positional=True), parameter("causal", False)])

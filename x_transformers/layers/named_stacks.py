@@ -115,13 +115,17 @@ def _with_dim(stack: AttentionLayers, keywords: dict[str, Any]) -> dict[str, Any
     return keywords
 
 
-for _class in (Encoder, Decoder, PrefixDecoder, CrossAttender, TransformerBlock):
+_DEFAULTS: dict[type[AttentionLayers], dict[str, Any]] = {
+    Encoder: {},
+    Decoder: {},
+    PrefixDecoder: {},
+    CrossAttender: {"cross_attend": True, "only_cross": True},
+    TransformerBlock: {"depth": 1, "pre_norm_has_final_norm": False},
+}
+"""The named stacks, and defaults that differ from those of `AttentionLayers`."""
+
+for _class, _defaults in _DEFAULTS.items():
     _leading = [parameter("dim", positional=_class is TransformerBlock)]
     if _class in (CrossAttender, TransformerBlock):
         _leading.append(parameter("causal", False))
-    show_keywords(
-        _class,
-        KEYWORDS,
-        _leading,
-        {"depth": 1, "pre_norm_has_final_norm": False} if _class is TransformerBlock else None,
-    )
+    show_keywords(_class, KEYWORDS, _leading, _defaults)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.scores.alibi import bias_by_head
 from x_transformers.attention.validation import check_context, check_mask, check_memory, check_pairs
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
@@ -93,14 +92,14 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     return capture
 
 
-def explain_failed_pass(stack: LayerStack, given: Mapping[str, Any], state: PassState, error: Exception) -> None:
+def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState, error: Exception) -> None:
     """Raise an `InputError` if a kernel failed because of what the caller gave.
 
     Sizes of cached tensors, dtypes and devices are compared only then, so that passes that fit do not pay for it.
 
     Args:
         stack: the stack.
-        given: arguments of the pass.
+        inputs: arguments of the pass.
         state: where the pass failed.
         error: of the kernel.
 
@@ -112,7 +111,7 @@ def explain_failed_pass(stack: LayerStack, given: Mapping[str, Any], state: Pass
         raise InputError(
             f"the cache holds {rows} rows, but {batch} are to run; give the cache of these rows."
         ) from error
-    streams = stack.cache_streams() if given["cache"] is not None and state.kv is not None else ()
+    streams = stack.cache_streams() if inputs.cache is not None and state.kv is not None else ()
     for entry, shapes in zip(state.kv.entries if state.kv is not None else (), streams, strict=False):
         for name, (heads, width, *_) in shapes.items():
             held = entry.grown.get(name)
@@ -123,7 +122,7 @@ def explain_failed_pass(stack: LayerStack, given: Mapping[str, Any], state: Pass
                 ) from error
     weights = next((p for p in stack.parameters() if p.is_floating_point()), None)
     if weights is not None:
-        explain_failure(error, weights, given)
+        explain_failure(error, weights, inputs.given())
 
 
 # the cache
@@ -180,6 +179,31 @@ def offset_positions(offset: int, inputs: PassInputs, kv: KVCache | None) -> Ten
             "or give the positions of all tokens as `pos`."
         )
     return None
+
+
+def positions_by_head(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> None:
+    """Turn positions `(b, h, n)` that differ between heads into a bias, which replaces that of the stack.
+
+    Raises:
+        InputError: if something besides ALiBi would read the positions.
+        ShapeError: if they do not cover all tokens.
+    """
+    pos = inputs.pos
+    assert pos is not None
+    given = inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None
+    if stack.rotations or given:
+        raise InputError("`pos` for each head cannot rotate queries and keys; pass positions (n,) or (b, n).")
+    if inputs.mems:
+        raise InputError("`pos` for each head has no positions for the recurrent memory; drop `mems`.")
+    batch, new = inputs.x.shape[:2]
+    held = 0 if kv is None else kv.known_length
+    if held is None:
+        raise InputError(
+            "`pos` for each head cannot be combined with a static cache that is not empty; use a dynamic one."
+        )
+    bias = bias_by_head(stack.rel_pos, pos, batch=batch, new=new, total=held + new)
+    inputs.pos, inputs.by_head = None, True
+    inputs.attn_bias = bias if inputs.attn_bias is None else inputs.attn_bias + bias
 
 
 def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, kv: KVCache | None) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.cache import NO_PREFIX, CacheHeader, Entry, KVCache
+from x_transformers.cache import CacheHeader, Entry, KVCache
 from x_transformers.forward_pass.arguments import kinds_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.documents import Documents
@@ -43,47 +43,48 @@ class PassInputs:
         additional: keys and values for each executed self-attention.
         kv_residuals: by letter of the kind, what is added to the source of keys and values of each such layer.
         documents: by letter of the kind, the documents of a packed row and of its keys.
+        by_head: positions differ between heads; `attn_bias` contains their bias, instead of that of the stack.
     """
 
     x: Tensor
-    context: Tensor | None = None
-    mask: Tensor | None = None
-    context_mask: Tensor | None = None
-    attn_mask: Tensor | None = None
-    self_attn_kv_mask: Tensor | None = None
-    mems: Sequence[Tensor | None] | None = None
-    mem_masks: Sequence[Tensor | None] | None = None
-    seq_start_pos: Tensor | None = None
-    seq_pos_offset: int | None = None
-    cache: LayerIntermediates | KVCache | None = None
-    input_not_include_cache: bool = False
-    cache_age: int | None = None
-    return_hiddens: bool = False
-    return_gumbel_log_probs: bool = False
-    rotary_pos_emb: tuple[Tensor, Tensor | float] | None = None
-    polar_pos_emb: tuple[Tensor, Tensor] | None = None
-    pos: Tensor | None = None
-    context_pos: Tensor | None = None
-    attn_bias: Tensor | None = None
-    deep_embeds_and_ids: tuple[Tensor, Tensor] | None = None
-    self_attn_additional_kv: LayerIntermediates | Sequence[KeysValues] | None = None
-    additional_kv_mask: Tensor | None = None
-    detach_additional_kv: bool = False
-    route_additional_kv_to_top: bool = True
-    condition: Tensor | None = None
-    in_attn_cond: Tensor | None = None
-    layers_execute_order: Sequence[int] | None = None
-    repeat_blocks: Sequence[Repeat] | Repeat | None = None
-    self_attn_kv_residuals: Tensor | None = None
-    cross_attn_kv_residuals: Tensor | None = None
-    flash_pack_seq_kwargs: Mapping[str, Any] | None = None
-    flash_pack_seq_context_kwargs: Mapping[str, Any] | None = None
-    causal: bool | None = None
-    transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None = None
-    places: Tensor | None = None
-    header: CacheHeader = NO_PREFIX
-    capture: Capture | None = None
-    pairs: Callable[[Span, Span], Tensor] | None = None
+    context: Tensor | None
+    mask: Tensor | None
+    context_mask: Tensor | None
+    attn_mask: Tensor | None
+    self_attn_kv_mask: Tensor | None
+    mems: Sequence[Tensor | None] | None
+    mem_masks: Sequence[Tensor | None] | None
+    seq_start_pos: Tensor | None
+    seq_pos_offset: int | None
+    cache: LayerIntermediates | KVCache | None
+    input_not_include_cache: bool
+    cache_age: int | None
+    return_hiddens: bool
+    return_gumbel_log_probs: bool
+    rotary_pos_emb: tuple[Tensor, Tensor | float] | None
+    polar_pos_emb: tuple[Tensor, Tensor] | None
+    pos: Tensor | None
+    context_pos: Tensor | None
+    attn_bias: Tensor | None
+    deep_embeds_and_ids: tuple[Tensor, Tensor] | None
+    self_attn_additional_kv: LayerIntermediates | Sequence[KeysValues] | None
+    additional_kv_mask: Tensor | None
+    detach_additional_kv: bool
+    route_additional_kv_to_top: bool
+    condition: Tensor | None
+    in_attn_cond: Tensor | None
+    layers_execute_order: Sequence[int] | None
+    repeat_blocks: Sequence[Repeat] | Repeat | None
+    self_attn_kv_residuals: Tensor | None
+    cross_attn_kv_residuals: Tensor | None
+    flash_pack_seq_kwargs: Mapping[str, Any] | None
+    flash_pack_seq_context_kwargs: Mapping[str, Any] | None
+    causal: bool | None
+    transform_block_inputs: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]] | None
+    places: Tensor | None
+    header: CacheHeader
+    capture: Capture | None
+    pairs: Callable[[Span, Span], Tensor] | None
     # filled in by `begin_pass`
     order: tuple[int, ...] = field(default=(), init=False)
     attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
@@ -95,8 +96,14 @@ class PassInputs:
     additional: Sequence[KeysValues | None] = field(default=(), init=False)
     kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
     documents: Mapping[str, Documents] | None = field(default=None, init=False)
+    by_head: bool = field(default=False, init=False)
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments by name, without what `begin_pass` fills in."""
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
 
+ARGUMENTS = tuple(entry.name for entry in fields(PassInputs) if entry.init)
 KINDS_OF_INPUTS = kinds_of(PassInputs)
 
 

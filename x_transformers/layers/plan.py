@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from x_transformers.errors import Faults, did_you_mean
+from x_transformers.errors import Faults
 from x_transformers.layers.catalog import STACK
 from x_transformers.layers.execution_order import LayerSequence, layer_sequence
 from x_transformers.layers.kinds import KINDS, BranchKind
 from x_transformers.options.per_layer import distribute
-from x_transformers.options.schema import Options, Surroundings
+from x_transformers.options.schema import Options, Surroundings, default_of
 from x_transformers.options.values import accepts, plain, shown, why_not
 
 Keywords = dict[str, Any]
@@ -61,7 +61,7 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
         sequence = layer_sequence(options)
     counts = Counter(sequence.kinds)
     _check_values(groups, counts, faults)
-    _check_counts(options, groups, counts, len(sequence.kinds), faults)
+    idle = _check_counts(options, groups, counts, len(sequence.kinds), faults)
     keywords = {
         letter: distribute(
             _with_inherited(kind, groups, counts), counts[letter], kind.schema, faults, kind.prefix, kind.words
@@ -77,7 +77,7 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
         kind.schema.check_choices(parsed, faults, kind.prefix)
         layers.append(LayerPlan(kind, mine, parsed))
     STACK.check_choices(options, faults)
-    warnings = [*STACK.without_effect(options, own), *_check_rules(options, layers, faults)]
+    warnings = [*idle, *STACK.without_effect(options, own), *_check_rules(options, layers, faults)]
     faults.raise_if_any(name)
     return StackPlan(options, tuple(layers), sequence, tuple(dict.fromkeys(warnings)))
 
@@ -93,7 +93,7 @@ def _route(given: Mapping[str, Any], faults: Faults) -> tuple[Keywords, dict[str
             own[keyword] = value
         elif kind is None:
             every = [*STACK.owner, *(kind.prefix + name for kind in KINDS.values() for name in kind.schema.owner)]
-            faults.add(f"unknown keyword `{keyword}`.{did_you_mean(keyword, every)}")
+            faults.add_unknown(keyword, every)
         elif (name := keyword.removeprefix(kind.prefix)) in kind.set_by_stack:
             faults.add(f"`{keyword}` is set by the stack; use {kind.set_by_stack[name]}.")
         elif name not in kind.meaningless:
@@ -142,14 +142,22 @@ def _check_values(groups: Mapping[str, Keywords], counts: Mapping[str, int], fau
 
 def _check_counts(
     options: Options, groups: Mapping[str, Keywords], counts: Mapping[str, int], layers: int, faults: Faults
-) -> None:
-    """Add the faults of keywords for layers that are not there, and of lists of another length than the layers."""
+) -> list[str]:
+    """Add the faults of lists that are too short and of misplaced keywords, and return warnings about keywords for
+    layers that are not there.
+    """
+    idle = []
     if layers and options["structure"].cross_attend and not any(KINDS[letter].is_cross_attention for letter in counts):
         faults.add("`cross_attend` reads a context, but no cross-attention is among the layers; change their list.")
     for letter, kind in KINDS.items():
         # without a list of layers there is a fault already
-        if layers and kind.enabled_by is not None and groups[letter] and not counts[letter]:
-            faults.add(f"`{kind.prefix}{next(iter(groups[letter]))}` needs {kind.enabled_by}.")
+        if layers and kind.enabled_by is not None and not counts[letter]:
+            idle += [
+                f"`{kind.prefix}{name}` has no effect: there is no {kind.words}; it needs {kind.enabled_by}."
+                for name, value in groups[letter].items()
+                if isinstance(value, (tuple, list))
+                or (accepts(kind.schema.hints[name], value) and value != default_of(kind.schema.fields[name]))
+            ]
         for name, instead in kind.misplaced.items():
             if name in groups[letter] and counts[letter]:
                 faults.add(f"`{kind.prefix}{name}` {instead}.")
@@ -157,8 +165,14 @@ def _check_counts(
         ("layer_dropout", options["layer_dropout"].layer_dropout),
         ("shift_tokens", options["shift_tokens"].shift_tokens),
     ):
-        if isinstance(value, tuple) and len(value) != layers:
-            faults.add(f"`{keyword}` holds {len(value)} values, but there are {layers} sublayers.")
+        if not isinstance(value, tuple) or not layers or len(value) == layers:
+            continue
+        sentence = f"`{keyword}` holds {len(value)} values, but there are {layers} sublayers"
+        if len(value) < layers:
+            faults.add(f"{sentence}; pass one value, or a value for each.")
+        else:
+            idle.append(f"{sentence}; the last {len(value) - layers} have no effect.")
+    return idle
 
 
 def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> list[str]:

@@ -24,6 +24,7 @@ from x_transformers.layers.optional_inputs import (
     checked_context_pos,
     given_rotations,
     offset_positions,
+    positions_by_head,
     read_condition,
     read_injection,
     read_masks,
@@ -41,6 +42,7 @@ from x_transformers.layers.per_layer_inputs import (
 )
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout
+from x_transformers.modules.norms import apply_norm
 from x_transformers.ops import finite_where_hidden, softclamp
 
 NO_CAPTURE, NO_CARRY, NO_DELTAS = Capture(), Carry(), Deltas()
@@ -67,6 +69,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
         inputs.x = x = uncached_tokens(inputs, kv)
+    if inputs.pos is not None and inputs.pos.ndim == 3:
+        positions_by_head(stack, inputs, kv)
     causal = stack.causal if inputs.causal is None else inputs.causal
     inputs.order = stack.sequence.order
     if inputs.layers_execute_order is not None or inputs.repeat_blocks is not None:
@@ -240,4 +244,7 @@ def finish(stack: LayerStack, inputs: PassInputs, stream: Tensor) -> Tensor:
         stream = softclamp(stream, stack.output_clamp)
     if stack.frame is not None:
         stream = stack.frame.collapse(stream, inputs.condition)
-    return stream if stack.final_norm is None else stack.final_norm(stream, inputs.condition)
+    if stack.final_norm is None:
+        return stream
+    condition = inputs.condition
+    return stack.final_norm(stream) if condition is None else apply_norm(stack.final_norm, stream, condition)

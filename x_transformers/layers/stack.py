@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -16,9 +17,10 @@ from x_transformers.layers.build import build_branch, check_value_residual, norm
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.conditioning import build_condition, build_injection
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
-from x_transformers.layers.kinds import SELF_ATTENTION
+from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
 from x_transformers.layers.packing import check_apart, packed_kinds
 from x_transformers.layers.plan import StackPlan
+from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
 from x_transformers.options.values import accepts, shown
@@ -36,6 +38,8 @@ class LayerStack(nn.Module):
         depth: number of blocks. heads: number of query heads.
         layers: the built sublayers. sequence: their order. steps: what runs in this order.
         layer_types: the letter of each built sublayer's kind.
+        pre_norm, sandwich_norm, pre_and_post_norm: placement of the norms.
+        residual_attn, cross_residual_attn: scores are added to those of the next attention.
         frame: expands the input to several residual streams and collapses them, or None.
         rel_pos: the score modification that all self-attentions share, or None.
         rotary_pos_emb, polar_pos_emb: query/key transforms of self-attention, or None.
@@ -45,6 +49,7 @@ class LayerStack(nn.Module):
         context_dropout: fraction of the context's tokens that is dropped in training.
         one_context: all cross-attentions see the same part of the context.
         output_clamp: bound of the output, or None. final_norm: norm of the output, or None.
+        reference_mix: residual streams are mixed as in the reference.
         packed: letters of the kinds that keep the documents of packed rows apart.
         compiled: runs each sublayer by a graph of its own, after `compile_blocks()`; else None.
 
@@ -64,6 +69,10 @@ class LayerStack(nn.Module):
         self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
         self.layer_types = plan.sequence.kinds
         self.features = tuple(feature.name for feature in options.enabled())
+        norms, scores = options["norm_placement"], options["residual_scores"]
+        self.pre_norm: bool = norms.before
+        self.sandwich_norm, self.pre_and_post_norm = norms.sandwich_norm, norms.pre_and_post_norm
+        self.residual_attn, self.cross_residual_attn = scores.residual_attn, scores.cross_residual_attn
 
         faults = Faults()
         norm = norm_of(plan)
@@ -137,6 +146,61 @@ class LayerStack(nn.Module):
         relative = any(options.on(name) for name in ("rotary", "polar", "t5_bias"))
         self.disable_abs_pos_emb: bool = relative if requested is None else requested
 
+    def mix_streams_as_reference(self, on: bool = True) -> None:
+        """Mix residual streams by a matrix of ones from now on, as the reference does.
+
+        Args:
+            on: False returns to the matrix that the streams determine.
+        """
+        self.reference_mix = on
+        for branch in self.sublayers:
+            if isinstance(branch.residual, HyperConnection):
+                branch.residual.reference_mix = on
+
+    @property
+    def num_attn_layers(self) -> int:
+        """Number of built self-attentions."""
+        return self.layer_types.count(SELF_ATTENTION.letter)
+
+    @property
+    def num_cross_attn_layers(self) -> int:
+        """Number of built cross-attentions."""
+        return self.layer_types.count(CROSS_ATTENTION.letter)
+
+    @property
+    def num_ff_layers(self) -> int:
+        """Number of built feedforwards."""
+        return self.layer_types.count(FEEDFORWARD.letter)
+
+    @property
+    def layers_execute_order(self) -> tuple[int, ...]:
+        """Indices of built sublayers in the order of execution. An assignment sets the order of later passes.
+
+        Raises:
+            InputError: if the layers cannot run in the order that is assigned.
+        """
+        return self.sequence.order
+
+    @layers_execute_order.setter
+    def layers_execute_order(self, order: Sequence[int]) -> None:
+        self.sequence = replace(self.sequence, order=self.order_of(order, None))
+        self.steps = self.sequence.steps(self.sequence.order)
+
+    @property
+    def layer_dropouts(self) -> tuple[float, ...]:
+        """Probability of skipping each built sublayer in training. An assignment, one value each, sets it."""
+        return tuple(branch.dropout for branch in self.sublayers)
+
+    @layer_dropouts.setter
+    def layer_dropouts(self, values: Sequence[float]) -> None:
+        if len(values) != len(self.layers) or not all(0 <= value < 1 for value in values):
+            raise InputError(
+                f"`layer_dropouts` is {tuple(values)}; it must hold a probability in [0, 1) for each of the "
+                f"{len(self.layers)} sublayers."
+            )
+        for branch, value in zip(self.sublayers, values, strict=True):
+            branch.dropout = float(value)
+
     @property
     def sublayers(self) -> list[Branch]:
         """The built sublayers, in order."""
@@ -157,8 +221,7 @@ class LayerStack(nn.Module):
             letters: of the kinds, as in `KINDS`; all kinds if there are none.
         """
         branches = self.branches(*letters) if letters else self.sublayers
-        # by kind: a checkpoint wrapper around an attention is no `Attention`, but has its attributes
-        return [branch.fn for branch in branches if branch.kind.is_attention]  # type: ignore[misc]
+        return [branch.fn for branch in branches if isinstance(branch.fn, Attention)]
 
     @property
     def rotations(self) -> tuple[QKTransform, ...]:

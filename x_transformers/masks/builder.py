@@ -42,13 +42,16 @@ def visibility(
         documents: boundaries of the documents of a packed row.
         pairs: the caller's mask over queries and keys of a context; `call.attn_mask` is about the tokens' own keys.
     """
-    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Graphs
-    # of single blocks keep no results; to read the identity of an object would tie such a graph to one pass.
-    memo, rule = call.memo, None
-    if not memo.forgets:
-        rule = ("visibility", id(keys), causal, own, window, prefix, id(shown), id(documents), id(pairs))
-        if rule in memo.held:
-            return memo.held[rule][0]
+    # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Windows
+    # of equal width may be two numbers; then the rules are only built twice.
+    memo, rule = call.memo, (keys, causal, own, window, prefix, shown, documents, pairs)
+    for what, of, found in memo.held:
+        if what == "visibility":
+            for one, other in zip(of, rule, strict=True):
+                if one is not other:
+                    break
+            else:
+                return found
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window
@@ -71,9 +74,8 @@ def visibility(
             )
         else:
             visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
-    # the objects are kept with the result: the key holds their ids, which new objects could get otherwise
-    if rule is not None:
-        memo.held[rule] = visible, (keys, shown, documents, pairs)
+    if not memo.forgets:
+        memo.held.append(("visibility", rule, visible))
     return visible
 
 

@@ -11,8 +11,6 @@ from x_transformers.forward_pass.call import Memo
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.ops import pad_left
 
-ALL = slice(None)
-
 
 class MaskSpec(NamedTuple):
     """The rules that hide keys. A key is visible where every rule allows it; a rule that is None hides nothing.
@@ -52,8 +50,10 @@ class MaskSpec(NamedTuple):
         rules = (self.order, self.window, self.token_mask, self.given, self.owners, self.shown)
         return any(rule is not None for rule in rules)
 
-    def seen(self, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """Return `(1|b, 1|h, 1|rows, columns)` bool, which of these keys (without the prefix) the queries see."""
+    def seen(self, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """Return `(1|b, 1|h, 1|rows, columns)` bool, which keys (without the prefix) the queries see; default all."""
+        every = slice(None)
+        rows, columns = every if rows is None else rows, every if columns is None else columns
         seen: Tensor | None = None
         if self.order is not None:
             of_q, of_k = self.order
@@ -70,7 +70,7 @@ class MaskSpec(NamedTuple):
             token_mask = self.token_mask[:, None, None, columns]
             seen = token_mask if seen is None else token_mask & seen
         if self.given is not None:
-            given = self.given[..., rows if self.given.shape[-2] > 1 else ALL, columns]
+            given = self.given[..., rows if self.given.shape[-2] > 1 else every, columns]
             seen = given if seen is None else given & seen
         if seen is None:
             assert self.shown is not None, "something hides keys"

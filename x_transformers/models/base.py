@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -85,6 +85,11 @@ class Model(Configured, ReadsReference):
     # properties that other code reads
 
     @property
+    def has_memory_tokens(self) -> bool:
+        """True if there are learned memory tokens before the others or between them."""
+        return self.num_memory_tokens > 0
+
+    @property
     def can_cache_kv(self) -> bool:
         """True if decoding may cache keys and values."""
         return self.attn_layers.can_cache_kv
@@ -94,9 +99,9 @@ class Model(Configured, ReadsReference):
         """True if positions continue beyond `max_seq_len` while a cache is in use."""
         return not isinstance(self.pos_emb, AbsolutePositionalEmbedding)
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize; see `AttentionLayers.muon_parameters`."""
-        yield from self.attn_layers.muon_parameters()
+    def muon_parameters(self) -> list[Tensor]:
+        """Return the matrices that Muon may orthogonalize; see `AttentionLayers.muon_parameters`."""
+        return self.attn_layers.muon_parameters()
 
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Bound the logits of attention by scaling down weights in place; see `AttentionLayers.attn_qk_clip_`.
@@ -209,6 +214,13 @@ class Model(Configured, ReadsReference):
             check_start(start, embeds.shape[0], None if span.kv is not None else span.count)
         if pos is not None:
             self._check_pos(pos, embeds)
+        if pos is not None and pos.ndim == 3 and not pos.is_floating_point():
+            if self.pos_emb is not None:
+                raise InputError(
+                    f"`pos` has shape {tuple(pos.shape)}; positions for each head cannot select position embeddings. "
+                    "Build the model with `use_abs_pos_emb = False`, or pass (n,) or (b, n)."
+                )
+            return embeds
         if pos is not None and pos.is_floating_point():
             inputs.pos = None
             return embeds + span.newest(pos, -2)

@@ -44,14 +44,16 @@ class ContinuousTransformerWrapper(Model):
         check_size("max_seq_len", max_seq_len, least=0)
         dim, dim_in, dim_out = attn_layers.dim, options.dim_in, options.dim_out
         project_in, project_out = options.project_in, options.project_out
-        if options.probabilistic and dim_out is None and project_out is None:
+        halves = options.probabilistic and dim_out is None and project_out is None
+        if halves and dim % 2:
             raise ConfigError(
-                "`probabilistic` returns a mean and a variance of each output; pass the number of outputs as `dim_out`."
+                f"`probabilistic` without `dim_out` reads the {dim} features as pairs of a mean and a variance, and "
+                "their number is odd; pass the number of outputs as `dim_out`."
             )
         super().__init__(attn_layers, options, max_seq_len=max_seq_len, emb_dim=dim)
         self.average_pool_embed, self.probabilistic = options.average_pool_embed, options.probabilistic
         self.dim_in = None if project_in is not None else dim if dim_in is None else dim_in
-        self.dim_out = None if project_out is not None else dim if dim_out is None else dim_out
+        self.dim_out = None if project_out is not None else dim // (1 + halves) if dim_out is None else dim_out
         self.post_emb_norm = LayerNorm(dim) if options.post_emb_norm else None
         keeps_equal = options.use_identity_if_same_dim
         if project_in is None and dim_in is not None and not (keeps_equal and dim_in == dim):

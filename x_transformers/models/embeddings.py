@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
+from x_transformers.modules.second_names import SecondNames
 from x_transformers.ops import l2norm
 from x_transformers.options.values import shown
 
@@ -41,9 +44,9 @@ class TokenEmbedding(nn.Module):
         try:
             embeds = self.emb(x.long())
         except IndexError as error:
+            count = len(table_of(self))
             raise TokenRangeError(
-                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {self.emb.num_embeddings}, "
-                f"0 to {self.emb.num_embeddings - 1}."
+                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {count}, 0 to {count - 1}."
             ) from error
         return l2norm(embeds) if self.l2norm_embed else embeds
 
@@ -55,7 +58,7 @@ class TokenEmbedding(nn.Module):
             nn.init.kaiming_normal_(self.emb.weight)
 
 
-class SharedTokenEmbedding(TokenEmbedding):
+class SharedTokenEmbedding(SecondNames, TokenEmbedding):
     """Table of another model's token embedding, without weights of its own and without an entry in a state dict.
 
     The owner is kept in a tuple, so that it is not registered as a submodule. A deep copy of a model that contains both
@@ -72,8 +75,29 @@ class SharedTokenEmbedding(TokenEmbedding):
 
     @property
     def emb(self) -> nn.Embedding:
-        """The owner's table."""
+        """The owner's table. An assignment replaces it there."""
         return self._owner[0].emb
+
+    @emb.setter
+    def emb(self, value: nn.Embedding) -> None:
+        self._owner[0].emb = value
+
+
+def table_of(token_emb: nn.Module) -> Tensor:
+    """Return the table `(num_tokens, dim)` of a token embedding, or of a module in its place that contains one.
+
+    Raises:
+        InputError: if the module contains no table.
+    """
+    emb = token_emb.emb if isinstance(token_emb, TokenEmbedding) else token_emb
+    if not isinstance(emb, nn.Embedding):
+        emb = next((each for each in emb.modules() if isinstance(each, nn.Embedding)), None)
+    if emb is None:
+        raise InputError(
+            f"`tie_embedding` computes logits with the token table, and {type(token_emb).__name__} contains no "
+            "`nn.Embedding`; put one inside, or replace `to_logits` too."
+        )
+    return emb.weight
 
 
 class AbsolutePositionalEmbedding(PreparesForInference):
@@ -92,7 +116,7 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         self.emb = nn.Embedding(max_seq_len, dim)
 
     def prepare(self) -> Tensor | None:
-        """Return the embeddings `(1, max_seq_len, dim)` of all positions, unless the table is large or modified."""
+        """Return the embeddings `(max_seq_len, dim)` of all positions, unless the table is large or modified."""
         if (
             not is_plain(self.emb, nn.Embedding)
             or self.emb.max_norm is not None
@@ -100,7 +124,7 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         ):
             return None
         table = self.emb.weight.detach()
-        return (l2norm(table) if self.l2norm_embed else table * self.scale).unsqueeze(0)
+        return l2norm(table) if self.l2norm_embed else table * self.scale
 
     def forward(
         self,
@@ -118,7 +142,7 @@ class AbsolutePositionalEmbedding(PreparesForInference):
             offset: position of the first token, if `pos` is not given.
 
         Returns:
-            `(1|b, n, dim)`.
+            `(n, dim)`; with a position or padding for each row, `(b, n, dim)`.
 
         Raises:
             ShapeError: if a position is not in the table.
@@ -131,8 +155,8 @@ class AbsolutePositionalEmbedding(PreparesForInference):
                     f"{self.max_seq_len}; shorten the input, or use rotary positions."
                 )
             if self.ready is not None and not torch.is_grad_enabled():
-                return self.ready.narrow(1, offset, n)
-            pos = torch.arange(offset, offset + n, device=x.device).unsqueeze(0)
+                return self.ready.narrow(0, offset, n)
+            pos = torch.arange(offset, offset + n, device=x.device)
         else:
             pos = positions(n, x.device, pos, seq_start_pos, offset)
         try:
@@ -173,7 +197,7 @@ class ScaledSinusoidalEmbedding(KeepsFloat32):
         seq_start_pos: Tensor | None = None,
         offset: int | Tensor = 0,
     ) -> Tensor:
-        """Return position embeddings `(1|b, n, dim)`; see `AbsolutePositionalEmbedding.forward`."""
+        """Return position embeddings `(n, dim)` or `(b, n, dim)`; see `AbsolutePositionalEmbedding.forward`."""
         pos = positions(x.shape[1], x.device, pos, seq_start_pos, offset)
         angles = pos.unsqueeze(-1) * self.inv_freq
         return torch.cat((angles.sin(), angles.cos()), dim=-1).to(self.scale.dtype) * self.scale
@@ -191,13 +215,12 @@ def build_positions(
 def positions(
     n: int, device: torch.device, pos: Tensor | None, seq_start_pos: Tensor | None, offset: int | Tensor
 ) -> Tensor:
-    """Return `(1|b, n)` positions: as given, or counted from `offset`, minus the left padding of each row."""
+    """Return `(n,)` or `(b, n)` positions: as given, or counted from `offset`, minus the left padding of each row."""
     if pos is None:
         if isinstance(offset, int):
             pos = torch.arange(offset, offset + n, device=device)
         else:
             pos = offset.reshape(1) if n == 1 else torch.arange(n, device=device) + offset
-    pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
     if seq_start_pos is not None:
         pos = (pos - seq_start_pos.unsqueeze(-1)).clamp(min=0)
     return pos
@@ -217,14 +240,39 @@ def further_embeddings(table: nn.Module, ids: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def check_ids(x: Tensor, what: str = "token ids") -> None:
-    """Raise an `InputError` unless x is `(b, n)` of an integer type."""
+def checked_ids(x: Any) -> Tensor:
+    """Return token ids `(b, n)` of an integer type.
+
+    Raises:
+        InputError: if they are no whole numbers.
+        ShapeError: if they have another rank.
+    """
     if not isinstance(x, Tensor):
-        raise InputError(f"{what} are {shown(x)}; they must be a tensor, (batch, tokens).")
+        raise InputError(f"token ids are {shown(x)}; they must be a tensor, (batch, tokens).")
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
-        raise InputError(f"{what} have dtype {x.dtype}; they must be of an integer type.")
+        x = whole_numbers(x, "token ids have")
     if x.ndim != 2:
-        raise ShapeError(f"{what} have shape {tuple(x.shape)}; they must be (batch, tokens).")
+        raise ShapeError(f"token ids have shape {tuple(x.shape)}; they must be (batch, tokens).")
+    return x
+
+
+def whole_numbers(t: Tensor, subject: str) -> Tensor:
+    """Return a tensor of an integer type; floating values, which data sets often contain, must be whole numbers.
+
+    Args:
+        t: the tensor. While compiling, floating values are not checked.
+        subject: subject and verb of the message, such as "`prompts` has".
+
+    Raises:
+        InputError: if a value is no whole number, or the tensor is boolean or complex.
+    """
+    if not t.is_floating_point():
+        if t.dtype is torch.bool or t.is_complex():
+            raise InputError(f"{subject} dtype {t.dtype}; pass an integer type.")
+        return t
+    if not torch.compiler.is_compiling() and not bool((t.isfinite() & (t == t.round())).all()):
+        raise InputError(f"{subject} dtype {t.dtype}, and not all values are whole numbers; pass an integer type.")
+    return t.long()
 
 
 def frac_gradient(t: Tensor, fraction: float) -> Tensor:

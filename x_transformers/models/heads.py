@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.models.embeddings import TokenEmbedding
+from x_transformers.models.embeddings import table_of
 from x_transformers.ops import at_least_float32
 
 
@@ -21,24 +21,24 @@ class LinearNoBias(nn.Linear):
 
 
 class TiedLogits(nn.Module):
-    """Logits `features @ table^T * scale`, with the table of the token embedding.
+    """Logits `features @ table^T * scale`, with the table of the model's token embedding.
 
-    The embedding is kept in a tuple, so that it is not registered as a submodule of the head too: the table has one
-    name in the state dict. A deep copy of the model refers to the copied table.
+    The model is kept in a tuple, so that it is not registered as a submodule of its head: the table has one name in the
+    state dict, and is that of the embedding in place, if it was replaced. A deep copy of the model refers to the copy.
 
     Args:
-        token_emb: the embedding.
+        model: has the embedding as `token_emb`.
         scale: factor of the logits.
     """
 
-    def __init__(self, token_emb: TokenEmbedding, scale: float) -> None:
+    def __init__(self, model: nn.Module, scale: float) -> None:
         super().__init__()
-        self._embedding = (token_emb,)
+        self._model: tuple[Any] = (model,)
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `(..., dim)` to logits `(..., v)`."""
-        return F.linear(features, self._embedding[0].emb.weight) * self.scale
+        return F.linear(features, table_of(self._model[0].token_emb)) * self.scale
 
 
 class Heads(nn.ModuleList):

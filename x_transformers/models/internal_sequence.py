@@ -14,7 +14,7 @@ from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
 from x_transformers.cache import CacheHeader
-from x_transformers.errors import ShapeError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.inputs import TokenSpan
 from x_transformers.models.memory_layout import ColumnMap, MemoryLayout, interspersed
@@ -173,6 +173,8 @@ class InternalSequence:
 
     def _positions(self, pos: Tensor) -> Tensor:
         """Return internal positions: the prefix counts from 0, and tokens come after it."""
+        if pos.ndim == 3:
+            return self._positions_by_head(pos)
         pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
         if pos.shape[-1] != self.span.count:  # over the columns of this pass already
             return pos
@@ -192,6 +194,16 @@ class InternalSequence:
         slots = self.layout.slot_of(item)[:, owner]
         which = self.column_map.memory[-self.column_map.new :]
         return torch.where(columns < 0, slots - self.layout.memory + which, slots)
+
+    def _positions_by_head(self, pos: Tensor) -> Tensor:
+        """Map positions `(b, h, tokens so far)` to all internal columns so far."""
+        if self.column_map is not None:
+            raise InputError(
+                "`pos` for each head cannot be combined with `memory_tokens_interspersed_every`, whose tokens have no "
+                "such positions; pass (n,) or (b, n)."
+            )
+        front = torch.arange(self.before, device=pos.device).expand(*pos.shape[:2], -1)
+        return torch.cat((front, pos + self.before), dim=-1)
 
     _OVER_COLUMNS = {  # noqa: RUF012 (a table that is never written to)
         "mask": lambda self, t: self._mask(t, "mask"),

@@ -14,7 +14,7 @@ from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import check_ids
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import MULTI_INPUT, check_size, read_options, show_options
@@ -136,7 +136,7 @@ class MultiInputTransformerWrapper(Model):
             z_loss_weight=attn_z_loss_weight,
             capture=capture,
         )
-        _, n = self._check_input(x)
+        x, n = self._checked_input(x)
         span = self._token_span(n, inputs)
         embeds = self._add_positions(self._embed(x, span), inputs, span)
         features, record, _ = self._run_stack(embeds, inputs, span)
@@ -146,17 +146,16 @@ class MultiInputTransformerWrapper(Model):
             out = (logits, features) if return_logits_and_embeddings else logits
         return out if record is None else with_requested(out, record, inputs)
 
-    def _check_input(self, x: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Return the batch size and the length of the streams."""
+    def _checked_input(self, x: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """Return the streams, of an integer type, and their length."""
         if not isinstance(x, Mapping) or set(x) != set(self.num_tokens):
             found = sorted(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
             raise InputError(f"x is {found}; this model reads a dict of the streams {sorted(self.num_tokens)}.")
         shapes = {name: tuple(ids.shape) for name, ids in x.items()}
         if len(set(shapes.values())) > 1:
             raise ShapeError(f"the streams have shapes {shapes}; they must be the same.")
-        for ids in x.values():
-            check_ids(ids)
-        return next(iter(shapes.values()))  # type: ignore[return-value]
+        streams = {name: checked_ids(ids) for name, ids in x.items()}
+        return streams, next(iter(streams.values())).shape[1]
 
     def _embed(self, x: Mapping[str, Tensor], span: TokenSpan) -> Tensor:
         """Return the sum of the streams' embeddings, `(b, n, E)`."""

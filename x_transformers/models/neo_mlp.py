@@ -5,7 +5,7 @@ other (openreview A8Vuf2e8y6).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +74,17 @@ class NeoMLP(Configured, ReadsReference):
         self.transformer = Encoder(dim=dim_model, depth=depth, **more)
         self.to_output_weights = nn.Parameter(torch.randn(dim_out, dim_model))
         self.to_output_bias = nn.Parameter(torch.zeros(dim_out))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor as plain data, with what loaded weights have changed; see `Configured`."""
+        config = super().config
+        if self.transformer.reference_mix:
+            config["options"]["encoder_kwargs"]["hyper_conn_reference_mix"] = True
+        return config
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        return self.transformer.adopt_config({"options": config["options"].get("encoder_kwargs") or {}})
 
     @checked
     def forward(self, x: Tensor, return_embeds: bool = False) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from loguru import logger
 from torch import nn
 
-from x_transformers.errors import ConfigError, Faults, did_you_mean
+from x_transformers.errors import ConfigError, Faults
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import TokenEmbedding
 from x_transformers.options.schema import Feature, Options, Rule, Schema, at_least, default_of, opt, require
@@ -649,7 +649,7 @@ def read_options(
     name, faults = model.__name__, Faults()
     known = {keyword: value for keyword, value in keywords.items() if keyword in schema.owner}
     for keyword in sorted(keywords.keys() - known.keys()):
-        faults.add(f"unknown keyword `{keyword}`.{did_you_mean(keyword, inspect.signature(model).parameters)}")
+        faults.add_unknown(keyword, inspect.signature(model).parameters)
     parsed = schema.parse(known, faults)
     options = replace(parsed, schema=EVERY, values={**EVERY.defaults, **parsed.values})
     schema.check_choices(parsed, faults)

@@ -11,14 +11,19 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import kinds_of
 from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.pass_state import KINDS_OF_INPUTS
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, check_ids, further_embeddings
+from x_transformers.models.embeddings import (
+    AbsolutePositionalEmbedding,
+    TokenEmbedding,
+    checked_ids,
+    further_embeddings,
+    whole_numbers,
+)
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
@@ -28,12 +33,12 @@ from x_transformers.models.heads import (
     next_embedding_head,
     sigsoftmax,
 )
-from x_transformers.models.inputs import ModelInputs, TokenSpan
+from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
 from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import rename
 from x_transformers.ops import masked_mean
+from x_transformers.options.values import shown
 
 
 class TransformerWrapper(Model):
@@ -116,7 +121,7 @@ class TransformerWrapper(Model):
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
         self.own_to_logits = options.to_logits is None
-        self.to_logits = _build_head(options, dim, self.num_tokens, self.token_emb)
+        self.to_logits = _build_head(options, self, self.num_tokens)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
 
@@ -186,7 +191,7 @@ class TransformerWrapper(Model):
             return_mems, mems, mem_masks, detach_mems: recurrent memory, a `(b, m, D)` tensor for each self-attention.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             recycle_steps: number of times that a recycling model runs its stack.
-            pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
+            pos: integer positions `(n,)`, `(b, n)` or, for ALiBi, `(b, h, n)`; or floating position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: remove their positions from logits and features.
             embed_ids: name -> `(b, n)` ids of the further embeddings.
@@ -211,7 +216,8 @@ class TransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
-        check_kinds(locals(), KINDS_OF_ARGUMENTS)
+        flags = return_embeddings, return_intermediates, return_embeddings_and_intermediates, excise_prepend_embeds
+        check_own(flags, transform_token_embeds, token_emb_kwargs, to_logits_kwargs)
         if not return_attn_z_loss:
             attn_z_loss_weight = None
         elif attn_z_loss_weight is None:
@@ -251,7 +257,7 @@ class TransformerWrapper(Model):
             self._check_requested(inputs)
         if x is None:
             x = _no_ids(prepend_embeds)
-        check_ids(x)
+        x = checked_ids(x)
         if kwargs:
             check_kinds(kwargs, KINDS_OF_INPUTS)
             transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
@@ -383,18 +389,17 @@ class TransformerWrapper(Model):
 
     # checkpoints
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        for name in ("to_mixture.0.weight", "combine_mixture.weight"):
-            rename(state, prefix + name, f"{prefix}mixture.{name}")
+    def reference_names(self) -> Mapping[str, str]:
+        return {name: f"mixture.{name}" for name in ("to_mixture.0.weight", "combine_mixture.weight")}
 
 
-def _build_head(options: ModelOptions, dim: int, num_tokens: int, token_emb: nn.Module) -> nn.Module | None:
+def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Module | None:
     """Build the map from features to logits, or None if a pass returns features."""
     if options.return_only_embed:
         return None
+    dim = model.attn_layers.dim
     if options.tie_embedding:
-        assert isinstance(token_emb, TokenEmbedding)
-        return TiedLogits(token_emb, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
+        return TiedLogits(model, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
     if options.to_logits is not None:
         return options.to_logits
     width = num_tokens if options.logits_dim is None else options.logits_dim
@@ -411,8 +416,10 @@ def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
 
 def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSpan) -> Tensor:
     """Return the embeddings `(1|b, n, E)` of the further ids of the new tokens."""
-    check_ids(ids, f"`embed_ids[{name!r}]`")
-    if ids.shape[0] not in (1, batch):
+    if not isinstance(ids, Tensor):
+        raise InputError(f"`embed_ids[{name!r}]` is {shown(ids)}; it must be a tensor of ids.")
+    ids = whole_numbers(ids, f"`embed_ids[{name!r}]` has")
+    if ids.ndim != 2 or ids.shape[0] not in (1, batch):
         raise ShapeError(f"`embed_ids[{name!r}]` has shape {tuple(ids.shape)}; it must be ({batch}, n).")
     return further_embeddings(table, span.newest(ids, -1), name)
 
@@ -439,5 +446,4 @@ def _squeezed(logits: Tensor) -> Tensor:
     return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
 
 
-KINDS_OF_ARGUMENTS = kinds_of(TransformerWrapper.forward)
 show_options(TransformerWrapper, TRANSFORMER)

@@ -15,7 +15,7 @@ from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import TokenEmbedding, check_ids
+from x_transformers.models.embeddings import TokenEmbedding, checked_ids
 from x_transformers.models.heads import TiedLogits
 from x_transformers.models.inputs import ModelInputs
 from x_transformers.models.options import XVAL, check_size, read_options, show_options
@@ -63,7 +63,7 @@ class XValTransformerWrapper(Model):
         self.num_tokens, self.numerical_token_id = num_tokens, numerical_token_id
         self.token_emb = TokenEmbedding(emb_dim, num_tokens)
         self.to_logits = (
-            TiedLogits(self.token_emb, dim**-0.5)
+            TiedLogits(self, dim**-0.5)
             if options.tie_embedding
             else nn.Linear(dim, num_tokens if options.logits_dim is None else options.logits_dim)
         )
@@ -118,7 +118,7 @@ class XValTransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
-        check_ids(x)
+        x = checked_ids(x)
         if x_num.shape != x.shape or x_num.is_complex():
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         inputs = ModelInputs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -91,9 +91,9 @@ class BranchFunction(nn.Module):
                 f"{self.requires_causal[0]} works in causal passes only; `causal = False` makes no sense with it."
             )
 
-    def muon_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that Muon may orthogonalize (2502.16982)."""
-        yield from ()
+    def muon_parameters(self) -> list[Tensor]:
+        """Return the matrices that Muon may orthogonalize (2502.16982)."""
+        return []
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         """Return the backend that would run, the reason for it, and the cost per token.

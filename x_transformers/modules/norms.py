@@ -6,6 +6,7 @@ others ignore it. With `unit_offset`, a gain is stored minus 1, so that weight d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
-from x_transformers.modules.state_dict import ReadsReference, rename
+from x_transformers.modules.second_names import SecondName, SecondNames
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import SHORTEST
 from x_transformers.options.configured import Checked
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, require
@@ -110,6 +112,20 @@ class Norm(Checked, nn.Module):
         raise NotImplementedError
 
 
+def apply_norm(norm: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
+    """Apply a norm of this module, or a user's module in its place (`nn.Identity()`), which knows no condition.
+
+    Args:
+        norm: the norm, perhaps inside of a wrapper.
+        x: `(..., D)`.
+        condition: see `Norm.forward`; None if there is none.
+    """
+    if condition is None:
+        return norm(x)
+    takes_condition = isinstance(norm, Norm) or any(isinstance(each, Norm) for each in norm.modules())
+    return norm(x, condition) if takes_condition else norm(x)
+
+
 class GainNorm(PreparesForInference, Norm):
     """Abstract base class of norms with a learned gain per feature, `gamma + offset`.
 
@@ -134,7 +150,7 @@ class GainNorm(PreparesForInference, Norm):
         return self.gamma.detach() + 1 if self.unit_offset else None
 
 
-class LayerNorm(GainNorm):
+class LayerNorm(SecondNames, GainNorm):
     """LayerNorm without bias: `(x - mean) / sqrt(var + 1e-5) * (gamma + offset)` (1607.06450).
 
     Args:
@@ -142,11 +158,16 @@ class LayerNorm(GainNorm):
         unit_offset: store the gain minus 1.
     """
 
+    @property
+    def ln(self) -> nn.LayerNorm:
+        """The norm without gain, by itself."""
+        return nn.LayerNorm(self.gamma.shape[0], elementwise_affine=False)
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         return torch.layer_norm(x, x.shape[-1:], self.gain(), None, 1e-5)
 
 
-class RMSNorm(ReadsReference, GainNorm):
+class RMSNorm(SecondNames, ReadsReference, GainNorm):
     """RMSNorm: `x / |x| * sqrt(D) * (gamma + offset)` (1910.07467).
 
     Args:
@@ -154,11 +175,18 @@ class RMSNorm(ReadsReference, GainNorm):
         unit_offset: store the gain minus 1.
     """
 
+    g = SecondName("gamma")
+
+    @property
+    def scale(self) -> float:
+        """`sqrt(D)`."""
+        return self.gamma.shape[0] ** 0.5
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.gain(), eps=_TINY)
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}g", f"{prefix}gamma")
+    def reference_names(self) -> Mapping[str, str]:
+        return {"g": "gamma"}
 
 
 class SimpleRMSNorm(Norm):
@@ -166,12 +194,13 @@ class SimpleRMSNorm(Norm):
 
     def __init__(self, dim: int, **_: Any) -> None:
         super().__init__()
+        self.scale = dim**0.5
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=_TINY)
 
 
-class ScaleNorm(ReadsReference, Norm):
+class ScaleNorm(SecondNames, ReadsReference, Norm):
     """ScaleNorm: `x / |x| * sqrt(D) * (gamma + offset)` with a single gain for all features (1910.05895).
 
     Args:
@@ -181,15 +210,17 @@ class ScaleNorm(ReadsReference, Norm):
 
     def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
         super().__init__()
-        self.unit_offset = unit_offset
+        self.unit_offset, self.scale = unit_offset, dim**0.5
         self.gamma = nn.Parameter(torch.full((1,), 1.0 - unit_offset))
+
+    g = SecondName("gamma")
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         gamma = self.gamma + 1 if self.unit_offset else self.gamma
         return F.rms_norm(x, x.shape[-1:], eps=_TINY) * gamma
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}g", f"{prefix}gamma")
+    def reference_names(self) -> Mapping[str, str]:
+        return {"g": "gamma"}
 
 
 class DynamicTanh(Norm):

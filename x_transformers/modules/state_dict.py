@@ -1,13 +1,14 @@
-"""Loading of state dicts, in our layout or in that of x-transformers 2.31 (the reference).
+"""State dicts in our layout and in that of x-transformers 2.31 (the reference), which models read and write.
 
-A module with another layout in the reference implements `translate_reference(state, prefix)`, which renames the entries
-below `prefix` in place and permutes grouped heads. None of our names is a name in the reference, so that translating
-twice changes nothing, and a user need not say which layout a file has.
+A module whose entries have other names in the reference lists them in `reference_names`. One with a different layout
+implements `translate_reference(state, prefix)`, which turns the entries below `prefix` into ours, in place, and its
+inverse `export_reference`. None of our names is a name in the reference, so that translating twice changes nothing, and
+a user need not say which layout a file has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,13 +19,60 @@ from x_transformers.errors import StateDictError
 class ReadsReference(nn.Module):
     """Base class of modules that load both layouts, wherever they are nested, and a file as a whole or not at all."""
 
+    def reference_names(self) -> Mapping[str, str]:
+        """Return the names of the reference's entries and ours, without prefix.
+
+        A name that ends with a dot means all entries below it.
+        """
+        return {}
+
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        """Rename the entries of the reference to ours, in place.
+        """Turn the entries of the reference into ours, in place.
 
         Args:
             state: a state dict, which is changed.
             prefix: of the names of this module's entries.
         """
+        for theirs, ours in self.reference_names().items():
+            rename_entries(state, prefix + theirs, prefix + ours)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        """Turn our entries into those of the reference, in place. The modules in this one have done so already.
+
+        Args:
+            state: a state dict, which is changed.
+            prefix: of the names of this module's entries.
+
+        Raises:
+            StateDictError: if the reference has nothing like this module.
+        """
+        for theirs, ours in reversed(list(self.reference_names().items())):
+            rename_entries(state, prefix + ours, prefix + theirs)
+
+    def after_loading(
+        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> Callable[[], None] | None:
+        """Return what to do once a state dict is loaded, if it says something about this module besides its entries.
+
+        Args:
+            state: the state dict, in either layout.
+            prefix: of the names of this module's entries.
+            metadata: what `state_dict` noted about this module.
+        """
+        return None
+
+    def export_reference_state_dict(self) -> dict[str, Tensor]:
+        """Return the weights under the names of x-transformers 2.31, and in its order of grouped heads.
+
+        Loaded by a model of that library with the same options (or by ours), they give the same outputs, except where
+        this library corrects a fault; see the list of differences in the README.
+
+        Raises:
+            StateDictError: if that library has nothing like a part of this model.
+        """
+        state = dict(self.state_dict())
+        _export(self, state, "")
+        return state
 
     def _load_from_state_dict(
         self,
@@ -37,10 +85,15 @@ class ReadsReference(nn.Module):
         error_msgs: Any,
     ) -> None:
         # PyTorch calls this for every module, parents first, also if a user's own module contains ours
+        finish = self.after_loading(state_dict, prefix, local_metadata)
+        if finish is not None and not _fits(self, state_dict, prefix):
+            finish = None
         self.translate_reference(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if finish is not None:
+            finish()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights in our layout or that of the reference.
@@ -81,7 +134,11 @@ class ReadsReference(nn.Module):
                 "model is unchanged. Build it with the options of the model that the weights come from.\n  "
                 + "\n  ".join(faults)
             )
-        return super().load_state_dict(translated, strict=strict, assign=assign)
+        finish = list(_after_loading(self, state_dict, "", getattr(state_dict, "_metadata", {})))
+        result = super().load_state_dict(translated, strict=strict, assign=assign)
+        for each in finish:
+            each()
+        return result
 
 
 def translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -90,6 +147,45 @@ def translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         module.translate_reference(state, prefix)
     for name, child in module.named_children():
         translate(child, state, f"{prefix}{name}.")
+
+
+def _export(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Turn the entries of all modules in a module, and then its own, into those of the reference, in place."""
+    for name, child in module.named_children():
+        _export(child, state, f"{prefix}{name}.")
+    if isinstance(module, ReadsReference):
+        module.export_reference(state, prefix)
+
+
+def _after_loading(
+    module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+) -> Iterator[Callable[[], None]]:
+    """Yield what the modules of a tree have to do once a state dict is loaded."""
+    if isinstance(module, ReadsReference):
+        finish = module.after_loading(state, prefix, metadata.get(prefix[:-1], {}))
+        if finish is not None:
+            yield finish
+    for name, child in module.named_children():
+        yield from _after_loading(child, state, f"{prefix}{name}.", metadata)
+
+
+def _fits(module: nn.Module, state: Mapping[str, Any], prefix: str) -> bool:
+    """Return True if a state dict contains every entry of a module below a prefix, in the right shape."""
+    translated = {name: t for name, t in state.items() if name.startswith(prefix)}
+    translate(module, translated, prefix)
+    return all(
+        prefix + name in translated and translated[prefix + name].shape == own.shape
+        for name, own in module.state_dict().items()
+        if isinstance(own, Tensor)
+    )
+
+
+def rename_entries(state: dict[str, Any], old: str, new: str) -> None:
+    """Rename one entry, if it is there; or, if the name ends with a dot, all entries below it."""
+    if old.endswith("."):
+        rename_prefix(state, old, new)
+    else:
+        rename(state, old, new)
 
 
 def rename(state: dict[str, Any], old: str, new: str) -> None:

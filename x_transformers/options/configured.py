@@ -13,7 +13,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from x_transformers.errors import ConfigError, Faults, did_you_mean
+from torch import nn
+
+from x_transformers.errors import ConfigError, Faults
 from x_transformers.options.values import hints_of, misfits, plain
 
 Built = TypeVar("Built", bound="Configured")
@@ -50,8 +52,32 @@ class Configured:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`."""
+        """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`.
+
+        Of an object that was given as an argument, its present configuration.
+        """
         return copy.deepcopy(self._config)
+
+    def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
+        """Take over what loading weights had changed in the object that a configuration describes.
+
+        Args:
+            config: of an object that was built with the same arguments.
+
+        Returns:
+            Functions that undo it.
+        """
+        given = {name: own for name, own in self._config["options"].items() if _is_config(own)}
+        parts = (
+            [part for part in self.children() if isinstance(part, Configured)] if isinstance(self, nn.Module) else []
+        )
+        found: list[tuple[Configured, Any]] = []
+        for part in parts:
+            # an argument; or else a copy of one
+            same = [name for name, own in given.items() if own is part._config]
+            same = same or [name for name, own in given.items() if own == part._config]
+            found += [(part, config["options"].get(name)) for name in same]
+        return [undo for part, theirs in found if _is_config(theirs) for undo in part.adopt_config(theirs)]
 
     @classmethod
     def from_config(cls: type[Built], config: Mapping[str, Any], **objects: Any) -> Built:
@@ -110,9 +136,10 @@ def _recording(init: Any) -> Any:
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain(args), plain(kwargs)
         unknown = [] if takes_any else [name for name in kwargs if name not in names]
-        if unknown:
-            clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, names)}" for name in unknown)
-            raise ConfigError(f"{type(self).__name__}: {clauses}")
+        faults = Faults()
+        for name in unknown:
+            faults.add_unknown(name, names)
+        faults.raise_if_any(type(self).__name__)
         given = signature.bind(self, *args, **kwargs).arguments
         _check(type(self).__name__, init, {name: given[name] for name in names if name in given})
         # a class that is derived from another wraps both constructors: the outer one has recorded already
@@ -137,9 +164,12 @@ def _check(subject: str, init: Callable[..., None], given: Mapping[str, Any]) ->
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none."""
+    """Return the value as plain data; `{"$object": name}` if it is none, or contains any that is none.
+
+    The configuration of an object is shared with it, since loading weights may change it.
+    """
     if isinstance(value, Configured):
-        return value.config
+        return value._config
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

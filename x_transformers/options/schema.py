@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from x_transformers.errors import ConfigError, Faults, did_you_mean
+from x_transformers.errors import ConfigError, Faults
 from x_transformers.options.values import accepts, convert, plain, shown, why_not
 
 
@@ -65,12 +65,14 @@ class Feature:
         enabled: receives the options, and returns True if they switch the feature on.
         build: builds the part; each slot defines the arguments.
         choice: name of a set of alternatives, of which at most one may be on; None if there are none.
+        joins: names of alternatives that it can be combined with: its part then contains theirs.
         paper: arXiv id, or "OpenReview ID".
         self_attention_only: True if `cross_attn_` keywords do not inherit it from `attn_` keywords.
         refuses: conflicts that raise a `ConfigError` when the feature is on.
         warns: conflicts that are only reported when it is on.
         idle: receives the options, and returns the names of those that have no effect although the feature is on.
-        unpackable: why it cannot keep the documents of packed rows apart; None if it can.
+        unpackable: why it cannot keep the documents of packed rows apart, or a function of the options of its group
+            that returns this; None if it can.
         examples: small sets of keywords, with prefixes, as a user would write them; tests run over them.
         exempt: properties of the test suite that cannot hold for the feature, each with the reason; a key (property, n)
             is about the n-th example only, from 1.
@@ -84,12 +86,13 @@ class Feature:
     enabled: Callable[[Any], bool] = lambda options: True
     build: Callable[..., Any] | None = None
     choice: str | None = None
+    joins: tuple[str, ...] = ()
     paper: str | None = None
     self_attention_only: bool = False
     refuses: tuple[Rule, ...] = ()
     warns: tuple[Rule, ...] = ()
     idle: Callable[[Any], Iterable[str]] = lambda options: ()
-    unpackable: str | None = None
+    unpackable: str | Callable[[Options], str | None] | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
     exempt: Mapping[Any, str] = field(default_factory=dict)
 
@@ -126,6 +129,16 @@ class Options:
         """Return the features that are on, in the order of the catalog; with `slot`, only those of the slot."""
         return [feature for feature in self._enabled.values() if slot in (None, feature.slot)]
 
+    def parts(self, slot: str | None = None) -> list[Feature]:
+        """Return the features that are on and have a part of their own, which that of no other one contains.
+
+        Args:
+            slot: only those of the slot; default those of every slot.
+        """
+        enabled = self.enabled(slot)
+        joined = {name for feature in enabled for name in feature.joins}
+        return [feature for feature in enabled if feature.name not in joined]
+
     def switch(self, feature: Feature, prefix: str = "") -> str:
         """Return the first keyword of a feature that is not at its default, in backquotes; else the feature's name."""
         for entry in dataclasses.fields(feature.options):
@@ -135,7 +148,13 @@ class Options:
 
     def unpackable(self) -> list[str]:
         """Return why documents of packed rows cannot be kept apart, one sentence for each feature that is on."""
-        return [unpackable(feature) for feature in self.enabled() if feature.unpackable is not None]
+        given = (feature.unpackable for feature in self.enabled())
+        reasons = [reason(self) if callable(reason) else reason for reason in given]
+        return [
+            f"`flash_pack_seq` keeps the documents of a row apart, but {reason}; drop one of them."
+            for reason in reasons
+            if reason is not None
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +231,7 @@ class Schema:
         by_feature: dict[str, dict[str, Any]] = {name: {} for name in self.features}
         for keyword, value in given.items():
             if keyword not in self.owner:
-                faults.add(f"unknown keyword `{prefix}{keyword}`.{did_you_mean(keyword, self.owner)}")
+                faults.add_unknown(f"{prefix}{keyword}", self.owner, keyword)
                 continue
             # options are frozen and JSON has no tuples
             value = plain(tuple(value) if isinstance(value, list) else value)
@@ -243,8 +262,10 @@ class Schema:
         """Add a fault for each choice with more than one alternative switched on."""
         prefix = self.prefix if prefix is None else prefix
         choices: dict[str, list[Feature]] = {}
-        for feature in options.enabled():
-            if feature.choice is not None:
+        enabled = options.enabled()
+        joined = {name for feature in enabled for name in feature.joins}
+        for feature in enabled:
+            if feature.choice is not None and feature.name not in joined:
                 choices.setdefault(feature.choice, []).append(feature)
         for choice, features in choices.items():
             if len(features) > 1:

@@ -15,23 +15,31 @@ def show_keywords(
     leading: Iterable[inspect.Parameter],
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Set the signature of a class, and add the documentation of every keyword to its docstring.
+    """Set the signature of a class and its constructor, and add the documentation of every keyword to its docstring.
 
-    `help` and completion show both.
+    `help` and completion show both, and programs that build a model from a configuration ask the signature.
 
     Args:
-        cls: the class, whose constructor takes keywords.
+        cls: the class, whose own constructor takes keywords.
         schemas: the keywords, and the prefix of each schema.
         leading: parameters that belong to no feature.
         defaults: defaults of the class that differ from those of the schemas.
     """
     schemas = list(schemas)
-    parameters: list[inspect.Parameter] = list(leading)
+    parameters = {each.name: each for each in leading}
     for schema, prefix in schemas:
-        parameters += schema.parameters(prefix)
+        parameters.update({each.name: each for each in schema.parameters(prefix)})
     own = defaults or {}
-    parameters = [p.replace(default=own[p.name]) if p.name in own else p for p in parameters]
-    cls.__signature__ = inspect.Signature(parameters)
+    parameters = {name: p.replace(default=own[name]) if name in own else p for name, p in parameters.items()}
+    # what the constructor takes by position comes first, in its order
+    first, *given = inspect.signature(cls.__init__).parameters.values()
+    positional = [each.name for each in given if each.kind is each.POSITIONAL_OR_KEYWORD]
+    ordered = [
+        *(parameters[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in positional),
+        *(each for name, each in parameters.items() if name not in positional),
+    ]
+    cls.__signature__ = inspect.Signature(ordered)
+    cls.__init__.__signature__ = inspect.Signature([first, *ordered])  # type: ignore[attr-defined]
     described = "\n".join(schema.describe(prefix) for schema, prefix in schemas)
     cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nKeywords, by feature:\n\n{described}\n"
 

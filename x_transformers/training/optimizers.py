@@ -52,7 +52,7 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     for stack in stacks:
         maps = stack.muon_parameters()
         if queries_and_keys:
-            maps = (module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear))
+            maps = [module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear)]
         # a map from or to a single number is a vector, which cannot be orthogonalized
         chosen |= {id(weight) for weight in maps if weight.ndim == 2 and min(weight.shape) > 1}
     # embeddings inside of a stack are tables of biases, not of tokens or positions

@@ -99,19 +99,19 @@ class Backend(ABC):
 
     name: str
     fused: bool
-    provides: Needs
+    provides: int
     reads_documents = False
 
-    def lacks(self, needs: Needs) -> str | None:
+    def lacks(self, needs: int) -> str | None:
         """Return why these needs can never be met here, or None."""
         missing = needs & ~self.provides
         if not missing:
             return None
-        words = ", ".join(NEEDS_IN_WORDS[flag] for flag in Needs if flag in missing)
+        words = ", ".join(words for flag, words in NEEDS_IN_WORDS.items() if flag & missing)
         return f"{self.name} cannot host {words}"
 
     @abstractmethod
-    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+    def refuses(self, situation: Situation, needs: int) -> str | None:
         """Return why it cannot run on this device, in this dtype or mode, although it provides the needs; or None."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ NEEDS_IN_WORDS = {
 
 def additive_bias(request: Request) -> Tensor | None:
     """Return the sum of all biases in closed form, `(1|b, 1|h, i, P + j)`; layers with the same biases share it."""
-    biases = [score for score in request.scores if score.needs is Needs.BIAS]
+    biases = [score for score in request.scores if score.needs == Needs.BIAS]
     if not biases:
         return None
 

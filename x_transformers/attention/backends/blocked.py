@@ -50,7 +50,7 @@ class Blocked(Backend):
     fused = True
     provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS
 
-    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+    def refuses(self, situation: Situation, needs: int) -> str | None:
         if situation.device != "cpu":
             return f"blocked is made for a CPU, not for {situation.device}"
         if situation.compiling:
@@ -280,7 +280,7 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
     visible, steps, inputs = request.visible, [], []
     height = block_height(b * h, i, request.k.shape[-2])
     for score in request.scores:
-        if score.needs is not Needs.BIAS:
+        if score.needs != Needs.BIAS:
             steps.append(ScoreStep(score))
             continue
         tiles = score.tiles(height, request.memo)

@@ -42,7 +42,7 @@ class BackendChoice:
             self.fused = (Varlen(), *self.fused)
         self._warned: set[str] = set()
 
-    def check(self, needs: Needs, needed_by: Mapping[Needs, list[str]]) -> None:
+    def check(self, needs: int, needed_by: Mapping[int, list[str]]) -> None:
         """Check that the needs can be met.
 
         Args:
@@ -62,24 +62,30 @@ class BackendChoice:
                 f"Drop {' or '.join(culprits)}, or leave `flash` at None."
             )
 
-    def choose(self, situation: Situation, needs: Needs) -> tuple[Backend, str]:
+    def choose(self, situation: Situation, needs: int) -> tuple[Backend, str]:
         """Return the backend for these needs, and the reason."""
+        backend, reasons = self._decide(situation, needs)
+        return backend, "; ".join(str(reason) for reason in reasons) or "fused, and hosts every part"
+
+    def _decide(self, situation: Situation, needs: int) -> tuple[Backend, list[str | Measurement | None]]:
+        """Return the backend, and why not those before it; words are joined elsewhere, since graphs cannot."""
         if self.flash is False:
-            return self.explicit, "`flash = False`"
-        if Needs.SCORES in needs:
-            return self.explicit, "the scores were requested"
-        reasons = {each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused}
+            return self.explicit, ["`flash = False`"]
+        if needs & Needs.SCORES:
+            return self.explicit, ["the scores were requested"]
+        reasons: dict[str, str | Measurement | None] = {
+            each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused
+        }
         able = [each for each in self.fused if reasons[each.name] is None]
         for backend in able:
             reasons[backend.name] = slower(backend, able, situation, needs)
             if reasons[backend.name] is None:
-                passed = self.fused[: self.fused.index(backend)]
-                return backend, "; ".join(str(reasons[each.name]) for each in passed) or "fused, and hosts every part"
+                return backend, [reasons[each.name] for each in self.fused[: self.fused.index(backend)]]
         if self.flash and able:
-            return able[0], "`flash = True`"
-        return self.explicit, "; ".join(str(reason) for reason in reasons.values())
+            return able[0], ["`flash = True`"]
+        return self.explicit, list(reasons.values())
 
-    def for_request(self, request: Request, needs: Needs) -> Backend:
+    def for_request(self, request: Request, needs: int) -> Backend:
         """Return the backend for a request, and warn once if a fused kernel is demanded and none can run."""
         q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -91,12 +97,13 @@ class BackendChoice:
             compiling, queries, layer = True, 1 if queries == 1 else MANY, request.layer
             keeps = layer is not None and (layer.entry is not None or layer.states is not None)
         situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps)
-        backend, why = self.choose(situation, needs)
-        if self.flash and not backend.fused and not request.capture:
+        backend, reasons = self._decide(situation, needs)
+        if self.flash and not backend.fused and not request.capture and not torch.compiler.is_compiling():
+            why = "; ".join(str(reason) for reason in reasons)
             self._warn_once(f"`attn_flash = True`, but this call runs the explicit backend: {why}.")
         return backend
 
-    def only_fused(self, request: Request, needs: Needs) -> Backend:
+    def only_fused(self, request: Request, needs: int) -> Backend:
         """Return the first fused backend that can host a request, whatever `flash` is.
 
         Raises:
@@ -112,7 +119,7 @@ class BackendChoice:
         raise InputError(f"no fused kernel hosts this call: {'; '.join(str(reason) for reason in reasons)}.")
 
     def _warn_once(self, message: str) -> None:
-        if not torch.compiler.is_compiling() and message not in self._warned:
+        if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
 
@@ -138,7 +145,7 @@ class Measurement:
 
     slow: str
     fast: str
-    needs: Needs
+    needs: int
     skips: bool = False
     least: int = 0
     most: float = math.inf
@@ -147,7 +154,7 @@ class Measurement:
     graph: bool = False
     expected: bool = False
 
-    def holds(self, situation: Situation, needs: Needs) -> bool:
+    def holds(self, situation: Situation, needs: int) -> bool:
         """Return True if the finding is about such a pass."""
         if self.device != situation.device or situation.dtype not in self.dtypes:
             return False
@@ -167,16 +174,16 @@ class Measurement:
 
 VISIBLE = Needs.MASK | Needs.BIAS | Needs.DOCUMENTS
 MEASUREMENTS = (
-    Measurement(slow="sdpa", fast="explicit", needs=~Needs.NOTHING, least=1, most=1, dtypes=FULL, graph=True),
+    Measurement(slow="sdpa", fast="explicit", needs=Needs.ALL, least=1, most=1, dtypes=FULL, graph=True),
     Measurement(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=512, dtypes=FULL),
     Measurement(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=512, dtypes=FULL),
     Measurement(slow="sdpa", fast="blocked", needs=Needs.BIAS, least=2048),
     Measurement(slow="sdpa", fast="blocked", needs=Needs.MASK, skips=True, least=2048),
     Measurement(slow="blocked", fast="explicit", needs=Needs.POINTWISE | Needs.SINK, most=255),
-    Measurement(slow="flex", fast="explicit", needs=~Needs.NOTHING),
+    Measurement(slow="flex", fast="explicit", needs=Needs.ALL),
     Measurement(slow="sdpa", fast="flex", needs=VISIBLE, least=128, dtypes=HALF, device="cuda", expected=True),
     Measurement(slow="sdpa", fast="flex", needs=VISIBLE, least=2048, dtypes=FULL, device="cuda", expected=True),
-    Measurement(slow="flex", fast="explicit", needs=~Needs.NOTHING, most=127, device="cuda", expected=True),
+    Measurement(slow="flex", fast="explicit", needs=Needs.ALL, most=127, device="cuda", expected=True),
 )
 """Measured on a CPU with 6 heads of 64 features on two threads, with equal results in training and evaluation. The
 compiler fuses the steps of the explicit backend for one query into one loop. For long sequences, biases and masks also
@@ -188,8 +195,11 @@ for every pair of tokens; FlexAttention computes both where it needs them, and s
 there are few scores, and to write them out is fast."""
 
 
-def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: Needs) -> str | None:
-    """Return why another able backend, or the explicit one, is to be preferred to this one; None if none is."""
+def slower(backend: Backend, able: Iterable[Backend], situation: Situation, needs: int) -> Measurement | None:
+    """Return the finding that another able backend, or the explicit one, is faster than this one; None if none is."""
     others = {each.name for each in able} | {Explicit.name}
-    found = (each for each in MEASUREMENTS if each.slow == backend.name and each.fast in others)
-    return next((str(each) for each in found if each.holds(situation, needs)), None)
+    # a loop, since older versions of the compiler cannot trace a default of `next`
+    for each in MEASUREMENTS:
+        if each.slow == backend.name and each.fast in others and each.holds(situation, needs):
+            return each
+    return None

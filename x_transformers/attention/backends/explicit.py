@@ -16,9 +16,9 @@ class Explicit(Backend):
 
     name = "explicit"
     fused = False
-    provides = ~Needs.NOTHING
+    provides = Needs.ALL
 
-    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+    def refuses(self, situation: Situation, needs: int) -> str | None:
         return None
 
     def attend(self, request: Request) -> AttentionOutput:

@@ -56,7 +56,7 @@ class Flex(Backend):
     fused = True
     provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS
 
-    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+    def refuses(self, situation: Situation, needs: int) -> str | None:
         if not RECENT:
             return f"flex needs PyTorch {SINCE}"
         if situation.device not in ("cuda", "xpu", "cpu"):
@@ -142,7 +142,7 @@ def _score_mod(request: Request) -> ScoreFunction | None:
     """
     if not request.scores:
         return None
-    steps = tuple((score.at(request.memo), score.needs is Needs.BIAS) for score in request.scores)
+    steps = tuple((score.at(request.memo), score.needs == Needs.BIAS) for score in request.scores)
     prefix, keys = request.visible.prefix, request.k.shape[-2]
     real = torch.arange(-prefix, keys - prefix, device=request.q.device) if prefix else None
 

@@ -43,7 +43,7 @@ class SDPA(Backend):
         wanted = kernels is not None and {**defaults, **kernels} != defaults
         self.kernels = [KERNELS[name] for name, on in {**defaults, **(kernels or {})}.items() if on] if wanted else None
 
-    def refuses(self, situation: Situation, needs: Needs) -> str | None:
+    def refuses(self, situation: Situation, needs: int) -> str | None:
         return None
 
     def attend(self, request: Request) -> AttentionOutput:

@@ -29,8 +29,8 @@ class Varlen(Backend):
     provides = Needs.DOCUMENTS
     reads_documents = True
 
-    def refuses(self, situation: Situation, needs: Needs) -> str | None:
-        if Needs.DOCUMENTS not in needs:
+    def refuses(self, situation: Situation, needs: int) -> str | None:
+        if not needs & Needs.DOCUMENTS:
             return "varlen is for packed documents"
         if situation.device != "cuda":
             return f"varlen has no kernel for {situation.device}"

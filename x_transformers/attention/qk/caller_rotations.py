@@ -64,8 +64,10 @@ class GivenRotation(QKTransform):
         self.queries, self.keys = queries, keys
 
     def tables(self, query: Span, keys: Span) -> tuple[Pair, Pair]:
-        of_keys = _select_rows(self.queries, keys, query) if self.keys is None else _select_rows(self.keys, keys, None)
-        return _select_rows(self.queries, query, query), of_keys
+        if self.keys is not None:
+            return _select_rows(self.queries, query, query), _select_rows(self.keys, keys, None)
+        pair = _from_first_row(self.queries)
+        return _select_rows(pair, query, query), _select_rows(pair, keys, query)
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Pair, Pair]) -> tuple[Tensor, Tensor]:
         (q_angles, q_factor), (k_angles, k_factor) = tables
@@ -166,6 +168,18 @@ def _select_rows(pair: Pair, span: Span, newest: Span | None) -> Pair:
     if isinstance(factor, Tensor) and factor.ndim:
         factor = CallerTable(factor).rows(span, newest)
     return CallerTable(angles).rows(span, newest), factor
+
+
+def _from_first_row(pair: Pair) -> Pair:
+    """Return the pair with a factor that is 1 in the first row.
+
+    xPos measures positions from the middle of a table, which moves with every new token, but keys are cached with
+    their factor. Only ratios of the factors of queries and keys count, so that any common factor may be removed.
+    """
+    angles, factor = pair
+    if isinstance(factor, Tensor) and factor.ndim:
+        factor = factor / factor[..., :1, :]
+    return angles, factor
 
 
 def _rotate(t: Tensor, angles: Tensor, factor: Tensor | float) -> Tensor:

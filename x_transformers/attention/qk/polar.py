@@ -87,6 +87,9 @@ class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         # frequencies follow from the width, and half-precision checkpoints contain them rounded: keep our own
         state.pop(f"{prefix}inv_freq", None)
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        state[f"{prefix}inv_freq"] = self.inv_freq.clone()
+
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
         """Reorder the learned angles of the reference from its order of heads to ours, in place."""
         name = f"{prefix}learned_bias"

@@ -54,8 +54,9 @@ Tables = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
     """Rotation of adjacent feature pairs `(2k, 2k + 1)` by the angle `pos * base ** (-2k / r) / interpolation_factor`.
 
-    With xPos, queries are also multiplied by `zeta_k ** (pos / scale_base)` and keys are divided by it, where
-    `zeta_k = (2k + 0.4 r) / (1.4 r) < 1`, so that a score decays with `zeta_k ** (distance / scale_base)`.
+    With xPos, queries are also multiplied by `zeta_k ** ((pos - c) / scale_base)` and keys are divided by it, where
+    `zeta_k = (2k + 0.4 r) / (1.4 r) < 1`, so that a score decays with `zeta_k ** (distance / scale_base)`, whatever c
+    is. A stack takes c = 0, so that cached keys stay valid; a call of this module takes half of the largest position.
 
     Args:
         dim: number r of rotated features, even; the other features of a head stay as they are.
@@ -103,10 +104,14 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         self.interpolation_factor, self.scale_base = interpolation_factor, scale_base
         pairs = torch.arange(0, dim, 2).float()
         self.register_buffer("inv_freq", 1.0 / base ** (pairs / dim), persistent=False)
-        # xPos: high frequencies (small k) decay fastest. Positions are often measured from the middle of the sequence;
-        # a score depends on their differences only, and with a fixed origin cached keys stay valid.
+        # xPos: high frequencies (small k) decay fastest
         zeta = (pairs + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("xpos_log", zeta.log() / scale_base, persistent=False)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """XPos factors `(r / 2,)` of a distance of `scale_base`, the reference's buffer; None without xPos."""
+        return (self.xpos_log * self.scale_base).exp() if self.use_xpos else None
 
     def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor | float]:
         """Return the angles of positions and the xPos factor of queries, for `apply_rotary_pos_emb`.
@@ -123,7 +128,8 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
         if not self.use_xpos:
             return angles, 1.0
-        return angles, (pos.unsqueeze(-1) * self.xpos_log).exp().repeat_interleave(2, dim=-1)
+        centered = pos - torch.div(pos.max() + 1, 2, rounding_mode="floor")
+        return angles, (centered.unsqueeze(-1) * self.xpos_log).exp().repeat_interleave(2, dim=-1)
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:
         """Return `forward` for the positions 0 ... seq_len - 1."""
@@ -164,6 +170,11 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         # both follow from the options, and half-precision checkpoints contain them rounded: keep our own
         for name in ("inv_freq", "scale"):
             state.pop(f"{prefix}{name}", None)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        state[f"{prefix}inv_freq"] = self.inv_freq.clone()
+        if self.use_xpos:
+            state[f"{prefix}scale"] = (self.xpos_log * self.scale_base).exp()
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, ScoreFunction, Tiles
+from x_transformers.attention.base import BoundScore, ScoreFunction, ScoreMod, Tiles
 from x_transformers.attention.scores.base import DistanceBias, build_bias
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError
 from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
@@ -63,6 +63,29 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
     def bias(self, distance: Tensor) -> Tensor:
         return -distance.abs().unsqueeze(-3) * self.slopes[:, None, None]
 
+    def forward_custom_pos(self, pos_i: Tensor, pos_j: Tensor | None = None) -> Tensor:
+        """Return the bias between given positions, which may differ between heads.
+
+        Args:
+            pos_i: positions of queries, `(i,)`, `(b, i)` or `(b, h, i)`.
+            pos_j: positions of keys, `(j,)`, `(b, j)` or `(b, h, j)`; default: those of the queries.
+
+        Returns:
+            `(h, i, j)` or `(b, h, i, j)`.
+
+        Raises:
+            ShapeError: if there are positions for another number of heads.
+        """
+        pos_j = pos_i if pos_j is None else pos_j
+        if pos_i.ndim < 3 and pos_j.ndim < 3:
+            return super().forward_custom_pos(pos_i, pos_j)
+        heads = len(self.slopes)
+        for pos in (pos_i, pos_j):
+            if pos.ndim != 3 or pos.shape[1] != heads:
+                raise ShapeError(f"positions have shape {tuple(pos.shape)}; for each head they are (b, {heads}, n).")
+        distance = pos_i.unsqueeze(-1) - pos_j.unsqueeze(-2)
+        return -distance.abs() * self.slopes[:, None, None]
+
     def bind(self, query: Span, keys: Span) -> BoundScore:
         bound = super().bind(query, keys)
 
@@ -90,6 +113,23 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
         # the reference does not save slopes
         state.setdefault(f"{prefix}slopes", self._standard_slopes())
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        state.pop(f"{prefix}slopes", None)
+
+    def check_export(self, order: Tensor | None) -> None:
+        """Raise a `StateDictError` unless the slopes are those that the reference computes.
+
+        Args:
+            order: index of each of our query heads in the reference; None if both have the same order.
+        """
+        slopes = self._standard_slopes()
+        if not torch.equal(self.slopes, slopes if order is None else slopes[order.to(slopes.device)]):
+            raise StateDictError(
+                "the reference does not save the slopes of ALiBi, but computes them from its own order of grouped "
+                "heads, in which those of this model are different. Only a model whose weights come from the reference "
+                "can be exported with `alibi_pos_bias` and `attn_kv_heads`."
+            )
+
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
         # start from the standard order: an earlier checkpoint may have reordered the buffer already
         slopes = self._standard_slopes()
@@ -97,6 +137,34 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
 
     def _standard_slopes(self) -> Tensor:
         return torch.tensor(self.standard, dtype=torch.float32, device=self.slopes.device)
+
+
+def bias_by_head(rel_pos: ScoreMod | None, pos: Tensor, *, batch: int, new: int, total: int) -> Tensor:
+    """Return the bias `(b, h, new, total)` of positions that differ between heads, which only ALiBi can read.
+
+    Args:
+        rel_pos: the score modification of the pass.
+        pos: `(1|b, h, total)` positions of all tokens so far, cached ones included.
+        batch: number of rows b.
+        new: number of new tokens, the last ones.
+        total: number of tokens so far.
+
+    Raises:
+        InputError: if something else than ALiBi would read the positions.
+        ShapeError: if they cover another number of rows, heads or tokens.
+    """
+    if not isinstance(rel_pos, AlibiPositionalBias):
+        raise InputError(
+            f"`pos` has shape {tuple(pos.shape)}; positions for each head are read by `alibi_pos_bias` only. Pass (n,) "
+            "or (b, n)."
+        )
+    heads = len(rel_pos.slopes)
+    if pos.shape[0] not in (1, batch) or pos.shape[1:] != (heads, total) or pos.is_floating_point():
+        raise ShapeError(
+            f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; positions for each head must be integers, "
+            f"({batch}, {heads}, {total}): of all tokens, cached ones included."
+        )
+    return rel_pos.forward_custom_pos(pos[..., total - new :], pos)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
-from x_transformers.errors import ConfigError, did_you_mean
+from x_transformers.errors import UnknownKeywordError, did_you_mean
 from x_transformers.forward_pass.call import Span
 
 Bias = TypeVar("Bias", bound="DistanceBias")
@@ -115,13 +115,13 @@ def build_bias(cls: type[Bias], kwargs: Mapping[str, Any], **given: Any) -> Bias
         given: arguments of the stack.
 
     Raises:
-        ConfigError: if `kwargs` contains a name that the class does not take, or one that has a keyword of its own.
+        UnknownKeywordError: if `kwargs` contains a name that the class does not take, or one with a keyword of its own.
     """
     parameters = inspect.signature(cls).parameters.values()
     free = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in given]
     for name in kwargs:
         if name not in free:
-            raise ConfigError(
+            raise UnknownKeywordError(
                 f"`rel_pos_kwargs` contains `{name}`; {cls.__name__} takes {', '.join(free) or 'nothing'} there."
                 f"{did_you_mean(name, free)}"
             )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.cache import Shape
-from x_transformers.errors import ConfigError, InputError
+from x_transformers.errors import ConfigError, InputError, UnknownKeywordError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, reorder_heads, split_heads
 from x_transformers.options.schema import Feature, Rule, opt, require
@@ -36,7 +36,10 @@ class ForgettingOptions:
         require(width >= 1, f"`data_dependent_alibi_per_row_dim_head` is {width}; it must be at least 1.")
         taken = {"post_log_scale"} if self.data_dependent_alibi_per_row else {"post_log_scale", "bias_init"}
         unknown = sorted(set(self.data_dependent_alibi_kwargs) - taken)
-        require(not unknown, f"`data_dependent_alibi_kwargs` contains {unknown}; it takes {sorted(taken)} here.")
+        if unknown:
+            raise UnknownKeywordError(
+                f"`data_dependent_alibi_kwargs` contains {unknown}; it takes {sorted(taken)} here."
+            )
 
 
 class DataDependentAlibi(ScoreMod):
@@ -65,7 +68,8 @@ class DataDependentAlibi(ScoreMod):
     ) -> None:
         super().__init__()
         self.heads, self.requires_causal, self.scale = heads, causal, post_log_scale
-        self.to_gates = nn.Linear(dim, heads if causal else 2 * heads)
+        self.directions = 1 if causal else 2
+        self.to_gates = nn.Linear(dim, self.directions * heads)
         nn.init.constant_(self.to_gates.bias, bias_init)
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
@@ -158,11 +162,11 @@ class DataDependentAlibi(ScoreMod):
         return gates if token_mask is None else gates.masked_fill(~token_mask.unsqueeze(1), 0.0)
 
     def cache_streams(self, shape: AttentionShape) -> dict[str, Shape]:
-        return {"forget": (self.to_gates.out_features, 1, torch.float32)}
+        return {"forget": (self.directions * self.heads, 1, torch.float32)}
 
     def permute_heads(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        _permute(state, f"{prefix}to_gates.weight", order, self.to_gates.out_features // self.heads)
-        _permute(state, f"{prefix}to_gates.bias", order, self.to_gates.out_features // self.heads)
+        _permute(state, f"{prefix}to_gates.weight", order, self.directions)
+        _permute(state, f"{prefix}to_gates.bias", order, self.directions)
 
 
 class PerRowDataDependentAlibi(ScoreMod):

@@ -71,14 +71,19 @@ class HybridBranch(ValueMod):
         self.heads, self.order = shape.heads, reference_head_order(shape.heads, shape.kv_heads)
         self.width, self.mask_name = shape.value_dim_head, options.hybrid_mask_kwarg
         # the states of PyTorch's recurrent modules have layers first and the batch second, even with `batch_first`
-        batch_axis = 1 if self.recurrent else getattr(self.module, "state_batch_dim", 0)
-        self.runner = SequenceRunner(self.module, options.hybrid_fold_axial_dim or 1, batch_axis)
+        self.batch_axis = 1 if self.recurrent else getattr(self.module, "state_batch_dim", 0)
+        self.rows = options.hybrid_fold_axial_dim or 1
         self._check(shape)
         # An output that should be zero is zero up to rounding, for example the logarithm of a sum of weights (`laser`)
         # where all values are zero. Divided by a smaller length, its rounding errors would become a direction.
         self.norm = MultiheadRMSNorm(self.width, shape.heads, eps=1e-6)
         self.branch_norm = MultiheadRMSNorm(self.width, shape.heads)
         self.mix = nn.Linear(shape.dim, shape.heads, bias=False) if options.hybrid_learned_mix else None
+
+    @property
+    def runner(self) -> SequenceRunner:
+        """Runs the module that is in place over sequences."""
+        return SequenceRunner(self.module, self.rows, self.batch_axis)
 
     def _check(self, shape: AttentionShape) -> None:
         if shape.causal and self.bidirectional:
@@ -133,7 +138,7 @@ class HybridBranch(ValueMod):
             x, token_mask = _with_memory(x, token_mask, seen)
         if self.mask_name is not None and not call.causal:
             y, _ = self.runner.run_batch(x, None, **{self.mask_name: token_mask})
-        elif token_mask is None and (self.runner.rows == 1 or entry is None):
+        elif token_mask is None and (self.rows == 1 or entry is None):
             y, state = self.runner.run_batch(x, state)
         else:
             # hidden tokens leave gaps; and folded rows have different lengths, which a cache must continue
@@ -150,7 +155,7 @@ class HybridBranch(ValueMod):
         x, token_mask = _with_memory(
             entry.grow("hybrid_input", seen.x[:, None]).squeeze(1), _token_mask(seen, keys.index), seen
         )
-        if token_mask is None and self.runner.rows == 1:
+        if token_mask is None and self.rows == 1:
             y, _ = self.runner.run_batch(x, None)
         else:
             y, _ = self.runner.run_ragged(x, token_mask, None, pad=False)

@@ -48,6 +48,11 @@ class OrthogonalToOwnValue(ValueMod):
         # the reference concatenates the two results after merging heads, we concatenate them within each head
         return rearrange(weight, "... (kind h e) -> ... (h kind e)", kind=2, h=heads)
 
+    def export_columns(self, weight: Tensor, heads: int) -> Tensor:
+        if not (self.together and self.by_head):
+            return weight
+        return rearrange(weight, "... (h kind e) -> ... (kind h e)", kind=2, h=heads)
+
     def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
         if seen.layer.context is not None:
             raise InputError(

@@ -42,6 +42,8 @@ class ClippedSoftmax(Weighting):
         eta: at least 1; softmax weights of at least `(1 - gamma) / (eta - gamma)` become 1.
     """
 
+    beyond_reference = "clipped softmax"
+
     def __init__(self, gamma: float, eta: float) -> None:
         super().__init__()
         self.gamma, self.eta = gamma, eta
@@ -67,6 +69,7 @@ FEATURE = Feature(
     build=build,
     summary="a stretched softmax, clipped to [0, 1]",
     paper="2306.12929",
+    exempt={"export": "the reference has no clipped softmax"},
     refuses=(
         Rule(
             when=lambda o: o.on("laser"),

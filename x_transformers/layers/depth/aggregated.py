@@ -6,18 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError, InputError
+from x_transformers.errors import ConfigError, InputError, UnknownKeywordError
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import SublayerContext
-from x_transformers.modules.state_dict import ReadsReference, rename
-from x_transformers.options.schema import Feature, Rule, opt, require
+from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.options.schema import Feature, Rule, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,11 @@ class AggregatedOptions:
 
     def __post_init__(self) -> None:
         unknown = set(self.attn_aggregated_residual_kwargs) - {"lora_rank", "lora_activation"}
-        require(
-            not unknown,
-            f"`attn_aggregated_residual_kwargs` names {sorted(unknown)}; it takes `lora_rank` and `lora_activation`.",
-        )
+        if unknown:
+            raise UnknownKeywordError(
+                f"`attn_aggregated_residual_kwargs` names {sorted(unknown)}; it takes `lora_rank` and "
+                "`lora_activation`."
+            )
 
 
 class AttentionResidual(ReadsReference, DepthReader):
@@ -95,12 +96,14 @@ class AttentionResidual(ReadsReference, DepthReader):
         mixed = torch.einsum("vlbn,lbnd->vbnd", logits.softmax(dim=1), past)
         return mixed[0] if self.views == 1 else mixed
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}to_keys.weight", f"{prefix}key_norm.weight")
-        rename(state, f"{prefix}to_query.0.weight", f"{prefix}input_norm.weight")
-        rename(state, f"{prefix}norm.weight", f"{prefix}query_norm.weight")
-        for name in ("down", "up"):
-            rename(state, f"{prefix}to_query.1.{name}.weight", f"{prefix}{name}.weight")
+    def reference_names(self) -> Mapping[str, str]:
+        return {
+            "to_keys.weight": "key_norm.weight",
+            "to_query.0.weight": "input_norm.weight",
+            "norm.weight": "query_norm.weight",
+            "to_query.1.down.weight": "down.weight",
+            "to_query.1.up.weight": "up.weight",
+        }
 
 
 def build(options: AggregatedOptions, sublayer: SublayerContext) -> AttentionResidual:

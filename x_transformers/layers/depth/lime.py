@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from x_transformers.errors import InputError
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.norms import RMSNorm
-from x_transformers.modules.state_dict import ReadsReference, rename
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.schema import Feature, Rule, opt
 
 
@@ -75,12 +75,14 @@ class DynamicLIMe(ReadsReference, DepthReader):
         mixed = torch.einsum("bnvl,lbnd->vbnd", weights, torch.stack(tuple(hiddens)))
         return mixed[0] if self.views == 1 else mixed
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        if f"{prefix}to_weights.1.weight" not in state:
-            return
-        rename(state, f"{prefix}to_weights.0.g", f"{prefix}norm.gamma")
-        for name in ("weight", "bias"):
-            rename(state, f"{prefix}to_weights.1.{name}", f"{prefix}to_weights.{name}")
+    def reference_names(self) -> Mapping[str, str]:
+        if self.norm is None:
+            return {}
+        return {
+            "to_weights.0.": "norm.",
+            "to_weights.1.weight": "to_weights.weight",
+            "to_weights.1.bias": "to_weights.bias",
+        }
 
 
 def build(options: LIMeOptions, sublayer: SublayerContext) -> DynamicLIMe:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError
+from x_transformers.errors import UnknownKeywordError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.kinds import BranchKind
 from x_transformers.modules.norms import Norm
@@ -111,13 +111,13 @@ def own_keywords(sublayer: SublayerContext, known: Iterable[str]) -> dict[str, A
     """Return the user's `residual_fn_kwargs`, after a check that the connection knows all of them.
 
     Raises:
-        ConfigError: if one of them is not in `known`.
+        UnknownKeywordError: if one of them is not in `known`.
     """
     given = sublayer.options["residual_keywords"].residual_fn_kwargs
     unknown = sorted(set(given) - set(known))
     if unknown:
         takes = ", ".join(f"`{name}`" for name in known) or "no arguments"
-        raise ConfigError(
+        raise UnknownKeywordError(
             f"`residual_fn_kwargs` names {', '.join(f'`{name}`' for name in unknown)}, but the chosen residual "
             f"connection takes {takes}; drop them."
         )

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
-from x_transformers.modules.state_dict import ReadsReference, rename
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, opt
 
@@ -48,8 +48,8 @@ class OrthogonalResidualUpdate(ReadsReference, OneStream):
         update = update - (update * unit).sum(dim=-1, keepdim=True) * unit
         return kept + update.to(out.dtype)
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}residual_scale", f"{prefix}scale")
+    def reference_names(self) -> Mapping[str, str]:
+        return {"residual_scale": "scale"}
 
 
 def build(options: OrthogonalOptions, sublayer: SublayerContext) -> OrthogonalResidualUpdate:

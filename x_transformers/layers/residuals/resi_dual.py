@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
-from x_transformers.modules.norms import Norm
+from x_transformers.modules.norms import Norm, apply_norm
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 
@@ -41,10 +44,10 @@ class TwoStreams(StreamFrame):
 
     def collapse(self, stream: Tensor, condition: Tensor | None = None) -> Tensor:
         x, y = stream.unbind(dim=-2)
-        return x + self.norm(y, condition)
+        return x + apply_norm(self.norm, y, condition)
 
 
-class ResiDual(ResidualConnection):
+class ResiDual(ReadsReference, ResidualConnection):
     """Residual connection `x <- norm(x + out)`, `y <- y + s * out` over two streams; sublayers read `x`.
 
     The norms keep `x` bounded, as in post-norm stacks; `y` is a path without norms on which gradients reach every
@@ -69,7 +72,10 @@ class ResiDual(ResidualConnection):
     def write(self, out: Tensor, kept: Tensor, layer: LayerCall | None = None) -> Tensor:
         x, y = kept.unbind(dim=-2)
         condition = None if layer is None else layer.condition
-        return torch.stack((self.norm(x + out, condition), y + self.scale * out), dim=-2)
+        return torch.stack((apply_norm(self.norm, x + out, condition), y + self.scale * out), dim=-2)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        raise StateDictError("the reference has no `resi_dual`; a model with it cannot be exported.")
 
 
 def build(options: ResiDualOptions, sublayer: SublayerContext) -> ResiDual:
@@ -100,5 +106,6 @@ FEATURE = Feature(
             "and `sandwich_norm`.",
         ),
     ),
+    exempt={"export": "the reference has no such streams"},
     examples=({"resi_dual": True}, {"resi_dual": True, "resi_dual_scale": 0.5}),
 )

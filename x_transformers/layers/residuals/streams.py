@@ -8,6 +8,7 @@ from the streams; gated streams keep them as they are (M = 1) and gate every fea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.errors import ConfigError, ShapeError, StateDictError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import ReadsReference, rename
+from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.schema import Feature, Rule, opt, require
 
 Kept = tuple[Tensor, Tensor]
@@ -174,8 +175,16 @@ class HyperConnection(ReadsReference, StreamConnection):
         mixed, beta = kept
         return mixed + beta.unsqueeze(-1) * out.unsqueeze(-2)
 
-    def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
-        rename(state, f"{prefix}norm.weight", f"{prefix}norm.gamma")
+    def reference_names(self) -> Mapping[str, str]:
+        return {"norm.weight": "norm.gamma"}
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if not self.reference_mix:
+            raise StateDictError(
+                "the reference mixes residual streams by a matrix of ones, so that these weights would give other "
+                "outputs there. Only a model with `hyper_conn_reference_mix = True` can be exported."
+            )
+        super().export_reference(state, prefix)
 
 
 def sinkhorn(t: Tensor, iters: int = 20) -> Tensor:
@@ -307,6 +316,7 @@ FEATURE = Feature(
             why="`gated_multi_residual` normalizes the streams after each sublayer; drop `sandwich_norm`.",
         ),
     ),
+    exempt={("export", number): "the reference mixes streams by another matrix" for number in (1, 2)},
     examples=(
         {"num_residual_streams": 3},
         {"num_residual_streams": 2, "qkv_receive_diff_residuals": True},
