@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A row is a floor, or a step inside of one; a name covers what lies under it, and the
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
-    ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names"]),
+    ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names", "modules.unwrap"]),
     ("F0", ["options.values"]),
     ("F0", ["forward_pass.arguments"]),
     ("F1", ["forward_pass.documents"]),
@@ -19,7 +19,7 @@ HOUSE = (
     ("F1", ["masks.block_masks"]),
     ("F1", ["options.schema", "modules.state_dict", "modules.second_names", "modules.inference"]),
     ("F1", ["options"]),
-    ("F2", ["cache.entries", "modules", "losses"]),
+    ("F2", ["cache.entries", "cache.row_slots", "modules", "losses"]),
     ("F2", ["cache.kv_cache"]),
     ("F2", ["cache"]),
     ("F2", ["forward_pass.intermediates"]),
@@ -42,6 +42,7 @@ HOUSE = (
     ("F6", ["layers.stack"]),
     ("F6", ["layers.branch_inputs", "layers.per_layer_inputs", "layers.explain", "layers.reference_names"]),
     ("F6", ["layers.optional_inputs"]),
+    ("F6", ["layers.edited_cache"]),
     ("F6", ["layers.runner"]),
     ("F6", ["layers.layers"]),
     ("F6", ["layers.named_stacks"]),

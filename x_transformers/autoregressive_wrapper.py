@@ -22,13 +22,14 @@ from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, re
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.losses import chunked_token_losses, mean_over, token_losses
+from x_transformers.losses import chunked_token_losses, mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import log
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
@@ -87,19 +88,19 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         loss_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_next_token_net(net)
+        model = check_next_token_net(net)
         if not 0 <= mask_prob < 1:
             raise ConfigError(f"`mask_prob` is {mask_prob}; it is the fraction of hidden keys and must lie in [0, 1).")
         if loss_chunk_size is not None:
-            _check_chunks(net, loss_chunk_size)
+            _check_chunks(model, loss_chunk_size)
         _refuse_without_head(
             "`add_continuous_pred_head`",
-            net.add_continuous_pred_head,
+            model.add_continuous_pred_head,
             next_embed_loss_weight=(next_embed_loss_weight, 0.1),
         )
         _refuse_without_head(
             "`looped`",
-            net.looped,
+            model.looped,
             looped_loss_threshold_exit=(looped_loss_threshold_exit, 0.05),
             looped_loss_slope=(looped_loss_slope, 50),
             looped_exit_loss_weight=(looped_exit_loss_weight, 1.0),
@@ -107,7 +108,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.net = net
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
-        self.next_embed_loss_weight = next_embed_loss_weight if net.add_continuous_pred_head else 0.0
+        self.next_embed_loss_weight = next_embed_loss_weight if model.add_continuous_pred_head else 0.0
         self.loss_chunk_size = loss_chunk_size
         self._compiled: dict[Any, CompiledReading] = {}
 
@@ -118,7 +119,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
     @property
     def max_seq_len(self) -> int:
         """Length of the model's table of positions."""
-        return self.net.max_seq_len
+        return unwrapped(self.net).max_seq_len
 
     # training
 
@@ -158,7 +159,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             )
         kwargs.pop("excise_prepend_embeds", None)  # they are cut off here
         if lens is not None:
-            padding = torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(-1)
+            padding = torch.arange(x.shape[1], device=x.device) >= lens.long().unsqueeze(-1)
             x = x.masked_fill(padding, self.ignore_index)
         shown = x.masked_fill(x == self.ignore_index, self.pad_value)
         if self.mask_prob > 0:
@@ -188,6 +189,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
+        model = unwrapped(self.net)
+        loss = reaching(loss, model.attn_pool, model.to_next_embed_pred if predicted is None else None)
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 
     def _drop_keys(self, x: Tensor) -> Tensor:
@@ -208,11 +211,12 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             labels: `(b, n)`.
             arguments: of the head.
         """
-        given: Any = {"ignore_index": self.ignore_index, "log_probs": self.net.output_is_log_prob}
+        model = unwrapped(self.net)
+        given: Any = {"ignore_index": self.ignore_index, "log_probs": model.output_is_log_prob}
         if self.loss_chunk_size is None:
             each = token_losses(out, labels, **given)
         else:
-            head = functools.partial(self.net.logits_of, arguments=arguments)
+            head = functools.partial(model.logits_of, arguments=arguments)
             each = chunked_token_losses(out, labels, head, self.loss_chunk_size, **given)
         return mean_over(each, labels != self.ignore_index)
 
@@ -252,9 +256,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         """
         generation = self._begin(prompts, seq_len, options)
         steps = generation.steps(seq_len, generation.every)
-        with torch.inference_mode(), generation.view:
+        # what is returned may be used in training, which refuses tensors of inference mode: a record is made without
+        # that mode, and tokens are joined outside of it
+        with torch.no_grad() if options.return_intermediates else torch.inference_mode(), generation.view:
             tokens = list(with_progress(steps, seq_len) if options.progress else steps)
-        joined = generation.join(tokens)  # outside of inference mode, since training may use it
+        joined = generation.join(tokens)
         return (joined, generation.record) if options.return_intermediates else joined
 
     def stream(
@@ -280,7 +286,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         return streamed(steps, in_shape(generation.prompts.lead), generation.view)
 
     def _begin(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Generation:
-        net, amateurs, draft = self.net, options.amateur_model, options.draft_model
+        net, amateurs, draft = unwrapped(self.net), options.amateur_model, options.draft_model
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         options = replace(options, amateur_model=_nets(amateurs), draft_model=None if draft is None else _net(draft))
         read = self._read(prompts, options)
@@ -313,15 +319,17 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        check_length_and_end(seq_len, options.eos_token, self.net.num_tokens)
+        net = unwrapped(self.net)
+        check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         read = self._read(prompts, options)
-        tokens, scores = search(self.net, read, seq_len, options, self.pad_value)
+        tokens, scores = search(net, read, seq_len, options, self.pad_value)
         tokens = tokens.reshape(options.beams, *read.lead, tokens.shape[-1])
         return (tokens, scores.reshape(-1, *read.lead)) if options.return_beams_and_scores else tokens[0]
 
     def _read(self, prompts: Tensor | Sequence[Tensor], options: GenerationOptions) -> Prompts:
         empty = options.arguments.get("prepend_embeds") is not None
-        return read_prompts(prompts, options.prompt_lens, self.pad_value, self.net.num_tokens, may_be_empty=empty)
+        vocabulary = unwrapped(self.net).num_tokens
+        return read_prompts(prompts, options.prompt_lens, self.pad_value, vocabulary, may_be_empty=empty)
 
     def _compiled_reading(self, options: GenerationOptions, prompts: Prompts) -> CompiledReading:
         """Return the compiled step and prefill for calls of this structure, made when first needed."""
@@ -333,7 +341,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         if made is None:
             made = CompiledReading(CompiledStep(**given), compiled_prefill(**given), InferenceView(direct=False))
         # graphs refer to the copies of the first view, so that later calls bring these up to date and run them again
-        view = InferenceView(self.net, direct=False, earlier=made.view)
+        view = InferenceView(unwrapped(self.net), direct=False, earlier=made.view)
         self._compiled[key] = made = made._replace(view=view)
         return made
 
@@ -347,8 +355,9 @@ STREAM = (
 
 
 def _net(model: nn.Module) -> nn.Module:
-    """Return a model without the wrapper that it was trained in."""
-    return model.net if isinstance(model, AutoregressiveWrapper) else model
+    """Return a model without what is around it, the wrapper that it was trained in included."""
+    model = unwrapped(model)
+    return unwrapped(model.net) if isinstance(model, AutoregressiveWrapper) else model
 
 
 def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
@@ -396,7 +405,7 @@ def _checked_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any
     if (
         lens.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and bool(((lens < 0) | (lens > x.shape[1])).any())
+        and bool(((lens.long() < 0) | (lens.long() > x.shape[1])).any())
     ):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {x.shape[1]} tokens.")
     return x

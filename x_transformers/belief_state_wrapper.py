@@ -18,12 +18,13 @@ from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.ops import at_least_float32
+from x_transformers.modules.unwrap import unwrapped
+from x_transformers.ops import at_least_float32, flipped
 from x_transformers.options.configured import Configured
 
 PairWeights = Callable[[Tensor], Tensor]
@@ -66,20 +67,20 @@ class BeliefStateWrapper(Configured, ReadsReference):
     ) -> None:
         super().__init__()
         backward_decoder = forward_decoder if backward_decoder is None else backward_decoder
-        _check_decoders(forward_decoder, backward_decoder)
+        forward, backward = _check_decoders(forward_decoder, backward_decoder)
         _check_fractions(train_frac_forward_backward_pairs, cond_on_distance_prob)
         if not pred_distance and (max_pred_distance is not None or pred_distance_loss_weight != 1):
             raise ConfigError(
                 "`max_pred_distance` and `pred_distance_loss_weight` concern predicted distances; set `pred_distance "
                 "= True`, or drop them."
             )
-        dim, vocabulary = forward_decoder.attn_layers.dim, forward_decoder.num_tokens
+        dim, vocabulary = forward.attn_layers.dim, forward.num_tokens
         self.forward_decoder, self.backward_decoder = forward_decoder, backward_decoder
         self.train_frac, self.num_tokens = train_frac_forward_backward_pairs, vocabulary
         self.pred_distance_loss_weight, self.cond_on_distance_prob = pred_distance_loss_weight, cond_on_distance_prob
-        self.suffix_token = nn.Parameter(torch.randn(backward_decoder.emb_dim) * 0.02)
+        self.suffix_token = nn.Parameter(torch.randn(backward.emb_dim) * 0.02)
         self.text_head = text_head if text_head is not None else _two_layers(dim * 2, dim, vocabulary * 2)
-        self.max_pred_distance = max_pred_distance or forward_decoder.max_seq_len
+        self.max_pred_distance = max_pred_distance or forward.max_seq_len
         if pred_distance and self.max_pred_distance < 2:
             raise ConfigError(
                 f"`max_pred_distance` is {self.max_pred_distance}; distances begin at 2, so it must be larger (it is "
@@ -124,7 +125,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         f, g = self._states(seq, lens)
         pairs = self._pairs(seq.shape[1], seq.device)
         if len(pairs) == 0:
-            return (f.sum() + g.sum()) * 0.0
+            return self._reaching((f.sum() + g.sum()) * 0.0, self.text_head)
         i, j = pairs.unbind(dim=-1)
         # j = L is valid: that state has read the end and no token
         valid = j <= lens.unsqueeze(-1)
@@ -134,11 +135,17 @@ class BeliefStateWrapper(Configured, ReadsReference):
         # the distance is either an input or a target
         if self.to_distance_cond is not None and bool(torch.rand(()) < self.cond_on_distance_prob):
             conditioned = states * self.to_distance_cond(distance.to(states.dtype))
-            return self._text_loss(conditioned, labels, valid, weights)
+            return self._reaching(self._text_loss(conditioned, labels, valid, weights))
         loss = self._text_loss(states, labels, valid, weights)
-        if self.to_distance_logits is None:
-            return loss
-        return loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
+        if self.to_distance_logits is not None:
+            loss = loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
+        return self._reaching(loss)
+
+    def _reaching(self, loss: Tensor, *further: nn.Module) -> Tensor:
+        """Return the loss with gradients for what it does not read: the decoders' own heads, a distance not drawn."""
+        nets = [unwrapped(net) for net in (self.forward_decoder, self.backward_decoder)]
+        heads = [part for net in nets for part in (net.to_logits, net.mixture, net.to_next_embed_pred, net.attn_pool)]
+        return reaching(loss, *heads, self.to_distance_cond, self.to_distance_logits, *further)
 
     def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return `f (b, n, d)` and `g (b, n + 1, d)`, whose values after a row's length are arbitrary."""
@@ -234,7 +241,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         own = view.of(self)
         with torch.inference_mode(), view:
             other = own._other_state(read, suffix, decode_backwards)
-            net = own.backward_decoder if decode_backwards else own.forward_decoder
+            net = unwrapped(own.backward_decoder if decode_backwards else own.forward_decoder)
             growing = lambda first, last: {"return_embeddings": True}  # noqa: E731
             reader = make_reader(net, read, seq_len, options, growing=growing)
             paired = _Paired(reader, own.text_head, other, backwards=decode_backwards)
@@ -287,11 +294,12 @@ def _two_layers(dim_in: int, dim: int, dim_out: int) -> nn.Sequential:
 def _reversed(prompts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Reverse each prompt; what is no prompt is left for `read_prompts` to refuse."""
     if isinstance(prompts, Tensor):
-        return prompts.flip(-1) if prompts.ndim else prompts
-    return [prompt.flip(-1) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
+        return flipped(prompts) if prompts.ndim else prompts
+    return [flipped(prompt) if isinstance(prompt, Tensor) and prompt.ndim else prompt for prompt in prompts]
 
 
-def _check_decoders(forward: Any, backward: Any) -> None:
+def _check_decoders(forward: Any, backward: Any) -> tuple[TransformerWrapper, TransformerWrapper]:
+    forward, backward = unwrapped(forward), unwrapped(backward)
     for name, net in (("forward_decoder", forward), ("backward_decoder", backward)):
         if not isinstance(net, TransformerWrapper):
             raise ConfigError(f"`{name}` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
@@ -302,6 +310,7 @@ def _check_decoders(forward: Any, backward: Any) -> None:
             f"the decoders have vocabularies of {forward.num_tokens} and {backward.num_tokens}, and widths of "
             f"{forward.attn_layers.dim} and {backward.attn_layers.dim}; both must agree."
         )
+    return forward, backward
 
 
 def _check_fractions(of_pairs: float, conditioned: float) -> None:
@@ -320,6 +329,7 @@ def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {batch} whole numbers."
         )
+    lens = lens.long()
     if bool(((lens < 0) | (lens > n)).any()):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {n} tokens.")
     return lens

@@ -16,6 +16,7 @@ from x_transformers.decoding.generation_inputs import check_seq_len, cut_argumen
 from x_transformers.decoding.loop import in_shape, make_reader, streamed
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right
+from x_transformers.decoding.sampling import is_greedy
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
@@ -23,6 +24,7 @@ from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, finite_where_hidden
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
@@ -87,27 +89,28 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         equal_loss_weight_batch: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(net, ContinuousTransformerWrapper):
+        model = unwrapped(net)
+        if not isinstance(model, ContinuousTransformerWrapper):
             raise ConfigError(f"`net` is a {type(net).__name__}; it must be a ContinuousTransformerWrapper.")
-        if net.average_pool_embed:
+        if model.average_pool_embed:
             raise ConfigError("`net` returns the mean over positions (`average_pool_embed`); build it without.")
-        if use_l1_loss and (loss_fn is not None or net.probabilistic):
+        if use_l1_loss and (loss_fn is not None or model.probabilistic):
             other = "`loss_fn`" if loss_fn is not None else "a probabilistic `net`"
             raise ConfigError(f"`use_l1_loss` and {other} are two losses; choose one.")
         self.net, self.equal_loss_weight_batch = net, equal_loss_weight_batch
         if loss_fn is None:
-            loss_fn = GaussianNLL() if net.probabilistic else _absolute_error if use_l1_loss else _squared_error
+            loss_fn = GaussianNLL() if model.probabilistic else _absolute_error if use_l1_loss else _squared_error
         self.loss_fn = loss_fn
 
     @property
     def max_seq_len(self) -> int:
         """Length of the model's position table; 0 for no limit."""
-        return self.net.max_seq_len
+        return unwrapped(self.net).max_seq_len
 
     @property
     def probabilistic(self) -> bool:
         """True if the model predicts a mean and a variance."""
-        return self.net.probabilistic
+        return unwrapped(self.net).probabilistic
 
     # training
 
@@ -192,7 +195,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     ) -> Tensor:
         """Return `steps` predictions, `([2,] b, steps, D)`; the mask covers histories and predictions."""
         predictions: list[Tensor] = []
-        cache: Any = KVCache() if self.net.can_cache_kv else None
+        cache: Any = KVCache() if unwrapped(self.net).can_cache_kv else None
         new, width = history, history.shape[1]
         for step in range(steps):
             if mask is not None:
@@ -301,7 +304,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         if "lens" in options.arguments:
             raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
         read = self._read(start_tokens, options.prompt_lens)
-        net, total = self.net, read.tokens.shape[1] + max(seq_len, 1) - 1
+        net, total = unwrapped(self.net), read.tokens.shape[1] + max(seq_len, 1) - 1
         if 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len:
             options = replace(options, cache_kv=False)
         view = InferenceView(net)
@@ -316,7 +319,11 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             new = reader.read(sequences)[..., -1:, :]
             if self.probabilistic:
                 mean, variance = new
-                new = mean if temperature == 0 else sample_from_mean_variance(mean, variance, temperature=temperature)
+                new = (
+                    mean
+                    if is_greedy(temperature)
+                    else sample_from_mean_variance(mean, variance, temperature=temperature)
+                )
             _check_width(new.shape[-1], first.shape[-1])
             new = new.to(first.dtype)
             sequences.append(new)
@@ -329,12 +336,13 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
                 f"`start_tokens` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be floating, "
                 "(b, n, D) or (n, D), with at least one vector."
             )
-        if self.net.dim_in not in (None, start.shape[-1]):
+        net = unwrapped(self.net)
+        if net.dim_in not in (None, start.shape[-1]):
             raise ShapeError(
-                f"`start_tokens` has shape {tuple(start.shape)}; the model reads vectors of width {self.net.dim_in}."
+                f"`start_tokens` has shape {tuple(start.shape)}; the model reads vectors of width {net.dim_in}."
             )
-        if self.net.dim_out is not None:
-            _check_width(self.net.dim_out, start.shape[-1])
+        if net.dim_out is not None:
+            _check_width(net.dim_out, start.shape[-1])
         lead = tuple(start.shape[:-2])
         vectors = start.reshape(-1, *start.shape[-2:])
         width = vectors.shape[1]

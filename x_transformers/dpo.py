@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.losses import next_token_log_probs
+from x_transformers.losses import next_token_log_probs, reaching
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import exchanges_gradients, unwrapped
 from x_transformers.ops import masked_mean
 from x_transformers.options.configured import Configured
 
@@ -34,19 +35,21 @@ class DPO(Configured, ReadsReference):
 
     def __init__(self, model: TransformerWrapper, *, beta: float = 0.1, pad_id: int | None = None) -> None:
         super().__init__()
-        if not isinstance(model, TransformerWrapper):
+        net = unwrapped(model)
+        if not isinstance(net, TransformerWrapper):
             raise ConfigError(
-                f"`model` is a {type(model).__name__}; it must be a TransformerWrapper. Of a training wrapper, pass "
+                f"`model` is a {type(net).__name__}; it must be a TransformerWrapper. Of a training wrapper, pass "
                 "its `net`."
             )
-        if not model.attn_layers.causal or model.to_logits is None or model.has_multiple_heads or model.pools:
+        if not net.attn_layers.causal or net.to_logits is None or net.has_multiple_heads or net.pools:
             raise ConfigError(
                 "`model` must predict the next token: a causal stack (a Decoder) with one head, and no pooling."
             )
         if not beta > 0:
             raise ConfigError(f"`beta` is {beta}; it must be above 0.")
         self.policy_model = model
-        self.ref_model = copy.deepcopy(model)
+        # compiled as the policy is; what is frozen needs no exchange of gradients, which cannot be copied either
+        self.ref_model = copy.deepcopy(net if exchanges_gradients(model) else model)
         self.ref_model.requires_grad_(False)
         self.ref_model.eval()
         self.beta, self.pad_id = beta, pad_id
@@ -113,10 +116,13 @@ class DPO(Configured, ReadsReference):
             reference = _score(self.ref_model, sequences, counted)
         gain = _score(self.policy_model, sequences, counted) - reference
         preferred_gain, other_gain = gain.chunk(2)
-        return -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
+        loss = -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
+        model = unwrapped(self.policy_model)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Return ids that the model can read, and `(b, n - 1)` bool, the predicted tokens of the response."""
+        seq = seq.long()  # bytes could not be compared with a `pad_id` outside of their range
         # Position t of the output predicts token t + 1, so masks over tokens lose their first column: what counts is
         # whether the predicted token belongs to the response, even where the last token read belongs to the prompt.
         response = ~_of_targets(prompt, seq, "prompt_mask")
@@ -128,7 +134,7 @@ class DPO(Configured, ReadsReference):
         if mask is None:
             response = response & ~padding[:, 1:]
         # padding is on the right of a causal row: no token that counts sees it, so that any valid id will do
-        readable = 0 <= self.pad_id < self.policy_model.num_tokens
+        readable = 0 <= self.pad_id < unwrapped(self.policy_model).num_tokens
         return seq if readable else seq.masked_fill(padding, 0), response
 
 

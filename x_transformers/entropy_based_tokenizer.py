@@ -89,7 +89,7 @@ class EntropyBasedTokenizer(Checked, nn.Module):
         valid = einx.less("n, b -> b n", torch.arange(seq.shape[1], device=seq.device), lens)  # type: ignore[reportPrivateImportUsage]
         view = InferenceView(self.decoder)
         with torch.no_grad(), view:
-            logits = view.of(self.decoder)(seq.masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
+            logits = view.of(self.decoder)(seq.long().masked_fill(~valid, 0), **(decoder_forward_kwargs or {}))
         if logits.ndim != 3:
             raise ShapeError(
                 f"the decoder returns a tensor of shape {tuple(logits.shape)}; it must return logits (b, n, v). Of a "
@@ -161,6 +161,7 @@ def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {batch} whole numbers."
         )
+    lens = lens.long()
     if bool(((lens < 0) | (lens > n)).any()):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {n} ids.")
     return lens

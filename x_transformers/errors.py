@@ -33,6 +33,10 @@ class TokenRangeError(InputError, IndexError):
     """A token id outside of the vocabulary."""
 
 
+class NotFiniteError(InputError, FloatingPointError):
+    """Numbers of a model that are NaN or infinite where they decide about the result."""
+
+
 class StateDictError(RuntimeError, ValueError):
     """A state dict that does not fit the model; the model keeps its weights."""
 

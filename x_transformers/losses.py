@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from x_transformers.errors import TokenRangeError
@@ -97,6 +97,27 @@ def mean_over(each: Tensor, counts: Tensor) -> Tensor:
     return kept.sum() / counts.sum().clamp(min=1)
 
 
+def reaching(loss: Tensor, *parts: nn.Module | nn.Parameter | None) -> Tensor:
+    """Return the loss, whose gradients for some parameters are zero instead of missing.
+
+    DistributedDataParallel waits for a gradient of every parameter, in each step and in each process. A part that a
+    loss leaves out, always or by chance, would stop it.
+
+    Args:
+        loss: scalar, or anything that it depends on.
+        parts: modules and parameters that it may not depend on.
+    """
+    if not (torch.is_grad_enabled() and loss.requires_grad):
+        return loss
+    for part in parts:
+        for parameter in part.parameters() if isinstance(part, nn.Module) else (part,):
+            # shards (DTensor) are left out: `fully_shard` waits for nothing, and mixing them with tensors is an error
+            if type(parameter) is nn.Parameter and parameter.requires_grad:
+                # a sum of no numbers, which is zero even if the parameter is not finite
+                loss = loss + parameter.flatten()[:0].sum().to(loss.dtype)
+    return loss
+
+
 def next_token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log-probabilities `(...)` of labels under `logits (..., v)`, at least in float32."""
-    return at_least_float32(logits).log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return at_least_float32(logits).log_softmax(dim=-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)

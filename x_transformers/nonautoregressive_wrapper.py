@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured
 
@@ -88,6 +90,7 @@ def sample_along(t: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) ->
     Returns:
         Indices, without the axis.
     """
+    t = at_least_float32(t)  # half precision would overflow when divided by a low temperature
     scale = temperature.clamp(min=1e-10) if isinstance(temperature, Tensor) else max(temperature, 1e-10)
     return (t / scale + clamped_gumbel_noise(t)).argmax(dim=dim)
 
@@ -122,7 +125,7 @@ class SelfCritic(nn.Module):
     def __init__(self, net: TransformerWrapper) -> None:
         super().__init__()
         self.net = net
-        self.to_logits = nn.Linear(net.attn_layers.dim, 1)
+        self.to_logits = nn.Linear(unwrapped(net).attn_layers.dim, 1)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Return `(b, n, 1)` logits that each of the tokens `x (b, n)` is wrong."""
@@ -169,9 +172,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         use_simple_mdlm_loss_weight: bool = True,
     ) -> None:
         super().__init__()
-        _check_net(net)
-        if not 0 <= mask_id < net.num_tokens:
-            raise ConfigError(f"`mask_id` is {mask_id}; the vocabulary runs from 0 to {net.num_tokens - 1}.")
+        model = _check_net(net)
+        if not 0 <= mask_id < model.num_tokens:
+            raise ConfigError(f"`mask_id` is {mask_id}; the vocabulary runs from 0 to {model.num_tokens - 1}.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"`steps` is {steps!r}; it must be a whole number, at least 1.")
         _check_probabilities(
@@ -189,9 +192,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.critic_loss_weight = critic_loss_weight
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
-        dim = net.attn_layers.dim
+        dim = model.attn_layers.dim
         self.null_embed = nn.Parameter(torch.randn(dim)) if self_cond else None
-        self.to_self_cond = nn.Linear(dim, net.emb_dim, bias=False) if self_cond else None
+        self.to_self_cond = nn.Linear(dim, model.emb_dim, bias=False) if self_cond else None
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
 
     @property
@@ -226,8 +229,9 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
         Args:
             x: `(b, max_seq_len)` ids.
-            only_train_generator: leave out the critic.
-            only_train_critic: train only the critic; the model gets no gradient.
+            only_train_generator: leave out the critic, which gets no gradient.
+            only_train_critic: train only the critic; the model gets no gradient. DistributedDataParallel needs
+                `find_unused_parameters = True` for steps with either of the two.
             generator_sample_temperature: temperature of the tokens that the critic rates; default random in [0, 1).
             kwargs: of the passes of the model and the critic. Where `mask` is False, nothing is predicted.
 
@@ -252,15 +256,18 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
             critic_loss = self._critic_loss(filled, filled != x, valid, kwargs, frozen=only_train_critic)
             if only_train_critic:
                 return Losses(critic_loss, None, critic_loss)
+        # what the loss does not read, such as the learned vector where the model has read its own features
         loss = self._generator_loss(logits, x, masked, t)
+        loss = reaching(loss, self.null_embed, unwrapped(self.net).to_next_embed_pred)
         if critic_loss is None:
             return Losses(loss, loss, None)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
     def _check(self, x: Tensor, only_generator: bool, only_critic: bool, kwargs: dict[str, Any]) -> Tensor:
         """Check the arguments, and return `(b, n)` bool, where there are tokens."""
-        if x.shape[1] != self.net.max_seq_len:
-            raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {self.net.max_seq_len}.")
+        length = unwrapped(self.net).max_seq_len
+        if x.shape[1] != length:
+            raise ShapeError(f"x has {x.shape[1]} tokens; it must have `max_seq_len` = {length}.")
         if only_generator and only_critic:
             raise InputError("`only_train_generator` and `only_train_critic` leave nothing to train; choose one.")
         if only_critic and self.token_critic is None:
@@ -290,7 +297,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         if self.random_token_prob > 0:
             coin = torch.rand((), device=x.device) < 0.5
             swapped = get_mask_subset_prob(replaced, fraction) & coin
-            x = torch.where(swapped, torch.randint_like(x, self.net.num_tokens), x)
+            x = torch.where(swapped, torch.randint_like(x, unwrapped(self.net).num_tokens), x)
             replaced = replaced & ~swapped
         return x.masked_fill(replaced, self.mask_id)
 
@@ -313,7 +320,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return {"sum_embeds": self.to_self_cond(features)}
 
     def _generator_loss(self, logits: Tensor, x: Tensor, masked: Tensor, t: Tensor) -> Tensor:
-        each = token_losses(logits, x.masked_fill(~masked, -100), log_probs=self.net.output_is_log_prob)
+        normalized = unwrapped(self.net).output_is_log_prob
+        each = token_losses(logits, x.masked_fill(~masked, -100), log_probs=normalized)
         if self.use_simple_mdlm_loss_weight:
             each = at_least_float32(each) * self._loss_weight(t).unsqueeze(-1)
         return mean_over(each, masked)
@@ -403,19 +411,22 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Generate `(batch, max_seq_len)` tokens; see `generate`."""
-        device, n = next(self.net.parameters()).device, self.net.max_seq_len
+        device, n = next(self.net.parameters()).device, unwrapped(self.net).max_seq_len
         tokens = torch.full((batch, n), self.mask_id, device=device)
         masked = torch.ones(batch, n, dtype=torch.bool, device=device)
-        features: Tensor | None = None
+        features, watch = None, Watch()
         for step, count in enumerate(self._counts(n), start=1):
             left = (self.steps - step) / self.steps
             logits, features = self._predict(tokens, features, kwargs)
             if filter_thres is not None:
                 logits = remove_fraction(logits, filter_thres)
-            sampled = sample_along(logits, max(start_temperature * left, 1e-3))
+            watch.note(logits)
+            sampled = sample_along(logits, start_temperature * left)
             tokens = torch.where(masked, sampled, tokens)
             if count > 0:
                 doubts = self._doubts(tokens, logits, noise_level * left, kwargs)
+                if self.token_critic is not None:
+                    watch.note(doubts, "the critic")
                 if not self.can_mask_prev_unmasked:
                     # tokens of earlier steps are final; the schedule falls, so that at least `count` of the others are
                     # left
@@ -425,6 +436,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
                 tokens = tokens.masked_fill(masked, self.mask_id)
             else:
                 masked = torch.zeros_like(masked)
+        watch.look()
         return tokens
 
     def _counts(self, n: int) -> list[int]:
@@ -447,7 +459,8 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _check_net(net: Any) -> None:
+def _check_net(net: Any) -> TransformerWrapper:
+    net = unwrapped(net)
     if not isinstance(net, TransformerWrapper):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.to_logits is None or net.has_multiple_heads or net.pools or net.returns_pooled:
@@ -456,6 +469,7 @@ def _check_net(net: Any) -> None:
         raise ConfigError(
             f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of all sequences, at least 1."
         )
+    return net
 
 
 def _check_probabilities(**given: float) -> None:

@@ -214,3 +214,9 @@ def by_row(t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda b, column: t[b, column]
     (shared,) = t
     return lambda b, column: shared[column]
+
+
+def flipped(t: Tensor) -> Tensor:
+    """Reverse the last axis; integers of all types, of which PyTorch flips some only, become int64."""
+    integers = not (t.is_floating_point() or t.is_complex() or t.dtype is torch.bool)
+    return (t.long() if integers else t).flip(-1)

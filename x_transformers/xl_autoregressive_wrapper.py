@@ -22,12 +22,13 @@ from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.losses import token_losses
+from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import accepts, shown
@@ -87,10 +88,10 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             value = tuple(given[name]) if isinstance(default, tuple) else given[name]
             if value != default:
                 raise ConfigError(f"`{name}` is {given[name]!r}, but it is not available in this version; drop it.")
-        check_next_token_net(net)
-        if net.max_seq_len < 1:
+        model = check_next_token_net(net)
+        if model.max_seq_len < 1:
             raise ConfigError(
-                f"`max_seq_len` of `net` is {net.max_seq_len}; it is the length of a segment, at least 1."
+                f"`max_seq_len` of `net` is {model.max_seq_len}; it is the length of a segment, at least 1."
             )
         if isinstance(tbptt_steps, bool) or not isinstance(tbptt_steps, int) or tbptt_steps < 1:
             raise ConfigError(f"`tbptt_steps` is {tbptt_steps!r}; it counts segments, a whole number, at least 1.")
@@ -100,7 +101,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
     @property
     def max_seq_len(self) -> int:
         """Length of a segment."""
-        return self.net.max_seq_len
+        return unwrapped(self.net).max_seq_len
 
     @checked
     def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
@@ -128,7 +129,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         total, size = labels.shape[1], self.max_seq_len
         if total == 0:
             # zero, but attached to the graph, so that `backward` works for a batch without targets
-            return self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0
+            return self._reaching(self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0)
         memory = _Memory(self.net, mems)
         loss = torch.zeros((), device=x.device)
         for number, first in enumerate(range(0, total, size)):
@@ -143,10 +144,16 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             )
             # the last segment may be shorter, and counts by its length
             loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
-        return loss
+        return self._reaching(loss)
+
+    def _reaching(self, loss: Tensor) -> Tensor:
+        """Return the loss with gradients for the heads that it does not read."""
+        model = unwrapped(self.net)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
 
     def _segment_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=self.net.output_is_log_prob)
+        normalized = unwrapped(self.net).output_is_log_prob
+        each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=normalized)
         counts = (labels != self.ignore_index).sum(dim=-1).clamp(min=1)
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
@@ -203,7 +210,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
     def _begin(
         self, start_tokens: Tensor, seq_len: int, mems: Memories | None, options: GenerationOptions
     ) -> Generation:
-        net = self.net
+        net = unwrapped(self.net)
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
         if read.start is not None:
@@ -257,7 +264,8 @@ class _Memory:
         new = torch.ones(batch, n, dtype=torch.bool, device=segment.device)
         for mask in masks:
             new = new & mask
-        layout = self.net.layout
+        net = unwrapped(self.net)
+        layout = net.layout
         # memory tokens of the model have slots in each segment, and so in the recurrent memory
         if layout.every is None:
             new = pad_left(new, layout.memory, True)
@@ -268,7 +276,7 @@ class _Memory:
         if past is not None:
             seen = self.seen if self.seen is not None else new.new_ones(batch, past.shape[-2])
             new = torch.cat((seen, new), dim=-1)
-        self.seen = new[:, max(new.shape[1] - self.net.max_mem_len, 0) :]
+        self.seen = new[:, max(new.shape[1] - net.max_mem_len, 0) :]
 
 
 class _InSegments(Reader):

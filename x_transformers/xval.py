@@ -18,6 +18,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.sampling import Choose, check_readable
 from x_transformers.decoding.step import Reader, Sequences
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.losses import mean_over, token_losses
@@ -25,6 +26,7 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 
@@ -78,7 +80,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         numerical_loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not isinstance(net, XValTransformerWrapper):
+        if not isinstance(unwrapped(net), XValTransformerWrapper):
             raise ConfigError(f"`net` is a {type(net).__name__}; it must be an XValTransformerWrapper.")
         if numerical_loss_weight < 0:
             raise ConfigError(f"`numerical_loss_weight` is {numerical_loss_weight}; it must not be negative.")
@@ -89,7 +91,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
     @property
     def max_seq_len(self) -> int:
         """Length of the model's position table; 0 for no limit."""
-        return self.net.max_seq_len
+        return unwrapped(self.net).max_seq_len
 
     @checked
     def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
@@ -125,7 +127,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         labels = x[:, 1:].masked_fill(~counted, self.ignore_index)
         breakdown = LossBreakdown(
             token_losses(logits[:, p:], labels, ignore_index=self.ignore_index),
-            self._number_losses(predicted[:, p:], x_num[:, 1:], labels == self.net.numerical_token_id),
+            self._number_losses(predicted[:, p:], x_num[:, 1:], labels == unwrapped(self.net).numerical_token_id),
         )
         loss = mean_over(breakdown[0] + self.numerical_loss_weight * breakdown[1], counted)
         return (loss, breakdown) if return_loss_breakdown else loss
@@ -198,7 +200,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         options: GenerationOptions,
     ) -> tuple[_Numbered, Prompts, InferenceView]:
         """Check all arguments; return the batch that is continued, the prompts, and the modules that run."""
-        net = self.net
+        net = unwrapped(self.net)
         check_seq_len(seq_len)
         prepended = options.arguments.get("prepend_embeds") is not None
         read = read_prompts(start_tokens, options.prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
@@ -223,7 +225,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
     def _shown(self, pair: tuple[Tensor, Tensor], lead: tuple[int, ...], *count: int) -> GenerateReturn:
         """Return tokens and numbers `(b, m)` of inference mode as ordinary tensors `(*lead, *count)`."""
         ids, numbers = (t.clone().reshape((*lead, *count)) for t in pair)
-        numeric = ids == self.net.numerical_token_id
+        numeric = ids == unwrapped(self.net).numerical_token_id
         return GenerateReturn(ids, numbers.masked_fill(~numeric, math.nan), numeric)
 
 
@@ -239,18 +241,20 @@ class _Numbered:
 
     def __init__(self, ids: Sequences, numbers: Sequences, reader: Reader, choose: Choose, vocabulary: int) -> None:
         self.ids, self.numbers, self.reader = ids, numbers, reader
-        self.choose, self.vocabulary = choose, vocabulary
+        self.choose, self.vocabulary, self.watch = choose, vocabulary, Watch()
 
     def run(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Append and yield `count` tokens and numbers, `(b, 1)` each."""
         for _ in range(count):
             logits, predicted = self.reader.read(self.ids)
             check_readable(logits, self.vocabulary)
+            self.watch.note(logits[:, -1])
             token, number = self.choose(logits[:, -1]), predicted[:, -1:].to(self.numbers.parts[0].dtype)
             self.ids.append(token)
             # every token gets a number, which the model ignores unless it is the numeric token
             self.numbers.append(number)
             yield token, number
+        self.watch.look()
 
 
 def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor], width: int) -> Tensor:

@@ -316,8 +316,8 @@ def test_refusals() -> None:
     model = BASE.build()
     ids = tokens(2, 6)
     _, state = model(ids, return_intermediates=True)
-    with pytest.raises(InputError, match=r"0 tokens are to run.*holds 6"):
-        model(ids, cache=state)
+    with pytest.raises(InputError, match=r"0 tokens are to run.*a cache of 6"):
+        model(ids[:, :0], cache=state)
     with pytest.raises(InputError, match="3 tokens are to run"):
         model(tokens(2, 8), cache=state, cache_age=3)
     with pytest.raises(InputError, match="`attn_mask` with a cache"):

@@ -1,14 +1,17 @@
 """Stacks call the functions of their branches as modules: hooks fire, and checkpoint wrappers run them again."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from catalog import BASE, Case, call, cases, close, name_of, tokens
+from catalog import BASE, Case, call, cases, close, name_of, one_of_each, tokens
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from x_transformers import Attention, FeedForward, TransformerWrapper
 from x_transformers.layers.branch import Branch
@@ -81,3 +84,64 @@ def test_with_padding_and_a_cache(kind: type[nn.Module], keywords: dict[str, Any
         return [model(ids, mask=(torch.arange(2 * LENGTH) < 9).expand(2, -1)), one, two]
 
     same(model, wrapped(model, kind), run)
+
+
+@pytest.mark.parametrize("stack", ["decoder", "encoder", "cross"])
+def test_hooks_fire_once_for_each_attention_and_pass(stack: str) -> None:
+    model, fired = BASE.build(stack), []
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.register_forward_hook(lambda module, *_: fired.append(module))
+    for count in (1, 2):
+        call(model, tokens(2, LENGTH))
+        assert fired == attentions * count
+    assert len(attentions) == len([*model.attn_layers.branches("a"), *model.attn_layers.branches("c")])
+
+
+@pytest.mark.parametrize("kind", [Attention, FeedForward])
+@pytest.mark.parametrize("stack", ["decoder", "encoder", "cross"])
+def test_checkpoint_wrappers_run_what_is_inside_again(stack: str, kind: type[nn.Module]) -> None:
+    """In the backward pass the maps of the wrapped kind run once more, and no others."""
+    model = wrapped(BASE.build(stack), kind)
+    inside = {id(m) for part in model.modules() if isinstance(part, kind) for m in part.modules()}
+    linears, ran = [m for m in model.modules() if isinstance(m, nn.Linear)], []
+    for linear in linears:
+        linear.register_forward_pre_hook(lambda module, _: ran.append(module))
+    out = call(model.train(), tokens(2, LENGTH))
+    assert sorted(map(id, ran)) == sorted(map(id, linears))
+    ran.clear()
+    out.sum().backward()
+    again = {id(linear) for linear in ran}
+    assert again
+    assert again <= inside
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A group of one process, in which shards are whole."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("stack", "case"), one_of_each("cross"), ids=name_of)
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+def test_fully_shard_acts_on_attentions(mesh: DeviceMesh, stack: str, case: Case) -> None:
+    """Each attention gathers its own parameters when it is called, and shards its gradients."""
+    model, ids = case.build(stack), tokens(2, LENGTH)
+    sharded, gathered = copy.deepcopy(model), []
+    numbers = {parameter for parameter in sharded.parameters() if parameter.ndim == 0}  # which PyTorch cannot shard
+    attentions = [module for module in sharded.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        fully_shard(attention, mesh=mesh, ignored_params=numbers)
+        for linear in (part for part in attention.modules() if isinstance(part, nn.Linear)):
+            linear.register_forward_pre_hook(lambda module, _: gathered.append(not isinstance(module.weight, DTensor)))
+    fully_shard(sharded, mesh=mesh, ignored_params=numbers)
+    assert all(isinstance(parameter, DTensor) or parameter in numbers for parameter in sharded.parameters())
+    found = trained(sharded, lambda model: call(model, ids))
+    assert len(gathered) >= len(attentions)
+    assert all(gathered)
+    for got, wanted in zip(found, trained(model, lambda model: call(model, ids)), strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            close(got.full_tensor() if isinstance(got, DTensor) else got, wanted)

@@ -18,7 +18,6 @@ from x_transformers.attention.clip import checked_logits, clip_factors, clip_hea
 from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import export, translate
-from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
@@ -361,14 +360,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             flash_pack_seq_kwargs=flash_pack_seq_kwargs,
             causal=causal,
         )
-        try:
-            out, record, _ = self.run(layer=self.layer_call(given), x=given.x)  # in this order
-        except RuntimeError as error:
-            explain_failure(error, next(self.parameters()), vars(given))
-            raise
-        if not return_intermediates:
-            return out
-        return out, record if record is not None else Intermediates(layer_type="a")
+        return self.run_call(given)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         translate(self, state, prefix)
@@ -391,7 +383,10 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
     """Return what the caller requested, and the entry of the cache."""
     capture = layer.call.capture
     if not (capture.scores or capture.hiddens):
-        return Intermediates(layer_type=layer.kind, entry=layer.entry)
+        # without the call of `__init__`, which every layer pays at every token
+        record = object.__new__(Intermediates)
+        record.layer_type, record.entry = layer.kind, layer.entry
+        return record
     return Intermediates(
         qk_similarities=result.similarities,
         pre_softmax_attn=result.logits,

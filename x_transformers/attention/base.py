@@ -353,7 +353,11 @@ class Similarity(nn.Module):
 
 
 class QKTransform(nn.Module):
-    """Transforms queries and keys by their positions. Keys are cached transformed, and never transformed again."""
+    """Transforms queries and keys by their positions.
+
+    Keys are cached transformed, and never transformed again. Callers see them as they were before: what reads a cache
+    for them undoes the transform, and what writes for them applies it.
+    """
 
     def width(self, dim_head: int) -> int:
         """Return the number of features of a transformed key of `dim_head` features."""
@@ -366,6 +370,18 @@ class QKTransform(nn.Module):
     def apply_tables(self, q: Tensor, k: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
         """Transform `q (b, h, i, d)` and `k (b, g, j, d)`."""
         raise NotImplementedError
+
+    def transform_keys(self, k: Tensor, tables: Any) -> Tensor:
+        """Transform only keys `(b, g, j, d)`, with the tables of these keys."""
+        raise NotImplementedError
+
+    def restore_keys(self, k: Tensor, tables: Any) -> Tensor:
+        """Undo `transform_keys`."""
+        raise NotImplementedError
+
+    def map_rows(self, fn: Callable[[Tensor], Tensor]) -> QKTransform:
+        """Return the transform of other rows; `fn` maps tensors with one entry for each row."""
+        return self
 
 
 class QKNorm(nn.Module):

@@ -24,10 +24,21 @@ from x_transformers.attention.validation import (
     without_hidden,
 )
 from x_transformers.cache import Entry, KVCache
+from x_transformers.cache.edits import entry_of, put_keys, untransformed_keys
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span, check_kinds
+from x_transformers.forward_pass.arguments import explain_failure, kinds_of, read_masks_of
+from x_transformers.forward_pass.call import (
+    BranchOutput,
+    Call,
+    Capture,
+    Carry,
+    Deltas,
+    LayerCall,
+    Memo,
+    Span,
+    check_kinds,
+)
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import finite_where_hidden
@@ -82,8 +93,36 @@ class CallAdapter(HeadProjection):
     packed: bool
     attend: Attend
 
-    def layer_call(self, given: AttentionInputs) -> LayerCall:
-        """Check the arguments of a call, and return the call of a sublayer that they mean.
+    def run_call(self, given: AttentionInputs) -> Tensor | tuple[Tensor, Intermediates]:
+        """Attend outside of a stack; see `Attention.forward`.
+
+        Args:
+            given: the arguments of the call.
+        """
+        try:
+            layer, cache = self.layer_call(given)
+            out, record, _ = self.run(given.x, layer)
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), given.__dict__)
+            raise
+        if not given.return_intermediates:
+            return out
+        if record is None:
+            return out, Intermediates(layer_type="a")
+        record.cache = cache
+        return out, record
+
+    def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
+        """Attend as one sublayer of a pass.
+
+        Args:
+            x: `(b, n, D)`.
+            layer: what the sublayer reads besides it.
+        """
+        raise NotImplementedError
+
+    def layer_call(self, given: AttentionInputs) -> tuple[LayerCall, KVCache]:
+        """Check the arguments of a call, and return the call of a sublayer that they mean, and its cache.
 
         Args:
             given: the arguments of `Attention.forward`.
@@ -116,7 +155,7 @@ class CallAdapter(HeadProjection):
                 "of new tokens cannot see what a whole pass would show it; pass no `cache`, or neither of them."
             )
         keeps = given.return_intermediates and (causal or context is not None) and documents is None
-        kv, entry = _cache_for_call(given.cache, n, keeps)
+        kv, entry = self._cache_for_call(given, n, keeps, rotations)
         attn_bias = given.attn_bias
         by_head = given.pos is not None and given.pos.ndim == 3
         if by_head:
@@ -161,7 +200,8 @@ class CallAdapter(HeadProjection):
             ),
             memo=Memo(),
         )
-        return LayerCall(
+        kv.rotations, kv.newest = rotations, query.index
+        layer = LayerCall(
             call=call,
             keys=keys,
             fresh=fresh,
@@ -179,6 +219,35 @@ class CallAdapter(HeadProjection):
             causal=None if context is None else causal,
             context_attn_mask=None if context is None else attn_mask,
         )
+        return layer, kv
+
+    def _cache_for_call(
+        self, given: AttentionInputs, n: int, keep: bool, rotations: tuple[QKTransform, ...]
+    ) -> tuple[KVCache, Entry | None]:
+        """Return a cache for `n` more tokens, and its entry if it is kept."""
+        kv, cache = KVCache(), given.cache
+        if cache is not None and cache.given_kv is not None:
+            names = ("k", "v") if given.context is not None else tuple(self.cache_streams(rotations))
+            kv.entries = [entry_of(cache.given_kv, names)]
+            kv.length = kv.span_of(kv.entries[0])[2] if kv.entries[0].grown and given.context is None else 0
+            if given.context is not None:
+                kv.entries[0].states, kv.entries[0].grown = kv.entries[0].grown, {}
+            elif self.unrotated_heads is not None:
+                kv.entries[0].unrotated = self.unrotated_heads[1]
+            keys = untransformed_keys(kv)
+            # the tables of a caller end with the newest token of this call
+            kv.rotations, kv.newest = rotations, torch.tensor([kv.length + n - 1], device=given.x.device)
+            put_keys(kv, keys)
+            keep = True
+        elif cache is not None:
+            if cache.entry is None:
+                raise InputError("the record given as `cache` holds no keys; it must come from `return_intermediates`.")
+            kv.entries = [cache.entry.unbounded() if isinstance(cache.entry, WindowEntry) else cache.entry]
+            stream = next(iter(cache.entry.grown.values()), None)
+            kv.length = 0 if stream is None else stream.shape[-2]
+            keep = True
+        kv = kv.begin(n)
+        return kv, kv.entry(0) if keep else None
 
     def _input_of_queries(self, given: AttentionInputs) -> Tensor:
         """Return the input of the queries, the only one or the first of three."""
@@ -278,17 +347,3 @@ def _rotations(given: AttentionInputs) -> tuple[QKTransform, ...]:
             raise InputError("`polar_pos_emb` needs the positions of keys, and those of a context are not given.")
         return (GivenPolar(*polar),)
     return () if rotary is None else (GivenRotation(rotary, of_context),)
-
-
-def _cache_for_call(cache: Intermediates | None, n: int, keep: bool) -> tuple[KVCache, Entry | None]:
-    """Return a cache for `n` more tokens, and its entry if it is kept."""
-    kv = KVCache()
-    if cache is not None:
-        if cache.entry is None:
-            raise InputError("the record given as `cache` holds no keys; it must come from `return_intermediates`.")
-        kv.entries = [cache.entry.unbounded() if isinstance(cache.entry, WindowEntry) else cache.entry]
-        stream = next(iter(cache.entry.grown.values()), None)
-        kv.length = 0 if stream is None else stream.shape[-2]
-        keep = True
-    kv = kv.begin(n)
-    return kv, kv.entry(0) if keep else None

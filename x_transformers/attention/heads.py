@@ -172,6 +172,8 @@ class HeadProjection(nn.Module):
                 q, k = transform.apply_tables(q, k, tables)
                 continue
             fixed_q, fixed_k = self.unrotated_heads
+            if layer.entry is not None:
+                layer.entry.unrotated = fixed_k
             rotated_q, rotated_k = transform.apply_tables(q[:, fixed_q:], k[:, fixed_k:], tables)
             q, k = torch.cat((q[:, :fixed_q], rotated_q), dim=1), torch.cat((k[:, :fixed_k], rotated_k), dim=1)
         return q, k

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,15 @@ class Entry:
         grown: streams that grow, by name, `(..., n, d)`.
         states: running states, by name.
         rewritten: the streams of which new tokens changed what was there.
+        unrotated: number of key heads, from the first on, that are cached as they were projected.
+        rotation: transform of the keys of a context whose positions were given, or None.
+        front: first and last slot (exclusive) of the leading slots that are held; after them come the newest ones.
+            None: the prefix of the cache.
     """
+
+    unrotated: int = 0
+    rotation: Any = None
+    front: tuple[int, int] | None = None
 
     def __init__(self) -> None:
         self.grown: dict[str, Tensor] = {}
@@ -73,6 +82,7 @@ class Entry:
 
     def _share(self, own: Entry) -> Entry:
         own.grown, own.states, own.rewritten = dict(self.grown), dict(self.states), self.rewritten
+        own.unrotated, own.rotation, own.front = self.unrotated, self.rotation, self.front
         return own
 
 
@@ -138,6 +148,7 @@ class StaticEntry(Entry):
         own = object.__new__(StaticEntry)  # without the call of `__init__`, which every layer pays at every token
         own.grown, own.states, own.rewritten = self.grown, dict(self.states), self.rewritten
         own.index, own.fresh, own.shown = index, fresh, shown
+        own.unrotated, own.rotation = self.unrotated, self.rotation
         return own
 
     def copy(self) -> StaticEntry:
@@ -146,12 +157,21 @@ class StaticEntry(Entry):
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
-        buffer = self.grown[name]
-        buffer.index_copy_(-2, self.index, new if new.dtype == buffer.dtype else new.to(buffer.dtype))
+        buffer = self._write(name, self.index, new)
         # the keys of a prompt are all new: attention over them needs neither the buffer's length nor its mask
         if self.fresh:
             return new
         return buffer if self.shown is None else buffer.narrow(-2, 0, self.shown)
+
+    def _write(self, name: str, index: Tensor, new: Tensor) -> Tensor:
+        """Write `(..., n, d)` at `n` places, and return the buffer."""
+        buffer = self.grown[name]
+        new = new if new.dtype == buffer.dtype else new.to(buffer.dtype)
+        if not new.requires_grad:
+            return buffer.index_copy_(-2, index, new)
+        # a buffer of this pass only: one that kept the graph would refuse a second pass over the same record
+        self.grown = {**self.grown, name: buffer.index_copy(-2, index, new)}
+        return self.grown[name]
 
     def put(self, name: str, value: Tensor) -> None:
         # a slice of a longer pass has other strides than a step's own state, and each would be compiled for
@@ -163,12 +183,13 @@ class StaticEntry(Entry):
         self.states = {name: fn(state) for name, state in self.states.items()}
 
     def rewrite(self, name: str, whole: Tensor) -> None:
-        buffer = self.grown[name]
         self.rewritten |= {name}
         if self.fresh:
-            buffer.index_copy_(-2, self.index, whole.to(buffer.dtype))
+            self._write(name, self.index, whole)
+        elif whole.requires_grad:
+            self._write(name, torch.arange(whole.shape[-2], device=whole.device), whole)
         else:
-            buffer[..., : whole.shape[-2], :].copy_(whole)
+            self.grown[name][..., : whole.shape[-2], :].copy_(whole)
 
 
 @dataclass(frozen=True)
@@ -236,28 +257,25 @@ class RingEntry(StaticEntry):
     def at(self, index: Tensor, fresh: bool, shown: int | None) -> RingEntry:
         # all places are read: their slots show which of them are empty
         own = RingEntry(self.grown, index, self.ring, fresh)
-        own.states = dict(self.states)
+        own.states, own.unrotated, own.rotation = dict(self.states), self.unrotated, self.rotation
         return own
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)`, and return the buffer; of a long pass, what it held before, followed by `new`."""
-        buffer, ring, n = self.grown[name], self.ring, new.shape[-2]
-        whole = new if self.fresh else buffer
+        before, ring, n = self.grown[name], self.ring, new.shape[-2]
+        whole = new if self.fresh else None
         if n > ring.step and not self.fresh:
             # the first queries of a long pass look back at slots that its last keys overwrite
-            whole = torch.cat((buffer, new.to(buffer.dtype)), dim=-2)
+            whole = torch.cat((before, new.to(before.dtype)), dim=-2)
         # write no place twice: `index_copy_` does not define which write wins
         late = max(n - ring.room, 0)
         # only the newest slots of a long prompt survive in the ring, but the prefix has places that are never written
         # over
         if self.fresh and late > 0:
             late = max(late, ring.prefix)
-            self._write(buffer, new, 0, ring.prefix)
-        self._write(buffer, new, late, n)
-        return whole
-
-    def _write(self, buffer: Tensor, new: Tensor, first: int, last: int) -> None:
-        buffer.index_copy_(-2, self.index[first:last], new[..., first:last, :].to(buffer.dtype))
+            self._write(name, self.index[: ring.prefix], new[..., : ring.prefix, :])
+        buffer = self._write(name, self.index[late:n], new[..., late:n, :])
+        return buffer if whole is None else whole
 
     def rewrite(self, name: str, whole: Tensor) -> None:
         raise NotImplementedError("a part that changes old keys needs all of them; declare `whole_past = True`")

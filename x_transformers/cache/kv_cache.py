@@ -7,20 +7,24 @@ executed sublayer, so that a layer that runs twice has two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from x_transformers.cache.entries import Entry, WindowEntry
+from x_transformers.cache.row_slots import slots_in_rows
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.arguments import check_counts, check_whole
 from x_transformers.forward_pass.call import Span
 
 Reach = int | None
 """Number of slots that a sublayer looks back; None for all."""
+
+SlotSpan = tuple[int, int, int]
+"""Slots that an entry holds: from the first to before the second number, then as many of the newest as the third."""
 
 OF_CONTEXT = frozenset({"k", "v", "context_pos"})
 """States that are read once and stay."""
@@ -59,8 +63,15 @@ class KVCache:
         fresh: nothing was held before the current pass.
         dropped: number of slots after the prefix that were cropped away.
         positions: `(1|b, slots)` if a caller gave positions, else None.
-        prefix, prepended, prefix_mask: of the first pass, see `CacheHeader`.
+        prefix, prepended, prefix_mask, interspersed: of the first pass, see `CacheHeader`.
         tokens: prepended embeddings and tokens consumed so far, where the host counts them.
+        token_mask: `(b, w)` the masks of earlier passes, over the first w slots; None if there were none.
+        rotations: the transforms by position that the cached keys went through; None if they are not transformed yet.
+        newest: `(n,)` slots of the last pass, if a caller gave tables of its rotations, which end with them.
+        start, row_places: `seq_start_pos` and `places` of the last pass, see `row_slots`.
+        edited: a caller changed keys, so that sublayers may hold other slots than the cache says.
+        spans: of an edited cache, what each entry held before the current pass.
+        first: of an edited cache, the first slot that any entry held.
         order: the built sublayers whose streams the entries hold, in the order of execution; None before a pass.
         reaches: number of slots that each executed sublayer looks back, beyond which nothing is kept. Empty: all slots.
         capacity: number of slots that there is room for; None for a cache that grows.
@@ -68,10 +79,13 @@ class KVCache:
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
         "dropped", "positions", "prefix", "prepended", "prefix_mask", "tokens", "order", "reaches",
+        "interspersed", "token_mask", "rotations", "newest", "start", "row_places", "edited",
     )  # fmt: skip
     """Attributes that `begin` takes over. It sets the others, which it must not read: in a graph, each value that is
     read becomes a condition, and every pass would be compiled again."""
     capacity: int | None = None
+    spans: Sequence[SlotSpan | None] = ()
+    first: int = 0
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -83,7 +97,14 @@ class KVCache:
         self.prefix: int = 0
         self.prepended: int = 0
         self.prefix_mask: Tensor | None = None
+        self.interspersed: bool = False
         self.tokens: int = 0
+        self.token_mask: Tensor | None = None
+        self.rotations: tuple[Any, ...] | None = ()
+        self.newest: Tensor | None = None
+        self.start: Tensor | None = None
+        self.row_places: Tensor | None = None
+        self.edited: bool = False
         self.order: tuple[int, ...] | None = None
         self.reaches: tuple[Reach, ...] = ()
 
@@ -110,6 +131,8 @@ class KVCache:
         """
         own = self._begun()
         own.entries = [entry.copy() for entry in self.entries]
+        if self.edited:
+            own.spans, own.first = _spans_before(self)
         own.length = self.length + count
         own.fresh, own.started = not self.started, own.length > 0
         if order is not None and order != own.order:
@@ -118,6 +141,7 @@ class KVCache:
             own.tokens += header.items
             if own.fresh:
                 own.prefix, own.prepended, own.prefix_mask = header.prefix, header.prepended, header.prefix_mask
+                own.interspersed = header.interspersed
                 # interspersed memory tokens are seen from any distance, so that nothing may be dropped
                 bounded = any(reach is not None for reach in reaches) and not header.interspersed
                 own.reaches = reaches if bounded else ()
@@ -201,19 +225,8 @@ class KVCache:
         """
         # what `WindowEntry.grow` returns after the prefix; the entry itself may hold more, for rollbacks
         held = min(reach, self.length - new - self.prefix - self.dropped) + new
-        first, prefix = len(keys) - held, self.prefix
-        if prefix == 0:
-            token_mask = None if keys.token_mask is None else keys.token_mask[:, first:]
-            # columns count padding too, so that slots are no farther apart than columns
-            near = reach if new == 1 else None
-            return Span(
-                keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], token_mask, keys.contiguous, near=near
-            )
-        if first <= prefix:
-            return keys  # the window begins in the prefix, so that no slots between them are left out
-        token_mask = None if keys.token_mask is None else _without(keys.token_mask, prefix, first)
-        index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
-        return Span(index, slot, pos, token_mask, False)
+        # columns count padding too, so that slots are no farther apart than columns
+        return _last_keys(keys, len(keys) - held, self.prefix, reach if new == 1 else None)
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
         """Return `(count,)` slots of the newest `count` tokens."""
@@ -221,6 +234,8 @@ class KVCache:
 
     def key_index(self, device: torch.device) -> Tensor:
         """Return `(j,)` slots of everything that is held."""
+        if self.edited:
+            return torch.arange(self.first, self.length, device=device)
         if not self.dropped:
             return torch.arange(self.length, device=device)
         kept = torch.arange(self.prefix + self.dropped, self.length, device=device)
@@ -237,7 +252,7 @@ class KVCache:
             return slots
         past = self.positions
         if past is None:
-            past = torch.arange(self.length, device=slots.device).unsqueeze(0)
+            past = slots_in_rows(torch.arange(self.length, device=slots.device), self.start, self.row_places)
         # positions are kept for all slots, dropped ones too, so that a slot is its own column; `key_index` picks those
         # held
         n = self.length - past.shape[1] if pos is None else pos.shape[1]
@@ -247,24 +262,41 @@ class KVCache:
         self.positions = torch.cat((past.expand(rows, -1), new.expand(rows, -1)), dim=-1)
         return self.positions[:, self.key_index(slots.device)]
 
+    # what callers read and edit
+
+    def positions_at(self, slots: Tensor) -> Tensor:
+        """Return `(1|b, m)` the positions that encodings read of `(m,)` slots."""
+        return slots_in_rows(slots, self.start, self.row_places) if self.positions is None else self.positions[:, slots]
+
+    def span_of(self, entry: Entry) -> SlotSpan:
+        """Return which slots an entry with streams holds. No pass may be running."""
+        first, last = (0, self.prefix) if entry.front is None else entry.front
+        return first, last, next(iter(entry.grown.values())).shape[-2] - (last - first)
+
+    def held(self, entry: Entry) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `(p,)` the slots that an entry holds, and its streams `(b, heads, p, d)` in this order."""
+        first, last, newest = self.span_of(entry)
+        device = next(iter(entry.grown.values())).device
+        slots = torch.arange(self.length - newest, self.length, device=device)
+        if first < last:
+            slots = torch.cat((torch.arange(first, last, device=device), slots))
+        return slots, dict(entry.grown)
+
     # going back, and other rows
 
     def crop(self, most: int) -> None:
-        """Keep the prefix and the newest `most` slots after it, in every stream that grows.
-
-        Raises:
-            InputError: if `most` is no number of slots.
-        """
+        """Keep the prefix and the newest `most` slots after it, in every stream that grows."""
         check_whole(most=most)
         drop = self.length - self.prefix - self.dropped - most
         if drop <= 0:
             return
         for entry in self.entries:
+            prefix = self.prefix if entry.front is None else entry.front[1] - entry.front[0]
             for name, stream in entry.grown.items():
                 first = stream.shape[-2] - most
                 # streams of windowed layers may hold fewer slots already
-                if first > self.prefix:
-                    head, tail = stream[..., : self.prefix, :], stream[..., first:, :]
+                if first > prefix:
+                    head, tail = stream[..., :prefix, :], stream[..., first:, :]
                     entry.grown[name] = torch.cat((head, tail), dim=-2)
         self.dropped += drop
 
@@ -288,6 +320,8 @@ class KVCache:
                 entry.grown[name] = stream[..., : stream.shape[-2] - count, :]
         if self.positions is not None:
             self.positions = self.positions[:, : self.length - count]
+        if self.token_mask is not None:
+            self.token_mask = self.token_mask[:, : self.length - count]
         self.length -= count
         self.tokens -= count
         self.started = self.length > 0
@@ -300,6 +334,11 @@ class KVCache:
         """Return True if `rollback` can take `count` slots back."""
         left = self.length - count - self.prefix - self.dropped
         for entry in self.entries:
+            if entry.front is not None:
+                # of keys that a caller cut, nobody misses the older ones; in a window they may be missed
+                if self.span_of(entry)[2] < count + (entry.reach if isinstance(entry, WindowEntry) else 0):
+                    return False
+                continue
             # a windowed stream has dropped old slots; the next query must still find as many as its window shows
             most = entry.reach if isinstance(entry, WindowEntry) else left
             if any(stream.shape[-2] - count - self.prefix < min(most, left) for stream in entry.grown.values()):
@@ -324,16 +363,8 @@ class KVCache:
         return self.begin(0)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row `r` continue from old row `rows[r]`, as beam search does.
-
-        Raises:
-            InputError: if there is no such row; rows that are on an accelerator are not read.
-        """
-        if not isinstance(rows, Tensor) or rows.ndim != 1:
-            raise InputError("`rows` must be a tensor of the numbers of rows, (rows,).")
-        if self.rows is not None:
-            check_counts(rows, "rows", self.rows - 1)
-            rows = rows.long()
+        """Let row `r` continue from old row `rows[r]`, as beam search does."""
+        rows = _checked_rows(rows, self.rows)
         self._map_rows(lambda t: t.index_select(0, rows))
 
     def private(self, batch: int) -> KVCache:
@@ -350,14 +381,8 @@ class KVCache:
         return own
 
     def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, in place.
-
-        Raises:
-            InputError: if `times` is below 1.
-        """
-        check_whole(times=times)
-        if times < 1:
-            raise InputError(f"`times` is {times}; it must be at least 1.")
+        """Repeat each row `times` times, in place."""
+        _check_times(times)
         self._map_rows(lambda t: t.repeat_interleave(times, dim=0))
 
     def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -366,10 +391,55 @@ class KVCache:
             entry.map(lambda t: t if shared and t.shape[0] == 1 else fn(t))
         if self.positions is not None and self.positions.shape[0] > 1:
             self.positions = fn(self.positions)
-        if self.prefix_mask is not None:
-            self.prefix_mask = fn(self.prefix_mask)
+        for name in ("prefix_mask", "token_mask", "start", "row_places"):
+            of_rows = getattr(self, name)
+            if of_rows is not None:
+                setattr(self, name, fn(of_rows))
+        if self.newest is not None and self.rotations is not None:
+            self.rotations = tuple(transform.map_rows(fn) for transform in self.rotations)
+
+
+def _last_keys(keys: Span, first: int, prefix: int, near: int | None) -> Span:
+    """Return the keys of the prefix and those from `first` on; `near`: how far the others are at most from a query."""
+    if prefix == 0:
+        token_mask = None if keys.token_mask is None else keys.token_mask[:, first:]
+        index, slot, pos = keys.index[first:], keys.slot[:, first:], keys.pos[:, first:]
+        return Span(index, slot, pos, token_mask, keys.contiguous, near=near)
+    if first <= prefix:
+        return keys  # the window begins in the prefix, so that no slots between them are left out
+    token_mask = None if keys.token_mask is None else _without(keys.token_mask, prefix, first)
+    index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
+    return Span(index, slot, pos, token_mask, False)
+
+
+def _checked_rows(rows: Tensor, count: int | None) -> Tensor:
+    """Return the numbers of rows `(rows,)`.
+
+    Raises:
+        InputError: if there is no such row among `count`; numbers that are on an accelerator are not read.
+    """
+    if not isinstance(rows, Tensor) or rows.ndim != 1:
+        raise InputError("`rows` must be a tensor of the numbers of rows, (rows,).")
+    if count is None:
+        return rows
+    check_counts(rows, "rows", count - 1)
+    return rows.long()
+
+
+def _check_times(times: int) -> None:
+    """Raise an `InputError` unless rows can be repeated this number of times."""
+    check_whole(times=times)
+    if times < 1:
+        raise InputError(f"`times` is {times}; it must be at least 1.")
 
 
 def _without(t: Tensor, first: int, last: int) -> Tensor:
     """Cut the columns from `first` to `last` out of a tensor."""
     return torch.cat((t[..., :first], t[..., last:]), dim=-1)
+
+
+def _spans_before(past: KVCache) -> tuple[list[SlotSpan | None], int]:
+    """Return which slots each entry of an edited cache holds, and the first of all."""
+    spans = [past.span_of(entry) if entry.grown else None for entry in past.entries]
+    firsts = [first if first < last else past.length - newest for first, last, newest in filter(None, spans)]
+    return spans, min(firsts, default=past.length)

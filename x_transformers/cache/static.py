@@ -136,6 +136,7 @@ class StaticCache(KVCache):
                 "`prepended`)."
             )
         self.prefix, self.prepended, self.prefix_mask = header.prefix, header.prepended, header.prefix_mask
+        self.interspersed = header.interspersed
 
     def settle(self) -> None:
         """Prepare for `take_over`: passes of one shape from now on, with states and counters of its own."""
@@ -231,6 +232,15 @@ class StaticCache(KVCache):
             spread = self.positions.expand(rows, -1).clone()
             self.positions = spread.index_copy(1, self.index, pos.expand(rows, -1))
         return self.positions[:, : slots.shape[1]]
+
+    def held(self, entry: StaticEntry) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+        filled = int(self.filled) if self.shown is None else self.shown
+        if entry.ring is None:
+            return self.places[:filled], {name: t[..., :filled, :] for name, t in entry.grown.items()}
+        in_places = entry.ring.held(self.filled, never=self.capacity)
+        slots, order = in_places.sort()
+        count = int((slots < filled).sum())
+        return slots[:count], {name: t.index_select(-2, order[:count]) for name, t in entry.grown.items()}
 
     # going back, and other rows
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from x_transformers.decoding.sampling import Adjust, check_readable, gumbel_noise
 from x_transformers.decoding.step import Branching, Sequences
+from x_transformers.decoding.watch import Watch
 from x_transformers.ops import at_least_float32
 
 Select = Callable[[Tensor], Tensor]
@@ -53,7 +54,7 @@ class Beams:
         eos_token: int | None = None,
     ) -> None:
         self.sequences, self.reader, self.width, self.select = sequences, reader, width, select
-        self.vocabulary, self.eos_token = vocabulary, eos_token
+        self.vocabulary, self.eos_token, self.watch = vocabulary, eos_token, Watch()
         self.prompts, self.prompt_length = sequences.parts[0].shape
         device = sequences.parts[0].device
         # a single row for each prompt until the first step: equal beams would all propose the same tokens
@@ -77,6 +78,7 @@ class Beams:
             self.step()
             if self.eos_token is not None and count % every == 0 and bool(self.ended.all()):
                 break
+        self.watch.look()
         tokens = self.sequences.tokens()[:, self.prompt_length :].reshape(self.prompts, self.scores.shape[1], -1)
         if self.eos_token is not None and every > 1:
             tokens = tokens[:, :, : int(self.steps)]
@@ -117,6 +119,7 @@ class Beams:
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each row's best next tokens add to its score, and these tokens; both `(rows, width)`."""
         check_readable(logits, self.vocabulary)
+        self.watch.note(logits)
         log_probs = at_least_float32(logits).log_softmax(dim=-1)
         values = self.select(logits)
         if self.eos_token is not None:

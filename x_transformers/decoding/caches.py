@@ -12,6 +12,7 @@ from x_transformers.decoding.options import CacheChoice, GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.edited_cache import cache_of
 from x_transformers.models.base import Model
 from x_transformers.models.memory_layout import interspersed
 
@@ -64,7 +65,10 @@ def first_cache(
             return net.static_cache(batch, room, prepended=prepended, step=options.guesses + 1), 0
         needed = slots(net, prepended + room, prepended, prompts.start)
         return net.attn_layers.static_cache(batch, needed, prefix=None), 0
-    kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
+    kv = cache
+    if isinstance(cache, LayerIntermediates):
+        by_hand = any(each.given_kv is not None for each in cache.attn_intermediates or ())
+        kv = cache_of(net.attn_layers, cache) if by_hand else cache.cache
     if not isinstance(kv, KVCache):
         what = "a record without one" if kv is None else repr(kv)
         raise InputError(f'`cache` is {what}; it must be "dynamic", "static", or what an earlier call returned.')
@@ -97,13 +101,13 @@ def slots_of_newest(net: Model, cache: KVCache, count: int, start: Tensor | None
 
 
 def modify_cached_kv(cache: LayerIntermediates | None, fn: Callable[[Tensor], Tensor]) -> None:
-    """Replace the cached keys and values of every self-attention by `fn` of them.
+    """Replace the cached keys and values of every self-attention by `fn` of them; see `Intermediates.cached_kv`.
 
-    To shorten a cache use `KVCache.crop`, which keeps count.
+    `KVCache.crop` shortens a cache too, without rotating its keys back and forth, and keeps memory tokens.
 
     Args:
         cache: record of a pass; None is ignored.
-        fn: tensor to tensor, applied to keys and to values `(b, heads, n, d)`.
+        fn: tensor to tensor, applied to keys before rotation and to values `(b, heads, n, d)`.
     """
     if cache is None:
         return

@@ -7,7 +7,9 @@ the graph that the first one used.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ class CompiledStep:
             options["options"] = {"size_asserts": False}
         self._checked = torch.compile(self._own, **{"fullgraph": True, **options})
         self._lock = threading.Lock()
+        _STEPS.add(self)
 
     def first(
         self, net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
@@ -82,6 +85,19 @@ class CompiledStep:
             return run(net, token, cache, start, arguments)
 
         return step
+
+
+_STEPS: weakref.WeakSet[CompiledStep] = weakref.WeakSet()
+
+
+def _unlock() -> None:
+    """In a forked child only the thread that forked goes on: no other one will unlock what it had locked."""
+    for step in list(_STEPS):
+        step._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def compiled_prefill(**options: Any) -> Prefill:

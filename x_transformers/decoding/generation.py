@@ -97,7 +97,7 @@ def begin(
     decoding = Decoding(sequences, expert, options.choose, vocabulary, contrasted)
     if not options.guesses:
         return Generation(decoding, prompts, view, options, pad_value)
-    policy = Policy(None if options.temperature == 0 else options.adjust)
+    policy = Policy(None if options.greedy else options.adjust)
     drafter: Drafter
     if options.prompt_lookup is not None:
         drafter = Lookup(options.prompt_lookup)
@@ -139,7 +139,7 @@ def search(
         )
     view = InferenceView(net)
     reader = make_reader(view.of(net), prompts, seq_len, options)
-    select = noisy(options.adjust) if options.stochastic and options.temperature > 0 else unchanged
+    select = noisy(options.adjust) if options.stochastic and not options.greedy else unchanged
     sequences = Sequences(prompts.tokens, prompts.start)
     run = Beams(sequences, reader, beams, select, vocabulary, options.eos_token)
     with torch.inference_mode(), view:

@@ -17,10 +17,12 @@ from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
 from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.values import accepts, shown
 
 Each = TypeVar("Each")
@@ -50,15 +52,18 @@ class Decoding:
         amateurs: Sequence[tuple[Reader, Contrast]] = (),
     ) -> None:
         self.sequences, self.expert, self.amateurs = sequences, expert, amateurs
-        self.choose, self.vocabulary = choose, vocabulary
+        self.choose, self.vocabulary, self.watch = choose, vocabulary, Watch()
 
     def step(self) -> Tensor:
         """Choose and append the next tokens, `(b, 1)`."""
         logits = self.expert.read(self.sequences)[:, -1]
         if logits.shape[-1] > self.vocabulary:
             check_readable(logits, self.vocabulary)
+        self.watch.note(logits)
         for amateur, contrast in self.amateurs:
-            logits = contrast(logits, amateur.read(self.sequences)[:, -1])
+            other = amateur.read(self.sequences)[:, -1]
+            self.watch.note(other, "an amateur")
+            logits = contrast(logits, other)
         token = self.choose(logits)
         self.sequences.append(token)
         return token
@@ -72,13 +77,16 @@ class Decoding:
         """
         logits, *others = [reader.read(self.sequences, last)[:, -last:] for reader in readers]
         check_readable(logits, self.vocabulary)
+        self.watch.note(logits)
         for other, (_, contrast) in zip(others, self.amateurs, strict=True):
+            self.watch.note(other, "an amateur")
             logits = contrast(logits, other)
         return logits
 
     def run(self, seq_len: int, eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
         """Return an iterator over at most `seq_len` steps, `(b, 1)` tokens each; see `until_ended`."""
-        return until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
+        yield from until_ended((self.step() for _ in range(seq_len)), eos_token, pad_value, every)
+        self.watch.look()
 
 
 def until_ended(steps: Iterator[Tensor], eos_token: int | None, pad_value: int, every: int = 1) -> Iterator[Tensor]:
@@ -184,8 +192,13 @@ def pair_amateurs(
     return pairs
 
 
-def check_next_token_net(net: Any) -> None:
-    """Raise a `ConfigError` unless the net returns logits for each token, by a single head."""
+def check_next_token_net(net: Any) -> TransformerWrapper:
+    """Return the model, without what PyTorch put around it, if it returns logits for each token, by a single head.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    net = unwrapped(net)
     if not isinstance(net, TransformerWrapper):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.has_multiple_heads or net.to_logits is None:
@@ -196,6 +209,7 @@ def check_next_token_net(net: Any) -> None:
             "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so has no logits for "
             "each token; build it without."
         )
+    return net
 
 
 def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWrapper:
@@ -204,6 +218,7 @@ def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWr
     Raises:
         InputError: if it is not.
     """
+    net = unwrapped(net)
     if not isinstance(net, TransformerWrapper):
         raise InputError(f"{what} is a {type(net).__name__}; it must be a TransformerWrapper.")
     if net.num_tokens != vocabulary:

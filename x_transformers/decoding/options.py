@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.decoding.filters import find_filter, top_k
-from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, most_likely
+from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, is_greedy, most_likely
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.options.schema import opt
@@ -40,7 +40,9 @@ class GenerationOptions:
     eos_token: int | None = opt(
         None, "ends a row; `pad_value`s follow. Generation ends as soon as all rows have ended."
     )
-    temperature: float = opt(1.0, "0 takes the most likely token; otherwise logits are divided by it before the draw.")
+    temperature: float = opt(
+        1.0, "0 (or below 1e-6) takes the most likely token; otherwise logits are divided by it before the draw."
+    )
     prompt_lens: Tensor | Sequence[int] | None = opt(
         None, "`(...)` number of ids of each row of `prompts`, from the left, that are its prompt."
     )
@@ -97,13 +99,16 @@ class GenerationOptions:
     stochastic: bool = opt(
         False,
         "propose tokens by `filter(logits / temperature)` with Gumbel noise, which draws without replacement "
-        "(1903.06059), instead of the logits. At temperature 0 there is no noise.",
+        "(1903.06059), instead of the logits. At temperature 0, or below 1e-6, there is no noise.",
     )
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        _ = self.adjust  # checks temperature, filter and its keywords
+        filter_fn, keywords = find_filter(self.filter_logits_fn), self.filter_kwargs or {}
+        # checks all four; not a `functools.cached_property`, which has a lock until Python 3.12: a process that is
+        # forked while another thread holds it would wait forever
+        self.__dict__["_adjust"] = adjuster(self.temperature, filter_fn, keywords, self.filter_before_temperature)
         for name in ("draft_tokens", "prompt_lookup"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -134,16 +139,20 @@ class GenerationOptions:
         if isinstance(self.cache, str) and self.cache not in ("dynamic", "static"):
             raise InputError(f'`cache` is {self.cache!r}; it must be "dynamic", "static", or what a call returned.')
 
-    @functools.cached_property
+    @property
     def adjust(self) -> Adjust:
         """Logits to those that tokens are drawn from."""
-        keywords = self.filter_kwargs or {}
-        return adjuster(self.temperature, find_filter(self.filter_logits_fn), keywords, self.filter_before_temperature)
+        return self.__dict__["_adjust"]
+
+    @property
+    def greedy(self) -> bool:
+        """True if nothing is drawn."""
+        return is_greedy(self.temperature)
 
     @property
     def choose(self) -> Choose:
         """Logits `(b, v)` to tokens `(b, 1)`."""
-        return most_likely if self.temperature == 0 else functools.partial(draw, adjust=self.adjust)
+        return most_likely if self.greedy else functools.partial(draw, adjust=self.adjust)
 
     @property
     def compiles(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, NotFiniteError
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.values import accepts, shown
 
@@ -20,6 +20,14 @@ Choose = Callable[[Tensor], Tensor]
 
 Adjust = Callable[[Tensor], Tensor]
 """`(..., v)` logits to those that are drawn from, in float32 or wider."""
+
+NEAR_ZERO = 1e-6
+"""Temperatures below this one take the most likely token: logits divided by them would overflow."""
+
+
+def is_greedy(temperature: float) -> bool:
+    """Return True if a temperature is zero, or so near that only the most likely token has a chance."""
+    return temperature < NEAR_ZERO
 
 
 def adjuster(
@@ -31,7 +39,7 @@ def adjuster(
     """Return a function that computes `filter(logits / temperature)`, or `filter(logits) / temperature`.
 
     By default the temperature comes first: a filter by probability must see the probabilities that are drawn from. At
-    temperature 0 only the filter is applied.
+    temperature 0, or near it, only the filter is applied.
 
     Args:
         temperature: 0 or higher.
@@ -47,7 +55,7 @@ def adjuster(
             f"`temperature` is {shown(temperature)}; it must be finite and not negative. 0 takes the most likely token."
         )
     check_keywords(filter_fn, filter_kwargs, "filter_kwargs", arguments=1)
-    scale = temperature or 1.0
+    scale = 1.0 if is_greedy(temperature) else temperature
 
     def filtered(logits: Tensor) -> Tensor:
         kept = filter_fn(logits, **filter_kwargs)
@@ -74,7 +82,7 @@ def chooser(
 ) -> Choose:
     """Return what chooses a token: the most likely one at temperature 0, otherwise a draw; see `adjuster`."""
     adjust = adjuster(temperature, filter_fn, filter_kwargs, filter_before_temperature)
-    return most_likely if temperature == 0 else partial(draw, adjust=adjust)
+    return most_likely if is_greedy(temperature) else partial(draw, adjust=adjust)
 
 
 def unchanged(logits: Tensor) -> Tensor:
@@ -93,9 +101,22 @@ def draw(logits: Tensor, adjust: Adjust) -> Tensor:
 
 
 def draw_from(probs: Tensor) -> Tensor:
-    """Draw `(b, 1)` tokens with probabilities proportional to `probs (b, v)`."""
-    # `multinomial` refuses NaN, for which an accelerator would have to be waited for
-    return torch.multinomial(probs, 1) if probs.device.type == "cpu" else exponential_race(probs)
+    """Draw `(b, 1)` tokens with probabilities proportional to `probs (b, v)`.
+
+    Raises:
+        NotFiniteError: if there are no such probabilities, on a CPU only.
+    """
+    if probs.device.type != "cpu":
+        return exponential_race(probs)  # without the check, for which an accelerator would have to be waited for
+    try:
+        return torch.multinomial(probs, 1)
+    except RuntimeError:
+        if bool(probs.isfinite().all()):
+            raise
+    raise NotFiniteError(
+        "the logits that are drawn from have no probabilities: `filter_logits_fn` (or a contrast with an amateur) "
+        "returned NaN, or left no token. Keep at least one token with a finite logit in each row."
+    )
 
 
 def exponential_race(probs: Tensor) -> Tensor:
@@ -116,14 +137,17 @@ def gumbel_noise(t: Tensor) -> Tensor:
 
 
 def gumbel_sample(logits: Tensor, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """Draw tokens `(...)` from `softmax(logits / temperature)`.
+    """Draw tokens `(...)` from `softmax(logits / temperature)`; the most likely ones if the temperature is near 0.
 
     Args:
         logits: `(..., v)`.
         temperature: divides the logits.
-        eps: least temperature.
+        eps: temperatures up to this one are near 0.
     """
-    return (logits / max(temperature, eps) + gumbel_noise(logits)).argmax(dim=-1)
+    if temperature <= eps:
+        return logits.argmax(dim=-1)
+    logits = at_least_float32(logits)  # which half precision would overflow when divided
+    return (logits / temperature + gumbel_noise(logits)).argmax(dim=-1)
 
 
 def check_readable(logits: Tensor, vocabulary: int) -> None:

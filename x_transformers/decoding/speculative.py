@@ -23,6 +23,7 @@ from torch import Tensor
 from x_transformers.decoding.loop import Decoding, until_ended
 from x_transformers.decoding.sampling import Adjust, check_readable, draw_from, most_likely
 from x_transformers.decoding.step import Branching, Sequences
+from x_transformers.decoding.watch import Watch
 from x_transformers.errors import InputError
 
 
@@ -85,7 +86,7 @@ class ModelDrafter(Drafter):
     """
 
     def __init__(self, reader: Branching, policy: Policy, vocabulary: int) -> None:
-        self.reader, self.policy, self.vocabulary = reader, policy, vocabulary
+        self.reader, self.policy, self.vocabulary, self.watch = reader, policy, vocabulary, Watch()
 
     def draft(self, sequences: Sequences, count: int, ended: Tensor | None) -> Draft:
         self.reader.mark(sequences.length + count)
@@ -94,6 +95,7 @@ class ModelDrafter(Drafter):
         for _ in range(count):
             logits = self.reader.read(sequences)
             check_readable(logits, self.vocabulary)
+            self.watch.note(logits, "`draft_model`")
             each = self.policy.probs(logits)
             if each is not None:
                 probs.append(each)
@@ -104,6 +106,7 @@ class ModelDrafter(Drafter):
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None)
 
     def keep(self, length: int, sequences: Sequences) -> None:
+        self.watch.look()  # the device has been waited for already, to count the right guesses
         self.reader.keep(length, sequences)
 
 
@@ -202,6 +205,7 @@ class Speculation:
         # the last new token was drawn, not read, so caches end one token before it
         for part in (*self.readers, self.drafter):
             part.keep(begin + new.shape[1] - 1, self.sequences)
+        self.decoding.watch.look()
         return new, over
 
     def _draft(self, count: int) -> Draft | None:

@@ -214,8 +214,9 @@ class Cached(Branching):
             return logits
         compiled = self.prefill is not None and self.record is None
         run = self.prefill if compiled and self.prefill is not None else read_prompt
-        few = new * sequences.parts[-1].shape[0] <= FEW
-        with PlainKernels() if few and self.plain and not compiled else nullcontext():
+        # a text that is compiled leaves the switch of the process as it is
+        few = self.first_step is None and new * sequences.parts[-1].shape[0] <= FEW
+        with PlainKernels() if few and self.plain else nullcontext():
             part = sequences.parts[-1]
             ids = part if part.shape[1] == new else sequences.newest(new)
             logits, record = run(self.net, ids, self.cache, start, arguments, last)

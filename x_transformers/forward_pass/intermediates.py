@@ -2,13 +2,69 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 from torch import Tensor
 
 from x_transformers.cache import Entry, KVCache
+from x_transformers.cache.edits import CachedStreams, read_cached, set_length, write_cached
+from x_transformers.errors import InputError
+
+
+class _CachedStreams:
+    """The attribute `Intermediates.cached_kv`; also an argument of the constructor, with which caches are made."""
+
+    @overload
+    def __get__(self, record: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, record: Intermediates, owner: type) -> CachedStreams | None: ...
+    def __get__(self, record: Intermediates | None, owner: type) -> CachedStreams | None:
+        if record is None:  # the default of the argument
+            return None
+        if record.given_kv is not None:
+            return record.given_kv
+        if record.entry is None or record.cache is None:
+            return record.own_kv
+        return read_cached(record.cache, record.entry)
+
+    def __set__(self, record: Intermediates, value: CachedStreams | None) -> None:
+        if value is None:
+            if record.entry is not None:
+                raise InputError(
+                    "`cached_kv` cannot be None, since the cache has keys; pass no `cache` to begin again."
+                )
+            record.given_kv = None
+        elif record.entry is None or record.cache is None or record.given_kv is not None:
+            record.given_kv = value
+        else:
+            write_cached(record.cache, record.entry, value)
+        if record.own_kv is not None and value is not None:
+            keys, values = value
+            record.own_kv = None if keys is None or values is None else (keys, values)
+
+
+class _CacheLength:
+    """The attribute `LayerIntermediates.cache_length`; also an argument of the constructor."""
+
+    @overload
+    def __get__(self, record: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, record: LayerIntermediates, owner: type) -> int | Tensor: ...
+    def __get__(self, record: LayerIntermediates | None, owner: type) -> int | Tensor | None:
+        if record is None:
+            return None
+        if record.cache is None:
+            return record.given_length
+        return getattr(record.cache, "filled", record.cache.length)
+
+    def __set__(self, record: LayerIntermediates, length: int | Tensor | None) -> None:
+        if length is None or length is record.cache_length:
+            return
+        if record.cache is None:
+            record.given_length = int(length)
+        else:
+            set_length(record.cache, int(length))
 
 
 @dataclass(eq=False)
@@ -20,11 +76,17 @@ class Intermediates:
         pre_softmax_attn: logits, with every bias, clamp and mask.
         post_softmax_attn: weights, before dropout.
         values: this layer's projected values, `(b, g, j, e)`, before any mixing.
+        cached_kv: cached keys `(b, g, p, d)` before their rotation by position, and values `(b, g, p, e)` as attention
+            reads them, in the order of arrival; of latent attention the latent `(b, p, w)`, and its further key heads
+            or None. They can be replaced by any number of others, `record.cached_kv = keys, values`, which belong to
+            the newest slots: the last `k` keys are those of the last `k` tokens.
         layer_type: "a" for self-attention, "c" for cross-attention.
+        log_probs: `(b, h, i)` log-probability of the key with the largest weight of each query, if requested.
         layer_index: index of the sublayer among the built ones.
         own_kv: keys before rotation, and values, of a pass without a cached past, for another model to attend to.
-        log_probs: `(b, h, i)` log-probability of the key with the largest weight of each query, if requested.
         entry: the sublayer's entry of the cache, if there is one.
+        cache: the cache that contains the entry.
+        given_kv: `cached_kv` that a caller gave to a record without an entry.
 
     The first three are None unless scores were captured.
     """
@@ -33,30 +95,26 @@ class Intermediates:
     pre_softmax_attn: Tensor | None = None
     post_softmax_attn: Tensor | None = None
     values: Tensor | None = None
+    cached_kv: _CachedStreams = _CachedStreams()
     layer_type: str | None = None
+    log_probs: Tensor | None = None
     layer_index: int | None = None
     own_kv: tuple[Tensor, Tensor] | None = None
-    log_probs: Tensor | None = None
     entry: Entry | None = None
+    cache: KVCache | None = None
+    given_kv: CachedStreams | None = field(default=None, init=False)
 
-    @property
-    def cached_kv(self) -> tuple[Tensor | None, ...] | None:
-        """The sublayer's cached streams: keys after rotation, values as attention reads them.
+    def __copy__(self) -> Intermediates:
+        """Return a copy whose keys and values may be replaced without changing the cache of this record."""
+        copied = self.of(None, None)
+        copied.given_kv = self.given_kv if self.entry is None else self.cached_kv
+        return copied
 
-        Assigning a tuple of the same streams writes through to the cache.
-        """
-        if self.entry is None:
-            return self.own_kv
-        streams = self.entry.grown or self.entry.states
-        return tuple(streams.values()) if streams else None
-
-    @cached_kv.setter
-    def cached_kv(self, value: tuple[Tensor | None, ...]) -> None:
-        assert self.entry is not None, "this record has no cache"
-        streams = self.entry.grown or self.entry.states
-        for name, stream in zip(list(streams), value, strict=True):
-            if stream is not None:
-                streams[name] = stream
+    def of(self, entry: Entry | None, cache: KVCache | None) -> Intermediates:
+        """Return a copy of this record for another cache."""
+        copied = object.__new__(Intermediates)
+        copied.__dict__.update(self.__dict__, entry=entry, cache=cache)
+        return copied
 
     def to_tuple(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return similarities, logits and weights."""
@@ -85,6 +143,9 @@ class LayerIntermediates:
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
         logits: logits of a model that returns pooled tokens instead of them.
         cache: the key/value cache of this pass, if one was kept.
+        cache_length: number of slots in the cache: an int, or a scalar on the device for a static cache. It can be set:
+            the cached keys then belong to the last slots before that number, and new tokens come after it.
+        given_length: the same of a cache that is made by hand, of `cached_kv` of the records.
     """
 
     hiddens: list[Tensor] | None = None
@@ -103,29 +164,22 @@ class LayerIntermediates:
     attn_pooled_tokens: Tensor | None = None
     logits: Any = None
     cache: KVCache | None = None
-
-    @property
-    def cache_length(self) -> int | Tensor:
-        """Number of slots in the cache: an int, or a scalar on the device for a static cache."""
-        if self.cache is None:
-            return 0
-        return getattr(self.cache, "filled", self.cache.length)
+    cache_length: _CacheLength = _CacheLength()
+    given_length: int = field(default=0, init=False)
 
     def __copy__(self) -> LayerIntermediates:
         """Return a shallow copy; changes of its attention records and cache do not change the original's."""
-        copied = LayerIntermediates(**self.__dict__)
-        copied.cache = self.cache.begin(0) if self.cache is not None else None
-        if self.attn_intermediates is not None:
-            copied.attn_intermediates = [copy.copy(record) for record in self.attn_intermediates]
-            copied.block_hiddens = None if self.block_hiddens is None else list(self.block_hiddens)
-            _rewire(self, copied)
+        copied = object.__new__(LayerIntermediates)
+        copied.__dict__.update(self.__dict__)
+        copied.cache = cache = None if self.cache is None else self.cache.begin(0)
+        if self.attn_intermediates is None:
+            return copied
+        twins: dict[int, Entry] = {}
+        if self.cache is not None and cache is not None:
+            twins = {id(a): b for a, b in zip(self.cache.entries, cache.entries, strict=True)}
+        copied.attn_intermediates = [
+            record.of(twins.get(id(record.entry), record.entry), cache if id(record.entry) in twins else record.cache)
+            for record in self.attn_intermediates
+        ]
+        copied.block_hiddens = None if self.block_hiddens is None else list(self.block_hiddens)
         return copied
-
-
-def _rewire(old: LayerIntermediates, new: LayerIntermediates) -> None:
-    """Point the copied records at the copied cache's entries."""
-    if old.cache is None or new.cache is None or new.attn_intermediates is None:
-        return
-    twins = {id(a): b for a, b in zip(old.cache.entries, new.cache.entries, strict=True)}
-    for record in new.attn_intermediates:
-        record.entry = twins.get(id(record.entry), record.entry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from x_transformers.attention.qk.caller_rotations import GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_memory
 from x_transformers.cache import Entry
+from x_transformers.cache.edits import within_span
+from x_transformers.cache.kv_cache import SlotSpan
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Call, LayerCall, Span
 from x_transformers.layers.branches.dropout import drop_context
@@ -24,12 +26,22 @@ from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
 
 
+class ContextRotation(NamedTuple):
+    """Rotation of the cached keys of a context, for callers who read them."""
+
+    rotary: RotaryEmbedding
+
+    def at(self, pos: Tensor) -> GivenRotation:
+        """Return the rotation of keys at the positions `(1|b, m)`."""
+        return GivenRotation(self.rotary.forward(pos))
+
+
 def self_attention_inputs(
     stack: LayerStack, step: Step, inputs: PassInputs, state: PassState, layer: LayerCall
 ) -> None:
     """Fill in what a self-attention reads: its keys and their positions, and recurrent memory and keys before them."""
     call, kv = layer.call, state.kv
-    memory = memory_mask = reach = None
+    memory = memory_mask = reach = span = None
     if inputs.attention_memories:
         memory, memory_mask = nth(inputs.attention_memories, step.nth), nth(inputs.mem_masks, step.nth)
         memory = None if memory is not None and memory.shape[-2] == 0 else memory
@@ -37,10 +49,17 @@ def self_attention_inputs(
     # the first pass reads its own keys, which are complete; later ones read a cache that was cut to the window
     if kv is not None and kv.reaches and not kv.fresh:
         reach = kv.reach(step.number)
+    if kv is not None and kv.edited and step.number < len(kv.spans):
+        span = kv.spans[step.number]
     # layers with equally long memories and windows share the result, and with it masks and tables made of it
     count = None if memory is None else memory.shape[-2]
     layer.keys, layer.fresh, layer.biases = call.memo.once(
-        lambda: _bind(stack, inputs, state, memory, memory_mask, reach), "keys", count, memory_mask, reach
+        lambda: _bind(stack, inputs, state, memory, memory_mask, reach, span),
+        "keys",
+        count,
+        memory_mask,
+        reach,
+        *(span or ()),
     )
     if inputs.additional:
         layer.additional, layer.additional_mask = nth(inputs.additional, step.nth), inputs.additional_kv_mask
@@ -62,11 +81,15 @@ def _bind(
     memory: Tensor | None,
     memory_mask: Tensor | None,
     reach: int | None,
+    span: SlotSpan | None,
 ) -> tuple[Span, Span, tuple[BoundScore, ...]]:
     """Return all keys, the new keys, and the stack's score modifications bound to them."""
     call, batch = state.call, inputs.x.shape[0]
     keys, fresh, bias = call.keys, call.query, call.attn_bias
-    if state.kv is not None and reach is not None:
+    if state.kv is not None and span is not None:
+        keys = within_span(state.kv, keys, span, reach, len(call.query))
+        bias = None if bias is None else _columns_of(bias, call.keys, keys)
+    elif state.kv is not None and reach is not None:
         keys = state.kv.within_reach(keys, reach, len(call.query))
         bias = None if bias is None else _columns_of(bias, call.keys, keys)
     if memory is not None:
@@ -151,6 +174,7 @@ def _context_rotations(stack: LayerStack, layer: LayerCall, pos: Tensor | None, 
     if entry is not None:
         if pos is not None and entry.get("k") is None:
             entry.put("context_pos", pos.expand(batch, -1))
+            entry.rotation = ContextRotation(stack.rotary_pos_emb)  # type: ignore[arg-type]
         pos = entry.get("context_pos")
     if pos is None:
         return ()

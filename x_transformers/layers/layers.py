@@ -220,10 +220,10 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         """Run the stack.
 
         Args:
-            x: `(b, n, D)`. With a cache: the whole sequence, of which the tokens that are not cached run, or only the
-                new tokens (`input_not_include_cache`).
+            x: `(b, n, D)`. With a cache: the whole sequence, of which the tokens that are not cached run, or the new
+                tokens (`input_not_include_cache`); of an x that is no longer than the cache, the last token runs.
             context: `(b, m, Dc)`, for stacks that cross-attend; with a filled cache it is not read again.
-            mask: `(b, n)` bool, valid tokens; with a cache it covers cached and new ones.
+            mask: `(b, n)` bool, valid tokens; with a cache it covers cached and new ones, or the new ones only.
             context_mask: `(b, m)` bool, valid tokens of the context.
             attn_mask: `(i, j)`, `(h, i, j)` or `(b, h, i, j)` bool, True where a query may see a key.
             self_attn_kv_mask: like `mask`, but only for keys.
@@ -234,14 +234,14 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             seq_pos_offset: position of the first token, by default 0. A cache knows the positions of its tokens.
             cache: the intermediates of an earlier pass with `return_hiddens`, or a cache.
             input_not_include_cache: `x` contains only tokens that are not cached.
-            cache_age: number of the last tokens of x to run; default all that are not cached.
+            cache_age: number of the last tokens of x to run; default all that are new.
             return_hiddens: also return the intermediates.
             return_gumbel_log_probs: the same, with `log_probs` of the key with the largest weight of each query, for
                 training hard attention by its log-probabilities.
             rotary_pos_emb: angles `(1|b, N, r)` of every key and a factor of them, instead of the stack's.
             polar_pos_emb: angles `(1|b, N, d)` of every key and a bias `(h, 1, d)`, instead of the stack's.
-            pos: integer positions for encodings, `(n,)` or `(b, n)`, of the new or of all tokens; for ALiBi also
-                `(b, h, n)`, of all tokens. They never change which tokens see each other.
+            pos: integer positions for encodings, `(n,)` or `(b, n)`, of the tokens of x, the new ones or all so far;
+                for ALiBi also `(b, h, n)`, of all tokens. They never change which tokens see each other.
             context_pos: `(m,)` or `(b, m)` positions of the context; cross-attention then rotates too.
             attn_bias: broadcastable to `(b, h, i, j)`, added to the logits of self-attention.
             deep_embeds_and_ids: a table `(V, L, D)` and ids `(b, n)`; the t-th executed feedforward's output is

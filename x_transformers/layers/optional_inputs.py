@@ -12,11 +12,10 @@ from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotati
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.alibi import bias_by_head
 from x_transformers.attention.validation import check_context, check_mask, check_memory, check_pairs
-from x_transformers.cache import KVCache
+from x_transformers.cache import KVCache, tokens_to_run
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, explain_failure, read_mask
 from x_transformers.forward_pass.call import Capture, Span
-from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
@@ -36,8 +35,6 @@ def check_inputs(stack: LayerStack, inputs: PassInputs) -> None:
         refuse_cache_unless_causal(stack)
         if inputs.attn_mask is not None:
             raise InputError("`attn_mask` with a cache is not supported; mask keys with `self_attn_kv_mask`.")
-        if isinstance(cache, LayerIntermediates) and cache.cache is None:
-            raise InputError("the intermediates given as `cache` hold none; they must come from a causal pass.")
     if stack.cross_attend or context is not None:
         check_context_of_pass(stack, inputs)
     if inputs.causal is not None and inputs.causal != stack.causal:
@@ -49,7 +46,7 @@ def check_context_of_pass(stack: LayerStack, inputs: PassInputs) -> None:
     context = inputs.context
     if not stack.cross_attend:
         raise InputError("this stack does not cross-attend; set `cross_attend = True`, or drop `context`.")
-    cached = inputs.cache is not None and cache_has_context(inputs.cache)
+    cached = isinstance(inputs.cache, KVCache) and cache_has_context(inputs.cache)
     if context is None and not cached:
         raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
     if context is not None and not cached:
@@ -136,27 +133,29 @@ def begin_cache(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> KV
     return kv.begin(inputs.x.shape[1], order=inputs.order, reaches=reaches, header=inputs.header)
 
 
-def uncached_tokens(inputs: PassInputs, kv: KVCache) -> Tensor:
-    """Return the tokens of `x` that are not cached yet, or as many of the last ones as `cache_age`."""
-    x, age, only_new = inputs.x, inputs.cache_age, inputs.input_not_include_cache
+def read_uncached_tokens(inputs: PassInputs, kv: KVCache) -> None:
+    """Keep of `x` the tokens that run, and of positions and masks over the same tokens those of them."""
+    given, only_new = inputs.x.shape[1], inputs.input_not_include_cache
     if not only_new:
         kv.refuse_whole_sequence()
-    new = x.shape[1] if only_new else x.shape[1] - kv.length
-    if age is None:
-        age = new
-    if not 1 <= age <= max(new, 0) and not (kv.dropped and age >= 1):
-        raise InputError(
-            f"{age} tokens are to run (`cache_age`), but x has {x.shape[1]} tokens and the cache holds {kv.length}; "
-            "between 1 and the number of tokens that are not cached can run. Pass the whole sequence, or the new "
-            "tokens with `input_not_include_cache = True`."
-        )
-    return x if age == x.shape[1] else x[:, x.shape[1] - age :]
+    count, _ = tokens_to_run(given, kv.length, inputs.cache_age, only_new=only_new)
+    if count == given:
+        return
+    inputs.x = inputs.x[:, given - count :]
+    if given != kv.length + count:
+        # what covers the tokens given covers neither all tokens so far nor those that run
+        inputs.pos = _newest_of(inputs.pos, given, count)
+        inputs.mask = _newest_of(inputs.mask, given, count)
+        inputs.self_attn_kv_mask = _newest_of(inputs.self_attn_kv_mask, given, count)
 
 
-def cache_has_context(cache: LayerIntermediates | KVCache) -> bool:
+def _newest_of(t: Tensor | None, given: int, count: int) -> Tensor | None:
+    return t if t is None or t.shape[-1] != given else t[..., given - count :]
+
+
+def cache_has_context(cache: KVCache) -> bool:
     """Return True if an earlier pass has put the keys of the context into the cache."""
-    kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
-    return kv is not None and any(entry.get("k") is not None for entry in kv.entries)
+    return any(entry.get("k") is not None for entry in cache.entries)
 
 
 # positions and masks

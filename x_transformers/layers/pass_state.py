@@ -147,17 +147,16 @@ class Recorder:
             out: `(b, n, D)`, the output of the stack.
             kv: the cache of the pass.
         """
-        hiddens = self.capture.hiddens
-        return LayerIntermediates(
-            hiddens=self.streams,
-            last_hidden=out,
-            attn_intermediates=self.records,
-            layer_hiddens=[*self.inputs, fold_streams(stream)] if hiddens else None,
-            block_hiddens=[*self.blocks[:-1], out] if hiddens else None,
-            memory_inputs=self.memory_inputs,
-            memory_states=self.states,
-            cache=kv,
-        )
+        for each in self.records:
+            each.cache = kv
+        # without the call of `__init__`, whose arguments include more than a pass knows
+        record = object.__new__(LayerIntermediates)
+        record.hiddens, record.last_hidden, record.attn_intermediates = self.streams, out, self.records
+        if self.capture.hiddens:
+            record.layer_hiddens = [*self.inputs, fold_streams(stream)]
+            record.block_hiddens = [*self.blocks[:-1], out]
+        record.memory_inputs, record.memory_states, record.cache = self.memory_inputs, self.states, kv
+        return record
 
     def fork(self) -> Recorder:
         """Return a copy that later records do not share with this one."""

@@ -16,6 +16,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branch_inputs import cross_attention_inputs, running_states, self_attention_inputs
 from x_transformers.layers.checkpointing import recompute, split_by_recomputation
+from x_transformers.layers.edited_cache import cache_of, with_positions_of_pass
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.optional_inputs import (
     MASKS,
@@ -29,8 +30,8 @@ from x_transformers.layers.optional_inputs import (
     read_injection,
     read_masks,
     read_memories,
+    read_uncached_tokens,
     requested,
-    uncached_tokens,
 )
 from x_transformers.layers.packing import read_documents
 from x_transformers.layers.pass_state import PassInputs, PassState, Recorder, fold_streams, unfold_streams
@@ -60,15 +61,21 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         check_input(x, stack.dim)
     if inputs.mask is not None or inputs.self_attn_kv_mask is not None or inputs.context_mask is not None:
         read_masks_of(inputs, MASKS)
+    if isinstance(inputs.cache, LayerIntermediates):
+        inputs.cache = cache_of(stack, inputs.cache, inputs.layers_execute_order, inputs.repeat_blocks)
     if inputs.cache is not None or inputs.causal is not None or inputs.context is not None or stack.cross_attend:
         check_inputs(stack, inputs)
     if stack.packed or inputs.flash_pack_seq_kwargs is not None or inputs.flash_pack_seq_context_kwargs is not None:
         inputs.documents = read_documents(stack.packed, inputs) or None
-    kv = inputs.cache.cache if isinstance(inputs.cache, LayerIntermediates) else inputs.cache
+    kv = inputs.cache
     if inputs.seq_pos_offset:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
-        inputs.x = x = uncached_tokens(inputs, kv)
+        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1]):
+            read_uncached_tokens(inputs, kv)
+            x = inputs.x
+        if kv.edited or kv.rotations is None or kv.start is not None or inputs.seq_start_pos is not None:
+            kv = inputs.cache = with_positions_of_pass(stack, inputs, kv)
     if inputs.pos is not None and inputs.pos.ndim == 3:
         positions_by_head(stack, inputs, kv)
     causal = stack.causal if inputs.causal is None else inputs.causal
@@ -93,6 +100,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     # a single token of a cached pass is left as it is, for the speed of decoding
     if query.token_mask is not None and (kv is None or x.shape[1] > 1):
         inputs.x = x = finite_where_hidden(x, query.token_mask)
+    if kv is not None:
+        kv.start, kv.row_places = inputs.seq_start_pos, inputs.places
     if inputs.attn_mask is not None or inputs.attn_bias is not None or inputs.pairs is not None:
         read_masks(stack, inputs, query, keys, kv)
     call = Call(
@@ -108,11 +117,14 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         memo=Memo(),
     )
     read_optional_inputs(stack, inputs, kv)
+    if kv is not None:
+        kv.rotations = inputs.rotations
+        kv.newest = query.index if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None else None
     stream = x if stack.frame is None else stack.frame.expand(x)
     # Usually all self-attentions read one span of keys, so that masks and tables made of it serve every layer. Anything
     # that differs between layers, or has to be bound to keys, takes the longer way through `self_attention_inputs`.
     own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
-    windows = kv is not None and kv.reaches and not kv.fresh
+    windows = kv is not None and not kv.fresh and (kv.reaches or kv.edited)
     shares_keys = not own_keys and not windows and stack.rel_pos is None
     states = list(inputs.running_states)
     return PassState(call, stream, Recorder(capture), shares_keys, NO_CARRY, kv, states)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
 from x_transformers.cache import KVCache
+from x_transformers.cache.row_slots import columns_at, slots_in_rows
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.call import Span
@@ -36,17 +37,11 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
 
     token_mask: Tensor | None = None
     q_mask: Tensor | None = None
-    for given, name in ((inputs.mask, "mask"), (inputs.self_attn_kv_mask, "self_attn_kv_mask")):
-        if given is not None:
-            least, most = (n, n) if cache is None else cache.mask_width(n)
-            if least == most:
-                full = check_mask(given, batch, most, name)
-            else:
-                full = check_static_mask(given, batch, least, most, name)
-            held = _at(full, k_index, fill=True)
-            token_mask = held if token_mask is None else token_mask & held
-            own = _at(full, q_index, fill=True)
-            q_mask = own if q_mask is None else q_mask & own
+    if inputs.mask is not None or inputs.self_attn_kv_mask is not None:
+        full, column = _all_tokens_mask(inputs, cache, k_index)
+        # a static cache has columns for tokens that are still to come, which are visible
+        token_mask = columns_at(full, k_index + column if column else k_index, fill=True)
+        q_mask = columns_at(full, q_index + column if column else q_index, fill=True)
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
     documents = None if inputs.documents is None else inputs.documents.get(SELF_ATTENTION.letter)
@@ -55,17 +50,15 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     padded: Tensor | None = None
     q_padded: Tensor | None = None
     if inputs.places is not None:
-        places = inputs.places
-        # slots count only the tokens of a row; an empty column repeats the slot before it, and is masked
-        order = (places.long().cumsum(dim=-1) - 1).clamp(min=0)
-        padded, q_padded = _at(places, k_index, fill=True), _at(places, q_index, fill=True)
-        k_slot, q_slot = _at(order, k_index, fill=0), _at(order, q_index, fill=0)
+        padded = columns_at(inputs.places, k_index, fill=True)
+        q_padded = columns_at(inputs.places, q_index, fill=True)
+        k_slot, q_slot = (slots_in_rows(index, None, inputs.places) for index in (k_index, q_index))
     elif inputs.seq_start_pos is not None:
         # the first pass of a cache may read a part of the padding only
         check_start(inputs.seq_start_pos, batch, n if cache is None else None)
-        # a row's first token has slot 0, so that its outputs do not depend on the padding before it
         start = inputs.seq_start_pos.unsqueeze(-1)
         padded, q_padded = k_slot >= start, q_slot >= start
+        # as `slots_in_rows` has it, which every step of a padded batch would pay for
         k_slot, q_slot = (k_slot - start).clamp(min=0), (q_slot - start).clamp(min=0)
     if padded is not None:
         token_mask = padded if token_mask is None else token_mask & padded
@@ -80,7 +73,10 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     # once positions are given, the cache keeps them: later passes also need those of the old keys
     if cache is not None and (pos is not None or cache.positions is not None):
         k_pos = cache.place(None if pos is None else pos[:, -n:], k_slot)
-        q_pos, contiguous = _at(cache.positions if cache.positions is not None else k_pos, q_index, fill=0), False
+        q_pos, contiguous = (
+            columns_at(cache.positions if cache.positions is not None else k_pos, q_index, fill=0),
+            False,
+        )
     elif pos is not None:
         q_pos = k_pos = pos[:, -n:]
 
@@ -105,9 +101,42 @@ def check_start(start: Tensor, batch: int, most: int | None = None) -> None:
     check_counts(start, "seq_start_pos", most, batch)
 
 
-def _at(t: Tensor, index: Tensor, fill: int | bool) -> Tensor:
-    """Return the columns `index` of `(b, m)`; columns that a static cache has beyond m are `fill`."""
-    return F.pad(t, (0, 1), value=fill)[:, index.clamp(max=t.shape[-1])]
+def _all_tokens_mask(inputs: PassInputs, cache: KVCache | None, k_index: Tensor) -> tuple[Tensor, int]:
+    """Return `(b, w)` bool, the tokens so far that `mask` and `self_attn_kv_mask` both show, and the column of slot 0.
+
+    A mask may cover all tokens so far, the new ones, or the keys that are left of a cache that was cut.
+    """
+    batch, n = inputs.x.shape[:2]
+    # a caller may have put keys before the first token
+    column = 0 if cache is None or not cache.edited else max(-cache.first, 0)
+    whole = part = None
+    for given, name in ((inputs.mask, "mask"), (inputs.self_attn_kv_mask, "self_attn_kv_mask")):
+        if given is None:
+            continue
+        least, most = (n, n) if cache is None else cache.mask_width(n)
+        width = given.shape[-1] if given.ndim == 2 else most
+        if least != most:
+            full = check_static_mask(given, batch, least, most, name)
+        elif cache is not None and width != most and width in (n, len(k_index)):
+            full = check_mask(given, batch, width, name)
+            index = k_index[len(k_index) - width :] + column
+            full = full.new_ones(batch, column + most).index_copy(1, index, full)
+            if width == n:
+                part = full if part is None else part & full
+                continue
+        else:
+            full = check_mask(given, batch, most, name)
+            full = F.pad(full, (column, 0), value=True) if column else full
+        whole = full if whole is None else whole & full
+    if part is not None and whole is None and cache is not None and cache.token_mask is not None:
+        # what no mask of this pass covers is masked as in the passes before
+        past = cache.token_mask[:, : part.shape[-1] - column]
+        whole = F.pad(past, (column, part.shape[-1] - column - past.shape[-1]), value=True)
+    full = whole if part is None else part if whole is None else whole & part
+    assert full is not None
+    if cache is not None and cache.capacity is None:
+        cache.token_mask = full[:, column:]
+    return full, column
 
 
 def _check_pos(pos: Tensor, batch: int, n: int, total: int | None) -> Tensor:

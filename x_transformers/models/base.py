@@ -15,6 +15,7 @@ from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.token_layout import check_start
@@ -172,16 +173,23 @@ class Model(Configured, ReadsReference):
             leading += inputs.prepend_embeds.shape[1]
         if inputs.cache is None:
             return TokenSpan(n, n, 0, leading, None, True)
-        kv = self._cache_of(inputs.cache)
+        kv = self._cache_of(inputs)
         return new_tokens(n, kv, inputs, 0 if kv.started else leading, self.layout)
 
-    def _cache_of(self, cache: LayerIntermediates | KVCache) -> KVCache:
+    def _cache_of(self, inputs: ModelInputs) -> KVCache:
         if not self.can_cache_kv:
             self._refuse_cache()
-        kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
-        if kv is None:
-            raise InputError("the intermediates given as `cache` hold none; request them with `return_intermediates`.")
-        if kv.started and kv.prefix != self.layout.slots(kv.prepended):
+        kv = inputs.cache
+        if isinstance(kv, LayerIntermediates):
+            names = ("layers_execute_order", "repeat_blocks")
+            kv = cache_of(self.attn_layers, kv, *(inputs.stack.get(name) for name in names))
+            if inputs.cache.cache is None and self.layout.memory:  # type: ignore[union-attr]
+                raise InputError(
+                    "keys and values that did not come from a pass contain none of memory tokens, which this model "
+                    "has; begin with a pass over the first tokens."
+                )
+        assert kv is not None
+        if kv.started and not kv.edited and kv.prefix != self.layout.slots(kv.prepended):
             raise InputError(
                 f"the cache begins with {kv.prefix - kv.prepended} memory tokens, and this model has "
                 f"{self.layout.slots(0)}; a cache belongs to the model that made it."

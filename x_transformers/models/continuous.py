@@ -96,12 +96,12 @@ class ContinuousTransformerWrapper(Model):
         """Run the model.
 
         Args:
-            x: `(b, n, dim_in)`. With a cache: the whole sequence, of which the positions that are not cached run, or
-                the new ones only (`input_not_include_cache`).
+            x: `(b, n, dim_in)`. With a cache, see `AttentionLayers.forward`: the whole sequence or its end, of which
+                the new positions run.
             return_embeddings: return features `(b, n, D)` instead of outputs.
             return_intermediates: also return the `LayerIntermediates`, which a later call takes as `cache`.
             return_mems, mems, mem_masks: recurrent memory: the last `max_mem_len` inputs of each self-attention.
-            mask: `(b, n)` bool, valid positions; with a cache it covers cached and new ones.
+            mask: `(b, n)` bool, valid positions; with a cache it covers cached and new ones, or the new ones only.
             lens: `(b,)` valid positions of each row, from the left, instead of a mask.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.

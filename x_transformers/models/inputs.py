@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from x_transformers.cache import KVCache
+from x_transformers.cache import KVCache, tokens_to_run
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
 from x_transformers.forward_pass.call import Capture, check_kinds
@@ -174,7 +174,7 @@ def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: M
     """Return which of the n tokens that a caller gave are new to the cache.
 
     Args:
-        n: number of tokens given: the whole sequence, or only those that are not cached.
+        n: number of tokens given: the whole sequence, or those after what is cached.
         kv: the cache.
         inputs: of the pass; `cache_age` limits the number of tokens that run.
         leading: number of items before the tokens.
@@ -183,16 +183,13 @@ def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: M
     Raises:
         InputError: if there are fewer tokens than should run, or none.
     """
-    held, started = kv.tokens - kv.prepended, kv.started
-    if not inputs.input_not_include_cache:
-        kv.refuse_whole_sequence()
+    held, only_new = kv.tokens - kv.prepended, inputs.input_not_include_cache
     first = kv.count_tokens(layout.every is not None)
-    new = n if inputs.input_not_include_cache else n - held
-    count = new if inputs.cache_age is None else inputs.cache_age
-    if not 0 <= count <= max(new, 0) or (count == 0 and not leading):
-        raise InputError(
-            f"{count} tokens are to run (`cache_age`), but x has {n} tokens and the cache holds {held}; run between "
-            "1 and the number of tokens that are not cached. Pass the whole sequence, or the new tokens with "
-            "`input_not_include_cache = True`."
-        )
-    return TokenSpan(count, n, first + (new - count) if new > count else first, leading, kv, not started)
+    if only_new and n and inputs.cache_age is None:
+        return TokenSpan(n, n, first, leading, kv, not kv.started)
+    if not only_new:
+        kv.refuse_whole_sequence()
+    count, new = tokens_to_run(n, held, inputs.cache_age, only_new=only_new, fewest=0 if leading else 1)
+    # tokens that a limit leaves out keep their positions, unless x is too short to say which they are
+    skipped = new - count if only_new or n > held else 0
+    return TokenSpan(count, n, first + skipped if skipped else first, leading, kv, not kv.started)

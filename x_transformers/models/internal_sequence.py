@@ -93,12 +93,12 @@ class InternalSequence:
                 known = torch.ones(self.x.shape[0], self._token_count(), dtype=torch.bool, device=self.x.device)
                 given[name] = self._mask(known, name)
         if self.column_map is not None:
-            given["seq_start_pos"], given["places"] = None, self.column_map.places
+            given["places"] = self.column_map.places
         elif seq_start_pos is not None and self.before:
             # The padding is between the prefix, which stays visible, and the tokens. The stack's `seq_start_pos` can
             # only hide what comes first in a row, so places without a token are named one by one.
             token = torch.arange(self.before + self._token_count(), device=self.x.device) - self.before
-            given["seq_start_pos"], given["places"] = None, (token < 0) | (token >= seq_start_pos.unsqueeze(-1))
+            given["places"] = (token < 0) | (token >= seq_start_pos.unsqueeze(-1))
         return given
 
     @property
@@ -113,9 +113,13 @@ class InternalSequence:
         return self.span.kv.capacity - self.before if so_far is None else so_far  # type: ignore[union-attr, operator]
 
     def _mask(self, t: Tensor, name: str) -> Tensor:
-        kv, batch = self.span.kv, self.x.shape[0]
+        kv, batch, count = self.span.kv, self.x.shape[0], self.span.count
+        if kv is not None and kv.capacity is None and not self.span.starts and t.ndim == 2 and t.shape[1] == count:
+            # over the new tokens only, as the stack takes it too; memory tokens between them are visible
+            t = check_mask(t, batch, count, name)
+            return t if self.column_map is None else self.column_map.spread_new(t.unsqueeze(-1), True).squeeze(-1)
         if kv is not None and kv.capacity is not None:
-            least = self.span.count if self.span.starts else 0
+            least = count if self.span.starts else 0
             t = check_static_mask(t, batch, least, kv.capacity - self.before, name)
         else:
             t = check_mask(t, batch, self._token_count(), name)

@@ -18,6 +18,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import TokenEmbedding
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.schema import Feature, Options, Rule, Schema, at_least, default_of, opt, require
 from x_transformers.options.signatures import show_keywords
 
@@ -644,7 +645,7 @@ def read_options(
     Raises:
         ConfigError: listing every unknown keyword, wrong value and conflict.
     """
-    if not isinstance(layers, AttentionLayers):
+    if not isinstance(unwrapped(layers), AttentionLayers):
         raise ConfigError(f"`attn_layers` is a {type(layers).__name__}; it must be a stack: an Encoder, a Decoder.")
     name, faults = model.__name__, Faults()
     known = {keyword: value for keyword, value in keywords.items() if keyword in schema.owner}

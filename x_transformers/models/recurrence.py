@@ -10,6 +10,7 @@ from torch import Tensor
 
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.losses import reaching
 
 
 def shifted_down(
@@ -67,7 +68,7 @@ def recycled(x: Tensor, steps: int, stack: AttentionLayers, project: Any, argume
         arguments: of every pass.
     """
     given = {name: value for name, value in arguments.items() if name != "return_gumbel_log_probs"}
-    again = x
+    again = x if steps > 1 else reaching(x, project)  # the number of passes is random in training
     for _ in range(steps - 1):
         with torch.no_grad():
             out = stack(again, **given)

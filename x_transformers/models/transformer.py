@@ -179,15 +179,15 @@ class TransformerWrapper(Model):
         """Run the model.
 
         Args:
-            x: `(b, n)` token ids, or None for no tokens after `prepend_embeds`. With a cache: the whole sequence, of
-                which the tokens that are not cached run, or the new ones only (`input_not_include_cache`).
+            x: `(b, n)` token ids, or None for no tokens after `prepend_embeds`. With a cache, see
+                `AttentionLayers.forward`: the whole sequence or its end, of which the new tokens run.
             return_embeddings: return features `(b, n, D)` instead of logits.
             return_logits_and_embeddings: return both.
             return_intermediates: also return the `LayerIntermediates`, which a later call takes as `cache`.
             return_embeddings_and_intermediates: return features and intermediates.
             return_logit_entropies: fill `logit_entropies` of the intermediates, and return them.
             return_next_embed_pred: the output becomes `(output, (pred, initial_embeds))`, pred `(b, n, E)`.
-            mask: `(b, n)` bool, valid tokens; with a cache it covers cached and new ones.
+            mask: `(b, n)` bool, valid tokens; with a cache it covers cached and new ones, or the new ones only.
             return_mems, mems, mem_masks, detach_mems: recurrent memory, a `(b, m, D)` tensor for each self-attention.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             recycle_steps: number of times that a recycling model runs its stack.

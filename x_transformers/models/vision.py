@@ -15,6 +15,7 @@ from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.options import VISION, check_size, read_options, show_options
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.configured import Configured
 
 
@@ -116,6 +117,7 @@ class ViTransformerWrapper(Configured, ReadsReference):
 
 
 def _check_stack(layers: Any) -> None:
+    layers = unwrapped(layers)
     if not isinstance(layers, AttentionLayers) or layers.causal or layers.looks_back or layers.cross_attend:
         raise ConfigError(
             f"`attn_layers` is a {type(layers).__name__}; patches need a bidirectional stack without "

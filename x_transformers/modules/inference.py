@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from x_transformers.modules.unwrap import inside
+
 PACKAGE = __name__.partition(".")[0]
 
 COPIED_BYTES = 2**23
@@ -67,12 +69,7 @@ def is_plain(module: nn.Module | None, kind: type[Plain]) -> TypeGuard[Plain]:
 
 def unobserved(module: nn.Module) -> bool:
     """Return True if calling the module only runs the `forward` of its class: no hooks, no replaced `forward`."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-    )
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 # views
@@ -113,6 +110,11 @@ class InferenceView:
         found = self._found.get(id(module))
         if found is not None:
             return found[1]
+        inner = inside(module)
+        if inner is not None and not (module._forward_hooks or module._forward_pre_hooks):
+            view = self.of(inner)
+            self._found[id(module)] = module, view
+            return cast(Net, view)
         kind = type(module)
         known = kind.__module__.startswith("torch.nn.modules.") or _is_ours(kind)
         if not (known and unobserved(module)):
@@ -128,7 +130,8 @@ class InferenceView:
             # parameters, buffers and hooks: the same dictionaries
             attributes[name] = value if name.startswith("_") and isinstance(value, dict) else self._mapped(value)
         children = {name: None if child is None else self.of(child) for name, child in module._modules.items()}
-        attributes["_modules"], attributes["training"] = children, False
+        # a view runs without what `Module.compile` made of the original, which would run that
+        attributes["_modules"], attributes["training"], attributes["_compiled_call_impl"] = children, False, None
         for tensors in (module._parameters, module._buffers) if self._direct else ():
             attributes.update((name, tensor) for name, tensor in tensors.items() if tensor is not None)
         attributes.update((name, child) for name, child in children.items() if child is not None)
@@ -175,7 +178,8 @@ class InferenceView:
     def __enter__(self) -> InferenceView:
         with ExitStack() as stack:
             stack.enter_context(evaluating(*self._borrowed))
-            with torch.inference_mode():
+            # ordinary tensors, which a record may refer to, whatever mode the caller is in
+            with torch.inference_mode(False), torch.no_grad():
                 for view in self._copies:
                     if isinstance(view, PreparesForInference):
                         view.__dict__["ready"] = view.prepare()

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.values import hints_of, misfits, plain
 
 Built = TypeVar("Built", bound="Configured")
@@ -168,8 +169,9 @@ def _plain(name: str, value: Any) -> Any:
 
     The configuration of an object is shared with it, since loading weights may change it.
     """
-    if isinstance(value, Configured):
-        return value._config
+    model = unwrapped(value)
+    if isinstance(model, Configured):
+        return model._config
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

@@ -10,7 +10,6 @@ sees every mistake of a call at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
 import typing
@@ -115,11 +114,16 @@ class Options:
     def __getitem__(self, feature: str) -> Any:
         return self.values[feature]
 
-    @functools.cached_property
+    @property
     def _enabled(self) -> dict[str, Feature]:
         """Features that are on, by name; computed once, since every slot of every layer reads them."""
-        every = self.schema.features
-        return {name: every[name] for name, value in self.values.items() if every[name].enabled(value)}
+        # `functools.cached_property` has a lock until Python 3.12, which a process forked meanwhile would wait for
+        made = self.__dict__.get("_made")
+        if made is None:
+            every = self.schema.features
+            made = {name: every[name] for name, value in self.values.items() if every[name].enabled(value)}
+            self.__dict__["_made"] = made
+        return made
 
     def on(self, feature: str) -> bool:
         """Return True if the feature of this name is on."""

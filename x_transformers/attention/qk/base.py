@@ -21,3 +21,16 @@ def softplus_polar(t: Tensor, angles: Tensor) -> Tensor:
     """
     magnitude = F.softplus(at_least_float32(t))
     return torch.cat((magnitude * angles.cos(), magnitude * angles.sin()), dim=-1).to(t.dtype)
+
+
+def from_softplus_polar(t: Tensor, angles: Tensor) -> Tensor:
+    """Return the features `(b, h, n, d)` of which `softplus_polar` made `t (b, h, n, 2 d)`.
+
+    Args:
+        t: magnitudes at the given angles.
+        angles: broadcastable to the result.
+    """
+    x, y = at_least_float32(t).chunk(2, dim=-1)
+    magnitude = x * angles.cos() + y * angles.sin()
+    # the inverse of softplus, `log(exp(m) - 1)`, without the overflow of large m
+    return (magnitude + torch.log(-torch.expm1(-magnitude))).to(t.dtype)

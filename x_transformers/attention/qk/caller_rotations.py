@@ -6,13 +6,14 @@ Polar (arXiv 2509.10534): `q <- softplus_polar(q, angles - bias)`, `k <- softplu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.attention.qk.base import softplus_polar
+from x_transformers.attention.qk.base import from_softplus_polar, softplus_polar
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Span
 from x_transformers.ops import at_least_float32
@@ -73,6 +74,18 @@ class GivenRotation(QKTransform):
         (q_angles, q_factor), (k_angles, k_factor) = tables
         return _rotate(q, q_angles, q_factor), _rotate(k, k_angles, 1.0 / k_factor)
 
+    def transform_keys(self, k: Tensor, tables: tuple[Pair, Pair]) -> Tensor:
+        angles, factor = tables[1]
+        return _rotate(k, angles, 1.0 / factor)
+
+    def restore_keys(self, k: Tensor, tables: tuple[Pair, Pair]) -> Tensor:
+        angles, factor = tables[1]
+        return _rotate(k, -angles, factor)
+
+    def map_rows(self, fn: Callable[[Tensor], Tensor]) -> GivenRotation:
+        keys = None if self.keys is None else _pair_of_rows(self.keys, fn)
+        return GivenRotation(_pair_of_rows(self.queries, fn), keys)
+
 
 class GivenPolar(QKTransform):
     """Polar coordinates with given angles: `q <- softplus_polar(q, angles - bias)`, `k <- softplus_polar(k, angles)`.
@@ -95,6 +108,15 @@ class GivenPolar(QKTransform):
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return softplus_polar(q, tables[0] - at_least_float32(self.bias)), softplus_polar(k, tables[1])
+
+    def transform_keys(self, k: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return softplus_polar(k, tables[1])
+
+    def restore_keys(self, k: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return from_softplus_polar(k, tables[1])
+
+    def map_rows(self, fn: Callable[[Tensor], Tensor]) -> GivenPolar:
+        return GivenPolar(_table_of_rows(self.angles, fn), self.bias)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -168,6 +190,16 @@ def _select_rows(pair: Pair, span: Span, newest: Span | None) -> Pair:
     if isinstance(factor, Tensor) and factor.ndim:
         factor = CallerTable(factor).rows(span, newest)
     return CallerTable(angles).rows(span, newest), factor
+
+
+def _pair_of_rows(pair: Pair, fn: Callable[[Tensor], Tensor]) -> Pair:
+    angles, factor = pair
+    return _table_of_rows(angles, fn), _table_of_rows(factor, fn) if isinstance(factor, Tensor) else factor
+
+
+def _table_of_rows(t: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `fn` to a table `(b, N, features)`; a table that all rows share stays as it is."""
+    return fn(t) if t.ndim == 3 and t.shape[0] > 1 else t
 
 
 def _from_first_row(pair: Pair) -> Pair:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.attention.qk.base import softplus_polar
+from x_transformers.attention.qk.base import from_softplus_polar, softplus_polar
 from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
@@ -82,6 +82,12 @@ class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return softplus_polar(q, tables[0] - at_least_float32(self.bias)), softplus_polar(k, tables[1])
+
+    def transform_keys(self, k: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return softplus_polar(k, tables[1])
+
+    def restore_keys(self, k: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return from_softplus_polar(k, tables[1])
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         # frequencies follow from the width, and half-precision checkpoints contain them rounded: keep our own

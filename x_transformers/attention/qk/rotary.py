@@ -160,6 +160,15 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             )
         return q, k
 
+    def transform_keys(self, k: Tensor, tables: Tables) -> Tensor:
+        return self._rotate_heads(k, *tables[1])
+
+    def restore_keys(self, k: Tensor, tables: Tables) -> Tensor:
+        cos, sin = tables[1]
+        # the inverse of multiplying by c + i s; with xPos these are not of unit length
+        square = cos.square() + sin.square()
+        return self._rotate_heads(k, cos / square, -sin / square)
+
     def _rotate_heads(self, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.num_heads is None or self.num_heads == t.shape[1]:
             return rotate(t, cos, sin)
