@@ -219,7 +219,9 @@ class Model(Configured, ReadsReference):
         """
         pos, start = inputs.pos, inputs.seq_start_pos
         if start is not None:
-            check_start(start, embeds.shape[0], None if span.kv is not None else span.count)
+            # the first pass of a cache may read a part of the padding only
+            whole = span.kv is None and not inputs.return_intermediates
+            check_start(start, embeds.shape[0], span.count if whole else None)
         if pos is not None:
             self._check_pos(pos, embeds)
         if pos is not None and pos.ndim == 3 and not pos.is_floating_point():
