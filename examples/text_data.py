@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 import zlib
 from pathlib import Path
@@ -61,6 +62,14 @@ def random_windows(text: Tensor, rows: int, length: int, seed: int, step: int) -
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     start = torch.randint(len(text) - length + 1, (rows, 1), generator=generator)
     return text[start + torch.arange(length)].long()
+
+
+def checksum(*texts: Tensor) -> str:
+    """Return a checksum of texts, by which a resumed run recognizes its data."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(len(text).to_bytes(8, "big") + bytes(text.numpy()))
+    return found.hexdigest()
 
 
 def spaced_windows(text: Tensor, context: int, most: int) -> Tensor:

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from pictures import learning_curve
-from text_data import open_folder, random_windows, read_text, spaced_windows
+from text_data import checksum, open_folder, random_windows, read_text, spaced_windows
 from text_model import start_evenly
 from tqdm import tqdm
 from train_options import parsed
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.checkpoints.durable import replacing
 from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoint, save_checkpoint
 from x_transformers.errors import CheckpointError, InputError
 from x_transformers.training.optimizers import Muon, split_parameters
@@ -76,6 +77,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, processes: Processes) -> None:
         self.options, self.out, self.processes = options, options.out, processes
         self.train, self.held_out = read_text(options.data, CONTEXT)
+        self.data = checksum(self.train, self.held_out)
         torch.manual_seed(options.seed)
         self.model = self.whole = build_model().to(processes.device)
         if processes.count > 1:
@@ -90,7 +92,10 @@ class Run:
     def _open_folder(self) -> None:
         if self.processes.leads:
             open_folder(self.out)
-        checkpoint = latest_checkpoint(self.out / "checkpoints")
+        checkpoints = self.out / "checkpoints"
+        checkpoint = latest_checkpoint(checkpoints)
+        if checkpoint is None and checkpoints.is_dir() and any(checkpoints.glob("*step-*")):
+            raise SystemExit(f"None of the checkpoints in {checkpoints} is complete; pass another --out.")
         if not self.options.resume:
             if checkpoint is not None:
                 raise SystemExit(
@@ -102,9 +107,14 @@ class Run:
         try:
             progress = load_checkpoint(checkpoint, model=self.model, optimizers=self.optimizers)
         except CheckpointError as error:
-            raise SystemExit(f"The run cannot be resumed: {error}") from error
-        if progress["seed"] != self.options.seed:
-            raise SystemExit(f"The run was started with --seed {progress['seed']}; resume it with the same seed.")
+            raise SystemExit(f"The run cannot be resumed: {' '.join(str(error).split())}") from error
+        own = {"seed": self.options.seed, "data": self.data}
+        if not {"step", "seconds", "metrics", *own} <= progress.keys():
+            raise SystemExit(f"The checkpoint {checkpoint} is not one of this script; pass another --out.")
+        for name, value in own.items():
+            if progress[name] != value:
+                started = f"--seed {progress['seed']}" if name == "seed" else "other text"
+                raise SystemExit(f"The run was started with {started}; resume it with the same --{name}.")
         self.step, self.seconds, self.metrics = progress["step"], progress["seconds"], progress["metrics"]
 
     def done(self) -> float:
@@ -130,32 +140,32 @@ class Run:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGTERM, self._stop)
         saved, evaluated, smooth = time.monotonic(), self.seconds, math.nan
-        bar = tqdm(total=1.0, disable=not self.processes.leads, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}")
-        while self.done() < 1 and not self.stopped:
-            start = time.perf_counter()
-            loss = self.train_step()
-            state = (
-                loss,
-                time.perf_counter() - start,
-                self.stopped,
-                time.monotonic() - saved >= self.options.save_every,
-            )
-            loss, seconds, stopped, due = self.processes.mean(*state)  # all processes decide by the same values
-            self.seconds, self.stopped = self.seconds + seconds, stopped > 0
-            rate, bits = round(BATCH * CONTEXT / seconds), loss / math.log(2)
-            self.metrics.append({"step": self.step, "loss": loss, "bits_per_byte": bits, "tokens_per_second": rate})
-            smooth = bits if math.isnan(smooth) else 0.95 * smooth + 0.05 * bits
-            bar.n = self.done()
-            bar.set_postfix_str(f"step {self.step}  loss {loss:.3f}  {smooth:.3f} bits/byte  {rate:,} tokens/s")
-            if self.seconds - evaluated >= self.options.look_every:
-                evaluated = self.seconds
-                self.evaluate(bar, windows=64)
-            if due > 0:
-                saved = time.monotonic()
-                self.save()
-        if not self.stopped:
-            self.evaluate(bar, windows=1024)
-        bar.close()
+        form = "{percentage:3.0f}%|{bar:24}| {postfix}"
+        with tqdm(total=1.0, disable=not self.processes.leads, bar_format=form) as bar:
+            while self.done() < 1 and not self.stopped:
+                start = time.perf_counter()
+                loss = self.train_step()
+                state = (
+                    loss,
+                    time.perf_counter() - start,
+                    self.stopped,
+                    time.monotonic() - saved >= self.options.save_every,
+                )
+                loss, seconds, stopped, due = self.processes.mean(*state)  # all processes decide by the same values
+                self.seconds, self.stopped = self.seconds + seconds, stopped > 0
+                rate, bits = round(BATCH * CONTEXT / seconds), loss / math.log(2)
+                self.metrics.append({"step": self.step, "loss": loss, "bits_per_byte": bits, "tokens_per_second": rate})
+                smooth = bits if math.isnan(smooth) else 0.95 * smooth + 0.05 * bits
+                bar.n = self.done()
+                bar.set_postfix_str(f"step {self.step}  loss {loss:.3f}  {smooth:.3f} bits/byte  {rate:,} tokens/s")
+                if self.seconds - evaluated >= self.options.look_every:
+                    evaluated = self.seconds
+                    self.evaluate(bar, windows=64)
+                if due > 0:
+                    saved = time.monotonic()
+                    self.save()
+            if not self.stopped:
+                self.evaluate(bar, windows=1024)
         self.save()
 
     def _stop(self, *_: Any) -> None:
@@ -181,12 +191,14 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, the metrics and the picture."""
-        progress = {"step": self.step, "seconds": self.seconds, "metrics": self.metrics, "seed": self.options.seed}
+        progress = {"step": self.step, "seconds": self.seconds, "metrics": self.metrics}
+        progress |= {"seed": self.options.seed, "data": self.data}
         folder = self.out / "checkpoints"
         save_checkpoint(folder, step=self.step, model=self.model, optimizers=self.optimizers, progress=progress)
         if self.processes.leads:
             lines = "".join(json.dumps(metric) + "\n" for metric in self.metrics)
-            (self.out / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            with replacing(self.out / "metrics.jsonl") as file:
+                file.write_text(lines, encoding="utf-8")
             learning_curve(self.metrics, self.out / "curve.png")
 
 
@@ -195,9 +207,9 @@ def main() -> None:
     with joined(options.device) as processes:
         try:
             (run := Run(options, processes)).go()
-        except (SystemExit, InputError) as stop:
+        except (SystemExit, InputError, CheckpointError, OSError) as stop:
             if processes.leads:
-                print(stop, file=sys.stderr)
+                print(" ".join(str(stop).split()), file=sys.stderr)
             sys.exit(2)
     if processes.leads:
         print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} contains the run.")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from torch import nn
 

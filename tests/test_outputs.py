@@ -635,4 +635,18 @@ def test_a_tensor_over_other_tokens_is_refused() -> None:
     ):
         with pytest.raises(InputError, match="8 tokens was given for 6"):
             model(IDS, **{name: given})
-    close(model(IDS, sum_embeds=torch.ones(2, 1, 16)), model(IDS, sum_embeds=torch.ones(2, 6, 16)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [None, (), (16,), (1, 16), (2, 1, 16)])
+def test_what_is_added_to_all_tokens_may_be_a_number_or_one_embedding(shape: tuple[int, ...] | None) -> None:
+    model, more = build(), 0.5 if shape is None else torch.full(shape, 0.5)
+    close(model(IDS, sum_embeds=more), model(IDS, sum_embeds=torch.full((2, 6, 16), 0.5)))
+    _, state = model(IDS[:, :4], sum_embeds=more, return_intermediates=True)
+    close(model(IDS, sum_embeds=more, cache=state), model(IDS, sum_embeds=more)[:, 4:])
+    wrapper = AutoregressiveWrapper(model)
+    greedy = {"temperature": 0.0, "seq_len": 4}
+    expected = wrapper.generate(IDS, sum_embeds=torch.full((2, 9, 16), 0.5), **greedy)
+    assert wrapper.generate(IDS, sum_embeds=more, **greedy).tolist() == expected.tolist()
+    assert wrapper.generate(IDS, sum_embeds=more, cache="static", **greedy).tolist() == expected.tolist()
+    assert wrapper.generate([IDS[0], IDS[1, 2:]], sum_embeds=more, **greedy).shape == (2, 4)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 LATER_MODULES = """
-    continuous_autoencoder discover_wrapper free_transformer full_bandwidth gpt_lejepa gpt_vae next_latent_wrapper
+    discover_wrapper free_transformer full_bandwidth gpt_lejepa gpt_vae next_latent_wrapper
     recirculation up_wrapper xm_latent_decoder
 """
 CONVENIENCES = """

@@ -31,6 +31,7 @@ from x_transformers import (
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
 )
+from x_transformers.continuous_autoencoder import ContinuousTransformerAutoencoder
 from x_transformers.errors import InputError
 
 VOCAB, LONGEST, WIDTH, N = 12, 16, 5, 8
@@ -86,6 +87,12 @@ def preference(model: Any, wanted: Tensor, other: Tensor, prompt_mask: Tensor) -
 
     margin = [score(net, wanted) - score(net, other) for net in (model.policy_model, model.ref_model)]
     return -F.logsigmoid(model.beta * (margin[0] - margin[1])).mean()
+
+
+def reconstruction_loss(model: Any, x: Tensor) -> Tensor:
+    latents = model.bottleneck(model.encoder(x))[0]
+    predicted = model.decoder(x[:, :-1], prepend_embeds=model.from_latent_to_prepend_token(latents)[:, None])
+    return (predicted - x).square().mean()
 
 
 def encoded_loss(model: Any, src: Tensor, tgt: Tensor) -> Tensor:
@@ -182,6 +189,29 @@ KINDS = (
             (only(VECTORS[:, :0]), {}, r"shape \(2, 0, 5\)"),
             (only(VECTORS[:, :1].expand(-1, LONGEST + 2, -1)), {}, "17 tokens were given.*`max_seq_len` = 16"),
             (only(VECTORS), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+            (only(VECTORS), {"lens": torch.ones(3).long()}, r"`lens` has shape \(3,\)"),
+        ),
+    ),
+    Kind(
+        "autoencoder",
+        lambda: ContinuousTransformerAutoencoder(
+            dim=16,
+            dim_input=WIDTH,
+            dim_latent=3,
+            enc_depth=1,
+            dec_depth=1,
+            max_seq_len=LONGEST,
+            heads=2,
+            attn_dim_head=8,
+        ),
+        lambda batch: (torch.randn(batch, N, WIDTH),),
+        reconstruction_loss,
+        bad=(
+            (only(VECTORS.long()), {}, "dtype torch.int64"),
+            (only(VECTORS[0]), {}, r"shape \(8, 5\)"),
+            (only(FRAMES), {}, r"shape \(2, \d, 6\)"),
+            (only(VECTORS[:, :0]), {}, r"shape \(2, 0, 5\)"),
+            (only(VECTORS[:, :1].expand(-1, LONGEST + 2, -1)), {}, "18 tokens were given.*`max_seq_len` = 16"),
             (only(VECTORS), {"lens": torch.ones(3).long()}, r"`lens` has shape \(3,\)"),
         ),
     ),

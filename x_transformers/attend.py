@@ -6,15 +6,18 @@ Helpers of attention are here under their public names.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from x_transformers.attention.attend_inputs import AttendInputs
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request
 from x_transformers.attention.backends.choice import BackendChoice
+from x_transformers.attention.backends.on_demand import can_wait, scores_on_demand
 from x_transformers.attention.base import (
     AttentionShape,
     Needs,
@@ -319,8 +322,7 @@ class Attend(Configured, ReadsReference):
         Returns:
             `(b, h, i, e)`, zeros for a query that sees no key, with the scores if requested; and the visible keys.
         """
-        call, parts, deltas = layer.call, self.slots, layer.deltas
-        causal = layer.causal
+        call, parts, deltas, causal = layer.call, self.slots, layer.deltas, layer.causal
         if causal is None:
             causal = call.causal if layer.context is None else self.causal
         visible = visibility(
@@ -350,6 +352,7 @@ class Attend(Configured, ReadsReference):
         if parts.weights or deltas.attn is not None:
             weights = (*parts.weights, *given_delta(deltas.attn))
         dropout = self.dropout if self.training else 0.0
+        later = call.capture.on_demand and not self.leaves_scores and not torch.compiler.is_compiling()
         request = Request(
             q,
             k,
@@ -366,19 +369,18 @@ class Attend(Configured, ReadsReference):
             plain_q,
             layer,
             dropout,
-            call.capture.scores or self.leaves_scores,
+            self.leaves_scores or (call.capture.scores and not later),
         )
         needs = _needs_of(request, self.needs if dropout > 0 else self.needs_in_evaluation)
         backend = (self.backends.only_fused if only_fused else self._backend)(request, needs)
+        if later and not can_wait(request, backend, self.training):
+            request, later = request._replace(capture=True), False
         if visible.documents is not None and not backend.reads_documents:
-            i, j = q.shape[-2], k.shape[-2]
-            masked = call.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
-            request = request._replace(visible=masked)
-        if q is plain_q:
-            return backend.attend(request), visible
+            request = _with_masked_documents(request)
         # the parts that widened the queries need float32, and autocast would narrow them again
-        with torch.autocast(q.device.type, enabled=False):
-            return backend.attend(request), visible
+        with nullcontext() if q is plain_q else torch.autocast(q.device.type, enabled=False):
+            result = backend.attend(request)
+        return result._replace(on_demand=scores_on_demand(request)) if later else result, visible
 
     def _backend(self, request: Request, needs: int) -> Backend:
         """Return the backend for a request. Eager decoding asks for every token, so the last answer is kept."""
@@ -389,7 +391,8 @@ class Attend(Configured, ReadsReference):
         skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
         # all that `for_request` reads, except in a graph: with something left out, a later call could get a kernel that
         # cannot host it
-        asked = (q.device, q.dtype, learns, q.shape[-2:], v.shape[-1], skips, needs, self.backends.flash)
+        mode = learns, skips, torch._C._are_functorch_transforms_active(), forward_ad._current_level
+        asked = (q.device, q.dtype, mode, q.shape[-2:], v.shape[-1], needs, self.backends.flash)
         if asked != self._answer[0]:
             self._answer = asked, self.backends.for_request(request, needs)
         return self._answer[1]
@@ -437,7 +440,7 @@ class Attend(Configured, ReadsReference):
         layer.deltas = Deltas(attn=attn_delta)
         if prev_attn is not None:
             prefix = int("zero_kv" in self.parts)
-            layer.carry = Carry(scores={"a": (without_hidden(prev_attn, prefix + len(layer.keys)), prefix)})
+            layer.carry = Carry(scores={"a": (without_hidden(prev_attn, prefix + layer.keys.length), prefix)})
         result = self._run(q, k, v, layer)
         return result.out.to(v.dtype), Intermediates(result.similarities, result.logits, result.weights)
 
@@ -512,6 +515,13 @@ def _needs_of(request: Request, needs: int) -> int:
     if request.visible.documents is not None:
         needs |= Needs.DOCUMENTS
     return needs
+
+
+def _with_masked_documents(request: Request) -> Request:
+    """Return the request with the documents of a packed row among the rules of its mask."""
+    visible, i, j = request.visible, request.q.shape[-2], request.k.shape[-2]
+    masked = request.memo.once(lambda: spelled_out(visible, i, j), "documents", visible)
+    return request._replace(visible=masked)
 
 
 def _by_slot(parts: Mapping[str, Sequence[Any]]) -> ScoreParts:

@@ -13,11 +13,12 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Checked
 
 
-class EntropyBasedTokenizer(Checked, nn.Module):
+class EntropyBasedTokenizer(Checked, LoadsWhole):
     """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:

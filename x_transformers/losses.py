@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -69,12 +69,26 @@ def chunked_token_losses(
         with _autocast_without_cache(features.device.type):
             return token_losses(head(features), labels, ignore_index=ignore_index, log_probs=log_probs)
 
-    pairs = zip(features.flatten(0, -2).split(chunk), labels.flatten().split(chunk), strict=True)
+    pairs = zip(_chunks(features.flatten(0, -2), chunk), _chunks(labels.flatten(), chunk), strict=True)
     if torch.is_grad_enabled():
         each = [checkpoint(of, *pair, use_reentrant=False) for pair in pairs]
     else:
         each = [of(*pair) for pair in pairs]
     return torch.cat(each).reshape(labels.shape)
+
+
+def _chunks(t: Tensor, most: int) -> Sequence[Tensor]:
+    """Split the first axis into parts of at most `most` rows.
+
+    The number of parts is a number of a graph, the length is not: graphs split it into equal parts, a power of two of
+    them, so that few graphs serve all lengths.
+    """
+    if not torch.compiler.is_compiling():
+        return t.split(most)
+    length, parts = t.shape[0], 1
+    while parts * most < length:
+        parts *= 2
+    return [t[part * length // parts : (part + 1) * length // parts] for part in range(parts)]
 
 
 def _autocast_without_cache(device: str) -> AbstractContextManager[Any]:

@@ -492,7 +492,7 @@ def _find_schedule(given: str | Schedule) -> Schedule:
     schedule = SCHEDULES[given] if isinstance(given, str) else given
     if not callable(schedule):
         raise ConfigError(f"`schedule` is {given!r}; it must be a function of t or one of {', '.join(SCHEDULES)}.")
-    times = torch.linspace(0, 1, 101)
+    times = torch.linspace(0, 1, 101, device="cpu")
     try:
         fractions = schedule(times)
     except Exception as error:

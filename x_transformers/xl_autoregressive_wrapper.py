@@ -132,7 +132,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             return self._reaching(self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0)
         memory = _Memory(self.net, mems)
         loss = torch.zeros((), device=x.device)
-        for number, first in enumerate(range(0, total, size)):
+        number = first = 0
+        # `range` would make the length a number of the graph; comparisons leave it a symbol
+        while first < total:
             last = min(first + size, total)
             arguments = _of_segment(kwargs, first, last, x.shape[1])
             logits = memory.read(
@@ -144,6 +146,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             )
             # the last segment may be shorter, and counts by its length
             loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
+            number, first = number + 1, first + size
         return self._reaching(loss)
 
     def _reaching(self, loss: Tensor) -> Tensor:

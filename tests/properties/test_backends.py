@@ -275,15 +275,15 @@ def test_both_forms_of_a_bias(case: Case, how: str, stack: str) -> None:
     query, keys = spans()[how]
     bias = case.build(stack).attn_layers.rel_pos
     bound = bias.bind(query, keys)
-    b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 4, len(query), len(keys))), indexing="ij")
+    b, h, q, k = torch.meshgrid(*map(torch.arange, (2, 4, query.length, keys.length)), indexing="ij")
     assert bound.needs == Needs.BIAS
     close(bound.at(Memo())(torch.zeros(b.shape), b, h, q, k), bound.dense(Memo()).expand(b.shape))
     distance = query.pos[:, :, None] - keys.pos[:, None]
     close(bound.dense(Memo()), bias.bias(distance))
     for height in (1, 2, 4):
         tiles = bound.tiles(height, Memo())
-        for start in range(0, len(query), height):
-            rows, columns = slice(start, min(start + height, len(query))), slice(start, min(start + 3, len(keys)))
+        for start in range(0, query.length, height):
+            rows, columns = slice(start, min(start + height, query.length)), slice(start, min(start + 3, keys.length))
             part = bound.dense(Memo())[..., rows, columns]
             close(tiles.tile(tiles.inputs, rows, columns).expand(part.shape), part)
 

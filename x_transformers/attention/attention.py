@@ -387,7 +387,7 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
         record = object.__new__(Intermediates)
         record.layer_type, record.entry = layer.kind, layer.entry
         return record
-    return Intermediates(
+    record = Intermediates(
         qk_similarities=result.similarities,
         pre_softmax_attn=result.logits,
         post_softmax_attn=result.weights,
@@ -396,6 +396,9 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
         entry=layer.entry,
         own_kv=heads.fresh if layer.call.aligned else None,
     )
+    if result.on_demand is not None:
+        record.defer(result.on_demand)
+    return record
 
 
 show_keywords(

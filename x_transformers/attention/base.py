@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from x_transformers.cache import Shape
 from x_transformers.forward_pass.call import LayerCall, Memo, Span
 from x_transformers.masks.visibility import Visibility
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import reorder_heads
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ class Stage:
     MULTIPLY = 16.0
 
 
-class Part(nn.Module):
+class Part(LoadsWhole):
     """Base class of the parts between projected heads and attention's output.
 
     Attributes:
@@ -344,7 +345,7 @@ class ValueMod(Part):
         return weight
 
 
-class Similarity(nn.Module):
+class Similarity(LoadsWhole):
     """Replaces the dot product by another similarity, as the dot product of augmented q and k. Applied last."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,7 +353,7 @@ class Similarity(nn.Module):
         raise NotImplementedError
 
 
-class QKTransform(nn.Module):
+class QKTransform(LoadsWhole):
     """Transforms queries and keys by their positions.
 
     Keys are cached transformed, and never transformed again. Callers see them as they were before: what reads a cache
@@ -384,7 +385,7 @@ class QKTransform(nn.Module):
         return self
 
 
-class QKNorm(nn.Module):
+class QKNorm(LoadsWhole):
     """Normalizes projected queries and keys, independently of positions."""
 
     scale: float | None = None
@@ -403,7 +404,7 @@ class QKNorm(nn.Module):
         return k
 
 
-class KeyMod(nn.Module):
+class KeyMod(LoadsWhole):
     """Adds keys and values before those of the tokens; every query sees them.
 
     Attributes:

@@ -170,10 +170,10 @@ class CallAdapter(HeadProjection):
                 context = finite_where_hidden(context, keys.token_mask)
             if given.pos is None and given.cache is None:
                 # biases measure distances to a context from the right: the last query is aligned with the last key
-                aligned = torch.arange(len(keys) - n, len(keys), device=x.device)
+                aligned = torch.arange(keys.length - n, keys.length, device=x.device)
                 query = replace(query, pos=aligned.unsqueeze(0))
         attn_mask = given.attn_mask
-        size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": len(keys)}
+        size = {"batch": batch, "heads": self.shape.heads, "queries": n, "keys": keys.length}
         if attn_mask is not None:
             attn_mask = check_pairs(attn_mask, "attn_mask", **size)
         if attn_bias is not None:
@@ -186,7 +186,8 @@ class CallAdapter(HeadProjection):
             keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
         biases = () if given.rel_pos is None or by_head else (given.rel_pos.bind(query, keys),)
         if attn_bias is not None:
-            biases = (*biases, bind_attn_bias(attn_bias, len(query), len(keys)))
+            biases = (*biases, bind_attn_bias(attn_bias, query.length, keys.length))
+        shown = given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
         call = Call(
             query=query,
             keys=own,
@@ -195,9 +196,7 @@ class CallAdapter(HeadProjection):
             newest=n == 1,
             row_mask=query.token_mask if given.cache is None else None,
             attn_mask=attn_mask if context is None else None,
-            capture=Capture(
-                scores=given.return_intermediates and given.cache is None and self.attend.backends.flash is not True
-            ),
+            capture=Capture(scores=shown, on_demand=shown),
             memo=Memo(),
         )
         kv.rotations, kv.newest = rotations, query.index
@@ -209,7 +208,7 @@ class CallAdapter(HeadProjection):
             memory=mem,
             context=context,
             entry=entry,
-            carry=self._carry(given, len(keys)),
+            carry=self._carry(given, keys.length),
             rotations=rotations,
             additional=given.additional_key_values,
             additional_mask=_additional_mask(given, batch),

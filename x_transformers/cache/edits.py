@@ -176,9 +176,9 @@ def within_span(cache: KVCache, keys: Span, span: SlotSpan, reach: Reach, new: i
     """
     first, last, newest = span
     newest = new + (newest if reach is None else min(newest, reach))
-    if first == last and newest == len(keys):
+    if first == last and newest == keys.length:
         return keys
-    index = torch.cat((keys.index[first - cache.first : last - cache.first], keys.index[len(keys) - newest :]))
+    index = torch.cat((keys.index[first - cache.first : last - cache.first], keys.index[keys.length - newest :]))
     columns = index - cache.first
     token_mask = None if keys.token_mask is None else keys.token_mask[:, columns]
     contiguous = keys.contiguous and first == last

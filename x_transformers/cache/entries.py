@@ -233,9 +233,9 @@ class Ring:
 
     def slots(self, filled: Tensor, new: Tensor, never: int) -> Tensor:
         """Return the slots of what `RingEntry.grow` returns, when the slots `new (n,)` were the last of `filled`."""
-        if len(new) <= self.step:
+        if new.shape[0] <= self.step:
             return self.held(filled, never)
-        return torch.cat((self.held(filled - len(new), never), new))
+        return torch.cat((self.held(filled - new.shape[0], never), new))
 
 
 class RingEntry(StaticEntry):

@@ -226,7 +226,7 @@ class KVCache:
         # what `WindowEntry.grow` returns after the prefix; the entry itself may hold more, for rollbacks
         held = min(reach, self.length - new - self.prefix - self.dropped) + new
         # columns count padding too, so that slots are no farther apart than columns
-        return _last_keys(keys, len(keys) - held, self.prefix, reach if new == 1 else None)
+        return _last_keys(keys, keys.length - held, self.prefix, reach if new == 1 else None)
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
         """Return `(count,)` slots of the newest `count` tokens."""

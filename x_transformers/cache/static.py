@@ -203,7 +203,7 @@ class StaticCache(KVCache):
     def within_reach(self, keys: Span, reach: int, new: int) -> Span:
         ring = next(ring for ring in self.rings if ring.reach == reach)
         index = ring.slots(self.filled, self.index, never=self.capacity)
-        columns = index.clamp(max=len(keys) - 1)  # empty places; their slot is later than any query's
+        columns = index.clamp(max=keys.length - 1)  # empty places; their slot is later than any query's
         token_mask = None if keys.token_mask is None else keys.token_mask[:, columns]
         return Span(index, keys.slot[:, columns], keys.pos[:, columns], token_mask, ordered=False)
 

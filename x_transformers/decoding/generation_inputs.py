@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import read_mask
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.models.inputs import same_for_all_tokens
 from x_transformers.options.values import accepts, shown
 
 _REFUSED = {
@@ -88,7 +89,7 @@ class Arguments:
                 self.masks[name] = mask if align is None else align(mask)
         self.covering: dict[str, Tensor] = {}
         for name in ("pos", "sum_embeds"):
-            if name in self.constant:
+            if name in self.constant and not _is_constant(self.constant[name]):
                 t = self.constant.pop(name)
                 if not isinstance(t, Tensor):
                     raise InputError(f"`{name}` is {shown(t)}; it must be a tensor.")
@@ -201,10 +202,15 @@ def cut_arguments(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> d
     return arguments
 
 
+def _is_constant(t: Tensor | float | None) -> bool:
+    """Return True if an argument is the same for all tokens: None, a number, or a single embedding."""
+    return not isinstance(t, Tensor) or (t.is_floating_point() and same_for_all_tokens(t))
+
+
 def _cut(name: str, t: Tensor, first: int, last: int, n: int) -> Tensor:
-    axis = _token_axis(t)
-    if t.shape[axis] == 1 and axis == -2:  # one embedding for all tokens
+    if _is_constant(t):
         return t
+    axis = _token_axis(t)
     if t.shape[axis] not in (n, n - 1):
         raise ShapeError(f"`{name}` has shape {tuple(t.shape)}; it must cover the {n} tokens of x.")
     return t.narrow(axis, first, min(last, t.shape[axis]) - first)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.options.schema import Feature, opt, require
 
 Activation = Callable[[Tensor], Tensor]
@@ -49,7 +50,7 @@ class ActivationOptions:
         return nn.SiLU() if self.swish else nn.GELU()
 
 
-class ReluSquared(nn.Module):
+class ReluSquared(LoadsWhole):
     """Squared ReLU activation: `relu(x) ** 2` (2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class ReluSquared(nn.Module):
         return F.relu(x).square()
 
 
-class SoLU(nn.Module):
+class SoLU(LoadsWhole):
     """SoLU activation: `LayerNorm(softmax(x) * x)` (Elhage et al., 2022).
 
     The softmax lets features compete, which makes single features easier to interpret.
@@ -75,7 +76,7 @@ class SoLU(nn.Module):
         return self.norm(x.softmax(dim=-1) * x)
 
 
-class FunctionActivation(nn.Module):
+class FunctionActivation(LoadsWhole):
     """Activation module that calls a function."""
 
     def __init__(self, function: Activation) -> None:

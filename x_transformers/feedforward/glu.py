@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward.softclamp import BoundedGate
 from x_transformers.modules.second_names import View
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import softclamp as clamp
 
 
@@ -31,7 +32,7 @@ def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: 
     return out if scale is None else out * scale
 
 
-class GLU(nn.Module):
+class GLU(LoadsWhole):
     """Gated linear unit: `u * act(g) * m` with `[u, g] = W x + c`.
 
     Args:

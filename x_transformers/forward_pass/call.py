@@ -72,7 +72,9 @@ class Span:
     ordered: bool = True
     near: int | None = None
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
+        """Number of tokens; in a graph perhaps a symbol, which `len` would turn into a number."""
         return self.index.shape[-1]
 
     def token_mask_at(self, index: Tensor) -> Tensor | None:
@@ -106,7 +108,7 @@ class Span:
         row = before.unsqueeze(0)
         if token_mask is not None or self.token_mask is not None:
             ones = torch.ones(batch, 1, dtype=torch.bool, device=self.index.device)
-            mine = ones.expand(batch, len(self)) if self.token_mask is None else self.token_mask
+            mine = ones.expand(batch, self.length) if self.token_mask is None else self.token_mask
             theirs = ones.expand(batch, count) if token_mask is None else token_mask
             token_mask = torch.cat((theirs, mine), dim=-1)
         return Span(
@@ -183,11 +185,14 @@ class Capture:
         scores: similarities, logits and weights of every attention.
         hiddens: the residual stream at the entry of each sublayer.
         memories: the source of the next segment's recurrent memory.
+        on_demand: scores are computed when somebody reads them, so that a pass whose caller needs only the cache runs
+            the fastest kernel and has no memory for all pairs. A compiled graph records them at once.
     """
 
     scores: bool = False
     hiddens: bool = False
     memories: bool = False
+    on_demand: bool = False
 
 
 @dataclass(eq=False)

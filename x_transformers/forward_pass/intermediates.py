@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -67,6 +68,12 @@ class _CacheLength:
             set_length(record.cache, int(length))
 
 
+Scores = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Similarities, logits and weights."""
+
+SCORES = ("qk_similarities", "pre_softmax_attn", "post_softmax_attn")
+
+
 @dataclass(eq=False)
 class Intermediates:
     """Record of one executed attention.
@@ -88,12 +95,14 @@ class Intermediates:
         cache: the cache that contains the entry.
         given_kv: `cached_kv` that a caller gave to a record without an entry.
 
-    The first three are None unless scores were captured.
+    The first three are None unless scores were captured. Those that are captured on demand are computed when one of
+    them is read for the first time, from the queries and keys of the pass, which the record keeps until then.
     """
 
-    qk_similarities: Tensor | None = None
-    pre_softmax_attn: Tensor | None = None
-    post_softmax_attn: Tensor | None = None
+    # without defaults in the class, so that `__getattr__` is asked for what is deferred
+    qk_similarities: Tensor | None = field(default_factory=lambda: None, repr=False)
+    pre_softmax_attn: Tensor | None = field(default_factory=lambda: None, repr=False)
+    post_softmax_attn: Tensor | None = field(default_factory=lambda: None, repr=False)
     values: Tensor | None = None
     cached_kv: _CachedStreams = _CachedStreams()
     layer_type: str | None = None
@@ -103,6 +112,27 @@ class Intermediates:
     entry: Entry | None = None
     cache: KVCache | None = None
     given_kv: CachedStreams | None = field(default=None, init=False)
+
+    def defer(self, compute: Callable[[], Scores]) -> None:
+        """Compute the scores when they are read."""
+        for name in SCORES:
+            self.__dict__.pop(name, None)
+        self.__dict__["_compute"] = compute
+
+    def __getattr__(self, name: str) -> Any:
+        # scores that are deferred, or of a record that was made without them
+        if name not in SCORES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        compute = self.__dict__.get("_compute")
+        scores = (None, None, None) if compute is None else compute()
+        self.__dict__.update(zip(SCORES, scores, strict=True))
+        self.__dict__.pop("_compute", None)
+        return self.__dict__[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # files and deep copies contain the scores themselves
+        self.to_tuple()
+        return self.__dict__
 
     def __copy__(self) -> Intermediates:
         """Return a copy whose keys and values may be replaced without changing the cache of this record."""

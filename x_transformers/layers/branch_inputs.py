@@ -52,11 +52,10 @@ def self_attention_inputs(
     if kv is not None and kv.edited and step.number < len(kv.spans):
         span = kv.spans[step.number]
     # layers with equally long memories and windows share the result, and with it masks and tables made of it
-    count = None if memory is None else memory.shape[-2]
     layer.keys, layer.fresh, layer.biases = call.memo.once(
         lambda: _bind(stack, inputs, state, memory, memory_mask, reach, span),
         "keys",
-        count,
+        None if memory is None else memory.shape[-2],
         memory_mask,
         reach,
         *(span or ()),
@@ -70,7 +69,7 @@ def self_attention_inputs(
         residual = nth(inputs.kv_residuals[SELF_ATTENTION.letter], step.nth)
         if residual is not None:
             rows = inputs.x.shape[0]
-            residual = select_new_tokens(residual, rows, len(call.query), stack.dim, "self_attn_kv_residuals")
+            residual = select_new_tokens(residual, rows, call.query.length, stack.dim, "self_attn_kv_residuals")
         layer.kv_residual = residual
 
 
@@ -87,10 +86,10 @@ def _bind(
     call, batch = state.call, inputs.x.shape[0]
     keys, fresh, bias = call.keys, call.query, call.attn_bias
     if state.kv is not None and span is not None:
-        keys = within_span(state.kv, keys, span, reach, len(call.query))
+        keys = within_span(state.kv, keys, span, reach, call.query.length)
         bias = None if bias is None else _columns_of(bias, call.keys, keys)
     elif state.kv is not None and reach is not None:
-        keys = state.kv.within_reach(keys, reach, len(call.query))
+        keys = state.kv.within_reach(keys, reach, call.query.length)
         bias = None if bias is None else _columns_of(bias, call.keys, keys)
     if memory is not None:
         check_memory(memory, batch, stack.dim)
@@ -102,18 +101,18 @@ def _bind(
     if stack.rel_pos is not None and not inputs.by_head:
         biases = (stack.rel_pos.bind(call.query, keys),)
     if bias is not None:
-        biases = (*biases, bind_attn_bias(bias, len(call.query), len(keys)))
+        biases = (*biases, bind_attn_bias(bias, call.query.length, keys.length))
     return keys, fresh, biases
 
 
 def _columns_of(bias: Tensor, keys: Span, held: Span) -> Tensor:
     """Return the columns of a caller's bias, whose last one is of the newest key, for the keys in a window."""
-    if held is keys or bias.shape[-1] > len(keys):
+    if held is keys or bias.shape[-1] > keys.length:
         return bias
     # Keys of a ring are out of order, so each one's column is searched by its slot. Empty places have a slot after all
     # others; they take the last column, which does not matter since they are masked.
-    full = F.pad(bias, (len(keys) - bias.shape[-1], 0))
-    return full[..., torch.searchsorted(keys.index, held.index).clamp(max=len(keys) - 1)]
+    full = F.pad(bias, (keys.length - bias.shape[-1], 0))
+    return full[..., torch.searchsorted(keys.index, held.index).clamp(max=keys.length - 1)]
 
 
 def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, layer: LayerCall) -> None:
@@ -136,7 +135,7 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
             source, mask, where = _drop_context(stack, source, mask, call)
             if pos is not None:
                 _check_positions(pos, length)
-                pos = pos.expand(len(where), -1).gather(1, where)
+                pos = pos.expand(where.shape[0], -1).gather(1, where)
             if residual is not None:
                 residual = residual.take_along_dim(where.unsqueeze(-1), dim=1)
         length, batch = source.shape[1], source.shape[0]
@@ -178,7 +177,7 @@ def _context_rotations(stack: LayerStack, layer: LayerCall, pos: Tensor | None, 
         pos = entry.get("context_pos")
     if pos is None:
         return ()
-    _check_positions(pos, len(keys))
+    _check_positions(pos, keys.length)
     assert isinstance(stack.rotary_pos_emb, RotaryEmbedding)
     of_queries, of_keys = (stack.rotary_pos_emb.forward(each) for each in (call.query.pos, pos))
     return (GivenRotation(of_queries, of_keys),)

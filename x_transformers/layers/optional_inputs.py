@@ -81,11 +81,11 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     capture = inputs.capture
     if capture is None:
         scores = inputs.return_hiddens and inputs.cache is None and stack.may_show_scores()
-        capture = Capture(scores=scores, hiddens=inputs.return_hiddens)
+        capture = Capture(scores=scores, hiddens=inputs.return_hiddens, on_demand=scores)
     if inputs.return_gumbel_log_probs:
         if not stack.may_show_scores():
             raise InputError("log-probabilities need scores, but `attn_flash = True` keeps none; leave it at None.")
-        capture = replace(capture, scores=True)
+        capture = replace(capture, scores=True, on_demand=False)
     return capture
 
 
@@ -209,7 +209,7 @@ def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, k
     """Check the caller's mask and bias, and add the pairs that the stack itself masks."""
     if inputs.attn_bias is not None and kv is not None:
         inputs.attn_bias = kv.cut_bias(inputs.attn_bias)
-    size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": len(query), "keys": len(keys)}
+    size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": query.length, "keys": keys.length}
     if inputs.attn_mask is not None:
         inputs.attn_mask = read_mask(inputs.attn_mask, "attn_mask")
         inputs.attn_mask = check_pairs(inputs.attn_mask, "attn_mask", **size)

@@ -141,11 +141,11 @@ def _all_tokens_mask(inputs: PassInputs, cache: KVCache | None, k_index: Tensor)
 
 def _check_pos(pos: Tensor, batch: int, n: int, total: int | None) -> Tensor:
     pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
-    allowed = {n} if total is None else {n, total}
+    allowed = (n,) if total is None or total == n else (n, total)
     whole = not (pos.is_floating_point() or pos.is_complex() or pos.dtype is torch.bool)
     if pos.ndim != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] not in allowed or not whole:
         raise ShapeError(
             f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; it must hold integer positions for "
-            f"{' or '.join(str(count) for count in sorted(allowed))} tokens."
+            f"{' or '.join(str(count) for count in allowed)} tokens."
         )
     return pos.long()

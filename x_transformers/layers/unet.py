@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.layers.execution_order import LayerSequence
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.options.schema import Feature, Rule, opt
 
 
@@ -20,7 +21,7 @@ class UNetOptions:
     )
 
 
-class ConcatCombine(nn.Module):
+class ConcatCombine(LoadsWhole):
     """Skip connection that combines the stream with an earlier one: `W [skip ; x]`.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.layers.branches.scale import AdaptiveGain, LayerScaleGain
+from x_transformers.modules.state_dict import LoadsWhole
 
 
 def shift(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def shift(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
     return F.pad(t, (*around, amount, -amount))
 
 
-class _Around(nn.Module):
+class _Around(LoadsWhole):
     """Abstract base class of wrappers that change the output of a function, or the first tensor of a tuple."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:

@@ -188,7 +188,7 @@ def _padding(hiding: MaskSpec) -> BlockPart:
         token_mask = pad_left(token_mask, hiding.prefix, True)
     else:
         token_mask = shown.new_ones(1, hiding.keys) if token_mask is None else token_mask
-        rows = max(len(token_mask), len(shown))
+        rows = max(token_mask.shape[0], shown.shape[0])
         token_mask = torch.cat((shown.expand(rows, -1), token_mask.expand(rows, -1)), dim=-1)
     key, (least, most) = by_row(token_mask), _bounds(token_mask)
     return BlockPart(lambda b, h, q, k: key(b, k), most[:, None, None], least[:, None, None])

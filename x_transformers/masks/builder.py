@@ -134,7 +134,7 @@ def _ends_in_padding(call: Call, token_mask: Tensor) -> bool:
 
 def _right_aligned(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
     """Return `(i,)` and `(1, i)` places of the queries among the keys of a context, the last query at the last key."""
-    row = torch.arange(len(query), device=keys.index.device) + len(keys) - len(query)
+    row = torch.arange(query.length, device=keys.index.device) + keys.length - query.length
     return row, row.unsqueeze(0)
 
 
@@ -142,7 +142,7 @@ def _within_documents(
     documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None
 ) -> Visibility:
     """Return the visibility in a packed row, which has neither padding nor a prefix."""
-    i, j = len(call.query), len(keys)
+    i, j = call.query.length, keys.length
     if window is None and call.attn_mask is None:
         fully_masked = not own and documents.fully_masked(i, causal=causal)
         return Visibility(is_causal=causal, fully_masked=fully_masked, documents=documents)

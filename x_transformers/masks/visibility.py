@@ -83,7 +83,7 @@ class MaskSpec(NamedTuple):
         if self.shown is None:
             return pad_left(seen, self.prefix, True)
         front = self.shown[:, None, None, :].expand(-1, *seen.shape[1:3], -1)
-        return torch.cat((front, seen.expand(len(front), -1, -1, -1)), dim=-1)
+        return torch.cat((front, seen.expand(front.shape[0], -1, -1, -1)), dim=-1)
 
     def fully_masked(self) -> Tensor:
         """Return `(1|b, 1|h, i, 1)` bool, True where a query sees no key.

@@ -20,7 +20,7 @@ from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.token_layout import check_start
 from x_transformers.models.embeddings import AbsolutePositionalEmbedding, build_positions, frac_gradient
-from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens
+from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens, same_for_all_tokens
 from x_transformers.models.internal_sequence import surround
 from x_transformers.models.memory_layout import MemoryLayout
 from x_transformers.models.options import ModelOptions
@@ -340,15 +340,11 @@ class Model(Configured, ReadsReference):
         as they were before dropout.
         """
         if inputs.sum_embeds is not None:
-            more = inputs.sum_embeds
-            batch, width = len(embeds), embeds.shape[-1]
-            if more.ndim not in (2, 3) or more.shape[:-2] not in ((), (1,), (batch,)) or more.shape[-1] != width:
-                raise ShapeError(f"`sum_embeds` has shape {tuple(more.shape)}; it must be ({batch}, n, {width}).")
-            embeds = embeds + (more if more.shape[-2] == 1 else span.newest(more, -2))
+            embeds = embeds + _of_new_tokens(inputs.sum_embeds, embeds, span)
         if self.post_emb_norm is not None:
             embeds = self.post_emb_norm(embeds)
         if inputs.prepend_embeds is not None and span.starts:
-            embeds = torch.cat((self._check_prepended(inputs.prepend_embeds, len(embeds)), embeds), dim=1)
+            embeds = torch.cat((self._check_prepended(inputs.prepend_embeds, embeds.shape[0]), embeds), dim=1)
         if self.emb_frac_gradient != 1:
             embeds = frac_gradient(embeds, self.emb_frac_gradient)
         items = embeds
@@ -357,7 +353,7 @@ class Model(Configured, ReadsReference):
         if self.project_emb is not None:
             items = self.project_emb(items)
         if self.cls_token is not None:
-            classes = self.cls_token.to(items.dtype).expand(len(items), -1, -1)
+            classes = self.cls_token.to(items.dtype).expand(items.shape[0], -1, -1)
             items = torch.cat((classes, items), dim=1)
         return items, embeds
 
@@ -371,6 +367,25 @@ class Model(Configured, ReadsReference):
                 f"`prepend_embeds` has shape {tuple(embeds.shape)}; it must be ({batch}, p, {self.emb_dim})."
             )
         return embeds
+
+
+def _of_new_tokens(more: Tensor | float, embeds: Tensor, span: TokenSpan) -> Tensor | float:
+    """Return what is added to the embeddings `(b, n, E)` of the new tokens.
+
+    Raises:
+        ShapeError: if it does not broadcast to them.
+    """
+    if not isinstance(more, Tensor):
+        return float(more)
+    if not same_for_all_tokens(more):
+        more = span.newest(more, -2)
+    sizes = zip(more.shape[::-1], embeds.shape[::-1], strict=False)
+    if more.ndim > embeds.ndim or more.is_complex() or any(size not in (1, whole) for size, whole in sizes):
+        raise ShapeError(
+            f"`sum_embeds` has shape {tuple(more.shape)} and dtype {more.dtype}; it must broadcast to "
+            f"{tuple(embeds.shape)}."
+        )
+    return more
 
 
 def _why_no_positions(max_seq_len: int, use_abs_pos_emb: bool, layers: AttentionLayers) -> str | None:

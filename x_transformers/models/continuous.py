@@ -21,6 +21,7 @@ from x_transformers.models.options import CONTINUOUS, check_size, read_options, 
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class ContinuousTransformerWrapper(Model):
@@ -69,6 +70,7 @@ class ContinuousTransformerWrapper(Model):
         """True if decoding may cache keys and values: new positions must not change earlier outputs."""
         return not self.average_pool_embed and self.attn_layers.can_cache_kv
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
     def forward(
         self,
@@ -82,7 +84,7 @@ class ContinuousTransformerWrapper(Model):
         mems: Sequence[Tensor | None] | None = None,
         mem_masks: Sequence[Tensor | None] | None = None,
         pos: Tensor | None = None,
-        sum_embeds: Tensor | None = None,
+        sum_embeds: Tensor | float | None = None,
         prepend_embeds: Tensor | None = None,
         prepend_mask: Tensor | None = None,
         cache: LayerIntermediates | KVCache | None = None,
@@ -105,7 +107,7 @@ class ContinuousTransformerWrapper(Model):
             lens: `(b,)` valid positions of each row, from the left, instead of a mask.
             return_attn: also return the attention weights, `(b, h, i, j)` for each attention.
             pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
-            sum_embeds: `(b, n, D)`, added to the projected input.
+            sum_embeds: `(b, n, D)` or what broadcasts to it, added to the projected input.
             prepend_embeds, prepend_mask: `(b, p, D)` embeddings before the others, and their `(b, p)` mask. Their
                 outputs come before the others'.
             seq_start_pos: `(b,)` number of positions of left padding of each row.
@@ -145,7 +147,7 @@ class ContinuousTransformerWrapper(Model):
         embeds = self._add_positions(self.project_in(span.newest(x, 1)), inputs, span)
         features, record, _ = self._run_stack(embeds, inputs, span)
         if self.average_pool_embed:
-            valid = span.valid(len(x), mask, seq_start_pos, x.device)
+            valid = span.valid(x.shape[0], mask, seq_start_pos, x.device)
             features = masked_mean(features[:, span.leading :], valid)
         out = features if return_embeddings else self._output(features)
         return out if record is None else with_requested(out, record, inputs)

@@ -11,11 +11,12 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRang
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.modules.second_names import SecondNames
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import l2norm
 from x_transformers.options.values import shown
 
 
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(LoadsWhole):
     """Table of token embeddings, `(num_tokens, dim)`.
 
     Args:
@@ -100,7 +101,7 @@ def table_of(token_emb: nn.Module) -> Tensor:
     return emb.weight
 
 
-class AbsolutePositionalEmbedding(PreparesForInference):
+class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
     """Learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:
@@ -169,7 +170,7 @@ class AbsolutePositionalEmbedding(PreparesForInference):
         return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
 
 
-class ScaledSinusoidalEmbedding(KeepsFloat32):
+class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
     """Sinusoids `[sin(pos * f), cos(pos * f)] * scale` with a learned scale, `f_k = theta ** (-2k / dim)` (2202.10447).
 
     Args:
@@ -186,9 +187,12 @@ class ScaledSinusoidalEmbedding(KeepsFloat32):
         super().__init__()
         if dim % 2:
             raise ConfigError(f"sinusoidal positions need an even width; it is {dim}.")
-        half = dim // 2
+        self.frequencies, self.theta = dim // 2, theta
         self.scale = nn.Parameter(torch.full((1,), dim**-0.5))
-        self.register_buffer("inv_freq", theta ** -(torch.arange(half).float() / half), persistent=False)
+        self.register_derived()
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        return {"inv_freq": self.theta ** -(torch.arange(self.frequencies, dtype=torch.float32) / self.frequencies)}
 
     def forward(
         self,

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.models.embeddings import table_of
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
 
 
-class LinearNoBias(nn.Linear):
+class LinearNoBias(LoadsWhole, nn.Linear):
     """Linear map without a bias."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:

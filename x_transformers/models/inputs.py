@@ -36,7 +36,7 @@ class ModelInputs:
     attn_bias: Tensor | None = None
     pos: Tensor | None = None
     seq_start_pos: Tensor | None = None
-    sum_embeds: Tensor | None = None
+    sum_embeds: Tensor | float | None = None
     embed_ids: Mapping[str, Tensor] | None = None
     prepend_embeds: Tensor | None = None
     prepend_mask: Tensor | None = None
@@ -168,6 +168,11 @@ class TokenSpan:
         if valid is None and self.count == 0:
             return torch.ones(batch, 0, dtype=torch.bool, device=device)
         return valid
+
+
+def same_for_all_tokens(embeds: Tensor) -> bool:
+    """Return True if embeddings are one number, one vector, or one vector for each row: `()`, `(E,)` or `(b, 1, E)`."""
+    return embeds.ndim < 2 or embeds.shape[-2] == 1
 
 
 def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: MemoryLayout) -> TokenSpan:

@@ -105,24 +105,22 @@ def interspersed(
         InputError: for left-padded rows inside of a compiled graph.
     """
     assert layout.every is not None
+    if start is None:
+        return _regular(layout, layout.every, items, old, device)
+    if torch.compiler.is_compiling():
+        raise InputError(
+            "interspersed memory tokens of left-padded rows begin where the padding ends, which a compiled graph "
+            "cannot know; pad on the right, or drop `memory_tokens_interspersed_every`."
+        )
     # Whether a group begins at an item. Rows with different left padding begin their groups at different items, but a
     # batch has one set of columns: a column for memory exists where any row begins a group, and `places` says in which
     # rows it holds memory. In all other rows it is empty, and no query sees it.
-    opened = [item % layout.every == 0 for item in range(items)]
-    opens: Tensor | None = None
-    token_mask: Tensor | None = None
-    if start is not None:
-        if torch.compiler.is_compiling():
-            raise InputError(
-                "interspersed memory tokens of left-padded rows begin where the padding ends, which a compiled graph "
-                "cannot know; pad on the right, or drop `memory_tokens_interspersed_every`."
-            )
-        # A row counts its own items: prepended embeddings come first, the padding tokens after them do not count.
-        token = torch.arange(items, device=device) - prepended
-        own = torch.where(token < 0, token + prepended, token + prepended - start.unsqueeze(-1))
-        token_mask = (token < 0) | (token >= start.unsqueeze(-1))
-        opens = token_mask & (own % layout.every == 0)
-        opened = opens.any(dim=0).tolist()
+    # A row counts its own items: prepended embeddings come first, the padding tokens after them do not count.
+    token = torch.arange(items, device=device) - prepended
+    own = torch.where(token < 0, token + prepended, token + prepended - start.unsqueeze(-1))
+    token_mask = (token < 0) | (token >= start.unsqueeze(-1))
+    opens = token_mask & (own % layout.every == 0)
+    opened = opens.any(dim=0).tolist()
     columns: list[int] = []
     memory: list[int] = []
     first_new = 0
@@ -135,11 +133,34 @@ def interspersed(
         columns.append(item)
         memory.append(-1)
     where, which = (torch.tensor(each, dtype=torch.long, device=device) for each in (columns, memory))
-    places = None
-    if opens is not None and token_mask is not None:
-        owner = torch.where(where < 0, -1 - where, where)
-        places = torch.where(where < 0, opens[:, owner], token_mask[:, owner])
+    owner = torch.where(where < 0, -1 - where, where)
+    places = torch.where(where < 0, opens[:, owner], token_mask[:, owner])
     new = columns[first_new:]
     at_items = torch.tensor([at for at, item in enumerate(new) if item >= 0], dtype=torch.long, device=device)
     at_memory = torch.tensor([at for at, item in enumerate(new) if item < 0], dtype=torch.long, device=device)
     return ColumnMap(where, which, len(new), old, (at_items, at_memory), places)
+
+
+def _regular(layout: MemoryLayout, every: int, items: int, old: int, device: torch.device) -> ColumnMap:
+    """Return the columns of rows that all begin their groups at the same items.
+
+    All of them follow from the numbers of items, which may be symbols of a graph.
+    """
+    first, total, size = layout.slots(old), layout.slots(items), every + layout.memory
+    column = torch.arange(total, device=device)
+    group, place = column.div(size, rounding_mode="floor"), column.remainder(size)
+    is_memory = place < layout.memory
+    opener = group * every
+    # numbers of the new memory tokens among all of them
+    number = torch.arange(layout.memory * -(-old // every), layout.memory * -(-items // every), device=device)
+    return ColumnMap(
+        columns=torch.where(is_memory, -1 - opener, opener + place - layout.memory),
+        memory=torch.where(is_memory, place, -1),
+        new=total - first,
+        first=old,
+        at=(
+            layout.slot_of(torch.arange(old, items, device=device)) - first,
+            number.div(layout.memory, rounding_mode="floor") * size + number.remainder(layout.memory) - first,
+        ),
+        places=None,
+    )

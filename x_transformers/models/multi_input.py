@@ -20,6 +20,7 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options import MULTI_INPUT, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class MultiInputTransformerWrapper(Model):
@@ -58,6 +59,7 @@ class MultiInputTransformerWrapper(Model):
             else nn.ModuleDict({name: LinearNoBias(dim, size) for name, size in sizes.items()})
         )
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
     def forward(
         self,
@@ -73,7 +75,7 @@ class MultiInputTransformerWrapper(Model):
         pos: Tensor | None = None,
         prepend_embeds: Tensor | None = None,
         prepend_mask: Tensor | None = None,
-        sum_embeds: Tensor | None = None,
+        sum_embeds: Tensor | float | None = None,
         return_attn_z_loss: bool = False,
         attn_z_loss_weight: float | None = None,
         seq_start_pos: Tensor | None = None,
@@ -97,7 +99,7 @@ class MultiInputTransformerWrapper(Model):
             pos: `(n,)` or `(b, n)` integer positions, or a floating tensor added instead of position embeddings.
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask. Their
                 outputs come before the others'.
-            sum_embeds: `(b, n, E)`, added to the token embeddings.
+            sum_embeds: `(b, n, E)` or what broadcasts to it, added to the token embeddings.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
             seq_start_pos: `(b,)` number of positions of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
@@ -152,7 +154,9 @@ class MultiInputTransformerWrapper(Model):
             found = sorted(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
             raise InputError(f"x is {found}; this model reads a dict of the streams {sorted(self.num_tokens)}.")
         shapes = {name: tuple(ids.shape) for name, ids in x.items()}
-        if len(set(shapes.values())) > 1:
+        first = next(iter(shapes.values()))
+        # sizes may be symbols of a graph, which cannot be members of a set
+        if any(shape != first for shape in shapes.values()):
             raise ShapeError(f"the streams have shapes {shapes}; they must be the same.")
         streams = {name: checked_ids(ids) for name, ids in x.items()}
         return streams, next(iter(streams.values())).shape[1]

@@ -107,7 +107,7 @@ class NeoMLP(Configured, ReadsReference):
             )
         rows = x.reshape(-1, self.sizes[0]).to(self.to_output_bias.dtype)
         inputs = self.random_fourier(rows) + self.input_embed
-        units = torch.cat((self.hidden_embed, self.output_embed)).expand(len(rows), -1, -1)
+        units = torch.cat((self.hidden_embed, self.output_embed)).expand(rows.shape[0], -1, -1)
         embeds = self.transformer(torch.cat((inputs, units.to(inputs.dtype)), dim=1)).split(self.sizes, dim=1)
         out = (embeds[2] * self.to_output_weights).sum(dim=-1) + self.to_output_bias
         out = out if x.ndim == 2 else out.squeeze(0)

@@ -27,8 +27,8 @@ def requested_capture(inputs: ModelInputs, stack: AttentionLayers) -> Capture:
         raise InputError("attention scores are requested, but `attn_flash = True` keeps none; leave it at None.")
     if given is None:
         # without a cache, `return_intermediates` shows everything that the kernels allow
-        scores = scores or (inputs.return_intermediates and inputs.cache is None and stack.may_show_scores())
-        return Capture(scores, inputs.return_intermediates, memories)
+        shown = inputs.return_intermediates and inputs.cache is None and stack.may_show_scores()
+        return Capture(scores or shown, inputs.return_intermediates, memories, on_demand=shown and not scores)
     if (scores and not given.scores) or (memories and not given.memories):
         return Capture(given.scores or scores, given.hiddens, given.memories or memories)
     return given

@@ -38,6 +38,7 @@ from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size,
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
+from x_transformers.options.signatures import shows_keywords_of
 from x_transformers.options.values import shown
 
 
@@ -137,6 +138,7 @@ class TransformerWrapper(Model):
         """True if decoding may cache keys and values: new tokens must not change earlier outputs."""
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     def forward(
         self,
         x: Tensor | None,
@@ -158,7 +160,7 @@ class TransformerWrapper(Model):
         prepend_mask: Tensor | None = None,
         excise_prepend_embeds: bool = False,
         embed_ids: Mapping[str, Tensor] | None = None,
-        sum_embeds: Tensor | None = None,
+        sum_embeds: Tensor | float | None = None,
         transform_token_embeds: Callable[[Tensor], Tensor] | None = None,
         return_attn_z_loss: bool = False,
         attn_z_loss_weight: float | None = None,
@@ -195,7 +197,7 @@ class TransformerWrapper(Model):
             prepend_embeds, prepend_mask: `(b, p, E)` embeddings before the tokens, and their `(b, p)` mask.
             excise_prepend_embeds: remove their positions from logits and features.
             embed_ids: name -> `(b, n)` ids of the further embeddings.
-            sum_embeds: `(b, n, E)`, added to the token embeddings.
+            sum_embeds: `(b, n, E)` or what broadcasts to it, added to the token embeddings.
             transform_token_embeds: applied to the token embeddings before positions are added.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
             seq_start_pos: `(b,)` number of tokens of left padding of each row.
@@ -275,7 +277,6 @@ class TransformerWrapper(Model):
             kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, ids)
         recycling = self._recycling(recycle_steps) if self.recycling or recycle_steps is not None else None
         features, record, initial_embeds = self._run_stack(embeds, inputs, span, recycling)
-
         pooled = None
         if self.pools or self.attn_pool is not None:
             features, pooled = self._summarize(features, inputs, span)
@@ -348,7 +349,7 @@ class TransformerWrapper(Model):
         if self.num_cls_tokens:
             classes = features[:, : self.num_cls_tokens]
             return classes[:, 0] if self.num_cls_tokens == 1 else classes, None
-        valid = span.valid(len(features), inputs.mask, inputs.seq_start_pos, features.device)
+        valid = span.valid(features.shape[0], inputs.mask, inputs.seq_start_pos, features.device)
         if self.average_pool_embed:
             return masked_mean(features[:, span.leading :], valid), None
         requested = span.kv is None and (self.returns_pooled or inputs.return_intermediates)

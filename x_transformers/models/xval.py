@@ -20,6 +20,7 @@ from x_transformers.models.heads import TiedLogits
 from x_transformers.models.inputs import ModelInputs
 from x_transformers.models.options import XVAL, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
+from x_transformers.options.signatures import shows_keywords_of
 
 
 class XValTransformerWrapper(Model):
@@ -69,6 +70,7 @@ class XValTransformerWrapper(Model):
         )
         self.to_numerical_output = nn.Sequential(nn.Linear(dim, 1))
 
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
     def forward(
         self,

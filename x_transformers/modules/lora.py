@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
+from x_transformers.modules.state_dict import LoadsWhole
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoadsWhole):
     """Linear map without bias that starts at zero: `W x`, or `up(activation(down(x)))` if it has a rank.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
-from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import SHORTEST
 from x_transformers.options.configured import Checked
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, require
@@ -90,7 +90,7 @@ class ConditionOptions:
         return self.given_width(dim) * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
 
 
-class Norm(Checked, nn.Module):
+class Norm(Checked, LoadsWhole):
     """Abstract base class of normalization layers.
 
     Attributes:
@@ -353,7 +353,7 @@ _TINY = 1e-24
 """Epsilon of RMSNorms: it maps a zero vector to zero, and is too small to change any other."""
 
 
-class MultiheadRMSNorm(Checked, nn.Module):
+class MultiheadRMSNorm(Checked, LoadsWhole):
     """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
 
     Args:

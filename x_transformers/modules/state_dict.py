@@ -8,16 +8,41 @@ a user need not say which layout a file has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from x_transformers.errors import StateDictError
+from x_transformers.modules.float32_buffers import device_of, leave_meta
+from x_transformers.modules.whole_loading import PLAIN_LOADERS, check_whole, load_whole
 
 
-class ReadsReference(nn.Module):
-    """Base class of modules that load both layouts, wherever they are nested, and a file as a whole or not at all."""
+class LoadsWhole(nn.Module):
+    """Base class of modules that load a state dict as a whole or not at all."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights in our layout or that of the reference, also of a model that `torch.compile` or DDP wrapped.
+
+        Args:
+            state_dict: the weights; not changed.
+            strict: raise an error if entries are missing or unexpected.
+            assign: use the tensors of `state_dict` as parameters, instead of copying their values.
+
+        Returns:
+            the missing and unexpected keys, as `torch.nn.Module.load_state_dict` does.
+
+        Raises:
+            StateDictError: if entries are missing or unexpected (only if `strict`), have other shapes or another kind
+                of dtype, or are no dense tensors. The message lists all of them, and the model keeps its weights.
+        """
+        translate = _Translation()
+        result = load_whole(self, state_dict, super().load_state_dict, translate, strict=strict, assign=assign)
+        translate.finish()
+        return result
+
+
+class ReadsReference(LoadsWhole):
+    """Base class of modules that load both layouts, wherever they are nested."""
 
     def reference_names(self) -> Mapping[str, str]:
         """Return the names of the reference's entries and ours, without prefix.
@@ -89,56 +114,60 @@ class ReadsReference(nn.Module):
         if finish is not None and not _fits(self, state_dict, prefix):
             finish = None
         self.translate_reference(state_dict, prefix)
+        if local_metadata.get("assign_to_params_buffers", False):
+            # what no state dict contains goes where the weights are
+            leave_meta(self, device_of(state_dict, prefix))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if finish is not None:
             finish()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights in our layout or that of the reference.
 
-        Args:
-            state_dict: the weights; not changed.
-            strict: raise an error if entries are missing or unexpected.
-            assign: use the tensors of `state_dict` as parameters, instead of copying their values.
+PLAIN_LOADERS.add(ReadsReference._load_from_state_dict)
 
-        Returns:
-            the missing and unexpected keys, as `torch.nn.Module.load_state_dict` does.
 
-        Raises:
-            StateDictError: if entries are missing or unexpected (only if `strict`) or have other shapes. The message
-                lists all of them, and the model keeps its weights.
-        """
-        # Everything is checked before anything is loaded: PyTorch copies module by module, and an error in the middle
-        # would leave a model with some weights of each kind.
-        translated = dict(state_dict)
-        translate(self, translated, "")
-        ours = self.state_dict()
-        missing = [key for key in ours if key not in translated]
-        unexpected = [key for key in translated if key not in ours]
-        misshaped = [
-            f"{key} is {tuple(translated[key].shape)}, the model has {tuple(ours[key].shape)}"
-            for key in ours
-            if key in translated
-            and isinstance(ours[key], Tensor)
-            and tuple(translated[key].shape) != tuple(ours[key].shape)
-        ]
-        groups = [("wrong shape", misshaped)]
-        if strict:
-            groups += [("missing", missing), ("unexpected", unexpected)]
-        faults = [f"{name}: {_list_keys(keys)}" for name, keys in groups if keys]
-        if faults:
-            raise StateDictError(
-                f"This state dict fits {type(self).__name__} neither in our layout nor in that of the reference; the "
-                "model is unchanged. Build it with the options of the model that the weights come from.\n  "
-                + "\n  ".join(faults)
-            )
-        finish = list(_after_loading(self, state_dict, "", getattr(state_dict, "_metadata", {})))
-        result = super().load_state_dict(translated, strict=strict, assign=assign)
-        for each in finish:
-            each()
-        return result
+class _Translation:
+    """Translation of the entries of one module after another, and what these have to do once they are loaded."""
+
+    def __init__(self) -> None:
+        self.later: list[tuple[ReadsReference, dict[str, Any], str, Mapping[str, Any]]] = []
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+        if isinstance(module, ReadsReference):
+            if module.after_loading(state, prefix, metadata) is not None:
+                self.later.append((module, dict(state), prefix, metadata))
+            module.translate_reference(state, prefix)
+
+    def finish(self) -> None:
+        """Do what is left to do; a module may have done it when PyTorch came to it."""
+        for module, state, prefix, metadata in self.later:
+            finish = module.after_loading(state, prefix, metadata)
+            if finish is not None:
+                finish()
+
+
+def load_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict into any module as a whole or not at all, also into one that is not of this library.
+
+    Raises:
+        StateDictError: see `LoadsWhole.load_state_dict`.
+    """
+    if isinstance(module, LoadsWhole):
+        module.load_state_dict(state_dict)
+    else:
+        translate = _Translation()
+        load_whole(module, state_dict, module.load_state_dict, translate)
+        translate.finish()
+
+
+def check_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Check that a state dict fits any module, without loading it.
+
+    Raises:
+        StateDictError: see `LoadsWhole.load_state_dict`.
+    """
+    check_whole(module, state_dict, _Translation())
 
 
 def translate(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -155,18 +184,6 @@ def _export(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         _export(child, state, f"{prefix}{name}.")
     if isinstance(module, ReadsReference):
         module.export_reference(state, prefix)
-
-
-def _after_loading(
-    module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
-) -> Iterator[Callable[[], None]]:
-    """Yield what the modules of a tree have to do once a state dict is loaded."""
-    if isinstance(module, ReadsReference):
-        finish = module.after_loading(state, prefix, metadata.get(prefix[:-1], {}))
-        if finish is not None:
-            yield finish
-    for name, child in module.named_children():
-        yield from _after_loading(child, state, f"{prefix}{name}.", metadata)
 
 
 def _fits(module: nn.Module, state: Mapping[str, Any], prefix: str) -> bool:
@@ -198,8 +215,3 @@ def rename_prefix(state: dict[str, Any], old: str, new: str) -> None:
     """Replace the prefix `old` of names by `new`."""
     for key in [key for key in state if key.startswith(old)]:
         state[new + key[len(old) :]] = state.pop(key)
-
-
-def _list_keys(keys: list[str], limit: int = 12) -> str:
-    more = f" ... and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more

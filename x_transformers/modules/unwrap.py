@@ -15,8 +15,10 @@ Given = TypeVar("Given")
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
-_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Names of the only child of a compiled and of a checkpointed module. Importing their classes would take a second."""
+COMPILED = "_orig_mod"
+SEGMENTS = frozenset({COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Names of the only child of a compiled, checkpointed or sharded module; no module of a user has one of them. Importing
+the classes would take a second."""
 
 
 def unwrapped(module: Given) -> Given:
@@ -37,10 +39,17 @@ def inside(module: object) -> nn.Module | None:
     if not isinstance(module, nn.Module) or len(module._modules) != 1:
         return None
     (name,) = module._modules
-    return module._modules[name] if name in _NAMES else None
+    return module._modules[name] if name in SEGMENTS else None
 
 
 def exchanges_gradients(module: object) -> bool:
     """Return True if DataParallel or DistributedDataParallel is among what is around a module."""
     inner = inside(module)
     return inner is not None and (isinstance(module, _PARALLEL) or exchanges_gradients(inner))
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter, or a prefix of names, has without what is around its modules."""
+    if "._" not in name and not name.startswith("_"):
+        return name
+    return ".".join(part for part in name.split(".") if part not in SEGMENTS)

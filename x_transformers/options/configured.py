@@ -2,7 +2,8 @@
 
 `model.config` can be written as JSON, and `type(model).from_config(model.config)` builds the same model with newly
 initialized weights. A value that is not plain data (a callable, a module of the user's) is recorded as
-`{"$object": keyword}`; `from_config` then needs it under that name.
+`{"$object": keyword}`; `from_config` then needs it under that name. If several parts have an object of the same name,
+each needs its own, by its place: `from_config(config, **{"net.attn_layers.fn": fn, "head.fn": other})`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -20,6 +22,9 @@ from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.values import hints_of, misfits, plain
 
 Built = TypeVar("Built", bound="Configured")
+PACKAGE = __name__.partition(".")[0]
+DEEPEST = 50
+"""Levels of nested configurations and containers."""
 
 
 class Checked:
@@ -47,7 +52,7 @@ class Configured:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Configured._classes[cls.__name__] = cls
+        Configured._classes[_class_name(cls)] = cls
         if "__init__" in cls.__dict__:
             cls.__init__ = _recording(cls.__init__)
 
@@ -55,7 +60,8 @@ class Configured:
     def config(self) -> dict[str, Any]:
         """Arguments of the constructor as plain data: `{"class": name, "options": {keyword: value}}`.
 
-        Of an object that was given as an argument, its present configuration.
+        Of an object that was given as an argument, its present configuration. The name of a class that is not of this
+        library includes its module.
         """
         return copy.deepcopy(self._config)
 
@@ -86,27 +92,39 @@ class Configured:
 
         Args:
             config: value of `.config`, possibly written to JSON and read again.
-            objects: values that are not plain data, by their names in the configuration.
+            objects: values that are not plain data, by their names or places in the configuration.
 
         Returns:
             An object of the class that the configuration names: this class or a subclass.
 
         Raises:
-            ConfigError: if the configuration belongs to another class, or an object that it names is missing.
+            ConfigError: if `config` is not what `.config` returns or belongs to another class, or if an object that it
+                names is missing.
         """
-        name = config.get("class")
-        target = Configured._classes.get(str(name))
+        _check(config, "")
+        name = config["class"]
+        target = cls if name == _class_name(cls) else _find(name)
         if target is None or not issubclass(target, cls):
             raise ConfigError(
                 f"this config describes a {name}, not a {cls.__name__}; call `from_config` of its own class."
             )
-        missing = sorted(_object_names(config) - set(objects))
-        if missing:
-            raise ConfigError(
-                f"the config contains objects that are not plain data; pass {', '.join(missing)} by name."
-            )
-        options = {key: _build(value, objects) for key, value in config["options"].items()}
-        return target(**options)
+        return _build(config, "", _by_place(config, objects), target)
+
+
+def _class_name(cls: type) -> str:
+    return cls.__name__ if cls.__module__.partition(".")[0] == PACKAGE else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _find(name: str) -> type[Configured] | None:
+    """Return the class that a configuration names.
+
+    Earlier versions wrote every class without its module. Such a name is a class of this library if there is one, or
+    else that of the only class with this name.
+    """
+    if name in Configured._classes:
+        return Configured._classes[name]
+    found = [cls for cls in Configured._classes.values() if cls.__name__ == name]
+    return found[0] if len(found) == 1 else None
 
 
 def _checking(init: Any) -> Any:
@@ -118,7 +136,7 @@ def _checking(init: Any) -> Any:
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain(args), plain(kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
-        _check(type(self).__name__, init, {name: given[name] for name in named[1:] if name in given})
+        _check_arguments(type(self).__name__, init, {name: given[name] for name in named[1:] if name in given})
         init(self, *args, **kwargs)
 
     return checked
@@ -142,7 +160,7 @@ def _recording(init: Any) -> Any:
             faults.add_unknown(name, names)
         faults.raise_if_any(type(self).__name__)
         given = signature.bind(self, *args, **kwargs).arguments
-        _check(type(self).__name__, init, {name: given[name] for name in names if name in given})
+        _check_arguments(type(self).__name__, init, {name: given[name] for name in names if name in given})
         # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
             options: dict[str, Any] = {}
@@ -150,13 +168,13 @@ def _recording(init: Any) -> Any:
                 kind = signature.parameters[name].kind
                 options.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
             recorded_options = {name: _plain(name, value) for name, value in options.items()}
-            self.__dict__["_config"] = {"class": type(self).__name__, "options": recorded_options}
+            self.__dict__["_config"] = {"class": _class_name(type(self)), "options": recorded_options}
         init(self, *args, **kwargs)
 
     return recorded
 
 
-def _check(subject: str, init: Callable[..., None], given: Mapping[str, Any]) -> None:
+def _check_arguments(subject: str, init: Callable[..., None], given: Mapping[str, Any]) -> None:
     """Raise a `ConfigError` that lists the arguments which do not fit the annotations of a constructor."""
     faults = Faults()
     for sentence in misfits(hints_of(init), given):
@@ -169,9 +187,11 @@ def _plain(name: str, value: Any) -> Any:
 
     The configuration of an object is shared with it, since loading weights may change it.
     """
-    model = unwrapped(value)
-    if isinstance(model, Configured):
-        return model._config
+    value = unwrapped(value)  # a compiled model is rebuilt as it was before
+    if isinstance(value, Configured):
+        return value._config
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -179,33 +199,104 @@ def _plain(name: str, value: Any) -> Any:
         return {"$object": name} if any(_is_object(item) for item in items) else items
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         items = {key: _plain(key, item) for key, item in value.items()}
-        return {"$object": name} if any(_is_object(item) for item in items.values()) else items
+        # a user's mapping that looks like one of ours would be read as that
+        unclear = _is_config(value) or _is_object(value)
+        return {"$object": name} if unclear or any(_is_object(item) for item in items.values()) else items
     return {"$object": name}
 
 
 def _is_object(value: Any) -> bool:
-    return isinstance(value, dict) and "$object" in value
+    return isinstance(value, Mapping) and "$object" in value
 
 
 def _is_config(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"class", "options"}
 
 
-def _build(value: Any, objects: Mapping[str, Any]) -> Any:
+def _check(value: Any, place: str, depth: int = 0) -> None:
+    """Check that a value has the form that `_plain` writes.
+
+    Raises:
+        ConfigError: if it has another.
+    """
+    where = f"`{place}` of the config" if place else "the config"
+    if depth > DEEPEST:
+        raise ConfigError(f"{where} is nested more than {DEEPEST} levels deep, which no config of this library is.")
+    if not depth and not _is_config(value):
+        raise ConfigError(
+            f'{where} is not of the form {{"class": name, "options": {{keyword: value}}}}, which `.config` returns.'
+        )
+    if _is_config(value):
+        name, options = value["class"], value["options"]
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ConfigError(f'{where} needs a name as its "class" and a mapping as its "options".')
+        if depth and _find(name) is None:
+            raise ConfigError(f"{where} describes a {name}, and there is no such class; import its module first.")
+        value = options
+    elif _is_object(value) and (set(value) != {"$object"} or not isinstance(value["$object"], str)):
+        raise ConfigError(f"{where} names an object by something else than a string.")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check(item, place, depth + 1)
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{where} has the keyword {key!r}, which is not a string.")
+            _check(item, f"{place}.{key}" if place else key, depth + 1)
+
+
+def _by_place(config: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the objects that a configuration needs by their places.
+
+    Raises:
+        ConfigError: if one is missing, or if one name is that of several objects.
+    """
+    places = dict(_objects_in(config, ""))
+    count = Counter(places.values())
+    found = {
+        place: objects[place] if place in objects else objects[name]
+        for place, name in places.items()
+        if place in objects or (name in objects and count[name] == 1)
+    }
+    missing = sorted({name if count[name] == 1 else place for place, name in places.items() if place not in found})
+    if missing:
+        several = sorted(name for name in count if count[name] > 1)
+        reason = f"; {', '.join(several)} is the name of several, so that each needs its place" if several else ""
+        raise ConfigError(
+            f"the config contains objects that are not plain data; pass {', '.join(missing)} by name{reason}."
+        )
+    return found
+
+
+def _objects_in(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Yield the place and the name of each object that a configuration needs."""
+    if _is_object(value):
+        yield place, value["$object"]
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _objects_in(item, f"{place}.{number}")
+    elif isinstance(value, Mapping):
+        for key, item in (value["options"] if _is_config(value) else value).items():
+            yield from _objects_in(item, f"{place}.{key}" if place else key)
+
+
+def _build(value: Any, place: str, objects: Mapping[str, Any], target: Any = None) -> Any:
     """Return the argument that `_plain` recorded, building nested configurations."""
     if _is_object(value):
-        return objects[value["$object"]]
-    if _is_config(value):
-        options = {key: _build(item, objects) for key, item in value["options"].items()}
-        return Configured._classes[value["class"]](**options)
-    # JSON turned tuples into lists, and options must be immutable
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _object_names(value: Any) -> set[str]:
-    """Return the names of the objects that a configuration needs, including those of nested ones."""
-    if _is_object(value):
-        return {value["$object"]}
-    if _is_config(value):
-        return set().union(*(_object_names(item) for item in value["options"].values()))
-    return set()
+        return objects[place]
+    if isinstance(value, list | tuple):
+        # JSON turned tuples into lists, and options must be immutable
+        return tuple(_build(item, f"{place}.{number}", objects) for number, item in enumerate(value))
+    if not isinstance(value, Mapping):
+        return value
+    items = value["options"] if _is_config(value) else value
+    built = {key: _build(item, f"{place}.{key}" if place else key, objects) for key, item in items.items()}
+    if not _is_config(value):
+        return built
+    target = _find(value["class"]) if target is None else target
+    try:
+        inspect.signature(target.__init__).bind(None, **built)
+    except TypeError as error:
+        raise ConfigError(f"the config does not fit {target.__name__}: {error}.") from error
+    return target(**built)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from x_transformers.options.schema import Schema
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def show_keywords(
@@ -48,3 +50,27 @@ def parameter(name: str, default: Any = inspect.Parameter.empty, *, positional: 
     """Return a parameter that belongs to no feature."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default)
+
+
+def shows_keywords_of(inner: Callable[..., Any], but: Iterable[str] = ()) -> Callable[[Method], Method]:
+    """Name what a method passes on by `**kwargs`, for `help`, completion and `torch.export`.
+
+    `torch.export` takes dynamic shapes only for arguments that a signature names.
+
+    Args:
+        inner: the method that takes the keywords.
+        but: names that the outer method sets itself.
+    """
+
+    def decorate(method: Method) -> Method:
+        own = dict(inspect.signature(method).parameters)
+        (rest,) = (name for name, p in own.items() if p.kind is inspect.Parameter.VAR_KEYWORD)
+        takes_any = own.pop(rest)
+        for name, p in inspect.signature(inner).parameters.items():
+            if name not in own and name not in but and p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                own[name] = p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        signature = inspect.Signature([*own.values(), takes_any])
+        method.__signature__ = signature
+        return method
+
+    return decorate

@@ -148,11 +148,16 @@ def _average(mesh: Any, parameter: Tensor) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return True if the model is sharded over processes, by `shard` or `fully_shard`."""
+    return any(is_sharded_tensor(parameter) for parameter in model.parameters())
+
+
+def is_sharded_tensor(tensor: Tensor) -> bool:
+    """Return True if each process has a part of the tensor."""
     if not joins():
         return False
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return isinstance(tensor, DTensor)
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
@@ -172,6 +177,11 @@ def joins() -> bool:
 def rank() -> int:
     """Return the number of this process; 0 without a group."""
     return dist.get_rank() if joins() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a group."""
+    return dist.get_world_size() if joins() else 1
 
 
 def leads() -> bool:

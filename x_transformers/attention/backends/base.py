@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
 from x_transformers.forward_pass.call import Memo
+from x_transformers.forward_pass.intermediates import Scores
 from x_transformers.ops import pad_left
 
 
@@ -24,6 +26,7 @@ class Situation(NamedTuple):
         queries: their number; 0 if it does not matter. In a graph, 1 or `MANY`.
         skips: causality or a window hides whole ranges of keys.
         keeps: in a graph, the pass writes to a cache, or to states for the next segment.
+        transformed: derivatives are taken in forward mode, or by `torch.func`, which needs a formula for each step.
     """
 
     device: str
@@ -34,6 +37,7 @@ class Situation(NamedTuple):
     queries: int = 0
     skips: bool = False
     keeps: bool = False
+    transformed: bool = False
 
 
 class Request(NamedTuple):
@@ -78,6 +82,7 @@ class AttentionOutput(NamedTuple):
         similarities: `(b, h, i, P + j)` scaled scores, before biases and masks.
         logits, weights: the same after them; with a learned sink, its column comes first.
         plain: the logits without it, and 0 where a key is hidden.
+        on_demand: computes similarities, logits and weights later, if they were requested that way.
     """
 
     out: Tensor
@@ -85,6 +90,7 @@ class AttentionOutput(NamedTuple):
     logits: Tensor | None = None
     weights: Tensor | None = None
     plain: Tensor | None = None
+    on_demand: Callable[[], Scores] | None = None
 
 
 class Backend(ABC):

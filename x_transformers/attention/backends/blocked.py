@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.base import BoundScore, Needs, Tiles
@@ -393,13 +393,21 @@ class BlockwiseSoftmax(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         q, k, v, out, *inputs = ctx.saved_tensors
         inputs, kept = inputs[: ctx.inputs], inputs[ctx.inputs :]
         passes = kept_blocks(plan, kept)
         d_out, d_lse = gradients
+        if torch.is_grad_enabled():
+            # with `create_graph = True` the gradient is differentiated, which needs a graph of plain operations
+            # aliases: one tensor may depend on another, which must not get the gradient of that path here
+            tensors = [t.view_as(t) for t in (q, k, v, *inputs)]
+            wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+            outputs = [(y, dy) for y, dy in zip(plain(plan, *tensors), gradients, strict=True) if dy is not None]
+            ys, dys = zip(*outputs, strict=True)
+            found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+            return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
         d_out = torch.zeros_like(out) if d_out is None else d_out
         with torch.autocast("cpu", enabled=False):
             # `sum(do * out)` of each row, without the scores: the mean of the gradients of its weights
@@ -439,6 +447,36 @@ class BlockwiseSoftmax(torch.autograd.Function):
             d_values.view(v.shape).to(v.dtype),
             *(None if total is None else total.to(t.dtype) for total, t in zip(sums, inputs, strict=True)),
         )
+
+
+def plain(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `BlockwiseSoftmax` returns, by operations that can be differentiated any number of times."""
+    heads, (queries, keys, values) = q.shape[:2], (folded(q, k.shape[1]), flat(k), flat(v))
+    outputs, sums = [], []
+    for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
+        rows = queries[:, :, block.rows].flatten(1, 2)
+        some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
+        scores = by_heads((rows @ some.mT) * plan.scale, heads)
+        for step in plan.steps:
+            if isinstance(step.by, Tiles):
+                tile = step.by.tile(inputs[step.inputs], block.rows, block.columns)
+                scores = scores + F.pad(tile, (plan.prefix, 0))
+            else:
+                assert step.by.pointwise is not None
+                scores = step.by.pointwise(scores)
+        hidden = torch.zeros_like(scores)
+        if plan.hiding is not None:
+            hide(hidden, plan.hiding, block)
+        if plan.shadow is not None:
+            hidden[..., plan.prefix :] += plan.shadow[..., block.columns]
+        # gradients of rows of minus infinity are NaN; such rows are computed from zeros, and their weights dropped
+        empty = hidden.amax(dim=-1, keepdim=True) == NEVER
+        scores = scores + hidden.masked_fill(empty, 0.0)
+        weights = scores.softmax(dim=-1).masked_fill(empty, 0.0)
+        outputs.append(by_heads(weights.view(rows.shape[0], -1, weights.shape[-1]) @ some_values, heads))
+        sums.append(scores.logsumexp(dim=-1, keepdim=True).masked_fill(empty, float("inf")))
+    lse = torch.cat(sums, dim=-2) if plan.sums else queries.new_empty(0, 1)
+    return torch.cat(outputs, dim=-2).to(q.dtype), lse
 
 
 def kept_blocks(plan: Plan, kept: Sequence[Tensor]) -> Iterator[BlockOutput]:

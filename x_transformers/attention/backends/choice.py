@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from loguru import logger
+from torch.autograd import forward_ad
 
 from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.blocked import Blocked
@@ -73,6 +74,8 @@ class BackendChoice:
             return self.explicit, ["`flash = False`"]
         if needs & Needs.SCORES:
             return self.explicit, ["the scores were requested"]
+        if situation.transformed:
+            return self.explicit, ["fused kernels have no derivatives in forward mode and under `torch.func`"]
         reasons: dict[str, str | Measurement | None] = {
             each.name: each.lacks(needs) or each.refuses(situation, needs) for each in self.fused
         }
@@ -96,7 +99,8 @@ class BackendChoice:
             # length of 1 is never a symbol.
             compiling, queries, layer = True, 1 if queries == 1 else MANY, request.layer
             keeps = layer is not None and (layer.entry is not None or layer.states is not None)
-        situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps)
+        transformed = not compiling and is_transformed()
+        situation = Situation(q.device.type, q.dtype, grad, compiling, width, queries, skips, keeps, transformed)
         backend, reasons = self._decide(situation, needs)
         if self.flash and not backend.fused and not request.capture and not torch.compiler.is_compiling():
             why = "; ".join(str(reason) for reason in reasons)
@@ -122,6 +126,11 @@ class BackendChoice:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def is_transformed() -> bool:
+    """Return True within a function that `torch.func` transforms, or where derivatives are taken in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 FULL, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)

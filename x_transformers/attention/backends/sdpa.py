@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,21 +49,28 @@ class SDPA(Backend):
         return None
 
     def attend(self, request: Request) -> AttentionOutput:
-        q, k, visible = request.q, request.k, request.visible
+        q, k, v, visible = request.q, request.k, request.v, request.visible
+        width = v.shape[-1]
+        if q.shape[-1] != width and q.is_cpu:
+            # The fused kernel of a CPU takes one width. Features of zeros change no score, and those of the output are
+            # cut off.
+            q, k, v = _of_one_width(q, k, v)
         masked = request.scores or (visible.hiding is not None and not visible.is_causal)
         mask = _mask(request) if masked else None
         attend = F.scaled_dot_product_attention if self.kernels is None else self._restricted
-        out = attend(
-            q,
-            k,
-            request.v,
-            attn_mask=mask,
-            dropout_p=request.dropout,
+        options = {
+            "dropout_p": request.dropout,
             # kernels take a mask or the flag, not both; `_mask` has included causality
-            is_causal=visible.is_causal and mask is None,
-            scale=request.scale,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
+            "is_causal": visible.is_causal and mask is None,
+            "scale": request.scale,
+            # under `torch.jit.trace` sizes are tensors
+            "enable_gqa": bool(k.shape[1] != q.shape[1]),
+        }
+        out = attend(q, k, v, attn_mask=mask, **options)
+        if out.requires_grad and not request.dropout and not torch.compiler.is_compiling():
+            out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, v, mask)
+        if out.shape[-1] != width:
+            out = out[..., :width]
         if visible.fully_masked is False:
             return AttentionOutput(out)
         fully_masked = visible.fully_masked_queries(request.memo)
@@ -71,6 +80,44 @@ class SDPA(Backend):
         assert self.kernels is not None
         with sdpa_kernel(self.kernels):
             return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+class SecondDerivatives(torch.autograd.Function):
+    """The identity of what a fused kernel returned; it leaves the kernel where gradients need gradients themselves.
+
+    A backward pass with `create_graph = True` differentiates the gradient, for which kernels have no formula. There the
+    gradient flows through another function of the same tensors, which is computed only then.
+
+    `apply` takes that function; its value `out`, as the kernel computed it; and its tensors, or None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plain: Callable[..., Tensor], out: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.plain = plain
+        ctx.save_for_backward(*inputs)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not torch.is_grad_enabled():
+            return None, gradient, *(None for _ in ctx.saved_tensors)
+        # aliases: one tensor may depend on another, which must not get the gradient of that path here
+        inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(ctx.plain(*inputs), wanted, gradient, create_graph=True))
+        return None, None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def _of_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Pad the last axis of tensors with zeros to the width of the widest."""
+    width = max(t.shape[-1] for t in tensors)
+    return tuple(t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in tensors)
+
+
+def _plain(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the same attention, by steps that are all differentiable."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
 def _mask(request: Request) -> Tensor | None:

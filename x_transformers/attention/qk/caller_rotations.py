@@ -39,13 +39,13 @@ class CallerTable:
             ShapeError: if the table has fewer rows than the span has tokens.
         """
         table = self.table if self.table.ndim == 3 else self.table.unsqueeze(0)
-        if table.shape[-2] < len(span):
+        if table.shape[-2] < span.length:
             raise ShapeError(
-                f"the rotary or polar embedding has shape {tuple(self.table.shape)}; it must cover all {len(span)} "
+                f"the rotary or polar embedding has shape {tuple(self.table.shape)}; it must cover all {span.length} "
                 "keys. Compute it for recurrent memory and cached tokens too."
             )
-        if newest is None or len(newest) == 0:
-            return table[:, None, table.shape[-2] - len(span) :]
+        if newest is None or newest.length == 0:
+            return table[:, None, table.shape[-2] - span.length :]
         # The slots of a static cache may be out of order (a ring), so each token's row is found by its distance from
         # the newest token. Empty slots have indices outside of the table; they are masked, so that any row will do.
         rows = span.index - newest.index[-1] - 1 + table.shape[-2]

@@ -49,11 +49,14 @@ class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def __init__(self, dim: int, heads: int, bias_uniform_init: bool = False, base: float = 10000) -> None:
         super().__init__()
-        self.dim = dim
-        self.register_buffer("inv_freq", float(base) ** -(torch.arange(dim) / dim), persistent=False)
+        self.dim, self.base = dim, float(base)
+        self.register_derived()
         self.learned_bias = nn.Parameter(torch.zeros(heads, 1, dim))
         if bias_uniform_init:
             nn.init.uniform_(self.learned_bias, -2 * math.pi, 0.0)
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        return {"inv_freq": self.base ** -(torch.arange(self.dim, dtype=torch.float32) / self.dim)}
 
     def forward(self, t: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Return the angles of positions and the learned angles.

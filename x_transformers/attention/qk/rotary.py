@@ -101,12 +101,14 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             # the factor (as interpolation would), while the highest one, which tells neighbors apart, stays at 1.
             base = base * base_rescale_factor ** (dim / (dim - 2))
         self.dim, self.use_xpos, self.num_heads = dim, use_xpos, num_heads
-        self.interpolation_factor, self.scale_base = interpolation_factor, scale_base
-        pairs = torch.arange(0, dim, 2).float()
-        self.register_buffer("inv_freq", 1.0 / base ** (pairs / dim), persistent=False)
+        self.interpolation_factor, self.scale_base, self.base = interpolation_factor, scale_base, base
+        self.register_derived()
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        pairs = torch.arange(0, self.dim, 2, dtype=torch.float32)
         # xPos: high frequencies (small k) decay fastest
-        zeta = (pairs + 0.4 * dim) / (1.4 * dim)
-        self.register_buffer("xpos_log", zeta.log() / scale_base, persistent=False)
+        zeta = (pairs + 0.4 * self.dim) / (1.4 * self.dim)
+        return {"inv_freq": 1.0 / self.base ** (pairs / self.dim), "xpos_log": zeta.log() / self.scale_base}
 
     @property
     def scale(self) -> Tensor | None:

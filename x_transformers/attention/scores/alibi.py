@@ -58,7 +58,10 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
             raise ConfigError(f"`slopes` contains {len(given)} numbers; ALiBi on {heads} heads needs {heads}.")
         self.standard = (*given, *[0.0] * (total_heads - heads))
         # persistent, since reading a checkpoint of the reference may reorder the heads
-        self.register_buffer("slopes", torch.tensor(self.standard, dtype=torch.float32))
+        self.register_derived(persistent=True)
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        return {"slopes": torch.tensor(self.standard, dtype=torch.float32)}
 
     def bias(self, distance: Tensor) -> Tensor:
         return -distance.abs().unsqueeze(-3) * self.slopes[:, None, None]

@@ -68,7 +68,7 @@ class DistanceBias(ScoreMod):
 
     def _at_distance(self, query: Span, keys: Span) -> ScoreFunction:
         """Return the pointwise form for consecutive positions, which reads a table `(h, i + j - 1)` of distances."""
-        i, j = len(query), len(keys)
+        i, j = query.length, keys.length
         least = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
         distances = least + torch.arange(i + j - 1, device=query.pos.device)
         table = self.bias(distances.unsqueeze(0)).squeeze(-2)
@@ -86,7 +86,7 @@ class DistanceBias(ScoreMod):
         A bias by distance is a Toeplitz matrix. The tile of the queries from `r` on is that of the first queries,
         shifted by `r` along the keys, so that one strip contains all of them.
         """
-        i, j = len(query), len(keys)
+        i, j = query.length, keys.length
         most = query.pos[0, 0] - keys.pos[0, 0] + i + height - 2
         distances = most - torch.arange(i + j + height - 2, device=query.pos.device)
         by_distance = self.bias(distances.unsqueeze(0)).squeeze(-2)

@@ -79,13 +79,13 @@ class DynamicPositionBias(DistanceBias):
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
         bound = super().bind(query, keys)
-        if query.contiguous and keys.contiguous and len(query):
+        if query.contiguous and keys.contiguous and query.length:
             bound.make_dense = lambda: self._toeplitz(query, keys)
         return bound
 
     def _toeplitz(self, query: Span, keys: Span) -> Tensor:
         """Return the closed form for consecutive positions: the MLP runs once per distance, not once per pair."""
-        i, j = len(query), len(keys)
+        i, j = query.length, keys.length
         least = query.pos[0, 0] - keys.pos[0, 0] - (j - 1)
         table = self._mlp(least + torch.arange(i + j - 1, device=query.pos.device))
         # query q and key k are at the distance `least + (q - k + j - 1)`: from 0 for the first query and the last key

@@ -211,7 +211,20 @@ class PerRowDataDependentAlibi(ScoreMod):
             of_tokens = layer.entry.grow("forget", w[..., memory:, :])
             w = torch.cat((w[..., :memory, :], of_tokens), dim=-2) if memory else of_tokens
 
-        return BoundScore(needs=self.needs, stage=self.stage, dense=lambda: self._dense(u, w, layer))
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            # the sums run from each key to the query, and a tile contains all keys up to its queries
+            keys = layer.keys
+            counts = keys.index[columns] < layer.call.query.index[rows].unsqueeze(-1)
+            if keys.token_mask is not None:
+                counts = counts & keys.token_mask[:, None, None, columns]
+            return self._sum_gates(inputs[0][..., rows, :], inputs[1][..., columns, :], counts)
+
+        return BoundScore(
+            needs=self.needs,
+            stage=self.stage,
+            dense=lambda: tile((u, w), slice(None), slice(None)),
+            tiles=lambda height: Tiles(tile, (u, w)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the bias between the tokens of a sequence, for use outside of an `Attention`.
@@ -225,13 +238,6 @@ class PerRowDataDependentAlibi(ScoreMod):
         u, w = (split_heads(t, self.heads) for t in self.to_uw(x).chunk(2, dim=-1))
         index = torch.arange(x.shape[1], device=x.device)
         return self._sum_gates(u, w, index < index.unsqueeze(-1))
-
-    def _dense(self, u: Tensor, w: Tensor, layer: LayerCall) -> Tensor:
-        keys = layer.keys
-        counts = keys.index < layer.call.query.index.unsqueeze(-1)
-        if keys.token_mask is not None:
-            counts = counts & keys.token_mask[:, None, None, :]
-        return self._sum_gates(u, w, counts)
 
     def _sum_gates(self, u: Tensor, w: Tensor, counts: Tensor) -> Tensor:
         """Return the bias `(b, h, i, j)` of `u (b, h, i, a)` and `w (b, h, j, a)`.

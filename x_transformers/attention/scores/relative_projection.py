@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage
+from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, by_row, split_heads
@@ -56,9 +57,10 @@ class RelativeProjPositionalBias(ScoreMod):
         self.bank = nn.Parameter(torch.randn(num_distance_basis, max_dist) * 0.02)
 
     def bind_layer(self, x: Tensor, layer: LayerCall) -> BoundScore:
-        by_distance, call = self._by_distance(x), layer.call
+        weights, call = split_heads(self.to_weights(x), self.heads), layer.call
 
         def make_at() -> ScoreFunction:
+            by_distance = self._by_distance(weights, self.bank)
             of_q, of_k = by_row(call.query.pos), by_row(layer.keys.pos)
             last = torch.full((1,), by_distance.shape[-1] - 1, device=x.device)
 
@@ -70,11 +72,16 @@ class RelativeProjPositionalBias(ScoreMod):
 
             return at
 
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            of_rows = self._by_distance(inputs[0][..., rows, :], inputs[1])
+            return _look_up(of_rows, call.query.pos[:, rows], layer.keys.pos[:, columns])
+
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
             at=make_at,
-            dense=lambda: _look_up(by_distance, call.query.pos, layer.keys.pos),
+            dense=lambda: tile((weights, self.bank), slice(None), slice(None)),
+            tiles=lambda height: Tiles(tile, (weights, self.bank)),
         )
 
     def forward(self, x: Tensor, seq_len_k: int | None = None) -> Tensor:
@@ -97,12 +104,12 @@ class RelativeProjPositionalBias(ScoreMod):
                 f"`seq_len_k` is {keys}; it must be at least {n}, since the queries are the last {n} keys."
             )
         pos = torch.arange(keys, device=x.device).unsqueeze(0)
-        return _look_up(self._by_distance(x), pos[:, keys - n :], pos)
-
-    def _by_distance(self, x: Tensor) -> Tensor:
-        """Return the bias of each query at each distance, `(b, h, n, R)`."""
         weights = split_heads(self.to_weights(x), self.heads)
-        return at_least_float32(weights @ self.bank.to(weights.dtype))
+        return _look_up(self._by_distance(weights, self.bank), pos[:, keys - n :], pos)
+
+    def _by_distance(self, weights: Tensor, bank: Tensor) -> Tensor:
+        """Return the bias of each query at each distance, `(b, h, n, R)`, from its weights of the bank's functions."""
+        return at_least_float32(weights @ bank.to(weights.dtype))
 
 
 def _look_up(by_distance: Tensor, query: Tensor, keys: Tensor) -> Tensor:

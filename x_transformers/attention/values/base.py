@@ -74,7 +74,7 @@ class SequenceRunner:
         if leaves is None:
             return y, None
         before = 0 if state is None else state.count
-        count = torch.full((len(x),), n, device=x.device) + before
+        count = torch.full((x.shape[0],), n, device=x.device) + before
         leaves = {k: rearrange(t, "(b r) ... -> b r ...", r=self.rows) for k, t in leaves.items()}
         return y, SequenceState(leaves, count)
 
@@ -93,7 +93,7 @@ class SequenceRunner:
             the output `(b, n, e)`, 0 where a token is hidden, and the new state if the module has one.
         """
         token_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if token_mask is None else token_mask
-        count = torch.zeros(len(x), dtype=torch.long, device=x.device) if state is None else state.count
+        count = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if state is None else state.count
         leaves = {} if state is None else {name: t.clone() for name, t in state.leaves.items()}
         y: Tensor | None = None
         for length, started, pieces in self._group_rows(token_mask, count, pad):
@@ -105,7 +105,7 @@ class SequenceRunner:
                 y = y.index_put((torch.full_like(at, b), at), row[: len(at)])
             for name, t in (new_leaves or {}).items():
                 leaf = leaves.get(name)
-                leaf = t.new_zeros(len(x), self.rows, *t.shape[1:]) if leaf is None else leaf
+                leaf = t.new_zeros(x.shape[0], self.rows, *t.shape[1:]) if leaf is None else leaf
                 leaves[name] = leaf.index_put((torch.tensor(bs, device=t.device), torch.tensor(rs, device=t.device)), t)
         if y is None:  # every token is hidden: run one, only to learn the width of the output
             y = torch.zeros_like(self._call(x[:, :1], None, {})[0]).expand(-1, x.shape[1], -1)

@@ -160,7 +160,7 @@ class HybridBranch(ValueMod):
         else:
             y, _ = self.runner.run_ragged(x, token_mask, None, pad=False)
         # keys lie at the end of the output, after recurrent memory
-        return y[:, torch.searchsorted(keys.index, index) + y.shape[1] - len(keys)]
+        return y[:, torch.searchsorted(keys.index, index) + y.shape[1] - keys.length]
 
 
 def _token_mask(seen: ValueContext, index: Tensor) -> Tensor | None:
@@ -176,7 +176,7 @@ def _with_memory(x: Tensor, token_mask: Tensor | None, seen: ValueContext) -> tu
     m, key_mask = seen.layer.memory.shape[-2], seen.layer.keys.token_mask
     if key_mask is not None:
         own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if token_mask is None else token_mask
-        token_mask = torch.cat((key_mask[:, :m].expand(len(x), -1), own), dim=1)
+        token_mask = torch.cat((key_mask[:, :m].expand(x.shape[0], -1), own), dim=1)
     return seen.layer.with_memory(x), token_mask
 
 

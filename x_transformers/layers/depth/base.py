@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from x_transformers.modules.state_dict import LoadsWhole
 
 
-class DepthReader(nn.Module):
+class DepthReader(LoadsWhole):
     """Abstract base class of modules that mix the branch inputs of all layers so far into a sublayer's input."""
 
     def forward(self, x: Tensor, hiddens: Sequence[Tensor]) -> Tensor:

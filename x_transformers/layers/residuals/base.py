@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.errors import UnknownKeywordError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.kinds import BranchKind
 from x_transformers.modules.norms import Norm
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.options.schema import Feature, Options, opt
 
 
@@ -50,7 +51,7 @@ class SublayerContext:
     norm: Callable[[int], Norm]
 
 
-class StreamFrame(nn.Module):
+class StreamFrame(LoadsWhole):
     """Entry to and exit from several residual streams: expands before the first layer, collapses after the last."""
 
     def expand(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class StreamFrame(nn.Module):
         raise NotImplementedError
 
 
-class ResidualConnection(nn.Module):
+class ResidualConnection(LoadsWhole):
     """Abstract base class of residual connections.
 
     `read` extracts a sublayer's input from the residual stream, `write` combines the sublayer's output with the stream.

@@ -1,0 +1,94 @@
+"""Compiled models: two graphs for any number of lengths of contexts, masks, memories and prefixes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from catalog import BASE, close, tokens
+from torch import Tensor, fx, nn
+
+from x_transformers import AutoregressiveWrapper, XLAutoregressiveWrapper
+
+LENGTHS = (9, 10, 12, 7)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def counted(model: nn.Module) -> tuple[Callable[..., Any], list[fx.GraphModule]]:
+    """Return the compiled model, and the list of its graphs."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(model, fullgraph=True, backend=backend), graphs
+
+
+def valid(n: int) -> Tensor:
+    return torch.arange(n) < torch.tensor([[n], [5]])
+
+
+CASES: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
+    "context": (
+        {"cross_attend": True},
+        lambda n: {"x": tokens(2, 6), "context": torch.randn(2, n, 16), "context_mask": valid(n)},
+    ),
+    "memory": (
+        {"max_mem_len": 20, "rel_pos_bias": True},
+        lambda n: {"x": tokens(2, 6), "mems": [torch.randn(2, n, 16)], "mem_masks": [valid(n)]},
+    ),
+    "mask": ({}, lambda n: {"x": tokens(2, n), "mask": valid(n)}),
+    "pairs": ({}, lambda n: {"x": tokens(2, n), "attn_mask": torch.ones(n, n, dtype=torch.bool)}),
+    "prefix": ({}, lambda n: {"x": tokens(2, 6), "prepend_embeds": torch.randn(2, n, 16)}),
+    "groups": (
+        {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 3},
+        lambda n: {"x": tokens(2, n)},
+    ),
+    "keys": (
+        {},
+        lambda n: {
+            "x": tokens(2, 6),
+            "self_attn_additional_kv": [(torch.randn(2, 4, n, 8), torch.randn(2, 4, n, 8))],
+            "additional_kv_mask": valid(n),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_two_graphs_for_all_lengths(name: str) -> None:
+    options, draw = CASES[name]
+    model = BASE.build(depth=1, **options)
+    compiled, graphs = counted(model)
+    for n in LENGTHS:
+        given = draw(n)
+        close(compiled(**given), model(**given))
+    assert len(graphs) <= 2
+
+
+def test_chunks_of_a_loss_take_a_graph_for_each_doubling() -> None:
+    model = AutoregressiveWrapper(BASE.build(depth=1), loss_chunk_size=4)
+    compiled, graphs = counted(model)
+    for n in (18, 20, 22, 24, 26, 28, 30, 32):
+        x = tokens(2, n)
+        close(compiled(x), model(x))
+    # 34 to 62 tokens with a label are 16 chunks each; the first length is a number
+    assert len(graphs) <= 2
+
+
+@torch.no_grad()
+def test_segments() -> None:
+    model = XLAutoregressiveWrapper(BASE.build(depth=1, max_seq_len=16, max_mem_len=8))
+    compiled, graphs = counted(model)
+    for n in (20, 22, 24, 27):
+        x = tokens(2, n)
+        close(compiled(x), model(x))
+    assert len(graphs) <= 2
