@@ -47,6 +47,22 @@ def check_kinds(given: Mapping[str, Any], kinds: Kinds) -> None:
         check_kind(name, value, kind)
 
 
+def check_attributes(inputs: object, kinds: Kinds) -> None:
+    """Raise an `InputError` for an attribute of another class than its annotation has; see `check_kinds`.
+
+    Args:
+        inputs: the arguments of a pass, most of which are None.
+        kinds: see `kinds_of`.
+    """
+    for name, kind in kinds.items():
+        value = getattr(inputs, name)
+        if value is None:
+            if kind[0][-1] is not NoneType:
+                check_kind(name, value, kind)
+        elif value.__class__ is not kind[0][0]:
+            check_kind(name, value, kind)
+
+
 @dataclass(eq=False)
 class Span:
     """A sequence of tokens, queries or keys.

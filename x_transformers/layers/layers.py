@@ -13,7 +13,7 @@ from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.arguments import check_whole
-from x_transformers.forward_pass.call import Capture, Span, check_kinds
+from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
@@ -291,7 +291,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             capture, pairs,
         )
         # fmt: on
-        check_kinds(inputs.given(), KINDS_OF_INPUTS)
+        check_attributes(inputs, KINDS_OF_INPUTS)
         state = begin_pass(self, inputs)
         steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
         try:

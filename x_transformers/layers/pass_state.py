@@ -104,7 +104,7 @@ class PassInputs:
 
 
 ARGUMENTS = tuple(entry.name for entry in fields(PassInputs) if entry.init)
-KINDS_OF_INPUTS = kinds_of(PassInputs)
+KINDS_OF_INPUTS = {name: kind for name, kind in kinds_of(PassInputs).items() if name in ARGUMENTS}
 
 
 class Recorder:

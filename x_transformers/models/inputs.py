@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.cache import KVCache, tokens_to_run
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
-from x_transformers.forward_pass.call import Capture, check_kinds
+from x_transformers.forward_pass.call import Capture, check_attributes
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.memory_layout import MemoryLayout
 from x_transformers.options.values import shown
@@ -58,7 +58,7 @@ class ModelInputs:
     logits_to_keep: int | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(self.__dict__, KINDS)
+        check_attributes(self, KINDS)
         if self.mask is not None or self.self_attn_kv_mask is not None or self.prepend_mask is not None:
             read_masks_of(self, ("mask", "self_attn_kv_mask", "prepend_mask"))
         if self.attn_mask is not None:
