@@ -171,8 +171,9 @@ class KVCache:
     @property
     def rows(self) -> int | None:
         """Number of rows, or None before a pass."""
-        for entry in self.entries:
-            for stream in (*entry.grown.values(), *entry.states.values()):
+        # states of a context may have one row for all
+        for streams in (*(entry.grown for entry in self.entries), *(entry.states for entry in self.entries)):
+            for stream in streams.values():
                 return stream.shape[0]
         return None
 

@@ -13,7 +13,7 @@ from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.alibi import bias_by_head
 from x_transformers.attention.validation import check_context, check_pairs
 from x_transformers.cache import KVCache, tokens_to_run
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Capture, Span
 from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
@@ -85,8 +85,17 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
 
 
 def begin_cache(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> KVCache:
-    """Return the cache, begun for the new tokens; a new one if the caller passed none."""
+    """Return the cache, begun for the new tokens; a new one if the caller passed none.
+
+    Raises:
+        ShapeError: if the cache has other rows than `x`.
+    """
     kv = KVCache() if kv is None else kv
+    if kv.started and kv.rows not in (inputs.x.shape[0], None):
+        raise ShapeError(
+            f"x has {inputs.x.shape[0]} rows, and the cache {kv.rows}; `KVCache.repeat` and `KVCache.reorder` change "
+            "the rows of a cache."
+        )
     # what windows hide need not be kept, which the first pass decides
     reaches = () if kv.started else stack.reaches(inputs.order)
     return kv.begin(inputs.x.shape[1], order=inputs.order, reaches=reaches, header=inputs.header)

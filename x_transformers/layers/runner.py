@@ -40,7 +40,7 @@ from x_transformers.layers.per_layer_inputs import (
     kv_residuals_by_layer,
 )
 from x_transformers.layers.stack import LayerStack
-from x_transformers.layers.token_layout import build_token_layout
+from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
 from x_transformers.modules.norms import apply_norm
 from x_transformers.ops import softclamp
 
@@ -103,7 +103,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         causal=causal,
         aligned=kv is None or kv.fresh,
         newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
-        row_mask=inputs.mask.bool() if inputs.mask is not None and inputs.cache is None else None,
+        row_mask=None if inputs.mask is None else mask_of_queries(inputs, query),
         attn_mask=inputs.attn_mask,
         attn_bias=inputs.attn_bias,
         capture=capture,
