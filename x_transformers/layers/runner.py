@@ -103,7 +103,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         causal=causal,
         aligned=kv is None or kv.fresh,
         newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
-        row_mask=None if inputs.mask is None else mask_of_queries(inputs, query),
+        row_mask=None if inputs.mask is None else mask_of_queries(inputs.mask, query, kv),
         attn_mask=inputs.attn_mask,
         attn_bias=inputs.attn_bias,
         capture=capture,

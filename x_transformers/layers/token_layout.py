@@ -83,14 +83,12 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     return query, query if cache is None else Span(k_index, k_slot, k_pos, token_mask, contiguous)
 
 
-def mask_of_queries(inputs: PassInputs, query: Span) -> Tensor | None:
-    """Return the columns `(b, n)` of `mask` that belong to the new tokens."""
-    if inputs.mask is None or inputs.cache is None:
-        return None if inputs.mask is None else inputs.mask.bool()
-    if inputs.cache.capacity is None:
-        return inputs.mask[:, inputs.mask.shape[-1] - len(query) :].bool()
+def mask_of_queries(mask: Tensor, query: Span, cache: KVCache | None) -> Tensor:
+    """Return the columns `(b, n)` bool of a `mask` that belong to the new tokens."""
+    if cache is None or cache.capacity is None:
+        return mask[:, mask.shape[-1] - len(query) :].bool()
     # columns of a static cache are counted from its first slot, and those not given are visible
-    return columns_at(inputs.mask.bool(), query.index, fill=True)
+    return columns_at(mask.bool(), query.index, fill=True)
 
 
 def check_start(start: Tensor, batch: int) -> None:
