@@ -202,7 +202,8 @@ def test_masks_of_the_new_tokens(options: dict[str, Any]) -> None:
 
 def test_rows_of_a_cache_and_of_new_tokens_must_agree() -> None:
     """Also those of states, such as shifted tokens; but a context of one row serves all rows."""
-    for options in ({}, {"shift_tokens": 1}):
+    cases: list[dict[str, Any]] = [{}, {"shift_tokens": 1}]
+    for options in cases:
         model, x = model_of(decoder(**options)), tokens(9, 3)
         _, cache = model(x[:1, :5], **RECORD)
         with pytest.raises(ShapeError, match="rows"):
@@ -391,7 +392,7 @@ def test_a_cache_made_by_hand(name: str) -> None:
     assert after.cache_length == 7
     close(stack(x[:, 7:], cache=after), wanted[:, 1:], RIGHT)
     for replaced in (replace(cache, attn_intermediates=made.attn_intermediates), copy.copy(cache)):
-        replaced.attn_intermediates = list(made.attn_intermediates)
+        replaced.attn_intermediates = list(made.attn_intermediates or ())
         close(stack(x[:, 6:], cache=replaced, cache_age=2), wanted, RIGHT)
 
 
