@@ -213,7 +213,7 @@ def test_rows_of_a_cache_and_of_new_tokens_must_agree() -> None:
         if options:
             with pytest.raises(ShapeError, match="rows of `shift`"):
                 model(x, cache=cache)
-    context = torch.randn(1, 4, 16)
+    x, context = tokens(9, 3), torch.randn(1, 4, 16)
     crossing_first = Decoder(dim=16, heads=2, custom_layers=("c", "a", "f"), cross_attend=True, rotary_pos_emb=True)
     for stack in (decoder(cross_attend=True), perturbed(crossing_first)):
         model = model_of(stack)
