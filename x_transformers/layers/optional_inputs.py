@@ -126,8 +126,19 @@ def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState,
 
 
 def begin_cache(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> KVCache:
-    """Return the cache, begun for the new tokens; a new one if the caller passed none."""
+    """Return the cache, begun for the new tokens; a new one if the caller passed none.
+
+    Raises:
+        ShapeError: if the cache has other rows than `x`.
+    """
     kv = KVCache() if kv is None else kv
+    # one row of a context may serve all rows
+    grows = any(entry.grown for entry in kv.entries)
+    if kv.started and kv.rows not in (inputs.x.shape[0], None if grows else 1, None):
+        raise ShapeError(
+            f"x has {inputs.x.shape[0]} rows, and the cache {kv.rows}; `KVCache.repeat` and `KVCache.reorder` change "
+            "the rows of a cache."
+        )
     # what windows hide need not be kept, which the first pass decides
     reaches = () if kv.started else stack.reaches(inputs.order)
     return kv.begin(inputs.x.shape[1], order=inputs.order, reaches=reaches, header=inputs.header)

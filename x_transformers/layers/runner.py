@@ -42,7 +42,7 @@ from x_transformers.layers.per_layer_inputs import (
     kv_residuals_by_layer,
 )
 from x_transformers.layers.stack import LayerStack
-from x_transformers.layers.token_layout import build_token_layout
+from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
 from x_transformers.modules.norms import apply_norm
 from x_transformers.ops import finite_where_hidden, softclamp
 
@@ -110,7 +110,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         causal=causal,
         aligned=kv is None or kv.fresh,
         newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
-        row_mask=inputs.mask if inputs.cache is None else None,
+        row_mask=None if inputs.mask is None else mask_of_queries(inputs.mask, query, kv),
         attn_mask=inputs.attn_mask,
         attn_bias=inputs.attn_bias,
         capture=capture,

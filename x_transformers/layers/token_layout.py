@@ -85,6 +85,14 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     return query, query if cache is None else Span(k_index, k_slot, k_pos, token_mask, contiguous)
 
 
+def mask_of_queries(mask: Tensor, query: Span, cache: KVCache | None) -> Tensor:
+    """Return the columns `(b, n)` bool of a `mask` that belong to the new tokens."""
+    if cache is None or cache.capacity is None:
+        return mask[:, mask.shape[-1] - query.length :]
+    # columns of a static cache are counted from its first slot, and those not given are visible
+    return columns_at(mask, query.index, fill=True)
+
+
 def check_start(start: Tensor, batch: int, most: int | None = None) -> None:
     """Raise a `ShapeError` unless `seq_start_pos` has a number of tokens for each row.
 
