@@ -190,7 +190,6 @@ def test_masks_of_the_new_tokens(options: dict[str, Any]) -> None:
     mask = torch.tensor([[True] * 9, [True, True, True, False, False, True, True, False, True]])
     wanted = model(x, mask=mask)
     _, cache = model(x[:, :5], mask=mask[:, :5], **RECORD)
-    kept = mask[:, 5:]
     for given in ({}, {"self_attn_kv_mask": mask}):
         seen = {name: t[:, :7] for name, t in given.items()}
         out, more = model(x[:, 5:7], mask=mask[:, 5:7], cache=cache, **seen, **NEW, **RECORD)
@@ -198,7 +197,28 @@ def test_masks_of_the_new_tokens(options: dict[str, Any]) -> None:
             x[:, 7:8], mask=mask[:, 7:8], cache=more, **{k: t[:, :8] for k, t in given.items()}, **NEW, **RECORD
         )
         end = model(x[:, 8:], mask=mask[:, 8:], cache=more, **given, **NEW)
-        close(torch.cat((out, last, end), dim=1)[kept], wanted[:, 5:][kept], RIGHT)
+        close(torch.cat((out, last, end), dim=1), wanted[:, 5:], RIGHT)
+
+
+def test_rows_of_a_cache_and_of_new_tokens_must_agree() -> None:
+    """Also those of states, such as shifted tokens; but a context of one row serves all rows."""
+    cases: list[dict[str, Any]] = [{}, {"shift_tokens": 1}]
+    for options in cases:
+        model, x = model_of(decoder(**options)), tokens(9, 3)
+        _, cache = model(x[:1, :5], **RECORD)
+        with pytest.raises(ShapeError, match="rows"):
+            model(x, cache=cache)
+        for each in cache.attn_intermediates or ():
+            each.cached_kv = tuple(t.expand(3, -1, -1, -1) for t in each.cached_kv or ())
+        if options:
+            with pytest.raises(ShapeError, match="rows of `shift`"):
+                model(x, cache=cache)
+    x, context = tokens(9, 3), torch.randn(1, 4, 16)
+    crossing_first = Decoder(dim=16, heads=2, custom_layers=("c", "a", "f"), cross_attend=True, rotary_pos_emb=True)
+    for stack in (decoder(cross_attend=True), perturbed(crossing_first)):
+        model = model_of(stack)
+        _, cache = model(x[:, :5], context=context, **RECORD)
+        close(model(x, context=context, cache=cache), model(x, context=context)[:, 5:], RIGHT)
 
 
 def test_a_mask_over_everything_decides_about_the_past() -> None:
@@ -372,7 +392,7 @@ def test_a_cache_made_by_hand(name: str) -> None:
     assert after.cache_length == 7
     close(stack(x[:, 7:], cache=after), wanted[:, 1:], RIGHT)
     for replaced in (replace(cache, attn_intermediates=made.attn_intermediates), copy.copy(cache)):
-        replaced.attn_intermediates = list(made.attn_intermediates)
+        replaced.attn_intermediates = list(made.attn_intermediates or ())
         close(stack(x[:, 6:], cache=replaced, cache_age=2), wanted, RIGHT)
 
 

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
     ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names", "modules.unwrap"]),
+    ("F0", ["options.values"]),
+    ("F0", ["forward_pass.arguments"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),

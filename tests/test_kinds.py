@@ -12,6 +12,7 @@ from catalog import close, perturb
 from kinds import KINDS, Inputs, Kind
 
 from x_transformers import Decoder, Encoder
+from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError
 
 EACH = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -240,7 +241,7 @@ def test_bad_input_is_refused(kind: Kind) -> None:
     with pytest.raises(ShapeError, match="33 tokens were given"):
         model(*kind.feed(kind.draw(1, 33)))
     with pytest.raises(InputError, match="only a causal model can use a cache"):
-        kind.build(Encoder)(*feed, cache=object())
+        kind.build(Encoder)(*feed, cache=KVCache())
 
 
 @EACH

@@ -21,6 +21,7 @@ from x_transformers import (
     TransformerWrapper,
     layer_schedule,
 )
+from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.layers.catalog import ATTENTION, FEATURES, FEEDFORWARD, STACK
 from x_transformers.options.schema import Feature, Schema, accepts, opt
@@ -425,7 +426,7 @@ def test_bad_calls_are_named(arguments: dict[str, Any], error: type[Exception], 
 @pytest.mark.parametrize(
     ("stack", "arguments", "words"),
     [
-        (Encoder(**SMALL), {"cache": object()}, "only a causal stack can use a cache"),
+        (Encoder(**SMALL), {"cache": KVCache()}, "only a causal stack can use a cache"),
         (Decoder(**SMALL, cross_attend=True), {}, "this stack cross-attends; pass `context`"),
         (Decoder(**SMALL, cross_attend=True), {"context": torch.zeros(3, 16)}, "`context` has shape"),
         (Decoder(**SMALL, rel_pos_bias=True), {"causal": False}, "T5 bias was built for one direction"),

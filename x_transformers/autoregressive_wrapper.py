@@ -21,6 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import chunked_token_losses, mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -31,6 +32,7 @@ from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import log
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import shown
 
 __all__ = [
     "FILTER_LOGITS_FN",
@@ -121,6 +123,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
 
     # training
 
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -362,6 +365,8 @@ def _nets(amateurs: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
         return []
     if isinstance(amateurs, nn.Module) and not isinstance(amateurs, nn.ModuleList):
         return [_net(amateurs)]
+    if not isinstance(amateurs, Sequence | nn.ModuleList):
+        raise InputError(f"`amateur_model` is {shown(amateurs)}; it must be a model, or a list of models.")
     return [_net(model) for model in amateurs]
 
 
@@ -392,7 +397,7 @@ def _checked_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any
             raise InputError(f"`{name}` cannot be given to the loss; use `return_outputs`, or call the net itself.")
     if lens is None:
         return x
-    if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.dtype is torch.bool:
+    if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.is_complex() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers, "
             "the number of valid tokens of each row."

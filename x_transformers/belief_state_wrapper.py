@@ -17,6 +17,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -93,6 +94,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
 
     # training
 
+    @checked
     def forward(
         self,
         seq: Tensor,

@@ -19,13 +19,15 @@ from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.sampling import is_greedy
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.ops import at_least_float32
+from x_transformers.ops import at_least_float32, finite_where_hidden
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import shown
 
 __all__ = [
     "ContinuousAutoregressiveWrapper",
@@ -112,6 +114,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
 
     # training
 
+    @checked
     def forward(self, x: Tensor, rollout_steps: int = 1, **kwargs: Any) -> Tensor:
         """Return the mean over valid positions and features of `loss_fn(net(x[..t]), x[t + 1])`.
 
@@ -134,6 +137,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
             return self.forward_rollout(x, rollout_steps, **kwargs)
         _check(x, kwargs)
         n, counted = x.shape[1], _counted(x, kwargs)
+        x = _finite(x, kwargs)
         if kwargs.get("lens") is not None:
             kwargs = {**kwargs, "lens": None, "mask": _before(kwargs["lens"], x)}
         if n == 1:
@@ -293,6 +297,10 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
         """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
+        if not isinstance(start_tokens, Tensor):
+            raise InputError(f"`start_tokens` is {shown(start_tokens)}; it must be a tensor of vectors.")
+        if "cache" in options.arguments:
+            raise InputError("`cache` cannot be chosen here; vectors are generated with a dynamic cache (`cache_kv`).")
         if "lens" in options.arguments:
             raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
         read = self._read(start_tokens, options.prompt_lens)
@@ -340,7 +348,10 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         width = vectors.shape[1]
         if prompt_lens is None:
             return Prompts(vectors, None, None, width, lead)
-        lens = torch.as_tensor(prompt_lens, device=start.device).reshape(-1)
+        try:
+            lens = torch.as_tensor(prompt_lens, device=start.device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"`prompt_lens` is {shown(prompt_lens)}; it must hold a length for each row.") from error
         if lens.shape != (len(vectors),) or bool(((lens < 1) | (lens > width)).any()):
             raise InputError(
                 f"`prompt_lens` holds {lens.tolist()}; it must hold {len(vectors)} lengths from 1 to {width}."
@@ -384,10 +395,9 @@ def _aligned(x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _before(lens: Tensor, x: Tensor) -> Tensor:
     """Return `(b, n)` bool, the first `lens` positions of each row."""
-    if lens.shape != (len(x),) or lens.is_floating_point() or lens.dtype is torch.bool:
-        raise ShapeError(
-            f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {len(x)} whole numbers."
-        )
+    if not isinstance(lens, Tensor):
+        raise InputError(f"`lens` is {shown(lens)}; it must hold {len(x)} whole numbers.")
+    check_counts(lens, "lens", x.shape[1], len(x))
     return torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(-1)
 
 
@@ -399,6 +409,18 @@ def _checked_mask(mask: Tensor, x: Tensor, lens: Tensor | None) -> tuple[Tensor,
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape[:2])}.")
     mask = mask.bool().expand(len(x), -1)
     return mask, (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(dim=-1)
+
+
+def _finite(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return x with 0 instead of NaN and infinity where it is padding: such targets would have gradients of NaN."""
+    mask, lens, start = (kwargs.get(name) for name in ("mask", "lens", "seq_start_pos"))
+    if lens is not None:
+        x = finite_where_hidden(x, _before(lens, x))
+    if start is not None:
+        x = finite_where_hidden(x, torch.arange(x.shape[1], device=x.device) >= start.unsqueeze(-1))
+    if mask is not None and mask.shape[-1] == x.shape[1]:
+        x = finite_where_hidden(x, read_mask(mask, "mask"))
+    return x
 
 
 def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -413,11 +435,12 @@ def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     if lens is not None:
         valid = _before(lens, x)
     if start is not None:
+        check_counts(start, "seq_start_pos", n, batch)
         valid = valid & (torch.arange(n, device=x.device) >= start.unsqueeze(-1))
     counted = valid[:, :-1] & valid[:, 1:]
     if mask is None:
         return counted
-    mask = mask.bool()
+    mask = read_mask(mask, "mask")
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (n, n - 1):
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be ({batch}, {n}).")
     # a mask of length n - 1 covers the inputs, and does not know whether the last target is valid

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import next_token_log_probs, reaching
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -71,6 +72,7 @@ class DPO(Configured, ReadsReference):
         self.ref_model.eval()
         return self
 
+    @checked
     def forward(
         self,
         preferred_seq: Tensor,
@@ -139,7 +141,7 @@ class DPO(Configured, ReadsReference):
 def _of_targets(mask: Tensor, seq: Tensor, name: str) -> Tensor:
     """Return the part of a mask that covers predicted tokens."""
     batch, n = seq.shape
-    if mask.is_floating_point():
+    if mask.is_floating_point() or mask.is_complex():
         raise InputError(f"`{name}` has dtype {mask.dtype}; it must be bool.")
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (n, n - 1):
         raise ShapeError(f"`{name}` has shape {tuple(mask.shape)}; it must be ({batch}, {n}).")

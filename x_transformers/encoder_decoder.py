@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.errors import ConfigError, UnknownKeywordError, did_you_mean
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
@@ -71,6 +72,7 @@ class XTransformer(Configured, ReadsReference):
         self.decoder = AutoregressiveWrapper(net, ignore_index=ignore_index, pad_value=pad_value)
         self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
 
+    @checked
     def forward(
         self,
         src: Tensor,
@@ -101,6 +103,7 @@ class XTransformer(Configured, ReadsReference):
             context, mask, _ = drop_context(context, mask, self.cross_attn_tokens_dropout)
         return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
 
+    @checked
     def generate(
         self,
         seq_in: Tensor,

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
+from x_transformers.options.configured import Checked
 
 
-class EntropyBasedTokenizer(LoadsWhole):
+class EntropyBasedTokenizer(Checked, LoadsWhole):
     """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:
@@ -53,6 +55,7 @@ class EntropyBasedTokenizer(LoadsWhole):
         self.ignore_entropy_below, self.max_token_size = ignore_entropy_below, max_token_size
 
     @torch.no_grad()
+    @checked
     def forward(
         self,
         seq: Tensor,
@@ -155,7 +158,7 @@ def _lengths(lens: Tensor | None, seq: Tensor) -> Tensor:
     if lens is None:
         return torch.full((batch,), n, device=seq.device)
     lens = torch.as_tensor(lens, device=seq.device).reshape(-1)
-    if lens.shape != (batch,) or lens.is_floating_point() or lens.dtype is torch.bool:
+    if lens.shape != (batch,) or lens.is_floating_point() or lens.is_complex() or lens.dtype is torch.bool:
         raise ShapeError(
             f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {batch} whole numbers."
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -213,6 +214,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
     # training
 
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -366,6 +368,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
     # generation
 
     @torch.no_grad()
+    @checked
     def generate(
         self,
         batch_size: int | None = None,
@@ -489,7 +492,13 @@ def _find_schedule(given: str | Schedule) -> Schedule:
     schedule = SCHEDULES[given] if isinstance(given, str) else given
     if not callable(schedule):
         raise ConfigError(f"`schedule` is {given!r}; it must be a function of t or one of {', '.join(SCHEDULES)}.")
-    fractions = schedule(torch.linspace(0, 1, 101, device="cpu"))
+    times = torch.linspace(0, 1, 101, device="cpu")
+    try:
+        fractions = schedule(times)
+    except Exception as error:
+        raise ConfigError(f"`schedule` raised {type(error).__name__} for 101 times from 0 to 1: {error}") from error
+    if not isinstance(fractions, Tensor) or fractions.shape != times.shape:
+        raise ConfigError("`schedule` must return a tensor of the shape of the times t that it is given.")
     if not (fractions.diff() < 0).all() or fractions.max() > 1 + 1e-6 or fractions.min() < -1e-6:
         raise ConfigError(
             "`schedule` must return the masked fraction at time t, which falls from at most 1 at t = 0 to at least 0 "

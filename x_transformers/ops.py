@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+SHORTEST = {torch.float16: 2.0**-24}
+"""Least length that vectors are divided by, where a smaller one would be rounded to 0; zero vectors stay zero."""
+
 
 def l2norm(t: Tensor, groups: int = 1) -> Tensor:
     """Normalize the last axis to unit length: `t / max(|t|, 1e-12)`.
@@ -19,13 +22,13 @@ def l2norm(t: Tensor, groups: int = 1) -> Tensor:
         groups: cut the axis into this many equal parts and normalize each by itself.
     """
     if groups == 1:
-        return F.normalize(t, dim=-1)
-    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1).flatten(-2)
+        return F.normalize(t, dim=-1, eps=SHORTEST.get(t.dtype, 1e-12))
+    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1, eps=SHORTEST.get(t.dtype, 1e-12)).flatten(-2)
 
 
 def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
     """Divide by the sum of absolute values over an axis: `t / max(|t|_1, eps)`."""
-    return F.normalize(t, p=1, dim=dim, eps=eps)
+    return F.normalize(t, p=1, dim=dim, eps=max(eps, SHORTEST.get(t.dtype, 0.0)))
 
 
 def softclamp(t: Tensor, value: float) -> Tensor:
@@ -79,14 +82,15 @@ def pad_left(t: Tensor, count: int, value: float | bool) -> Tensor:
 def split_heads(t: Tensor, heads: int) -> Tensor:
     """Split the last axis into heads: `(b, n, h d) -> (b, h, n, d)`."""
     # called for every projection of every layer and token: no einops here, and one view for a single token
-    b, n, _ = t.shape
-    return t.view(b, heads, 1, -1) if n == 1 else t.view(b, n, heads, -1).transpose(1, 2)
+    # sizes are written out, since -1 is ambiguous in a batch of no rows
+    b, n, width = t.shape
+    return t.view(b, heads, 1, width // heads) if n == 1 else t.view(b, n, heads, width // heads).transpose(1, 2)
 
 
 def merge_heads(t: Tensor) -> Tensor:
     """Merge heads into the last axis: `(b, h, n, d) -> (b, n, h d)`."""
-    b, _, n, _ = t.shape
-    return t.reshape(b, 1, -1) if n == 1 else t.transpose(1, 2).flatten(2)
+    b, h, n, d = t.shape
+    return t.reshape(b, 1, h * d) if n == 1 else t.transpose(1, 2).flatten(2)
 
 
 def expand_kv_heads(t: Tensor, heads: int) -> Tensor:
@@ -164,6 +168,16 @@ def masked_mean(t: Tensor, mask: Tensor | None = None, dim: int = 1) -> Tensor:
     return (t * mask).sum(dim=dim) / mask.sum(dim=dim).clamp(min=1)
 
 
+def finite_where_hidden(t: Tensor, valid: Tensor) -> Tensor:
+    """Return `t` with 0 instead of NaN and infinity at hidden places, which a weight of 0 would not keep out.
+
+    Args:
+        t: `(..., b, n, D)`.
+        valid: `(1|b, n)` bool, False at hidden places.
+    """
+    return t.masked_fill(~(valid.unsqueeze(-1) | t.isfinite()), 0.0)
+
+
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """Return the value of `hard`, exactly, with the gradient of `soft`."""
     # the difference is exactly 0, so that the value is exactly `hard`; `(hard + soft) - soft` would round it
@@ -181,6 +195,8 @@ def one_hot_straight_through(logits: Tensor, temperature: float = 1.0, dim: int 
     Returns:
         a tensor of the shape and dtype of `logits`.
     """
+    if logits.shape[dim] == 0:  # nothing is the largest
+        return logits
     soft = (at_least_float32(logits) / temperature).softmax(dim=dim)
     hard = torch.zeros_like(soft).scatter(dim, logits.argmax(dim=dim, keepdim=True), 1.0)
     return straight_through(hard, soft).to(logits.dtype)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.decoding.generation import Generation
@@ -21,6 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
@@ -30,6 +31,7 @@ from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import accepts, shown
 
 Memories = Sequence[Tensor | None]
 
@@ -76,7 +78,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         ttt_muon_steps: int = 5,
         ttt_muon_lr: float = 0.01,
         ttt_low_rank_paths: Sequence[str] = (),
-        ttt_custom_loss_module: Any = None,
+        ttt_custom_loss_module: nn.Module | None = None,
         ttt_next_latent_loss: bool = False,
         episodic_mem_len: int = 0,
     ) -> None:
@@ -101,6 +103,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         """Length of a segment."""
         return unwrapped(self.net).max_seq_len
 
+    @checked
     def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
@@ -236,6 +239,8 @@ class _Memory:
 
     def __init__(self, net: TransformerWrapper, mems: Memories | None) -> None:
         self.net = net
+        if mems is not None and not accepts(Memories, mems):
+            raise InputError(f"`mems` is {shown(mems)}; it must be a list of tensors, as an earlier call returned it.")
         self.mems: list[Tensor | None] | None = None if mems is None else list(mems)
         self.seen: Tensor | None = None
 

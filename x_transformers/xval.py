@@ -20,6 +20,7 @@ from x_transformers.decoding.sampling import Choose, check_readable
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.xval import XValTransformerWrapper
@@ -92,6 +93,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         """Length of the model's position table; 0 for no limit."""
         return unwrapped(self.net).max_seq_len
 
+    @checked
     def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
         """Return the mean over valid targets of `-log p(x[t + 1]) + w * [is numeric] * (number[t] - x_num[t + 1])^2`.
 
@@ -278,13 +280,17 @@ def _counted(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     return counted & (mask[:, 1:] if mask.shape[1] == n else mask).bool()
 
 
-def _check(x: Tensor, x_num: Tensor, kwargs: Mapping[str, Any]) -> None:
+def _check(x: Tensor, x_num: Tensor, kwargs: dict[str, Any]) -> None:
     if x.shape[1] == 0 or x_num.shape != x.shape:
         raise ShapeError(
             f"x has shape {tuple(x.shape)} and `x_num` {tuple(x_num.shape)}; they must be equal, with at least one "
             "token."
         )
+    if x_num.is_complex():
+        raise InputError(f"`x_num` has dtype {x_num.dtype}; the numbers must be real.")
     mask = kwargs.get("mask")
+    if mask is not None:
+        kwargs["mask"] = mask = read_mask(mask, "mask")
     if mask is not None and (mask.ndim != 2 or mask.shape[1] not in (x.shape[1], x.shape[1] - 1)):
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape)}.")
     for name in kwargs:

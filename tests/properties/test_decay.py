@@ -23,7 +23,12 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "sink and soft clamp": {"attn_head_learned_sink": True, "attn_softclamp_logits": True},
     "a bias": {"alibi_pos_bias": True},
     "contextual positions": {"attn_use_cope": True},
-    "latent": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8, "attn_latent_rope_subheads": 2},
+    "latent": {
+        "attn_use_latent_kv": True,
+        "attn_dim_latent_kv": 8,
+        "attn_latent_rope_subheads": 1,
+        "attn_kv_heads": 2,
+    },
 }
 EVERY = pytest.mark.parametrize("name", SITUATIONS)
 
@@ -43,17 +48,38 @@ def scores_by_formula(stack: Decoder, x: Tensor, pos: Tensor) -> Tensor:
     turn = torch.polar(zeta ** (distance / rotary.scale_base), distance * rotary.inv_freq)
     pairs = [torch.view_as_complex(t[..., :width].unflatten(-1, (-1, 2)).contiguous()) for t in (q, k)]
     turned = pairs[0][..., :, None, :] * pairs[1][..., None, :, :].conj() * turn
-    return ((turned.real.sum(dim=-1) + q[..., width:] @ k[..., width:].mT) * 8**-0.5).tril()
+    scores = turned.real.sum(dim=-1) + q[..., width:] @ k[..., width:].mT
+    fixed = 0 if rotary.num_heads is None else 4 - rotary.num_heads
+    return (torch.cat(((q @ k.mT)[:, :fixed], scores[:, fixed:]), dim=1) * 8**-0.5).tril()
 
 
 @pytest.mark.parametrize(("base", "length"), [(512, LENGTH), (16, LENGTH), (1, LENGTH), (1, 3 * REACH + 5), (0.01, 7)])
-@pytest.mark.parametrize("start", [0, 5000])
+@pytest.mark.parametrize(("start", "options"), [(0, {}), (5000, {}), (5000, {"rotate_num_heads": 3})])
 @torch.no_grad()
-def test_scores_by_formula(base: float, length: int, start: int) -> None:
+def test_scores_by_formula(base: float, length: int, start: int, options: dict[str, Any]) -> None:
     x, pos = torch.randn(1, length, 16), torch.arange(start, start + length)
-    wanted = scores_by_formula(stack := stack_of(base, depth=1), x, pos)
+    wanted = scores_by_formula(stack := stack_of(base, depth=1, **options), x, pos)
     _, record = stack(x, pos=pos, return_hiddens=True)
     close(record.attn_intermediates[0].qk_similarities.tril(), wanted, 2e-3)
+
+
+@pytest.mark.parametrize(("name", "fixed"), [("some heads", 2), ("latent", 2)])
+@torch.no_grad()
+def test_heads_that_do_not_rotate_do_not_decay(name: str, fixed: int) -> None:
+    stack, x = stack_of(depth=1, **SITUATIONS[name]), torch.randn(1, LENGTH, 16)
+    here, there = (
+        stack(x, pos=pos, return_hiddens=True)[1].attn_intermediates[0].qk_similarities.tril()
+        for pos in (torch.arange(LENGTH), torch.zeros(LENGTH, dtype=torch.long))
+    )
+    close(here[:, :fixed], there[:, :fixed])
+    assert all((here[:, head] - there[:, head]).abs().max() > 1e-2 for head in range(fixed, 4))
+
+
+@torch.no_grad()
+def test_no_tokens() -> None:
+    stack = stack_of()
+    assert stack(torch.randn(2, 0, 16)).shape == (2, 0, 16)
+    assert stack(torch.randn(0, 3, 16)).shape == (0, 3, 16)
 
 
 @EVERY

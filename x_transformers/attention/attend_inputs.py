@@ -11,7 +11,8 @@ from torch import Tensor
 
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_pairs
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span
+from x_transformers.forward_pass.arguments import kinds_of, read_mask
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span, check_kinds
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 
 PACKS = "flash_pack_seq_kwargs"
@@ -36,8 +37,11 @@ class AttendInputs:
         Raises:
             ShapeError: if they do not.
         """
+        check_kinds(self.__dict__, KINDS)
         q, k, v = self.q, self.k, self.v
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        if any(t.is_complex() for t in (q, k, v)):
+            raise InputError("queries, keys and values must be real; got complex numbers.")
         if not q.ndim == k.ndim == v.ndim == 4:
             raise ShapeError(f"got {shapes}; they must be (b, h, i, d), (b, g, j, d) and (b, g, j, e).")
         fits = q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
@@ -95,7 +99,7 @@ class AttendInputs:
         if self.mask is not None and self.mask.ndim == 2:
             token_mask = check_mask(self.mask, batch, j, "mask")
         elif self.mask is not None:
-            pairs = check_pairs(self.mask.bool(), "mask", batch=batch, heads=heads, queries=i, keys=j)
+            pairs = check_pairs(read_mask(self.mask, "mask"), "mask", batch=batch, heads=heads, queries=i, keys=j)
         if self.row_mask is not None:
             own = check_mask(self.row_mask, batch, i, "row_mask")
         biases = ()
@@ -108,3 +112,6 @@ class AttendInputs:
         keys = Span(places, slots, slots, token_mask)
         call = Call(query, query, causal, aligned=i == j, newest=i == 1, attn_mask=pairs, capture=capture, memo=Memo())
         return LayerCall(call, keys, keys, biases=biases, carry=Carry(), deltas=Deltas(), documents=documents)
+
+
+KINDS = kinds_of(AttendInputs)

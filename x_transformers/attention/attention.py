@@ -246,9 +246,9 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             out = self.change_output(out, xq, heads.projected, visible.fully_masked_queries(call.memo), layer)
         if out.dtype != heads.q.dtype:
             out = out.to(heads.q.dtype)
-        b, _, n, _ = out.shape
+        b, h, n, e = out.shape
         # the axes of a single token need not be exchanged
-        out = out.reshape(b, 1, -1) if n == 1 else out.transpose(1, 2).flatten(2)
+        out = out.reshape(b, 1, h * e) if n == 1 else out.transpose(1, 2).flatten(2)
         plain = self.ready
         out = self.out(out) if plain is None else F.linear(out, *plain)
         if self.sublayer_dropout:

@@ -29,7 +29,8 @@ from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.values.residual import ValueMix
-from x_transformers.errors import ConfigError, Faults
+from x_transformers.errors import Faults
+from x_transformers.options.schema import at_least
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,8 +94,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     SCHEMA.check_choices(parsed, faults)
     SCHEMA.check_rules(parsed, parsed, faults)
     faults.raise_if_any("Attention")
-    if heads < 1:
-        raise ConfigError(f"`heads` is {heads}; it must be at least 1.")
+    at_least(1, dim=dim, heads=heads)
 
     head, latent, bias = parsed["heads"], parsed["latent"], parsed["projection_bias"]
     shape = AttentionShape(

@@ -19,6 +19,7 @@ from x_transformers.attention.validation import (
     check_context,
     check_input,
     check_mask,
+    check_memory,
     check_pairs,
     without_hidden,
 )
@@ -26,9 +27,21 @@ from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import entry_of, put_keys, untransformed_keys
 from x_transformers.cache.entries import WindowEntry
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import BranchOutput, Call, Capture, Carry, Deltas, LayerCall, Memo, Span
+from x_transformers.forward_pass.arguments import explain_failure, kinds_of, read_masks_of
+from x_transformers.forward_pass.call import (
+    BranchOutput,
+    Call,
+    Capture,
+    Carry,
+    Deltas,
+    LayerCall,
+    Memo,
+    Span,
+    check_kinds,
+)
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.ops import finite_where_hidden
 
 PACKS = "flash_pack_seq_kwargs"
 
@@ -62,6 +75,9 @@ class AttentionInputs:
     causal: bool | None
 
 
+KINDS = kinds_of(AttentionInputs)
+
+
 class CallAdapter(HeadProjection):
     """Abstract base class of `Attention`: turns the arguments of a call outside of a stack into a `LayerCall`.
 
@@ -83,8 +99,12 @@ class CallAdapter(HeadProjection):
         Args:
             given: the arguments of the call.
         """
-        layer, cache = self.layer_call(given)
-        out, record, _ = self.run(given.x, layer)
+        try:
+            layer, cache = self.layer_call(given)
+            out, record, _ = self.run(given.x, layer)
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), given.__dict__)
+            raise
         if not given.return_intermediates:
             return out
         if record is None:
@@ -111,8 +131,16 @@ class CallAdapter(HeadProjection):
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
+        check_kinds(given.__dict__, KINDS)
+        read_masks_of(given, ("mask", "context_mask", "attn_mask", "mem_mask", "additional_key_value_mask"))
         x, context, mem = self._input_of_queries(given), given.context, given.mem
         batch, n = x.shape[:2]
+        residual, source = given.kv_input_residual, x if context is None else context
+        sizes = [] if residual is None else zip(residual.shape[::-1], source.shape[::-1], strict=False)
+        if residual is not None and (residual.ndim > 3 or any(size not in (1, whole) for size, whole in sizes)):
+            raise ShapeError(
+                f"`kv_input_residual` has shape {tuple(residual.shape)}; it must broadcast to {tuple(source.shape)}."
+            )
         causal = self.attend.causal if given.causal is None else given.causal
         if given.polar_pos_emb is not None and self.unrotated_heads is not None:
             raise InputError("`polar_pos_emb` turns all heads alike; drop `rotate_num_heads`, or the sub-heads.")
@@ -133,9 +161,13 @@ class CallAdapter(HeadProjection):
         if by_head:
             given, attn_bias = _positions_by_head(given, n, kv.length)
         query, own = _spans(given, x, kv.length, documents)
+        if query.token_mask is not None:
+            given.x, x = finite_where_hidden(given.x, query.token_mask), finite_where_hidden(x, query.token_mask)
         keys, fresh = own, query
         if context is not None:
             keys = fresh = _context_span(context, given.context_mask, entry)
+            if keys.token_mask is not None and context.numel():
+                context = finite_where_hidden(context, keys.token_mask)
             if given.pos is None and given.cache is None:
                 # biases measure distances to a context from the right: the last query is aligned with the last key
                 aligned = torch.arange(keys.length - n, keys.length, device=x.device)
@@ -146,6 +178,10 @@ class CallAdapter(HeadProjection):
             attn_mask = check_pairs(attn_mask, "attn_mask", **size)
         if attn_bias is not None:
             attn_bias = check_pairs(attn_bias, "attn_bias", **size)
+        if mem is not None:
+            check_memory(mem, batch, self.dim_context)
+            if given.mem_mask is not None:
+                check_mask(given.mem_mask, batch, mem.shape[-2], "mem_mask")
         if mem is not None:
             keys, fresh = (span.after_memory(mem.shape[1], given.mem_mask, batch) for span in (keys, fresh))
         biases = () if given.rel_pos is None or by_head else (given.rel_pos.bind(query, keys),)
@@ -267,6 +303,8 @@ def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents 
     batch, n = x.shape[:2]
     places = torch.arange(length, device=x.device)
     token_mask = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
+    if given.pos is not None and (given.pos.ndim not in (1, 2) or given.pos.shape[-1] not in (n, length)):
+        raise ShapeError(f"`pos` has shape {tuple(given.pos.shape)}; it must be (n,) or (b, n), {length} tokens.")
     slot = places.unsqueeze(0) if documents is None else documents.places(n)
     pos = slot if given.pos is None else given.pos if given.pos.ndim == 2 else given.pos.unsqueeze(0)
     query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if token_mask is None else token_mask[:, -n:])

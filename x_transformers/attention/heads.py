@@ -114,13 +114,14 @@ class HeadProjection(nn.Module):
             else:
                 assert projections.k is not None
                 q, k, raw = projections.q(xq), projections.k(xk), projections.v(xv)
-                (b, i, _), (c, j, _) = q.shape, k.shape
-                # the axes of a single token need not be exchanged
-                q = q.view(b, h, 1, -1) if i == 1 else q.view(b, i, h, -1).transpose(1, 2)
+                (b, i, of_q), (c, j, of_k), e = q.shape, k.shape, raw.shape[2] // g
+                d = of_k // g
+                # the axes of a single token need not be exchanged; -1 would be ambiguous in a batch of no rows
+                q = q.view(b, h, 1, of_q // h) if i == 1 else q.view(b, i, h, of_q // h).transpose(1, 2)
                 if j == 1:
-                    k, raw = k.view(c, g, 1, -1), raw.view(c, g, 1, -1)
+                    k, raw = k.view(c, g, 1, d), raw.view(c, g, 1, e)
                 else:
-                    k, raw = k.view(c, j, g, -1).transpose(1, 2), raw.view(c, j, g, -1).transpose(1, 2)
+                    k, raw = k.view(c, j, g, d).transpose(1, 2), raw.view(c, j, g, e).transpose(1, 2)
         else:
             q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)

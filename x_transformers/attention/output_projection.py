@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape
 from x_transformers.errors import ConfigError
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,7 @@ class OutputOptions:
     output_proj_depth: int | None = opt(None, "its standard deviation is (2 * fan_in * depth) ** -0.5 (2402.00838)")
 
     def __post_init__(self) -> None:
-        depth = self.output_proj_depth
-        require(depth is None or depth >= 1, f"`output_proj_depth` is {depth}; it must be at least 1.")
+        at_least(1, output_proj_depth=self.output_proj_depth, dim_out=self.dim_out)
 
 
 @dataclass(frozen=True, kw_only=True)

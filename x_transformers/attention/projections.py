@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.ops import split_heads
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,9 @@ class BiasOptions:
 @dataclass(frozen=True, kw_only=True)
 class ContextOptions:
     dim_context: int | None = opt(None, "width of the context that cross-attention reads; default `dim`")
+
+    def __post_init__(self) -> None:
+        at_least(1, dim_context=self.dim_context)
 
 
 class Projections(PreparesForInference):

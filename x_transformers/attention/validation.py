@@ -9,6 +9,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, Needs, Stage
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import read_mask
 from x_transformers.ops import max_neg_value
 
 
@@ -23,6 +24,8 @@ def check_pairs(t: Tensor, name: str, *, batch: int, heads: int, queries: int, k
     Raises:
         ShapeError: if it has another shape.
     """
+    if name == "attn_bias" and not t.is_floating_point():
+        raise InputError(f"`attn_bias` has dtype {t.dtype}; it is added to logits, and must be floating.")
     fits = 2 <= t.ndim <= 4 and t.shape[-2] in (1, queries) and (t.shape[-1] == 1 or t.shape[-1] >= keys)
     lead = t.shape[:-2][::-1]
     if not fits or any(count not in (1, whole) for count, whole in zip(lead, (heads, batch), strict=False)):
@@ -80,10 +83,25 @@ def check_context(context: Tensor, batch: int, width: int) -> None:
     Raises:
         ShapeError: if it has another shape.
     """
+    if not context.is_floating_point():
+        raise InputError(f"`context` has dtype {context.dtype}; it must be floating. Embed tokens first.")
     if context.ndim != 3 or context.shape[0] not in (1, batch) or context.shape[2] != width:
         raise ShapeError(
             f"`context` has shape {tuple(context.shape)}; it must be ({batch}, m, {width}), or one row for all."
         )
+
+
+def check_memory(memory: Tensor, batch: int, dim: int) -> None:
+    """Check that a recurrent memory is `(batch, length, dim)`, or `(3, batch, length, dim)` with three views.
+
+    Raises:
+        ShapeError: if it has another shape.
+    """
+    views = memory.shape[:-3]
+    if memory.ndim < 3 or memory.shape[-3] != batch or memory.shape[-1] != dim or views not in ((), (3,)):
+        raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {dim}).")
+    if not memory.is_floating_point():
+        raise InputError(f"a memory has dtype {memory.dtype}; it must be floating.")
 
 
 def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
@@ -97,7 +115,7 @@ def check_mask(mask: Tensor, batch: int, length: int, name: str) -> Tensor:
             f"`{name}` has shape {tuple(mask.shape)}; it must be ({batch}, {length}): one value for each row and each "
             "token, cached ones included."
         )
-    return mask.bool().expand(batch, -1)
+    return read_mask(mask, name).expand(batch, -1)
 
 
 def check_static_mask(mask: Tensor, batch: int, least: int, most: int, name: str) -> Tensor:
@@ -113,4 +131,4 @@ def check_static_mask(mask: Tensor, batch: int, least: int, most: int, name: str
             f"`{name}` has shape {tuple(mask.shape)}; with this static cache it must be ({batch}, w), w from {least} "
             f"to {most}: one value for each row and each token, cached ones included. Tokens after it are valid."
         )
-    return mask.bool().expand(batch, -1)
+    return read_mask(mask, name).expand(batch, -1)

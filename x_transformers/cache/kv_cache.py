@@ -17,6 +17,7 @@ from torch import Tensor
 from x_transformers.cache.entries import Entry, WindowEntry
 from x_transformers.cache.row_slots import slots_in_rows
 from x_transformers.errors import InputError
+from x_transformers.forward_pass.arguments import check_counts, check_whole
 from x_transformers.forward_pass.call import Span
 
 Reach = int | None
@@ -171,10 +172,9 @@ class KVCache:
     @property
     def rows(self) -> int | None:
         """Number of rows, or None before a pass."""
-        for entry in self.entries:
-            for stream in (*entry.grown.values(), *entry.states.values()):
-                return stream.shape[0]
-        return None
+        streams = (stream for entry in self.entries for stream in (*entry.grown.values(), *entry.states.values()))
+        # a single row of a context may serve all rows
+        return max((stream.shape[0] for stream in streams), default=None)
 
     @property
     def known_length(self) -> int | None:
@@ -225,19 +225,8 @@ class KVCache:
         """
         # what `WindowEntry.grow` returns after the prefix; the entry itself may hold more, for rollbacks
         held = min(reach, self.length - new - self.prefix - self.dropped) + new
-        first, prefix = keys.length - held, self.prefix
-        if prefix == 0:
-            token_mask = None if keys.token_mask is None else keys.token_mask[:, first:]
-            # columns count padding too, so that slots are no farther apart than columns
-            near = reach if new == 1 else None
-            return Span(
-                keys.index[first:], keys.slot[:, first:], keys.pos[:, first:], token_mask, keys.contiguous, near=near
-            )
-        if first <= prefix:
-            return keys  # the window begins in the prefix, so that no slots between them are left out
-        token_mask = None if keys.token_mask is None else _without(keys.token_mask, prefix, first)
-        index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
-        return Span(index, slot, pos, token_mask, False)
+        # columns count padding too, so that slots are no farther apart than columns
+        return _last_keys(keys, keys.length - held, self.prefix, reach if new == 1 else None)
 
     def new_index(self, count: int, device: torch.device) -> Tensor:
         """Return `(count,)` slots of the newest `count` tokens."""
@@ -297,6 +286,7 @@ class KVCache:
 
     def crop(self, most: int) -> None:
         """Keep the prefix and the newest `most` slots after it, in every stream that grows."""
+        check_whole(most=most)
         drop = self.length - self.prefix - self.dropped - most
         if drop <= 0:
             return
@@ -336,6 +326,10 @@ class KVCache:
         self.tokens -= count
         self.started = self.length > 0
 
+    def retract(self, count: int) -> None:
+        """Take the newest `count` slots back; the earlier name of `rollback`."""
+        self.rollback(count)
+
     def can_roll_back(self, count: int) -> bool:
         """Return True if `rollback` can take `count` slots back."""
         left = self.length - count - self.prefix - self.dropped
@@ -352,6 +346,7 @@ class KVCache:
         return self.supports_rollback
 
     def _refuse_rollback(self, count: int) -> None:
+        check_counts(count, "count", self.tokens or self.known_length)
         if not self.supports_rollback:
             raise InputError(
                 "this cache holds running states (shifted tokens, means, recurrent modules), or suppression of older "
@@ -369,8 +364,7 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Let row `r` continue from old row `rows[r]`, as beam search does."""
-        for entry in self.entries:
-            entry.map(lambda t: t.index_select(0, rows))
+        rows = _checked_rows(rows, self.rows)
         self._map_rows(lambda t: t.index_select(0, rows))
 
     def private(self, batch: int) -> KVCache:
@@ -388,11 +382,13 @@ class KVCache:
 
     def repeat(self, times: int) -> None:
         """Repeat each row `times` times, in place."""
-        for entry in self.entries:
-            entry.map(lambda t: t.repeat_interleave(times, dim=0))
+        _check_times(times)
         self._map_rows(lambda t: t.repeat_interleave(times, dim=0))
 
     def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        shared = self.rows != 1
+        for entry in self.entries:
+            entry.map(lambda t: t if shared and t.shape[0] == 1 else fn(t))
         if self.positions is not None and self.positions.shape[0] > 1:
             self.positions = fn(self.positions)
         for name in ("prefix_mask", "token_mask", "start", "row_places"):
@@ -401,6 +397,40 @@ class KVCache:
                 setattr(self, name, fn(of_rows))
         if self.newest is not None and self.rotations is not None:
             self.rotations = tuple(transform.map_rows(fn) for transform in self.rotations)
+
+
+def _last_keys(keys: Span, first: int, prefix: int, near: int | None) -> Span:
+    """Return the keys of the prefix and those from `first` on; `near`: how far the others are at most from a query."""
+    if prefix == 0:
+        token_mask = None if keys.token_mask is None else keys.token_mask[:, first:]
+        index, slot, pos = keys.index[first:], keys.slot[:, first:], keys.pos[:, first:]
+        return Span(index, slot, pos, token_mask, keys.contiguous, near=near)
+    if first <= prefix:
+        return keys  # the window begins in the prefix, so that no slots between them are left out
+    token_mask = None if keys.token_mask is None else _without(keys.token_mask, prefix, first)
+    index, slot, pos = (_without(each, prefix, first) for each in (keys.index, keys.slot, keys.pos))
+    return Span(index, slot, pos, token_mask, False)
+
+
+def _checked_rows(rows: Tensor, count: int | None) -> Tensor:
+    """Return the numbers of rows `(rows,)`.
+
+    Raises:
+        InputError: if there is no such row among `count`; numbers that are on an accelerator are not read.
+    """
+    if not isinstance(rows, Tensor) or rows.ndim != 1:
+        raise InputError("`rows` must be a tensor of the numbers of rows, (rows,).")
+    if count is None:
+        return rows
+    check_counts(rows, "rows", count - 1)
+    return rows.long()
+
+
+def _check_times(times: int) -> None:
+    """Raise an `InputError` unless rows can be repeated this number of times."""
+    check_whole(times=times)
+    if times < 1:
+        raise InputError(f"`times` is {times}; it must be at least 1.")
 
 
 def _without(t: Tensor, first: int, last: int) -> Tensor:

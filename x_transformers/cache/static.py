@@ -34,7 +34,8 @@ class StaticCache(KVCache):
     """
 
     ATTRIBUTES: ClassVar[tuple[str, ...]] = (
-        *KVCache.ATTRIBUTES, "length", "batch", "capacity", "places", "ring_prefix", "rings", "nth_ring",
+        *(name for name in KVCache.ATTRIBUTES if name != "row_places"),
+        "length", "batch", "capacity", "places", "ring_prefix", "rings", "nth_ring",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +98,8 @@ class StaticCache(KVCache):
         if count > self.capacity:
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
         own = self._begun()
+        # A pass sets its own. Its width changes from step to step, so that a graph must not read the one before.
+        own.row_places = None if count else self.row_places
         own.filled = self.filled + count
         own.fresh, own.started = not self.started, self.started or count > 0
         if order is not None and order != own.order:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.errors import InputError, did_you_mean
+from x_transformers.options.values import accepts, shown
 
 Filter = Callable[..., Tensor]
 
@@ -44,6 +45,9 @@ def top_k(logits: Tensor, frac_num_tokens: float = 0.1, k: int | None = None) ->
         InputError: if nothing would be kept.
     """
     size = logits.shape[-1]
+    if k is not None and not accepts(int, k):
+        raise InputError(f"`k` is {shown(k)}; it must be a whole number of tokens.")
+    _check_number("frac_num_tokens", frac_num_tokens)
     count = math.ceil(frac_num_tokens * size) if k is None else k
     if count < 1:
         given = f"`frac_num_tokens` is {frac_num_tokens}" if k is None else f"`k` is {k}"
@@ -63,6 +67,8 @@ def top_a(logits: Tensor, min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> 
     Raises:
         InputError: if `min_p_ratio` is negative.
     """
+    _check_number("min_p_pow", min_p_pow)
+    _check_number("min_p_ratio", min_p_ratio)
     if not min_p_ratio >= 0:
         raise InputError(f"`min_p_ratio` is {min_p_ratio}; it is a factor of probabilities and cannot be negative.")
     probs = _probabilities(logits)
@@ -96,7 +102,7 @@ def find_filter(name_or_fn: str | Filter) -> Filter:
     """
     if callable(name_or_fn):
         return name_or_fn
-    if name_or_fn not in FILTER_LOGITS_FN:
+    if not isinstance(name_or_fn, str) or name_or_fn not in FILTER_LOGITS_FN:
         raise InputError(
             f"`filter_logits_fn` is {name_or_fn!r}; it must be a function of logits or one of "
             f"{', '.join(FILTER_LOGITS_FN)}.{did_you_mean(str(name_or_fn), FILTER_LOGITS_FN)}"
@@ -121,6 +127,8 @@ def contrastive_decode_fn(
     Raises:
         InputError: if `alpha` lies outside of (0, 1], or the shapes differ.
     """
+    _check_number("alpha", alpha)
+    _check_number("beta", beta)
     if not 0 < alpha <= 1:
         raise InputError(f"`alpha` is {alpha}; it is a part of the highest probability and must lie in (0, 1].")
     if expert_logits.shape != amateur_logits.shape:
@@ -138,6 +146,12 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def _check_number(name: str, value: float) -> None:
+    if not accepts(float, value):
+        raise InputError(f"`{name}` is {shown(value)}; it must be a finite number.")
+
+
 def _check_fraction(name: str, value: float) -> None:
+    _check_number(name, value)
     if not 0 <= value <= 1:
         raise InputError(f"`{name}` is {value}; it is a probability and must lie in [0, 1].")

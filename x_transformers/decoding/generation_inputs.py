@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import read_mask
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.inputs import same_for_all_tokens
+from x_transformers.options.values import accepts, shown
 
 _REFUSED = {
     "seq_start_pos": "give `prompt_lens`, or the prompts as a list",
@@ -89,6 +91,8 @@ class Arguments:
         for name in ("pos", "sum_embeds"):
             if name in self.constant and not _is_constant(self.constant[name]):
                 t = self.constant.pop(name)
+                if not isinstance(t, Tensor):
+                    raise InputError(f"`{name}` is {shown(t)}; it must be a tensor.")
                 _check_covers(name, t, _token_axis(t), final, align is None)
                 self.covering[name] = t
         self.embed_ids: EmbedIds = self.constant.pop("embed_ids", {})
@@ -214,15 +218,17 @@ def _cut(name: str, t: Tensor, first: int, last: int, n: int) -> Tensor:
 
 def check_seq_len(seq_len: Any) -> None:
     """Raise an `InputError` unless `seq_len` counts tokens."""
-    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
-        raise InputError(f"`seq_len` is {seq_len!r}; it is how many tokens to generate, a whole number, 0 or more.")
+    if not accepts(int, seq_len) or seq_len < 0:
+        raise InputError(f"`seq_len` is {shown(seq_len)}; it is how many tokens to generate, a whole number, >= 0.")
 
 
 def check_length_and_end(seq_len: Any, eos_token: int | None, vocabulary: int) -> None:
     """Raise an `InputError` unless `seq_len` counts tokens and `eos_token` is one."""
     check_seq_len(seq_len)
-    if eos_token is not None and not 0 <= eos_token < vocabulary:
-        raise InputError(f"`eos_token` is {eos_token}; the vocabulary runs from 0 to {vocabulary - 1}.")
+    if isinstance(eos_token, Mapping | Sequence):
+        raise InputError(f"`eos_token` is {shown(eos_token)}; it is a single id. End at one of several yourself.")
+    if eos_token is not None and not (accepts(int, eos_token) and 0 <= eos_token < vocabulary):
+        raise InputError(f"`eos_token` is {shown(eos_token)}; the vocabulary runs from 0 to {vocabulary - 1}.")
 
 
 def _check_names(kwargs: Mapping[str, Any]) -> None:
@@ -234,15 +240,18 @@ def _check_names(kwargs: Mapping[str, Any]) -> None:
 
 
 def _check_mask(mask: Tensor, width: int, name: str) -> Tensor:
+    mask = read_mask(mask, name)
     if mask.ndim != 2 or mask.shape[1] != width:
         raise InputError(
             f"`{name}` has shape {tuple(mask.shape)}; it must have a value for each of the prompts' {width} columns. "
             "Generated tokens are always valid."
         )
-    return mask.bool()
+    return mask
 
 
 def _check_covers(name: str, t: Tensor, axis: int, final: int, one_length: bool) -> None:
+    if t.ndim < -axis:
+        raise InputError(f"`{name}` has shape {tuple(t.shape)}; it must have an axis of tokens.")
     if not one_length:
         raise InputError(f"`{name}` cannot follow prompts of different lengths; `embed_ids` may be functions of ids.")
     if t.shape[axis] < final:

@@ -23,6 +23,7 @@ from x_transformers.models.base import Model
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.options.values import accepts, shown
 
 Each = TypeVar("Each")
 Shown = TypeVar("Shown")
@@ -184,6 +185,9 @@ def pair_amateurs(
     for net, contrast in zip(amateurs, contrasts, strict=True):
         net = same_vocabulary(net, vocabulary, "an amateur")
         check_keywords(contrastive_decode_fn, contrast, "contrastive_decode_kwargs", arguments=2)
+        for name in ("alpha", "beta"):
+            if not accepts(float, contrast.get(name, 0.0)):
+                raise InputError(f"`{name}` is {shown(contrast[name])}; it must be a finite number.")
         pairs.append((net, partial(contrastive_decode_fn, **contrast)))
     return pairs
 

@@ -18,6 +18,7 @@ from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, is_
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.options.schema import opt
+from x_transformers.options.values import accepts, convert, hints_of, misfits, plain
 
 CacheChoice = str | KVCache | LayerIntermediates
 """`"dynamic"`, `"static"`, or what an earlier call returned."""
@@ -103,13 +104,14 @@ class GenerationOptions:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         filter_fn, keywords = find_filter(self.filter_logits_fn), self.filter_kwargs or {}
         # checks all four; not a `functools.cached_property`, which has a lock until Python 3.12: a process that is
         # forked while another thread holds it would wait forever
         self.__dict__["_adjust"] = adjuster(self.temperature, filter_fn, keywords, self.filter_before_temperature)
         for name in ("draft_tokens", "prompt_lookup"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise InputError(f"`{name}` is {value!r}; it is a number of tokens, a whole number, at least 1.")
         if self.draft_model is not None and self.prompt_lookup is not None:
             raise InputError("`draft_model` and `prompt_lookup` both guess tokens; pass only one of them.")
@@ -125,6 +127,17 @@ class GenerationOptions:
             )
         if self.compile_prefill and not self.compiles:
             raise InputError("`compile_prefill` compiles the reading of prompts besides the steps; set `compile` too.")
+
+    def _check_kinds(self) -> None:
+        """Raise an `InputError` for a value that does not fit its field; the last token is checked with the model."""
+        hints = {name: hint for name, hint in hints_of(GenerationOptions).items() if name not in CHECKED_ELSEWHERE}
+        for name in hints:
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, convert(hints[name], value) if accepts(hints[name], value) else value)
+        for sentence in misfits(hints, vars(self)):
+            raise InputError(sentence)
+        if isinstance(self.cache, str) and self.cache not in ("dynamic", "static"):
+            raise InputError(f'`cache` is {self.cache!r}; it must be "dynamic", "static", or what a call returned.')
 
     @property
     def adjust(self) -> Adjust:
@@ -159,6 +172,9 @@ class GenerationOptions:
         own = {name: given[name] for name in names.split() if name in given}
         return cls(**own, arguments={name: value for name, value in given.items() if name not in own})
 
+
+CHECKED_ELSEWHERE = ("eos_token", "arguments", "amateur_model", "draft_model", "prompt_lens", "beams")
+"""Fields that are checked, with words of their own, where they are used."""
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(GenerationOptions)}
 

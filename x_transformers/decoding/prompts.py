@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import InputError, ShapeError, TokenRangeError
 from x_transformers.models.embeddings import whole_numbers
+from x_transformers.options.values import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +159,10 @@ def _stack(
 
 def _lengths(prompt_lens: Tensor | Sequence[int], tokens: Tensor) -> list[int]:
     """Return `prompt_lens` as numbers, one for each row."""
-    given = torch.as_tensor(prompt_lens)
+    try:
+        given = torch.as_tensor(prompt_lens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"`prompt_lens` is {shown(prompt_lens)}; it must hold a length for each prompt.") from error
     if given.is_floating_point() or given.is_complex() or given.dtype is torch.bool:
         raise InputError(f"`prompt_lens` has dtype {given.dtype}; it must be of an integer type.")
     lens = given.flatten().tolist()

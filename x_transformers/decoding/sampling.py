@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from x_transformers.errors import InputError, NotFiniteError
 from x_transformers.ops import at_least_float32, log
+from x_transformers.options.values import accepts, shown
 
 Choose = Callable[[Tensor], Tensor]
 """`(b, v)` logits to `(b, 1)` tokens."""
@@ -50,20 +50,26 @@ def adjuster(
     Raises:
         InputError: if the temperature is negative or not finite, or the filter does not take `filter_kwargs`.
     """
-    if not 0 <= temperature < math.inf:
+    if not accepts(float, temperature) or temperature < 0:
         raise InputError(
-            f"`temperature` is {temperature}; it must be finite and not negative. 0 takes the most likely token."
+            f"`temperature` is {shown(temperature)}; it must be finite and not negative. 0 takes the most likely token."
         )
     check_keywords(filter_fn, filter_kwargs, "filter_kwargs", arguments=1)
     scale = 1.0 if is_greedy(temperature) else temperature
 
+    def filtered(logits: Tensor) -> Tensor:
+        kept = filter_fn(logits, **filter_kwargs)
+        if not isinstance(kept, Tensor) or kept.shape != logits.shape:
+            raise InputError(
+                f"`filter_logits_fn` returned {shown(kept)}; it must keep the shape {tuple(logits.shape)}."
+            )
+        return kept
+
     def adjust(logits: Tensor) -> Tensor:
         logits = at_least_float32(logits)
         if scale == 1:
-            return filter_fn(logits, **filter_kwargs)
-        if filter_before_temperature:
-            return filter_fn(logits, **filter_kwargs) / scale
-        return filter_fn(logits / scale, **filter_kwargs)
+            return filtered(logits)
+        return filtered(logits) / scale if filter_before_temperature else filtered(logits / scale)
 
     return adjust
 
@@ -155,6 +161,8 @@ def check_readable(logits: Tensor, vocabulary: int) -> None:
 
 def check_keywords(fn: Callable[..., Tensor], keywords: Mapping[str, Any], name: str, arguments: int) -> None:
     """Raise an `InputError` unless `fn` takes `keywords` after a number of positional arguments."""
+    if not isinstance(keywords, Mapping) or not all(isinstance(key, str) for key in keywords):
+        raise InputError(f"`{name}` is {shown(keywords)}; it must map names of keywords to their values.")
     try:
         signature = inspect.signature(fn)
     except ValueError:  # a builtin without a signature

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import Faults
+from x_transformers.errors import Faults, InputError, ShapeError
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import GLUView, gated
 from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
+from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
@@ -22,8 +23,9 @@ from x_transformers.modules.second_names import PartsView, SecondNames
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Feature, Schema, opt, require
+from x_transformers.options.schema import Feature, Schema, at_least, opt, positive, require
 from x_transformers.options.signatures import parameter, show_keywords
+from x_transformers.options.values import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class FeedForwardOptions:
     )
 
     def __post_init__(self) -> None:
-        require(self.mult > 0, f"`mult` is {self.mult}; it must be positive.")
+        positive(mult=self.mult)
+        at_least(1, dim_out=self.dim_out, output_proj_depth=self.output_proj_depth)
         for name in ("dropout", "sublayer_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"`{name}` is {value}; it must lie in [0, 1).")
@@ -114,6 +117,11 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         faults.raise_if_any("FeedForward")
         core, glu = parsed["feedforward"], parsed["glu"]
         inner = int(dim * core.mult)
+        at_least(1, dim=dim)
+        require(
+            1 <= inner < 2**31, f"`dim` is {dim} and `mult` {core.mult}; the inner width is {inner}, choose others."
+        )
+        self.dim = dim
         self.features = tuple(feature.name for feature in parsed.enabled())
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do
@@ -162,8 +170,14 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         """
         if layer is not None:
             deep_embed = layer.deep_embed
+        else:
+            self._check_input(x)
         plain = self.ready
-        x = self.up(x) if plain is None else F.linear(x, *plain[0])
+        try:
+            x = self.up(x) if plain is None else F.linear(x, *plain[0])
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), {"x": x})
+            raise
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
         else:
@@ -178,6 +192,12 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         if deep_embed is not None:
             x = x * deep_embed
         return x if layer is None else BranchOutput(x, None, layer.carry)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise InputError(f"the input is {shown(x)}; it must be a floating tensor, (..., {self.dim}).")
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ShapeError(f"the input has shape {tuple(x.shape)}; it must be (..., {self.dim}).")
 
     @property
     def ff(self) -> PartsView:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
+from x_transformers.forward_pass.arguments import Kinds, check_kind
 from x_transformers.forward_pass.documents import Documents
 
 T = TypeVar("T")
@@ -26,6 +28,39 @@ BY_VALUE = (int, str)
 """Types that a `Memo` compares by value; other objects are compared by identity."""
 COMPARES_BY_VALUE = Version(Version(torch.__version__).base_version) < Version("2.7")
 """The compiler reads `is` between named tuples of tensors as `==`. Graphs then keep no results."""
+
+
+def check_kinds(given: Mapping[str, Any], kinds: Kinds) -> None:
+    """Raise an `InputError` for an argument of another class than its annotation has.
+
+    Only the class of a value is compared, which is cheap enough for every pass; items of lists are not.
+
+    Args:
+        given: the arguments.
+        kinds: see `kinds_of`.
+    """
+    for name, value in given.items():
+        kind = kinds.get(name)
+        # most are None, which annotations have last, or of the first class
+        if kind is None or value.__class__ is kind[0][0] or (value is None and kind[0][-1] is NoneType):
+            continue
+        check_kind(name, value, kind)
+
+
+def check_attributes(inputs: object, kinds: Kinds) -> None:
+    """Raise an `InputError` for an attribute of another class than its annotation has; see `check_kinds`.
+
+    Args:
+        inputs: the arguments of a pass, most of which are None.
+        kinds: see `kinds_of`.
+    """
+    for name, kind in kinds.items():
+        value = getattr(inputs, name)
+        if value is None:
+            if kind[0][-1] is not NoneType:
+                check_kind(name, value, kind)
+        elif value.__class__ is not kind[0][0]:
+            check_kind(name, value, kind)
 
 
 @dataclass(eq=False)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import CrossAttender
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 
 
 class AttentionPool(Configured, ReadsReference):
@@ -52,6 +54,7 @@ class AttentionPool(Configured, ReadsReference):
         self.squeeze_output = bool(squeeze_output)
         self.add_residual, self.dim = add_residual, dim
         dim_context = dim if dim_context is None else dim_context
+        at_least(1, dim=dim, dim_context=dim_context)
         _check(num_pooled_tokens, depth, blocks, self.squeeze_output, add_residual)
         self.queries = nn.Parameter(torch.randn(num_pooled_tokens, dim) * 1e-2) if num_pooled_tokens else None
         self.pooler: Attention | CrossAttender
@@ -68,6 +71,7 @@ class AttentionPool(Configured, ReadsReference):
         else:
             self.pooler = Attention(dim, dim_head, dim_context=dim_context, heads=heads, **options)
 
+    @checked
     def forward(
         self, context: Tensor, mask: Tensor | None = None, queries: Tensor | None = None, **arguments: Any
     ) -> Tensor:
@@ -86,6 +90,8 @@ class AttentionPool(Configured, ReadsReference):
             InputError: if there are no queries, or `squeeze_output` has to remove an axis of several.
             ShapeError: if the queries have another shape.
         """
+        if context.ndim != 3:
+            raise ShapeError(f"`context` has shape {tuple(context.shape)}; it must be (b, m, width).")
         given = self.queries if queries is None else queries
         if given is None:
             raise InputError("this pool has no queries (`num_pooled_tokens = 0`); pass `queries`, (b, k, dim).")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore
-from x_transformers.attention.validation import bind_attn_bias, check_mask
+from x_transformers.attention.validation import bind_attn_bias, check_mask, check_memory
 from x_transformers.cache import Entry
 from x_transformers.cache.edits import within_span
 from x_transformers.cache.kv_cache import SlotSpan
@@ -56,9 +56,8 @@ def self_attention_inputs(
     if inputs.kv_residuals is not None:
         residual = nth(inputs.kv_residuals[SELF_ATTENTION.letter], step.nth)
         if residual is not None:
-            residual = select_new_tokens(
-                residual, residual.shape[0], call.query.length, stack.dim, "self_attn_kv_residuals"
-            )
+            rows = inputs.x.shape[0]
+            residual = select_new_tokens(residual, rows, call.query.length, stack.dim, "self_attn_kv_residuals")
         layer.kv_residual = residual
 
 
@@ -81,8 +80,7 @@ def _bind(
         keys = state.kv.within_reach(keys, reach, call.query.length)
         bias = None if bias is None else _columns_of(bias, call.keys, keys)
     if memory is not None:
-        if memory.ndim not in (3, 4) or memory.shape[-3] != batch or memory.shape[-1] != stack.dim:
-            raise ShapeError(f"a memory has shape {tuple(memory.shape)}; it must be ({batch}, length, {stack.dim}).")
+        check_memory(memory, batch, stack.dim)
         count = memory.shape[-2]
         if memory_mask is not None:
             memory_mask = check_mask(memory_mask, batch, count, "mem_masks")
@@ -114,6 +112,12 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     if held is None:
         if source is None:
             raise InputError("a cross-attention has no cached keys of the context; pass `context` at every step.")
+        rows, width = (1, len(inputs.x)), source.shape[1:]
+        if residual is not None and (residual.shape[0] not in rows or residual.shape[1:] not in (width, (1, width[1]))):
+            raise ShapeError(
+                f"`cross_attn_kv_residuals` has shape {tuple(residual.shape)} for a layer; it must be that of the "
+                f"context, {tuple(source.shape)}."
+            )
         if stack.context_dropout and stack.training:
             length = source.shape[1]
             source, mask, where = _drop_context(stack, source, mask, call)

@@ -111,6 +111,8 @@ def select_new_tokens(t: Tensor, batch: int, n: int, width: int, name: str) -> T
         ShapeError: if `t` has another shape.
     """
     shape = tuple(t.shape)
+    if not t.is_floating_point():
+        raise InputError(f"`{name}` has dtype {t.dtype}; it must be floating.")
     t = t.unsqueeze(1) if t.ndim == 2 else t
     if t.ndim != 3 or t.shape[0] not in (1, batch) or t.shape[-1] != width or (t.shape[1] != 1 and t.shape[1] < n):
         raise ShapeError(

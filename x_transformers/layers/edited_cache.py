@@ -18,6 +18,7 @@ from x_transformers.cache.edits import (
     untransformed_keys,
     write_cached,
 )
+from x_transformers.cache.kv_cache import OF_CONTEXT
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.execution_order import Repeat, Step
@@ -117,7 +118,9 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 def _check_rows(kv: KVCache, x: Tensor) -> None:
     for entry in kv.entries:
         for name, stream in (*entry.grown.items(), *entry.states.items()):
-            if stream.shape[0] != x.shape[0] and not (stream.shape[0] == 1 and name in entry.states):
+            if stream.shape[0] != x.shape[0] and not (
+                stream.shape[0] == 1 and name in OF_CONTEXT and name in entry.states
+            ):
                 raise ShapeError(
                     f"the edited cache has {stream.shape[0]} rows of `{name}`, but x has {x.shape[0]}. Change the rows "
                     "of all keys and values alike; `KVCache.reorder` and `KVCache.repeat` also change other states."

@@ -12,14 +12,15 @@ from torch import Tensor
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.forward_pass.call import Capture, Span
+from x_transformers.forward_pass.arguments import check_whole
+from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
 from x_transformers.layers.explain import Explanation, explain_stack
-from x_transformers.layers.optional_inputs import refuse_cache_unless_causal
-from x_transformers.layers.pass_state import BlockTransform, PassInputs
+from x_transformers.layers.optional_inputs import explain_failed_pass, refuse_cache_unless_causal
+from x_transformers.layers.pass_state import KINDS_OF_INPUTS, BlockTransform, PassInputs
 from x_transformers.layers.plan import make_plan
 from x_transformers.layers.reference_names import (
     export_positions,
@@ -97,6 +98,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if the stack is not causal.
         """
         refuse_cache_unless_causal(self)
+        check_whole(batch=batch, capacity=capacity, prefix=prefix or 0, step=step)
         like = next(self.parameters())
         cache = StaticCache(
             self.cache_streams(),
@@ -289,13 +291,18 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             capture, pairs,
         )
         # fmt: on
+        check_attributes(inputs, KINDS_OF_INPUTS)
         state = begin_pass(self, inputs)
         steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
-        if self.checkpoint_every is not None and recomputes(self, state):
-            state = run_recomputing(self, steps, inputs, state)
-        else:
-            run_steps(self, steps, inputs, state)
-        out = finish(self, inputs, state.stream)
+        try:
+            if self.checkpoint_every is not None and recomputes(self, state):
+                state = run_recomputing(self, steps, inputs, state)
+            else:
+                run_steps(self, steps, inputs, state)
+            out = finish(self, inputs, state.stream)
+        except RuntimeError as error:
+            explain_failed_pass(self, inputs, state, error)
+            raise
         if not (return_hiddens or return_gumbel_log_probs):
             return out
         record = state.recorder.intermediates(state.stream, out, state.kv)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.call import Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.catalog import KEYWORDS
@@ -59,7 +60,7 @@ class PrefixDecoder(AttentionLayers):
 
     def __init__(self, **keywords: Any) -> None:
         _refuse_causal(keywords, "a PrefixDecoder is causal after its prefix", "a Decoder")
-        if keywords.get("mv_split_residual"):
+        if keywords.get("mv_split_residual") is True:
             raise ConfigError(
                 "PrefixDecoder: `mv_split_residual` takes means over the sequence, which would show the future to "
                 "tokens after the prefix; drop it, or build a Decoder."
@@ -83,6 +84,8 @@ class PrefixDecoder(AttentionLayers):
             raise ShapeError(
                 f"`prefix_attn_len` has shape {tuple(prefix_attn_len.shape)}; it must be a number or ({x.shape[0]},)."
             )
+        if prefix_attn_len is not None:
+            check_counts(prefix_attn_len, "prefix_attn_len", None)
 
         def pairs(query: Span, keys: Span) -> Tensor:
             seen = (keys.index <= query.index.unsqueeze(-1))[None, None]

@@ -11,16 +11,21 @@ from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.caller_rotations import GivenPolar, GivenRotation
 from x_transformers.attention.qk.rotary import RotaryEmbedding
 from x_transformers.attention.scores.alibi import bias_by_head
-from x_transformers.attention.validation import check_context, check_pairs
+from x_transformers.attention.validation import check_context, check_mask, check_memory, check_pairs
 from x_transformers.cache import KVCache, tokens_to_run
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts, explain_failure, read_mask
 from x_transformers.forward_pass.call import Capture, Span
 from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
-from x_transformers.layers.pass_state import PassInputs
+from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
+from x_transformers.ops import finite_where_hidden
+from x_transformers.options.values import shown
 
 # checks
+
+MASKS = ("mask", "self_attn_kv_mask", "context_mask", "additional_kv_mask")
 
 
 def check_inputs(stack: LayerStack, inputs: PassInputs) -> None:
@@ -46,6 +51,9 @@ def check_context_of_pass(stack: LayerStack, inputs: PassInputs) -> None:
         raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
     if context is not None and not cached:
         check_context(context, inputs.x.shape[0], stack.attentions(CROSS_ATTENTION.letter)[0].dim_context)
+        if inputs.context_mask is not None:
+            mask = check_mask(inputs.context_mask, context.shape[0], context.shape[1], "context_mask")
+            inputs.context = finite_where_hidden(context, mask)
 
 
 def check_causality(stack: LayerStack, causal: bool, *, cached: bool) -> None:
@@ -81,12 +89,56 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     return capture
 
 
+def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState, error: Exception) -> None:
+    """Raise an `InputError` if a kernel failed because of what the caller gave.
+
+    Sizes of cached tensors, dtypes and devices are compared only then, so that passes that fit do not pay for it.
+
+    Args:
+        stack: the stack.
+        inputs: arguments of the pass.
+        state: where the pass failed.
+        error: of the kernel.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    rows, batch = None if state.kv is None else state.kv.rows, len(state.stream)
+    if rows is not None and rows != batch:
+        raise InputError(
+            f"the cache holds {rows} rows, but {batch} are to run; give the cache of these rows."
+        ) from error
+    streams = stack.cache_streams() if inputs.cache is not None and state.kv is not None else ()
+    for entry, shapes in zip(state.kv.entries if state.kv is not None else (), streams, strict=False):
+        for name, (heads, width, *_) in shapes.items():
+            held = entry.grown.get(name)
+            if held is not None and (held.shape[1], held.shape[-1]) != (heads, width):
+                raise InputError(
+                    f"the cache holds {held.shape[1]} heads of width {held.shape[-1]} as {name!r}, and this stack "
+                    f"{heads} of width {width}; a cache belongs to the model that made it."
+                ) from error
+    weights = next((p for p in stack.parameters() if p.is_floating_point()), None)
+    if weights is not None:
+        explain_failure(error, weights, inputs.given())
+
+
 # the cache
 
 
 def begin_cache(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> KVCache:
-    """Return the cache, begun for the new tokens; a new one if the caller passed none."""
+    """Return the cache, begun for the new tokens; a new one if the caller passed none.
+
+    Raises:
+        ShapeError: if the cache has other rows than `x`.
+    """
     kv = KVCache() if kv is None else kv
+    # one row of a context may serve all rows
+    grows = any(entry.grown for entry in kv.entries)
+    if kv.started and kv.rows not in (inputs.x.shape[0], None if grows else 1, None):
+        raise ShapeError(
+            f"x has {inputs.x.shape[0]} rows, and the cache {kv.rows}; `KVCache.repeat` and `KVCache.reorder` change "
+            "the rows of a cache."
+        )
     # what windows hide need not be kept, which the first pass decides
     reaches = () if kv.started else stack.reaches(inputs.order)
     return kv.begin(inputs.x.shape[1], order=inputs.order, reaches=reaches, header=inputs.header)
@@ -126,6 +178,7 @@ def offset_positions(offset: int, inputs: PassInputs, kv: KVCache | None) -> Ten
     Raises:
         InputError: if positions are given too, or the cache holds another number of tokens.
     """
+    check_counts(offset, "seq_pos_offset", None)
     if inputs.pos is not None:
         raise InputError("`pos` and `seq_pos_offset` both set the positions of the tokens; drop one of them.")
     if kv is None:
@@ -169,6 +222,7 @@ def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, k
         inputs.attn_bias = kv.cut_bias(inputs.attn_bias)
     size = {"batch": inputs.x.shape[0], "heads": stack.heads, "queries": query.length, "keys": keys.length}
     if inputs.attn_mask is not None:
+        inputs.attn_mask = read_mask(inputs.attn_mask, "attn_mask")
         inputs.attn_mask = check_pairs(inputs.attn_mask, "attn_mask", **size)
     if inputs.attn_bias is not None:
         inputs.attn_bias = check_pairs(inputs.attn_bias, "attn_bias", **size)
@@ -184,6 +238,11 @@ def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -
         InputError: if there are two, or one that the cache has no room for.
     """
     rotary, polar = inputs.rotary_pos_emb, inputs.polar_pos_emb
+    for name, pair in (("rotary_pos_emb", rotary), ("polar_pos_emb", polar)):
+        if pair is not None and (len(pair) != 2 or not isinstance(pair[0], Tensor)):
+            raise InputError(f"`{name}` is {shown(pair)}; it must be a pair of angles and a factor or bias.")
+    if polar is not None and not isinstance(polar[1], Tensor):
+        raise InputError(f"`polar_pos_emb` has the bias {shown(polar[1])}; it must be a tensor.")
     if polar is None:
         assert rotary is not None
         return (GivenRotation(rotary),)
@@ -194,7 +253,7 @@ def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -
     return (GivenPolar(*polar),)
 
 
-def checked_context_pos(stack: LayerStack, pos: Tensor) -> Tensor:
+def checked_context_pos(stack: LayerStack, inputs: PassInputs, pos: Tensor) -> Tensor:
     """Return the positions of the context as `(1|b, m)`.
 
     Raises:
@@ -204,6 +263,8 @@ def checked_context_pos(stack: LayerStack, pos: Tensor) -> Tensor:
         raise InputError(
             "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
         )
+    if pos.ndim not in (1, 2) or pos.shape[:-1] not in ((), (1,), (len(inputs.x),)) or pos.is_complex():
+        raise ShapeError(f"`context_pos` has shape {tuple(pos.shape)}; it must be (m,) or ({len(inputs.x)}, m).")
     return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
 
@@ -237,4 +298,23 @@ def read_memories(stack: LayerStack, inputs: PassInputs) -> None:
     """Split what the previous segment left: memories of the self-attentions, then running states."""
     assert inputs.mems is not None
     attentions = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
-    inputs.attention_memories, inputs.running_states = inputs.mems[:attentions], inputs.mems[attentions:]
+    for each in inputs.mems:
+        if each is not None and (not isinstance(each, Tensor) or each.ndim < 2):
+            raise InputError(f"`mems` contains {shown(each)}; it must be a tensor (b, m, D) or None for each layer.")
+    if inputs.mem_masks is not None:
+        if len(inputs.mem_masks) > attentions:
+            raise InputError(f"`mem_masks` holds {len(inputs.mem_masks)} masks for {attentions} self-attentions.")
+        inputs.mem_masks = [None if each is None else read_mask(each, "mem_masks") for each in inputs.mem_masks]
+    states = sum(len(stack.sublayers[index].running) for index in inputs.order)
+    if len(inputs.mems) > attentions + states:
+        raise InputError(
+            f"`mems` holds {len(inputs.mems)} tensors; this stack reads {attentions} memories and {states} states."
+        )
+    memories = list(inputs.mems[:attentions])
+    for number, mask in enumerate(inputs.mem_masks or ()):
+        memory = memories[number] if number < len(memories) else None
+        if memory is not None and mask is not None:
+            check_memory(memory, inputs.x.shape[0], stack.dim)
+            mask = check_mask(mask, inputs.x.shape[0], memory.shape[-2], "mem_masks")
+            memories[number] = finite_where_hidden(memory, mask)
+    inputs.attention_memories, inputs.running_states = memories, inputs.mems[attentions:]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.cache import CacheHeader, Entry, KVCache
+from x_transformers.forward_pass.arguments import kinds_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
@@ -96,6 +97,14 @@ class PassInputs:
     kv_residuals: Mapping[str, Sequence[Tensor | None]] | None = field(default=None, init=False)
     documents: Mapping[str, Documents] | None = field(default=None, init=False)
     by_head: bool = field(default=False, init=False)
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments by name, without what `begin_pass` fills in."""
+        return {name: getattr(self, name) for name in ARGUMENTS}
+
+
+ARGUMENTS = tuple(entry.name for entry in fields(PassInputs) if entry.init)
+KINDS_OF_INPUTS = {name: kind for name, kind in kinds_of(PassInputs).items() if name in ARGUMENTS}
 
 
 class Recorder:

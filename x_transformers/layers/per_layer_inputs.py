@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from x_transformers.errors import InputError, ShapeError
+from x_transformers.errors import InputError, ShapeError, TokenRangeError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
 from x_transformers.layers.stack import LayerStack
+from x_transformers.options.values import accepts
 
 
 def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
@@ -32,13 +34,26 @@ def deep_embeds(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
         x: `(b, n, D)` new tokens.
     """
     batch, n, dim = x.shape
+    if not isinstance(table, Tensor) or not isinstance(ids, Tensor):
+        raise InputError("`deep_embeds_and_ids` must be a table of factors and the ids of the tokens, both tensors.")
+    if ids.is_floating_point() or ids.dtype is torch.bool or not table.is_floating_point():
+        raise InputError(
+            f"`deep_embeds_and_ids` has dtypes {table.dtype} and {ids.dtype}; the factors must be floating, and the "
+            "ids whole numbers."
+        )
     if table.ndim != 3 or table.shape[-1] != dim or ids.ndim != 2 or ids.shape[0] != batch or ids.shape[1] < n:
         raise ShapeError(
             f"`deep_embeds_and_ids` has shapes {tuple(table.shape)} and {tuple(ids.shape)}; they must be (V, L, {dim}) "
             f"and ({batch}, n) for the {n} tokens."
         )
-    ids = ids[:, ids.shape[1] - n :, None, None].long()  # bytes would select as a mask does
-    return table[ids[..., 0, 0].clamp(min=0)].masked_fill(ids < 0, 1.0)
+    ids = ids[:, ids.shape[1] - n :, None, None].long()  # bytes would select rows as a mask does
+    try:
+        factors = table[ids[..., 0, 0].clamp(min=0)]
+    except IndexError as error:
+        raise TokenRangeError(
+            f"ids of `deep_embeds_and_ids` run up to {int(ids.max())}; the table holds {table.shape[0]} factors."
+        ) from error
+    return factors.masked_fill(ids < 0, 1.0)
 
 
 def additional_by_layer(
@@ -52,7 +67,14 @@ def additional_by_layer(
         given: a pair for each layer, or the record of another model's pass, whose self-attentions are read.
     """
     layers = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
-    pairs = _pairs_of_record(given) if isinstance(given, LayerIntermediates) else [(k, v) for k, v in given]
+    if isinstance(given, LayerIntermediates):
+        pairs = _pairs_of_record(given)
+    elif all(isinstance(pair, Sequence) and accepts(tuple[Tensor, Tensor], tuple(pair)) for pair in given):
+        pairs = [(k, v) for k, v in given]
+        if any(k.ndim != 4 or v.ndim != 4 for k, v in pairs):
+            raise ShapeError("`self_attn_additional_kv` must hold keys (b, g, A, d) and values (b, g, A, e).")
+    else:
+        raise InputError("`self_attn_additional_kv` must be a list with a pair of keys and values for each layer.")
     if inputs.detach_additional_kv:
         pairs = [(k.detach(), v.detach()) for k, v in pairs]
     # by default the deepest layers of both models are paired, and the lowest of the deeper model get none
@@ -91,6 +113,8 @@ def _by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | Non
     """Split `(L, b, m, D)` into tensors for the first L layers; `(b, m, D)` is for the first layer only."""
     if given is None:
         return [None] * layers
+    if not given.is_floating_point():
+        raise InputError(f"`{name}` has dtype {given.dtype}; it must be floating.")
     if given.ndim not in (3, 4):
         raise ShapeError(f"`{name}` has shape {tuple(given.shape)}; it must be (b, m, width) or (layers, b, m, width).")
     each = [given] if given.ndim == 3 else list(given.unbind(0))

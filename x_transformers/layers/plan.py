@@ -12,7 +12,8 @@ from x_transformers.layers.catalog import STACK
 from x_transformers.layers.execution_order import LayerSequence, layer_sequence
 from x_transformers.layers.kinds import KINDS, BranchKind
 from x_transformers.options.per_layer import distribute
-from x_transformers.options.schema import Options, Surroundings, accepts, default_of
+from x_transformers.options.schema import Options, Surroundings, default_of
+from x_transformers.options.values import accepts, plain, shown, why_not
 
 Keywords = dict[str, Any]
 
@@ -59,6 +60,7 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
     with faults.catching():
         sequence = layer_sequence(options)
     counts = Counter(sequence.kinds)
+    _check_values(groups, counts, faults)
     idle = _check_counts(options, groups, counts, len(sequence.kinds), faults)
     keywords = {
         letter: distribute(
@@ -96,7 +98,7 @@ def _route(given: Mapping[str, Any], faults: Faults) -> tuple[Keywords, dict[str
             faults.add(f"`{keyword}` is set by the stack; use {kind.set_by_stack[name]}.")
         elif name not in kind.meaningless:
             groups[kind.letter][name] = value
-        elif value:
+        elif not (value is None or value is False):
             faults.add(f"`{keyword}` {kind.meaningless[name]}; drop it.")
     return own, groups
 
@@ -126,6 +128,18 @@ def _with_inherited(kind: BranchKind, groups: Mapping[str, Keywords], counts: Ma
     return {**inherited, **groups[kind.letter]}
 
 
+def _check_values(groups: Mapping[str, Keywords], counts: Mapping[str, int], faults: Faults) -> None:
+    """Add the faults of values for kinds of layers that are not there, which no layer would check."""
+    for letter, given in groups.items():
+        kind = KINDS[letter]
+        for name, value in given.items() if not counts[letter] else ():
+            values = value if isinstance(value, (tuple, list)) and value else (value,)
+            hint = kind.schema.hints[name]
+            if not accepts(hint, plain(value)) and not all(accepts(hint, plain(each)) for each in values):
+                wanted = why_not(kind.schema.fields[name].type, value)
+                faults.add(f"`{kind.prefix}{name}` is {shown(value)}; {wanted}")
+
+
 def _check_counts(
     options: Options, groups: Mapping[str, Keywords], counts: Mapping[str, int], layers: int, faults: Faults
 ) -> list[str]:
@@ -141,7 +155,8 @@ def _check_counts(
             idle += [
                 f"`{kind.prefix}{name}` has no effect: there is no {kind.words}; it needs {kind.enabled_by}."
                 for name, value in groups[letter].items()
-                if value != default_of(kind.schema.fields[name])
+                if isinstance(value, (tuple, list))
+                or (accepts(kind.schema.hints[name], value) and value != default_of(kind.schema.fields[name]))
             ]
         for name, instead in kind.misplaced.items():
             if name in groups[letter] and counts[letter]:

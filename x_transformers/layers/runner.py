@@ -10,6 +10,7 @@ from torch import Tensor
 
 from x_transformers.attention.validation import check_input
 from x_transformers.cache import KVCache
+from x_transformers.forward_pass.arguments import read_masks_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.branch import Branch
@@ -18,6 +19,7 @@ from x_transformers.layers.checkpointing import recompute, split_by_recomputatio
 from x_transformers.layers.edited_cache import cache_of, with_positions_of_pass
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.optional_inputs import (
+    MASKS,
     begin_cache,
     check_inputs,
     checked_context_pos,
@@ -40,9 +42,9 @@ from x_transformers.layers.per_layer_inputs import (
     kv_residuals_by_layer,
 )
 from x_transformers.layers.stack import LayerStack
-from x_transformers.layers.token_layout import build_token_layout
+from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
 from x_transformers.modules.norms import apply_norm
-from x_transformers.ops import softclamp
+from x_transformers.ops import finite_where_hidden, softclamp
 
 NO_CAPTURE, NO_CARRY, NO_DELTAS = Capture(), Carry(), Deltas()
 
@@ -57,6 +59,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     x = inputs.x
     if x.ndim != 3 or x.shape[-1] != stack.dim or not x.is_floating_point():
         check_input(x, stack.dim)
+    if inputs.mask is not None or inputs.self_attn_kv_mask is not None or inputs.context_mask is not None:
+        read_masks_of(inputs, MASKS)
     if isinstance(inputs.cache, LayerIntermediates):
         inputs.cache = cache_of(stack, inputs.cache, inputs.layers_execute_order, inputs.repeat_blocks)
     if inputs.cache is not None or inputs.causal is not None or inputs.context is not None or stack.cross_attend:
@@ -93,6 +97,9 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         query = keys = Span(index, row, row, contiguous=True)
     else:
         query, keys = build_token_layout(inputs, kv)
+    # a single token of a cached pass is left as it is, for the speed of decoding
+    if query.token_mask is not None and (kv is None or x.shape[1] > 1):
+        inputs.x = x = finite_where_hidden(x, query.token_mask)
     if kv is not None:
         kv.start, kv.row_places = inputs.seq_start_pos, inputs.places
     if inputs.attn_mask is not None or inputs.attn_bias is not None or inputs.pairs is not None:
@@ -103,7 +110,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         causal=causal,
         aligned=kv is None or kv.fresh,
         newest=x.shape[1] == 1 and (kv is None or kv.ends_with_newest),
-        row_mask=inputs.mask.bool() if inputs.mask is not None and inputs.cache is None else None,
+        row_mask=None if inputs.mask is None else mask_of_queries(inputs.mask, query, kv),
         attn_mask=inputs.attn_mask,
         attn_bias=inputs.attn_bias,
         capture=capture,
@@ -130,7 +137,7 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
     elif stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None:
         inputs.rotations = stack.rotations
     if inputs.context_pos is not None:
-        inputs.context_pos = checked_context_pos(stack, inputs.context_pos)
+        inputs.context_pos = checked_context_pos(stack, inputs, inputs.context_pos)
     if inputs.condition is not None or stack.need_condition:
         read_condition(stack, inputs)
     if inputs.in_attn_cond is not None or stack.injection is not None:

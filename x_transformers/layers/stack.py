@@ -23,6 +23,7 @@ from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
+from x_transformers.options.values import accepts, shown
 
 
 class LayerStack(nn.Module):
@@ -251,6 +252,8 @@ class LayerStack(nn.Module):
         """
         if given is None and repeats is None:
             return self.sequence.order
+        if given is not None and not accepts(Sequence[int], given):
+            raise InputError(f"`layers_execute_order` is {shown(given)}; it must hold the numbers of sublayers.")
         if given is not None and repeats is not None:
             raise InputError("`repeat_blocks` and `layers_execute_order` both set the order; pass one of them.")
         try:
@@ -258,6 +261,8 @@ class LayerStack(nn.Module):
             check_sources(order, self.skip_sources)
         except ConfigError as error:
             raise InputError(str(error)) from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"`repeat_blocks` is {shown(repeats)}; it must be (block, times), or several.") from error
         if self.runs_in_order and order != tuple(range(len(order))):
             raise InputError(
                 f"layers {order} are to run, but with `integrate_layers` they must run in order, each once, since "

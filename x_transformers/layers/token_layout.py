@@ -10,6 +10,7 @@ from x_transformers.attention.validation import check_mask, check_static_mask
 from x_transformers.cache import KVCache
 from x_transformers.cache.row_slots import columns_at, slots_in_rows
 from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.call import Span
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs
@@ -53,7 +54,8 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
         q_padded = columns_at(inputs.places, q_index, fill=True)
         k_slot, q_slot = (slots_in_rows(index, None, inputs.places) for index in (k_index, q_index))
     elif inputs.seq_start_pos is not None:
-        check_start(inputs.seq_start_pos, batch)
+        # the first pass of a cache may read a part of the padding only
+        check_start(inputs.seq_start_pos, batch, n if cache is None else None)
         start = inputs.seq_start_pos.unsqueeze(-1)
         padded, q_padded = k_slot >= start, q_slot >= start
         # as `slots_in_rows` has it, which every step of a padded batch would pay for
@@ -83,13 +85,28 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     return query, query if cache is None else Span(k_index, k_slot, k_pos, token_mask, contiguous)
 
 
-def check_start(start: Tensor, batch: int) -> None:
-    """Raise a `ShapeError` unless `seq_start_pos` has a number of tokens for each row."""
+def mask_of_queries(mask: Tensor, query: Span, cache: KVCache | None) -> Tensor:
+    """Return the columns `(b, n)` bool of a `mask` that belong to the new tokens."""
+    if cache is None or cache.capacity is None:
+        return mask[:, mask.shape[-1] - query.length :]
+    # columns of a static cache are counted from its first slot, and those not given are visible
+    return columns_at(mask, query.index, fill=True)
+
+
+def check_start(start: Tensor, batch: int, most: int | None = None) -> None:
+    """Raise a `ShapeError` unless `seq_start_pos` has a number of tokens for each row.
+
+    Args:
+        start: the argument.
+        batch: number of rows.
+        most: greatest number of padding tokens; None if it is not known.
+    """
     if start.shape != (batch,) or start.is_floating_point():
         raise ShapeError(
             f"`seq_start_pos` has shape {tuple(start.shape)} and dtype {start.dtype}; it must be ({batch},): the "
             "number of padding tokens on the left of each row."
         )
+    check_counts(start, "seq_start_pos", most, batch)
 
 
 def _all_tokens_mask(inputs: PassInputs, cache: KVCache | None, k_index: Tensor) -> tuple[Tensor, int]:
@@ -133,7 +150,8 @@ def _all_tokens_mask(inputs: PassInputs, cache: KVCache | None, k_index: Tensor)
 def _check_pos(pos: Tensor, batch: int, n: int, total: int | None) -> Tensor:
     pos = pos if pos.ndim == 2 else pos.unsqueeze(0)
     allowed = (n,) if total is None or total == n else (n, total)
-    if pos.ndim != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] not in allowed or pos.is_floating_point():
+    whole = not (pos.is_floating_point() or pos.is_complex() or pos.dtype is torch.bool)
+    if pos.ndim != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] not in allowed or not whole:
         raise ShapeError(
             f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; it must hold integer positions for "
             f"{' or '.join(str(count) for count in allowed)} tokens."

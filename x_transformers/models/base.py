@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
@@ -154,6 +155,7 @@ class Model(Configured, ReadsReference):
             InputError: if the model cannot decode with a cache.
         """
         self._refuse_cache()
+        check_whole(batch=batch, max_len=max_len, prepended=prepended, step=step)
         # a ring keeps its window after a prefix of fixed length; interspersed memory tokens belong to none
         prefix = None if self.layout.every is not None else self.layout.memory + prepended
         return self.attn_layers.static_cache(
@@ -166,6 +168,8 @@ class Model(Configured, ReadsReference):
         """Return which of the n tokens given are new. Prepended embeddings that are cached do not run again."""
         leading = self.num_cls_tokens
         if inputs.prepend_embeds is not None:
+            if inputs.prepend_embeds.ndim != 3:
+                self._check_prepended(inputs.prepend_embeds, "b")
             leading += inputs.prepend_embeds.shape[1]
         if inputs.cache is None:
             return TokenSpan(n, n, 0, leading, None, True)
@@ -185,6 +189,11 @@ class Model(Configured, ReadsReference):
                     "has; begin with a pass over the first tokens."
                 )
         assert kv is not None
+        if kv.started and not kv.edited and kv.prefix != self.layout.slots(kv.prepended):
+            raise InputError(
+                f"the cache begins with {kv.prefix - kv.prepended} memory tokens, and this model has "
+                f"{self.layout.slots(0)}; a cache belongs to the model that made it."
+            )
         if self.layout.every is not None and kv.capacity is not None and torch.compiler.is_compiling():
             raise InputError(
                 "interspersed memory tokens make steps of different lengths, which one compiled step cannot run; drop "
@@ -210,7 +219,11 @@ class Model(Configured, ReadsReference):
         """
         pos, start = inputs.pos, inputs.seq_start_pos
         if start is not None:
-            check_start(start, embeds.shape[0])
+            # the first pass of a cache may read a part of the padding only
+            whole = span.kv is None and not inputs.return_intermediates
+            check_start(start, embeds.shape[0], span.count if whole else None)
+        if pos is not None:
+            self._check_pos(pos, embeds)
         if pos is not None and pos.ndim == 3 and not pos.is_floating_point():
             if self.pos_emb is not None:
                 raise InputError(
@@ -227,6 +240,19 @@ class Model(Configured, ReadsReference):
         if self.pos_emb is None:
             return embeds
         return embeds + self.pos_emb(embeds, pos, start, span.first).to(embeds.dtype)
+
+    def _check_pos(self, pos: Tensor, embeds: Tensor) -> None:
+        """Raise a `ShapeError` unless positions are those of the rows of `embeds`, or of all rows alike."""
+        batch, floating = embeds.shape[0], pos.is_floating_point()
+        axes = pos.ndim - floating
+        # tables have one position for each token; heads of their own are for the stack
+        most = 2 if floating or self.pos_emb is not None else 3
+        width = pos.shape[-1] == embeds.shape[-1] if floating and pos.ndim else True
+        if not 1 <= axes <= most or (axes > 1 and pos.shape[0] not in (1, batch)) or not width or pos.is_complex():
+            raise ShapeError(
+                f"`pos` has shape {tuple(pos.shape)} and dtype {pos.dtype}; it must hold whole numbers, (n,) or "
+                f"({batch}, n), or embeddings of positions, (n, {self.emb_dim}) or ({batch}, n, {self.emb_dim})."
+            )
 
     def _integer_positions(self, pos: Tensor, span: TokenSpan) -> tuple[Tensor, Tensor]:
         """Return positions for the stack and for the position table."""
@@ -314,10 +340,7 @@ class Model(Configured, ReadsReference):
         as they were before dropout.
         """
         if inputs.sum_embeds is not None:
-            more = inputs.sum_embeds
-            if isinstance(more, Tensor) and not same_for_all_tokens(more):
-                more = span.newest(more, -2)
-            embeds = embeds + more
+            embeds = embeds + _of_new_tokens(inputs.sum_embeds, embeds, span)
         if self.post_emb_norm is not None:
             embeds = self.post_emb_norm(embeds)
         if inputs.prepend_embeds is not None and span.starts:
@@ -338,12 +361,31 @@ class Model(Configured, ReadsReference):
         """Apply the embedding dropout."""
         return F.dropout(x, self.emb_dropout, self.training)
 
-    def _check_prepended(self, embeds: Tensor, batch: int) -> Tensor:
+    def _check_prepended(self, embeds: Tensor, batch: int | str) -> Tensor:
         if embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[2] != self.emb_dim:
             raise ShapeError(
                 f"`prepend_embeds` has shape {tuple(embeds.shape)}; it must be ({batch}, p, {self.emb_dim})."
             )
         return embeds
+
+
+def _of_new_tokens(more: Tensor | float, embeds: Tensor, span: TokenSpan) -> Tensor | float:
+    """Return what is added to the embeddings `(b, n, E)` of the new tokens.
+
+    Raises:
+        ShapeError: if it does not broadcast to them.
+    """
+    if not isinstance(more, Tensor):
+        return float(more)
+    if not same_for_all_tokens(more):
+        more = span.newest(more, -2)
+    sizes = zip(more.shape[::-1], embeds.shape[::-1], strict=False)
+    if more.ndim > embeds.ndim or more.is_complex() or any(size not in (1, whole) for size, whole in sizes):
+        raise ShapeError(
+            f"`sum_embeds` has shape {tuple(more.shape)} and dtype {more.dtype}; it must broadcast to "
+            f"{tuple(embeds.shape)}."
+        )
+    return more
 
 
 def _why_no_positions(max_seq_len: int, use_abs_pos_emb: bool, layers: AttentionLayers) -> str | None:

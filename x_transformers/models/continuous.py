@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts, checked
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
@@ -70,6 +71,7 @@ class ContinuousTransformerWrapper(Model):
         return not self.average_pool_embed and self.attn_layers.can_cache_kv
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -173,10 +175,7 @@ def _mask_of(lens: Tensor, x: Tensor, mask: Tensor | None, cache: Any) -> Tensor
         raise InputError(
             f"`lens` specifies the valid positions of x and cannot be combined with `{other}`; pass a `mask`."
         )
-    if lens.shape != (x.shape[0],) or lens.is_floating_point() or lens.dtype is torch.bool:
-        raise ShapeError(
-            f"`lens` has shape {tuple(lens.shape)} and dtype {lens.dtype}; it must hold {x.shape[0]} whole numbers."
-        )
+    check_counts(lens, "lens", x.shape[1], x.shape[0])
     return torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(-1)
 
 

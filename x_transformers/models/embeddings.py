@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference,
 from x_transformers.modules.second_names import SecondNames
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import l2norm
+from x_transformers.options.values import shown
 
 
 class TokenEmbedding(LoadsWhole):
@@ -227,14 +230,30 @@ def positions(
     return pos
 
 
-def checked_ids(x: Tensor) -> Tensor:
+def further_embeddings(table: nn.Module, ids: Tensor, name: str) -> Tensor:
+    """Look up the embeddings of further ids `(b, n)`.
+
+    Raises:
+        TokenRangeError: if an id lies outside of the table. The kernel checks this, which accelerators leave out.
+    """
+    try:
+        return table(ids.long())
+    except IndexError as error:
+        raise TokenRangeError(
+            f"`embed_ids[{name!r}]` runs from {int(ids.min())} to {int(ids.max())}; its table, {table}, is smaller."
+        ) from error
+
+
+def checked_ids(x: Any) -> Tensor:
     """Return token ids `(b, n)` of an integer type.
 
     Raises:
         InputError: if they are no whole numbers.
         ShapeError: if they have another rank.
     """
-    if x.is_floating_point() or x.dtype is torch.bool:
+    if not isinstance(x, Tensor):
+        raise InputError(f"token ids are {shown(x)}; they must be a tensor, (batch, tokens).")
+    if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
         x = whole_numbers(x, "token ids have")
     if x.ndim != 2:
         raise ShapeError(f"token ids have shape {tuple(x.shape)}; they must be (batch, tokens).")

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from x_transformers.cache import KVCache, tokens_to_run
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.arguments import kinds_of, read_masks_of
+from x_transformers.forward_pass.call import Capture, check_attributes
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.memory_layout import MemoryLayout
+from x_transformers.options.values import shown
 
 
 @dataclass(eq=False, kw_only=True)
@@ -55,6 +57,13 @@ class ModelInputs:
     capture: Capture | None = None
     logits_to_keep: int | None = None
 
+    def __post_init__(self) -> None:
+        check_attributes(self, KINDS)
+        if self.mask is not None or self.self_attn_kv_mask is not None or self.prepend_mask is not None:
+            read_masks_of(self, ("mask", "self_attn_kv_mask", "prepend_mask"))
+        if self.attn_mask is not None:
+            read_masks_of(self, ("attn_mask",))
+
     @property
     def needs_record(self) -> bool:
         """True if anything but the output is requested.
@@ -74,6 +83,27 @@ class ModelInputs:
                 "`capture` specifies what intermediates contain; request them with `return_intermediates`."
             )
         return needed
+
+
+KINDS = kinds_of(ModelInputs)
+
+
+def check_own(flags: tuple[bool, ...], transform: Any, *keywords: Any) -> None:
+    """Raise an `InputError` for arguments of a model that no `ModelInputs` hold and that are of another kind.
+
+    Args:
+        flags: what is requested.
+        transform: function of the token embeddings, or None.
+        keywords: of a caller's modules, or None.
+    """
+    for flag in flags:
+        if flag is not False and flag is not True:
+            raise InputError(f"`return_...` or `excise_prepend_embeds` is {shown(flag)}; they are True or False.")
+    if transform is not None and not callable(transform):
+        raise InputError(f"`transform_token_embeds` is {shown(transform)}; it must be a function.")
+    for given in keywords:
+        if given is not None and not isinstance(given, Mapping):
+            raise InputError(f"`token_emb_kwargs` or `to_logits_kwargs` is {shown(given)}; it must be a mapping.")
 
 
 @dataclass(eq=False)
@@ -131,7 +161,7 @@ class TokenSpan:
             start: `(b,)` number of tokens of left padding.
             device: of the result.
         """
-        valid = None if mask is None else self.newest(mask.bool(), -1)
+        valid = None if mask is None else self.newest(mask, -1)
         if start is not None:
             after_padding = torch.arange(self.count, device=device) >= start.unsqueeze(-1)
             valid = after_padding if valid is None else valid & after_padding

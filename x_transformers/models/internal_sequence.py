@@ -14,7 +14,7 @@ from torch import Tensor
 
 from x_transformers.attention.validation import check_mask, check_static_mask
 from x_transformers.cache import CacheHeader
-from x_transformers.errors import InputError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.inputs import TokenSpan
 from x_transformers.models.memory_layout import ColumnMap, MemoryLayout, interspersed
@@ -151,6 +151,8 @@ class InternalSequence:
     def _pairs(self, t: Tensor, value: float | bool) -> Tensor:
         """Map `(..., n or 1, tokens so far)` to new and internal columns; other slots become `value`."""
         internal, new = self.x.shape[1], self.span.count
+        if not 2 <= t.ndim <= 4:
+            raise ShapeError(f"a mask or bias of pairs has shape {tuple(t.shape)}; it must be (i, j) or (b, h, i, j).")
         # over internal columns already, memory tokens included
         if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != new:
             return t
@@ -158,6 +160,12 @@ class InternalSequence:
         if self.column_map is not None:
             in_front, in_this_pass = self._leading, self.span.leading
         one_row = t.shape[-2] == 1
+        tokens = self._token_count()
+        if t.shape[-2] not in (1, new) or t.shape[-1] not in (1, tokens):
+            raise ShapeError(
+                f"a mask or bias of pairs has shape {tuple(t.shape)}; it must cover {new} queries and {tokens} keys, "
+                "the tokens without what the model puts around them."
+            )
         # one column for all tokens, which must not reach the slots that are added below
         if t.shape[-1] == 1:
             t = t.expand(*t.shape[:-1], self._token_count())

@@ -132,13 +132,13 @@ def interspersed(
             memory += range(layout.memory)
         columns.append(item)
         memory.append(-1)
-    where = torch.tensor(columns, device=device)
+    where, which = (torch.tensor(each, dtype=torch.long, device=device) for each in (columns, memory))
     owner = torch.where(where < 0, -1 - where, where)
     places = torch.where(where < 0, opens[:, owner], token_mask[:, owner])
     new = columns[first_new:]
     at_items = torch.tensor([at for at, item in enumerate(new) if item >= 0], dtype=torch.long, device=device)
     at_memory = torch.tensor([at for at, item in enumerate(new) if item < 0], dtype=torch.long, device=device)
-    return ColumnMap(where, torch.tensor(memory, device=device), len(new), old, (at_items, at_memory), places)
+    return ColumnMap(where, which, len(new), old, (at_items, at_memory), places)
 
 
 def _regular(layout: MemoryLayout, every: int, items: int, old: int, device: torch.device) -> ColumnMap:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
@@ -59,6 +60,7 @@ class MultiInputTransformerWrapper(Model):
         )
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
+    @checked
     def forward(
         self,
         x: Mapping[str, Tensor],

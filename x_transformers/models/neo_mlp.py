@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.errors import ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Encoder
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 
 
 class RandomFourierEmbed(nn.Module):
@@ -61,10 +63,8 @@ class NeoMLP(Configured, ReadsReference):
         encoder_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim_in", dim_in), ("dim_hidden", dim_hidden), ("dim_out", dim_out)):
-            least = 0 if name == "dim_hidden" else 1
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"NeoMLP: `{name}` is {value!r}; it must be a whole number, at least {least}.")
+        at_least(1, dim_in=dim_in, dim_out=dim_out, dim_model=dim_model)
+        at_least(0, dim_hidden=dim_hidden)
         more = {"attn_dim_head": 16, "heads": 4} if encoder_kwargs is None else dict(encoder_kwargs)
         self.sizes = dim_in, dim_hidden, dim_out
         self.input_embed, self.hidden_embed, self.output_embed = (
@@ -86,6 +86,7 @@ class NeoMLP(Configured, ReadsReference):
     def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
         return self.transformer.adopt_config({"options": config["options"].get("encoder_kwargs") or {}})
 
+    @checked
     def forward(self, x: Tensor, return_embeds: bool = False) -> Any:
         """Run the model.
 
@@ -100,7 +101,7 @@ class NeoMLP(Configured, ReadsReference):
         Raises:
             ShapeError: if x has another width or rank.
         """
-        if x.ndim not in (1, 2) or x.shape[-1] != self.sizes[0]:
+        if x.is_complex() or x.ndim not in (1, 2) or x.shape[-1] != self.sizes[0]:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}; it must be (batch, {self.sizes[0]}) or ({self.sizes[0]},)."
             )

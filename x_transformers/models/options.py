@@ -19,7 +19,7 @@ from x_transformers.errors import ConfigError, Faults
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import TokenEmbedding
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.options.schema import Feature, Options, Rule, Schema, default_of, opt, require
+from x_transformers.options.schema import Feature, Options, Rule, Schema, at_least, default_of, opt, require
 from x_transformers.options.signatures import show_keywords
 
 ModelOptions = SimpleNamespace
@@ -54,7 +54,7 @@ class EmbeddingWidth(Keywords):
     emb_dim: int | None = opt(None, "width of the embeddings; default the stack's, else a linear map follows")
 
     def __post_init__(self) -> None:
-        _at_least(1, emb_dim=self.emb_dim)
+        at_least(1, emb_dim=self.emb_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class RecurrentMemory(Keywords):
     joins_documents = "would hold the last documents of a row, whatever the next row begins with"
 
     def __post_init__(self) -> None:
-        _at_least(0, max_mem_len=self.max_mem_len)
+        at_least(0, max_mem_len=self.max_mem_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class ShiftedMemory(Keywords):
     shift_mem_down: int = opt(0, "layer i reads the memory of layer i + shift")
 
     def __post_init__(self) -> None:
-        _at_least(0, shift_mem_down=self.shift_mem_down)
+        at_least(0, shift_mem_down=self.shift_mem_down)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class MemoryTokens(Keywords):
     joins_documents = "belong to no document"
 
     def __post_init__(self) -> None:
-        _at_least(0, num_memory_tokens=self.num_memory_tokens)
+        at_least(0, num_memory_tokens=self.num_memory_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class InterspersedMemoryTokens(Keywords):
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, memory_tokens_interspersed_every=self.memory_tokens_interspersed_every)
+        at_least(1, memory_tokens_interspersed_every=self.memory_tokens_interspersed_every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class LogitsWidth(Keywords):
     logits_dim: int | None = opt(None, "width of the logits; default `num_tokens`")
 
     def __post_init__(self) -> None:
-        _at_least(1, logits_dim=self.logits_dim)
+        at_least(1, logits_dim=self.logits_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class SeveralHeads(Keywords):
     num_output_heads: int = opt(1, "number of heads; if there are several, logits are a tuple")
 
     def __post_init__(self) -> None:
-        _at_least(1, num_output_heads=self.num_output_heads)
+        at_least(1, num_output_heads=self.num_output_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Recycling(Keywords):
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, train_max_recycle_steps=self.train_max_recycle_steps)
+        at_least(1, train_max_recycle_steps=self.train_max_recycle_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +185,10 @@ class EmbeddingGradient(Keywords):
 class AttentionZLoss(Keywords):
     attn_z_loss_weight: float = opt(1e-4, "default of the argument of a pass")
 
+    def __post_init__(self) -> None:
+        weight = self.attn_z_loss_weight
+        require(weight >= 0, f"`attn_z_loss_weight` is {weight}; it must not be negative.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AveragePool(Keywords):
@@ -199,7 +203,7 @@ class ClassTokens(Keywords):
     joins_documents = "would summarize all documents at once"
 
     def __post_init__(self) -> None:
-        _at_least(1, num_cls_tokens=self.num_cls_tokens)
+        at_least(1, num_cls_tokens=self.num_cls_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +215,8 @@ class AttentionPooling(Keywords):
     joins_documents = "would read all documents at once"
 
     def __post_init__(self) -> None:
-        _at_least(1, num_pooled_tokens=self.num_pooled_tokens, attn_pool_depth=self.attn_pool_depth)
+        at_least(1, num_pooled_tokens=self.num_pooled_tokens, attn_pool_depth=self.attn_pool_depth)
+        at_least(1, dim_pooled_tokens=self.dim_pooled_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +235,7 @@ class MixtureOfSoftmaxes(Keywords):
     mixture_of_softmax_k: int = opt(4, "number of softmaxes")
 
     def __post_init__(self) -> None:
-        _at_least(1, mixture_of_softmax_k=self.mixture_of_softmax_k)
+        at_least(1, mixture_of_softmax_k=self.mixture_of_softmax_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +273,7 @@ class Projections(Keywords):
     project_out: nn.Module | None = opt(None, "module instead of the last linear map")
 
     def __post_init__(self) -> None:
-        _at_least(1, dim_in=self.dim_in, dim_out=self.dim_out)
+        at_least(1, dim_in=self.dim_in, dim_out=self.dim_out)
         pairs = (("in", self.project_in, self.dim_in), ("out", self.project_out, self.dim_out))
         for name, module, width in pairs:
             require(
@@ -292,13 +297,7 @@ class RegisterTokens(Keywords):
     num_register_tokens: int = opt(0, "number of learned tokens after the patches, which the output leaves out")
 
     def __post_init__(self) -> None:
-        _at_least(0, num_register_tokens=self.num_register_tokens)
-
-
-def _at_least(least: int, **given: int | None) -> None:
-    """Raise a `ConfigError` if a number that was given is smaller than `least`."""
-    for name, value in given.items():
-        require(value is None or value >= least, f"`{name}` is {value}; it must be a whole number, at least {least}.")
+        at_least(0, num_register_tokens=self.num_register_tokens)
 
 
 def check_size(name: str, value: Any, least: int = 1) -> None:

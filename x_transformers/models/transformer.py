@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
-from x_transformers.errors import InputError
-from x_transformers.forward_pass.call import Capture
+from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.layers.pass_state import KINDS_OF_INPUTS
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import AbsolutePositionalEmbedding, TokenEmbedding, checked_ids, whole_numbers
+from x_transformers.models.embeddings import (
+    AbsolutePositionalEmbedding,
+    TokenEmbedding,
+    checked_ids,
+    further_embeddings,
+    whole_numbers,
+)
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
@@ -26,12 +33,13 @@ from x_transformers.models.heads import (
     next_embedding_head,
     sigsoftmax,
 )
-from x_transformers.models.inputs import ModelInputs, TokenSpan
+from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
 from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
 from x_transformers.options.signatures import shows_keywords_of
+from x_transformers.options.values import shown
 
 
 class TransformerWrapper(Model):
@@ -210,6 +218,8 @@ class TransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
+        flags = return_embeddings, return_intermediates, return_embeddings_and_intermediates, excise_prepend_embeds
+        check_own(flags, transform_token_embeds, token_emb_kwargs, to_logits_kwargs)
         if not return_attn_z_loss:
             attn_z_loss_weight = None
         elif attn_z_loss_weight is None:
@@ -251,6 +261,7 @@ class TransformerWrapper(Model):
             x = _no_ids(prepend_embeds)
         x = checked_ids(x)
         if kwargs:
+            check_kinds(kwargs, KINDS_OF_INPUTS)
             transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
         span = self._token_span(x.shape[1], inputs)
         ids = span.newest(x, 1)
@@ -266,7 +277,6 @@ class TransformerWrapper(Model):
             kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, ids)
         recycling = self._recycling(recycle_steps) if self.recycling or recycle_steps is not None else None
         features, record, initial_embeds = self._run_stack(embeds, inputs, span, recycling)
-
         pooled = None
         if self.pools or self.attn_pool is not None:
             features, pooled = self._summarize(features, inputs, span)
@@ -319,8 +329,7 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            ids = whole_numbers(ids, "`embed_ids` has").long()
-            embeds = embeds + self.embeds[f"{name}_embed"](span.newest(ids, -1))
+            embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, len(embeds), span)
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
@@ -352,7 +361,7 @@ class TransformerWrapper(Model):
         keys = None
         if valid is not None or prepend_mask is not None:
             ones = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-            before = ones[:, : span.leading] if prepend_mask is None else prepend_mask.bool()
+            before = ones[:, : span.leading] if prepend_mask is None else prepend_mask
             keys = torch.cat((before, ones[:, span.leading :] if valid is None else valid), dim=-1)
         return self.attn_pool(features, keys)
 
@@ -404,6 +413,16 @@ def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
     if prepend_embeds is None:
         raise InputError("there is nothing to run: pass token ids, or `prepend_embeds`.")
     return torch.zeros(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
+
+
+def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSpan) -> Tensor:
+    """Return the embeddings `(1|b, n, E)` of the further ids of the new tokens."""
+    if not isinstance(ids, Tensor):
+        raise InputError(f"`embed_ids[{name!r}]` is {shown(ids)}; it must be a tensor of ids.")
+    ids = whole_numbers(ids, f"`embed_ids[{name!r}]` has")
+    if ids.ndim != 2 or ids.shape[0] not in (1, batch):
+        raise ShapeError(f"`embed_ids[{name!r}]` has shape {tuple(ids.shape)}; it must be ({batch}, n).")
+    return further_embeddings(table, span.newest(ids, -1), name)
 
 
 def _read_stack_arguments(

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.options import VISION, check_size, read_options, show_options
 from x_transformers.modules.norms import LayerNorm
@@ -58,6 +59,7 @@ class ViTransformerWrapper(Configured, ReadsReference):
         self.attn_layers = attn_layers
         self.mlp_head = nn.Identity() if num_classes is None else nn.Linear(dim, num_classes)
 
+    @checked
     def forward(
         self,
         img: Tensor,

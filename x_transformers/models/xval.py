@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
@@ -70,6 +71,7 @@ class XValTransformerWrapper(Model):
         self.to_numerical_output = nn.Sequential(nn.Linear(dim, 1))
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
+    @checked
     def forward(
         self,
         x: Tensor,
@@ -119,7 +121,7 @@ class XValTransformerWrapper(Model):
             InputError: with what was given and what is needed.
         """
         x = checked_ids(x)
-        if x_num.shape != x.shape:
+        if x_num.shape != x.shape or x_num.is_complex():
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         inputs = ModelInputs(
             stack=kwargs,

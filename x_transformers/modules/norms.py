@@ -18,7 +18,9 @@ from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.options.schema import Feature, Options, Rule, opt, require
+from x_transformers.ops import SHORTEST
+from x_transformers.options.configured import Checked
+from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class ConditionOptions:
         return self.given_width(dim) * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
 
 
-class Norm(LoadsWhole):
+class Norm(Checked, LoadsWhole):
     """Abstract base class of normalization layers.
 
     Attributes:
@@ -134,6 +136,7 @@ class GainNorm(PreparesForInference, Norm):
 
     def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((dim,), 1.0 - unit_offset))
 
@@ -288,6 +291,7 @@ class AdaptiveNorm(Norm):
 
     def __init__(self, dim: int, dim_condition: int | None = None) -> None:
         super().__init__()
+        at_least(1, dim=dim, dim_condition=dim_condition)
         self.dim_condition = dim if dim_condition is None else dim_condition
         self.to_gamma = nn.Linear(self.dim_condition, dim, bias=False)
         nn.init.zeros_(self.to_gamma.weight)
@@ -349,7 +353,7 @@ _TINY = 1e-24
 """Epsilon of RMSNorms: it maps a zero vector to zero, and is too small to change any other."""
 
 
-class MultiheadRMSNorm(LoadsWhole):
+class MultiheadRMSNorm(Checked, LoadsWhole):
     """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
 
     Args:
@@ -365,7 +369,8 @@ class MultiheadRMSNorm(LoadsWhole):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x (b, heads, n, d)` over the last axis."""
-        return F.normalize(x, dim=-1, eps=self.eps) * self.scale * (self.gamma + 1)
+        least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
+        return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
 
 
 LAYER_NORM = Feature(

@@ -19,6 +19,7 @@ from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.options.values import hints_of, misfits, plain
 
 Built = TypeVar("Built", bound="Configured")
 PACKAGE = __name__.partition(".")[0]
@@ -26,10 +27,24 @@ DEEPEST = 50
 """Levels of nested configurations and containers."""
 
 
-class Configured:
-    """Mixin that records the arguments of the constructor, and raises a `ConfigError` for unknown keywords.
+class Checked:
+    """Mixin that checks the arguments of the constructor.
 
-    If constructors call each other (a subclass its parent), the outermost call is recorded.
+    A `ConfigError` lists the values that do not fit the annotations of the constructor. Numbers of numpy become
+    Python's.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _checking(cls.__init__)
+
+
+class Configured:
+    """Mixin that checks and records the arguments of the constructor.
+
+    A `ConfigError` names unknown keywords, and values that do not fit the annotations of the constructor. If
+    constructors call each other (a subclass its parent), the outermost call is recorded.
     """
 
     _classes: ClassVar[dict[str, type[Configured]]] = {}
@@ -112,31 +127,59 @@ def _find(name: str) -> type[Configured] | None:
     return found[0] if len(found) == 1 else None
 
 
+def _checking(init: Any) -> Any:
+    """Wrap a constructor, so that it checks its arguments."""
+    signature = inspect.signature(init)
+    named = [name for name, entry in signature.parameters.items() if entry.kind not in _VARIABLE]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain(args), plain(kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        _check_arguments(type(self).__name__, init, {name: given[name] for name in named[1:] if name in given})
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+_VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
 def _recording(init: Any) -> Any:
-    """Wrap a constructor, so that its outermost call records the arguments in `_config`."""
+    """Wrap a constructor, so that it checks its arguments, and its outermost call records them in `_config`."""
     signature = inspect.signature(init)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
-    names = [name for name in signature.parameters if name != "self"]
+    names = [name for name, entry in signature.parameters.items() if name != "self" and entry.kind not in _VARIABLE]
 
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain(args), plain(kwargs)
+        unknown = [] if takes_any else [name for name in kwargs if name not in names]
+        faults = Faults()
+        for name in unknown:
+            faults.add_unknown(name, names)
+        faults.raise_if_any(type(self).__name__)
+        given = signature.bind(self, *args, **kwargs).arguments
+        _check_arguments(type(self).__name__, init, {name: given[name] for name in names if name in given})
         # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
-            faults = Faults()
-            for name in () if takes_any else kwargs:
-                if name not in names:
-                    faults.add_unknown(name, names)
-            faults.raise_if_any(type(self).__name__)
-            bound = signature.bind(self, *args, **kwargs)
             options: dict[str, Any] = {}
-            for name, value in list(bound.arguments.items())[1:]:
+            for name, value in list(given.items())[1:]:
                 kind = signature.parameters[name].kind
                 options.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-            plain = {name: _plain(name, value) for name, value in options.items()}
-            self.__dict__["_config"] = {"class": _class_name(type(self)), "options": plain}
+            recorded_options = {name: _plain(name, value) for name, value in options.items()}
+            self.__dict__["_config"] = {"class": _class_name(type(self)), "options": recorded_options}
         init(self, *args, **kwargs)
 
     return recorded
+
+
+def _check_arguments(subject: str, init: Callable[..., None], given: Mapping[str, Any]) -> None:
+    """Raise a `ConfigError` that lists the arguments which do not fit the annotations of a constructor."""
+    faults = Faults()
+    for sentence in misfits(hints_of(init), given):
+        faults.add(sentence)
+    faults.raise_if_any(subject)
 
 
 def _plain(name: str, value: Any) -> Any:

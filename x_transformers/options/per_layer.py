@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from x_transformers.errors import ConfigError, Faults
-from x_transformers.options.schema import Schema, accepts
+from x_transformers.options.schema import Schema
+from x_transformers.options.values import accepts, hints_of, misfits, plain, shown
 
 
 def distribute(
@@ -32,7 +33,7 @@ def distribute(
         return []
     layers: list[dict[str, Any]] = [{} for _ in range(count)]
     for keyword, value in given.items():
-        value = tuple(value) if isinstance(value, list) else value
+        value = plain(tuple(value) if isinstance(value, list) else value)
         # a keyword whose own type is a tuple gets it whole in each layer
         is_value = keyword in schema.hints and accepts(schema.hints[keyword], value)
         if isinstance(value, tuple) and not is_value and len(value) != count:
@@ -65,14 +66,22 @@ def layer_schedule(
     Raises:
         ConfigError: if `depth` is below 2, or the name of the schedule is unknown.
     """
-    if depth < 2:
-        raise ConfigError(f"`depth` of a layer schedule is {depth}; it must be at least 2.")
+    given = {name: plain(value) for name, value in {"start": start, "end": end, "depth": depth}.items()}
+    for sentence in misfits(hints_of(layer_schedule), given):
+        raise ConfigError(sentence)
+    if not 2 <= depth < 2**16:
+        raise ConfigError(f"`depth` of a layer schedule is {depth}; it must be at least 2, and a number of layers.")
     shapes: dict[str, Callable[[float, float, float], float]] = {
         "linear": lambda a, b, t: a + (b - a) * t,
         "cosine": lambda a, b, t: a + (b - a) * 0.5 * (1 - math.cos(math.pi * t)),
     }
+    if not callable(schedule) and not isinstance(schedule, str):
+        raise ConfigError(f"`schedule` is {shown(schedule)}; it must be one of {sorted(shapes)} or a callable.")
     if isinstance(schedule, str):
         if schedule not in shapes:
             raise ConfigError(f"`schedule` is {schedule!r}; it must be one of {sorted(shapes)} or a callable.")
         schedule = shapes[schedule]
-    return tuple(schedule(start, end, layer / (depth - 1)) for layer in range(depth))
+    try:
+        return tuple(schedule(start, end, layer / (depth - 1)) for layer in range(depth))
+    except TypeError as error:
+        raise ConfigError(f"`schedule` cannot be called with (start, end, t): {error}.") from error

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from x_transformers.errors import ConfigError, Faults
+from x_transformers.options.values import accepts, convert, plain, shown, why_not
 
 
 def opt(default: Any, doc: str) -> Any:
@@ -238,12 +238,12 @@ class Schema:
                 faults.add_unknown(f"{prefix}{keyword}", self.owner, keyword)
                 continue
             # options are frozen and JSON has no tuples
-            value = tuple(value) if isinstance(value, list) else value
+            value = plain(tuple(value) if isinstance(value, list) else value)
             if not accepts(self.hints[keyword], value):
-                wanted = self.fields[keyword].type
-                faults.add(f"`{prefix}{keyword}` is {value!r}; it must be of type {wanted}.")
+                wanted = why_not(self.fields[keyword].type, value)
+                faults.add(f"`{prefix}{keyword}` is {shown(value)}; {wanted}")
                 continue
-            by_feature[self.owner[keyword].name][keyword] = value
+            by_feature[self.owner[keyword].name][keyword] = convert(self.hints[keyword], value)
         values: dict[str, Any] = {}
         for name, feature in self.features.items():
             if not by_feature[name] and name in self.defaults:
@@ -336,33 +336,21 @@ def default_of(entry: dataclasses.Field[Any]) -> Any:
     return inspect.Parameter.empty
 
 
-def accepts(hint: Any, value: Any) -> bool:
-    """Return True if a value fits an annotation.
+def unpackable(feature: Feature) -> str:
+    """Return why documents of packed rows cannot be kept apart with a feature that declares it."""
+    return f"`flash_pack_seq` keeps the documents of a row apart, but {feature.unpackable}; drop one of them."
 
-    A bool does not pass as a number (`attn_dropout = True` is a mistake), an int passes as a float.
-    """
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(accepts(arm, value) for arm in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin is tuple:
-        arms = typing.get_args(hint)
-        each = arms[0] if len(arms) == 2 and arms[1] is Ellipsis else Any  # tuple[int, ...]
-        return isinstance(value, tuple) and all(accepts(each, item) for item in value)
-    if hint is Callable or (origin is not None and origin is typing.get_origin(Callable[..., Any])):
-        return callable(value)
-    return isinstance(value, origin or hint)
+
+def at_least(least: int, **given: int | None) -> None:
+    """Raise a `ConfigError` if a number that was given is smaller than `least`."""
+    for name, value in given.items():
+        require(value is None or value >= least, f"`{name}` is {value}; it must be a whole number, at least {least}.")
+
+
+def positive(**given: float | None) -> None:
+    """Raise a `ConfigError` if a number that was given is 0 or negative."""
+    for name, value in given.items():
+        require(value is None or value > 0, f"`{name}` is {value}; it must be positive.")
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from x_transformers.errors import ShapeError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.ops import expand_kv_heads
 
 
@@ -25,12 +25,14 @@ def join_additional(k: Tensor, v: Tensor, more_k: Tensor, more_v: Tensor, heads:
     Raises:
         ShapeError: if the additional keys and values do not fit each other or the attention.
     """
+    if not (isinstance(more_k, Tensor) and isinstance(more_v, Tensor) and more_k.is_floating_point()):
+        raise InputError("additional keys and values must be pairs of floating tensors.")
     shapes = f"additional keys and values have shapes {tuple(more_k.shape)} and {tuple(more_v.shape)}"
     if more_k.ndim != 4 or more_v.ndim != 4 or more_k.shape[:3] != more_v.shape[:3] or more_k.shape[0] != k.shape[0]:
         raise ShapeError(f"{shapes}; they must be ({k.shape[0]}, heads, length, width), alike except for the width.")
     if more_k.shape[-1] != k.shape[-1] or more_v.shape[-1] != v.shape[-1]:
         raise ShapeError(f"{shapes}; keys must have {k.shape[-1]} features and values {v.shape[-1]}.")
-    if heads % more_k.shape[1]:
+    if not more_k.shape[1] or heads % more_k.shape[1]:
         raise ShapeError(f"{shapes}; their number of heads must divide the {heads} heads of this attention.")
     if more_k.shape[1] != k.shape[1]:
         k, v, more_k, more_v = (expand_kv_heads(t, heads) for t in (k, v, more_k, more_v))

@@ -44,7 +44,7 @@ class CallerTable:
                 f"the rotary or polar embedding has shape {tuple(self.table.shape)}; it must cover all {span.length} "
                 "keys. Compute it for recurrent memory and cached tokens too."
             )
-        if newest is None:
+        if newest is None or newest.length == 0:
             return table[:, None, table.shape[-2] - span.length :]
         # The slots of a static cache may be out of order (a ring), so each token's row is found by its distance from
         # the newest token. Empty slots have indices outside of the table; they are masked, so that any row will do.

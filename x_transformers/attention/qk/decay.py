@@ -54,6 +54,8 @@ class Decay:
         Returns:
             queries and keys, and None; or both without factors, and the decay that a backend must apply to blocks.
         """
+        if q.shape[-2] == 0:
+            return q, k, None
         decay = replace(self, prefix=prefix)
         # a program that is exported for any length cannot depend on it
         if not is_exporting() and q.shape[-2] > self.reach:

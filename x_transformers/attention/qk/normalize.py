@@ -12,7 +12,7 @@ from x_transformers.attention.base import AttentionShape, QKNorm
 from x_transformers.errors import ConfigError
 from x_transformers.modules.norms import MultiheadRMSNorm
 from x_transformers.ops import l2norm
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, at_least, opt, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class UnitNormOptions:
     qk_norm_groups: int = opt(1, "cut each head into this many equal parts, each normalized by itself")
     qk_norm_scale: float = opt(10, "factor of the logits")
     qk_norm_dim_scale: bool = opt(False, "learn a scale per feature instead of using `qk_norm_scale`")
+
+    def __post_init__(self) -> None:
+        at_least(1, qk_norm_groups=self.qk_norm_groups)
+        positive(qk_norm_scale=self.qk_norm_scale)
 
 
 class QKUnitNorm(QKNorm):

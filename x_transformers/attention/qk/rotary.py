@@ -20,7 +20,7 @@ from x_transformers.forward_pass.call import LayerCall, Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
-from x_transformers.options.schema import Feature, Rule, opt
+from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,16 @@ class RotaryOptions:
     )
     rotary_xpos_scale_base: float = opt(512, "xPos: number of tokens that sets the scale of the decay")
     rotate_num_heads: int | None = opt(None, "rotate only the last k heads; needs as many kv heads as heads")
+
+    def __post_init__(self) -> None:
+        at_least(1, rotate_num_heads=self.rotate_num_heads)
+        at_least(2, rotary_emb_dim=self.rotary_emb_dim)
+        positive(
+            rotary_base_rescale_factor=self.rotary_base_rescale_factor,
+            rotary_xpos_scale_base=self.rotary_xpos_scale_base,
+        )
+        factor = self.rotary_interpolation_factor
+        require(factor >= 1, f"`rotary_interpolation_factor` is {factor}; it must be at least 1.")
 
 
 Tables = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -17,13 +17,16 @@ from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import by_row
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlibiOptions:
     alibi_pos_bias: bool = opt(False, "add -|distance| * slope to the scores")
     alibi_num_heads: int | None = opt(None, "only the first k heads get the bias; default all")
+
+    def __post_init__(self) -> None:
+        at_least(1, alibi_num_heads=self.alibi_num_heads)
 
 
 class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):

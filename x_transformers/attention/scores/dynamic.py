@@ -16,7 +16,7 @@ from x_transformers.attention.base import BoundScore
 from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,10 @@ class DynamicOptions:
     dynamic_pos_bias_log_distance: bool = opt(False, "use sign(d) * ln(|d| + 1) as input instead of the distance d")
     dynamic_pos_bias_mlp_depth: int = opt(2, "number of hidden layers of the MLP")
     dynamic_pos_bias_norm: bool = opt(False, "LayerNorm before each activation of the MLP")
+
+    def __post_init__(self) -> None:
+        depth = self.dynamic_pos_bias_mlp_depth
+        require(depth >= 1, f"`dynamic_pos_bias_mlp_depth` is {depth}; the MLP needs at least 1 hidden layer.")
 
 
 class GainOnlyLayerNorm(nn.Module):
@@ -75,7 +79,7 @@ class DynamicPositionBias(DistanceBias):
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
         bound = super().bind(query, keys)
-        if query.contiguous and keys.contiguous:
+        if query.contiguous and keys.contiguous and query.length:
             bound.make_dense = lambda: self._toeplitz(query, keys)
         return bound
 

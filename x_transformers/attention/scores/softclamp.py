@@ -12,13 +12,16 @@ from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, Scor
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
 from x_transformers.ops import softclamp
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, opt, positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftclampOptions:
     softclamp_logits: bool = opt(False, "bound the logits by c * tanh(logits / c), after biases and before masks")
     logit_softclamp_value: float = opt(50.0, "the bound c")
+
+    def __post_init__(self) -> None:
+        positive(logit_softclamp_value=self.logit_softclamp_value)
 
 
 class SoftclampLogits(ScoreMod):

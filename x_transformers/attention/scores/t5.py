@@ -14,7 +14,7 @@ from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
 from x_transformers.ops import by_row
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,9 @@ class T5Options:
     rel_pos_bias: bool = opt(False, "add the relative position bias of T5, learned for buckets of distance")
     rel_pos_num_buckets: int = opt(32, "number of buckets")
     rel_pos_max_distance: int = opt(128, "distances of at least this share the last bucket")
+
+    def __post_init__(self) -> None:
+        at_least(1, rel_pos_num_buckets=self.rel_pos_num_buckets, rel_pos_max_distance=self.rel_pos_max_distance)
 
 
 class RelativePositionBias(DistanceBias):

@@ -106,6 +106,8 @@ class HybridBranch(ValueMod):
         return {} if self.recurrent else {"hybrid_input": (1, shape.dim)}
 
     def change_output(self, out: Tensor, seen: ValueContext) -> Tensor:
+        if seen.x.shape[1] == 0:  # recurrent modules of PyTorch refuse empty sequences
+            return out
         branch = split_heads(self._check_output(self._branch(seen), seen.x.shape[1]), self.heads)
         # the module was written for the reference's order of grouped heads, from which ours differs
         branch = branch if self.order is None else branch[:, self.order]

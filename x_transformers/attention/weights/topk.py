@@ -48,6 +48,8 @@ def sparse_topk_attn(
 
 def _topk(logits: Tensor, k: int, temperature: float, smooth: bool, dim: int) -> Tensor:
     wide = at_least_float32(logits)
+    if wide.shape[dim] == 0:
+        return wide
     least = wide.topk(min(k, wide.shape[dim]), dim=dim).values.amin(dim=dim, keepdim=True)
     # Equal tokens without positions have equal logits, which matrix products of other shapes round differently: without
     # a tolerance, decoding with a cache could choose other keys than the full forward pass.

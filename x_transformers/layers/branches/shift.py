@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import LayerCall
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,10 @@ class ShiftOptions:
     shift_tokens: int | tuple[int, ...] = opt(
         0, "shift slices of features by 0 ... k tokens; a tuple has one k per sublayer"
     )
+
+    def __post_init__(self) -> None:
+        given = self.shift_tokens
+        at_least(0, shift_tokens=min(given, default=0) if isinstance(given, tuple) else given)
 
 
 class TokenShift(nn.Module):
