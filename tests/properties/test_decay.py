@@ -180,6 +180,23 @@ def test_half_precision(dtype: torch.dtype, flash: bool | None) -> None:
             assert (step.float() - wanted[:, t : t + 1]).abs().max() < 0.1
 
 
+@torch.no_grad()
+def test_graphs_take_any_length() -> None:
+    """A graph has a fixed number of reference positions, and serves all lengths that need as many."""
+    torch.compiler.reset()
+    stack, graphs = stack_of(depth=1), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(stack, fullgraph=True, backend=backend)
+    for length, number in ((20, 1), (REACH, 2), (60, 3), (2 * REACH, 3)):
+        x = torch.randn(1, length, 16)
+        close(compiled(x), stack(x))
+        assert len(graphs) == number, length
+
+
 def test_long_passes_are_explained() -> None:
     stack = stack_of()
     near, long = (str(stack.explain(device="cpu", seq_len=length)) for length in (REACH, REACH + 1))

@@ -26,10 +26,6 @@ REACH = 48
 that the factors of the first and the last query are exp(30) and exp(-30), within the bound."""
 
 
-# PyTorch 2.6 does not tell export from compilation
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-
 @dataclass(frozen=True, eq=False)
 class Decay:
     """Factors of the queries and keys of one pass, `q * zeta ** ((m - c) / s)` and `k * zeta ** ((c - n) / s)`.
@@ -57,8 +53,7 @@ class Decay:
         if q.shape[-2] == 0:
             return q, k, None
         decay = replace(self, prefix=prefix)
-        # a program that is exported for any length cannot depend on it
-        if not is_exporting() and q.shape[-2] > self.reach:
+        if q.shape[-2] > self.reach:
             if q.dtype is torch.float16:
                 q, k = q.float(), k.float()
             return q, k, decay
@@ -66,8 +61,12 @@ class Decay:
 
     def blocks(self, queries: int) -> Iterator[slice]:
         """Yield ranges of queries that one reference serves."""
-        for start in range(0, queries, self.reach):
-            yield slice(start, min(start + self.reach, queries))
+        # in a graph, comparisons bound the number of queries, and `range` and `min` would fix it
+        start = 0
+        while queries - start > self.reach:
+            yield slice(start, start + self.reach)
+            start += self.reach
+        yield slice(start, queries)
 
     def scaled(self, q: Tensor, k: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the queries of a range and all keys, times factors relative to the middle of the range.
@@ -100,7 +99,9 @@ class Decay:
         # then do not decay among each other. Keys before the first query are as far from it as they are.
         of_q = self._powers(queries - middle).clamp(-LARGEST, LARGEST)
         of_k = -self._powers(torch.maximum(keys, first) - middle).clamp(-LARGEST, LARGEST)
-        return _by_feature(of_q, width), _by_feature(of_k + self._powers((first - keys).clamp(min=0)), width)
+        of_k = of_k + self._powers((first - keys).clamp(min=0))
+        # scores of older keys are 0 up to rounding; a CPU multiplies denormal numbers many times slower
+        return _by_feature(of_q, width), _by_feature(of_k.clamp(min=-2 * LARGEST), width)
 
     def _powers(self, distance: Tensor) -> Tensor:
         return distance.unsqueeze(-1) * self.rates
