@@ -186,8 +186,8 @@ MUTATIONS = (
     # positions
     Mutation(
         "keys are rotated one position further",
-        r"\(keys\.pos, -1\.0\)",
-        "(keys.pos + 1, -1.0)",
+        r"self\._cos_sin\(keys\.pos\)",
+        "self._cos_sin(keys.pos + 1)",
         "test_query_key.py properties/test_positions.py -k 'rotat or rotary or xpos or positions'",
         "attention/qk/*.py",
     ),
@@ -207,9 +207,9 @@ MUTATIONS = (
     ),
     Mutation(
         "xPos decays the wrong way",
-        r"\(sign \* pos \* self\.xpos_log\)",
-        "(pos * self.xpos_log)",
-        "properties/test_positions.py test_query_key.py -k 'rotat or rotary or xpos'",
+        r"return distance\.unsqueeze\(-1\) \* self\.rates",
+        "return -distance.unsqueeze(-1) * self.rates",
+        "properties/test_decay.py",
         "attention/qk/*.py",
     ),
     Mutation(

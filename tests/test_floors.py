@@ -25,6 +25,7 @@ HOUSE = (
     ("F2", ["cache"]),
     ("F2", ["forward_pass.intermediates"]),
     ("F2", ["masks.builder", "modules.branch_function"]),
+    ("F3", ["attention.qk.decay"]),
     ("F3", ["attention"]),
     ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
     ("F4", ["attend"]),

@@ -180,7 +180,7 @@ def test_rotation_keeps_lengths_and_reads_differences() -> None:
     q, k = torch.randn(2, 1, 1, 1, 8)
 
     def score(i: int, j: int) -> Tensor:
-        tables = [rotary._cos_sin(torch.tensor([[place]]), 1.0) for place in (i, j)]
+        tables = [rotary._cos_sin(torch.tensor([[place]])) for place in (i, j)]
         return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum()
 
     same(score(5, 3), score(105, 103), 1e-5)

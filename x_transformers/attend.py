@@ -35,6 +35,7 @@ from x_transformers.attention.base import (
 from x_transformers.attention.keys import sink, zero
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.qk import l2_distance
+from x_transformers.attention.qk.decay import Decay
 from x_transformers.attention.reference_weights import export_parts, rename_parts
 from x_transformers.attention.scores import cog, selective, talking_heads
 from x_transformers.attention.scores.residual import ResidualScores
@@ -304,6 +305,7 @@ class Attend(Configured, ReadsReference):
         own: bool = True,
         prefix: int = 0,
         shown: Tensor | None = None,
+        decay: Decay | None = None,
         only_fused: bool = False,
     ) -> tuple[AttentionOutput, Visibility]:
         """Attend within one sublayer, or one call of `forward`.
@@ -317,6 +319,7 @@ class Attend(Configured, ReadsReference):
             own: the keys are the tokens' own; keys of a context have slots of their own.
             prefix: number P of keys before the first token.
             shown: `(b, P)` bool, which of those are visible; None for all.
+            decay: of the scores with distance.
             only_fused: run a fused kernel, whatever `flash` is.
 
         Returns:
@@ -337,6 +340,8 @@ class Attend(Configured, ReadsReference):
             pairs=layer.context_attn_mask,
         )
         plain_q = q
+        if decay is not None:
+            q, k, decay = decay.at_once(q, k, prefix)
         for metric in parts.metrics:
             q, k = metric(q, k)
         # some parts compute queries, keys or values in float32, and kernels take one dtype only
@@ -370,6 +375,7 @@ class Attend(Configured, ReadsReference):
             layer,
             dropout,
             self.leaves_scores or (call.capture.scores and not later),
+            decay,
         )
         needs = _needs_of(request, self.needs if dropout > 0 else self.needs_in_evaluation)
         backend = (self.backends.only_fused if only_fused else self._backend)(request, needs)
@@ -441,7 +447,7 @@ class Attend(Configured, ReadsReference):
         if prev_attn is not None:
             prefix = int("zero_kv" in self.parts)
             layer.carry = Carry(scores={"a": (without_hidden(prev_attn, prefix + layer.keys.length), prefix)})
-        result = self._run(q, k, v, layer)
+        result = _run_bare(self, q, k, v, layer)
         return result.out.to(v.dtype), Intermediates(result.similarities, result.logits, result.weights)
 
     def flash_attn(
@@ -460,7 +466,7 @@ class Attend(Configured, ReadsReference):
             InputError: if no fused kernel hosts the options here.
         """
         layer = self._layer(AttendInputs(q, k, v, mask, attn_bias, None, flash_pack_seq_kwargs, causal), Capture())
-        return self._run(q, k, v, layer, only_fused=True).out.to(v.dtype), Intermediates()
+        return _run_bare(self, q, k, v, layer, only_fused=True).out.to(v.dtype), Intermediates()
 
     def _layer(self, given: AttendInputs, capture: Capture) -> LayerCall:
         """Check the arguments of a call, and return the call of a sublayer that they mean."""
@@ -471,13 +477,6 @@ class Attend(Configured, ReadsReference):
         self.check_causality(causal)
         return given.layer_call(causal, documents, capture)
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCall, only_fused: bool = False) -> AttentionOutput:
-        prefix = int("zero_kv" in self.parts)
-        if prefix:
-            k, v = self.parts["zero_kv"].extend(k, v, lambda t: t)  # type: ignore[operator]
-        # documents of queries and keys may differ in length, as those of a context do
-        return self.run(q, k, v, q, layer, own=layer.documents is None, prefix=prefix, only_fused=only_fused)[0]
-
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}head_attn_sink", f"{prefix}parts.learned_sink.logits")
         rename_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
@@ -485,6 +484,17 @@ class Attend(Configured, ReadsReference):
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         rename(state, f"{prefix}parts.learned_sink.logits", f"{prefix}head_attn_sink")
         export_parts(state, prefix, {f"parts.{path}": part for path, part in _own_parts(self.parts)}, "attend.")
+
+
+def _run_bare(
+    core: Attend, q: Tensor, k: Tensor, v: Tensor, layer: LayerCall, only_fused: bool = False
+) -> AttentionOutput:
+    """Attend without projections, perhaps with a zero key."""
+    prefix = int("zero_kv" in core.parts)
+    if prefix:
+        k, v = core.parts["zero_kv"].extend(k, v, lambda t: t)  # type: ignore[operator]
+    # documents of queries and keys may differ in length, as those of a context do
+    return core.run(q, k, v, q, layer, own=layer.documents is None, prefix=prefix, only_fused=only_fused)[0]
 
 
 def _check_features(options: Options, faults: Faults, *, heads: int | None, packed: bool) -> None:
@@ -514,6 +524,8 @@ def _needs_of(request: Request, needs: int) -> int:
         needs |= Needs.MASK
     if request.visible.documents is not None:
         needs |= Needs.DOCUMENTS
+    if request.decay is not None:
+        needs |= Needs.DECAY
     return needs
 
 

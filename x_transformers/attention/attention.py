@@ -162,6 +162,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         bias: ScoreMod | None,
         training: bool,
         seq_len: int,
+        reach: int | None = None,
         **_: Any,
     ) -> BranchCost:
         """Return the backend that would run, the reason for it, and the cost per token.
@@ -172,6 +173,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             bias: the stack's score modification, or None.
             training: dropout is applied.
             seq_len: number of tokens.
+            reach: number of queries whose decay with distance any backend can host; None without a decay.
         """
         core, shape, window = self.attend, self.shape, self.max_attend_past
         needs = core.needs if training else core.needs_in_evaluation
@@ -181,6 +183,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             needs |= Needs.MASK
         elif self.packed:
             needs |= Needs.DOCUMENTS
+        if reach is not None and seq_len > reach:
+            needs |= Needs.DECAY
         width = max(shape.dim_head, shape.value_dim_head)
         situation = situation._replace(width=width, queries=seq_len, skips=causal or window is not None)
         backend, why = core.backends.choose(situation, needs)
@@ -235,7 +239,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         if self.keys or self.values or layer.additional is not None:
             k, v, prefix, shown = self.extend_keys(k, v, layer)
         result, visible = self.attend.run(
-            heads.q, k, v, xq, layer, own=layer.context is None, prefix=prefix, shown=shown
+            heads.q, k, v, xq, layer, own=layer.context is None, prefix=prefix, shown=shown, decay=heads.decay
         )
         out = result.out
         if self.values or layer.deltas.out is not None:

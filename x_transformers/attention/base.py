@@ -45,7 +45,9 @@ class Needs:
     """Turn logits into weights by another function than softmax."""
     WEIGHTS = 1 << 9
     """Change weights."""
-    ALL = (1 << 10) - 1
+    DECAY = 1 << 10
+    """Scale queries and keys of more positions than one reference serves."""
+    ALL = (1 << 11) - 1
 
 
 class Parts(nn.ModuleDict, Generic[Kind]):
@@ -358,7 +360,12 @@ class QKTransform(LoadsWhole):
 
     Keys are cached transformed, and never transformed again. Callers see them as they were before: what reads a cache
     for them undoes the transform, and what writes for them applies it.
+
+    Attributes:
+        decays: scores decay with distance, by factors that are applied to queries and every key; see `decay`.
     """
+
+    decays: bool = False
 
     def width(self, dim_head: int) -> int:
         """Return the number of features of a transformed key of `dim_head` features."""
@@ -378,6 +385,15 @@ class QKTransform(LoadsWhole):
 
     def restore_keys(self, k: Tensor, tables: Any) -> Tensor:
         """Undo `transform_keys`."""
+        raise NotImplementedError
+
+    @property
+    def reach(self) -> int | None:
+        """Number of queries in a pass beyond which the decay is computed by blocks; None if there is no decay."""
+        return None
+
+    def decay(self, layer: LayerCall, heads: int, fixed: int) -> Any:
+        """Return the `Decay` of one sublayer with `heads` query heads, the first `fixed` of which are not rotated."""
         raise NotImplementedError
 
     def map_rows(self, fn: Callable[[Tensor], Tensor]) -> QKTransform:

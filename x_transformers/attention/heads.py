@@ -22,6 +22,7 @@ from x_transformers.attention.base import (
 from x_transformers.attention.keys.additional import join_additional
 from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
 from x_transformers.attention.projections import Projections
+from x_transformers.attention.qk.decay import Decay
 from x_transformers.attention.values.residual import ValueMix, mix_values
 from x_transformers.cache import Shape
 from x_transformers.errors import InputError
@@ -37,6 +38,7 @@ class Heads(NamedTuple):
         k, v: `(b, g, j, d)` and `(b, g, j, e)`, those of the cache and of recurrent memory included.
         projected: `(b, g, new keys, e)` the values as they were projected.
         fresh: keys, before rotation, and values of this pass without recurrent memory; None for a cached context.
+        decay: of the scores with distance, which queries and keys do not contain yet; None if there is none.
     """
 
     q: Tensor
@@ -44,6 +46,7 @@ class Heads(NamedTuple):
     v: Tensor
     projected: Tensor
     fresh: tuple[Tensor, Tensor] | None
+    decay: Decay | None = None
 
 
 class HeadProjection(nn.Module):
@@ -137,6 +140,9 @@ class HeadProjection(nn.Module):
         elif entry is not None and not own:
             entry.put("k", k)
             entry.put("v", v)
+        # the first one rotates, if any does
+        if layer.rotations and layer.rotations[0].decays:
+            return Heads(q, k, v, raw, fresh, self._decay(layer))
         return Heads(q, k, v, raw, fresh)
 
     def _query_cached_context(self, x: Tensor, layer: LayerCall) -> Heads:
@@ -147,7 +153,7 @@ class HeadProjection(nn.Module):
             q = norm.normalize_q(q)
         # cached keys are rotated already: with no keys at all, the transforms act on the queries only
         q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
-        return Heads(q, k, v, v, None)
+        return Heads(q, k, v, v, None, self._decay(layer))
 
     def _keys_values(self, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Span]:
         """Project keys and values, perhaps by way of a latent; also return where the keys are."""
@@ -177,6 +183,12 @@ class HeadProjection(nn.Module):
             rotated_q, rotated_k = transform.apply_tables(q[:, fixed_q:], k[:, fixed_k:], tables)
             q, k = torch.cat((q[:, :fixed_q], rotated_q), dim=1), torch.cat((k[:, :fixed_k], rotated_k), dim=1)
         return q, k
+
+    def _decay(self, layer: LayerCall) -> Decay | None:
+        """Return the decay of the scores with distance, if rotations have one."""
+        fixed = 0 if self.unrotated_heads is None else self.unrotated_heads[0]
+        found = [each.decay(layer, self.shape.heads, fixed) for each in layer.rotations if each.decays]
+        return found[0] if found else None
 
     def _mix_values(self, v: Tensor, x: Tensor, layer: LayerCall) -> Tensor:
         """Mix in the values of the first layer of this kind, if there are any."""

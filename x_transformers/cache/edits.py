@@ -208,7 +208,7 @@ def _transform_context(entry: Entry, k: Tensor, *, back: bool) -> Tensor:
         raise ShapeError(f"there are {k.shape[-2]} keys of a context with {pos.shape[-1]} positions (`context_pos`).")
     index = torch.arange(k.shape[-2], device=k.device)
     keys = Span(index, index.unsqueeze(0), pos)
-    transform = entry.rotation.at(pos)
+    transform = entry.rotation
     tables = transform.tables(keys, keys)
     fixed, k = k[:, : entry.unrotated], k[:, entry.unrotated :]
     k = transform.restore_keys(k, tables) if back else transform.transform_keys(k, tables)

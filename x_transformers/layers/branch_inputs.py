@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, QKTransform
-from x_transformers.attention.qk.caller_rotations import GivenRotation
-from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.base import BoundScore
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_memory
 from x_transformers.cache import Entry
 from x_transformers.cache.edits import within_span
@@ -24,16 +22,6 @@ from x_transformers.layers.execution_order import Step
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
-
-
-class ContextRotation(NamedTuple):
-    """Rotation of the cached keys of a context, for callers who read them."""
-
-    rotary: RotaryEmbedding
-
-    def at(self, pos: Tensor) -> GivenRotation:
-        """Return the rotation of keys at the positions `(1|b, m)`."""
-        return GivenRotation(self.rotary.forward(pos))
 
 
 def self_attention_inputs(
@@ -142,15 +130,19 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     else:
         length, batch = held.shape[-2], held.shape[0]
 
+    pos = _context_positions(stack, layer, pos, batch)
+    if pos is not None:
+        _check_positions(pos, length)
+        layer.rotations = (stack.rotary_pos_emb,)
+
     def span() -> Span:
         index = torch.arange(length, device=call.query.index.device)
         token_mask = None if mask is None else check_mask(mask, batch, length, "context_mask")
-        return Span(index, index[None], index[None], token_mask)
+        return Span(index, index[None], index[None] if pos is None else pos, token_mask)
 
-    layer.keys = layer.fresh = call.memo.once(span, "context", length, mask)
+    layer.keys = layer.fresh = call.memo.once(span, "context", length, mask, pos)
     layer.context = call.query.index.new_empty(0) if source is None else source
     layer.kv_residual = residual
-    layer.rotations = _context_rotations(stack, layer, pos, batch)
 
 
 def _drop_context(
@@ -164,23 +156,18 @@ def _drop_context(
     return call.memo.once(drop, "dropped context") if stack.one_context else drop()
 
 
-def _context_rotations(stack: LayerStack, layer: LayerCall, pos: Tensor | None, batch: int) -> tuple[QKTransform, ...]:
-    """Return the rotation of a cross-attention, if positions of the context were given in this pass or an earlier one.
+def _context_positions(stack: LayerStack, layer: LayerCall, pos: Tensor | None, batch: int) -> Tensor | None:
+    """Return the positions of the context that were given in this pass or an earlier one; None if there are none.
 
     Positions are kept in the cache together with the keys: a decoding step must rotate its queries like the prefill.
     """
-    call, keys, entry = layer.call, layer.keys, layer.entry
-    if entry is not None:
-        if pos is not None and entry.get("k") is None:
-            entry.put("context_pos", pos.expand(batch, -1))
-            entry.rotation = ContextRotation(stack.rotary_pos_emb)  # type: ignore[arg-type]
-        pos = entry.get("context_pos")
-    if pos is None:
-        return ()
-    _check_positions(pos, keys.length)
-    assert isinstance(stack.rotary_pos_emb, RotaryEmbedding)
-    of_queries, of_keys = (stack.rotary_pos_emb.forward(each) for each in (call.query.pos, pos))
-    return (GivenRotation(of_queries, of_keys),)
+    entry = layer.entry
+    if entry is None:
+        return pos
+    if pos is not None and entry.get("k") is None:
+        entry.put("context_pos", pos.expand(batch, -1))
+        entry.rotation = stack.rotary_pos_emb
+    return entry.get("context_pos")
 
 
 def _check_positions(pos: Tensor, length: int) -> None:

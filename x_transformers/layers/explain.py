@@ -66,6 +66,7 @@ def explain_stack(
     """Return the table of a stack; see `AttentionLayers.explain`."""
     training = stack.training if training is None else training
     situation = situation_of(stack, device, dtype, training)
+    reach = next((each.reach for each in stack.rotations if each.decays), None)
     rows = []
     for number, branch in enumerate(stack.sublayers):
         kind, fn = branch.kind, branch.fn
@@ -75,6 +76,7 @@ def explain_stack(
             bias=stack.rel_pos if kind.is_self_attention else None,
             training=training,
             seq_len=seq_len,
+            reach=reach if kind.is_self_attention else None,
         )
         features = _noteworthy(fn.features)
         rows.append(Row(f"{number} {kind.label}", features, cost.backend, cost.why, count(fn), cost.flops))

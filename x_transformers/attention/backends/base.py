@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, LayerCall, Needs, RowMod, Visibility, Weighting, WeightMod
+from x_transformers.attention.qk.decay import Decay
 from x_transformers.forward_pass.call import Memo
 from x_transformers.forward_pass.intermediates import Scores
 from x_transformers.ops import pad_left
@@ -55,6 +56,7 @@ class Request(NamedTuple):
         layer: the sublayer's call, for row modifications.
         dropout: probability, 0 in evaluation.
         capture: return the scores.
+        decay: of the scores with distance, by blocks of queries; None if there is none that is not in q and k already.
     """
 
     q: Tensor
@@ -72,6 +74,7 @@ class Request(NamedTuple):
     layer: LayerCall | None = None
     dropout: float = 0.0
     capture: bool = False
+    decay: Decay | None = None
 
 
 class AttentionOutput(NamedTuple):
@@ -136,6 +139,7 @@ NEEDS_IN_WORDS = {
     Needs.ROWS: "a function of whole rows of logits",
     Needs.WEIGHTING: "another weighting than softmax",
     Needs.WEIGHTS: "a change of the weights",
+    Needs.DECAY: "xPos over so many tokens",
 }
 
 

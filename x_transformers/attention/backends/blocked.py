@@ -22,6 +22,7 @@ from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
 from x_transformers.attention.base import BoundScore, Needs, Tiles
+from x_transformers.attention.qk.decay import Decay
 from x_transformers.masks.visibility import MaskSpec
 from x_transformers.ops import at_least_float32
 
@@ -48,7 +49,7 @@ class Blocked(Backend):
 
     name = "blocked"
     fused = True
-    provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS
+    provides = Needs.MASK | Needs.BIAS | Needs.POINTWISE | Needs.SINK | Needs.DOCUMENTS | Needs.DECAY
 
     def refuses(self, situation: Situation, needs: int) -> str | None:
         if situation.device != "cpu":
@@ -59,13 +60,27 @@ class Blocked(Backend):
 
     def attend(self, request: Request) -> AttentionOutput:
         plan, inputs = plan_of(request)
-        out, lse = BlockwiseSoftmax.apply(plan, request.q, request.k, request.v, *inputs)
+        if request.decay is None:
+            out, lse = BlockwiseSoftmax.apply(plan, request.q, request.k, request.v, *inputs)
+        else:
+            out, lse = _decaying(request.decay, plan, request, inputs)
         # A sink joins only the denominator: every weight is multiplied by exp(lse) / (exp(lse) + exp(sink)), which is
         # this sigmoid. In rows that see no key lse is infinite, so that the factor is 1 and its gradient is 0, never
         # NaN.
         if request.sink is not None:
             out = out * torch.sigmoid(lse - request.sink.to(lse.dtype)[None, :, None, None]).to(out.dtype)
         return AttentionOutput(out)
+
+
+def _decaying(decay: Decay, plan: Plan, request: Request, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, with queries and keys that are scaled anew for each range of queries."""
+    outputs, sums = [], []
+    for rows in decay.blocks(request.q.shape[-2]):
+        q, k = decay.scaled(request.q, request.k, rows)
+        out, lse = BlockwiseSoftmax.apply(replace(plan, first=rows.start), q, k, request.v, *inputs)
+        outputs.append(out)
+        sums.append(lse)
+    return torch.cat(outputs, dim=-2), torch.cat(sums, dim=-2)
 
 
 class ScoreStep(NamedTuple):
@@ -76,9 +91,16 @@ class ScoreStep(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A range of queries, and the range of keys (without the prefix) that they may see."""
+    """A range of queries, and the range of keys (without the prefix) that they may see.
+
+    Attributes:
+        rows: the queries among all.
+        places: the same among those that are computed with.
+        columns: the keys.
+    """
 
     rows: slice
+    places: slice
     columns: slice
 
     @property
@@ -139,6 +161,7 @@ class Plan:
         sums: the log-sum-exp is needed.
         steep: biases may move scores so far below the largest that their weights are denormal.
         keep: the weights of the forward pass are kept.
+        first: number of the first query that is computed with; the rules and the biases are those of all queries.
     """
 
     scale: float
@@ -151,6 +174,7 @@ class Plan:
     sums: bool
     steep: bool
     keep: bool = False
+    first: int = 0
 
     @property
     def numbers(self) -> int:
@@ -160,9 +184,10 @@ class Plan:
     def blocks(self, queries: int, keys: int) -> Iterator[Block]:
         """Yield the blocks that cover all queries."""
         for start in range(0, queries, self.height):
-            stop = min(start + self.height, queries)
-            first, last = (0, keys) if self.hiding is None else self.hiding.reach(start, stop)
-            yield Block(slice(start, stop), slice(first, last))
+            places = slice(start, min(start + self.height, queries))
+            rows = slice(self.first + places.start, self.first + places.stop)
+            first, last = (0, keys) if self.hiding is None else self.hiding.reach(rows.start, rows.stop)
+            yield Block(rows, places, slice(first, last))
 
     def block_weights(
         self,
@@ -376,11 +401,11 @@ class BlockwiseSoftmax(torch.autograd.Function):
             lse = queries.new_empty(*q.shape[:3] if plan.sums else (0,), 1)
             scratch = Scratch(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2], keep)
             for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
-                rows = queries[:, :, block.rows].flatten(1, 2)
+                rows = queries[:, :, block.places].flatten(1, 2)
                 some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
-                sums = lse[:, :, block.rows] if plan.sums else None
+                sums = lse[:, :, block.places] if plan.sums else None
                 passed = plan.block_weights(rows, some, heads, block, inputs, scratch, sums)
-                out[:, :, block.rows] = by_heads(passed.weights @ some_values, heads)
+                out[:, :, block.places] = by_heads(passed.weights @ some_values, heads)
                 if keep:
                     kept.append(passed)
         out = out.to(q.dtype)
@@ -422,7 +447,7 @@ class BlockwiseSoftmax(torch.autograd.Function):
             ]
             scratch = Scratch(queries, math.prod(q.shape[:2]) * plan.height * k.shape[-2])
             for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
-                rows, d_rows = (t[:, :, block.rows].flatten(1, 2) for t in (queries, d_heads))
+                rows, d_rows = (t[:, :, block.places].flatten(1, 2) for t in (queries, d_heads))
                 some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
                 # either all blocks are kept or none is; a `BlockOutput` is a nonempty tuple and therefore true
                 weights, left = next(passes, None) or plan.block_weights(rows, some, heads, block, inputs, scratch)
@@ -430,13 +455,13 @@ class BlockwiseSoftmax(torch.autograd.Function):
                 # the gradient of a softmax, `p * (do v^T - mean)`, without a second buffer: product, difference,
                 # product
                 gradient = torch.bmm(d_rows, some_values.mT, out=scratch.take("gradient", weights.shape))
-                gradient = by_heads(gradient, heads).sub_(mean[:, :, block.rows])
+                gradient = by_heads(gradient, heads).sub_(mean[:, :, block.places])
                 gradient = plan.back(gradient.mul_(by_heads(weights, heads)), block, inputs, left, sums)
                 gradient = gradient.view_as(weights)
                 add_product(d_keys, gradient.mT, rows, plan.prefix, block.columns)
                 # a query is in one block only, so that its gradient is assigned; those of keys and values are sums over
                 # blocks
-                d_queries[:, :, block.rows] = (gradient @ some).unflatten(1, (queries.shape[1], -1))
+                d_queries[:, :, block.places] = (gradient @ some).unflatten(1, (queries.shape[1], -1))
         # `gradient` is that of the scaled products; to scale the results costs a factor per token, not one per pair
         d_queries *= plan.scale
         d_keys *= plan.scale
@@ -454,7 +479,7 @@ def plain(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple
     heads, (queries, keys, values) = q.shape[:2], (folded(q, k.shape[1]), flat(k), flat(v))
     outputs, sums = [], []
     for block in plan.blocks(q.shape[-2], k.shape[-2] - plan.prefix):
-        rows = queries[:, :, block.rows].flatten(1, 2)
+        rows = queries[:, :, block.places].flatten(1, 2)
         some, some_values = (key_range(t, plan.prefix, block.columns) for t in (keys, values))
         scores = by_heads((rows @ some.mT) * plan.scale, heads)
         for step in plan.steps:

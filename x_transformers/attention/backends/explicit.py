@@ -22,10 +22,9 @@ class Explicit(Backend):
         return None
 
     def attend(self, request: Request) -> AttentionOutput:
-        q, heads = request.q, request.q.shape[1]
-        k, v = expand_kv_heads(request.k, heads), expand_kv_heads(request.v, heads)
+        v = expand_kv_heads(request.v, request.q.shape[1])
         mask = _mask(request)
-        similarities, logits, later = _logits(request, (q @ k.transpose(-1, -2)) * request.scale, mask)
+        similarities, logits, later = _logits(request, _products(request) * request.scale, mask)
         # the sink takes its share of the softmax and has no value, so that its column is removed from the weights
         joined = logits if request.sink is None else torch.cat((_sink(request, logits), logits), dim=-1)
         weights = _weights(request, joined, mask)
@@ -45,6 +44,18 @@ class Explicit(Backend):
         # a later layer adds these logits to its own, and the most negative number twice would be infinite
         plain = logits if mask is None else logits.masked_fill(~mask, 0.0)
         return AttentionOutput(out, similarities, joined, shown, plain)
+
+
+def _products(request: Request) -> Tensor:
+    """Return `q k^T`, `(b, h, i, P + j)`."""
+    q, k, decay, heads = request.q, request.k, request.decay, request.q.shape[1]
+    if decay is None:
+        return q @ expand_kv_heads(k, heads).transpose(-1, -2)
+    parts = []
+    for rows in decay.blocks(q.shape[-2]):
+        some, keys = decay.scaled(q, k, rows)
+        parts.append(some @ expand_kv_heads(keys, heads).transpose(-1, -2))
+    return torch.cat(parts, dim=-2)
 
 
 def _logits(request: Request, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list[WeightChange]]:

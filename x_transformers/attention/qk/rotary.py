@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
-from x_transformers.errors import ConfigError, InputError
-from x_transformers.forward_pass.call import Span
+from x_transformers.attention.qk.decay import REACH, Decay
+from x_transformers.errors import ConfigError
+from x_transformers.forward_pass.call import LayerCall, Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
@@ -56,7 +57,8 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     With xPos, queries are also multiplied by `zeta_k ** ((pos - c) / scale_base)` and keys are divided by it, where
     `zeta_k = (2k + 0.4 r) / (1.4 r) < 1`, so that a score decays with `zeta_k ** (distance / scale_base)`, whatever c
-    is. A stack takes c = 0, so that cached keys stay valid; a call of this module takes half of the largest position.
+    is. A stack caches keys without their factor and takes a c among the queries of each pass (see `Decay`), so that
+    nothing overflows at far positions; a call of this module takes half of the largest position.
 
     Args:
         dim: number r of rotated features, even; the other features of a head stay as they are.
@@ -101,6 +103,7 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             # the factor (as interpolation would), while the highest one, which tells neighbors apart, stays at 1.
             base = base * base_rescale_factor ** (dim / (dim - 2))
         self.dim, self.use_xpos, self.num_heads = dim, use_xpos, num_heads
+        self.decays = use_xpos
         self.interpolation_factor, self.scale_base, self.base = interpolation_factor, scale_base, base
         self.register_derived()
 
@@ -138,38 +141,32 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
 
     def tables(self, query: Span, keys: Span) -> Tables:
-        """Return cosines and sines `(1|b, 1, n, r/2)` of queries and of keys, times xPos factors, in float32."""
-        q = self._cos_sin(query.pos, 1.0)
-        # xPos multiplies queries and divides keys by its factor, so that their tables differ even at equal positions
-        same = keys.pos is query.pos and not self.use_xpos
-        return q, q if same else self._cos_sin(keys.pos, -1.0)
+        """Return cosines and sines `(1|b, 1, n, r/2)` of queries and of keys, in float32."""
+        q = self._cos_sin(query.pos)
+        return q, q if keys.pos is query.pos else self._cos_sin(keys.pos)
 
-    def _cos_sin(self, pos: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        pos = pos[:, None, :, None]
-        angles = pos * self.inv_freq / self.interpolation_factor
-        cos, sin = angles.cos(), angles.sin()
-        if self.use_xpos:
-            factor = (sign * pos * self.xpos_log).exp()
-            cos, sin = cos * factor, sin * factor
-        return cos, sin
+    def _cos_sin(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        angles = pos[:, None, :, None] * self.inv_freq / self.interpolation_factor
+        return angles.cos(), angles.sin()
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        q, k = self._rotate_heads(q, *tables[0]), self._rotate_heads(k, *tables[1])
-        if self.use_xpos and k.dtype is torch.float16 and not torch.compiler.is_compiling() and k.isinf().any():
-            raise InputError(
-                "xPos scales the keys of this sequence beyond the range of float16; use bfloat16 or float32, or a "
-                "larger `rotary_xpos_scale_base`."
-            )
-        return q, k
+        return self._rotate_heads(q, *tables[0]), self._rotate_heads(k, *tables[1])
 
     def transform_keys(self, k: Tensor, tables: Tables) -> Tensor:
         return self._rotate_heads(k, *tables[1])
 
     def restore_keys(self, k: Tensor, tables: Tables) -> Tensor:
         cos, sin = tables[1]
-        # the inverse of multiplying by c + i s; with xPos these are not of unit length
-        square = cos.square() + sin.square()
-        return self._rotate_heads(k, cos / square, -sin / square)
+        return self._rotate_heads(k, cos, -sin)
+
+    @property
+    def reach(self) -> int | None:
+        return max(1, int(REACH * self.scale_base)) if self.decays else None
+
+    def decay(self, layer: LayerCall, heads: int, fixed: int) -> Decay:
+        unrotated = 0 if self.num_heads is None else heads - self.num_heads
+        assert self.reach is not None
+        return Decay(self.xpos_log, self.reach, layer, max(fixed, unrotated))
 
     def _rotate_heads(self, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.num_heads is None or self.num_heads == t.shape[1]:
@@ -248,7 +245,7 @@ def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor
 
 def _rotate_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     cos, sin = ctx.saved_tensors
-    # the inverse of a rotation is its transpose: rotate by the opposite angle (xPos factors stay, as they should)
+    # the inverse of a rotation is its transpose: rotate by the opposite angle
     return rotate_uncompiled(gradient, cos, -sin), None, None
 
 
