@@ -356,7 +356,7 @@ def _with(**changed: Any) -> dict[str, Any]:
 
 CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "none": ({}, InputError, "pass `flash_pack_seq_kwargs` with `cu_seqlens_q`"),
-    "no dict": ({"flash_pack_seq_kwargs": boundaries(5)}, InputError, "must be a dict"),
+    "no dict": ({"flash_pack_seq_kwargs": boundaries(5)}, InputError, "must be of type Mapping"),
     "a name too many": (_with(cu_seqlens=1), InputError, "must be a dict of `cu_seqlens_q`"),
     "too few tokens": (
         _with(cu_seqlens_q=boundaries(3, 1)),

@@ -109,10 +109,9 @@ def test_stacks_call_the_functions_of_their_branches_as_modules() -> None:
     assert ran == [branch.fn for branch in stack.sublayers]
 
 
-def test_the_arguments_of_a_pass_have_the_same_defaults_in_both_places() -> None:
-    arguments = list(inspect.signature(Decoder.forward).parameters.values())[1:]
-    fields = inspect.signature(PassInputs).parameters.values()
-    assert [(each.name, each.default) for each in arguments] == [(each.name, each.default) for each in fields]
+def test_the_arguments_of_a_pass_have_the_same_order_in_both_places() -> None:
+    """`forward` passes them on by position."""
+    assert list(inspect.signature(Decoder.forward).parameters)[1:] == list(inspect.signature(PassInputs).parameters)
 
 
 # orders of a call

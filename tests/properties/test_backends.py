@@ -314,11 +314,15 @@ def test_what_no_fused_kernel_hosts_is_refused_only_when_demanded() -> None:
 
 
 def test_scores_need_the_explicit_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are requested; a record computes them when they are read."""
     model = BASE.build()
     ids = tokens(1, 4)
     with watched(monkeypatch) as used:
-        _, record = model(ids, return_intermediates=True)
+        model(ids, return_attn=True)
     assert used == {"explicit"}
+    with watched(monkeypatch) as used:
+        _, record = model(ids, return_intermediates=True)
+    assert used == {"sdpa"}
     assert record.attn_intermediates[0].post_softmax_attn.shape == (1, 4, 4, 4)
     with watched(monkeypatch) as used:
         model(ids, cache=record, input_not_include_cache=True, return_intermediates=True)

@@ -49,14 +49,14 @@ def twins(case: Case, stack: str) -> tuple[TransformerWrapper, TransformerWrappe
     one, two = case.build(stack, attn_flash=False), case.build(stack)
     two.load_state_dict(one.state_dict())
     for branch in two.attn_layers.branches("a", "c"):
-        branch.attention.attend.backends.choose = by_blocks  # type: ignore[method-assign]
+        branch.attention.attend.backends._decide = by_blocks  # type: ignore[method-assign]
     return one, two
 
 
-def by_blocks(situation: Situation, needs: int) -> tuple[Backend, str]:
+def by_blocks(situation: Situation, needs: int) -> tuple[Backend, list[str]]:
     backend = Blocked()
     assert backend.lacks(needs) is None
-    return backend, "made to"
+    return backend, ["made to"]
 
 
 @pytest.mark.parametrize(("stack", "case"), MET, ids=name_of)
@@ -166,7 +166,7 @@ def test_layers_that_run_again_share_a_bias() -> None:
     ids = tokens(2, LENGTH)
     for model in (plain, again):
         for branch in model.attn_layers.branches("a"):
-            branch.attention.attend.backends.choose = by_blocks  # type: ignore[method-assign]
+            branch.attention.attend.backends._decide = by_blocks  # type: ignore[method-assign]
         model.train()(ids).square().sum().backward()
     for (name, one), two in zip(plain.named_parameters(), again.parameters(), strict=True):
         assert one.grad is not None, name

@@ -206,8 +206,8 @@ def test_rules_without_tensors_stay() -> None:
     assert block_masks.of_rule.cache_info().currsize == block_masks.KEPT
 
 
-def by_flex(core: BackendChoice, *asked: Any) -> tuple[Backend, str]:
-    return Flex(), "made to"
+def by_flex(core: BackendChoice, *asked: Any) -> tuple[Backend, list[str]]:
+    return Flex(), ["made to"]
 
 
 def twins(case: Case, stack: str = "decoder", **more: Any) -> tuple[TransformerWrapper, TransformerWrapper]:
@@ -216,7 +216,7 @@ def twins(case: Case, stack: str = "decoder", **more: Any) -> tuple[TransformerW
     two.load_state_dict(one.state_dict())
     for branch in two.attn_layers.branches("a", "c"):
         core = branch.attention.attend.backends
-        core.choose = by_flex.__get__(core)  # type: ignore[method-assign]
+        core._decide = by_flex.__get__(core)  # type: ignore[method-assign]
     return one, two
 
 

@@ -276,11 +276,9 @@ class StaticCache(KVCache):
 
     def copied(self, times: int = 1) -> StaticCache:
         own = self.begin(0)
-        own.fresh, own.batch = self.fresh, self.batch * times
-        for entry in own.entries:
-            entry.grown = {name: t.repeat_interleave(times, dim=0) for name, t in entry.grown.items()}
-            entry.states = {name: t.repeat_interleave(times, dim=0) for name, t in entry.states.items()}
+        own.fresh = self.fresh
         own._map_rows(lambda t: t.repeat_interleave(times, dim=0))
+        own.batch = self.batch * times
         return own
 
     def reorder(self, rows: Tensor) -> None:

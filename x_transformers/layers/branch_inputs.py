@@ -112,7 +112,7 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
     if held is None:
         if source is None:
             raise InputError("a cross-attention has no cached keys of the context; pass `context` at every step.")
-        rows, width = (1, len(inputs.x)), source.shape[1:]
+        rows, width = (1, inputs.x.shape[0]), source.shape[1:]
         if residual is not None and (residual.shape[0] not in rows or residual.shape[1:] not in (width, (1, width[1]))):
             raise ShapeError(
                 f"`cross_attn_kv_residuals` has shape {tuple(residual.shape)} for a layer; it must be that of the "

@@ -263,8 +263,8 @@ def checked_context_pos(stack: LayerStack, inputs: PassInputs, pos: Tensor) -> T
         raise InputError(
             "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
         )
-    if pos.ndim not in (1, 2) or pos.shape[:-1] not in ((), (1,), (len(inputs.x),)) or pos.is_complex():
-        raise ShapeError(f"`context_pos` has shape {tuple(pos.shape)}; it must be (m,) or ({len(inputs.x)}, m).")
+    if pos.ndim not in (1, 2) or pos.shape[:-1] not in ((), (1,), (inputs.x.shape[0],)) or pos.is_complex():
+        raise ShapeError(f"`context_pos` has shape {tuple(pos.shape)}; it must be (m,) or ({inputs.x.shape[0]}, m).")
     return pos if pos.ndim == 2 else pos.unsqueeze(0)
 
 
@@ -302,7 +302,8 @@ def read_memories(stack: LayerStack, inputs: PassInputs) -> None:
         if each is not None and (not isinstance(each, Tensor) or each.ndim < 2):
             raise InputError(f"`mems` contains {shown(each)}; it must be a tensor (b, m, D) or None for each layer.")
     if inputs.mem_masks is not None:
-        if len(inputs.mem_masks) > attentions:
+        # masks of running states may be among them, and are not read
+        if len(inputs.mem_masks) > max(attentions, len(inputs.mems)):
             raise InputError(f"`mem_masks` holds {len(inputs.mem_masks)} masks for {attentions} self-attentions.")
         inputs.mem_masks = [None if each is None else read_mask(each, "mem_masks") for each in inputs.mem_masks]
     states = sum(len(stack.sublayers[index].running) for index in inputs.order)

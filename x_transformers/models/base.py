@@ -222,8 +222,6 @@ class Model(Configured, ReadsReference):
             # the first pass of a cache may read a part of the padding only
             whole = span.kv is None and not inputs.return_intermediates
             check_start(start, embeds.shape[0], span.count if whole else None)
-        if pos is not None:
-            self._check_pos(pos, embeds)
         if pos is not None and pos.ndim == 3 and not pos.is_floating_point():
             if self.pos_emb is not None:
                 raise InputError(
@@ -231,6 +229,8 @@ class Model(Configured, ReadsReference):
                     "Build the model with `use_abs_pos_emb = False`, or pass (n,) or (b, n)."
                 )
             return embeds
+        if pos is not None:
+            self._check_pos(pos, embeds)
         if pos is not None and pos.is_floating_point():
             inputs.pos = None
             return embeds + span.newest(pos, -2)

@@ -152,7 +152,9 @@ class InternalSequence:
         """Map `(..., n or 1, tokens so far)` to new and internal columns; other slots become `value`."""
         internal, new = self.x.shape[1], self.span.count
         if not 2 <= t.ndim <= 4:
-            raise ShapeError(f"a mask or bias of pairs has shape {tuple(t.shape)}; it must be (i, j) or (b, h, i, j).")
+            raise ShapeError(
+                f"`attn_mask` or `attn_bias` has shape {tuple(t.shape)}; it must be (i, j) or (b, h, i, j)."
+            )
         # over internal columns already, memory tokens included
         if t.shape[-1] == internal and t.shape[-2] in (1, internal) and internal != new:
             return t
@@ -163,8 +165,8 @@ class InternalSequence:
         tokens = self._token_count()
         if t.shape[-2] not in (1, new) or t.shape[-1] not in (1, tokens):
             raise ShapeError(
-                f"a mask or bias of pairs has shape {tuple(t.shape)}; it must cover {new} queries and {tokens} keys, "
-                "the tokens without what the model puts around them."
+                f"`attn_mask` or `attn_bias` has shape {tuple(t.shape)}; it must cover {new} queries and {tokens} "
+                "keys, the tokens without what the model puts around them."
             )
         # one column for all tokens, which must not reach the slots that are added below
         if t.shape[-1] == 1:

@@ -329,7 +329,7 @@ class TransformerWrapper(Model):
         if set(given) != self.embedded:
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
-            embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, len(embeds), span)
+            embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
         return embeds
 
     def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
