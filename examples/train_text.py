@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -213,6 +214,12 @@ def main() -> None:
             sys.exit(2)
     if processes.leads:
         print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} contains the run.")
+    if processes.count > 1:
+        # Threads of the communication between processes may still run, and would abort a process that has done its work
+        # when they meet an interpreter that shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
