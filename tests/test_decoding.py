@@ -24,8 +24,9 @@ from x_transformers.autoregressive_wrapper import (
 )
 from x_transformers.decoding.filters import find_filter
 from x_transformers.decoding.loop import with_progress
+from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import read_prompts
-from x_transformers.decoding.sampling import adjuster, chooser, exponential_race
+from x_transformers.decoding.sampling import adjuster, exponential_race
 from x_transformers.errors import InputError, ShapeError, TokenRangeError
 from x_transformers.modules.inference import evaluating
 
@@ -119,8 +120,12 @@ def test_contrast():
 # sampling
 
 
+def choosing(**options):
+    return GenerationOptions(**options).choose
+
+
 def test_temperature_zero_takes_the_first_maximum():
-    assert chooser(0, top_k, {})(torch.tensor([[0.0, 3.0, 3.0], [1.0, 0.0, 0.0]])).tolist() == [[1], [0]]
+    assert choosing(temperature=0)(torch.tensor([[0.0, 3.0, 3.0], [1.0, 0.0, 0.0]])).tolist() == [[1], [0]]
 
 
 def test_the_temperature_comes_before_the_filter():
@@ -131,7 +136,7 @@ def test_the_temperature_comes_before_the_filter():
         return top_p(logits, thres=0.8)
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    drawn = chooser(2.0, spy, {})(logits.expand(200, -1))
+    drawn = choosing(temperature=2.0, filter_logits_fn=spy)(logits.expand(200, -1))
     assert torch.equal(seen[0][0], logits[0] / 2)
     assert set(drawn.flatten().tolist()) == {0, 1, 2}  # on the raw logits it would keep two
     assert kept(top_p(logits[0], thres=0.8)) == [0, 1]
@@ -139,21 +144,23 @@ def test_the_temperature_comes_before_the_filter():
 
 def test_the_filter_before_the_temperature_on_request():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(200, -1)
-    drawn = chooser(2.0, top_p, {"thres": 0.8}, filter_before_temperature=True)(logits)
+    drawn = choosing(
+        temperature=2.0, filter_logits_fn=top_p, filter_kwargs={"thres": 0.8}, filter_before_temperature=True
+    )(logits)
     assert set(drawn.flatten().tolist()) == {0, 1}
     adjusted = adjuster(2.0, top_p, {"thres": 0.8}, filter_before_temperature=True)(logits[0])
     assert adjusted.tolist() == [1.0, 0.5, -INF, -INF]
 
 
 def test_draws_have_the_right_frequencies_in_half_precision():
-    drawn = chooser(1.0, find_filter("top_k"), {"k": 3})(LOGITS.bfloat16().expand(20000, -1))
+    drawn = choosing(filter_logits_fn="top_k", filter_kwargs={"k": 3})(LOGITS.bfloat16().expand(20000, -1))
     share = drawn.flatten().bincount(minlength=4) / 20000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.16]) / 0.96, atol=0.015, rtol=0)
 
 
 def test_a_tiny_temperature_is_greedy_in_half_precision():
     logits = torch.tensor([[8.0, 7.0, 9.0]], dtype=torch.float16)
-    assert chooser(1e-6, top_k, {"k": 3})(logits).item() == 2
+    assert choosing(temperature=1e-6, filter_kwargs={"k": 3})(logits).item() == 2
 
 
 def test_the_race_is_multinomial():
@@ -169,12 +176,12 @@ def test_the_race_is_multinomial():
 @pytest.mark.parametrize("temperature", [-1.0, INF, math.nan])
 def test_bad_temperatures(temperature):
     with pytest.raises(InputError, match=r"`temperature` is .*; it must be finite and not negative"):
-        chooser(temperature, top_k, {})
+        adjuster(temperature, top_k, {})
 
 
 def test_keywords_that_a_filter_does_not_take():
     with pytest.raises(InputError, match=r"`filter_kwargs` do not fit top_k\(.*unexpected keyword argument 'thres'"):
-        chooser(1.0, top_k, {"thres": 0.9})
+        choosing(filter_kwargs={"thres": 0.9})
 
 
 def test_gumbel():

@@ -12,7 +12,8 @@ from x_transformers import AutoregressiveWrapper, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.filters import top_k
 from x_transformers.decoding.loop import Decoding, cut_after_end
-from x_transformers.decoding.sampling import adjuster, chooser, unchanged
+from x_transformers.decoding.options import GenerationOptions
+from x_transformers.decoding.sampling import adjuster, unchanged
 from x_transformers.decoding.speculative import Draft, Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.errors import InputError
@@ -183,7 +184,7 @@ def test_the_distribution_is_that_of_the_model(kind: str, filtered: bool) -> Non
         sequences = Sequences(torch.tensor([[0], [2]]))
         expert = Chain(target)
         drafter = ModelDrafter(Chain(other), policy, VOCABULARY) if kind == "model" else Stubborn()
-        decoding = Decoding(sequences, expert, chooser(1.0, unchanged, {}), VOCABULARY)
+        decoding = Decoding(sequences, expert, GenerationOptions(filter_logits_fn=unchanged).choose, VOCABULARY)
         speculation = Speculation(decoding, [expert], drafter, policy, 2)
         speculation.began = True
         new = torch.cat(list(speculation.run(LENGTH, None, 0)), dim=1)
@@ -251,7 +252,7 @@ def test_looking_for_the_end_now_and_then(every: int) -> None:
     def run(every: int) -> Tensor:
         torch.manual_seed(1)
         sequences = Sequences(torch.tensor([[0], [1], [4]]))
-        decoding = Decoding(sequences, Chain(table), chooser(1.0, unchanged, {}), 6)
+        decoding = Decoding(sequences, Chain(table), GenerationOptions(filter_logits_fn=unchanged).choose, 6)
         return torch.cat(list(decoding.run(40, 3, 5, every)), dim=1)
 
     wanted = run(1)

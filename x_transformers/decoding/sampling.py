@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,17 +71,6 @@ def adjuster(
         return filtered(logits) / scale if filter_before_temperature else filtered(logits / scale)
 
     return adjust
-
-
-def chooser(
-    temperature: float,
-    filter_fn: Callable[..., Tensor],
-    filter_kwargs: Mapping[str, Any],
-    filter_before_temperature: bool = False,
-) -> Choose:
-    """Return what chooses a token: the most likely one at temperature 0, otherwise a draw; see `adjuster`."""
-    adjust = adjuster(temperature, filter_fn, filter_kwargs, filter_before_temperature)
-    return most_likely if is_greedy(temperature) else partial(draw, adjust=adjust)
 
 
 def unchanged(logits: Tensor) -> Tensor:

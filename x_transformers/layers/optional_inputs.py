@@ -132,12 +132,12 @@ def begin_cache(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> KV
         ShapeError: if the cache has other rows than `x`.
     """
     kv = KVCache() if kv is None else kv
+    rows = kv.rows if kv.started else None
     # one row of a context may serve all rows
-    grows = any(entry.grown for entry in kv.entries)
-    if kv.started and kv.rows not in (inputs.x.shape[0], None if grows else 1, None):
+    if rows not in (None, inputs.x.shape[0]) and (rows != 1 or any(entry.grown for entry in kv.entries)):
         raise ShapeError(
-            f"x has {inputs.x.shape[0]} rows, and the cache {kv.rows}; `KVCache.repeat` and `KVCache.reorder` change "
-            "the rows of a cache."
+            f"x has {inputs.x.shape[0]} rows, and the cache {rows}; `KVCache.repeat` and `KVCache.reorder` change the "
+            "rows of a cache."
         )
     # what windows hide need not be kept, which the first pass decides
     reaches = () if kv.started else stack.reaches(inputs.order)

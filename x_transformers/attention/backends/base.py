@@ -139,7 +139,7 @@ NEEDS_IN_WORDS = {
     Needs.ROWS: "a function of whole rows of logits",
     Needs.WEIGHTING: "another weighting than softmax",
     Needs.WEIGHTS: "a change of the weights",
-    Needs.DECAY: "xPos over so many tokens",
+    Needs.DECAY: "xPos over a pass of this length",
 }
 
 

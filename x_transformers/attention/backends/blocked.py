@@ -73,7 +73,7 @@ class Blocked(Backend):
 
 
 def _decaying(decay: Decay, plan: Plan, request: Request, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, with queries and keys that are scaled anew for each range of queries."""
+    """Return output and log-sum-exp, with queries and keys that are scaled for each range of queries."""
     outputs, sums = [], []
     for rows in decay.blocks(request.q.shape[-2]):
         q, k = decay.scaled(request.q, request.k, rows)
