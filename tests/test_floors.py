@@ -51,6 +51,8 @@ HOUSE = (
     ("F6", ["layers.attention_pool"]),
     ("F7", ["models.embeddings", "models.memory_layout", "models.recurrence"]),
     ("F7", ["models.inputs", "models.heads", "models.options"]),
+    ("F7", ["models.options.catalog"]),
+    ("F7", ["models.options.reading"]),
     ("F7", ["models.internal_sequence", "models.requested_outputs"]),
     ("F7", ["models.base"]),
     ("F7", ["models"]),
