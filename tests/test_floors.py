@@ -60,6 +60,7 @@ HOUSE = (
     ("F7", ["models.base"]),
     ("F7", ["models"]),
     ("F7", ["models.transformer", "models.vision"]),
+    ("F7", ["models.chunked_loss"]),
     ("F8", ["decoding"]),
     ("F8", ["decoding.options"]),
     ("F8", ["decoding.caches"]),

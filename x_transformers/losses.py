@@ -80,8 +80,8 @@ def chunked_token_losses(
 def _chunks(t: Tensor, most: int) -> Sequence[Tensor]:
     """Split the first axis into parts of at most `most` rows.
 
-    The number of parts is a number of a graph, the length is not: graphs split it into equal parts, a power of two of
-    them, so that few graphs serve all lengths.
+    The number of parts is a number of a graph, the length is not: graphs of heads that must be called split it into
+    equal parts, a power of two of them, so that few graphs serve all lengths.
     """
     if not torch.compiler.is_compiling():
         return t.split(most)
