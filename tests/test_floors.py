@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 HOUSE = (
     ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names", "modules.unwrap"]),
     ("F0", ["options.values"]),
-    ("F0", ["forward_pass.arguments"]),
+    ("F0", ["forward_pass.arguments", "forward_pass.changed_copies"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),
