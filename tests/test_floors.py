@@ -15,7 +15,7 @@ HOUSE = (
         ["errors", "ops", "modules.float32_buffers", "modules.hand_written", "modules.script_names", "modules.unwrap"],
     ),
     ("F0", ["options.values"]),
-    ("F0", ["forward_pass.arguments"]),
+    ("F0", ["forward_pass.arguments", "forward_pass.changed_copies"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),

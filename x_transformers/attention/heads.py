@@ -132,7 +132,7 @@ class HeadProjection(nn.Module):
         for mod in self.values:
             v = mod.project(v, xq, layer)
         m = 0 if layer.memory is None else layer.memory.shape[-2]
-        fresh = (k[..., m:, :], v[..., m:, :]) if m else (k, v)
+        fresh = (k[..., m:, :], v[..., m:, :]) if m > 0 else (k, v)
         if layer.rotations:
             q, k = self._rotate(q, k, layer, span)
         if entry is not None and own and self.latent_kv is None:

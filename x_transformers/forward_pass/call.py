@@ -9,7 +9,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.forward_pass.arguments import Kinds, check_kind
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 
 T = TypeVar("T")

@@ -7,13 +7,13 @@ stream, norm of the stream.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import Carry, LayerCall
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
 from x_transformers.layers.branches.scale import OutputScale

@@ -14,7 +14,6 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
 from x_transformers.layers.stack import LayerStack
-from x_transformers.options.values import accepts
 
 
 def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
@@ -69,7 +68,7 @@ def additional_by_layer(
     layers = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     if isinstance(given, LayerIntermediates):
         pairs = _pairs_of_record(given)
-    elif all(isinstance(pair, Sequence) and accepts(tuple[Tensor, Tensor], tuple(pair)) for pair in given):
+    elif all(_is_pair(pair) for pair in given):
         pairs = [(k, v) for k, v in given]
         if any(k.ndim != 4 or v.ndim != 4 for k, v in pairs):
             raise ShapeError("`self_attn_additional_kv` must hold keys (b, g, A, d) and values (b, g, A, e).")
@@ -82,6 +81,10 @@ def additional_by_layer(
     if inputs.route_additional_kv_to_top:
         return [*missing, *pairs[max(len(pairs) - layers, 0) :]]
     return [*pairs[:layers], *missing]
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(t, Tensor) for t in value)
 
 
 def _pairs_of_record(record: LayerIntermediates) -> list[KeysValues]:

@@ -71,7 +71,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     if inputs.seq_pos_offset:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
-        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1]):
+        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1] > 0):
             read_uncached_tokens(inputs, kv)
             x = inputs.x
         if kv.edited or kv.rotations is None or kv.start is not None or inputs.seq_start_pos is not None:
@@ -183,7 +183,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             x = unfold_streams(inputs.block_transform(step.block + 1, fold_streams(x)), x)
         if skip_sources:
             # sources are places in the order of execution, readers are built sublayers, which may run several times
-            if step.number in skip_sources.values():
+            if step.number in list(skip_sources.values()):
                 skips[step.number] = x
             if step.layer in skip_sources:
                 x = stack.skip_combines[str(step.layer)](x, skips)
