@@ -65,7 +65,7 @@ HOUSE = (
     ("F8", ["decoding.options"]),
     ("F8", ["decoding.caches"]),
     ("F8", ["decoding.step"]),
-    ("F8", ["decoding.compiled"]),
+    ("F8", ["decoding.compiled", "decoding.recorded"]),
     ("F8", ["decoding.loop"]),
     ("F8", ["decoding.beam", "decoding.speculative"]),
     ("F8", ["decoding.generation"]),

@@ -15,6 +15,7 @@ from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.generation_inputs import Arguments
 from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
+from x_transformers.decoding.recorded import RecordedStep, Recorder
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
 from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences
 from x_transformers.decoding.watch import Watch
@@ -127,6 +128,7 @@ def make_reader(
     options: GenerationOptions,
     *,
     compiled: CompiledReading | None = None,
+    recorder: Recorder | None = None,
     growing: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Branching:
     """Return a reader of the prompts and of what follows them.
@@ -137,6 +139,7 @@ def make_reader(
         seq_len: number of tokens that follow; the last one is not read.
         options: of which `cache`, `cache_kv`, `restrict_to_max_seq_len`, `guesses` and `arguments` matter here.
         compiled: how a static cache reads tokens, if not by ordinary passes.
+        recorder: records the steps over a static cache, for readers that read one token at a time.
         growing: arguments that grow with the sequence; see `Arguments`.
 
     Raises:
@@ -159,12 +162,16 @@ def make_reader(
     if not caching:
         return Rerun(net, arguments, window)
     kv, held = first_cache(net, prompts, total, options, cache, window)
-    if compiled is None:
-        return Cached(net, arguments, kv, held, window)
-    if kv.capacity is None:
-        raise InputError("steps compile over a static cache, and the one given is dynamic; drop `compile`, or `cache`.")
-    prefill = compiled.prefill if options.compile_prefill else None
-    return Cached(net, arguments, kv, held, window, compiled.step.first, prefill)
+    first = prefill = None
+    if compiled is not None:
+        if kv.capacity is None:
+            raise InputError(
+                "steps compile over a static cache, and the one given is dynamic; drop `compile`, or `cache`."
+            )
+        first, prefill = compiled.step.first, compiled.prefill if options.compile_prefill else None
+    if recorder is not None and kv.capacity is not None:
+        first = RecordedStep(recorder, first).first
+    return Cached(net, arguments, kv, held, window, first, prefill)
 
 
 def pair_amateurs(
