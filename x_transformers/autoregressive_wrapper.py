@@ -22,6 +22,7 @@ from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, re
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import chunked_token_losses, mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -124,6 +125,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(
         self,
         x: Tensor,
@@ -232,6 +234,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         "contrastive_decode_kwargs cache_kv return_intermediates * cache compile compile_prefill progress "
         "filter_before_temperature draft_model draft_tokens prompt_lookup"
     )
+    @passes_on("net")
     def generate(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
@@ -263,16 +266,20 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         joined = generation.join(tokens)
         return (joined, generation.record) if options.return_intermediates else joined
 
-    def stream(
-        self, prompts: Tensor | Sequence[Tensor], seq_len: int, eos_token: int | None = None, **options: Any
-    ) -> Iterator[Tensor]:
+    @takes_options(
+        "eos_token * temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
+        "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
+        "draft_tokens prompt_lookup"
+    )
+    @passes_on("net")
+    def stream(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
         """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
             prompts: as in `generate`.
             seq_len: number of tokens to generate.
-            eos_token: ends a row, as in `generate`.
-            options: as in `generate`, except `return_intermediates` and `progress`.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Returns:
             An iterator over tensors of ids, one for each step.
@@ -280,8 +287,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        given = GenerationOptions.read(STREAM, {"eos_token": eos_token, **options})
-        generation = self._begin(prompts, seq_len, given)
+        generation = self._begin(prompts, seq_len, options)
         steps = functools.partial(generation.steps, seq_len)
         return streamed(steps, in_shape(generation.prompts.lead), generation.view)
 
@@ -298,6 +304,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature",
         filter_logits_fn=unchanged,
     )
+    @passes_on("net")
     def beam_search(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
         """Find the continuations of each prompt with the highest probability, among those that beam search meets.
 
@@ -344,14 +351,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         view = InferenceView(unwrapped(self.net), direct=False, earlier=made.view)
         self._compiled[key] = made = made._replace(view=view)
         return made
-
-
-STREAM = (
-    "eos_token temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
-    "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
-    "draft_tokens prompt_lookup"
-)
-"""Options of `stream`: those of `generate` except what concerns the call as a whole."""
 
 
 def _net(model: nn.Module) -> nn.Module:

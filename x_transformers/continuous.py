@@ -20,6 +20,7 @@ from x_transformers.decoding.sampling import is_greedy
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.modules.inference import InferenceView
@@ -115,6 +116,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(self, x: Tensor, rollout_steps: int = 1, **kwargs: Any) -> Tensor:
         """Return the mean over valid positions and features of `loss_fn(net(x[..t]), x[t + 1])`.
 
@@ -145,6 +147,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         predicted = self.net(x[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
         return self._mean(self._losses(predicted, x[:, 1:]), counted)
 
+    @checked
+    @passes_on("net")
     def forward_rollout(self, x: Tensor, rollout_steps: int = 2, **kwargs: Any) -> Tensor:
         """Return the loss of the model's own continuations: each row is cut at random and continued by `rollout_steps`.
 
@@ -248,6 +252,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     # generation
 
     @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
+    @passes_on("net")
     def generate(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Tensor:
         """Continue each prompt by `seq_len` vectors, in evaluation mode.
 
@@ -276,6 +281,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
 
     @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
+    @passes_on("net")
     def stream(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
         """Yield the vectors of `generate`, `(b, D)` or `(D,)` each.
 

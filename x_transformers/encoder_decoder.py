@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.errors import ConfigError, UnknownKeywordError, did_you_mean
+from x_transformers.errors import ConfigError, UnknownKeywordError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
@@ -21,6 +22,7 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import pad_left
 from x_transformers.options.configured import Configured
+from x_transformers.options.suggestions import suggestion
 
 OF_THE_WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
 """Options with the prefixes `enc_` and `dec_` that go to the wrapper; all others go to the stack."""
@@ -73,6 +75,7 @@ class XTransformer(Configured, ReadsReference):
         self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
 
     @checked
+    @passes_on("decoder", but=("context", "context_mask"))
     def forward(
         self,
         src: Tensor,
@@ -104,6 +107,7 @@ class XTransformer(Configured, ReadsReference):
         return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
 
     @checked
+    @passes_on("decoder.generate", but=("context", "context_mask"))
     def generate(
         self,
         seq_in: Tensor,
@@ -134,6 +138,8 @@ class XTransformer(Configured, ReadsReference):
             context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
+    @checked
+    @passes_on("decoder.stream", but=("context", "context_mask"))
     def stream(
         self,
         seq_in: Tensor,
@@ -212,7 +218,7 @@ def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[
     stray = [name for name in given if not name.startswith(("enc_", "dec_"))]
     known = ("dim", "tie_token_emb", "ignore_index", "pad_value", "cross_attn_tokens_dropout")
     if stray:
-        clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, known)}" for name in stray)
+        clauses = " ".join(f"unknown keyword `{name}`.{suggestion(name, known)}" for name in stray)
         raise UnknownKeywordError(f"XTransformer: {clauses} Options of its halves begin with `enc_` or `dec_`.")
     missing = [f"{half}_{name}" for half in ("enc", "dec") for name in ("num_tokens", "max_seq_len")]
     missing = [name for name in missing if name not in given]

@@ -22,6 +22,7 @@ from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
@@ -104,6 +105,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return unwrapped(self.net).max_seq_len
 
     @checked
+    @passes_on("net")
     def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
@@ -161,6 +163,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
     @takes_options("eos_token temperature filter_logits_fn filter_kwargs mems * cache_kv filter_before_temperature")
+    @passes_on("net")
     def generate(
         self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Tensor:
@@ -187,16 +190,19 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             new = list(generation.steps(seq_len))
         return generation.join(new)
 
+    @takes_options("eos_token * temperature filter_logits_fn filter_kwargs mems cache_kv filter_before_temperature")
+    @passes_on("net")
     def stream(
-        self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
+        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Iterator[Tensor]:
         """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
             start_tokens: `(..., n)` ids, any number of segments long.
             seq_len: number of tokens to generate.
-            eos_token: ends a row, as in `generate`.
-            options: as in `generate`.
+            mems: memory to begin with.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Returns:
             An iterator over tensors of ids, one for each step.
@@ -204,10 +210,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        names = "eos_token temperature filter_logits_fn filter_kwargs cache_kv filter_before_temperature"
-        mems = options.pop("mems", None)
-        given = GenerationOptions.read(names, {"eos_token": eos_token, **options})
-        generation = self._begin(start_tokens, seq_len, mems, given)
+        generation = self._begin(start_tokens, seq_len, mems, options)
         return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
 
     def _begin(

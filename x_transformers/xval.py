@@ -21,6 +21,7 @@ from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked, read_mask
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.xval import XValTransformerWrapper
@@ -94,6 +95,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return unwrapped(self.net).max_seq_len
 
     @checked
+    @passes_on("net", but=("x_num",))
     def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
         """Return the mean over valid targets of `-log p(x[t + 1]) + w * [is numeric] * (number[t] - x_num[t + 1])^2`.
 
@@ -140,6 +142,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return F.mse_loss(at_least_float32(predicted), at_least_float32(target), reduction="none")
 
     @takes_options("filter_logits_fn filter_kwargs temperature * prompt_lens cache_kv filter_before_temperature")
+    @passes_on("net", but=("x_num",))
     def generate(
         self,
         start_tokens: Tensor | Sequence[Tensor],
@@ -172,6 +175,7 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return self._shown((numbered.ids.tokens()[:, width:], numbered.numbers.tokens()[:, width:]), read.lead, seq_len)
 
     @takes_options("filter_logits_fn filter_kwargs temperature * prompt_lens cache_kv filter_before_temperature")
+    @passes_on("net", but=("x_num",))
     def stream(
         self,
         start_tokens: Tensor | Sequence[Tensor],
