@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.errors import ConfigError, UnknownKeywordError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.layers import AttentionLayers
@@ -78,8 +79,8 @@ class XTransformer(Configured, ReadsReference):
     @passes_on("decoder", but=("context", "context_mask"))
     def forward(
         self,
-        src: Tensor,
-        tgt: Tensor,
+        src: Ids,
+        tgt: Ids,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         src_prepend_embeds: Tensor | None = None,
@@ -110,8 +111,8 @@ class XTransformer(Configured, ReadsReference):
     @passes_on("decoder.generate", but=("context", "context_mask"))
     def generate(
         self,
-        seq_in: Tensor,
-        seq_out_start: Tensor | Sequence[Tensor],
+        seq_in: Ids,
+        seq_out_start: Ids,
         seq_len: int,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
@@ -142,8 +143,8 @@ class XTransformer(Configured, ReadsReference):
     @passes_on("decoder.stream", but=("context", "context_mask"))
     def stream(
         self,
-        seq_in: Tensor,
-        seq_out_start: Tensor | Sequence[Tensor],
+        seq_in: Ids,
+        seq_out_start: Ids,
         seq_len: int,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
@@ -197,7 +198,7 @@ class XTransformer(Configured, ReadsReference):
 
 def _encode(
     encoder: TransformerWrapper,
-    src: Tensor,
+    src: Ids,
     mask: Tensor | None,
     attn_mask: Tensor | None,
     prepend_embeds: Tensor | None,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
@@ -220,7 +221,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
     @passes_on("net")
     def forward(
         self,
-        x: Tensor,
+        x: Ids,
         only_train_generator: bool = False,
         only_train_critic: bool = False,
         generator_sample_temperature: float | None = None,
@@ -244,7 +245,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x).long()
+        x = checked_ids(x, self).long()
         valid = self._check(x, only_train_generator, only_train_critic, kwargs)
         t = torch.rand(len(x), device=x.device)
         masked = self._draw_masked(x, t, valid)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import check_names, passes_on
@@ -143,7 +144,7 @@ class TransformerWrapper(Model):
     @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Tensor | None = None,
+        x: Ids | None = None,
         return_embeddings: bool = False,
         return_logits_and_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -263,7 +264,7 @@ class TransformerWrapper(Model):
             transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds)
         if x is None:
             x = _no_ids(prepend_embeds)
-        x = checked_ids(x)
+        x = checked_ids(x, self)
         span = self._token_span(x.shape[1], inputs)
         ids = span.newest(x, 1)
         if token_emb_kwargs and self.own_token_emb:

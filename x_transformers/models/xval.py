@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
@@ -76,7 +77,7 @@ class XValTransformerWrapper(Model):
     @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Tensor,
+        x: Ids,
         x_num: Tensor,
         return_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -122,7 +123,7 @@ class XValTransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x)
+        x = checked_ids(x, self)
         if x_num.shape != x.shape or x_num.is_complex():
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         inputs = ModelInputs(
