@@ -44,7 +44,7 @@ def check_kind(name: str, value: Any, kind: tuple[tuple[type, ...], Any]) -> Non
 
 
 def checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the names of a method's arguments and their annotations, where calls are few, as those of training wrappers.
+    """Check names and types of a method's arguments, where calls are few, as those of training wrappers.
 
     Numbers of numpy become Python's.
 
