@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A row is a floor, or a step inside of one; a name covers what lies under it, and the
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
+    ("F0", ["options.suggestions"]),
     (
         "F0",
         ["errors", "ops", "modules.float32_buffers", "modules.hand_written", "modules.script_names", "modules.unwrap"],
     ),
-    ("F0", ["options.values"]),
-    ("F0", ["forward_pass.arguments", "forward_pass.changed_copies"]),
+    ("F0", ["options.values", "forward_pass.names"]),
+    ("F0", ["forward_pass.arguments", "forward_pass.arrays", "forward_pass.changed_copies"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),

@@ -142,7 +142,7 @@ WRONG_IDS = (
     (only(ZEROS[..., None]), {}, r"shapes? \(2, 8, 1\)"),
 )
 TOO_LONG = (only(ZEROS[:, :1].expand(-1, LONGEST + 1)), {}, "17 tokens were given.*`max_seq_len` = 16")
-NOTHING = (only(ZEROS[:, :0]), {}, r"shape \(2, 0\); there is no token to learn from")
+NOTHING = (only(ZEROS[:, :0]), {}, r"shape \(2, 0\), in which there is nothing to predict")
 MASK = torch.ones(2, N - 3, dtype=torch.bool)
 VECTORS, FRAMES = torch.zeros(2, N, WIDTH), torch.zeros(2, N, WIDTH + 1)
 

@@ -47,6 +47,7 @@ from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError, Faults, InputError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.call import Capture, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
@@ -403,6 +404,7 @@ class Attend(Configured, ReadsReference):
             self._answer = asked, self.backends.for_request(request, needs)
         return self._answer[1]
 
+    @checked
     def forward(
         self,
         q: Tensor,

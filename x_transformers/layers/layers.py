@@ -15,6 +15,7 @@ from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
+from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
@@ -174,6 +175,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         """
         return explain_stack(self, device, dtype, training, seq_len)
 
+    @takes_no_more
     def forward(
         self,
         x: Tensor,
@@ -216,6 +218,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         header: CacheHeader = NO_PREFIX,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
 
@@ -279,6 +282,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if arguments do not fit the stack or each other.
             ShapeError: if an argument has a shape that does not fit `x`.
         """
+        if unknown:
+            check_names(self, AttentionLayers.forward, unknown)
         # in the order of the signature; `torch.compile` cannot read `locals()` before PyTorch 2.13
         # fmt: off
         inputs = PassInputs(

@@ -232,6 +232,11 @@ class LayerStack(nn.Module):
         return (polar,) if rotary is None else (rotary, polar)
 
     @property
+    def sees_future(self) -> bool:
+        """True if tokens attend to later ones: neither causality nor a mask of the stack itself hides them."""
+        return not (self.causal or self.looks_back) and bool(self.attentions(SELF_ATTENTION.letter))
+
+    @property
     def can_cache_kv(self) -> bool:
         """True if decoding may keep keys and values, as in every causal stack."""
         return self.causal

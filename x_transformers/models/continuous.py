@@ -13,6 +13,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, checked
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.heads import LinearNoBias
@@ -74,6 +75,7 @@ class ContinuousTransformerWrapper(Model):
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
         x: Tensor,

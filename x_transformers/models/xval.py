@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import TokenEmbedding, checked_ids
@@ -74,9 +76,10 @@ class XValTransformerWrapper(Model):
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Tensor,
+        x: Ids,
         x_num: Tensor,
         return_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -122,7 +125,7 @@ class XValTransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x)
+        x = checked_ids(x, self)
         if x_num.shape != x.shape or x_num.is_complex():
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         inputs = ModelInputs(

@@ -220,13 +220,16 @@ class Schema:
             if all(entry.default_factory is dataclasses.MISSING for entry in dataclasses.fields(feature.options)):
                 self.defaults[feature.name] = feature.options()
 
-    def parse(self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None) -> Options:
+    def parse(
+        self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None, *, others: Iterable[str] = ()
+    ) -> Options:
         """Sort keywords to the features that own them, and build the options of each feature.
 
         Args:
             given: keywords without prefix.
             faults: collects unknown keywords, values of a wrong type, and errors of a feature's own checks.
             prefix: prefix of the keywords in errors; default that of the schema.
+            others: parameters of the same constructor that belong to no feature, for suggestions.
 
         Returns:
             The options; a feature with faults has its defaults.
@@ -235,7 +238,7 @@ class Schema:
         by_feature: dict[str, dict[str, Any]] = {name: {} for name in self.features}
         for keyword, value in given.items():
             if keyword not in self.owner:
-                faults.add_unknown(f"{prefix}{keyword}", self.owner, keyword)
+                faults.add_unknown(f"{prefix}{keyword}", [*self.owner, *others], keyword)
                 continue
             # options are frozen and JSON has no tuples
             value = plain(tuple(value) if isinstance(value, list) else value)
