@@ -10,7 +10,10 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A row is a floor, or a step inside of one; a name covers what lies under it, and the
 # longest name that fits decides. What is named nowhere is a training objective.
 HOUSE = (
-    ("F0", ["errors", "ops", "modules.float32_buffers", "modules.script_names", "modules.unwrap"]),
+    (
+        "F0",
+        ["errors", "ops", "modules.float32_buffers", "modules.hand_written", "modules.script_names", "modules.unwrap"],
+    ),
     ("F0", ["options.values"]),
     ("F0", ["forward_pass.arguments"]),
     ("F0", ["modules.whole_loading"]),
@@ -25,7 +28,7 @@ HOUSE = (
     ("F2", ["cache"]),
     ("F2", ["forward_pass.intermediates"]),
     ("F2", ["masks.builder", "modules.branch_function"]),
-    ("F3", ["attention.qk.decay"]),
+    ("F3", ["attention.qk.decay", "attention.qk.rotation"]),
     ("F3", ["attention"]),
     ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
     ("F4", ["attend"]),
@@ -51,6 +54,8 @@ HOUSE = (
     ("F6", ["layers.attention_pool"]),
     ("F7", ["models.embeddings", "models.memory_layout", "models.recurrence"]),
     ("F7", ["models.inputs", "models.heads", "models.options"]),
+    ("F7", ["models.options.catalog"]),
+    ("F7", ["models.options.reading"]),
     ("F7", ["models.internal_sequence", "models.requested_outputs"]),
     ("F7", ["models.base"]),
     ("F7", ["models"]),
@@ -66,7 +71,7 @@ HOUSE = (
     ("F9", ["*"]),
     ("F9", ["encoder_decoder"]),
     ("F10", ["checkpoints.durable", "checkpoints.tensor_files", "checkpoints.plain_data", "checkpoints.random_states"]),
-    ("F10", ["checkpoints.files", "checkpoints.folder", "checkpoints.parts"]),
+    ("F10", ["checkpoints.files", "checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
     ("F10", ["checkpoints.optimizer_states", "checkpoints.old_layout"]),
     ("F10", ["checkpoints"]),
     ("roof", ["x_transformers", ""]),

@@ -182,6 +182,11 @@ class KVCache:
         return self.length
 
     @property
+    def consumed(self) -> int | Tensor:
+        """Slots consumed so far, a scalar on the device where only the device counts them."""
+        return self.length
+
+    @property
     def ends_with_newest(self) -> bool:
         """True if the newest token is the last of all keys: a static cache may have empty places after it."""
         return True

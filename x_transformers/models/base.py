@@ -23,7 +23,7 @@ from x_transformers.models.embeddings import AbsolutePositionalEmbedding, build_
 from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens, same_for_all_tokens
 from x_transformers.models.internal_sequence import surround
 from x_transformers.models.memory_layout import MemoryLayout
-from x_transformers.models.options import ModelOptions
+from x_transformers.models.options.base import ModelOptions
 from x_transformers.models.recurrence import new_memories, recycled, shifted_down
 from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.modules.state_dict import ReadsReference
@@ -35,7 +35,7 @@ class Model(Configured, ReadsReference):
 
     Args:
         attn_layers: the stack.
-        options: keywords that models share, see `models.options`.
+        options: keywords that models share, see `models.options.catalog`.
         max_seq_len: length of the absolute position table; 0 for no positions and no limit.
         emb_dim: width of the embeddings.
         num_cls_tokens: number of class tokens before the others.

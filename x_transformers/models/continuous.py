@@ -17,7 +17,9 @@ from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs
-from x_transformers.models.options import CONTINUOUS, check_size, read_options, show_options
+from x_transformers.models.options.base import check_size
+from x_transformers.models.options.catalog import CONTINUOUS
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean

@@ -17,7 +17,9 @@ from x_transformers.models.base import Model
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs, TokenSpan
-from x_transformers.models.options import MULTI_INPUT, check_size, read_options, show_options
+from x_transformers.models.options.base import check_size
+from x_transformers.models.options.catalog import MULTI_INPUT
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.options.signatures import shows_keywords_of

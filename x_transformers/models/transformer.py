@@ -34,7 +34,9 @@ from x_transformers.models.heads import (
     sigsoftmax,
 )
 from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
-from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
+from x_transformers.models.options.base import ModelOptions, check_size
+from x_transformers.models.options.catalog import TRANSFORMER
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean

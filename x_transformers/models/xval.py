@@ -18,7 +18,9 @@ from x_transformers.models.base import Model
 from x_transformers.models.embeddings import TokenEmbedding, checked_ids
 from x_transformers.models.heads import TiedLogits
 from x_transformers.models.inputs import ModelInputs
-from x_transformers.models.options import XVAL, check_size, read_options, show_options
+from x_transformers.models.options.base import check_size
+from x_transformers.models.options.catalog import XVAL
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.options.signatures import shows_keywords_of
 
