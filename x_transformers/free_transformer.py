@@ -22,7 +22,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import mean_over, token_losses
-from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.embeddings import checked_ids, out_of_range
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -279,7 +279,11 @@ class FreeTransformer(Configured, ReadsReference):
 
     def _read(self, ids: Tensor) -> Tensor:
         """Return what the lower half of the decoder makes of ids: `(b, n, dim)`."""
-        embeds = self.token_emb(ids.masked_fill(ids == self.pad_id, 0))
+        ids = ids.masked_fill(ids == self.pad_id, 0).long()
+        try:
+            embeds = self.token_emb(ids)
+        except IndexError as error:
+            raise out_of_range(ids, self.num_tokens) from error
         return embeds if self.decoder_head is None else self.decoder_head(embeds)
 
     def generate(
