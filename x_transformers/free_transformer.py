@@ -196,8 +196,8 @@ class FreeTransformer(Configured, ReadsReference):
             pre_norm_has_final_norm=True,
             **{**every, **(enc_kwargs or {})},
         )
-        self.to_latent_bit_logits = LinearNoBias(dim, latent_bits)
         self.binary_mapper = BinaryMapper(latent_bits, kl_loss_threshold, **(binary_mapper_kwargs or {}))
+        self.to_latent_bit_logits = LinearNoBias(dim, latent_bits)
         self.from_latent_to_condition = LinearNoBias(self.binary_mapper.num_codes, dim)
         self.decoder_head = (
             Decoder(depth=dec_head_depth, pre_norm_has_final_norm=False, **halves) if dec_head_depth > 0 else None
