@@ -332,6 +332,7 @@ class LayerCall:
         carry: values from earlier sublayers.
         condition: `(b, 1|n, c)` input of adaptive norms and scales.
         injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
+        own_input: `(b, k, D)` that the last k tokens read instead of the stream, before the norm.
         deep_embed: `(b, n, D)` factor of a feedforward's output.
         additional: keys `(b, g', A, d)` and values `(b, g', A, e)` before the others, which are used as they are.
         additional_mask: `(b, A)` bool, True for those that are seen.
@@ -355,6 +356,7 @@ class LayerCall:
     carry: Carry = field(kw_only=True)
     condition: Tensor | None = None
     injection: Tensor | None = None
+    own_input: Tensor | None = None
     deep_embed: Tensor | None = None
     additional: tuple[Tensor, Tensor] | None = None
     additional_mask: Tensor | None = None

@@ -38,6 +38,7 @@ from x_transformers.layers.pass_state import PassInputs, PassState, Recorder, fo
 from x_transformers.layers.per_layer_inputs import (
     additional_by_layer,
     block_transform,
+    check_own_inputs,
     deep_embeds,
     kv_residuals_by_layer,
 )
@@ -124,6 +125,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     # Usually all self-attentions read one span of keys, so that masks and tables made of it serve every layer. Anything
     # that differs between layers, or has to be bound to keys, takes the longer way through `self_attention_inputs`.
     own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
+    own_keys = own_keys or inputs.self_attn_inputs is not None
     windows = kv is not None and not kv.fresh and (kv.reaches or kv.edited)
     shares_keys = not own_keys and not windows and stack.rel_pos is None
     states = list(inputs.running_states)
@@ -152,6 +154,8 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
         inputs.additional = additional_by_layer(stack, inputs, inputs.self_attn_additional_kv)
     if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
         inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
+    if inputs.self_attn_inputs is not None:
+        check_own_inputs(stack, inputs)
 
 
 def recomputes(stack: LayerStack, state: PassState) -> bool:
