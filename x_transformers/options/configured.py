@@ -51,7 +51,7 @@ class Configured:
 
     _classes: ClassVar[dict[str, type[Configured]]] = {}
     keyword_schemas: ClassVar[tuple[tuple[Schema, str], ...]] = ()
-    """What the keywords of the constructor mean, and their prefixes; see `describe`."""
+    """Schemas of the keywords of the constructor, with their prefixes; see `describe`."""
     _config: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
