@@ -20,11 +20,14 @@ from x_transformers.decoding.loop import Decoding, check_next_token_net, in_shap
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
+from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.frames import of_any_length, skipped, without_graphs
 from x_transformers.modules.inference import InferenceView
@@ -105,7 +108,8 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return unwrapped(self.net).max_seq_len
 
     @skipped
-    def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
+    @passes_on("net")
+    def forward(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
         Segment c has `n_c` of the N targets. All rows have the same weight; one without a valid target counts as 0.
@@ -124,7 +128,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         segments = without_graphs(self._segments, x, mems=mems, dropout_mems=dropout_mems, **kwargs)
-        loss = torch.zeros((), device=x.device)
+        loss = 0.0
         segment = without_graphs(segments.first)
         # whatever is called here, a graph or not, is called once for each segment
         while segment is not None:
@@ -134,25 +138,24 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return without_graphs(self._reaching, loss)
 
     @checked
-    def _segments(
-        self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any
-    ) -> _Segments:
+    @passes_on("net")
+    def _segments(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> _Segments:
         """Check the arguments of `forward`, and return the segments of x."""
-        x = checked_ids(x).long()  # bytes could not hold `ignore_index`
-        if x.shape[1] == 0:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
+        x = checked_ids(x, self).long()  # bytes could not hold `ignore_index`
+        check_predicts(x)
+        check_hides_future(self.net, kwargs)
         shown = x.masked_fill(x == self.ignore_index, self.pad_value)
         memory = None if dropout_mems else _Memory(self.net, mems)
         return _Segments(shown, x[:, 1:], kwargs, memory, self.max_seq_len, self.tbptt_steps)
 
     @checked
+    @passes_on("net")
     def _read(
         self, tokens: Tensor, labels: Tensor, detach: bool, mems: Memories | None = None, **arguments: Any
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the loss of one segment, and the memory that it leaves."""
         logits, left = self.net(tokens, return_mems=True, detach_mems=detach, mems=mems, **arguments)
-        # without labels, zero, but attached to the graph, so that `backward` works for a batch without targets
-        return self._segment_loss(logits, labels) if labels.shape[1] else logits.sum() * 0.0, left
+        return self._segment_loss(logits, labels), left
 
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return the loss with gradients for the heads that it does not read."""
@@ -166,8 +169,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
     @takes_options("eos_token temperature filter_logits_fn filter_kwargs mems * cache_kv filter_before_temperature")
+    @passes_on("net")
     def generate(
-        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
+        self, start_tokens: Ids, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Tensor:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
@@ -192,16 +196,19 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             new = list(generation.steps(seq_len))
         return generation.join(new)
 
+    @takes_options("eos_token * temperature filter_logits_fn filter_kwargs mems cache_kv filter_before_temperature")
+    @passes_on("net")
     def stream(
-        self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
+        self, start_tokens: Ids, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Iterator[Tensor]:
         """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
             start_tokens: `(..., n)` ids, any number of segments long.
             seq_len: number of tokens to generate.
-            eos_token: ends a row, as in `generate`.
-            options: as in `generate`.
+            mems: memory to begin with.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Returns:
             An iterator over tensors of ids, one for each step.
@@ -209,18 +216,13 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        names = "eos_token temperature filter_logits_fn filter_kwargs cache_kv filter_before_temperature"
-        mems = options.pop("mems", None)
-        given = GenerationOptions.read(names, {"eos_token": eos_token, **options})
-        generation = self._begin(start_tokens, seq_len, mems, given)
+        generation = self._begin(start_tokens, seq_len, mems, options)
         return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
 
-    def _begin(
-        self, start_tokens: Tensor, seq_len: int, mems: Memories | None, options: GenerationOptions
-    ) -> Generation:
+    def _begin(self, start_tokens: Ids, seq_len: int, mems: Memories | None, options: GenerationOptions) -> Generation:
         net = unwrapped(self.net)
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
-        read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
+        read = read_prompts(as_prompts(start_tokens, net, "`start_tokens`"), None, self.pad_value, net.num_tokens)
         if read.start is not None:
             raise InputError(
                 "the prompts have different lengths, so their segments would begin at different columns; generate "
@@ -239,7 +241,7 @@ class _Segment(NamedTuple):
 
     Attributes:
         tokens: `(b, n)`.
-        labels: `(b, n)`, or `(b, 0)` if there are none.
+        labels: `(b, n)`.
         arguments: of the pass, with the memory that it reads.
         detach: stop gradients at the memory that it leaves.
         share: of its loss in that of the batch.
@@ -278,7 +280,7 @@ class _Segments:
         self.number = self.begin = 0
 
     def first(self) -> _Segment:
-        """Return the first segment, a single token if there is nothing to predict."""
+        """Return the first segment."""
         return self._next()
 
     def after(self, segment: _Segment, mems: Sequence[Tensor | None]) -> _Segment | None:
@@ -291,7 +293,7 @@ class _Segments:
 
     def _next(self) -> _Segment:
         total = self.labels.shape[1]
-        begin, end = self.begin, max(min(self.begin + self.size, total), 1)
+        begin, end = self.begin, min(self.begin + self.size, total)
         arguments = of_any_length(_of_segment(self.kwargs, begin, end, self.shown.shape[1]), end - begin)
         if self.memory is not None:
             arguments |= of_any_length(self.memory.arguments(), self.memory.length)
@@ -301,7 +303,7 @@ class _Segments:
             arguments,
             (self.number + 1) % self.tbptt_steps == 0,
             # the last segment may be shorter, and counts by its length
-            (end - begin) / max(total, 1),
+            (end - begin) / total,
         )
 
 

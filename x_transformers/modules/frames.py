@@ -6,6 +6,7 @@ runs it in Python, and its turns are calls of the same graph. Inside of a graph 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -23,10 +24,9 @@ def skipped(function: Function) -> Function:
     `torch.compiler.disable(recursive = False)` does this too, but imports the compiler, which takes a second, and its
     function cannot be part of a larger graph.
     """
-    try:
+    # not part of PyTorch's interface; without it the loop is traced
+    with contextlib.suppress(ImportError, AttributeError):
         _skip(function.__code__)
-    except (ImportError, AttributeError):  # not part of PyTorch's interface; without it the loop is traced
-        pass
     return function
 
 
