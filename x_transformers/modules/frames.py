@@ -50,6 +50,7 @@ def without_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 @functools.cache
+@skipped
 def _disabled() -> Callable[..., Any]:
     return torch.compiler.disable(lambda function, *args, **kwargs: function(*args, **kwargs))
 
