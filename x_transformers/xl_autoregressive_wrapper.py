@@ -296,7 +296,7 @@ class _Segments:
         begin, end = self.begin, min(self.begin + self.size, total)
         arguments = of_any_length(_of_segment(self.kwargs, begin, end, self.shown.shape[1]), end - begin)
         if self.memory is not None:
-            arguments |= of_any_length(self.memory.arguments(), self.memory.length)
+            arguments = {**arguments, **of_any_length(self.memory.arguments(), self.memory.length)}
         return _Segment(
             of_any_length(self.shown[:, begin:end], end - begin),
             of_any_length(self.labels[:, begin:end], end - begin),
