@@ -60,7 +60,9 @@ def check_names(owner: object, method: Callable[..., Any], given: Iterable[str])
     known = _known(owner, method)
     unknown = [name for name in given if name not in known] if known is not None else []
     if unknown:
-        where = type(owner).__name__ + ("" if method.__name__ == "forward" else f".{method.__name__}")
+        # a private method checks what `forward` was given
+        inner = method.__name__ == "forward" or method.__name__.startswith("_")
+        where = type(owner).__name__ + ("" if inner else f".{method.__name__}")
         # what is the module's own business is no suggestion
         public = [name for name in known or () if name not in INTERNAL]
         sentences = [
