@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.forward_pass.call import Call, LayerCall, Memo
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.layers.branch import Branch, SublayerOutput
 
 GRAPHS = 64
