@@ -16,7 +16,7 @@ from x_transformers.errors import InputError
 from x_transformers.layers.execution_order import Step
 from x_transformers.options.schema import Feature, opt, require
 
-SINCE = Version("2.13")
+SINCE = Version("2.12")
 """First version of PyTorch whose graphs take checkpoints that return more than tensors."""
 
 IN_GRAPHS = Version(Version(torch.__version__).base_version) >= SINCE
