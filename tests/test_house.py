@@ -41,6 +41,7 @@ LONG_SIGNATURES = frozenset(
 NAMES = """
     __init__ attend autoregressive_wrapper belief_state_wrapper continuous continuous_autoencoder dpo
     encoder_decoder entropy_based_tokenizer errors losses multi_input neo_mlp nonautoregressive_wrapper notices ops
+    plots
     x_transformers xl_autoregressive_wrapper xval
 """
 ROOT_MODULES = frozenset(NAMES.split())
