@@ -813,7 +813,7 @@ def test_prompts_compile_once(name, graphs):
         model.generate(x, 3, compile_prefill=True)
 
 
-@torch._dynamo.config.patch(recompile_limit=2)
+@torch._dynamo.config.patch(cache_size_limit=2)  # the name in all versions
 def test_compiled_steps_belong_to_a_model(graphs):
     x = torch.randint(0, VOCAB, (1, 4))
     model = build(depth=1)

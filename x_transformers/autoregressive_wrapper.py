@@ -24,7 +24,8 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import chunked_token_losses, mean_over, reaching, token_losses
+from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.models.chunked_loss import chunked_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
@@ -217,12 +218,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             arguments: of the head.
         """
         model = unwrapped(self.net)
-        given: Any = {"ignore_index": self.ignore_index, "log_probs": model.output_is_log_prob}
+        ignored = self.ignore_index
         if self.loss_chunk_size is None:
-            each = token_losses(out, labels, **given)
+            each = token_losses(out, labels, ignore_index=ignored, log_probs=model.output_is_log_prob)
         else:
-            head = functools.partial(model.logits_of, arguments=arguments)
-            each = chunked_token_losses(out, labels, head, self.loss_chunk_size, **given)
+            each = chunked_losses(model, out, labels, self.loss_chunk_size, ignore_index=ignored, arguments=arguments)
         return mean_over(each, labels != self.ignore_index)
 
     def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import export, translate
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchCost, BranchFunction

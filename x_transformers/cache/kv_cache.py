@@ -241,7 +241,7 @@ class KVCache:
         """Return `(j,)` slots of everything that is held."""
         if self.edited:
             return torch.arange(self.first, self.length, device=device)
-        if not self.dropped:
+        if self.dropped == 0:
             return torch.arange(self.length, device=device)
         kept = torch.arange(self.prefix + self.dropped, self.length, device=device)
         return torch.cat((torch.arange(self.prefix, device=device), kept))

@@ -38,7 +38,8 @@ def _classes(hint: Any) -> tuple[type, ...]:
 
 def check_kind(name: str, value: Any, kind: tuple[tuple[type, ...], Any]) -> None:
     """Raise an `InputError` unless an argument is of the classes of its annotation."""
-    text = isinstance(value, str | bytes) and str not in kind[0]
+    # a tuple: the compiler of PyTorch 2.6 knows no unions of classes
+    text = isinstance(value, (str, bytes)) and str not in kind[0]
     if text or not isinstance(value, kind[0]) or (value.__class__ is bool and bool not in kind[0]):
         raise InputError(f"`{name}` is {shown(value)}; it must be of type {type_name(kind[1])}.")
 

@@ -218,6 +218,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         header: CacheHeader = NO_PREFIX,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
+        self_attn_inputs: Mapping[int, Tensor] | None = None,
         **unknown: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
@@ -274,6 +275,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             header: slots that are no tokens, for the cache (wrappers).
             capture: what to record; default everything with `return_hiddens` and without a cache.
             pairs: computes a further `attn_mask` from queries and keys.
+            self_attn_inputs: for the n-th executed self-attention, counted from 0, `(b, k, D)` that its last k tokens
+                read, before the norm; the stream itself stays as it is.
 
         Returns:
             `(b, n, D)`, and the intermediates with `return_hiddens` or `return_gumbel_log_probs`.
@@ -293,7 +296,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             additional_kv_mask, detach_additional_kv, route_additional_kv_to_top, condition, in_attn_cond,
             layers_execute_order, repeat_blocks, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, causal, transform_block_inputs, places, header,
-            capture, pairs,
+            capture, pairs, self_attn_inputs,
         )
         # fmt: on
         check_attributes(inputs, KINDS_OF_INPUTS)

@@ -257,7 +257,7 @@ class Model(Configured, ReadsReference):
     def _integer_positions(self, pos: Tensor, span: TokenSpan) -> tuple[Tensor, Tensor]:
         """Return positions for the stack and for the position table."""
         prefix = self.layout.memory + span.leading
-        if span.starts and prefix and self.layout.every is None and pos.shape[-1] == prefix + span.count:
+        if span.starts and prefix > 0 and self.layout.every is None and pos.shape[-1] == prefix + span.count:
             return pos, (pos[..., prefix:] - prefix).clamp(min=0)
         pos = span.newest(pos, -1)
         return pos, pos
@@ -301,7 +301,7 @@ class Model(Configured, ReadsReference):
         # arguments over the columns of the internal sequence.
         x, sequence = items, None
         prefixed = span.leading if kv is None or span.starts else kv.prefix
-        if prefixed or self.memory_tokens is not None or inputs.prepend_mask is not None:
+        if prefixed > 0 or self.memory_tokens is not None or inputs.prepend_mask is not None:
             sequence = surround(items, span, self.layout, self.memory_tokens, inputs.seq_start_pos)
             if inputs.prepend_mask is not None and span.starts:
                 sequence.hide_prepended(inputs.prepend_mask, self.num_cls_tokens)
@@ -379,7 +379,7 @@ def _of_new_tokens(more: Tensor | float, embeds: Tensor, span: TokenSpan) -> Ten
         return float(more)
     if not same_for_all_tokens(more):
         more = span.newest(more, -2)
-    sizes = zip(more.shape[::-1], embeds.shape[::-1], strict=False)
+    sizes = zip(more.shape[::-1], embeds.shape[::-1][: more.ndim], strict=True)
     if more.ndim > embeds.ndim or more.is_complex() or any(size not in (1, whole) for size, whole in sizes):
         raise ShapeError(
             f"`sum_embeds` has shape {tuple(more.shape)} and dtype {more.dtype}; it must broadcast to "

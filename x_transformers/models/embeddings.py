@@ -45,10 +45,7 @@ class TokenEmbedding(LoadsWhole):
         try:
             embeds = self.emb(x.long())
         except IndexError as error:
-            count = len(table_of(self))
-            raise TokenRangeError(
-                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {count}, 0 to {count - 1}."
-            ) from error
+            raise out_of_range(x, len(table_of(self))) from error
         return l2norm(embeds) if self.l2norm_embed else embeds
 
     def init_(self) -> None:
@@ -57,6 +54,13 @@ class TokenEmbedding(LoadsWhole):
             nn.init.normal_(self.emb.weight, std=1e-5)
         else:
             nn.init.kaiming_normal_(self.emb.weight)
+
+
+def out_of_range(ids: Tensor, count: int) -> TokenRangeError:
+    """Return the error for ids of which some are not in a table of `count` rows."""
+    return TokenRangeError(
+        f"token ids run from {int(ids.min())} to {int(ids.max())}; this embedding holds {count}, 0 to {count - 1}."
+    )
 
 
 class SharedTokenEmbedding(SecondNames, TokenEmbedding):
