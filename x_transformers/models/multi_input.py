@@ -167,7 +167,7 @@ class MultiInputTransformerWrapper(Model):
         streams = {name: checked_ids(ids, self) for name, ids in given.items()}
         return streams, next(iter(streams.values())).shape[1]
 
-    def _embed(self, x: Mapping[str, Ids], span: TokenSpan) -> Tensor:
+    def _embed(self, x: Mapping[str, Tensor], span: TokenSpan) -> Tensor:
         """Return the sum of the streams' embeddings, `(b, n, E)`."""
         total: Any = 0.0
         for name, size in self.num_tokens.items():
