@@ -66,8 +66,8 @@ HOUSE = (
     ("F9", ["*"]),
     ("F9", ["encoder_decoder"]),
     ("F10", ["checkpoints.durable", "checkpoints.tensor_files", "checkpoints.plain_data", "checkpoints.random_states"]),
-    ("F10", ["checkpoints.files", "checkpoints.folder", "checkpoints.parts"]),
-    ("F10", ["checkpoints.optimizer_states", "checkpoints.old_layout"]),
+    ("F10", ["checkpoints.folder", "checkpoints.parts"]),
+    ("F10", ["checkpoints.files", "checkpoints.optimizer_states", "checkpoints.old_layout"]),
     ("F10", ["checkpoints"]),
     ("roof", ["x_transformers", ""]),
 )
