@@ -69,7 +69,12 @@ HOUSE = (
     ("F10", ["checkpoints.folder", "checkpoints.parts"]),
     ("F10", ["checkpoints.files", "checkpoints.optimizer_states", "checkpoints.old_layout"]),
     ("F10", ["checkpoints"]),
-    ("roof", ["x_transformers", ""]),
+    ("F11", ["training.texts", "training.tokenizer", "training.presets", "training.speed", "training.gradients"]),
+    ("F11", ["training.curve", "training.records", "training.token_files", "training.settings"]),
+    ("F11", ["training.batches", "training.recipe"]),
+    ("F11", ["training.run"]),
+    ("F11", ["training.train", "training.generate", "training.explain", "training.bench"]),
+    ("roof", ["x_transformers", "", "__main__"]),
 )
 STEP = {name: step for step, (_, names) in enumerate(HOUSE) for name in names}
 

@@ -39,7 +39,7 @@ LONG_SIGNATURES = frozenset(
 """Public signatures that may have more parameters. Everything else takes an object."""
 
 NAMES = """
-    __init__ attend autoregressive_wrapper belief_state_wrapper continuous continuous_autoencoder dpo
+    __init__ __main__ attend autoregressive_wrapper belief_state_wrapper continuous continuous_autoencoder dpo
     encoder_decoder entropy_based_tokenizer errors losses multi_input neo_mlp nonautoregressive_wrapper ops
     x_transformers xl_autoregressive_wrapper xval
 """

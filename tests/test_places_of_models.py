@@ -27,9 +27,7 @@ def run(tmp_path: Path) -> Path:
         torch.nn.init.constant_(trained.net.token_emb.emb.weight, step)
         optimizers = {"sgd": torch.optim.SGD(trained.parameters())}
         saved = {"step": step}
-        save_checkpoint(
-            folder / "checkpoints", step=step, model=trained, optimizers=optimizers, progress=saved, keep=5
-        )
+        save_checkpoint(folder / "checkpoints", step=step, model=trained, optimizers=optimizers, progress=saved, keep=5)
     return folder
 
 

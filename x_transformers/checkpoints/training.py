@@ -158,10 +158,10 @@ def load_checkpoint(
             names the file, and the tensor if one does not fit.
     """
     model, subject = unwrapped(model), f"the checkpoint {checkpoint} cannot be loaded"
-    checkpoint = _together(lambda: find_checkpoint(checkpoint), subject, gather=False)[0]
-    read = _together(lambda: _read(checkpoint, model, optimizers, device), subject, gather=False)[0]
+    found: Path = _together(lambda: find_checkpoint(checkpoint), subject, gather=False)[0]
+    read = _together(lambda: _read(found, model, optimizers, device), subject, gather=False)[0]
     _together(lambda: _restore(read, model, optimizers), subject, gather=False)
-    continue_in(checkpoint.parent)
+    continue_in(found.parent)
     return read.progress
 
 
