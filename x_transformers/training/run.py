@@ -17,7 +17,7 @@ from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoi
 from x_transformers.errors import CheckpointError, InputError
 from x_transformers.layers.explain import count
 from x_transformers.training.batches import Batches, spaced_windows
-from x_transformers.training.budget import Budget
+from x_transformers.training.budget import LOOK, Budget
 from x_transformers.training.curve import draw_curve
 from x_transformers.training.gradients import clip_gradients
 from x_transformers.training.packages import needed
@@ -30,8 +30,6 @@ from x_transformers.training.speed import choose_threads, flops_per_token, peak_
 from x_transformers.training.texts import Texts
 from x_transformers.training.token_files import TokenFiles, Tokens, as_tensor
 
-LOOK, FINAL = 2**13, 2**17
-"""Tokens of an evaluation during the run, and at its end."""
 SAMPLE = 160
 BAR = "{percentage:3.0f}%|{bar:24}| {postfix}"
 
@@ -60,6 +58,7 @@ class Run:
         self.tokens = self._read_tokens(bar.write)
         self.context, rows = settings.of_preset("context"), settings.of_preset("rows")
         self.tokens.check_length(self.context)
+        self.budget.held_out = min(self.budget.held_out, len(self.tokens.held_out))
         self.batches = Batches(self.tokens.train, rows, self.context, settings.seed)
         self.model = self.whole = model_of(settings, self.tokens.tokenizer.size).to(processes.device)
         self.parameters, self.flops = count(self.model), flops_per_token(self.model.net, self.context)
@@ -197,8 +196,10 @@ class Run:
                     self.save()
                     saved = self.budget.seconds
             if not self.stopped:
-                self.evaluate(FINAL)
+                self.evaluate(self.budget.last_evaluation())
             self.save()
+            if not self.stopped:
+                self.bar.n = 1.0
         finally:
             self.bar.close()
             if self.processes.leads:
@@ -216,7 +217,10 @@ class Run:
             total, now := self.budget.measure(), now - start, self.stopped
         )
         self.stopped = stopped > 0
-        return loss, steps * self.batches.rows * self.context / seconds
+        rate = steps * self.batches.rows * self.context / seconds
+        if self.held_out is None:  # a pass without gradients takes a third of the time of a step
+            self.budget.expect_evaluation(1 / (3 * rate))
+        return loss, rate
 
     def log(self, loss: float, rate: float) -> None:
         """Record a training loss, in nats per token, and tokens per second."""
@@ -256,7 +260,7 @@ class Run:
         nats, seconds, self.budget.seconds = self.processes.mean(
             nats, self.budget.measure() - start, self.budget.measure()
         )
-        self.budget.reserve = seconds / windows.numel() * FINAL + 1
+        self.budget.expect_evaluation(seconds / windows.numel())
         self.held_out = self._bits(nats)
         sample = self.sample()
         if self.processes.leads:

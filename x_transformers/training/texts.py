@@ -8,6 +8,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ HUB = "hf:"
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "__pycache__"}
 HELD_OUT = 20
 """One in so many documents is held out."""
+MOST_WAITING = 200
+"""Number of documents at most without one that is held out."""
 
 
 @dataclass(frozen=True)
 class Texts:
     """Text to train on. One document in twenty is held out, selected by a checksum of its name.
 
+    If that selects none of a few documents, the last one is held out; of a single document, its last twentieth.
+
     Attributes:
         source: a file; a folder, of which all files are read; `hf:NAME` or `hf:NAME/CONFIGURATION`, a dataset of the
-            Hugging Face hub with two words in its name; None for the source code of Python's standard library. Of a
-            file that is no JSONL, the last twentieth is held out.
+            Hugging Face hub with two words in its name; None for the source code of Python's standard library.
         field: of a line of JSONL or a row of a dataset that contains the text.
         split: of the dataset.
         most: number of documents that are read at most; 0 for all.
@@ -44,15 +48,23 @@ class Texts:
         Raises:
             InputError: if there is no data, or if it cannot be read; the message says what to change.
         """
-        for number, (name, text) in enumerate(self._documents()):
-            if self.most and number >= self.most:
-                return
-            if name is None:  # a single document: its end is held out
-                cut = len(text) * (HELD_OUT - 1) // HELD_OUT
-                yield text[:cut], False
-                yield text[cut:], True
-            else:
-                yield text, zlib.crc32(name.encode("utf-8", "surrogateescape")) % HELD_OUT == 0
+        waiting: list[bytes] | None = []  # until one is held out, or there are so many that one has to be
+        for name, text in islice(self._documents(), self.most or None):
+            held_out = zlib.crc32(name.encode("utf-8", "surrogateescape")) % HELD_OUT == 0
+            if waiting is not None and not held_out and len(waiting) < MOST_WAITING:
+                waiting.append(text)
+                continue
+            yield from ((earlier, False) for earlier in waiting or ())
+            yield text, held_out or waiting is not None
+            waiting = None
+        if not waiting:
+            return
+        *others, last = waiting
+        yield from ((text, False) for text in others)
+        cut = 0 if others else len(last) * (HELD_OUT - 1) // HELD_OUT
+        if cut:
+            yield last[:cut], False
+        yield last[cut:], True
 
     @property
     def title(self) -> str:
@@ -92,7 +104,7 @@ class Texts:
         left_out = set() if self.source else LEFT_OUT
         return [path for path in found if path.is_file() and not left_out & set(path.relative_to(root).parts[:-1])]
 
-    def _documents(self) -> Iterator[tuple[str | None, bytes]]:
+    def _documents(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name and the text of each document."""
         if self._on_hub:
             yield from self._from_hub()
@@ -104,7 +116,7 @@ class Texts:
                 if path.suffix in (".jsonl", ".ndjson"):
                     yield from self._from_lines(path, name)
                 else:
-                    yield (None if path == root else name), path.read_bytes()
+                    yield name, path.read_bytes()
         except OSError as error:
             raise InputError(f"The data at {root} cannot be read ({error.strerror}); pass another --data.") from error
 

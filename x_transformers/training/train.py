@@ -36,8 +36,9 @@ def train(
             run.go()
         except REFUSALS as error:
             if processes.leads:
-                again = f" To continue it: {_again(given)}" if isinstance(error, FolderInUseError) else ""
-                print(" ".join(str(error).split()) + again, file=sys.stderr)
+                used = isinstance(error, FolderInUseError)
+                hint = f" To continue: {_again(given)}; for text: {typed('generate', settings.out)}" if used else ""
+                print(" ".join(str(error).split()) + hint, file=sys.stderr)
             sys.exit(2)
     if processes.leads:
         _tell(run, given)
