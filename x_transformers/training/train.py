@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from x_transformers.training.command_line import Parser, add_flags, read_options, typed
 from x_transformers.training.presets import PRESETS
-from x_transformers.training.processes import joined
+from x_transformers.training.processes import end_process, joined
 from x_transformers.training.refusals import REFUSALS
 from x_transformers.training.run import FolderInUseError, Run
 from x_transformers.training.settings import Settings
@@ -30,20 +29,23 @@ def train(
     add_flags(parser, Settings, **defaults)
     given = list(sys.argv[1:] if arguments is None else arguments)
     settings = read_options(Settings, parser.parse_args(given))
+    code = 0
     with joined(settings.device) as processes:
         try:
             run = Run(settings, processes)
             run.go()
+            if processes.leads:
+                _tell(run, given)
         except REFUSALS as error:
+            code = 2
             if processes.leads:
                 used = isinstance(error, FolderInUseError)
                 hint = f" To continue: {_again(given)}; for text: {typed('generate', settings.out)}" if used else ""
                 print(" ".join(str(error).split()) + hint, file=sys.stderr)
-            sys.exit(2)
-    if processes.leads:
-        _tell(run, given)
     if processes.count > 1:
-        _leave()
+        end_process(code)
+    if code:
+        sys.exit(code)
 
 
 def _again(given: Sequence[str]) -> str:
@@ -69,14 +71,3 @@ def _tell(run: Run, given: Sequence[str]) -> None:
     larger = "10m" if larger == "tiny" else larger
     data = [] if run.settings.data is None else ["--data", run.settings.data]
     print(f"  {typed('train', '--preset', larger, '--minutes', 10, '--out', run.out.parent / larger, *data)}")
-
-
-def _leave() -> None:
-    """End a process of several at once.
-
-    Threads of the communication between processes may still run, and would abort a process that has done its work when
-    they meet an interpreter that shuts down.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
