@@ -73,10 +73,15 @@ HOUSE = (
     ("F9", ["*"]),
     ("F9", ["encoder_decoder", "gpt_lejepa", "gpt_vae", "up_wrapper", "xm_latent_decoder"]),
     ("F10", ["checkpoints.durable", "checkpoints.tensor_files", "checkpoints.plain_data", "checkpoints.random_states"]),
-    ("F10", ["checkpoints.files", "checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
-    ("F10", ["checkpoints.optimizer_states", "checkpoints.old_layout"]),
+    ("F10", ["checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
+    ("F10", ["checkpoints.files", "checkpoints.optimizer_states", "checkpoints.old_layout"]),
     ("F10", ["checkpoints"]),
-    ("roof", ["x_transformers", ""]),
+    ("F11", ["training.texts", "training.tokenizer", "training.presets", "training.speed", "training.gradients"]),
+    ("F11", ["training.curve", "training.records", "training.token_files", "training.settings"]),
+    ("F11", ["training.batches", "training.recipe"]),
+    ("F11", ["training.run"]),
+    ("F11", ["training.train", "training.generate", "training.explain", "training.bench"]),
+    ("roof", ["x_transformers", "", "__main__"]),
 )
 STEP = {name: step for step, (_, names) in enumerate(HOUSE) for name in names}
 
