@@ -92,6 +92,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rotary_interpolation_factor": 2.0,
         "rotary_base_rescale_factor": 4.0,
     },
+    "rotary_base": {**ROTARY, "rotary_base": 500.0},
+    "rotary_interleaved": {
+        **ROTARY,
+        "rotary_interleaved": False,
+        "rotary_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "rotary_layers": {**ROTARY, "rotary_layers": (False, True), "rotary_base": (10.0, 100.0)},
     "rotate_num_heads": {**ROTARY, "rotate_num_heads": 2},
     "rotary_xpos": {"rotary_xpos": ON, "rotary_xpos_scale_base": 16},
     "polar_pos_emb": {"polar_pos_emb": ON, "polar_bias_uniform_init": ON},
@@ -260,7 +267,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers"),
     "order of execution": ("weight_tie_layers", "layers_execute_order"),
     "rotated positions": (
-        "rotary_pos_emb rotary_base_rescale_factor rotate_num_heads attn_latent_rope_subheads",
+        "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
+        "attn_latent_rope_subheads",
         "rotary_xpos",
         "polar_pos_emb",
     ),
@@ -390,7 +398,7 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
 
 REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
-    "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips",
+    "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
     "pre_norm_has_final_norm": "resi_dual",
@@ -417,6 +425,7 @@ REFUSED: dict[str, str] = {
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
         "attn_sigmoid attn_clipped_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
     ),
+    "rotary_base_rescale_factor": "rotary_interleaved",
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",

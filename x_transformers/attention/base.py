@@ -388,6 +388,11 @@ class QKTransform(LoadsWhole):
         raise NotImplementedError
 
     @property
+    def refuses_tables(self) -> str | None:
+        """Why tables of a caller, which rotate adjacent features of all layers, cannot replace it; None if they can."""
+        return None
+
+    @property
     def reach(self) -> int | None:
         """Number of queries in a pass beyond which the decay is computed by blocks; None if there is no decay."""
         return None
