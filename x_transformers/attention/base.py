@@ -410,7 +410,10 @@ class QKNorm(LoadsWhole):
     """Normalizes projected queries and keys, independently of positions."""
 
     scale: float | None = None
-    """Factor of the logits that the norm needs, or None for `1 / sqrt(d)`."""
+    """Factor of the logits that the norm needs, or None for that of the attention, usually `1 / sqrt(d)`."""
+
+    beyond_reference: str | None = None
+    """The words for a norm that the reference does not have; else None."""
 
     def normalize_q(self, q: Tensor) -> Tensor:
         """Normalize queries `(b, h, i, d)`."""

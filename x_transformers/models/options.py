@@ -19,7 +19,7 @@ from x_transformers.errors import ConfigError, Faults
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import TokenEmbedding
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.options.schema import Feature, Options, Rule, Schema, at_least, default_of, opt, require
+from x_transformers.options.schema import Feature, Options, Rule, Schema, at_least, default_of, opt, positive, require
 from x_transformers.options.signatures import show_keywords
 
 ModelOptions = SimpleNamespace
@@ -227,6 +227,23 @@ class SqueezedLogits(Keywords):
 @dataclass(frozen=True, kw_only=True)
 class CustomEmbedding(Keywords):
     token_emb: nn.Module | None = opt(None, "module used instead of a new `TokenEmbedding`; its weights are kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingScale(Keywords):
+    emb_scale: float = opt(1.0, "factor of the token embeddings")
+
+    def __post_init__(self) -> None:
+        positive(emb_scale=self.emb_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsScale(Keywords):
+    logits_scale: float = opt(1.0, "factor of the logits")
+    logits_softcap: float | None = opt(None, "bound c of the logits z: c * tanh(z / c), after the factor")
+
+    def __post_init__(self) -> None:
+        positive(logits_scale=self.logits_scale, logits_softcap=self.logits_softcap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,6 +519,31 @@ SQUEEZED_LOGITS = _feature(
     warns=(_without_head("squeeze_out_last_dim"),),
 )
 CUSTOM_EMBEDDING = _feature("custom_embedding", CustomEmbedding, "a caller's token embedding")
+EMBEDDING_SCALE = _feature(
+    "emb_scale",
+    EmbeddingScale,
+    "a factor of the token embeddings",
+    {"emb_scale": 3.0},
+    paper="2403.08295",
+    enabled=lambda options: options.emb_scale != 1,
+    refuses=(
+        Rule(
+            when=lambda options: options["custom_embedding"].token_emb is not None,
+            why="`emb_scale` is a factor of a new `TokenEmbedding`; drop it, or give the factor to `token_emb`.",
+        ),
+    ),
+    export="the reference has no such factor",
+)
+LOGITS_SCALE = _feature(
+    "logits_scale",
+    LogitsScale,
+    "a factor and a soft bound of the logits",
+    {"logits_scale": 0.3, "logits_softcap": 2.0},
+    paper="2408.00118",
+    enabled=lambda options: options.logits_scale != 1 or options.logits_softcap is not None,
+    warns=(_without_head("logits_scale"),),
+    export="the reference has no such changes of logits",
+)
 MIXTURE_OF_SOFTMAXES = _feature(
     "mixture_of_softmax",
     MixtureOfSoftmaxes,
@@ -569,6 +611,8 @@ TRANSFORMER = Schema(
         ATTENTION_POOLING,
         SQUEEZED_LOGITS,
         CUSTOM_EMBEDDING,
+        EMBEDDING_SCALE,
+        LOGITS_SCALE,
         MIXTURE_OF_SOFTMAXES,
         SIGSOFTMAX,
         DEEP_EMBEDDING,
