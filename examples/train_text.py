@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ from x_transformers.checkpoints.durable import replacing
 from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoint, save_checkpoint
 from x_transformers.errors import CheckpointError, InputError
 from x_transformers.training.optimizers import Muon, split_parameters
-from x_transformers.training.processes import Processes, gathered, joined, shard
+from x_transformers.training.processes import Processes, end_process, gathered, joined, shard
 
 CONTEXT, BATCH = 128, 8
 PROMPT = torch.tensor([*b"def "])
@@ -204,22 +203,21 @@ class Run:
 
 
 def main() -> None:
-    options = parsed(__doc__)
+    options, code = parsed(__doc__), 0
     with joined(options.device) as processes:
         try:
             (run := Run(options, processes)).go()
+            if processes.leads:
+                stopped = f"Stopped at step {run.step}; continue with --resume."
+                print(stopped if run.stopped else f"{run.out} contains the run.")
         except (SystemExit, InputError, CheckpointError, OSError) as stop:
+            code = 2
             if processes.leads:
                 print(" ".join(str(stop).split()), file=sys.stderr)
-            sys.exit(2)
-    if processes.leads:
-        print(f"Stopped at step {run.step}; continue with --resume." if run.stopped else f"{run.out} contains the run.")
     if processes.count > 1:
-        # Threads of the communication between processes may still run, and would abort a process that has done its work
-        # when they meet an interpreter that shuts down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        end_process(code)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

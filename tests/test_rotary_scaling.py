@@ -73,8 +73,8 @@ def test_half_split_pairs_are_adjacent_pairs_of_permuted_features(width: int) ->
     t, pos = torch.randn(2, 3, 5, 8), torch.arange(5)[None]
     # the features (0, w / 2, 1, w / 2 + 1, ...), and the others after them
     order = torch.cat((torch.arange(width).view(2, -1).T.flatten(), torch.arange(width, 8)))
-    tables = rotary._cos_sin(pos)
-    close(halves._rotate_heads(t, *tables)[..., order], rotary._rotate_heads(t[..., order], *tables), 1e-6)
+    turned = halves._rotate_heads(t, halves._table(pos))[..., order]
+    close(turned, rotary._rotate_heads(t[..., order], rotary._table(pos)), 1e-6)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_halves_as_llama_writes_them() -> None:
     rotary, t, pos = RotaryEmbedding(8, interleaved=False, base=50.0), torch.randn(1, 2, 5, 8), torch.arange(5)
     angles = (pos[:, None] * 50.0 ** (-torch.arange(0, 8, 2) / 8)).repeat(1, 2)
     turned = torch.cat((-t[..., 4:], t[..., :4]), dim=-1)
-    close(rotary._rotate_heads(t, *rotary._cos_sin(pos[None])), t * angles.cos() + turned * angles.sin(), 1e-6)
+    close(rotary._rotate_heads(t, rotary._table(pos[None])), t * angles.cos() + turned * angles.sin(), 1e-6)
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -97,7 +99,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
     @checked
     def forward(
         self,
-        seq: Tensor,
+        seq: Ids,
         lens: Tensor | None = None,
         loss_weight_by_fb_indices: PairWeights | None = None,
     ) -> Tensor:
@@ -117,9 +119,8 @@ class BeliefStateWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        seq = checked_ids(seq)
-        if seq.shape[1] == 0:
-            raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is no token to learn from.")
+        seq = checked_ids(seq, self)
+        check_predicts(seq)
         lens = _lengths(lens, seq)
         seq = seq.long().masked_fill(torch.arange(seq.shape[1], device=seq.device) >= lens.unsqueeze(-1), 0)
         f, g = self._states(seq, lens)
@@ -207,7 +208,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
     )
     def generate_with_suffix_cond(
         self,
-        prompts: Tensor | Sequence[Tensor],
+        prompts: Ids,
         seq_len: int,
         options: GenerationOptions,
         suffix: Tensor | None = None,
@@ -232,9 +233,10 @@ class BeliefStateWrapper(Configured, ReadsReference):
         check_seq_len(seq_len)
         if decode_backwards and suffix is not None:
             raise InputError("`suffix` is what forward decoding leads to; drop it, or `decode_backwards`.")
-        if decode_backwards:
-            prompts = _reversed(prompts)
-        read = read_prompts(prompts, None, 0, self.num_tokens, may_be_empty=decode_backwards)
+        given = as_prompts(prompts, self, "`prompts`")
+        read = read_prompts(
+            _reversed(given) if decode_backwards else given, None, 0, self.num_tokens, may_be_empty=decode_backwards
+        )
         if decode_backwards:
             options = replace(options, arguments={"prepend_embeds": self._end(len(read.tokens))})
         view = InferenceView(self)

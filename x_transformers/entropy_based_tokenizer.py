@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import LoadsWhole
@@ -58,7 +59,7 @@ class EntropyBasedTokenizer(Checked, LoadsWhole):
     @checked
     def forward(
         self,
-        seq: Tensor,
+        seq: Ids,
         lens: Tensor | None = None,
         return_segmented_seq: bool = False,
         decoder_forward_kwargs: Mapping[str, Any] | None = None,
@@ -81,9 +82,9 @@ class EntropyBasedTokenizer(Checked, LoadsWhole):
         # imported here because it takes seconds, which only those who segment sequences should wait for
         import einx
 
+        seq = as_ids(seq, self, "`seq`")
         single = seq.ndim == 1
-        seq = seq.unsqueeze(0) if single else seq
-        seq = checked_ids(seq)
+        seq = checked_ids(seq.unsqueeze(0) if single else seq, self)
         if seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)

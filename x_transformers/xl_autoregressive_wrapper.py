@@ -20,11 +20,14 @@ from x_transformers.decoding.loop import Decoding, check_next_token_net, in_shap
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
+from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -104,7 +107,8 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return unwrapped(self.net).max_seq_len
 
     @checked
-    def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
+    @passes_on("net")
+    def forward(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
         Segment c has `n_c` of the N targets. All rows have the same weight; one without a valid target counts as 0.
@@ -122,14 +126,11 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x).long()  # bytes could not hold `ignore_index`
-        if x.shape[1] == 0:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
+        x = checked_ids(x, self).long()  # bytes could not hold `ignore_index`
+        check_predicts(x)
+        check_hides_future(self.net, kwargs)
         shown, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
         total, size = labels.shape[1], self.max_seq_len
-        if total == 0:
-            # zero, but attached to the graph, so that `backward` works for a batch without targets
-            return self._reaching(self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0)
         memory = _Memory(self.net, mems)
         loss = torch.zeros((), device=x.device)
         number = first = 0
@@ -161,8 +162,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
     @takes_options("eos_token temperature filter_logits_fn filter_kwargs mems * cache_kv filter_before_temperature")
+    @passes_on("net")
     def generate(
-        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
+        self, start_tokens: Ids, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Tensor:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
@@ -187,16 +189,19 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             new = list(generation.steps(seq_len))
         return generation.join(new)
 
+    @takes_options("eos_token * temperature filter_logits_fn filter_kwargs mems cache_kv filter_before_temperature")
+    @passes_on("net")
     def stream(
-        self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
+        self, start_tokens: Ids, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Iterator[Tensor]:
         """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
             start_tokens: `(..., n)` ids, any number of segments long.
             seq_len: number of tokens to generate.
-            eos_token: ends a row, as in `generate`.
-            options: as in `generate`.
+            mems: memory to begin with.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Returns:
             An iterator over tensors of ids, one for each step.
@@ -204,18 +209,13 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        names = "eos_token temperature filter_logits_fn filter_kwargs cache_kv filter_before_temperature"
-        mems = options.pop("mems", None)
-        given = GenerationOptions.read(names, {"eos_token": eos_token, **options})
-        generation = self._begin(start_tokens, seq_len, mems, given)
+        generation = self._begin(start_tokens, seq_len, mems, options)
         return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
 
-    def _begin(
-        self, start_tokens: Tensor, seq_len: int, mems: Memories | None, options: GenerationOptions
-    ) -> Generation:
+    def _begin(self, start_tokens: Ids, seq_len: int, mems: Memories | None, options: GenerationOptions) -> Generation:
         net = unwrapped(self.net)
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
-        read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
+        read = read_prompts(as_prompts(start_tokens, net, "`start_tokens`"), None, self.pad_value, net.num_tokens)
         if read.start is not None:
             raise InputError(
                 "the prompts have different lengths, so their segments would begin at different columns; generate "

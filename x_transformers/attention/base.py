@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.cache import Shape
@@ -72,11 +73,48 @@ class Tiles:
         tile: `(inputs, rows, columns) -> (1|b, 1|h, rows, columns)`, for a range of queries and one of real keys.
         inputs: the tensors with gradients that it computes a tile from; `tile` reads those that it is given.
         view: a tile is a view of the only input, so that its gradient is a part of the gradient of the input.
+        reach: only keys less than this number of places before the query have a bias; None: all keys may have one.
     """
 
     tile: Callable[[Sequence[Tensor], slice, slice], Tensor]
     inputs: tuple[Tensor, ...] = ()
     view: bool = False
+    reach: int | None = None
+
+    def columns(self, rows: slice, columns: slice) -> slice:
+        """Return those of a range of keys that may have a bias, for a range of queries."""
+        if self.reach is None:
+            return columns
+        return slice(max(columns.start, rows.start - self.reach + 1), columns.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class NearBias:
+    """A bias by distance that all distant keys share, up to a constant for each head: zero from a distance on.
+
+    Softmax ignores a constant that all keys of a query get, so that a kernel may use this instead of the whole bias
+    where queries see only keys up to their own place; see `ignores_constants`.
+
+    Attributes:
+        reach: the distance from which on it is zero, in places.
+        make: computes `(h, reach)`, the bias at the distances 0 to `reach - 1`.
+    """
+
+    reach: int
+    make: Callable[[], Tensor]
+
+    def tiles(self, height: int) -> Tiles:
+        """Return tiles of at most `height` rows, which are parts of one: distances are the same in each of them."""
+        reach = self.reach
+        # row y and column c have the distance `y + reach - 1 - c`; each row is the one above it, moved by one column
+        by_distance = F.pad(self.make().flip(-1), (height - 1, height - 1))
+        strip = by_distance.unfold(-1, height + reach - 1, 1).flip(-2)
+
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            left = rows.start - reach + 1
+            return inputs[0][..., : rows.stop - rows.start, columns.start - left : columns.stop - left]
+
+        return Tiles(tile, (strip,), view=True, reach=reach)
 
 
 class BoundScore:
@@ -95,6 +133,7 @@ class BoundScore:
         pointwise: for a pointwise function, the same on whole tensors of scores.
         pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what `chain` needs.
         chain: the chain rule, `(gradient, left) -> gradient`, written into the first argument.
+        near: for a bias that all distant keys share, the same up to a constant.
     """
 
     def __init__(
@@ -108,10 +147,11 @@ class BoundScore:
         pointwise: Callable[[Tensor], Tensor] | None = None,
         pointwise_: Callable[[Tensor, Tensor], Tensor] | None = None,
         chain: Callable[[Tensor, Tensor], Tensor] | None = None,
+        near: NearBias | None = None,
     ) -> None:
         self.needs, self.stage = needs, stage
         self.make_at, self.make_dense, self.make_tiles = at, dense, tiles
-        self.pointwise, self.pointwise_, self.chain = pointwise, pointwise_, chain
+        self.pointwise, self.pointwise_, self.chain, self.near = pointwise, pointwise_, chain, near
         self._own: dict[Any, Any] = {}
 
     def at(self, memo: Memo) -> ScoreFunction:
@@ -123,8 +163,17 @@ class BoundScore:
         assert self.make_dense is not None, "only a bias has a closed form"
         return self._once(memo, self.make_dense, "dense")
 
-    def tiles(self, height: int, memo: Memo) -> Tiles:
-        """Return tiles of at most `height` rows, cut out of the closed form unless there is a better way."""
+    def tiles(self, height: int, memo: Memo, *, near: bool = False) -> Tiles:
+        """Return tiles of at most `height` rows, cut out of the closed form unless there is a better way.
+
+        Args:
+            height: number of rows.
+            memo: of the pass.
+            near: softmax ignores constants here, so that those of `near` will do.
+        """
+        part = self.near
+        if near and part is not None:
+            return self._once(memo, lambda: part.tiles(height), "near tiles", height)
         if self.make_tiles is None:
             return Tiles(lambda inputs, rows, columns: inputs[0][..., rows, columns], (self.dense(memo),), view=True)
         make = self.make_tiles
@@ -462,6 +511,7 @@ __all__ = [
     "KeyMod",
     "LayerCall",
     "Memo",
+    "NearBias",
     "Needs",
     "Part",
     "Parts",

@@ -90,7 +90,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         ConfigError: listing every unknown keyword, bad value and conflict.
     """
     faults = Faults()
-    parsed = SCHEMA.parse(dict(options), faults)
+    parsed = SCHEMA.parse(dict(options), faults, others=("dim", "heads", "causal"))
     SCHEMA.check_choices(parsed, faults)
     SCHEMA.check_rules(parsed, parsed, faults)
     faults.raise_if_any("Attention")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
+from x_transformers.modules.joint_maps import joint_maps
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
 
@@ -120,6 +121,10 @@ class Projections(PreparesForInference):
         """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys."""
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
+
+    def joint(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Project `(b, n, D)` to queries, keys and values by one product, in training; see `joint_maps`."""
+        return joint_maps(x, (self.q, self.k, self.v), (self.heads, self.kv_heads, self.kv_heads))
 
     def prepare(self) -> Map | None:
         """Return the three maps in one, with a weight of `((h + 2g) d, D)`.

@@ -48,7 +48,7 @@ class Entry:
     def __init__(self) -> None:
         self.grown: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
-        self.rewritten: frozenset[str] = frozenset()
+        self.rewritten: tuple[str, ...] = ()
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Append `(..., n, d)` along the sequence and return everything so far."""
@@ -59,7 +59,8 @@ class Entry:
     def rewrite(self, name: str, whole: Tensor) -> None:
         """Replace all that `grow` returned, for what new tokens change about old ones."""
         self.grown[name] = whole
-        self.rewritten |= {name}
+        if name not in self.rewritten:
+            self.rewritten = (*self.rewritten, name)
 
     def get(self, name: str) -> Tensor | None:
         """Return a running state, or None before it was put."""
@@ -144,7 +145,7 @@ class StaticEntry(Entry):
         return None
 
     def __init__(self, buffers: dict[str, Tensor], index: Tensor, fresh: bool = True, shown: int | None = None) -> None:
-        self.grown, self.states, self.rewritten = buffers, {}, frozenset()
+        self.grown, self.states, self.rewritten = buffers, {}, ()
         self.index, self.fresh, self.shown = index, fresh, shown
 
     def at(self, index: Tensor, fresh: bool, shown: int | None) -> StaticEntry:
@@ -187,7 +188,8 @@ class StaticEntry(Entry):
         self.states = {name: fn(state) for name, state in self.states.items()}
 
     def rewrite(self, name: str, whole: Tensor) -> None:
-        self.rewritten |= {name}
+        if name not in self.rewritten:
+            self.rewritten = (*self.rewritten, name)
         if self.fresh:
             self._write(name, self.index, whole)
         elif whole.requires_grad:

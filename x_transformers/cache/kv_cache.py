@@ -182,6 +182,11 @@ class KVCache:
         return self.length
 
     @property
+    def consumed(self) -> int | Tensor:
+        """Slots consumed so far, a scalar on the device where only the device counts them."""
+        return self.length
+
+    @property
     def ends_with_newest(self) -> bool:
         """True if the newest token is the last of all keys: a static cache may have empty places after it."""
         return True
@@ -236,7 +241,7 @@ class KVCache:
         """Return `(j,)` slots of everything that is held."""
         if self.edited:
             return torch.arange(self.first, self.length, device=device)
-        if not self.dropped:
+        if self.dropped == 0:
             return torch.arange(self.length, device=device)
         kept = torch.arange(self.prefix + self.dropped, self.length, device=device)
         return torch.cat((torch.arange(self.prefix, device=device), kept))

@@ -16,6 +16,7 @@ from x_transformers.feedforward.glu import GLUView, gated
 from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
+from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.norms import LayerNorm
@@ -163,8 +164,9 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         assert isinstance(out, BranchOutput)
         return out
 
+    @takes_no_more
     def forward(
-        self, x: Tensor, deep_embed: Tensor | None = None, *, layer: LayerCall | None = None
+        self, x: Tensor, deep_embed: Tensor | None = None, *, layer: LayerCall | None = None, **unknown: Any
     ) -> Tensor | BranchOutput:
         """Apply the network to each token.
 
@@ -176,6 +178,8 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         Returns:
             `(..., dim_out)`; with `layer`, a `BranchOutput`.
         """
+        if unknown:
+            check_names(self, FeedForward.forward, unknown)
         if layer is not None:
             deep_embed = layer.deep_embed
         else:

@@ -9,7 +9,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.forward_pass.arguments import Kinds, check_kind
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 
 T = TypeVar("T")
@@ -331,6 +332,7 @@ class LayerCall:
         carry: values from earlier sublayers.
         condition: `(b, 1|n, c)` input of adaptive norms and scales.
         injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
+        own_input: `(b, k, D)` that the last k tokens read instead of the stream, before the norm.
         deep_embed: `(b, n, D)` factor of a feedforward's output.
         additional: keys `(b, g', A, d)` and values `(b, g', A, e)` before the others, which are used as they are.
         additional_mask: `(b, A)` bool, True for those that are seen.
@@ -354,6 +356,7 @@ class LayerCall:
     carry: Carry = field(kw_only=True)
     condition: Tensor | None = None
     injection: Tensor | None = None
+    own_input: Tensor | None = None
     deep_embed: Tensor | None = None
     additional: tuple[Tensor, Tensor] | None = None
     additional_mask: Tensor | None = None

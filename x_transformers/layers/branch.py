@@ -7,13 +7,14 @@ stream, norm of the stream.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import StateDictError
 from x_transformers.forward_pass.call import Carry, LayerCall
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.branches.dropout import drop_layer
 from x_transformers.layers.branches.scale import OutputScale
@@ -135,6 +136,9 @@ class Branch(NumberedParts, ReadsReference):
             x = self.reader(x, carry.history)
         if layer.injection is not None:
             x = x + layer.injection
+        if layer.own_input is not None:
+            kept_columns = x[..., : x.shape[-2] - layer.own_input.shape[-2], :]
+            x = torch.cat((kept_columns, layer.own_input.expand(*x.shape[:-2], -1, -1)), dim=-2)
         # if there are three views, all of them are recorded: keys and values read two, gates and shifts the first
         memory_input = x
         if self.shift is not None or layer.memory is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from x_transformers.cache import KVCache, tokens_to_run
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, explain_failure, read_mask
 from x_transformers.forward_pass.call import Capture, Span
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState

@@ -38,6 +38,7 @@ from x_transformers.layers.pass_state import PassInputs, PassState, Recorder, fo
 from x_transformers.layers.per_layer_inputs import (
     additional_by_layer,
     block_transform,
+    check_own_inputs,
     deep_embeds,
     kv_residuals_by_layer,
 )
@@ -71,7 +72,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     if inputs.seq_pos_offset:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
-        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1]):
+        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1] > 0):
             read_uncached_tokens(inputs, kv)
             x = inputs.x
         if kv.edited or kv.rotations is None or kv.start is not None or inputs.seq_start_pos is not None:
@@ -124,6 +125,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     # Usually all self-attentions read one span of keys, so that masks and tables made of it serve every layer. Anything
     # that differs between layers, or has to be bound to keys, takes the longer way through `self_attention_inputs`.
     own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
+    own_keys = own_keys or inputs.self_attn_inputs is not None
     windows = kv is not None and not kv.fresh and (kv.reaches or kv.edited)
     shares_keys = not own_keys and not windows and stack.rel_pos is None
     states = list(inputs.running_states)
@@ -152,6 +154,8 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
         inputs.additional = additional_by_layer(stack, inputs, inputs.self_attn_additional_kv)
     if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
         inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
+    if inputs.self_attn_inputs is not None:
+        check_own_inputs(stack, inputs)
 
 
 def recomputes(stack: LayerStack, state: PassState) -> bool:
@@ -183,7 +187,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             x = unfold_streams(inputs.block_transform(step.block + 1, fold_streams(x)), x)
         if skip_sources:
             # sources are places in the order of execution, readers are built sublayers, which may run several times
-            if step.number in skip_sources.values():
+            if step.number in list(skip_sources.values()):
                 skips[step.number] = x
             if step.layer in skip_sources:
                 x = stack.skip_combines[str(step.layer)](x, skips)

@@ -101,8 +101,16 @@ class LayerStack(nn.Module):
         self.compiled: CompiledBlocks | None = None
 
     def _build_positions(self, plan: StackPlan) -> None:
-        """Build the position parts that all self-attentions share."""
-        widths = [layer.options["heads"].dim_head for layer in plan.layers if layer.kind.is_self_attention]
+        """Build the position parts that all self-attentions share; without one, the rotation of cross-attentions."""
+        kinds = [layer.kind for layer in plan.layers if layer.kind.is_attention]
+        crossing = not any(kind.is_self_attention for kind in kinds)
+        if crossing:
+            _refuse_positions(plan, why_not=None if kinds else "has no attention")
+        widths = [
+            layer.options["heads"].dim_head
+            for layer in plan.layers
+            if layer.kind.is_self_attention or (crossing and layer.kind.is_attention)
+        ]
         if not widths:
             return
         if len(set(widths)) > 1:
@@ -246,6 +254,11 @@ class LayerStack(nn.Module):
         return rotary.of_layer(index) if isinstance(rotary, TransformsByLayer) else self.rotations
 
     @property
+    def sees_future(self) -> bool:
+        """True if tokens attend to later ones: neither causality nor a mask of the stack itself hides them."""
+        return not (self.causal or self.looks_back) and bool(self.attentions(SELF_ATTENTION.letter))
+
+    @property
     def can_cache_kv(self) -> bool:
         """True if decoding may keep keys and values, as in every causal stack."""
         return self.causal
@@ -301,3 +314,19 @@ class LayerStack(nn.Module):
         run = [branches[index] for index in order]
         # what keeps no streams has nothing to drop, and a context is kept whole
         return tuple(None if b.kind.is_cross_attention or not b.fn.cache_streams() else b.fn.reach for b in run)
+
+
+def _refuse_positions(plan: StackPlan, why_not: str | None) -> None:
+    """Refuse encodings of positions in a stack without self-attention.
+
+    Args:
+        plan: of the stack.
+        why_not: why it has no use for rotary positions either; None if its cross-attentions have, with `context_pos`.
+    """
+    slots = ("polar qk", "score") if why_not is None else ("qk", "polar qk", "score")
+    for slot in slots:
+        for feature in plan.options.enabled(slot):
+            raise ConfigError(
+                f"{plan.options.switch(feature)} is about the positions of self-attention, of which this stack "
+                f"{why_not or 'has none'}; drop it."
+            )

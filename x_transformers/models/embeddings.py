@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError, TokenRangeError
+from x_transformers.forward_pass.arrays import as_ids
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.modules.second_names import SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import l2norm
-from x_transformers.options.values import shown
 
 
 class TokenEmbedding(ReadsReference):
@@ -46,10 +46,7 @@ class TokenEmbedding(ReadsReference):
         try:
             embeds = self.emb(x.long())
         except IndexError as error:
-            count = len(table_of(self))
-            raise TokenRangeError(
-                f"token ids run from {int(x.min())} to {int(x.max())}; this embedding holds {count}, 0 to {count - 1}."
-            ) from error
+            raise out_of_range(x, len(table_of(self))) from error
         if self.l2norm_embed:
             embeds = l2norm(embeds)
         return embeds if self.scale == 1 else embeds * self.scale
@@ -64,6 +61,13 @@ class TokenEmbedding(ReadsReference):
             nn.init.normal_(self.emb.weight, std=1e-5)
         else:
             nn.init.kaiming_normal_(self.emb.weight)
+
+
+def out_of_range(ids: Tensor, count: int) -> TokenRangeError:
+    """Return the error for ids of which some are not in a table of `count` rows."""
+    return TokenRangeError(
+        f"token ids run from {int(ids.min())} to {int(ids.max())}; this embedding holds {count}, 0 to {count - 1}."
+    )
 
 
 class SharedTokenEmbedding(SecondNames, TokenEmbedding):
@@ -251,15 +255,19 @@ def further_embeddings(table: nn.Module, ids: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def checked_ids(x: Any) -> Tensor:
-    """Return token ids `(b, n)` of an integer type.
+def checked_ids(x: Any, model: nn.Module) -> Tensor:
+    """Return token ids `(b, n)` of an integer type; arrays and lists become tensors.
+
+    Args:
+        x: the ids.
+        model: reads them.
 
     Raises:
         InputError: if they are no whole numbers.
         ShapeError: if they have another rank.
     """
     if not isinstance(x, Tensor):
-        raise InputError(f"token ids are {shown(x)}; they must be a tensor, (batch, tokens).")
+        x = as_ids(x, model, "the array of token ids")
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
         x = whole_numbers(x, "token ids have")
     if x.ndim != 2:

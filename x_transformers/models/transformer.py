@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import check_names, passes_on
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.pass_state import KINDS_OF_INPUTS
+from x_transformers.layers.pass_state import ARGUMENTS, KINDS_OF_INPUTS
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
@@ -34,7 +36,9 @@ from x_transformers.models.heads import (
     next_embedding_head,
 )
 from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
-from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
+from x_transformers.models.options.base import ModelOptions, check_size
+from x_transformers.models.options.catalog import TRANSFORMER
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
@@ -139,9 +143,10 @@ class TransformerWrapper(Model):
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Tensor | None,
+        x: Ids | None = None,
         return_embeddings: bool = False,
         return_logits_and_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -257,12 +262,11 @@ class TransformerWrapper(Model):
         )
         if return_logits_and_embeddings or return_logit_entropies or return_next_embed_pred or logits_to_keep:
             self._check_requested(inputs)
+        if kwargs:
+            transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds)
         if x is None:
             x = _no_ids(prepend_embeds)
-        x = checked_ids(x)
-        if kwargs:
-            check_kinds(kwargs, KINDS_OF_INPUTS)
-            transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
+        x = checked_ids(x, self)
         span = self._token_span(x.shape[1], inputs)
         ids = span.newest(x, 1)
         if token_emb_kwargs and self.own_token_emb:
@@ -439,12 +443,17 @@ def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSp
 
 
 def _read_stack_arguments(
-    arguments: dict[str, Any], transform: Callable[[Tensor], Tensor] | None
+    model: TransformerWrapper, arguments: dict[str, Any], transform: Callable[[Tensor], Tensor] | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return the function that changes the token embeddings: the caller's, or that for the input of block 1."""
+    """Check arguments of the stack, and return the function that changes the token embeddings: the caller's, or that
+    for the input of block 1.
+    """
     for name in arguments:
         if name.startswith("looped_") or name == "max_looped_steps":
             raise InputError(f"`{name}` is for looped models, which are not available in this version; drop it.")
+        if name not in ARGUMENTS:
+            check_names(model, TransformerWrapper.forward, arguments)
+    check_kinds(arguments, KINDS_OF_INPUTS)
     blocks: Any = arguments.get("transform_block_inputs")
     if transform is not None or blocks is None:
         return transform

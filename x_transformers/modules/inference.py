@@ -105,6 +105,11 @@ class InferenceView:
         # needed only while the copies are made; it would keep every earlier view alive
         self._earlier = {}
 
+    @property
+    def borrows(self) -> bool:
+        """True if some modules are used as they are, whose code may do anything whenever they are called."""
+        return bool(self._borrowed)
+
     def of(self, module: Net) -> Net:
         """Return the replacement of a module: always the same object for the same module."""
         found = self._found.get(id(module))

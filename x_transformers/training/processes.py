@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,22 @@ def joined(device: str = "cpu") -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, device)
     finally:
         dist.destroy_process_group()
+
+
+def end_process(code: int = 0) -> NoReturn:
+    """End a process that has left its group, without the shutdown of the interpreter.
+
+    Threads of the communication may outlive their group. If they meet an interpreter that shuts down they abort the
+    process, so that a run that has done its work seems to have failed. Call this as the last line of a script that
+    `torchrun` starts; functions registered with `atexit` do not run.
+
+    Args:
+        code: exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a closed pipe or stream
+            stream.flush()
+    os._exit(code)
 
 
 def shard(model: Module, mesh: Any = None, **options: Any) -> Module:

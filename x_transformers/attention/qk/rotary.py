@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.by_layer import TransformsByLayer
 from x_transformers.attention.qk.decay import REACH, Decay
 from x_transformers.attention.qk.frequencies import attention_factor, check_scaling, check_width, frequencies
-from x_transformers.attention.qk.half_split import rotate_halves
+from x_transformers.attention.qk.rotation import RotationTable, rotate
 from x_transformers.errors import ConfigError, InputError, StateDictError
 from x_transformers.forward_pass.call import LayerCall, Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
 
 
@@ -98,8 +96,8 @@ class RotaryOptions:
         return replace(self, **{**own, "rotary_layers": None}) if own.get("rotary_layers", True) else None
 
 
-Tables = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Cosines and sines of queries, and of keys; each `(1|b, 1, n, r/2)`."""
+Tables = tuple[RotationTable, RotationTable]
+"""Rotations of queries, and of keys."""
 
 
 class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
@@ -214,26 +212,27 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def tables(self, query: Span, keys: Span) -> Tables:
         """Return cosines and sines `(1|b, 1, n, r/2)` of queries and of keys, in float32."""
-        q = self._cos_sin(query.pos)
-        return q, q if keys.pos is query.pos else self._cos_sin(keys.pos)
+        q = self._table(query.pos)
+        return q, q if keys.pos is query.pos else self._table(keys.pos)
 
-    def _cos_sin(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+    def _table(self, pos: Tensor) -> RotationTable:
         angles = pos[:, None, :, None] * self.inv_freq / self.interpolation_factor
-        if self.factor == 1:
-            return angles.cos(), angles.sin()
-        return angles.cos() * self.factor, angles.sin() * self.factor
+        cos, sin = angles.cos(), angles.sin()
+        if self.factor != 1:
+            cos, sin = cos * self.factor, sin * self.factor
+        return RotationTable(cos, sin, halves=not self.interleaved)
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        return self._rotate_heads(q, *tables[0]), self._rotate_heads(k, *tables[1])
+        return self._rotate_heads(q, tables[0]), self._rotate_heads(k, tables[1])
 
     def transform_keys(self, k: Tensor, tables: Tables) -> Tensor:
-        return self._rotate_heads(k, *tables[1])
+        return self._rotate_heads(k, tables[1])
 
     def restore_keys(self, k: Tensor, tables: Tables) -> Tensor:
-        cos, sin = tables[1]
-        if self.factor == 1:
-            return self._rotate_heads(k, cos, -sin)
-        return self._rotate_heads(k, cos / self.factor**2, -sin / self.factor**2)
+        table = tables[1]
+        if self.factor != 1:
+            table = RotationTable(table.cos / self.factor**2, table.sin / self.factor**2, table.halves)
+        return self._rotate_heads(k, table, sign=-1)
 
     @property
     def reach(self) -> int | None:
@@ -244,12 +243,11 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         assert self.reach is not None
         return Decay(self.xpos_log, self.reach, layer, max(fixed, unrotated))
 
-    def _rotate_heads(self, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turn = rotate if self.interleaved else rotate_halves
+    def _rotate_heads(self, t: Tensor, table: RotationTable, sign: int = 1) -> Tensor:
         if self.num_heads is None or self.num_heads == t.shape[1]:
-            return turn(t, cos, sin)
+            return rotate(t, table, sign)
         rest = t.shape[1] - self.num_heads
-        return torch.cat((t[:, :rest], turn(t[:, rest:], cos, sin)), dim=1)
+        return torch.cat((t[:, :rest], rotate(t[:, rest:], table, sign)), dim=1)
 
     def translate_reference(self, state: dict[str, Any], prefix: str) -> None:
         # both follow from the options, and half-precision checkpoints contain them rounded: keep our own
@@ -265,73 +263,6 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         state[f"{prefix}inv_freq"] = self.inv_freq.clone()
         if self.use_xpos:
             state[f"{prefix}scale"] = (self.xpos_log * self.scale_base).exp()
-
-
-def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of the first r features: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
-
-    Args:
-        t: `(b, h, n, d)`.
-        cos: `(1|b, 1, n, r/2)`.
-        sin: of the same shape.
-
-    Returns:
-        a tensor of the shape and dtype of `t`; computed in float32 or wider.
-    """
-    width = 2 * cos.shape[-1]
-    if t.shape[-1] % 2 == 0:
-        compiling = torch.compiler.is_compiling()
-        if compiling and t.device.type == "cpu" and t.shape[-2] != 1:
-            return rotate_uncompiled(t, cos, sin)
-        if not compiling and t.device.type in ("cpu", "cuda"):
-            return _rotate_as_complex(t, cos, sin)
-    # a compiler fuses these operations with their neighbors; in eager mode each would be a kernel of its own
-    even, odd = t[..., 0:width:2], t[..., 1:width:2]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(t.dtype)
-    return rotated if width == t.shape[-1] else torch.cat((rotated, t[..., width:]), dim=-1)
-
-
-def _rotate_as_complex(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply pairs as complex numbers by `cos + i sin`: one kernel forward and one backward.
-
-    Features that do not rotate are multiplied by 1.
-    """
-    pairs = at_least_float32(t).unflatten(-1, (-1, 2))
-    # `view_as_complex` needs the two numbers of a pair next to each other, and pairs at even addresses
-    if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
-        pairs = pairs.clone(memory_format=torch.contiguous_format)
-    factors = torch.complex(cos, sin)
-    factors = F.pad(factors, (0, pairs.shape[-2] - factors.shape[-1]), value=1.0)
-    return torch.view_as_real(torch.view_as_complex(pairs) * factors).flatten(-2).to(t.dtype)
-
-
-@torch.library.custom_op("x_transformers::rotate", mutates_args=())
-def rotate_uncompiled(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Run `_rotate_as_complex` as one operation that a compiler does not look into; returns a contiguous tensor.
-
-    Compiled for a CPU, the loop over interleaved pairs loads numbers one by one instead of as vectors, which takes
-    four times as long. PyTorch's kernel for complex numbers is vectorized.
-    """
-    # the compiler plans with the strides that the fake version below promises
-    return _rotate_as_complex(t, cos, sin).contiguous()
-
-
-@rotate_uncompiled.register_fake
-def _(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
-
-
-def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _rotate_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    cos, sin = ctx.saved_tensors
-    # the inverse of a rotation is its transpose: rotate by the opposite angle
-    return rotate_uncompiled(gradient, cos, -sin), None, None
-
-
-rotate_uncompiled.register_autograd(_rotate_gradient, setup_context=_save_tables)
 
 
 def build(

@@ -79,7 +79,7 @@ class DynamicPositionBias(DistanceBias):
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
         bound = super().bind(query, keys)
-        if query.contiguous and keys.contiguous and query.length:
+        if query.contiguous and keys.contiguous and query.length > 0:
             bound.make_dense = lambda: self._toeplitz(query, keys)
         return bound
 

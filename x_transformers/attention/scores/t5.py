@@ -58,6 +58,10 @@ class RelativePositionBias(DistanceBias):
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
 
+    @property
+    def shared_from(self) -> int:
+        return self.max_distance
+
     def bias(self, distance: Tensor) -> Tensor:
         per_pair = self.relative_attention_bias(self.bucket(distance))
         return per_pair.movedim(-1, -3) * self.scale
