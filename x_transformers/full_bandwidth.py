@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -588,7 +587,7 @@ def _check_passes(count: int, kind: type[Exception]) -> None:
 
 
 def _check_transition(transition: Any) -> None:
-    if transition is not None and not (callable(transition) and len(inspect.signature(transition).parameters) >= 2):
+    if transition is not None and (not callable(transition) or isinstance(transition, type)):
         raise InputError(
             f"`transition` is {transition!r}; in a call it must be a function of latents and stream, since a name "
             "would stand for new, untrained weights."
