@@ -174,7 +174,6 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
     [
         ({"tie_embedding": False}, "`tie_embedding = True`"),
         ({"post_emb_norm": False}, "`post_emb_norm = True`"),
-        ({"emb_dim": 8}, "the width of the stack"),
         ({"num_memory_tokens": 1, "memory_tokens_interspersed_every": 2}, "between tokens"),
     ],
 )

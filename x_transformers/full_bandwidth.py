@@ -569,11 +569,6 @@ def _check_net(net: Any) -> TransformerWrapper:
         missing.append("`post_emb_norm = True`")
     if missing:
         raise ConfigError(f"`net` must have {', '.join(missing)}, so that states and embeddings have one scale.")
-    if model.emb_dim != stack.dim:
-        raise ConfigError(
-            f"`emb_dim` of `net` is {model.emb_dim}; states of width {stack.dim} enter the embeddings, so it must be "
-            "the width of the stack."
-        )
     if model.layout.every is not None:
         raise ConfigError(
             "memory tokens between tokens (`memory_tokens_interspersed_every`) have no position before them."
