@@ -84,7 +84,7 @@ def test_forward_and_gradient(case: Case) -> None:
 
 @every(free(ROUNDED))
 def test_bfloat16(case: Case) -> None:
-    """As close to float32 as rounding allows: 5 % (all gradients: 10 %), or three times what the explicit kernel loses."""
+    """As close to float32 as rounding allows: 5 % (gradients: 10 %), or three times what the explicit kernel loses."""
     exact, explicit, fused = on_gpu(case, attn_flash=False), on_gpu(case, attn_flash=False), on_gpu(case)
     for model in (explicit, fused):
         model.load_state_dict(exact.state_dict())
