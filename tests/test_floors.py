@@ -27,6 +27,7 @@ HOUSE = (
     ("F2", ["masks.builder", "modules.branch_function"]),
     ("F3", ["attention.qk.decay"]),
     ("F3", ["attention"]),
+    ("F3", ["attention.backends.flex"]),
     ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
     ("F4", ["attend"]),
     ("F4", ["attention.call_adapter"]),
