@@ -31,7 +31,7 @@ HOUSE = (
     ("F2", ["masks.builder", "modules.branch_function"]),
     ("F3", ["attention.qk.decay", "attention.qk.rotation"]),
     ("F3", ["attention"]),
-    ("F3", ["attention.qk.rotary"]),
+    ("F3", ["attention.qk.rotary", "attention.backends.flex"]),
     ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
     ("F4", ["attend"]),
     ("F4", ["attention.call_adapter"]),
