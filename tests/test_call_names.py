@@ -219,10 +219,11 @@ def test_names_within_a_graph() -> None:
 def test_wrappers_outside_of_the_package_root() -> None:
     dims = {"dim": 16, "heads": 2, "attn_dim_head": 8}
     variational = GPTVAE(num_tokens=9, depth=1, enc_depth=1, max_seq_len=8, dim_latent=4, **dims)
+    scaled = net(lambda: decoder(depth_scale_residual=True), tie_embedding=True, post_emb_norm=True)
     calls = [
         NextLatentWrapper(net(), dim=16),
         LatentAutoregressive(net(), dim=16),
-        (bandwidth := FullBandwidth(net())),
+        (bandwidth := FullBandwidth(scaled)),
         bandwidth.generate,
         variational.generate,
     ]

@@ -72,6 +72,7 @@ HOUSE = (
     ("F8", ["decoding.beam", "decoding.speculative"]),
     ("F8", ["decoding.generation"]),
     ("F9", ["*"]),
+    ("F9", ["training.small_runs"]),
     ("F9", ["encoder_decoder", "gpt_lejepa", "gpt_vae", "up_wrapper", "xm_latent_decoder"]),
     ("F10", ["checkpoints.durable", "checkpoints.tensor_files", "checkpoints.plain_data", "checkpoints.random_states"]),
     ("F10", ["checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
