@@ -23,7 +23,6 @@ from x_transformers import (
     FeedForward,
     NonAutoregressiveWrapper,
     TransformerBlock,
-    TransformerWrapper,
     XLAutoregressiveWrapper,
     XTransformer,
     XValAutoregressiveWrapper,
@@ -144,20 +143,12 @@ CALLS: dict[str, Call] = {
         lambda: {"x": features(2, 6, 6), "rollout_steps": 2},
         ("lens", "mask", "seq_start_pos"),
     ),
-    "TransformerWrapper.logits_of": Call(lambda: net().eval().logits_of, lambda: {"features": X}, ("arguments",)),
     "TransformerWrapper.explain": Call(
         lambda: net().eval().explain, lambda: {"seq_len": 8}, ("device", "dtype", "training")
     ),
     "TransformerWrapper.attn_qk_clip_": Call(
         lambda: net().eval().attn_qk_clip_, lambda: {"intermediates": deep_cache(), "tau": 1.0}
     ),
-    "RotaryEmbedding.forward_from_seq_len": Call(
-        lambda: names.RotaryEmbedding(8).forward_from_seq_len, lambda: {"seq_len": 4}
-    ),
-    "AlibiPositionalBias.forward_custom_pos": Call(
-        lambda: names.AlibiPositionalBias(2).forward_custom_pos, lambda: {"pos_i": features(6), "pos_j": features(6)}
-    ),
-    "from_config": Call(lambda: TransformerWrapper.from_config, lambda: {"config": net().config}),
     "AutoregressiveWrapper.stream": Call(
         lambda: lambda **given: list(AutoregressiveWrapper(net()).eval().stream(**given)),
         lambda: {"prompts": ids()[:, :3], "seq_len": 2},
@@ -170,10 +161,18 @@ CALLS: dict[str, Call] = {
     "FeedForward with GLU": Call(lambda: FeedForward(dim=16, glu=True).eval().forward, lambda: {"x": X}),
     "static cache": Call(
         lambda: net().eval().forward,
-        lambda: {"x": ids()[:, :4], "cache": names.LayerIntermediates(cache=net().static_cache(2, 8))},
+        lambda: {
+            "x": ids()[:, :4],
+            "cache": names.LayerIntermediates(cache=net().static_cache(2, 8)),
+            "input_not_include_cache": True,
+        },
         ("mask", "seq_start_pos", "pos", "attn_bias"),
     ),
 }
+
 if __name__ == "__main__":
     fuzz.CONSTRUCTORS, fuzz.CALLS = CONSTRUCTORS, CALLS
     fuzz.main(sys.argv[1:])
+else:
+    fuzz.CONSTRUCTORS.update(CONSTRUCTORS)
+    fuzz.CALLS.update(CALLS)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import normal_divergence
 from x_transformers.models.continuous import ContinuousTransformerWrapper
@@ -173,6 +174,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         """The device of the parameters."""
         return next(self.from_latent_to_prepend_token.parameters()).device
 
+    @checked
     def encode(
         self,
         seq: Tensor,
@@ -198,6 +200,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         latents, loss = self.bottleneck(features, return_unreduced_loss=return_unreduced_loss)
         return (latents, loss) if return_aux_loss else latents
 
+    @checked
     def forward(
         self,
         seq: Tensor,
