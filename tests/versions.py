@@ -2,6 +2,7 @@
 
     python tests/versions.py            # the newest patch of every minor version from 2.6 on
     python tests/versions.py 2.6.0      # some of them
+    python tests/versions.py --groups export goldens    # some of the tests; the others keep their results
     python tests/versions.py --keep     # leave the environments in `.versions/`
     python tests/versions.py --write    # put the table into the README
 
@@ -26,7 +27,10 @@ OLDEST = Version("2.6")
 GROUPS = {
     "goldens": ("tests/test_goldens.py",),
     "recipes": ("tests/test_recipes.py",),
-    "full graphs": ("tests/properties/test_compile.py", "tests/properties/test_compile_blocks.py"),
+    "full graphs": ("tests/properties/test_compile.py", "tests/properties/test_compiled_lengths.py"),
+    "compiled blocks": ("tests/properties/test_compile_blocks.py",),
+    "recompilations": ("tests/properties/test_recompilations.py",),
+    "export": ("tests/properties/test_exported_programs.py",),
     "decoding": ("tests/test_decoding.py", "tests/test_static_cache.py", "tests/properties/test_cached_decoding.py"),
     "FlexAttention": ("tests/properties/test_flex.py",),
     "checkpointing": ("tests/properties/test_recompute.py",),
@@ -42,6 +46,7 @@ def main() -> int:
     """Run the tests of some versions, print their table, and return an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", help="versions of PyTorch; default: every minor version's newest patch")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="columns; default: all")
     parser.add_argument("--keep", action="store_true", help="leave the environments in `.versions/`")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     parser.add_argument("--workers", default="2", help="processes of each test run (default: %(default)s)")
@@ -50,9 +55,15 @@ def main() -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for version in given.versions or newest_patches():
         environment = FOLDER / version
-        python = install(version, environment)
-        results[version] = {name: run(python, files, given.workers) for name, files in GROUPS.items()}
-        RESULTS.write_text(json.dumps(results, indent=2))
+        try:
+            python = install(version, environment)
+        except subprocess.CalledProcessError:
+            print(f"PyTorch {version} does not install here", flush=True)
+            shutil.rmtree(environment)
+            continue
+        for name in given.groups:
+            results.setdefault(version, {})[name] = run(python, GROUPS[name], given.workers)
+            RESULTS.write_text(json.dumps(results, indent=2))
         if not given.keep:
             shutil.rmtree(environment)
     text = table(results)
@@ -115,11 +126,11 @@ def run(python: Path, files: tuple[str, ...], workers: str) -> dict[str, int]:
 
 
 def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
-    """Return the results as Markdown: tests that passed of those that ran."""
+    """Return the results as Markdown: tests that passed of those that ran; a dash where none ran."""
     rows = [f"| PyTorch | {' | '.join(GROUPS)} |", f"| --- |{' --- |' * len(GROUPS)}"]
     for version in sorted(results, key=Version):
-        cells = [results[version][name] for name in GROUPS if name in results[version]]
-        shown = [f"{cell['passed']} of {cell['passed'] + cell['failed']}" for cell in cells]
+        cells = [results[version].get(name) for name in GROUPS]
+        shown = ["–" if cell is None else f"{cell['passed']} of {cell['passed'] + cell['failed']}" for cell in cells]
         rows.append(f"| {version} | {' | '.join(shown)} |")
     return "\n".join(rows)
 

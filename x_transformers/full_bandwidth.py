@@ -22,6 +22,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias, TiedLogits
@@ -312,6 +313,7 @@ class FullBandwidth(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(
         self,
         token_ids: Ids,
@@ -408,6 +410,8 @@ class FullBandwidth(Configured, ReadsReference):
 
     # generation
 
+    @checked
+    @passes_on("net")
     def generate(
         self,
         prompts: Ids | Sequence[Ids],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 
 import torch
 from torch import nn
@@ -56,6 +57,35 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the table as notebooks show it."""
+        head = ("sublayer", "parameters", "FLOPs/token", "backend", "features")
+        cells = [
+            (
+                row.name,
+                f"{row.parameters:,}",
+                f"{row.flops:,}",
+                f"{row.backend} ({row.why})" if row.backend else "",
+                ", ".join(row.features) or "plain",
+            )
+            for row in self.rows
+        ]
+        total = ("in all", f"{self.parameters:,}", f"{sum(row.flops for row in self.rows):,}", "", "")
+        return (
+            f"<p><b>{escape(self.title)}</b><br>stack: {escape(', '.join(self.stack) or 'plain')}</p><table><thead>"
+            f"{_html_row('th', head)}</thead><tbody>{''.join(_html_row('td', row) for row in [*cells, total])}</tbody>"
+            "</table>"
+        )
+
+
+def _html_row(kind: str, cells: tuple[str, ...]) -> str:
+    """Return a row of a table; numbers, in the second and third column, end at one line."""
+    styled = [
+        f'<{kind} style="text-align: {"right" if number in (1, 2) else "left"}">{escape(cell)}</{kind}>'
+        for number, cell in enumerate(cells)
+    ]
+    return f"<tr>{''.join(styled)}</tr>"
 
 
 ALWAYS_ON = {"structure", "stack", "norm", "norm_placement", "heads", "backend", "attention_output", "feedforward"}

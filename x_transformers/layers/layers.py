@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from loguru import logger
 from torch import Tensor
 
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
@@ -33,6 +32,7 @@ from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.notices import warn
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
@@ -62,7 +62,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             narrow = getattr(self.rotary_pos_emb, "dim", 32)
             unwise = f"`rotary_emb_dim` is {narrow}; below 32, distant positions are hard to tell apart."
             for sentence in (*plan.warnings, *([unwise] if narrow < 32 else ())):
-                logger.warning(f"{name}: {sentence}")
+                warn(f"{name}: {sentence}")
 
     @property
     def attn_heads(self) -> int:
@@ -362,7 +362,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
 
         def finish() -> None:
             self.mix_streams_as_reference()
-            logger.warning(
+            warn(
                 f"{type(self).__name__}: these weights were trained with residual streams that mix by a matrix of "
                 "ones, so that this model computes them that way from now on (`hyper_conn_reference_mix = True`)."
             )

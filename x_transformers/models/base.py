@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from loguru import logger
 from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
@@ -27,6 +26,7 @@ from x_transformers.models.options.base import ModelOptions
 from x_transformers.models.recurrence import new_memories, recycled, shifted_down
 from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.notices import warn
 from x_transformers.options.configured import Configured
 
 
@@ -64,7 +64,7 @@ class Model(Configured, ReadsReference):
         dim = attn_layers.dim
         without = _why_no_positions(max_seq_len, options.use_abs_pos_emb, attn_layers)
         if options.scaled_sinu_pos_emb and without:
-            logger.warning(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
+            warn(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
         self.pos_emb = None
         if not without:
             sinusoids, l2norm_embed = options.scaled_sinu_pos_emb, options.l2norm_embed

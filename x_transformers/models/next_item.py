@@ -1,4 +1,4 @@
-"""What losses of the next token or vector refuse: models that read their targets, and sequences without any."""
+"""Checks of losses of the next token or vector: models that read their targets, and sequences without any."""
 
 from __future__ import annotations
 

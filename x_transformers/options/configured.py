@@ -20,6 +20,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.checked import VARIABLE, Checked, check_arguments
+from x_transformers.options.schema import Schema
 from x_transformers.options.suggestions import offer
 from x_transformers.options.values import plain
 
@@ -37,6 +38,8 @@ class Configured(Checked):
     """
 
     _classes: ClassVar[dict[str, type[Configured]]] = {}
+    keyword_schemas: ClassVar[tuple[tuple[Schema, str], ...]] = ()
+    """Schemas of the keywords of the constructor, with their prefixes; see `describe`."""
     _config: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -57,6 +60,27 @@ class Configured(Checked):
         library includes its module.
         """
         return copy.deepcopy(self._config)
+
+    @classmethod
+    def describe(cls, keyword: str | None = None) -> str:
+        """Return what keywords of the constructor mean, with their defaults and papers.
+
+        Args:
+            keyword: one of them; None for all.
+
+        Raises:
+            UnknownKeywordError: if there is no such keyword.
+        """
+        if keyword is None:
+            return "\n".join(schema.describe(prefix) for schema, prefix in cls.keyword_schemas)
+        for schema, prefix in cls.keyword_schemas:
+            name = keyword.removeprefix(prefix)
+            if keyword.startswith(prefix) and name in schema.owner:
+                return schema.describe(prefix, only=name)
+        faults = Faults()
+        faults.add_unknown(keyword, [prefix + name for schema, prefix in cls.keyword_schemas for name in schema.owner])
+        faults.raise_if_any(cls.__name__)
+        raise AssertionError
 
     def adopt_config(self, config: Mapping[str, Any]) -> list[Callable[[], None]]:
         """Take over what loading weights had changed in the object that a configuration describes.

@@ -318,11 +318,16 @@ class Schema:
             for name, entry in self.fields.items()
         ]
 
-    def describe(self, prefix: str | None = None) -> str:
-        """Return the description of all keywords, one line each, grouped by feature, for docstrings."""
+    def describe(self, prefix: str | None = None, *, only: str | None = None) -> str:
+        """Return the description of all keywords, one line each, grouped by feature.
+
+        Args:
+            prefix: of the keywords; default that of the schema.
+            only: a keyword, without prefix, whose feature is described; None for all.
+        """
         prefix = self.prefix if prefix is None else prefix
         lines: list[str] = []
-        for feature in self.features.values():
+        for feature in self.features.values() if only is None else (self.owner[only],):
             source = f" ({feature.paper})" if feature.paper else ""
             lines.append(f"{feature.name}: {feature.summary}{source}")
             for entry in dataclasses.fields(feature.options):

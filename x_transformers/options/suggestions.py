@@ -1,4 +1,4 @@
-"""What to write instead of a keyword that is unknown: names of other libraries, owners, and the most similar name."""
+"""Suggestions for keywords that are unknown: names of other libraries, owners, and the most similar name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ours:
-    """What another library's keyword is called here.
+    """Our names for another library's keyword.
 
     Attributes:
         names: names of ours, of which the first one that is known is meant.
@@ -144,7 +144,7 @@ OTHER_LIBRARIES = _table(
     ("seed generator rng", Ours(advice="Draws follow `torch.manual_seed`.")),
     ("assistant_model draft", Ours(("draft_model",))),
 )
-"""What people write who come from other libraries."""
+"""Keywords of other libraries, which people write by habit."""
 
 METHODS = ("forward", "generate", "stream", "beam_search")
 PREFIXES = ("attn_", "ff_")

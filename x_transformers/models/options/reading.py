@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from loguru import logger
 from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
@@ -20,6 +19,7 @@ from x_transformers.models.embeddings import TokenEmbedding
 from x_transformers.models.options.base import ModelOptions
 from x_transformers.models.options.catalog import EVERY
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.notices import warn
 from x_transformers.options.schema import Options, Schema, default_of
 from x_transformers.options.signatures import show_keywords
 
@@ -67,9 +67,9 @@ def read_options(
             _check_packed(parsed, layers, shared.use_abs_pos_emb and max_seq_len > 0)
     faults.raise_if_any(name)
     for sentence in (*_without_effect(parsed, keywords), *schema.unwise(parsed, options)):
-        logger.warning(f"{name}: {sentence}")
+        warn(f"{name}: {sentence}")
     if shared.use_cls_token and layers.causal:
-        logger.warning(
+        warn(
             f"{name}: `use_cls_token` puts class tokens first, where those of a causal stack see no other token, so "
             "that outputs do not depend on the input; use an Encoder."
         )
