@@ -16,7 +16,7 @@ HOUSE = (
         ["errors", "ops", "modules.float32_buffers", "modules.hand_written", "modules.script_names", "modules.unwrap"],
     ),
     ("F0", ["options.values", "forward_pass.names", "notices"]),
-    ("F0", ["forward_pass.arguments", "forward_pass.arrays", "forward_pass.changed_copies"]),
+    ("F0", ["options.checked", "forward_pass.arguments", "forward_pass.arrays", "forward_pass.changed_copies"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
     ("F1", ["forward_pass.call"]),
