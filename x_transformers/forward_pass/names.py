@@ -45,7 +45,7 @@ def takes_no_more(method: Method) -> Method:
     be one more call in every pass.
     """
     signature = inspect.signature(method)
-    method.__signature__ = signature.replace(parameters=list(signature.parameters.values())[:-1])  # type: ignore[attr-defined]
+    method.__signature__ = signature.replace(parameters=list(signature.parameters.values())[:-1])
     return method
 
 
@@ -89,7 +89,7 @@ def _known(owner: object, function: Callable[..., Any]) -> frozenset[str] | None
     names = frozenset(own)
     if not takes_any:
         return names
-    to, but = getattr(function, PASSES_ON, (None, ()))
+    to, but = getattr(function, PASSES_ON, (None, frozenset()))
     target: Any
     if to is None:
         return None
