@@ -59,9 +59,10 @@ TRAINED = (
     ("bare Llama", "compiled"),
 )
 DECODED = (
+    ("our Llama", "graph"),
+    ("bare Llama", "graph"),
     ("our Llama", "eager"),
     ("bare Llama", "eager"),
-    ("bare Llama", "graph"),
     ("our Llama", "compiled"),
     ("bare Llama", "compiled"),
     ("Llama", "eager"),
@@ -174,12 +175,15 @@ class Run:
             model = make()
         return model.to(self.settings.device, self.settings.dtype)
 
-    def contestant(self, name: str, shape: Shape) -> Contestant:
-        """Build one Llama, with weights of its own: speed does not depend on them."""
+    def contestant(self, name: str, shape: Shape, mode: str = "") -> Contestant:
+        """Build one Llama, with weights of its own: speed does not depend on them.
+
+        On a GPU ours replays the steps of a static cache as a graph, and runs those of a dynamic one one by one.
+        """
         if name == "bare Llama":
             return of_bare(self.build(partial(BareLlama, shape)))
         if name == "our Llama":
-            return of_ours(self.build(partial(our_llama, shape)))
+            return of_ours(self.build(partial(our_llama, shape)), "dynamic" if mode == "eager" else "static")
         return of_hugging_face(self.build(partial(llama, shape)))
 
     def check(self) -> None:
@@ -240,9 +244,9 @@ def decoding(run: Run) -> None:
 
 def decode(run: Run, name: str, mode: str, limit: float) -> None:
     """Measure one contestant."""
-    contestant = run.contestant(name, run.sizes.decoded)
+    contestant = run.contestant(name, run.sizes.decoded, mode)
     contestant.model.eval().requires_grad_(False)
-    generate = of_graph(contestant.model) if mode == "graph" else contestant.generate
+    generate = of_graph(contestant.model) if (name, mode) == ("bare Llama", "graph") else contestant.generate
     prompt = run.tokens(1, run.sizes.prompt, run.sizes.decoded.vocab)
     backend = run.backend if mode == "compiled" else None
     first = seconds_of(partial(generate, prompt, 2, backend))

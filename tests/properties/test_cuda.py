@@ -12,7 +12,8 @@ from catalog import BASE, Case, call, cases, close, name_of, tokens
 from test_compile import Counter
 from torch import Tensor
 
-from x_transformers import TransformerWrapper
+from x_transformers import AutoregressiveWrapper, TransformerWrapper
+from x_transformers.decoding import recorded
 from x_transformers.errors import ConfigError
 
 DEVICE = os.environ.get("CUDA_TESTS_ON", "cuda")
@@ -135,3 +136,45 @@ def test_compiled_decoding() -> None:
         outputs.append(out)
     assert off(torch.cat(outputs, dim=1), model(ids)) < 0.05
     assert counter.graphs <= 2
+
+
+RECORDED = {
+    "rotary": {"rotary_pos_emb": True, "attn_kv_heads": 2},
+    "ALiBi": {"alibi_pos_bias": True},
+    "T5": {"rel_pos_bias": True},
+    "window": {"attn_max_attend_past": 5, "rotary_pos_emb": True},
+    "memory": {"num_memory_tokens": 2, "attn_num_mem_kv": 1},
+    "states": {"shift_tokens": 1, "attn_value_rmsnorm": True},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("keywords", RECORDED.values(), ids=RECORDED)
+def test_generation_from_graphs(keywords: dict, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that a graph replays choose the tokens of steps that run one by one; memory is given back."""
+    if compiled and "rotary_pos_emb" not in keywords:
+        return
+    model = AutoregressiveWrapper(on_gpu(Case("recorded", keywords=keywords), depth=2))
+    prompts = [tokens(2, 9).cuda(), list(tokens(3, 5).cuda())]
+    prompts[1][0] = prompts[1][0][:2]
+    taken: list[recorded.Recording] = []
+    replay = recorded.Recording.__call__
+    monkeypatch.setattr(
+        recorded.Recording, "__call__", lambda self, *args: (taken.append(self), replay(self, *args))[1]
+    )
+    for prompt in prompts:
+        wanted = model.generate(prompt, 24, temperature=0.0)
+        for worth in (10**9, 1):
+            monkeypatch.setattr(recorded, "WORTH", worth)
+            found = model.generate(prompt, 24, temperature=0.0, cache="static", compile=compiled)
+            assert torch.equal(found, wanted)
+    assert len(taken) == 2 * 22
+    assert all(each._replay is not None for each in taken), "nothing failed to be recorded"
+    taken.clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        model.generate(prompts[0], 24, temperature=0.0, cache="static", compile=compiled)
+        taken.clear()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + 2**20

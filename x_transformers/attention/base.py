@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.cache import Shape
@@ -72,11 +74,59 @@ class Tiles:
         tile: `(inputs, rows, columns) -> (1|b, 1|h, rows, columns)`, for a range of queries and one of real keys.
         inputs: the tensors with gradients that it computes a tile from; `tile` reads those that it is given.
         view: a tile is a view of the only input, so that its gradient is a part of the gradient of the input.
+        reach: only keys less than this number of places before the query have a bias; None: all keys may have one.
     """
 
     tile: Callable[[Sequence[Tensor], slice, slice], Tensor]
     inputs: tuple[Tensor, ...] = ()
     view: bool = False
+    reach: int | None = None
+
+    def columns(self, rows: slice, columns: slice) -> slice:
+        """Return those of a range of keys that may have a bias, for a range of queries."""
+        if self.reach is None:
+            return columns
+        return slice(max(columns.start, rows.start - self.reach + 1), columns.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class NearBias:
+    """A bias by distance that all distant keys share, up to a constant for each head: zero from a distance on.
+
+    Softmax ignores a constant that all keys of a query get, so that a kernel may use this instead of the whole bias
+    where queries see only keys up to their own place; see `ignores_constants`.
+
+    Attributes:
+        reach: the distance from which on it is zero, in places.
+        make: computes `(h, reach)`, the bias at the distances 0 to `reach - 1`.
+    """
+
+    reach: int
+    make: Callable[[], Tensor]
+
+    def at(self, table: Tensor) -> ScoreFunction:
+        """Return the pointwise form, which reads `table`, `(h, reach)`, and zero at all other distances."""
+        padded = F.pad(table, (0, 1))
+        # a number would become a part of the kernel, which reads it from a tensor, at an index that is a tensor
+        bound = torch.full((1,), self.reach, device=table.device)
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score + padded[h, torch.minimum((q - k).clamp(min=0), bound[h * 0])]
+
+        return at
+
+    def tiles(self, height: int) -> Tiles:
+        """Return tiles of at most `height` rows, which are parts of one: distances are the same in each of them."""
+        reach = self.reach
+        # row y and column c have the distance `y + reach - 1 - c`; each row is the one above it, moved by one column
+        by_distance = F.pad(self.make().flip(-1), (height - 1, height - 1))
+        strip = by_distance.unfold(-1, height + reach - 1, 1).flip(-2)
+
+        def tile(inputs: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+            left = rows.start - reach + 1
+            return inputs[0][..., : rows.stop - rows.start, columns.start - left : columns.stop - left]
+
+        return Tiles(tile, (strip,), view=True, reach=reach)
 
 
 class BoundScore:
@@ -95,6 +145,7 @@ class BoundScore:
         pointwise: for a pointwise function, the same on whole tensors of scores.
         pointwise_: `(scores, out) -> out`, the same into `out`; leaves in `scores` what `chain` needs.
         chain: the chain rule, `(gradient, left) -> gradient`, written into the first argument.
+        near: for a bias that all distant keys share, the same up to a constant.
     """
 
     def __init__(
@@ -108,23 +159,38 @@ class BoundScore:
         pointwise: Callable[[Tensor], Tensor] | None = None,
         pointwise_: Callable[[Tensor, Tensor], Tensor] | None = None,
         chain: Callable[[Tensor, Tensor], Tensor] | None = None,
+        near: NearBias | None = None,
     ) -> None:
         self.needs, self.stage = needs, stage
         self.make_at, self.make_dense, self.make_tiles = at, dense, tiles
-        self.pointwise, self.pointwise_, self.chain = pointwise, pointwise_, chain
+        self.pointwise, self.pointwise_, self.chain, self.near = pointwise, pointwise_, chain, near
         self._own: dict[Any, Any] = {}
 
     def at(self, memo: Memo) -> ScoreFunction:
         """Return the function of single scores."""
         return self._once(memo, lambda: look_up(self.dense(memo)) if self.make_at is None else self.make_at(), "at")
 
+    def near_table(self, memo: Memo) -> Tensor:
+        """Return the table of `near`."""
+        assert self.near is not None
+        return self._once(memo, self.near.make, "near table")
+
     def dense(self, memo: Memo) -> Tensor:
         """Return the closed form of a bias, `(1|b, 1|h, i, j)`."""
         assert self.make_dense is not None, "only a bias has a closed form"
         return self._once(memo, self.make_dense, "dense")
 
-    def tiles(self, height: int, memo: Memo) -> Tiles:
-        """Return tiles of at most `height` rows, cut out of the closed form unless there is a better way."""
+    def tiles(self, height: int, memo: Memo, *, near: bool = False) -> Tiles:
+        """Return tiles of at most `height` rows, cut out of the closed form unless there is a better way.
+
+        Args:
+            height: number of rows.
+            memo: of the pass.
+            near: softmax ignores constants here, so that those of `near` will do.
+        """
+        part = self.near
+        if near and part is not None:
+            return self._once(memo, lambda: part.tiles(height), "near tiles", height)
         if self.make_tiles is None:
             return Tiles(lambda inputs, rows, columns: inputs[0][..., rows, columns], (self.dense(memo),), view=True)
         make = self.make_tiles
@@ -388,6 +454,11 @@ class QKTransform(LoadsWhole):
         raise NotImplementedError
 
     @property
+    def refuses_tables(self) -> str | None:
+        """Why tables of a caller, which rotate adjacent features of all layers, cannot replace it; None if they can."""
+        return None
+
+    @property
     def reach(self) -> int | None:
         """Number of queries in a pass beyond which the decay is computed by blocks; None if there is no decay."""
         return None
@@ -405,7 +476,10 @@ class QKNorm(LoadsWhole):
     """Normalizes projected queries and keys, independently of positions."""
 
     scale: float | None = None
-    """Factor of the logits that the norm needs, or None for `1 / sqrt(d)`."""
+    """Factor of the logits that the norm needs, or None for that of the attention, usually `1 / sqrt(d)`."""
+
+    beyond_reference: str | None = None
+    """The words for a norm that the reference does not have; else None."""
 
     def normalize_q(self, q: Tensor) -> Tensor:
         """Normalize queries `(b, h, i, d)`."""
@@ -454,6 +528,7 @@ __all__ = [
     "KeyMod",
     "LayerCall",
     "Memo",
+    "NearBias",
     "Needs",
     "Part",
     "Parts",

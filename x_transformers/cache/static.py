@@ -172,6 +172,10 @@ class StaticCache(KVCache):
         return None
 
     @property
+    def consumed(self) -> Tensor:
+        return self.filled
+
+    @property
     def ends_with_newest(self) -> bool:
         # eager passes read up to the newest token; compiled ones also read empty places after it, which a mask must
         # hide

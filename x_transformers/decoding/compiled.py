@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from x_transformers.cache import KVCache
+from x_transformers.cache import KVCache, StaticCache
 from x_transformers.decoding.step import Prefill, Step, advance, read_prompt
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.base import Model
@@ -41,10 +41,11 @@ class CompiledStep:
     """`advance`, compiled to a full graph.
 
     Args:
-        options: of `torch.compile`.
+        options: of `torch.compile`. A mode, or options of the compiler, may switch on its own CUDA graphs.
     """
 
     def __init__(self, **options: Any) -> None:
+        self._may_graph = bool({"mode", "options"} & set(options))
         # PyTorch keeps, and limits, the graphs of each code object; every model has a copy of its own
         self._own = FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
         if options.get("backend", "inductor") == "inductor" and not {"mode", "options"} & set(options):
@@ -58,6 +59,8 @@ class CompiledStep:
         self, net: Model, token: Tensor, cache: KVCache, start: Tensor | None, arguments: dict[str, Any]
     ) -> tuple[Tensor, Step]:
         """Run the first step of a text; return its logits, and what runs the steps after it."""
+        if self._may_graph:
+            mark_static(cache)
         # another thread's call would move its own graph to the front
         with self._lock:
             logits = self._checked(net, token, cache, start, arguments)
@@ -85,6 +88,18 @@ class CompiledStep:
             return run(net, token, cache, start, arguments)
 
         return step
+
+
+def mark_static(cache: KVCache) -> None:
+    """Mark tensors that steps write into: they stay where they are, so that writing does not rule out CUDA graphs."""
+    tensors = [t for entry in cache.entries for t in (*entry.grown.values(), *entry.states.values())]
+    if isinstance(cache, StaticCache):
+        tensors.append(cache.filled)
+    if cache.positions is not None:
+        tensors.append(cache.positions)
+    for t in tensors:
+        # without a guard: the next text has a cache of its own, and runs the same graph
+        torch._dynamo.mark_static_address(t, guard=False)
 
 
 _STEPS: weakref.WeakSet[CompiledStep] = weakref.WeakSet()

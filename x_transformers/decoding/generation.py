@@ -13,6 +13,7 @@ from x_transformers.decoding.compiled import CompiledReading
 from x_transformers.decoding.loop import Decoding, cut_after_end, make_reader, pair_amateurs, same_vocabulary
 from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
+from x_transformers.decoding.recorded import recorder_for
 from x_transformers.decoding.sampling import unchanged
 from x_transformers.decoding.speculative import Drafter, Lookup, ModelDrafter, Policy, Speculation
 from x_transformers.decoding.step import Sequences
@@ -90,7 +91,9 @@ def begin(
     view, vocabulary = InferenceView(net) if compiled is None else compiled.view, net.num_tokens
     given: Sequence[nn.Module] = options.amateur_model or ()  # type: ignore[assignment]
     amateurs = pair_amateurs(given, options.contrastive_decode_kwargs or {}, vocabulary)
-    expert = make_reader(view.of(net), prompts, seq_len, options, compiled=compiled)
+    # modules of others may act at each call, and speculation reads several tokens at once
+    recorder = None if view.borrows or options.guesses else recorder_for(net, seq_len, options.compile)
+    expert = make_reader(view.of(net), prompts, seq_len, options, compiled=compiled, recorder=recorder)
     others = replace(options, cache="dynamic", compile=False, compile_prefill=False)
     contrasted = [(make_reader(view.of(amateur), prompts, seq_len, others), contrast) for amateur, contrast in amateurs]
     sequences = Sequences(prompts.tokens, prompts.start)

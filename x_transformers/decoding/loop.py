@@ -15,11 +15,13 @@ from x_transformers.decoding.filters import contrastive_decode_fn
 from x_transformers.decoding.generation_inputs import Arguments
 from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
+from x_transformers.decoding.recorded import RecordedStep, Recorder
 from x_transformers.decoding.sampling import Choose, check_keywords, check_readable
 from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Sequences
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
+from x_transformers.models.delegate import ModelDelegate
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
@@ -127,6 +129,7 @@ def make_reader(
     options: GenerationOptions,
     *,
     compiled: CompiledReading | None = None,
+    recorder: Recorder | None = None,
     growing: Callable[[int, int], dict[str, Any]] | None = None,
 ) -> Branching:
     """Return a reader of the prompts and of what follows them.
@@ -137,6 +140,7 @@ def make_reader(
         seq_len: number of tokens that follow; the last one is not read.
         options: of which `cache`, `cache_kv`, `restrict_to_max_seq_len`, `guesses` and `arguments` matter here.
         compiled: how a static cache reads tokens, if not by ordinary passes.
+        recorder: records the steps over a static cache, for readers that read one token at a time.
         growing: arguments that grow with the sequence; see `Arguments`.
 
     Raises:
@@ -159,12 +163,16 @@ def make_reader(
     if not caching:
         return Rerun(net, arguments, window)
     kv, held = first_cache(net, prompts, total, options, cache, window)
-    if compiled is None:
-        return Cached(net, arguments, kv, held, window)
-    if kv.capacity is None:
-        raise InputError("steps compile over a static cache, and the one given is dynamic; drop `compile`, or `cache`.")
-    prefill = compiled.prefill if options.compile_prefill else None
-    return Cached(net, arguments, kv, held, window, compiled.step.first, prefill)
+    first = prefill = None
+    if compiled is not None:
+        if kv.capacity is None:
+            raise InputError(
+                "steps compile over a static cache, and the one given is dynamic; drop `compile`, or `cache`."
+            )
+        first, prefill = compiled.step.first, compiled.prefill if options.compile_prefill else None
+    if recorder is not None and kv.capacity is not None:
+        first = RecordedStep(recorder, first).first
+    return Cached(net, arguments, kv, held, window, first, prefill)
 
 
 def pair_amateurs(
@@ -199,7 +207,7 @@ def check_next_token_net(net: Any) -> TransformerWrapper:
         ConfigError: if it does not.
     """
     net = unwrapped(net)
-    if not isinstance(net, TransformerWrapper):
+    if not isinstance(net, TransformerWrapper | ModelDelegate):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.has_multiple_heads or net.to_logits is None:
         heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"

@@ -86,6 +86,7 @@ class PassInputs:
     header: CacheHeader
     capture: Capture | None
     pairs: Callable[[Span, Span], Tensor] | None
+    self_attn_inputs: Mapping[int, Tensor] | None
     # filled in by `begin_pass`
     order: tuple[int, ...] = field(default=(), init=False)
     attention_memories: Sequence[Tensor | None] = field(default=(), init=False)

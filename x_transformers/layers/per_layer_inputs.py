@@ -14,6 +14,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
 from x_transformers.layers.stack import LayerStack
+from x_transformers.options.values import accepts
 
 
 def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
@@ -122,3 +123,18 @@ def _by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | Non
         raise ShapeError(f"`{name}` has shape {tuple(given.shape)}; it must be (b, m, width) or (layers, b, m, width).")
     each = [given] if given.ndim == 3 else list(given.unbind(0))
     return [*each[:layers], *[None] * max(layers - len(each), 0)]
+
+
+def check_own_inputs(stack: LayerStack, inputs: PassInputs) -> None:
+    """Raise an `InputError` unless `self_attn_inputs` names self-attentions that run, and fits their tokens."""
+    assert inputs.self_attn_inputs is not None
+    count = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
+    batch, n, dim = inputs.x.shape
+    for nth, given in inputs.self_attn_inputs.items():
+        if not accepts(int, nth) or not 0 <= nth < count:
+            raise InputError(f"`self_attn_inputs` names {nth!r}; this pass runs the self-attentions 0 to {count - 1}.")
+        if given.ndim != 3 or given.shape[0] != batch or given.shape[1] > n or given.shape[2] != dim:
+            raise ShapeError(
+                f"`self_attn_inputs[{nth}]` has shape {tuple(given.shape)}; it must be ({batch}, k, {dim}), k at "
+                f"most {n}."
+            )

@@ -248,3 +248,20 @@ def surround(
     leading = kv.prepended if kv is not None and old else span.leading
     columns = interspersed(layout, old + x.shape[1], old, leading, seq_start_pos, x.device)
     return InternalSequence(columns.fill(x, memory_tokens), span, layout, columns, 0)
+
+
+def tokens_of(t: Tensor, layout: MemoryLayout, count: int, leading: int = 0) -> Tensor:
+    """Return the columns of the tokens of a pass without a cache.
+
+    Args:
+        t: `(b, columns, D)`, of the internal sequence.
+        layout: memory tokens of the model.
+        count: number n of tokens.
+        leading: number of class tokens and prepended embeddings before them.
+
+    Returns:
+        `(b, n, D)`.
+    """
+    if layout.every is not None:
+        t = interspersed(layout, leading + count, 0, 0, None, t.device).keep(t)
+    return t[:, t.shape[1] - count :]

@@ -156,3 +156,16 @@ def additive_bias(request: Request) -> Tensor | None:
         return pad_left(total, request.visible.prefix, 0.0)
 
     return request.memo.once(make, "additive bias", request.visible.prefix, *biases)
+
+
+def ignores_constants(request: Request) -> bool:
+    """Return True if softmax ignores a constant that is added to the scores of all real keys of a query.
+
+    The triangle of causality is then among the rules, and there is nothing else in the softmax: no sink, no keys in
+    front, and no function of the biased scores.
+    """
+    hiding = request.visible.hiding
+    triangle = hiding is not None and hiding.order is not None and hiding.diagonal == 0
+    if not triangle or request.visible.prefix or request.sink is not None:
+        return False
+    return all(score.needs == Needs.BIAS for score in request.scores)

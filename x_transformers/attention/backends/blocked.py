@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation, ignores_constants
 from x_transformers.attention.base import BoundScore, Needs, Tiles
 from x_transformers.attention.qk.decay import Decay
 from x_transformers.forward_pass.changed_copies import replace
@@ -232,7 +232,8 @@ class Plan:
         left: list[Tensor] = []
         for step in self.steps:
             if isinstance(step.by, Tiles):
-                scores[..., self.prefix :] += step.by.tile(inputs[step.inputs], block.rows, block.columns)
+                own, columns = biased(step.by, scores, self.prefix, block)
+                own += step.by.tile(inputs[step.inputs], block.rows, columns)
                 continue
             assert step.by.pointwise_ is not None
             # The function leaves in its argument what its gradient needs, so that the result must go elsewhere: each
@@ -293,7 +294,8 @@ class Plan:
         left = list(left)
         for step in reversed(self.steps):
             if isinstance(step.by, Tiles):
-                add_gradients(step.by, gradient[..., self.prefix :], block, inputs[step.inputs], sums[step.inputs])
+                own, columns = biased(step.by, gradient, self.prefix, block)
+                add_gradients(step.by, own, block.rows, columns, inputs[step.inputs], sums[step.inputs])
             else:
                 assert step.by.chain is not None
                 gradient = step.by.chain(gradient, left.pop())
@@ -304,12 +306,12 @@ def plan_of(request: Request) -> tuple[Plan, list[Tensor]]:
     """Return the settings of both passes, and the inputs of all biases."""
     b, h, i, _ = request.q.shape
     visible, steps, inputs = request.visible, [], []
-    height = block_height(b * h, i, request.k.shape[-2])
+    height, near = block_height(b * h, i, request.k.shape[-2]), ignores_constants(request)
     for score in request.scores:
         if score.needs != Needs.BIAS:
             steps.append(ScoreStep(score))
             continue
-        tiles = score.tiles(height, request.memo)
+        tiles = score.tiles(height, request.memo, near=near)
         steps.append(ScoreStep(tiles, slice(len(inputs), len(inputs) + len(tiles.inputs))))
         inputs += tiles.inputs
     hiding, shadow = visible.hiding, None
@@ -360,24 +362,36 @@ def hide(scores: Tensor, hiding: MaskSpec, block: Block) -> None:
             own[..., start - first : stop - first].masked_fill_(hidden, NEVER)
 
 
+def biased(tiles: Tiles, scores: Tensor, prefix: int, block: Block) -> tuple[Tensor, slice]:
+    """Return the columns of `(..., P + columns)` that a bias may change, and which keys they are."""
+    columns = tiles.columns(block.rows, block.columns)
+    first = prefix - block.columns.start
+    return scores[..., first + columns.start : first + columns.stop], columns
+
+
 def add_gradients(
-    tiles: Tiles, gradient: Tensor, block: Block, inputs: Sequence[Tensor], sums: Sequence[Tensor | None]
+    tiles: Tiles,
+    gradient: Tensor,
+    rows: slice,
+    columns: slice,
+    inputs: Sequence[Tensor],
+    sums: Sequence[Tensor | None],
 ) -> None:
-    """Add the gradients of a tile's inputs to their sums."""
+    """Add the gradients of the inputs of the tile of some queries and keys to their sums."""
     wanted = [(t, total) for t, total in zip(inputs, sums, strict=True) if total is not None]
     if not wanted:
         return
     # the tile of the sum is a view of it as well, so that an addition to the view adds to the sum; a tile that the
     # batch or the heads share takes the sum over them
     if tiles.view:
-        part = tiles.tile([total for _, total in wanted], block.rows, block.columns)
+        part = tiles.tile([total for _, total in wanted], rows, columns)
         part += gradient.sum_to_size(part.shape)
         return
     # Autograd differentiates one tile at a time. The leaves are detached, so that this graph is freed with the block
     # and never reaches the graph of the pass.
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(total is not None) for t, total in zip(inputs, sums, strict=True)]
-        tile = tiles.tile(leaves, block.rows, block.columns)
+        tile = tiles.tile(leaves, rows, columns)
     found = torch.autograd.grad(tile, [t for t in leaves if t.requires_grad], gradient.sum_to_size(tile.shape))
     for (_, total), part in zip(wanted, found, strict=True):
         total += part
@@ -485,8 +499,9 @@ def plain(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple
         scores = by_heads((rows @ some.mT) * plan.scale, heads)
         for step in plan.steps:
             if isinstance(step.by, Tiles):
-                tile = step.by.tile(inputs[step.inputs], block.rows, block.columns)
-                scores = scores + F.pad(tile, (plan.prefix, 0))
+                columns = step.by.columns(block.rows, block.columns)
+                tile = step.by.tile(inputs[step.inputs], block.rows, columns)
+                scores = scores + F.pad(tile, (scores.shape[-1] - tile.shape[-1], 0))
             else:
                 assert step.by.pointwise is not None
                 scores = step.by.pointwise(scores)

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
-from x_transformers.errors import UnknownKeywordError, did_you_mean
+from x_transformers.attention.base import BoundScore, NearBias, Needs, ScoreFunction, ScoreMod, Stage, Tiles
+from x_transformers.errors import UnknownKeywordError
 from x_transformers.forward_pass.call import Span
+from x_transformers.options.suggestions import did_you_mean
 
 Bias = TypeVar("Bias", bound="DistanceBias")
 
@@ -21,6 +22,11 @@ class DistanceBias(ScoreMod):
 
     needs = Needs.BIAS
     stage = Stage.BIAS
+
+    @property
+    def shared_from(self) -> int | None:
+        """The distance from which on all keys before the query have the same bias; None if there is none."""
+        return None
 
     def bias(self, distance: Tensor) -> Tensor:
         """Map integer distances `(..., i, j)` to biases `(..., h, i, j)`."""
@@ -57,14 +63,22 @@ class DistanceBias(ScoreMod):
 
         # i consecutive queries and j consecutive keys have only i + j - 1 distances, so that the function is evaluated
         # once per distance and looked up once per pair
-        consecutive = query.contiguous and keys.contiguous
+        consecutive, reach = query.contiguous and keys.contiguous, self.shared_from
+        # among its own tokens, a query's distance to a key is the number of places between them
+        near = consecutive and keys is query and reach is not None and reach < keys.length
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
             at=(lambda: self._at_distance(query, keys)) if consecutive else None,
             dense=dense,
             tiles=tiles if consecutive else None,
+            near=NearBias(reach, lambda: self._near(reach, query.pos.device)) if near and reach is not None else None,
         )
+
+    def _near(self, reach: int, device: torch.device) -> Tensor:
+        """Return `(h, reach)`, the bias at distances below `reach` minus that at all distances from there on."""
+        table = self.bias(torch.arange(reach + 1, device=device).unsqueeze(0)).squeeze(-2)
+        return table[..., :-1] - table[..., -1:]
 
     def _at_distance(self, query: Span, keys: Span) -> ScoreFunction:
         """Return the pointwise form for consecutive positions, which reads a table `(h, i + j - 1)` of distances."""

@@ -48,6 +48,7 @@ class RelativePositionBias(DistanceBias):
         self, scale: float, causal: bool = False, num_buckets: int = 32, max_distance: int = 128, heads: int = 8
     ) -> None:
         super().__init__()
+        at_least(1, num_buckets=num_buckets, max_distance=max_distance, heads=heads)
         least = 2 if causal else 4
         if not least <= num_buckets <= max_distance:
             raise ConfigError(
@@ -57,6 +58,10 @@ class RelativePositionBias(DistanceBias):
         self.scale, self.causal = scale, causal
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    @property
+    def shared_from(self) -> int:
+        return self.max_distance
 
     def bias(self, distance: Tensor) -> Tensor:
         per_pair = self.relative_attention_bias(self.bucket(distance))
