@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACED = ("attend.py", "attention", "cache", "feedforward", "forward_pass", "layers", "masks", "models", "modules")
 """What forward passes run, and graphs contain."""
 
-BEFORE_A_PASS = {"layers/stack.py", "models/base.py", "models/options.py"}
+BEFORE_A_PASS = {"attention/qk/rotary.py", "layers/stack.py", "models/base.py", "models/options/reading.py"}
 """Modules that copy dataclasses only while a model is built or explained."""
 
 
