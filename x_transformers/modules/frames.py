@@ -66,7 +66,7 @@ def of_any_length(value: Any, length: int) -> Any:
         return value
     if isinstance(value, Mapping):
         return {name: of_any_length(each, length) for name, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [of_any_length(each, length) for each in value]
     if not isinstance(value, torch.Tensor) or length not in value.shape:
         return value
