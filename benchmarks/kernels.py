@@ -36,6 +36,7 @@ from benchmarks.contestants import gpt2, llama, next_token_loss, of_hugging_face
 from benchmarks.settings import Settings
 from x_transformers import TransformerWrapper
 from x_transformers.layers.catalog import FEATURES
+from x_transformers.ops import FUSED_RMS_NORM
 
 LENGTH = 128
 """Tokens of a row. A head has 32 features, so scores of all heads take four activations."""
@@ -190,15 +191,20 @@ def _pass(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], rows: i
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    """Use one thread, since models are small, and no deterministic kernels, which consist of several operations."""
+    """Use one thread, since models are small, no deterministic kernels, which consist of several operations, and
+    RMSNorms wherever a GPU would.
+    """
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    fused = set(FUSED_RMS_NORM)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
+    FUSED_RMS_NORM.add("cpu")
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
+        FUSED_RMS_NORM.intersection_update(fused)
 
 
 # the models

@@ -18,7 +18,7 @@ from x_transformers.errors import InputError, ShapeError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import SHORTEST
+from x_transformers.ops import unit_length
 from x_transformers.options.configured import Checked
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, require
 
@@ -369,8 +369,7 @@ class MultiheadRMSNorm(Checked, LoadsWhole):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x (b, heads, n, d)` over the last axis."""
-        least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
-        return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
+        return unit_length(x, self.scale, self.eps) * (self.gamma + 1)
 
 
 LAYER_NORM = Feature(
