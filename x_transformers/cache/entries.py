@@ -34,12 +34,15 @@ class Entry:
         rewritten: the streams of which new tokens changed what was there.
         unrotated: number of key heads, from the first on, that are cached as they were projected.
         rotation: transform of the keys of a context whose positions were given, or None.
+        rotations: the transforms by position that the keys of this sublayer went through, where layers differ; None if
+            they are those of the cache.
         front: first and last slot (exclusive) of the leading slots that are held; after them come the newest ones.
             None: the prefix of the cache.
     """
 
     unrotated: int = 0
     rotation: Any = None
+    rotations: tuple[Any, ...] | None = None
     front: tuple[int, int] | None = None
 
     def __init__(self) -> None:
@@ -84,6 +87,7 @@ class Entry:
     def _share(self, own: Entry) -> Entry:
         own.grown, own.states, own.rewritten = dict(self.grown), dict(self.states), self.rewritten
         own.unrotated, own.rotation, own.front = self.unrotated, self.rotation, self.front
+        own.rotations = self.rotations
         return own
 
 

@@ -204,6 +204,10 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             layer.states = running_states(branch.running, layer.entry, state.states, keeps_states)
         if kind.is_self_attention:
             layer.rotations = inputs.rotations
+            if stack.rotates_by_layer:
+                layer.rotations = stack.rotations_of(step.layer)
+                if layer.entry is not None:
+                    layer.entry.rotations = layer.rotations
             if state.shares_keys:
                 layer.keys, layer.fresh = call.keys, call.query
             else:
