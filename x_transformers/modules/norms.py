@@ -18,7 +18,7 @@ from x_transformers.errors import InputError, ShapeError, StateDictError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import SHORTEST, at_least_float32
+from x_transformers.ops import at_least_float32, unit_length
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, positive, require
 
 TINY = 1e-24
@@ -440,8 +440,7 @@ class MultiheadRMSNorm(LoadsWhole):
             return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * (self.gamma + 1)
         if self.mean_eps is not None:
             return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * (self.gamma + 1)
-        least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
-        return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
+        return unit_length(x, self.scale, self.eps) * (self.gamma + 1)
 
 
 LAYER_NORM = Feature(
