@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.options import FEATURES as MODEL_FEATURES
+from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 from x_transformers.options.schema import Feature
 
 FEATURES = {feature.name: feature for feature in (*STACK_FEATURES, *MODEL_FEATURES)}

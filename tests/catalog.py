@@ -22,7 +22,7 @@ from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.cache import KVCache, StaticCache
 from x_transformers.errors import ConfigError
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.options import FEATURES as MODEL_FEATURES
+from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 from x_transformers.options.schema import Feature
 
 FEATURES = (*STACK_FEATURES, *MODEL_FEATURES)

@@ -140,6 +140,8 @@ OF_NUMPY = (np.int64(3), np.float32(0.5), np.bool_(True))
 OBJECTS = (None, True, False, object(), nn.Linear(3, 3), len)
 ARRAYS = (torch.tensor([1.0, 2.0]), torch.tensor(3), np.array([1, 2]))
 OPTION_VALUES = (*NUMBERS, *WORDS, *CONTAINERS, *OF_NUMPY, *OBJECTS, *ARRAYS)
+WRONG_NAMES = ("zzz", "attention_mask", "labels", "position_ids", "use_cache", "max_new_tokens")
+"""Names that no call has."""
 NEVER_OPTIONS = (*ARRAYS, math.nan, math.inf, 2 + 1j, b"x")
 """What no constructor takes for any argument."""
 
@@ -410,6 +412,10 @@ def hostile_calls(name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """Yield a name, arguments, and True if they must be refused, for every hostile form of every argument."""
     call = CALLS[name]
     valid = call.arguments()
+    # what is no module is called by Python itself
+    if not name.startswith("KVCache") and name != "static_cache":
+        for wrong in WRONG_NAMES:
+            yield f"{name}({wrong})", {**valid, wrong: None}, True
     for argument, value in valid.items():
         for form, other, refused in damaged(value):
             # one number may be added to all embeddings

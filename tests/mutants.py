@@ -186,15 +186,15 @@ MUTATIONS = (
     # positions
     Mutation(
         "keys are rotated one position further",
-        r"self\._cos_sin\(keys\.pos\)",
-        "self._cos_sin(keys.pos + 1)",
+        r"self\._table\(keys\.pos\)",
+        "self._table(keys.pos + 1)",
         "test_query_key.py properties/test_positions.py -k 'rotat or rotary or xpos or positions'",
         "attention/qk/*.py",
     ),
     Mutation(
         "rotation turns the other way for queries",
-        r"self\._rotate_heads\(q, \*tables\[0\]\)",
-        "self._rotate_heads(q, tables[0][0], -tables[0][1])",
+        r"self\._rotate_heads\(q, tables\[0\]\)",
+        "self._rotate_heads(q, tables[0], sign=-1)",
         "properties/test_positions.py -k rotary",
         "attention/qk/*.py",
     ),
@@ -229,8 +229,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the first heads rotate instead of the last",
-        r"torch\.cat\(\(t\[:, :rest\], rotate\(t\[:, rest:\], cos, sin\)\), dim=1\)",
-        "torch.cat((rotate(t[:, :-rest], cos, sin), t[:, -rest:]), dim=1)",
+        r"torch\.cat\(\(t\[:, :rest\], rotate\(t\[:, rest:\], table, sign\)\), dim=1\)",
+        "torch.cat((rotate(t[:, :-rest], table, sign), t[:, -rest:]), dim=1)",
         "properties/test_positions.py -k by_formula",
         "attention/qk/*.py",
     ),

@@ -17,7 +17,7 @@ from torch import nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.checkpoints.training import load_checkpoint, save_checkpoint
 from x_transformers.training.optimizers import Muon, split_parameters
-from x_transformers.training.processes import Processes, gathered, is_sharded, joined, shard
+from x_transformers.training.processes import Processes, end_process, gathered, is_sharded, joined, shard
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"attn_kv_heads": 1, "rotary_pos_emb": True, "attn_qk_norm": True},
@@ -80,3 +80,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    end_process()

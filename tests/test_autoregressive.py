@@ -222,10 +222,9 @@ def test_log_probabilities_are_not_normalized_again():
     torch.testing.assert_close(model(x), -picked.mean())
 
 
-@pytest.mark.parametrize("x", [[[3], [4]], [[3, -100, -100], [4, -100, -100]]], ids=["one token", "all ignored"])
-def test_nothing_to_predict_is_a_zero_with_a_gradient(x):
+def test_targets_that_do_not_count_give_a_zero_with_a_gradient():
     model = build()
-    loss = model(torch.tensor(x))
+    loss = model(torch.tensor([[3, -100, -100], [4, -100, -100]]))
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -255,7 +254,7 @@ def test_the_loss_compiles_to_one_graph():
         (torch.zeros(4, dtype=torch.long), {}, ShapeError, r"shape \(4,\); they must be \(batch, tokens\)"),
         (torch.full((1, 4), 0.5), {}, InputError, "dtype torch.float32"),
         (torch.zeros(1, 4, dtype=torch.bool), {}, InputError, "dtype torch.bool"),
-        (torch.zeros(1, 0, dtype=torch.long), {}, ShapeError, "no token to learn from"),
+        (torch.zeros(1, 0, dtype=torch.long), {}, ShapeError, "nothing to predict"),
         (torch.tensor([[1, VOCAB]]), {}, TokenRangeError, "from 1 to 24"),
         (torch.tensor([[1, 2]]), {"lens": torch.tensor([1, 2])}, ShapeError, "1 whole numbers"),
         (torch.tensor([[1, 2]]), {"lens": torch.tensor([1.0])}, ShapeError, "dtype torch.float32"),
@@ -814,7 +813,7 @@ def test_prompts_compile_once(name, graphs):
         model.generate(x, 3, compile_prefill=True)
 
 
-@torch._dynamo.config.patch(recompile_limit=2)
+@torch._dynamo.config.patch(cache_size_limit=2)  # the name in all versions
 def test_compiled_steps_belong_to_a_model(graphs):
     x = torch.randint(0, VOCAB, (1, 4))
     model = build(depth=1)

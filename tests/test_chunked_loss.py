@@ -1,6 +1,6 @@
 """The loss in chunks of tokens: the same numbers and gradients, and never the logits of more than a chunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, TokenRangeError
+from x_transformers.models import chunked_loss
+from x_transformers.models.chunked_loss import linear_losses
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -63,7 +65,7 @@ def test_what_surrounds_the_loss() -> None:
     x, lens, embeds = tokens(3, 8), torch.tensor([8, 5, 1]), torch.randn(3, 2, 16)
     x[0, 3:5] = -5
     same(model, lambda: loss_and_gradients(model, x, lens=lens, prepend_embeds=embeds), 4)
-    same(model, lambda: loss_and_gradients(model, x[:, :1]), 4)
+    same(model, lambda: loss_and_gradients(model, x[:, :2]), 4)
 
 
 def test_with_blocks_that_run_again() -> None:
@@ -120,14 +122,99 @@ def test_logits_are_never_whole(training: bool) -> None:
     assert most == [n * vocabulary, max(chunk, 8) * vocabulary]  # the head itself is 8 wide
 
 
-def test_it_compiles_to_one_graph() -> None:
+@pytest.fixture
+def _fresh() -> Iterator[None]:
     torch.compiler.reset()
-    model = perturb(wrapped(5))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    x = tokens(2, 8)
-    close(compiled(x), model(x))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("name", ["linear", "tied", "mixture", "sigsoftmax", "given"])
+def test_graphs_compute_the_same(name: str) -> None:
+    model = perturb(wrapped(5, depth=1, **HEADS[name]))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = tokens(2, 9)
+    x[0, 2:4] = -100
+    whole = loss_and_gradients(model, x)
+    model.zero_grad()
     compiled(x).backward()
-    torch.compiler.reset()
+    for got, wanted in zip([p.grad for p in model.parameters()], whole[1:], strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            close(got, wanted)
+    with torch.no_grad():
+        close(compiled(x), whole[0])
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_autocast_in_graphs() -> None:
+    model, x = wrapped(5, depth=1), tokens(8, 32)
+    true = loss_and_gradients(model, x)[-1]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    errors = []
+    for run in (model, compiled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(x)
+        loss.backward()
+        grad = list(model.parameters())[-1].grad
+        assert grad is not None
+        assert grad.dtype is torch.float32
+        errors.append(((grad - true).norm() / true.norm()).item())
+    assert 0 < errors[1] < 1.1 * errors[0] < 0.02
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("learns", [True, False])
+def test_heads_that_must_be_called(learns: bool) -> None:
+    """A head with a hook is called in a graph too; one that does not learn gets no gradient."""
+    model = wrapped(5, depth=1)
+    model.net.to_logits.weight.requires_grad_(learns)
+    if learns:
+        model.net.to_logits.register_forward_hook(lambda _, args, out: 2 * out)
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), tokens(2, 9)
+    wanted = loss_and_gradients(model, x)
+    model.zero_grad()
+    loss = compiled(x)
+    loss.backward()
+    close(loss, wanted[0])
+    assert (model.net.to_logits.weight.grad is None) != learns
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator(bias: bool, sigmoid: bool) -> None:
+    """Its backward pass by finite differences, and PyTorch's own checks of operators."""
+    x, weight, shift = (
+        torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((7, 4), (11, 4), (11,))
+    )
+    labels = torch.randint(0, 11, (7,))
+    labels[2] = -100
+    given = (x, weight, shift) if bias else (x, weight)
+    options = (1.0 if bias else 0.7, sigmoid, -100, 3, None)
+
+    def losses(x: Tensor, weight: Tensor, shift: Tensor | None = None, labels: Tensor = labels) -> Tensor:
+        return linear_losses(x, labels, weight, shift, *options)
+
+    assert torch.autograd.gradcheck(losses, given)
+    torch.library.opcheck(linear_losses, (x, labels, weight, shift if bias else None, *options))
+    assert losses(x[:0], weight, labels=labels[:0]).shape == (0,)
+    with pytest.raises(TokenRangeError, match="targets run up to 11"):
+        losses(*given, labels=torch.full((7,), 11))
+
+
+def test_the_operator_never_has_more_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, logits = [], chunked_loss._logits
+
+    def counted(head: chunked_loss.LinearHead, features: Tensor) -> Tensor:
+        rows.append(features.shape[0])
+        return logits(head, features)
+
+    monkeypatch.setattr(chunked_loss, "_logits", counted)
+    x, weight = torch.randn(10, 4, requires_grad=True), torch.randn(11, 4)
+    linear_losses(x, torch.randint(0, 11, (10,)), weight, None, 1.0, False, -100, 4, None).sum().backward()
+    assert rows == 2 * [4, 4, 2]
 
 
 def test_its_configuration_rebuilds_it() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from x_transformers.attention.qk.rotation import RotationTable, rotate
 from x_transformers.layers.catalog import FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +119,22 @@ def test_bare_models_are_what_is_counted_by_hand(kernels: Any, bounds: dict[str,
     and the gradients of queries, keys and values put together, which takes two.
     """
     assert kernels.count_model("bare").kernels == 10 + 14 + 2
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["adjacent", "halves"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rotations(dtype: torch.dtype, halves: bool, kernels: Any) -> None:
+    """One kernel each way for adjacent pairs; in half precision neither complex numbers nor a wide copy."""
+    angles = torch.randn(1, 1, 5, 4)
+    table = RotationTable(angles.cos(), angles.sin(), halves)
+    t = torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True)
+    rotate(t, table).backward(t)  # the numbers that all layers of a pass share
+    with kernels.Counter() as counter:
+        out = rotate(t, table)
+    forward = counter.kernels
+    with kernels.Counter() as counter:
+        torch.autograd.grad(out, t, t.detach())
+    assert (forward, counter.kernels) == ((1, 1) if dtype.itemsize >= 4 and not halves else (3, 3))
 
 
 def test_command_line(kernels: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.options import FEATURES as MODEL_FEATURES
+from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [feature.name for feature in (*STACK_FEATURES, *MODEL_FEATURES)]

@@ -281,12 +281,14 @@ def test_nothing_is_said_about_the_defaults(warnings: list[str]) -> None:
 @pytest.mark.parametrize("stack", [AttentionLayers, Encoder, Decoder, CrossAttender])
 def test_help_lists_every_keyword(stack: type[AttentionLayers]) -> None:
     names = set(inspect.signature(stack).parameters)
-    text = pydoc.render_doc(stack)
+    text, described = pydoc.render_doc(stack), stack.describe()
     every = [(STACK, ""), (ATTENTION, "attn_"), (ATTENTION, "cross_attn_"), (FEEDFORWARD, "ff_")]
     for schema, prefix in every:
         for keyword in schema.owner:
             assert prefix + keyword in names
-            assert prefix + keyword in text
+            assert f" {prefix}{keyword} = " in described
+            assert prefix.removeprefix("cross_") + keyword in text
+    assert "with `cross_attn_` instead of `attn_`: the same" in text
     assert {"dim", "depth", "heads"} <= names
 
 
@@ -388,6 +390,7 @@ def test_slow_widths_are_explained() -> None:
     assert note.startswith("feedforward: matrices are 341 and 682 wide, no multiple of 8")
     assert "ff_mult" in note
     assert str(odd.explain("cuda", torch.bfloat16)).endswith(note)
+    assert note.split(" (")[0] in odd.explain("cuda", torch.bfloat16)._repr_html_()
     assert not odd.explain("cuda", torch.float32).notes
     assert not odd.explain().notes
     assert not decoder(dim=128).explain("cuda", torch.bfloat16).notes

@@ -20,7 +20,7 @@ from loguru import logger
 
 import x_transformers
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
-from x_transformers.models.options import FEATURES as MODEL_FEATURES
+from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ from torch import Tensor
 from x_transformers import Attention, Decoder, FeedForward, TransformerWrapper
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
-from x_transformers.attention.qk.rotary import RotaryEmbedding, rotate
+from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.qk.rotation import rotate
 from x_transformers.attention.scores.alibi import AlibiPositionalBias, alibi_slopes
 from x_transformers.attention.scores.dynamic import DynamicPositionBias
 from x_transformers.attention.scores.t5 import RelativePositionBias
@@ -142,46 +143,13 @@ def test_rotary_frequencies() -> None:
     assert factor == 1.0
 
 
-def test_rotation_turns_adjacent_pairs() -> None:
-    quarter = torch.tensor([math.pi / 2, math.pi]).reshape(1, 1, 1, 2)
-    t = torch.tensor([1.0, 0.0, 2.0, 3.0, 9.0]).reshape(1, 1, 1, 5)
-    same(rotate(t, quarter.cos(), quarter.sin()).flatten(), [0, 1, -2, -3, 9])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [4, 8])
-def test_rotation_by_complex_numbers(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the heads come from, the same as what a compiler is given."""
-    angles = torch.randn(2, 1, 5, width // 2)
-    cos, sin = angles.cos(), angles.sin()
-    for heads in (
-        torch.randn(2, 5, 3, 8, dtype=dtype).transpose(1, 2),
-        torch.randn(2, 3, 5, 17, dtype=dtype)[..., 1:9],
-        torch.randn(2, 3, 8, 5, dtype=dtype).mT,
-        torch.randn(121, dtype=dtype)[1:].view(1, 3, 5, 8).expand(2, -1, -1, -1),
-    ):
-        ours = heads.detach().requires_grad_()
-        theirs = heads.detach().requires_grad_()
-        turned = rotate(ours, cos, sin)
-        with monkeypatch.context() as compiling:
-            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-            expected = rotate(theirs, cos, sin)
-        assert turned.dtype == dtype
-        torch.testing.assert_close(turned, expected)
-        turned.square().sum().backward()
-        expected.square().sum().backward()
-        # narrow dtypes round the two parts of theirs one by one
-        narrow = {} if dtype.itemsize >= 4 else {"atol": 0.05, "rtol": 0.05}
-        torch.testing.assert_close(ours.grad, theirs.grad, **narrow)
-
-
 def test_rotation_keeps_lengths_and_reads_differences() -> None:
     rotary = RotaryEmbedding(8)
     q, k = torch.randn(2, 1, 1, 1, 8)
 
     def score(i: int, j: int) -> Tensor:
-        tables = [rotary._cos_sin(torch.tensor([[place]])) for place in (i, j)]
-        return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum()
+        tables = [rotary._table(torch.tensor([[place]])) for place in (i, j)]
+        return (rotate(q, tables[0]) * rotate(k, tables[1])).sum()
 
     same(score(5, 3), score(105, 103), 1e-5)
     same(score(4, 4), (q * k).sum(), 1e-5)

@@ -56,6 +56,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def test_wheel_has_the_version_of_the_package(wheel: Path) -> None:
+    text = (ROOT / "x_transformers" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{wheel.name.split("-")[1]}"' in text
+
+
 def test_wheel_contains_the_package_only(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "x_transformers").rglob("*.py")}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,16 +33,33 @@ from x_transformers import (
     XValTransformerWrapper,
 )
 from x_transformers.continuous_autoencoder import ContinuousTransformerAutoencoder
+from x_transformers.discover_wrapper import DiscoverDecoder
 from x_transformers.errors import InputError
+from x_transformers.free_transformer import FreeTransformer
+from x_transformers.full_bandwidth import FullBandwidth
+from x_transformers.gpt_lejepa import LatentAutoregressive
+from x_transformers.gpt_vae import GPTVAE
+from x_transformers.next_latent_wrapper import NextLatentWrapper
+from x_transformers.recirculation import Recirculation
+from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 VOCAB, LONGEST, WIDTH, N = 12, 16, 5, 8
 STACK = {"dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "verbose": False}
+HALVES = {"dim": 16, "heads": 2, "attn_dim_head": 8, "verbose": False}
 NUMERIC = 3
 
 
 def tokens(rotary: bool = True, **options: Any) -> TransformerWrapper:
     layers = Decoder(**STACK, rotary_pos_emb=rotary)
     return TransformerWrapper(num_tokens=VOCAB, max_seq_len=LONGEST, attn_layers=layers, **options)
+
+
+def scaled_tokens() -> TransformerWrapper:
+    """A model whose states and embeddings have one scale, as feedback needs it."""
+    layers = Decoder(**STACK, rotary_pos_emb=True, depth_scale_residual=True)
+    return TransformerWrapper(
+        num_tokens=VOCAB, max_seq_len=LONGEST, attn_layers=layers, tie_embedding=True, post_emb_norm=True
+    )
 
 
 def xval() -> XValTransformerWrapper:
@@ -142,7 +160,7 @@ WRONG_IDS = (
     (only(ZEROS[..., None]), {}, r"shapes? \(2, 8, 1\)"),
 )
 TOO_LONG = (only(ZEROS[:, :1].expand(-1, LONGEST + 1)), {}, "17 tokens were given.*`max_seq_len` = 16")
-NOTHING = (only(ZEROS[:, :0]), {}, r"shape \(2, 0\); there is no token to learn from")
+NOTHING = (only(ZEROS[:, :0]), {}, r"shape \(2, 0\), in which there is nothing to predict")
 MASK = torch.ones(2, N - 3, dtype=torch.bool)
 VECTORS, FRAMES = torch.zeros(2, N, WIDTH), torch.zeros(2, N, WIDTH + 1)
 
@@ -294,6 +312,98 @@ KINDS = (
         idle=("random_fourier.0",),
     ),
     Kind(
+        "gpt_vae",
+        lambda: GPTVAE(num_tokens=VOCAB, depth=1, enc_depth=1, max_seq_len=LONGEST, dim_latent=3, **HALVES),
+        lambda batch: (ids(batch),),
+        generate=lambda model, x, **options: model.generate(x, 6, latents=torch.ones(3), **options),
+        bad=(
+            *WRONG_IDS[:1],
+            *WRONG_IDS[2:],  # -1 is padding
+            NOTHING,
+            (only(ZEROS, ZEROS[:1]), {}, "`seq_for_latents` has 1 rows and `seq` 2"),
+            (only(ZEROS[:, :1].expand(-1, LONGEST + 2)), {}, "18 tokens were given.*`max_seq_len` = 17"),
+        ),
+    ),
+    Kind(
+        "free transformer",
+        lambda: FreeTransformer(
+            num_tokens=VOCAB,
+            max_seq_len=LONGEST,
+            dec_head_depth=1,
+            dec_tail_depth=1,
+            latent_bits=2,
+            kl_loss_threshold=0.0,
+            **HALVES,
+        ),
+        lambda batch: (ids(batch),),
+        generate=lambda model, x, temperature, cache_kv=True: model.generate(
+            x, N + 6, 1, temperature=temperature, use_kv_cache=cache_kv
+        ),
+        bad=(
+            *WRONG_IDS[:1],
+            *WRONG_IDS[2:],  # -1 is padding
+            (only(ZEROS[:, :1]), {}, "there is nothing to predict"),
+            (only(ZEROS, ZEROS[:1]), {}, "`seq_for_latents` has 1 rows and `seq` 2"),
+        ),
+    ),
+    Kind(
+        "next latent",
+        lambda: NextLatentWrapper(tokens(), dim=16, num_rollouts=2, sigreg_loss_weight=0.1),
+        lambda batch: (ids(batch),),
+        bad=(*WRONG_IDS, (only(ZEROS[:, :3]), {}, r"shape \(2, 3\).*at least 4 tokens")),
+    ),
+    Kind(
+        "latent autoregressive",
+        lambda: LatentAutoregressive(tokens(), dim=16, num_rollouts=2, predict_next_embed_no_action=True),
+        lambda batch: (ids(batch),),
+        bad=(*WRONG_IDS, (only(ZEROS[:, :2]), {}, r"shape \(2, 2\).*at least 3 tokens")),
+    ),
+    Kind(
+        "latent candidates",
+        lambda: XMLatentDecoder(tokens(), num_latents=2, latent_dim=3, candidates=3),
+        lambda batch: (ids(batch),),
+        generate=lambda model, x, **options: model.generate(x, 6, latents=torch.ones(len(x), 2, 3), **options),
+        bad=(
+            *WRONG_IDS,
+            (only(ZEROS[:, :1]), {}, "there is nothing to predict"),
+            (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+            (only(ZEROS), {"latents": torch.zeros(2, 3, 3)}, r"`latents` has shape \(2, 3, 3\)"),
+            (only(ZEROS), {"active_latent_index": 2}, "the slots are 0 to 1"),
+        ),
+    ),
+    Kind(
+        "full bandwidth",
+        lambda: FullBandwidth(scaled_tokens(), 3, "dense", jitter_noise_delta=0.0),
+        lambda batch: (ids(batch),),
+        generate=lambda model, x, temperature, cache_kv=True: model.generate(x, 6, temperature),
+        bad=(
+            *WRONG_IDS,
+            (only(ZEROS[:, :1]), {}, "there is nothing to predict"),
+            (only(ZEROS[:, :0]), {}, r"shape \(2, 0\)"),
+            (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)"),
+        ),
+    ),
+    Kind(
+        "recirculation",
+        lambda: AutoregressiveWrapper(Recirculation(tokens(), 1, 0, use_learned=True)),
+        lambda batch: (ids(batch),),
+        lambda model, x: mean_cross_entropy(model.net(x), x),
+        lambda model, x, **options: model.generate(x, 6, **options),
+        (*WRONG_IDS, NOTHING),
+    ),
+    Kind(
+        "tensor products",
+        lambda: DiscoverDecoder(
+            decoder=tokens(), num_fillers=VOCAB - 2, bos_id=VOCAB - 2, pad_id=VOCAB - 1, max_seq_len=N
+        ),
+        lambda batch: (ids(batch) % (VOCAB - 2), ids(batch) % (VOCAB - 2)),
+        bad=(
+            *((lambda x=x: (x()[0], x()[0]), {}, words) for x, _, words in WRONG_IDS),
+            (only(ZEROS[:, :0]), {}, "one is empty"),
+            (only(ZEROS, ZEROS[:1]), {}, "`targets` has 1 rows and `tokens` 2"),
+        ),
+    ),
+    Kind(
         "entropy tokenizer",
         lambda: EntropyBasedTokenizer(tokens(), entropy_threshold=2.0),
         lambda batch: (ids(batch),),
@@ -313,6 +423,7 @@ def given(kind: Kind) -> dict[str, Any]:
 
 def run(kind: Kind, model: Any, arguments: tuple[Any, ...]) -> Any:
     torch.manual_seed(1)
+    random.seed(1)
     return model(*arguments, **given(kind))
 
 

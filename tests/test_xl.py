@@ -79,10 +79,9 @@ def test_rows_weigh_alike_in_a_segment():
     torch.testing.assert_close(lone(again), expected)
 
 
-@pytest.mark.parametrize("x", [[[3], [4]], [[3, -100, -100], [4, -100, -100]]], ids=["one token", "all ignored"])
-def test_nothing_to_predict_is_a_zero_with_a_gradient(x):
+def test_targets_that_do_not_count_give_a_zero_with_a_gradient():
     model = build()
-    loss = model(torch.tensor(x))
+    loss = model(torch.tensor([[3, -100, -100], [4, -100, -100]]))
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -302,7 +301,7 @@ def test_bad_input():
     model = build()
     with pytest.raises(ShapeError, match=r"`mask` has shape \(2, 7\); it must cover the 9 tokens"):
         model(torch.randint(0, VOCAB, (2, 9)), mask=torch.ones(2, 7).bool())
-    with pytest.raises(ShapeError, match="no token to learn from"):
+    with pytest.raises(ShapeError, match="nothing to predict"):
         model(torch.zeros(2, 0, dtype=torch.long))
     with pytest.raises(InputError, match="different lengths"):
         model.generate([torch.tensor([1, 2]), torch.tensor([1])], 3)

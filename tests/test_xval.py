@@ -105,9 +105,8 @@ def test_masks():
     torch.testing.assert_close(model(*shifted, seq_start_pos=torch.tensor([0, 3])), expected)
 
 
-@pytest.mark.parametrize("x", [[[3], [4]], [[3, -100, -100], [4, -100, -100]]], ids=["one token", "all ignored"])
-def test_nothing_to_predict_is_a_zero_with_a_gradient(x):
-    model, x = build(), torch.tensor(x)
+def test_targets_that_do_not_count_give_a_zero_with_a_gradient():
+    model, x = build(), torch.tensor([[3, -100, -100], [4, -100, -100]])
     loss, breakdown = model(x, torch.ones(x.shape), return_loss_breakdown=True)
     assert loss.item() == 0
     assert breakdown.cross_entropy_loss.shape == breakdown.numerical_mse_loss.shape == (2, x.shape[1] - 1)

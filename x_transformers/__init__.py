@@ -30,6 +30,8 @@ from x_transformers.options.per_layer import layer_schedule
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xval import XValAutoregressiveWrapper
 
+__version__ = "3.0.0"
+
 __all__ = [
     "DPO",
     "AdaptiveRMSNorm",
@@ -60,3 +62,8 @@ __all__ = [
     "default_device",
     "layer_schedule",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names; modules are found by their paths."""
+    return sorted([*__all__, "__doc__", "__file__", "__name__", "__path__", "__version__"])

@@ -6,7 +6,6 @@ Helpers of attention are here under their public names.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +46,7 @@ from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
 from x_transformers.errors import ConfigError, Faults, InputError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.call import Capture, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
@@ -353,9 +353,9 @@ class Attend(Configured, ReadsReference):
             # the sort is stable: within a stage, biases of the stack stay before those of the layer
             scores = tuple(sorted(bound, key=lambda score: score.stage))
         if parts.rows or layer.carry.scores:
-            rows = (*parts.rows, self.residual) if layer.kind in layer.carry.scores else tuple(parts.rows)
+            rows = _listed(parts.rows) + ((self.residual,) if layer.kind in layer.carry.scores else ())
         if parts.weights or deltas.attn is not None:
-            weights = (*parts.weights, *given_delta(deltas.attn))
+            weights = _listed(parts.weights) + given_delta(deltas.attn)
         dropout = self.dropout if self.training else 0.0
         later = call.capture.on_demand and not self.leaves_scores and not torch.compiler.is_compiling()
         request = Request(
@@ -383,9 +383,7 @@ class Attend(Configured, ReadsReference):
             request, later = request._replace(capture=True), False
         if visible.documents is not None and not backend.reads_documents:
             request = _with_masked_documents(request)
-        # the parts that widened the queries need float32, and autocast would narrow them again
-        with nullcontext() if q is plain_q else torch.autocast(q.device.type, enabled=False):
-            result = backend.attend(request)
+        result = backend.attend(request) if q is plain_q else _attend_wide(backend, request)
         return result._replace(on_demand=scores_on_demand(request)) if later else result, visible
 
     def _backend(self, request: Request, needs: int) -> Backend:
@@ -403,6 +401,7 @@ class Attend(Configured, ReadsReference):
             self._answer = asked, self.backends.for_request(request, needs)
         return self._answer[1]
 
+    @checked
     def forward(
         self,
         q: Tensor,
@@ -512,6 +511,17 @@ def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
         own = part.fn if isinstance(part, GivenAddend) else part
         if isinstance(own, Part):
             yield f"{name}.fn" if own is not part else name, own
+
+
+def _listed(parts: nn.ModuleList) -> tuple[Any, ...]:
+    """Return modules as a tuple; the compilers of older versions of PyTorch make one from items only."""
+    return tuple(part for part in parts)
+
+
+def _attend_wide(backend: Backend, request: Request) -> AttentionOutput:
+    """Attend without autocast: the parts that widened the queries need float32, which it would narrow again."""
+    with torch.autocast(request.q.device.type, enabled=False):
+        return backend.attend(request)
 
 
 def _needs_of(request: Request, needs: int) -> int:

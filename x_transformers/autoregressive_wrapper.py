@@ -22,8 +22,12 @@ from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, re
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.losses import chunked_token_losses, mean_over, reaching, token_losses
+from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.names import passes_on
+from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.models.chunked_loss import chunked_losses
 from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
@@ -124,9 +128,10 @@ class AutoregressiveWrapper(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(
         self,
-        x: Tensor,
+        x: Ids,
         return_outputs: bool = False,
         prepend_embeds: Tensor | None = None,
         lens: Tensor | None = None,
@@ -150,7 +155,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = _checked_loss_input(x, lens, kwargs)
+        x = _checked_loss_input(checked_ids(x, self), lens, kwargs)
+        check_hides_future(self.net, kwargs)
         chunked = self.loss_chunk_size is not None
         if chunked and return_outputs:
             raise InputError(
@@ -212,12 +218,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             arguments: of the head.
         """
         model = unwrapped(self.net)
-        given: Any = {"ignore_index": self.ignore_index, "log_probs": model.output_is_log_prob}
+        ignored = self.ignore_index
         if self.loss_chunk_size is None:
-            each = token_losses(out, labels, **given)
+            each = token_losses(out, labels, ignore_index=ignored, log_probs=model.output_is_log_prob)
         else:
-            head = functools.partial(model.logits_of, arguments=arguments)
-            each = chunked_token_losses(out, labels, head, self.loss_chunk_size, **given)
+            each = chunked_losses(model, out, labels, self.loss_chunk_size, ignore_index=ignored, arguments=arguments)
         return mean_over(each, labels != self.ignore_index)
 
     def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
@@ -232,7 +237,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         "contrastive_decode_kwargs cache_kv return_intermediates * cache compile compile_prefill progress "
         "filter_before_temperature draft_model draft_tokens prompt_lookup"
     )
-    def generate(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
+    @passes_on("net")
+    def generate(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Any:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
         In each step the logits of the last position are contrasted with the amateurs'; the next token is the most
@@ -242,7 +248,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         change until the last token.
 
         Args:
-            prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
+            prompts: `(..., n)` ids as a tensor, an array or a list, or a list of `(n,)` ids of different lengths.
             seq_len: number of tokens to generate.
             [options]
             kwargs: of the model's passes. `mask` covers the prompts; `pos`, `sum_embeds` and `embed_ids` cover prompts
@@ -263,16 +269,20 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         joined = generation.join(tokens)
         return (joined, generation.record) if options.return_intermediates else joined
 
-    def stream(
-        self, prompts: Tensor | Sequence[Tensor], seq_len: int, eos_token: int | None = None, **options: Any
-    ) -> Iterator[Tensor]:
+    @takes_options(
+        "eos_token * temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
+        "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
+        "draft_tokens prompt_lookup"
+    )
+    @passes_on("net")
+    def stream(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
         """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
             prompts: as in `generate`.
             seq_len: number of tokens to generate.
-            eos_token: ends a row, as in `generate`.
-            options: as in `generate`, except `return_intermediates` and `progress`.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Returns:
             An iterator over tensors of ids, one for each step.
@@ -280,12 +290,11 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        given = GenerationOptions.read(STREAM, {"eos_token": eos_token, **options})
-        generation = self._begin(prompts, seq_len, given)
+        generation = self._begin(prompts, seq_len, options)
         steps = functools.partial(generation.steps, seq_len)
         return streamed(steps, in_shape(generation.prompts.lead), generation.view)
 
-    def _begin(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Generation:
+    def _begin(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Generation:
         net, amateurs, draft = unwrapped(self.net), options.amateur_model, options.draft_model
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         options = replace(options, amateur_model=_nets(amateurs), draft_model=None if draft is None else _net(draft))
@@ -298,7 +307,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature",
         filter_logits_fn=unchanged,
     )
-    def beam_search(self, prompts: Tensor | Sequence[Tensor], seq_len: int, options: GenerationOptions) -> Any:
+    @passes_on("net")
+    def beam_search(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Any:
         """Find the continuations of each prompt with the highest probability, among those that beam search meets.
 
         The score of a continuation is the sum of its tokens' log-probabilities, without temperature and filter. At
@@ -307,7 +317,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         is left.
 
         Args:
-            prompts: `(..., n)` ids, or a list of `(n,)` ids of different lengths.
+            prompts: `(..., n)` ids as a tensor, an array or a list, or a list of `(n,)` ids of different lengths.
             seq_len: number of tokens to generate.
             [options]
             kwargs: of the model's passes, as in `generate`. Tensors belong to prompts, and are repeated for the beams.
@@ -326,10 +336,16 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         tokens = tokens.reshape(options.beams, *read.lead, tokens.shape[-1])
         return (tokens, scores.reshape(-1, *read.lead)) if options.return_beams_and_scores else tokens[0]
 
-    def _read(self, prompts: Tensor | Sequence[Tensor], options: GenerationOptions) -> Prompts:
+    def _read(self, prompts: Ids, options: GenerationOptions) -> Prompts:
         empty = options.arguments.get("prepend_embeds") is not None
         vocabulary = unwrapped(self.net).num_tokens
-        return read_prompts(prompts, options.prompt_lens, self.pad_value, vocabulary, may_be_empty=empty)
+        return read_prompts(
+            as_prompts(prompts, self.net, "`prompts`"),
+            options.prompt_lens,
+            self.pad_value,
+            vocabulary,
+            may_be_empty=empty,
+        )
 
     def _compiled_reading(self, options: GenerationOptions, prompts: Prompts) -> CompiledReading:
         """Return the compiled step and prefill for calls of this structure, made when first needed."""
@@ -344,14 +360,6 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         view = InferenceView(unwrapped(self.net), direct=False, earlier=made.view)
         self._compiled[key] = made = made._replace(view=view)
         return made
-
-
-STREAM = (
-    "eos_token temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
-    "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
-    "draft_tokens prompt_lookup"
-)
-"""Options of `stream`: those of `generate` except what concerns the call as a whole."""
 
 
 def _net(model: nn.Module) -> nn.Module:
@@ -389,9 +397,8 @@ def _check_chunks(net: TransformerWrapper, chunk: int) -> None:
 
 def _checked_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
     """Return the ids in 64 bits, since bytes could not hold `ignore_index`."""
-    x = checked_ids(x).long()
-    if x.shape[1] == 0:
-        raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
+    x = x.long()
+    check_predicts(x)
     for name in kwargs:
         if name.startswith("return_") or name == "cache":
             raise InputError(f"`{name}` cannot be given to the loss; use `return_outputs`, or call the net itself.")

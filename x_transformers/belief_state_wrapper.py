@@ -18,14 +18,17 @@ from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, flipped
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import shown
 
 PairWeights = Callable[[Tensor], Tensor]
 """Pairs `(pairs, 2)` of indices i and j to weights, `(pairs,)` or `(pairs, 2)` for the two directions."""
@@ -97,7 +100,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
     @checked
     def forward(
         self,
-        seq: Tensor,
+        seq: Ids,
         lens: Tensor | None = None,
         loss_weight_by_fb_indices: PairWeights | None = None,
     ) -> Tensor:
@@ -117,9 +120,8 @@ class BeliefStateWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        seq = checked_ids(seq)
-        if seq.shape[1] == 0:
-            raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is no token to learn from.")
+        seq = checked_ids(seq, self)
+        check_predicts(seq)
         lens = _lengths(lens, seq)
         seq = seq.long().masked_fill(torch.arange(seq.shape[1], device=seq.device) >= lens.unsqueeze(-1), 0)
         f, g = self._states(seq, lens)
@@ -207,10 +209,10 @@ class BeliefStateWrapper(Configured, ReadsReference):
     )
     def generate_with_suffix_cond(
         self,
-        prompts: Tensor | Sequence[Tensor],
+        prompts: Ids,
         seq_len: int,
         options: GenerationOptions,
-        suffix: Tensor | None = None,
+        suffix: Ids | None = None,
         decode_backwards: bool = False,
     ) -> Tensor:
         """Continue each prompt by `seq_len` tokens that lead to a suffix, in evaluation mode.
@@ -230,11 +232,15 @@ class BeliefStateWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         check_seq_len(seq_len)
+        if not isinstance(decode_backwards, bool):
+            raise InputError(f"`decode_backwards` is {shown(decode_backwards)}; it must be True or False.")
+        suffix = None if suffix is None else as_ids(suffix, self, "`suffix`")
         if decode_backwards and suffix is not None:
             raise InputError("`suffix` is what forward decoding leads to; drop it, or `decode_backwards`.")
-        if decode_backwards:
-            prompts = _reversed(prompts)
-        read = read_prompts(prompts, None, 0, self.num_tokens, may_be_empty=decode_backwards)
+        given = as_prompts(prompts, self, "`prompts`")
+        read = read_prompts(
+            _reversed(given) if decode_backwards else given, None, 0, self.num_tokens, may_be_empty=decode_backwards
+        )
         if decode_backwards:
             options = replace(options, arguments={"prepend_embeds": self._end(len(read.tokens))})
         view = InferenceView(self)

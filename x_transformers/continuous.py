@@ -20,8 +20,11 @@ from x_transformers.decoding.sampling import is_greedy
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
+from x_transformers.forward_pass.arrays import Vectors, as_vectors
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
@@ -115,6 +118,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(self, x: Tensor, rollout_steps: int = 1, **kwargs: Any) -> Tensor:
         """Return the mean over valid positions and features of `loss_fn(net(x[..t]), x[t + 1])`.
 
@@ -131,20 +135,20 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        if isinstance(rollout_steps, bool) or not isinstance(rollout_steps, int) or rollout_steps < 1:
-            raise InputError(f"`rollout_steps` is {rollout_steps!r}; it must be a whole number, at least 1.")
-        if rollout_steps > 1:
+        if rollout_steps != 1:
             return self.forward_rollout(x, rollout_steps, **kwargs)
         _check(x, kwargs)
+        check_predicts(x)
+        check_hides_future(self.net, kwargs)
         n, counted = x.shape[1], _counted(x, kwargs)
         x = _finite(x, kwargs)
         if kwargs.get("lens") is not None:
             kwargs = {**kwargs, "lens": None, "mask": _before(kwargs["lens"], x)}
-        if n == 1:
-            return self.net(x, **kwargs).sum() * 0.0
         predicted = self.net(x[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
         return self._mean(self._losses(predicted, x[:, 1:]), counted)
 
+    @checked
+    @passes_on("net")
     def forward_rollout(self, x: Tensor, rollout_steps: int = 2, **kwargs: Any) -> Tensor:
         """Return the loss of the model's own continuations: each row is cut at random and continued by `rollout_steps`.
 
@@ -163,7 +167,10 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        if rollout_steps < 1:
+            raise InputError(f"`rollout_steps` is {rollout_steps}; it must be a whole number, at least 1.")
         _check(x, kwargs)
+        check_predicts(x, rollout_steps + 1)
         for name in ("self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
             if kwargs.get(name) is not None:
                 raise InputError(
@@ -248,7 +255,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
     # generation
 
     @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
-    def generate(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Tensor:
+    @passes_on("net")
+    def generate(self, start_tokens: Vectors, seq_len: int, options: GenerationOptions) -> Tensor:
         """Continue each prompt by `seq_len` vectors, in evaluation mode.
 
         Args:
@@ -276,7 +284,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         return vectors.reshape(*read.lead, seq_len, vectors.shape[-1])
 
     @takes_options("temperature cache_kv * prompt_lens restrict_to_max_seq_len")
-    def stream(self, start_tokens: Tensor, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
+    @passes_on("net")
+    def stream(self, start_tokens: Vectors, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
         """Yield the vectors of `generate`, `(b, D)` or `(D,)` each.
 
         The model is in evaluation mode until the last one.
@@ -293,17 +302,15 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         return streamed(steps, in_shape((*read.lead, read.tokens.shape[-1])), view)
 
     def _begin(
-        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions
+        self, start_tokens: Vectors, seq_len: int, options: GenerationOptions
     ) -> tuple[Callable[[], Iterator[Tensor]], Prompts, InferenceView]:
         """Check all arguments; return a function that yields the vectors, the prompts, and the modules that run."""
         check_seq_len(seq_len)
-        if not isinstance(start_tokens, Tensor):
-            raise InputError(f"`start_tokens` is {shown(start_tokens)}; it must be a tensor of vectors.")
         if "cache" in options.arguments:
             raise InputError("`cache` cannot be chosen here; vectors are generated with a dynamic cache (`cache_kv`).")
         if "lens" in options.arguments:
             raise InputError("`lens` cannot be passed to generation; pass `prompt_lens`.")
-        read = self._read(start_tokens, options.prompt_lens)
+        read = self._read(as_vectors(start_tokens, self, "`start_tokens`"), options.prompt_lens)
         net, total = unwrapped(self.net), read.tokens.shape[1] + max(seq_len, 1) - 1
         if 0 < net.max_seq_len < total and not net.can_cache_kv_outside_max_seq_len:
             options = replace(options, cache_kv=False)
@@ -389,7 +396,7 @@ def _aligned(x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
 
     Columns that are padding in every row are removed.
     """
-    most = int(lens.max())
+    most = int(lens.max()) if len(lens) else 0
     return align_right(x, lens)[:, x.shape[1] - most :], most - lens
 
 
@@ -405,9 +412,10 @@ def _checked_mask(mask: Tensor, x: Tensor, lens: Tensor | None) -> tuple[Tensor,
     """Return `(b, n)` bool, and `(b,)` the number of positions up to the last valid one."""
     if lens is not None:
         raise InputError("`mask` and `lens` both specify the valid positions; pass one of them.")
+    mask = read_mask(mask, "mask")
     if mask.ndim != 2 or mask.shape[0] not in (1, len(x)) or mask.shape[1] != x.shape[1]:
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape[:2])}.")
-    mask = mask.bool().expand(len(x), -1)
+    mask = mask.expand(len(x), -1)
     return mask, (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(dim=-1)
 
 

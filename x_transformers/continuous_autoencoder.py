@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Decoder, Encoder
+from x_transformers.losses import normal_divergence
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, masked_mean
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
+from x_transformers.options.stack_groups import refuse_in_groups
+
+RESERVED = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `enc_depth` and `dec_depth`")
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
 
@@ -30,6 +36,7 @@ class DeterministicLatentBottleneck(Configured, ReadsReference):
 
     def __init__(self, dim: int, dim_latent: int, activation: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        at_least(1, dim=dim, dim_latent=dim_latent)
         self.proj = nn.Linear(dim, dim_latent)
         self.activation = nn.Identity() if activation is None else activation
 
@@ -61,6 +68,7 @@ class VariationalLatentBottleneck(Configured, ReadsReference):
 
     def __init__(self, dim: int, dim_latent: int, kl_div_floor: float = 0.0) -> None:
         super().__init__()
+        at_least(1, dim=dim, dim_latent=dim_latent)
         if kl_div_floor < 0:
             raise ConfigError(f"`kl_div_floor` is {kl_div_floor}; a divergence is 0 or more, and so is its floor.")
         self.kl_div_floor = kl_div_floor
@@ -78,9 +86,7 @@ class VariationalLatentBottleneck(Configured, ReadsReference):
         """
         mean, log_variance = self.to_mean_log_var(x).chunk(2, dim=-1)
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)
-        each = (log_variance.exp() + mean.square() - log_variance - 1) / 2
-        divergence = (each - self.kl_div_floor).relu().sum(dim=-1)
+        divergence = normal_divergence(mean, log_variance, self.kl_div_floor)
         return z, divergence if return_unreduced_loss else divergence.mean()
 
 
@@ -143,7 +149,8 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         dim_input = dim if dim_input is None else dim_input
         dim_latent = dim if dim_latent is None else dim_latent
         enc_kwargs, dec_kwargs = dict(enc_kwargs or {}), dict(dec_kwargs or {})
-        _refuse_sizes({"enc_kwargs": enc_kwargs, "dec_kwargs": dec_kwargs, "kwargs": kwargs})
+        groups = {"enc_kwargs": enc_kwargs, "dec_kwargs": dec_kwargs, "kwargs": kwargs}
+        refuse_in_groups(RESERVED, groups)
         both = {"dim": dim, "attn_dim_head": attn_dim_head, "heads": heads, **kwargs}
         self.loss_type, self.latents_dropout_prob = loss_type, latents_dropout_prob
         self.encoder = ContinuousTransformerWrapper(
@@ -167,6 +174,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         """The device of the parameters."""
         return next(self.from_latent_to_prepend_token.parameters()).device
 
+    @checked
     def encode(
         self,
         seq: Tensor,
@@ -192,6 +200,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         latents, loss = self.bottleneck(features, return_unreduced_loss=return_unreduced_loss)
         return (latents, loss) if return_aux_loss else latents
 
+    @checked
     def forward(
         self,
         seq: Tensor,
@@ -239,15 +248,6 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
             seen = F.dropout(latents.new_ones(len(latents), 1), self.latents_dropout_prob) != 0
             slot = slot.masked_fill(~seen.unsqueeze(-1), 0.0)
         return self.decoder(seq, mask=mask, prepend_embeds=slot, prepend_mask=seen)
-
-
-def _refuse_sizes(groups: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a `ConfigError` if keywords of the stacks contain what has a keyword of its own."""
-    for group, options in groups.items():
-        for name in ("dim", "depth"):
-            if name in options:
-                place = "" if group == "kwargs" else f" in `{group}`"
-                raise ConfigError(f"`{name}`{place}: set `dim` for both stacks, and `enc_depth` and `dec_depth`.")
 
 
 def _bottleneck(

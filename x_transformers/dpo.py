@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.losses import next_token_log_probs, reaching
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -75,8 +76,8 @@ class DPO(Configured, ReadsReference):
     @checked
     def forward(
         self,
-        preferred_seq: Tensor,
-        unpreferred_seq: Tensor,
+        preferred_seq: Ids,
+        unpreferred_seq: Ids,
         *,
         prompt_mask: Tensor,
         preferred_seq_mask: Tensor | None = None,
@@ -99,12 +100,13 @@ class DPO(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        preferred_seq, unpreferred_seq = (as_ids(seq, self, "a sequence") for seq in (preferred_seq, unpreferred_seq))
         if preferred_seq.ndim != 2 or preferred_seq.shape != unpreferred_seq.shape:
             raise ShapeError(
                 f"the sequences have shapes {tuple(preferred_seq.shape)} and {tuple(unpreferred_seq.shape)}; both must "
                 "be (b, n), the shorter ones padded on the right."
             )
-        preferred_seq, unpreferred_seq = checked_ids(preferred_seq), checked_ids(unpreferred_seq)
+        preferred_seq, unpreferred_seq = checked_ids(preferred_seq, self), checked_ids(unpreferred_seq, self)
         if preferred_seq.shape[1] < 2:
             raise ShapeError(f"the sequences have {preferred_seq.shape[1]} tokens; preferences need at least two.")
         preferred, counted_w = self._prepare(preferred_seq, prompt_mask, preferred_seq_mask, "preferred_seq_mask")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.errors import ConfigError, UnknownKeywordError, did_you_mean
+from x_transformers.errors import ConfigError, UnknownKeywordError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
@@ -21,6 +23,7 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import pad_left
 from x_transformers.options.configured import Configured
+from x_transformers.options.suggestions import suggestion
 
 OF_THE_WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
 """Options with the prefixes `enc_` and `dec_` that go to the wrapper; all others go to the stack."""
@@ -73,10 +76,11 @@ class XTransformer(Configured, ReadsReference):
         self.cross_attn_tokens_dropout = cross_attn_tokens_dropout
 
     @checked
+    @passes_on("decoder", but=("context", "context_mask"))
     def forward(
         self,
-        src: Tensor,
-        tgt: Tensor,
+        src: Ids,
+        tgt: Ids,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         src_prepend_embeds: Tensor | None = None,
@@ -104,10 +108,11 @@ class XTransformer(Configured, ReadsReference):
         return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
 
     @checked
+    @passes_on("decoder.generate", but=("context", "context_mask"))
     def generate(
         self,
-        seq_in: Tensor,
-        seq_out_start: Tensor | Sequence[Tensor],
+        seq_in: Ids,
+        seq_out_start: Ids,
         seq_len: int,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
@@ -134,10 +139,12 @@ class XTransformer(Configured, ReadsReference):
             context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
+    @checked
+    @passes_on("decoder.stream", but=("context", "context_mask"))
     def stream(
         self,
-        seq_in: Tensor,
-        seq_out_start: Tensor | Sequence[Tensor],
+        seq_in: Ids,
+        seq_out_start: Ids,
         seq_len: int,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
@@ -191,7 +198,7 @@ class XTransformer(Configured, ReadsReference):
 
 def _encode(
     encoder: TransformerWrapper,
-    src: Tensor,
+    src: Ids,
     mask: Tensor | None,
     attn_mask: Tensor | None,
     prepend_embeds: Tensor | None,
@@ -212,7 +219,7 @@ def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[
     stray = [name for name in given if not name.startswith(("enc_", "dec_"))]
     known = ("dim", "tie_token_emb", "ignore_index", "pad_value", "cross_attn_tokens_dropout")
     if stray:
-        clauses = " ".join(f"unknown keyword `{name}`.{did_you_mean(name, known)}" for name in stray)
+        clauses = " ".join(f"unknown keyword `{name}`.{suggestion(name, known)}" for name in stray)
         raise UnknownKeywordError(f"XTransformer: {clauses} Options of its halves begin with `enc_` or `dec_`.")
     missing = [f"{half}_{name}" for half in ("enc", "dec") for name in ("num_tokens", "max_seq_len")]
     missing = [name for name in missing if name not in given]

@@ -11,14 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
-from x_transformers.options.configured import Checked
 
 
-class EntropyBasedTokenizer(Checked, LoadsWhole):
+class EntropyBasedTokenizer(LoadsWhole):
     """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:
@@ -58,7 +58,7 @@ class EntropyBasedTokenizer(Checked, LoadsWhole):
     @checked
     def forward(
         self,
-        seq: Tensor,
+        seq: Ids,
         lens: Tensor | None = None,
         return_segmented_seq: bool = False,
         decoder_forward_kwargs: Mapping[str, Any] | None = None,
@@ -81,9 +81,9 @@ class EntropyBasedTokenizer(Checked, LoadsWhole):
         # imported here because it takes seconds, which only those who segment sequences should wait for
         import einx
 
+        seq = as_ids(seq, self, "`seq`")
         single = seq.ndim == 1
-        seq = seq.unsqueeze(0) if single else seq
-        seq = checked_ids(seq)
+        seq = checked_ids(seq.unsqueeze(0) if single else seq, self)
         if seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; there is nothing to cut.")
         lens = _lengths(lens, seq)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+from x_transformers.options.suggestions import suggestion
 
 
 class ConfigError(ValueError, AssertionError):
@@ -23,6 +24,13 @@ class UnknownKeywordError(ConfigError, TypeError):
 
 class InputError(ValueError, AssertionError):
     """Arguments of a call that do not fit the model: values, dtypes or combinations."""
+
+
+class UnknownArgumentError(InputError, TypeError):
+    """Arguments of a call among which at least one name is unknown.
+
+    Also a `TypeError`, which Python raises for an unknown argument.
+    """
 
 
 class ShapeError(InputError):
@@ -71,7 +79,7 @@ class Faults:
             near: what is compared with these names; default the keyword.
         """
         self.unknown = True
-        self.add(f"unknown keyword `{keyword}`.{did_you_mean(keyword if near is None else near, known)}")
+        self.add(f"unknown keyword `{keyword}`.{suggestion(keyword if near is None else near, known)}")
 
     @contextmanager
     def catching(self, rewrite: Callable[[str], str] = str) -> Iterator[None]:
@@ -107,9 +115,3 @@ class Faults:
             error = kind(f"{subject}: {len(self.messages)} faults\n{listed}")
         error.faults = list(self.messages)  # type: ignore[attr-defined]
         raise error
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a question that suggests the most similar known name, or an empty string if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean `{near[0]}`?" if near else ""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from x_transformers.errors import TokenRangeError
+from x_transformers.errors import ConfigError, TokenRangeError
 from x_transformers.ops import at_least_float32
 
 
@@ -80,8 +80,8 @@ def chunked_token_losses(
 def _chunks(t: Tensor, most: int) -> Sequence[Tensor]:
     """Split the first axis into parts of at most `most` rows.
 
-    The number of parts is a number of a graph, the length is not: graphs split it into equal parts, a power of two of
-    them, so that few graphs serve all lengths.
+    The number of parts is a number of a graph, the length is not: graphs of heads that must be called split it into
+    equal parts, a power of two of them, so that few graphs serve all lengths.
     """
     if not torch.compiler.is_compiling():
         return t.split(most)
@@ -135,3 +135,84 @@ def reaching(loss: Tensor, *parts: nn.Module | nn.Parameter | None) -> Tensor:
 def next_token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log-probabilities `(...)` of labels under `logits (..., v)`, at least in float32."""
     return at_least_float32(logits).log_softmax(dim=-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+
+
+def normal_divergence(mean: Tensor, log_variance: Tensor, floor: float = 0.0) -> Tensor:
+    """Return the divergence of normal distributions from the standard one (1312.6114), at least in float32.
+
+        sum over dimensions of max((exp(v) + mu^2 - v - 1) / 2 - floor, 0)
+
+    Args:
+        mean: mu, `(..., z)`.
+        log_variance: v, `(..., z)`, logarithms of variances.
+        floor: divergence of each dimension that costs nothing.
+
+    Returns:
+        `(...)`.
+    """
+    mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)
+    each = (log_variance.exp() + mean.square() - log_variance - 1) / 2
+    return (each - floor).relu().sum(dim=-1)
+
+
+def sigreg_loss(
+    x: Tensor,
+    num_slices: int = 1024,
+    domain: tuple[float, float] = (-5, 5),
+    num_knots: int = 17,
+    *,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Return how far features are from a standard normal distribution, by random projections (2511.08544).
+
+    With the empirical characteristic function `psi(t) = mean over x of exp(i t <x, u>)` of a random direction u, and
+    `phi(t) = exp(-t^2 / 2)`, that of the normal distribution:
+
+        mean over u of integral of |psi(t) - phi(t)|^2 phi(t) dt
+
+    Args:
+        x: `(..., d)` features.
+        num_slices: number of directions.
+        domain: ends of the integral.
+        num_knots: number of points t of its trapezoid rule, at least 2.
+        valid: `(...)` bool, the features that count; default all. Without any the loss is 0.
+
+    Returns:
+        A scalar, at least in float32.
+
+    Raises:
+        ConfigError: if the numbers describe no integral.
+    """
+    if num_slices < 1 or num_knots < 2 or domain[0] >= domain[1]:
+        raise ConfigError(
+            f"`num_slices` is {num_slices}, `num_knots` {num_knots} and `domain` {tuple(domain)}; there must be at "
+            "least 1 direction and 2 points, from a lower to a higher number."
+        )
+    x = at_least_float32(x).flatten(0, -2)
+    counts = x.new_ones(len(x)) if valid is None else valid.flatten().to(x.dtype)
+    x = x.masked_fill(counts.unsqueeze(-1) == 0, 0.0)
+    directions = F.normalize(torch.randn(num_slices, x.shape[-1], device=x.device, dtype=x.dtype), dim=-1)
+    knots = torch.linspace(*domain, num_knots, device=x.device, dtype=x.dtype)
+    # autocast would round the angles
+    with torch.autocast(x.device.type, enabled=False):
+        angles = (x @ directions.T).unsqueeze(-1) * knots
+        shares = counts / counts.sum().clamp(min=1)
+        real, imaginary = (torch.einsum("n, n s k -> s k", shares, part) for part in (angles.cos(), angles.sin()))
+    phi = (-knots.square() / 2).exp()
+    excess = ((real - phi).square() + imaginary.square()) * phi
+    return torch.trapezoid(excess, knots, dim=-1).mean() * (counts.sum() > 0)
+
+
+def ahead(t: Tensor, rollouts: int) -> Tensor:
+    """Return what comes after each position but the last: `out[r, :, i] = t[:, i + 1 + r]`, zeros beyond the end.
+
+    Args:
+        t: `(b, n, ...)`.
+        rollouts: number R of later positions.
+
+    Returns:
+        `(R, b, n - 1, ...)`.
+    """
+    n = t.shape[1]
+    padded = torch.cat((t, torch.zeros_like(t[:, :1]).expand(-1, rollouts, *t.shape[2:])), dim=1)
+    return torch.stack([padded[:, 1 + r : n + r] for r in range(rollouts)])

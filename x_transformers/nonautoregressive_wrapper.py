@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.decoding.watch import Watch
-from x_transformers.errors import ConfigError, InputError, ShapeError, did_you_mean
+from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -26,6 +28,7 @@ from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.configured import Configured
+from x_transformers.options.suggestions import did_you_mean
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -215,9 +218,10 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(
         self,
-        x: Tensor,
+        x: Ids,
         only_train_generator: bool = False,
         only_train_critic: bool = False,
         generator_sample_temperature: float | None = None,
@@ -241,7 +245,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x).long()
+        x = checked_ids(x, self).long()
         valid = self._check(x, only_train_generator, only_train_critic, kwargs)
         t = torch.rand(len(x), device=x.device)
         masked = self._draw_masked(x, t, valid)
@@ -369,6 +373,7 @@ class NonAutoregressiveWrapper(Configured, ReadsReference):
 
     @torch.no_grad()
     @checked
+    @passes_on("net")
     def generate(
         self,
         batch_size: int | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,16 @@ from x_transformers.decoding.loop import Decoding, check_next_token_net, in_shap
 from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
+from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.frames import of_any_length, skipped, without_graphs
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
@@ -103,8 +107,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         """Length of a segment."""
         return unwrapped(self.net).max_seq_len
 
-    @checked
-    def forward(self, x: Tensor, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
+    @skipped
+    @passes_on("net")
+    def forward(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
         Segment c has `n_c` of the N targets. All rows have the same weight; one without a valid target counts as 0.
@@ -122,32 +127,35 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x).long()  # bytes could not hold `ignore_index`
-        if x.shape[1] == 0:
-            raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to learn from.")
-        shown, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
-        total, size = labels.shape[1], self.max_seq_len
-        if total == 0:
-            # zero, but attached to the graph, so that `backward` works for a batch without targets
-            return self._reaching(self.net(shown, **_of_segment(kwargs, 0, 1, x.shape[1])).sum() * 0.0)
-        memory = _Memory(self.net, mems)
-        loss = torch.zeros((), device=x.device)
-        number = first = 0
-        # `range` would make the length a number of the graph; comparisons leave it a symbol
-        while first < total:
-            last = min(first + size, total)
-            arguments = _of_segment(kwargs, first, last, x.shape[1])
-            logits = memory.read(
-                shown[:, first:last],
-                arguments,
-                # gradients flow through memory within `tbptt_steps` segments, and not beyond
-                detach=(number + 1) % self.tbptt_steps == 0,
-                blind=dropout_mems,
-            )
-            # the last segment may be shorter, and counts by its length
-            loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
-            number, first = number + 1, first + size
-        return self._reaching(loss)
+        segments = without_graphs(self._segments, x, mems=mems, dropout_mems=dropout_mems, **kwargs)
+        loss = 0.0
+        segment = without_graphs(segments.first)
+        # whatever is called here, a graph or not, is called once for each segment
+        while segment is not None:
+            each, left = self._read(segment.tokens, segment.labels, segment.detach, **segment.arguments)
+            loss = loss + each * segment.share
+            segment = without_graphs(segments.after, segment, left)
+        return without_graphs(self._reaching, loss)
+
+    @checked
+    @passes_on("net")
+    def _segments(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> _Segments:
+        """Check the arguments of `forward`, and return the segments of x."""
+        x = checked_ids(x, self).long()  # bytes could not hold `ignore_index`
+        check_predicts(x)
+        check_hides_future(self.net, kwargs)
+        shown = x.masked_fill(x == self.ignore_index, self.pad_value)
+        memory = None if dropout_mems else _Memory(self.net, mems)
+        return _Segments(shown, x[:, 1:], kwargs, memory, self.max_seq_len, self.tbptt_steps)
+
+    @checked
+    @passes_on("net")
+    def _read(
+        self, tokens: Tensor, labels: Tensor, detach: bool, mems: Memories | None = None, **arguments: Any
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss of one segment, and the memory that it leaves."""
+        logits, left = self.net(tokens, return_mems=True, detach_mems=detach, mems=mems, **arguments)
+        return self._segment_loss(logits, labels), left
 
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return the loss with gradients for the heads that it does not read."""
@@ -161,8 +169,9 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return (at_least_float32(each).sum(dim=-1) / counts).mean()
 
     @takes_options("eos_token temperature filter_logits_fn filter_kwargs mems * cache_kv filter_before_temperature")
+    @passes_on("net")
     def generate(
-        self, start_tokens: Tensor, seq_len: int, options: GenerationOptions, mems: Memories | None = None
+        self, start_tokens: Ids, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Tensor:
         """Continue each prompt by at most `seq_len` tokens, in evaluation mode.
 
@@ -187,16 +196,19 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
             new = list(generation.steps(seq_len))
         return generation.join(new)
 
+    @takes_options("eos_token * temperature filter_logits_fn filter_kwargs mems cache_kv filter_before_temperature")
+    @passes_on("net")
     def stream(
-        self, start_tokens: Tensor, seq_len: int, eos_token: int | None = None, **options: Any
+        self, start_tokens: Ids, seq_len: int, options: GenerationOptions, mems: Memories | None = None
     ) -> Iterator[Tensor]:
         """Yield the tokens of `generate`, `(...)` each, as they come.
 
         Args:
             start_tokens: `(..., n)` ids, any number of segments long.
             seq_len: number of tokens to generate.
-            eos_token: ends a row, as in `generate`.
-            options: as in `generate`.
+            mems: memory to begin with.
+            [options]
+            kwargs: of the model's passes, as in `generate`.
 
         Returns:
             An iterator over tensors of ids, one for each step.
@@ -204,18 +216,13 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: at once, with what was given and what is needed.
         """
-        names = "eos_token temperature filter_logits_fn filter_kwargs cache_kv filter_before_temperature"
-        mems = options.pop("mems", None)
-        given = GenerationOptions.read(names, {"eos_token": eos_token, **options})
-        generation = self._begin(start_tokens, seq_len, mems, given)
+        generation = self._begin(start_tokens, seq_len, mems, options)
         return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
 
-    def _begin(
-        self, start_tokens: Tensor, seq_len: int, mems: Memories | None, options: GenerationOptions
-    ) -> Generation:
+    def _begin(self, start_tokens: Ids, seq_len: int, mems: Memories | None, options: GenerationOptions) -> Generation:
         net = unwrapped(self.net)
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
-        read = read_prompts(start_tokens, None, self.pad_value, net.num_tokens)
+        read = read_prompts(as_prompts(start_tokens, net, "`start_tokens`"), None, self.pad_value, net.num_tokens)
         if read.start is not None:
             raise InputError(
                 "the prompts have different lengths, so their segments would begin at different columns; generate "
@@ -227,6 +234,77 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         reader = _InSegments(view.of(net), arguments, mems, options.cache_kv and net.can_cache_kv)
         decoding = Decoding(Sequences(read.tokens), reader, options.choose, net.num_tokens)
         return Generation(decoding, read, view, options, self.pad_value)
+
+
+class _Segment(NamedTuple):
+    """One segment of a batch.
+
+    Attributes:
+        tokens: `(b, n)`.
+        labels: `(b, n)`.
+        arguments: of the pass, with the memory that it reads.
+        detach: stop gradients at the memory that it leaves.
+        share: of its loss in that of the batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    arguments: dict[str, Any]
+    detach: bool
+    share: float
+
+
+class _Segments:
+    """The segments of a batch, one after the other.
+
+    Args:
+        shown: `(b, n)` tokens.
+        labels: `(b, n - 1)`.
+        kwargs: of the model's passes, over n tokens.
+        memory: to begin with; None if no segment reads any.
+        size: length of a segment.
+        tbptt_steps: number of segments within which gradients flow through memory, and not beyond.
+    """
+
+    def __init__(
+        self,
+        shown: Tensor,
+        labels: Tensor,
+        kwargs: Mapping[str, Any],
+        memory: _Memory | None,
+        size: int,
+        tbptt_steps: int,
+    ) -> None:
+        self.shown, self.labels, self.kwargs, self.memory = shown, labels, kwargs, memory
+        self.size, self.tbptt_steps = size, tbptt_steps
+        self.number = self.begin = 0
+
+    def first(self) -> _Segment:
+        """Return the first segment."""
+        return self._next()
+
+    def after(self, segment: _Segment, mems: Sequence[Tensor | None]) -> _Segment | None:
+        """Return the segment after one that has been read and left `mems`, or None after the last one."""
+        if self.memory is not None:
+            self.memory.join(segment.tokens, segment.arguments, mems)
+        self.number, self.begin = self.number + 1, self.begin + self.size
+        # `range` would make the length a number of a graph; comparisons leave it a symbol
+        return self._next() if self.begin < self.labels.shape[1] else None
+
+    def _next(self) -> _Segment:
+        total = self.labels.shape[1]
+        begin, end = self.begin, min(self.begin + self.size, total)
+        arguments = of_any_length(_of_segment(self.kwargs, begin, end, self.shown.shape[1]), end - begin)
+        if self.memory is not None:
+            arguments |= of_any_length(self.memory.arguments(), self.memory.length)
+        return _Segment(
+            of_any_length(self.shown[:, begin:end], end - begin),
+            of_any_length(self.labels[:, begin:end], end - begin),
+            arguments,
+            (self.number + 1) % self.tbptt_steps == 0,
+            # the last segment may be shorter, and counts by its length
+            (end - begin) / total,
+        )
 
 
 class _Memory:
@@ -249,14 +327,21 @@ class _Memory:
         masks = None if self.seen is None or self.mems is None else [self.seen] * len(self.mems)
         return {"mems": self.mems, "mem_masks": masks}
 
-    def read(self, segment: Tensor, arguments: dict[str, Any], *, detach: bool = True, blind: bool = False) -> Tensor:
-        """Return logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
-        past = {} if blind else self.arguments()
-        logits, mems = self.net(segment, return_mems=True, detach_mems=detach, **past, **arguments)
-        if not blind:
-            self._remember_mask(segment, arguments)
-        self.mems = mems
+    @property
+    def length(self) -> int:
+        """Number of remembered slots."""
+        return next((t.shape[-2] for t in self.mems or () if t is not None), 0)
+
+    def read(self, segment: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return logits `(b, n, v)` of a whole segment, which joins the memory."""
+        logits, mems = self.net(segment, return_mems=True, **self.arguments(), **arguments)
+        self.join(segment, arguments, mems)
         return logits
+
+    def join(self, segment: Tensor, arguments: Mapping[str, Any], mems: Sequence[Tensor | None]) -> None:
+        """Remember what a pass over a segment left, and the segment's mask."""
+        self._remember_mask(segment, arguments)
+        self.mems = list(mems)
 
     def _remember_mask(self, segment: Tensor, arguments: Mapping[str, Any]) -> None:
         """Append the segment's mask: masked tokens stay masked in its memory."""

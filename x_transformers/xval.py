@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.decoding.generation_inputs import check_seq_len, cut_arguments
 from x_transformers.decoding.loop import make_reader, streamed
@@ -21,8 +21,11 @@ from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked, read_mask
+from x_transformers.forward_pass.arrays import Ids, Vectors, as_prompts, as_vectors
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
@@ -94,7 +97,8 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return unwrapped(self.net).max_seq_len
 
     @checked
-    def forward(self, x: Tensor, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
+    @passes_on("net", but=("x_num",))
+    def forward(self, x: Ids, x_num: Tensor, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
         """Return the mean over valid targets of `-log p(x[t + 1]) + w * [is numeric] * (number[t] - x_num[t + 1])^2`.
 
         Args:
@@ -110,16 +114,13 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x).long()
+        x = checked_ids(x, self).long()
         _check(x, x_num, kwargs)
+        check_predicts(x)
+        check_hides_future(self.net, kwargs)
         n = x.shape[1]
         ignored = x == self.ignore_index
         shown, numbers = x.masked_fill(ignored, self.pad_value), x_num.masked_fill(ignored, 0.0)
-        if n == 1:
-            logits, predicted = self.net(shown, numbers, **kwargs)
-            nothing = logits.sum() * 0.0 + predicted.sum() * 0.0
-            empty = LossBreakdown(logits[:, :0, 0], predicted[:, :0])
-            return (nothing, empty) if return_loss_breakdown else nothing
         logits, predicted = self.net(shown[:, :-1], numbers[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
         prepended = kwargs.get("prepend_embeds")
         p = 0 if prepended is None else prepended.shape[1]
@@ -140,10 +141,11 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return F.mse_loss(at_least_float32(predicted), at_least_float32(target), reduction="none")
 
     @takes_options("filter_logits_fn filter_kwargs temperature * prompt_lens cache_kv filter_before_temperature")
+    @passes_on("net", but=("x_num",))
     def generate(
         self,
-        start_tokens: Tensor | Sequence[Tensor],
-        start_numbers: Tensor | Sequence[Tensor],
+        start_tokens: Ids,
+        start_numbers: Vectors,
         seq_len: int,
         options: GenerationOptions,
     ) -> GenerateReturn:
@@ -172,10 +174,11 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         return self._shown((numbered.ids.tokens()[:, width:], numbered.numbers.tokens()[:, width:]), read.lead, seq_len)
 
     @takes_options("filter_logits_fn filter_kwargs temperature * prompt_lens cache_kv filter_before_temperature")
+    @passes_on("net", but=("x_num",))
     def stream(
         self,
-        start_tokens: Tensor | Sequence[Tensor],
-        start_numbers: Tensor | Sequence[Tensor],
+        start_tokens: Ids,
+        start_numbers: Vectors,
         seq_len: int,
         options: GenerationOptions,
     ) -> Iterator[GenerateReturn]:
@@ -194,8 +197,8 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
 
     def _begin(
         self,
-        start_tokens: Tensor | Sequence[Tensor],
-        start_numbers: Tensor | Sequence[Tensor],
+        start_tokens: Ids,
+        start_numbers: Vectors,
         seq_len: int,
         options: GenerationOptions,
     ) -> tuple[_Numbered, Prompts, InferenceView]:
@@ -203,8 +206,9 @@ class XValAutoregressiveWrapper(Configured, ReadsReference):
         net = unwrapped(self.net)
         check_seq_len(seq_len)
         prepended = options.arguments.get("prepend_embeds") is not None
-        read = read_prompts(start_tokens, options.prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
-        numbers = Sequences(read.align(_rows(start_tokens, start_numbers, read.width), 0.0))
+        tokens = as_prompts(start_tokens, net, "`start_tokens`")
+        read = read_prompts(tokens, options.prompt_lens, self.pad_value, net.num_tokens, may_be_empty=prepended)
+        numbers = Sequences(read.align(_rows(tokens, _numbers(start_numbers, tokens, net), read.width), 0.0))
         # a window over the last tokens moves their positions, and cached keys have the old ones
         if 0 < net.max_seq_len < read.tokens.shape[1] + seq_len - 1:
             options = replace(options, cache_kv=False)
@@ -257,12 +261,21 @@ class _Numbered:
         self.watch.look()
 
 
+def _numbers(numbers: Vectors, tokens: Tensor | list[Tensor], net: nn.Module) -> Tensor | list[Tensor]:
+    """Return numbers in the form that the tokens have, a tensor or a list of them."""
+    if isinstance(tokens, Tensor) or not isinstance(numbers, list | tuple):
+        return as_vectors(numbers, net, "`start_numbers`")
+    return [as_vectors(each, net, "`start_numbers`") for each in numbers]
+
+
 def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor], width: int) -> Tensor:
     """Return `(b, width)` numbers, aligned on the left as the prompts were given."""
     pairs = [(tokens, numbers)] if isinstance(tokens, Tensor) else list(zip(tokens, numbers, strict=False))
     for one, other in pairs:
         if not isinstance(other, Tensor) or one.shape != other.shape or len(tokens) != len(numbers):
             raise ShapeError("`start_numbers` must have the shapes of `start_tokens`: a number for each token.")
+        if not other.is_floating_point():
+            raise InputError(f"`start_numbers` has dtype {other.dtype}; it must be a floating-point type.")
     if isinstance(numbers, Tensor):
         return numbers.reshape(-1, width)
     return torch.nn.utils.rnn.pad_sequence(list(numbers), batch_first=True)

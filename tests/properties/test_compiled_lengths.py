@@ -74,13 +74,13 @@ def test_two_graphs_for_all_lengths(name: str) -> None:
     assert len(graphs) <= 2
 
 
-def test_chunks_of_a_loss_take_a_graph_for_each_doubling() -> None:
-    model = AutoregressiveWrapper(BASE.build(depth=1), loss_chunk_size=4)
+@pytest.mark.parametrize("options", [{}, {"tie_embedding": True}, {"mixture_of_softmax": True}])
+def test_chunks_of_a_loss(options: dict[str, Any]) -> None:
+    model = AutoregressiveWrapper(BASE.build(depth=1, **options), loss_chunk_size=4)
     compiled, graphs = counted(model)
-    for n in (18, 20, 22, 24, 26, 28, 30, 32):
+    for n in (18, 20, 22, 31, 32, 5):
         x = tokens(2, n)
         close(compiled(x), model(x))
-    # 34 to 62 tokens with a label are 16 chunks each; the first length is a number
     assert len(graphs) <= 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,7 +18,9 @@ from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import export, translate
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.second_names import SecondName, SecondNames
@@ -263,6 +264,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             carry = _carry_on(left, result.plain if self.leaves_scores else None, prefix, layer)
         return BranchOutput(out, record, carry)
 
+    @takes_no_more
     def forward(
         self,
         x: Tensor,
@@ -294,6 +296,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         causal: bool | None = None,
         *,
         layer: LayerCall | None = None,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, Intermediates | BranchOutput] | BranchOutput:
         """Attend outside of a stack; or, with `layer`, as a sublayer of one (see `run`).
 
@@ -336,6 +339,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
+        if unknown:
+            check_names(self, Attention.forward, unknown)
         if layer is not None:
             output = self.run(x, layer)
             return (output.out, output) if return_intermediates else output

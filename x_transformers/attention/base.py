@@ -454,6 +454,11 @@ class QKTransform(LoadsWhole):
         raise NotImplementedError
 
     @property
+    def refuses_tables(self) -> str | None:
+        """Why tables of a caller, which rotate adjacent features of all layers, cannot replace it; None if they can."""
+        return None
+
+    @property
     def reach(self) -> int | None:
         """Number of queries in a pass beyond which the decay is computed by blocks; None if there is no decay."""
         return None
@@ -471,7 +476,10 @@ class QKNorm(LoadsWhole):
     """Normalizes projected queries and keys, independently of positions."""
 
     scale: float | None = None
-    """Factor of the logits that the norm needs, or None for `1 / sqrt(d)`."""
+    """Factor of the logits that the norm needs, or None for that of the attention, usually `1 / sqrt(d)`."""
+
+    beyond_reference: str | None = None
+    """The words for a norm that the reference does not have; else None."""
 
     def normalize_q(self, q: Tensor) -> Tensor:
         """Normalize queries `(b, h, i, d)`."""

@@ -90,7 +90,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         ConfigError: listing every unknown keyword, bad value and conflict.
     """
     faults = Faults()
-    parsed = SCHEMA.parse(dict(options), faults)
+    parsed = SCHEMA.parse(dict(options), faults, others=("dim", "heads", "causal"))
     SCHEMA.check_choices(parsed, faults)
     SCHEMA.check_rules(parsed, parsed, faults)
     faults.raise_if_any("Attention")
@@ -183,7 +183,8 @@ def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -
 
 def _build_core(parsed: Any, shape: AttentionShape, modules: Mapping[str, Any], switches: Mapping[str, str]) -> Attend:
     """Build the core. Its messages name the keyword that switched on each part."""
-    scale = shape.dim_head**-0.5
+    given = parsed["heads"].scale
+    scale = shape.dim_head**-0.5 if given is None else given
     for norm in modules["qk_norms"]:
         scale = norm.scale if norm.scale is not None else scale
     sink, options = modules["sink"], parsed["backend"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from x_transformers.forward_pass.call import (
     Span,
     check_kinds,
 )
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import finite_where_hidden
@@ -147,7 +148,7 @@ class CallAdapter(HeadProjection):
         self.attend.check_causality(causal, cached=given.cache is not None)
         documents = self._documents(x, given)
         rotations = _rotations(given)
-        if context is not None and context.numel():
+        if context is not None and context.numel() > 0:
             check_context(context, batch, self.dim_context)
         if context is not None and given.cache is not None and (causal or self.attend.window is not None):
             raise InputError(
@@ -166,7 +167,7 @@ class CallAdapter(HeadProjection):
         keys, fresh = own, query
         if context is not None:
             keys = fresh = _context_span(context, given.context_mask, entry)
-            if keys.token_mask is not None and context.numel():
+            if keys.token_mask is not None and context.numel() > 0:
                 context = finite_where_hidden(context, keys.token_mask)
             if given.pos is None and given.cache is None:
                 # biases measure distances to a context from the right: the last query is aligned with the last key
@@ -303,8 +304,13 @@ def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents 
     batch, n = x.shape[:2]
     places = torch.arange(length, device=x.device)
     token_mask = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
-    if given.pos is not None and (given.pos.ndim not in (1, 2) or given.pos.shape[-1] not in (n, length)):
-        raise ShapeError(f"`pos` has shape {tuple(given.pos.shape)}; it must be (n,) or (b, n), {length} tokens.")
+    if given.pos is not None and (
+        given.pos.ndim not in (1, 2) or given.pos.shape[-1] not in (n, length) or given.pos.is_complex()
+    ):
+        raise ShapeError(
+            f"`pos` has shape {tuple(given.pos.shape)} and dtype {given.pos.dtype}; it must hold real numbers, (n,) or "
+            f"(b, n), {length} tokens."
+        )
     slot = places.unsqueeze(0) if documents is None else documents.places(n)
     pos = slot if given.pos is None else given.pos if given.pos.ndim == 2 else given.pos.unsqueeze(0)
     query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if token_mask is None else token_mask[:, -n:])

@@ -108,9 +108,11 @@ class HeadProjection(nn.Module):
             xk, xv = _sources(xk, xv, layer)
         if self.latent_q is None and self.latent_kv is None and deltas.q is deltas.k is deltas.v is None:
             # every plain pass goes through here, so that heads are split without further Python calls
-            h, g, merged = projections.heads, projections.kv_heads, projections.ready
-            if merged is not None and xk is xq and xv is xq:
+            h, g, merged, one = projections.heads, projections.kv_heads, projections.ready, xk is xq and xv is xq
+            if merged is not None and one:
                 q, k, raw = split_heads(F.linear(xq, *merged), h + 2 * g).split_with_sizes((h, g, g), -3)
+            elif one and torch.is_grad_enabled() and (joint := projections.joint(xq)) is not None:
+                q, k, raw = joint
             else:
                 assert projections.k is not None
                 q, k, raw = projections.q(xq), projections.k(xk), projections.v(xv)
@@ -132,7 +134,7 @@ class HeadProjection(nn.Module):
         for mod in self.values:
             v = mod.project(v, xq, layer)
         m = 0 if layer.memory is None else layer.memory.shape[-2]
-        fresh = (k[..., m:, :], v[..., m:, :]) if m else (k, v)
+        fresh = (k[..., m:, :], v[..., m:, :]) if m > 0 else (k, v)
         if layer.rotations:
             q, k = self._rotate(q, k, layer, span)
         if entry is not None and own and self.latent_kv is None:

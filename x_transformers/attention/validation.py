@@ -28,7 +28,7 @@ def check_pairs(t: Tensor, name: str, *, batch: int, heads: int, queries: int, k
         raise InputError(f"`attn_bias` has dtype {t.dtype}; it is added to logits, and must be floating.")
     fits = 2 <= t.ndim <= 4 and t.shape[-2] in (1, queries) and (t.shape[-1] == 1 or t.shape[-1] >= keys)
     lead = t.shape[:-2][::-1]
-    if not fits or any(count not in (1, whole) for count, whole in zip(lead, (heads, batch), strict=False)):
+    if not fits or any(count not in (1, whole) for count, whole in zip(lead, (heads, batch)[: len(lead)], strict=True)):
         raise ShapeError(
             f"`{name}` has shape {tuple(t.shape)}; it must be (i, j), (h, i, j) or (b, h, i, j) and broadcast to "
             f"({batch}, {heads}, {queries}, {keys})."

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Number
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from x_transformers.checkpoints.folder import TRAINING
+from x_transformers.checkpoints.optimizer_checks import NAMES, check_states, take_options
 from x_transformers.checkpoints.parts import PartReader
 from x_transformers.checkpoints.plain_data import pack, unpack
 from x_transformers.errors import CheckpointError
 from x_transformers.modules.unwrap import plain_name
 
-NAMES = ("params", "param_names")
-"""Entries of a group that name its parameters."""
 PARTS = ("state", "param_groups")
 """Entries of the state dict of every optimizer; some have more."""
 
@@ -105,13 +101,9 @@ def _unpack(key: str, packed: Any, names: dict[int, str], optimizer: Optimizer, 
         first = len(numbers)
         numbers |= {name: first + place for place, name in enumerate(own)}
         parameters |= dict(zip(own, group["params"], strict=True))
-        options = unpack(saved["options"], reader.whole)
-        _check_options(f"group {i} of the optimizer `{key}`", options, group)
-        for name, value in options.items():
-            if isinstance(value, Tensor) and isinstance(own_value := group.get(name), Tensor):
-                options[name] = value.to(own_value.device)
-        rest = {name: value for name, value in group.items() if name not in NAMES}
-        groups.append({**rest, **options, "params": [numbers[name] for name in own]})
+        where = f"group {i} of the optimizer `{key}` ({TRAINING})"
+        options = take_options(where, unpack(saved["options"], reader.whole), group, optimizer)
+        groups.append({**options, "params": [numbers[name] for name in own]})
     states: dict[Any, Any] = {}
     for name, values in packed["states"].items():
         if name not in parameters:
@@ -120,89 +112,11 @@ def _unpack(key: str, packed: Any, names: dict[int, str], optimizer: Optimizer, 
             raise CheckpointError(f"the state of `{name}` in the optimizer `{key}` is no mapping")
         parameter = parameters[name]
         states[numbers[name]] = unpack(values, lambda tensor, parameter=parameter: reader.like(tensor, parameter))
-    _check_states(key, states, numbers, groups, optimizer)
+    check_states(key, states, numbers, groups, optimizer)
     for name, values in packed["others"].items():
         states[name] = unpack(values, reader.whole)
     extra = {name: unpack(values, reader.whole) for name, values in packed["extra"].items() if name not in PARTS}
     return {"state": states, "param_groups": groups, **extra}
-
-
-def _check_options(where: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Check that options are of the kinds that the optimizer has."""
-    for name, value in saved.items():
-        if name in own and not _alike(value, own[name]):
-            raise CheckpointError(f"`{name}` in {where} is {value!r} there and {own[name]!r} here")
-
-
-def _alike(value: Any, own: Any) -> bool:
-    """Return True if two values are of one kind. None is of the kind of everything that is optional."""
-    if own is None or value is None:
-        return own is None or isinstance(own, bool | str)
-    if isinstance(own, list | tuple):
-        same = isinstance(value, list | tuple) and len(value) == len(own)
-        return same and all(map(_alike, value, own))
-    return _kind(value) == _kind(own)
-
-
-def _kind(value: Any) -> Any:
-    if not isinstance(value, bool) and (
-        isinstance(value, Number) or (isinstance(value, Tensor) and value.numel() == 1)
-    ):
-        return Number
-    return type(value)
-
-
-def _check_states(
-    key: str, states: dict[int, Any], numbers: dict[str, int], groups: list[dict[str, Any]], optimizer: Optimizer
-) -> None:
-    """Check that states have the tensors that a step of the optimizer creates, if that can be found out."""
-    expected = _expected_states(optimizer, groups)
-    for name, number in numbers.items():
-        state = states.get(number)
-        if not state or not expected:
-            continue
-        for entry, wanted in expected[number].items():
-            found = state.get(entry)
-            if not isinstance(wanted, Tensor):
-                continue
-            if found is None:
-                raise CheckpointError(f"the optimizer `{key}` lacks `{entry}` of `{name}`")
-            shape = tuple(found.shape) if isinstance(found, Tensor) else ()
-            same_kind = not isinstance(found, Tensor) or found.is_floating_point() == wanted.is_floating_point()
-            if shape != tuple(wanted.shape) or not same_kind or not isinstance(found, Tensor | Number):
-                raise CheckpointError(
-                    f"`{entry}` of `{name}` in the optimizer `{key}` is {_described(found)} there and "
-                    f"{_described(wanted)} here"
-                )
-
-
-def _described(value: Any) -> str:
-    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-
-
-def _expected_states(optimizer: Optimizer, groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]] | None:
-    """Return the states that a first step creates, from a step on the meta device; None if it cannot run there."""
-    try:
-        twin = copy.copy(optimizer)
-        twin.state = defaultdict(dict)
-        twin.param_groups, created = [], {}
-        for own, group in zip(optimizer.param_groups, groups, strict=True):
-            # implementations that need another device; all of them have the same states
-            plain = {name: False for name in ("fused", "foreach", "capturable") if name in group}
-            alike: dict[Any, Tensor] = {}
-            for number, parameter in zip(group["params"], own["params"], strict=True):
-                shape, dtype = tuple(parameter.shape), parameter.dtype
-                if (shape, dtype) not in alike:
-                    alike[shape, dtype] = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-                    alike[shape, dtype].grad = torch.empty(shape, dtype=dtype, device="meta")
-                created[number] = alike[shape, dtype]
-            twin.param_groups.append({**group, **plain, "params": list(alike.values())})
-        with torch.no_grad():
-            # without the hooks of the user's, which PyTorch runs around this function
-            getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)(twin)
-        return {number: twin.state.get(parameter, {}) for number, parameter in created.items()}
-    except Exception:
-        return None
 
 
 def load_optimizers(

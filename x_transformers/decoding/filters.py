@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.errors import InputError, did_you_mean
+from x_transformers.errors import InputError
+from x_transformers.options.suggestions import did_you_mean
 from x_transformers.options.values import accepts, shown
 
 Filter = Callable[..., Tensor]

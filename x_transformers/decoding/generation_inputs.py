@@ -156,20 +156,34 @@ class Arguments:
 
 def _widened(name: str, value: Any, times: int) -> Any:
     """Return a value with each row repeated; a single row that serves all of them is not."""
+    return with_rows(name, value, lambda t, axis: t.repeat_interleave(times, dim=axis))
+
+
+def with_rows(name: str, value: Any, fn: Callable[[Tensor, int], Tensor]) -> Any:
+    """Return an argument of a pass with other rows; a single row that serves all of them is left as it is.
+
+    Args:
+        name: of the argument, which says which axis is that of rows.
+        value: the argument; of a list or tuple each item.
+        fn: tensor and axis to the tensor with other rows.
+
+    Raises:
+        InputError: for tensors whose axis of rows is not known.
+    """
     if isinstance(value, (list, tuple)):
-        return type(value)(_widened(name, item, times) for item in value)
+        return type(value)(with_rows(name, item, fn) for item in value)
     if isinstance(value, LayerIntermediates):
-        raise InputError(f"`{name}` is a record, whose rows cannot be repeated for the beams; give pairs of tensors.")
+        raise InputError(f"`{name}` is a record, whose rows cannot be repeated; give pairs of tensors.")
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     axis = _ROW_AXIS.get(name)
     if axis is None:
-        raise InputError(f"`{name}` is a tensor of which beam search does not know the rows; search without it.")
+        raise InputError(f"`{name}` is a tensor of which it is not known which axis is that of rows; drop it.")
     if name == "pos" and (value.is_floating_point() or _is_by_head(value)):
         axis = -3  # embeddings of positions, or positions of each head
     if value.ndim < -axis or value.shape[axis] == 1:
         return value
-    return value.repeat_interleave(times, dim=axis)
+    return fn(value, axis)
 
 
 def _is_by_head(t: Tensor) -> bool:

@@ -21,6 +21,7 @@ from x_transformers.decoding.step import Branching, Cached, Reader, Rerun, Seque
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.models.base import Model
+from x_transformers.models.delegate import ModelDelegate
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
@@ -206,7 +207,7 @@ def check_next_token_net(net: Any) -> TransformerWrapper:
         ConfigError: if it does not.
     """
     net = unwrapped(net)
-    if not isinstance(net, TransformerWrapper):
+    if not isinstance(net, TransformerWrapper | ModelDelegate):
         raise ConfigError(f"`net` is a {type(net).__name__}; it must be a TransformerWrapper around a stack.")
     if net.has_multiple_heads or net.to_logits is None:
         heads = "several heads (`num_output_heads`)" if net.has_multiple_heads else "no head (`return_only_embed`)"

@@ -17,6 +17,7 @@ from x_transformers.decoding.filters import find_filter, top_k
 from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, is_greedy, most_likely
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import check_names
 from x_transformers.options.schema import opt
 from x_transformers.options.values import accepts, convert, hints_of, misfits, plain
 
@@ -166,12 +167,6 @@ class GenerationOptions:
             return 0
         return 4 if self.draft_tokens is None else self.draft_tokens
 
-    @classmethod
-    def read(cls, names: str, given: Mapping[str, Any]) -> GenerationOptions:
-        """Return the options that `given` holds under the given names; all else is for the model's passes."""
-        own = {name: given[name] for name in names.split() if name in given}
-        return cls(**own, arguments={name: value for name, value in given.items() if name not in own})
-
 
 CHECKED_ELSEWHERE = ("eos_token", "arguments", "amateur_model", "draft_model", "prompt_lens", "beams")
 """Fields that are checked, with words of their own, where they are used."""
@@ -212,7 +207,13 @@ def takes_options(
 
         @functools.wraps(method)
         def taking(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                check_names(args[0], taking, kwargs)
+                raise
+            if "kwargs" in bound.arguments:
+                check_names(args[0], taking, bound.arguments["kwargs"])
             bound.apply_defaults()
             given = bound.arguments
             options = {name: given.pop(name) for name in list(given) if name in FIELDS and name not in own}

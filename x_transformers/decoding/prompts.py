@@ -143,8 +143,6 @@ def _stack(
     prompts: Sequence[Tensor], prompt_lens: Tensor | Sequence[int] | None, pad_value: int
 ) -> tuple[Tensor, list[int]]:
     """Return a list of prompts as `(b, n)`, still left-aligned, and their lengths."""
-    if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, Tensor) for prompt in prompts):
-        raise InputError(f"`prompts` is a {type(prompts).__name__}; it must be a tensor of ids or a list of tensors.")
     if len(prompts) == 0:
         raise InputError("`prompts` is an empty list; give at least one prompt.")
     if prompt_lens is not None:

@@ -272,13 +272,14 @@ def read_prompt(
     net: Model, tokens: Tensor, cache: KVCache, start: Tensor | None, arguments: Any, last: int = 1
 ) -> tuple[Tensor, LayerIntermediates]:
     """Read `tokens (b, n)` after what is cached; return logits `(b, last, v)`, and the record with the cache."""
+    if "capture" not in arguments:
+        arguments = {**arguments, "capture": ONLY_CACHE}
     return net(
         tokens,
         cache=cache,
         input_not_include_cache=True,
         return_intermediates=True,
         seq_start_pos=start,
-        capture=ONLY_CACHE,
         **dict.fromkeys(net.last_position_only, last),
         **arguments,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.names import check_names
 from x_transformers.options.values import WHOLE, hints_of, misfits, plain, shown, type_name
 
 Kinds = Mapping[str, tuple[tuple[type, ...], Any]]
@@ -37,26 +38,30 @@ def _classes(hint: Any) -> tuple[type, ...]:
 
 def check_kind(name: str, value: Any, kind: tuple[tuple[type, ...], Any]) -> None:
     """Raise an `InputError` unless an argument is of the classes of its annotation."""
-    text = isinstance(value, str | bytes) and str not in kind[0]
+    # a tuple: the compiler of PyTorch 2.6 knows no unions of classes
+    text = isinstance(value, (str, bytes)) and str not in kind[0]
     if text or not isinstance(value, kind[0]) or (value.__class__ is bool and bool not in kind[0]):
         raise InputError(f"`{name}` is {shown(value)}; it must be of type {type_name(kind[1])}.")
 
 
 def checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a method of a training wrapper, whose calls are few, a check of its arguments by their annotations.
+    """Check names and types of a method's arguments, where calls are few, as those of training wrappers.
 
     Numbers of numpy become Python's.
 
     Raises:
-        InputError: naming an argument that does not fit, and the type that it must have.
+        InputError: naming an argument that is unknown, or that does not fit, and the type that it must have.
     """
     parameters = list(inspect.signature(method).parameters.values())[1:]
     positional = [entry.name for entry in parameters if entry.kind is entry.POSITIONAL_OR_KEYWORD]
+    own = frozenset(entry.name for entry in parameters)
 
     @functools.wraps(method)
     def checking(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
+        if not own.issuperset(kwargs):
+            check_names(self, checking, kwargs)
         hints = hints_of(method)
         kwargs = {name: plain(value) if name in hints else value for name, value in kwargs.items()}
         args = tuple(plain(value) for value in args)

@@ -9,7 +9,8 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from operator import attrgetter
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from x_transformers.forward_pass.arguments import Kinds, check_kind
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 
 T = TypeVar("T")
@@ -47,13 +49,36 @@ def check_kinds(given: Mapping[str, Any], kinds: Kinds) -> None:
         check_kind(name, value, kind)
 
 
+_FITTING: dict[type, tuple[Callable[[object], tuple[Any, ...]], set[tuple[type, ...]]]] = {}
+"""For a class of inputs: a function that reads their attributes, and the combinations of classes that were checked."""
+
+_MANY = 256
+"""Combinations that are kept; programs have a few."""
+
+
 def check_attributes(inputs: object, kinds: Kinds) -> None:
     """Raise an `InputError` for an attribute of another class than its annotation has; see `check_kinds`.
 
     Args:
-        inputs: the arguments of a pass, most of which are None.
+        inputs: the arguments of a pass, most of which are None; the same attributes for all objects of one class.
         kinds: see `kinds_of`.
     """
+    if torch.compiler.is_compiling():
+        _check_each(inputs, kinds)
+        return
+    # each pass asks this, so that classes which fitted once are found without a loop in Python
+    known = _FITTING.get(inputs.__class__)
+    if known is None:
+        known = _FITTING[inputs.__class__] = attrgetter(*kinds), set()
+    read, fitting = known
+    classes = tuple(map(type, read(inputs)))
+    if classes not in fitting:
+        _check_each(inputs, kinds)
+        if len(fitting) < _MANY:
+            fitting.add(classes)
+
+
+def _check_each(inputs: object, kinds: Kinds) -> None:
     for name, kind in kinds.items():
         value = getattr(inputs, name)
         if value is None:
@@ -331,6 +356,7 @@ class LayerCall:
         carry: values from earlier sublayers.
         condition: `(b, 1|n, c)` input of adaptive norms and scales.
         injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
+        own_input: `(b, k, D)` that the last k tokens read instead of the stream, before the norm.
         deep_embed: `(b, n, D)` factor of a feedforward's output.
         additional: keys `(b, g', A, d)` and values `(b, g', A, e)` before the others, which are used as they are.
         additional_mask: `(b, A)` bool, True for those that are seen.
@@ -354,6 +380,7 @@ class LayerCall:
     carry: Carry = field(kw_only=True)
     condition: Tensor | None = None
     injection: Tensor | None = None
+    own_input: Tensor | None = None
     deep_embed: Tensor | None = None
     additional: tuple[Tensor, Tensor] | None = None
     additional_mask: Tensor | None = None
@@ -363,6 +390,13 @@ class LayerCall:
     causal: bool | None = None
     context_attn_mask: Tensor | None = None
     start: LayerStart | None = None
+
+    @staticmethod
+    def of(call: Call, carry: Carry, deltas: Deltas) -> LayerCall:
+        """Return the inputs of a sublayer that reads nothing else yet."""
+        own = object.__new__(LayerCall)  # other fields are those of the class: decoding pays for each one that is set
+        own.call, own.carry, own.deltas = call, carry, deltas
+        return own
 
     def remember_start(self) -> None:
         """Record the state that the sublayer changes while it runs; see `restarted`."""

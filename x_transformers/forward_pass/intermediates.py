@@ -57,7 +57,7 @@ class _CacheLength:
             return None
         if record.cache is None:
             return record.given_length
-        return getattr(record.cache, "filled", record.cache.length)
+        return record.cache.consumed
 
     def __set__(self, record: LayerIntermediates, length: int | Tensor | None) -> None:
         if length is None or length is record.cache_length:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.named_stacks import CrossAttender
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
@@ -72,6 +73,7 @@ class AttentionPool(Configured, ReadsReference):
             self.pooler = Attention(dim, dim_head, dim_context=dim_context, heads=heads, **options)
 
     @checked
+    @passes_on("pooler", but=("context", "context_mask"))
     def forward(
         self, context: Tensor, mask: Tensor | None = None, queries: Tensor | None = None, **arguments: Any
     ) -> Tensor:

@@ -59,6 +59,8 @@ def self_attention_inputs(
             rows = inputs.x.shape[0]
             residual = select_new_tokens(residual, rows, call.query.length, stack.dim, "self_attn_kv_residuals")
         layer.kv_residual = residual
+    if inputs.self_attn_inputs is not None:
+        layer.own_input = inputs.self_attn_inputs.get(step.nth)
 
 
 def _bind(

@@ -92,14 +92,14 @@ def with_positions_of_pass(stack: LayerStack, inputs: PassInputs, kv: KVCache) -
             kv.newest = torch.tensor([kv.length + inputs.x.shape[1] - 1], device=inputs.x.device)
         put_keys(kv, keys)
         return kv
-    if not kv.started or _same(kv.start, start):
+    if not kv.started or not (kv.rotations or kv.interspersed) or _same(kv.start, start):
         return kv
     if kv.interspersed:
         raise InputError(
             "interspersed memory tokens begin where the left padding ends (`seq_start_pos`), so that it has to be "
             "given from the first pass on, and stay the same."
         )
-    if kv.positions is not None or not kv.rotations:
+    if kv.positions is not None:
         return kv
     kv = kv.begin(0)
     keys = restored_keys(kv)
@@ -111,8 +111,9 @@ def with_positions_of_pass(stack: LayerStack, inputs: PassInputs, kv: KVCache) -
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    # a graph cannot ask whether two tensors are equal
-    return torch.compiler.is_compiling() or one is other or torch.equal(one, other)
+    # A graph cannot ask whether two tensors are equal. Elsewhere values are compared last, since that waits for a GPU;
+    # loops pass one tensor at every step, or views of one.
+    return torch.compiler.is_compiling() or one is other or one.is_set_to(other) or torch.equal(one, other)
 
 
 def _check_rows(kv: KVCache, x: Tensor) -> None:
@@ -155,6 +156,7 @@ def _made_by_hand(
         else:
             longest = max(longest, kv.span_of(entry)[2])
             entry.unrotated = 0 if attention.unrotated_heads is None else attention.unrotated_heads[1]
+            entry.rotations = stack.rotations_of(step.layer) if stack.rotates_by_layer else None
         kv.entry(step.number)
         kv.entries[step.number] = entry
     kv.length = kv.tokens = int(length) or longest

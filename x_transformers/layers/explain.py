@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 
 import torch
 from torch import nn
 
 from x_transformers.attention.backends.base import Situation
+from x_transformers.errors import InputError
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.layers.stack import LayerStack
 
 
@@ -56,15 +59,49 @@ class Explanation:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        """Return the table as notebooks show it."""
+        head = ("sublayer", "parameters", "FLOPs/token", "backend", "features")
+        cells = [
+            (
+                row.name,
+                f"{row.parameters:,}",
+                f"{row.flops:,}",
+                f"{row.backend} ({row.why})" if row.backend else "",
+                ", ".join(row.features) or "plain",
+            )
+            for row in self.rows
+        ]
+        total = ("in all", f"{self.parameters:,}", f"{sum(row.flops for row in self.rows):,}", "", "")
+        return (
+            f"<p><b>{escape(self.title)}</b><br>stack: {escape(', '.join(self.stack) or 'plain')}</p><table><thead>"
+            f"{_html_row('th', head)}</thead><tbody>{''.join(_html_row('td', row) for row in [*cells, total])}</tbody>"
+            f"</table>{''.join(f'<p>{escape(note)}</p>' for note in self.notes)}"
+        )
+
+
+def _html_row(kind: str, cells: tuple[str, ...]) -> str:
+    """Return a row of a table; numbers, in the second and third column, end at one line."""
+    styled = [
+        f'<{kind} style="text-align: {"right" if number in (1, 2) else "left"}">{escape(cell)}</{kind}>'
+        for number, cell in enumerate(cells)
+    ]
+    return f"<tr>{''.join(styled)}</tr>"
+
 
 ALWAYS_ON = {"structure", "stack", "norm", "norm_placement", "heads", "backend", "attention_output", "feedforward"}
 """Features that every model has, and that the table leaves out."""
 
 
 def explain_stack(
-    stack: LayerStack, device: str | None, dtype: torch.dtype | None, training: bool | None, seq_len: int
+    stack: LayerStack,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    training: bool | None,
+    seq_len: int,
 ) -> Explanation:
     """Return the table of a stack; see `AttentionLayers.explain`."""
+    check_whole(seq_len=seq_len)
     training = stack.training if training is None else training
     situation = situation_of(stack, device, dtype, training)
     reach = next((each.reach for each in stack.rotations if each.decays), None)
@@ -116,11 +153,17 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def situation_of(module: nn.Module, device: str | None, dtype: torch.dtype | None, training: bool | None) -> Situation:
+def situation_of(
+    module: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None, training: bool | None
+) -> Situation:
     """Return the situation to explain: that of the module, unless specified otherwise."""
     like = next(module.parameters())
+    try:
+        kind = like.device.type if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f'`device` is {device!r}; it must be the name of a device, such as "cuda".') from error
     return Situation(
-        device=torch.device(device).type if device is not None else like.device.type,
+        device=kind,
         dtype=dtype or like.dtype,
         grad=module.training if training is None else training,
     )

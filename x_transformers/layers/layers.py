@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from loguru import logger
 from torch import Tensor
 
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.forward_pass.arguments import check_whole
+from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
+from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
@@ -32,6 +32,7 @@ from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.notices import warn
 from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
@@ -61,7 +62,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             narrow = getattr(self.rotary_pos_emb, "dim", 32)
             unwise = f"`rotary_emb_dim` is {narrow}; below 32, distant positions are hard to tell apart."
             for sentence in (*plan.warnings, *([unwise] if narrow < 32 else ())):
-                logger.warning(f"{name}: {sentence}")
+                warn(f"{name}: {sentence}")
 
     @property
     def attn_heads(self) -> int:
@@ -133,6 +134,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         """Return the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
         return [matrix for branch in self.sublayers for matrix in branch.fn.muon_parameters()]
 
+    @checked
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Clip the logits of every attention in place, see `Attention.qk_clip_`.
 
@@ -155,11 +157,12 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             logits = [record.pre_softmax_attn for record in ran if record.pre_softmax_attn is not None]
             most = [t.amax(dim=(0, 2, 3))[None, :, None, None] for t in logits]
             attention = self.sublayers[index].attention
-            attention.qk_clip_(torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], tau)  # type: ignore[operator]
+            attention.qk_clip_(torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], float(tau))  # type: ignore[operator]
 
+    @checked
     def explain(
         self,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         training: bool | None = None,
         seq_len: int = 1024,
@@ -174,6 +177,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         """
         return explain_stack(self, device, dtype, training, seq_len)
 
+    @takes_no_more
     def forward(
         self,
         x: Tensor,
@@ -216,6 +220,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         header: CacheHeader = NO_PREFIX,
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
+        self_attn_inputs: Mapping[int, Tensor] | None = None,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
 
@@ -271,6 +277,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             header: slots that are no tokens, for the cache (wrappers).
             capture: what to record; default everything with `return_hiddens` and without a cache.
             pairs: computes a further `attn_mask` from queries and keys.
+            self_attn_inputs: for the n-th executed self-attention, counted from 0, `(b, k, D)` that its last k tokens
+                read, before the norm; the stream itself stays as it is.
 
         Returns:
             `(b, n, D)`, and the intermediates with `return_hiddens` or `return_gumbel_log_probs`.
@@ -279,6 +287,8 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             InputError: if arguments do not fit the stack or each other.
             ShapeError: if an argument has a shape that does not fit `x`.
         """
+        if unknown:
+            check_names(self, AttentionLayers.forward, unknown)
         # in the order of the signature; `torch.compile` cannot read `locals()` before PyTorch 2.13
         # fmt: off
         inputs = PassInputs(
@@ -288,7 +298,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             additional_kv_mask, detach_additional_kv, route_additional_kv_to_top, condition, in_attn_cond,
             layers_execute_order, repeat_blocks, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, causal, transform_block_inputs, places, header,
-            capture, pairs,
+            capture, pairs, self_attn_inputs,
         )
         # fmt: on
         check_attributes(inputs, KINDS_OF_INPUTS)
@@ -352,7 +362,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
 
         def finish() -> None:
             self.mix_streams_as_reference()
-            logger.warning(
+            warn(
                 f"{type(self).__name__}: these weights were trained with residual streams that mix by a matrix of "
                 "ones, so that this model computes them that way from now on (`hyper_conn_reference_mix = True`)."
             )

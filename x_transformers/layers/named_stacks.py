@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.errors import ConfigError, Faults, ShapeError
 from x_transformers.forward_pass.arguments import check_counts
 from x_transformers.forward_pass.call import Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.options.signatures import parameter, show_keywords
@@ -67,6 +69,7 @@ class PrefixDecoder(AttentionLayers):
             )
         super().__init__(causal=False, **_with_dim(self, keywords))
 
+    @passes_on(AttentionLayers.forward)
     def forward(
         self, x: Tensor, *args: Any, prefix_attn_len: int | Tensor | None = None, **arguments: Any
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
@@ -111,7 +114,12 @@ def _refuse_causal(keywords: dict[str, Any], what: str, other: str) -> None:
 
 def _with_dim(stack: AttentionLayers, keywords: dict[str, Any]) -> dict[str, Any]:
     if "dim" not in keywords:
-        raise ConfigError(f"{type(stack).__name__}: `dim` is missing, the width of the residual stream.")
+        faults, known = Faults(), inspect.signature(AttentionLayers).parameters
+        for name in keywords:
+            if name not in known:
+                faults.add_unknown(name, known)
+        faults.add("`dim` is missing, the width of the residual stream.")
+        faults.raise_if_any(type(stack).__name__)
     return keywords
 
 

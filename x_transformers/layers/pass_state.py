@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from x_transformers.attention.base import QKTransform
 from x_transformers.cache import CacheHeader, Entry, KVCache
 from x_transformers.forward_pass.arguments import kinds_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Span
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
@@ -85,6 +86,7 @@ class PassInputs:
     header: CacheHeader
     capture: Capture | None
     pairs: Callable[[Span, Span], Tensor] | None
+    self_attn_inputs: Mapping[int, Tensor] | None
     # filled in by `begin_pass`
     order: tuple[int, ...] = field(default=(), init=False)
     attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
@@ -162,7 +164,9 @@ class Recorder:
         """Return a copy that later records do not share with this one."""
         copied = Recorder(self.capture)
         # copies of the lists: the second run of a block, in the backward pass, must not add its records to the caller's
-        copied.__dict__.update({name: list(kept) for name, kept in self.__dict__.items() if isinstance(kept, list)})
+        copied.streams, copied.blocks = list(self.streams), list(self.blocks)
+        copied.inputs, copied.memory_inputs = list(self.inputs), list(self.memory_inputs)
+        copied.states, copied.records = list(self.states), list(self.records)
         return copied
 
 

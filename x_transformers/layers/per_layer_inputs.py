@@ -69,7 +69,7 @@ def additional_by_layer(
     layers = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     if isinstance(given, LayerIntermediates):
         pairs = _pairs_of_record(given)
-    elif all(isinstance(pair, Sequence) and accepts(tuple[Tensor, Tensor], tuple(pair)) for pair in given):
+    elif all(_is_pair(pair) for pair in given):
         pairs = [(k, v) for k, v in given]
         if any(k.ndim != 4 or v.ndim != 4 for k, v in pairs):
             raise ShapeError("`self_attn_additional_kv` must hold keys (b, g, A, d) and values (b, g, A, e).")
@@ -82,6 +82,10 @@ def additional_by_layer(
     if inputs.route_additional_kv_to_top:
         return [*missing, *pairs[max(len(pairs) - layers, 0) :]]
     return [*pairs[:layers], *missing]
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(t, Tensor) for t in value)
 
 
 def _pairs_of_record(record: LayerIntermediates) -> list[KeysValues]:
@@ -119,3 +123,18 @@ def _by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | Non
         raise ShapeError(f"`{name}` has shape {tuple(given.shape)}; it must be (b, m, width) or (layers, b, m, width).")
     each = [given] if given.ndim == 3 else list(given.unbind(0))
     return [*each[:layers], *[None] * max(layers - len(each), 0)]
+
+
+def check_own_inputs(stack: LayerStack, inputs: PassInputs) -> None:
+    """Raise an `InputError` unless `self_attn_inputs` names self-attentions that run, and fits their tokens."""
+    assert inputs.self_attn_inputs is not None
+    count = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
+    batch, n, dim = inputs.x.shape
+    for nth, given in inputs.self_attn_inputs.items():
+        if not accepts(int, nth) or not 0 <= nth < count:
+            raise InputError(f"`self_attn_inputs` names {nth!r}; this pass runs the self-attentions 0 to {count - 1}.")
+        if given.ndim != 3 or given.shape[0] != batch or given.shape[1] > n or given.shape[2] != dim:
+            raise ShapeError(
+                f"`self_attn_inputs[{nth}]` has shape {tuple(given.shape)}; it must be ({batch}, k, {dim}), k at "
+                f"most {n}."
+            )

@@ -38,6 +38,7 @@ from x_transformers.layers.pass_state import PassInputs, PassState, Recorder, fo
 from x_transformers.layers.per_layer_inputs import (
     additional_by_layer,
     block_transform,
+    check_own_inputs,
     deep_embeds,
     kv_residuals_by_layer,
 )
@@ -71,7 +72,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     if inputs.seq_pos_offset:
         inputs.pos = offset_positions(inputs.seq_pos_offset, inputs, kv)
     if kv is not None:
-        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1]):
+        if not (inputs.input_not_include_cache and inputs.cache_age is None and x.shape[1] > 0):
             read_uncached_tokens(inputs, kv)
             x = inputs.x
         if kv.edited or kv.rotations is None or kv.start is not None or inputs.seq_start_pos is not None:
@@ -124,6 +125,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     # Usually all self-attentions read one span of keys, so that masks and tables made of it serve every layer. Anything
     # that differs between layers, or has to be bound to keys, takes the longer way through `self_attention_inputs`.
     own_keys = inputs.mems or inputs.additional or inputs.kv_residuals is not None or call.attn_bias is not None
+    own_keys = own_keys or inputs.self_attn_inputs is not None
     windows = kv is not None and not kv.fresh and (kv.reaches or kv.edited)
     shares_keys = not own_keys and not windows and stack.rel_pos is None
     states = list(inputs.running_states)
@@ -152,6 +154,8 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
         inputs.additional = additional_by_layer(stack, inputs, inputs.self_attn_additional_kv)
     if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
         inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
+    if inputs.self_attn_inputs is not None:
+        check_own_inputs(stack, inputs)
 
 
 def recomputes(stack: LayerStack, state: PassState) -> bool:
@@ -174,28 +178,36 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    condition, injection, documents = inputs.condition, inputs.injection, inputs.documents
+    transform = inputs.block_transform
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
         kind = step.kind
         # a caller's function knows no axis of streams, so they are folded into the batch for it
-        if inputs.block_transform is not None and step.begins and step.block > 0:
-            x = unfold_streams(inputs.block_transform(step.block + 1, fold_streams(x)), x)
+        if transform is not None and step.begins and step.block > 0:
+            x = unfold_streams(transform(step.block + 1, fold_streams(x)), x)
         if skip_sources:
             # sources are places in the order of execution, readers are built sublayers, which may run several times
-            if step.number in skip_sources.values():
+            if step.number in list(skip_sources.values()):
                 skips[step.number] = x
             if step.layer in skip_sources:
                 x = stack.skip_combines[str(step.layer)](x, skips)
-        layer = LayerCall(call, carry=carry, deltas=NO_DELTAS, condition=inputs.condition, injection=inputs.injection)
-        if inputs.documents is not None:
-            layer.documents = inputs.documents.get(kind.letter)
+        layer = LayerCall.of(call, carry, NO_DELTAS)
+        if condition is not None or injection is not None:
+            layer.condition, layer.injection = condition, injection
+        if documents is not None:
+            layer.documents = documents.get(kind.letter)
         if kv is not None and branch.uses_cache:
             layer.entry = kv.entry(step.number)
         if branch.running:
             layer.states = running_states(branch.running, layer.entry, state.states, keeps_states)
         if kind.is_self_attention:
             layer.rotations = inputs.rotations
+            if stack.rotates_by_layer:
+                layer.rotations = stack.rotations_of(step.layer)
+                if layer.entry is not None:
+                    layer.entry.rotations = layer.rotations
             if state.shares_keys:
                 layer.keys, layer.fresh = call.keys, call.query
             else:

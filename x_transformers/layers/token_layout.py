@@ -40,8 +40,8 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
     if inputs.mask is not None or inputs.self_attn_kv_mask is not None:
         full, column = _all_tokens_mask(inputs, cache, k_index)
         # a static cache has columns for tokens that are still to come, which are visible
-        token_mask = columns_at(full, k_index + column if column else k_index, fill=True)
-        q_mask = columns_at(full, q_index + column if column else q_index, fill=True)
+        token_mask = columns_at(full, k_index + column if column > 0 else k_index, fill=True)
+        q_mask = columns_at(full, q_index + column if column > 0 else q_index, fill=True)
 
     q_slot, k_slot = q_index.unsqueeze(0), k_index.unsqueeze(0)
     documents = None if inputs.documents is None else inputs.documents.get(SELF_ATTENTION.letter)
@@ -65,7 +65,7 @@ def build_token_layout(inputs: PassInputs, cache: KVCache | None) -> tuple[Span,
         q_mask = q_padded if q_mask is None or q_padded is None else q_mask & q_padded
 
     q_pos, k_pos = q_slot, k_slot
-    contiguous = padded is None and documents is None and (cache is None or not cache.dropped)
+    contiguous = padded is None and documents is None and (cache is None or cache.dropped == 0)
     pos = inputs.pos
     if pos is not None:
         pos = _check_pos(pos, batch, n, total)
@@ -134,7 +134,7 @@ def _all_tokens_mask(inputs: PassInputs, cache: KVCache | None, k_index: Tensor)
                 continue
         else:
             full = check_mask(given, batch, most, name)
-            full = F.pad(full, (column, 0), value=True) if column else full
+            full = F.pad(full, (column, 0), value=True) if column > 0 else full
         whole = full if whole is None else whole & full
     if part is not None and whole is None and cache is not None and cache.token_mask is not None:
         # what no mask of this pass covers is masked as in the passes before

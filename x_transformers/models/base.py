@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from loguru import logger
 from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import check_whole
+from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
@@ -23,10 +22,11 @@ from x_transformers.models.embeddings import AbsolutePositionalEmbedding, build_
 from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens, same_for_all_tokens
 from x_transformers.models.internal_sequence import surround
 from x_transformers.models.memory_layout import MemoryLayout
-from x_transformers.models.options import ModelOptions
+from x_transformers.models.options.base import ModelOptions
 from x_transformers.models.recurrence import new_memories, recycled, shifted_down
 from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.notices import warn
 from x_transformers.options.configured import Configured
 
 
@@ -35,7 +35,7 @@ class Model(Configured, ReadsReference):
 
     Args:
         attn_layers: the stack.
-        options: keywords that models share, see `models.options`.
+        options: keywords that models share, see `models.options.catalog`.
         max_seq_len: length of the absolute position table; 0 for no positions and no limit.
         emb_dim: width of the embeddings.
         num_cls_tokens: number of class tokens before the others.
@@ -64,7 +64,7 @@ class Model(Configured, ReadsReference):
         dim = attn_layers.dim
         without = _why_no_positions(max_seq_len, options.use_abs_pos_emb, attn_layers)
         if options.scaled_sinu_pos_emb and without:
-            logger.warning(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
+            warn(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
         self.pos_emb = None
         if not without:
             sinusoids, l2norm_embed = options.scaled_sinu_pos_emb, options.l2norm_embed
@@ -104,6 +104,7 @@ class Model(Configured, ReadsReference):
         """Return the matrices that Muon may orthogonalize; see `AttentionLayers.muon_parameters`."""
         return self.attn_layers.muon_parameters()
 
+    @checked
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Bound the logits of attention by scaling down weights in place; see `AttentionLayers.attn_qk_clip_`.
 
@@ -113,9 +114,10 @@ class Model(Configured, ReadsReference):
         """
         self.attn_layers.attn_qk_clip_(intermediates, tau)
 
+    @checked
     def explain(
         self,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         training: bool | None = None,
         seq_len: int | None = None,
@@ -257,7 +259,7 @@ class Model(Configured, ReadsReference):
     def _integer_positions(self, pos: Tensor, span: TokenSpan) -> tuple[Tensor, Tensor]:
         """Return positions for the stack and for the position table."""
         prefix = self.layout.memory + span.leading
-        if span.starts and prefix and self.layout.every is None and pos.shape[-1] == prefix + span.count:
+        if span.starts and prefix > 0 and self.layout.every is None and pos.shape[-1] == prefix + span.count:
             return pos, (pos[..., prefix:] - prefix).clamp(min=0)
         pos = span.newest(pos, -1)
         return pos, pos
@@ -301,7 +303,7 @@ class Model(Configured, ReadsReference):
         # arguments over the columns of the internal sequence.
         x, sequence = items, None
         prefixed = span.leading if kv is None or span.starts else kv.prefix
-        if prefixed or self.memory_tokens is not None or inputs.prepend_mask is not None:
+        if prefixed > 0 or self.memory_tokens is not None or inputs.prepend_mask is not None:
             sequence = surround(items, span, self.layout, self.memory_tokens, inputs.seq_start_pos)
             if inputs.prepend_mask is not None and span.starts:
                 sequence.hide_prepended(inputs.prepend_mask, self.num_cls_tokens)
@@ -379,7 +381,7 @@ def _of_new_tokens(more: Tensor | float, embeds: Tensor, span: TokenSpan) -> Ten
         return float(more)
     if not same_for_all_tokens(more):
         more = span.newest(more, -2)
-    sizes = zip(more.shape[::-1], embeds.shape[::-1], strict=False)
+    sizes = zip(more.shape[::-1], embeds.shape[::-1][: more.ndim], strict=True)
     if more.ndim > embeds.ndim or more.is_complex() or any(size not in (1, whole) for size, whole in sizes):
         raise ShapeError(
             f"`sum_embeds` has shape {tuple(more.shape)} and dtype {more.dtype}; it must broadcast to "

@@ -13,11 +13,14 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import check_counts, checked
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs
-from x_transformers.models.options import CONTINUOUS, check_size, read_options, show_options
+from x_transformers.models.options.base import check_size
+from x_transformers.models.options.catalog import CONTINUOUS
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
@@ -72,6 +75,7 @@ class ContinuousTransformerWrapper(Model):
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
         x: Tensor,

@@ -190,11 +190,11 @@ def new_tokens(n: int, kv: KVCache, inputs: ModelInputs, leading: int, layout: M
     """
     held, only_new = kv.tokens - kv.prepended, inputs.input_not_include_cache
     first = kv.count_tokens(layout.every is not None)
-    if only_new and n and inputs.cache_age is None:
+    if only_new and n > 0 and inputs.cache_age is None:
         return TokenSpan(n, n, first, leading, kv, not kv.started)
     if not only_new:
         kv.refuse_whole_sequence()
-    count, new = tokens_to_run(n, held, inputs.cache_age, only_new=only_new, fewest=0 if leading else 1)
+    count, new = tokens_to_run(n, held, inputs.cache_age, only_new=only_new, fewest=0 if leading > 0 else 1)
     # tokens that a limit leaves out keep their positions, unless x is too short to say which they are
     skipped = new - count if only_new or n > held else 0
-    return TokenSpan(count, n, first + skipped if skipped else first, leading, kv, not kv.started)
+    return TokenSpan(count, n, first + skipped if skipped > 0 else first, leading, kv, not kv.started)

@@ -84,7 +84,7 @@ class InternalSequence:
                 id.
         """
         seq_start_pos = given.get("seq_start_pos")
-        if self.before or self.prefix_mask is not None or self.column_map is not None:
+        if self.before > 0 or self.prefix_mask is not None or self.column_map is not None:
             for name, convert in self._OVER_COLUMNS.items():
                 if given.get(name) is not None:
                     given[name] = convert(self, given[name])
@@ -94,7 +94,7 @@ class InternalSequence:
                 given[name] = self._mask(known, name)
         if self.column_map is not None:
             given["places"] = self.column_map.places
-        elif seq_start_pos is not None and self.before:
+        elif seq_start_pos is not None and self.before > 0:
             # The padding is between the prefix, which stays visible, and the tokens. The stack's `seq_start_pos` can
             # only hide what comes first in a row, so places without a token are named one by one.
             token = torch.arange(self.before + self._token_count(), device=self.x.device) - self.before
@@ -189,7 +189,7 @@ class InternalSequence:
             front = torch.arange(self.memory + leading, device=pos.device).expand(pos.shape[0], -1)
             return torch.cat((front, pos + self.before), dim=-1)
         item = pos + self._leading
-        if leading:
+        if leading > 0:
             front = torch.arange(leading, device=pos.device).expand(pos.shape[0], -1)
             item = torch.cat((front, item), dim=-1)
         # A memory token comes directly before the item that opens its group, at the positions that the slots of the
@@ -248,3 +248,20 @@ def surround(
     leading = kv.prepended if kv is not None and old else span.leading
     columns = interspersed(layout, old + x.shape[1], old, leading, seq_start_pos, x.device)
     return InternalSequence(columns.fill(x, memory_tokens), span, layout, columns, 0)
+
+
+def tokens_of(t: Tensor, layout: MemoryLayout, count: int, leading: int = 0) -> Tensor:
+    """Return the columns of the tokens of a pass without a cache.
+
+    Args:
+        t: `(b, columns, D)`, of the internal sequence.
+        layout: memory tokens of the model.
+        count: number n of tokens.
+        leading: number of class tokens and prepended embeddings before them.
+
+    Returns:
+        `(b, n, D)`.
+    """
+    if layout.every is not None:
+        t = interspersed(layout, leading + count, 0, 0, None, t.device).keep(t)
+    return t[:, t.shape[1] - count :]

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs, TokenSpan
-from x_transformers.models.options import MULTI_INPUT, check_size, read_options, show_options
+from x_transformers.models.options.base import check_size
+from x_transformers.models.options.catalog import MULTI_INPUT
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.options.signatures import shows_keywords_of
@@ -61,9 +65,10 @@ class MultiInputTransformerWrapper(Model):
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Mapping[str, Tensor],
+        x: Mapping[str, Ids],
         return_embeddings: bool = False,
         return_logits_and_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -148,17 +153,18 @@ class MultiInputTransformerWrapper(Model):
             out = (logits, features) if return_logits_and_embeddings else logits
         return out if record is None else with_requested(out, record, inputs)
 
-    def _checked_input(self, x: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    def _checked_input(self, x: Mapping[str, Ids]) -> tuple[dict[str, Tensor], int]:
         """Return the streams, of an integer type, and their length."""
         if not isinstance(x, Mapping) or set(x) != set(self.num_tokens):
             found = sorted(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
             raise InputError(f"x is {found}; this model reads a dict of the streams {sorted(self.num_tokens)}.")
-        shapes = {name: tuple(ids.shape) for name, ids in x.items()}
+        given = {name: as_ids(ids, self, f"`x[{name!r}]`") for name, ids in x.items()}
+        shapes = {name: tuple(ids.shape) for name, ids in given.items()}
         first = next(iter(shapes.values()))
         # sizes may be symbols of a graph, which cannot be members of a set
         if any(shape != first for shape in shapes.values()):
             raise ShapeError(f"the streams have shapes {shapes}; they must be the same.")
-        streams = {name: checked_ids(ids) for name, ids in x.items()}
+        streams = {name: checked_ids(ids, self) for name, ids in given.items()}
         return streams, next(iter(streams.values())).shape[1]
 
     def _embed(self, x: Mapping[str, Tensor], span: TokenSpan) -> Tensor:

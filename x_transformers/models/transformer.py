@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from x_transformers.cache import KVCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture, check_kinds
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import check_names, passes_on
 from x_transformers.layers.attention_pool import AttentionPool
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.layers.pass_state import KINDS_OF_INPUTS
+from x_transformers.layers.pass_state import ARGUMENTS, KINDS_OF_INPUTS
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
@@ -27,14 +29,16 @@ from x_transformers.models.embeddings import (
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
+    LogitChanges,
     MixtureOfSoftmax,
     TiedLogits,
     each_head,
     next_embedding_head,
-    sigsoftmax,
 )
 from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
-from x_transformers.models.options import TRANSFORMER, ModelOptions, check_size, read_options, show_options
+from x_transformers.models.options.base import ModelOptions, check_size
+from x_transformers.models.options.catalog import TRANSFORMER
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
@@ -88,9 +92,9 @@ class TransformerWrapper(Model):
         self._build_heads(options)
 
     def _build_embeddings(self, options: ModelOptions) -> None:
-        width, norm = self.emb_dim, options.l2norm_embed
+        width = self.emb_dim
         self.own_token_emb = options.token_emb is None
-        self.token_emb = TokenEmbedding(width, self.num_tokens, norm) if self.own_token_emb else options.token_emb
+        self.token_emb = _build_token_emb(options, self.emb_dim, self.num_tokens)
         further: Mapping[str, int] = options.embed_num_tokens or {}
         self.embeds = nn.ModuleDict({f"{name}_embed": nn.Embedding(size, width) for name, size in further.items()})
         self.embedded = frozenset(further)
@@ -121,8 +125,8 @@ class TransformerWrapper(Model):
         self.squeeze_out_last_dim: bool = options.squeeze_out_last_dim
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
-        self.own_to_logits = options.to_logits is None
-        self.to_logits = _build_head(options, self, self.num_tokens)
+        self.logit_changes = _build_logit_changes(options)
+        self.own_to_logits, self.to_logits = options.to_logits is None, _build_head(options, self, self.num_tokens)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
 
@@ -139,9 +143,10 @@ class TransformerWrapper(Model):
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Tensor | None,
+        x: Ids | None = None,
         return_embeddings: bool = False,
         return_logits_and_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -257,12 +262,11 @@ class TransformerWrapper(Model):
         )
         if return_logits_and_embeddings or return_logit_entropies or return_next_embed_pred or logits_to_keep:
             self._check_requested(inputs)
+        if kwargs:
+            transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds)
         if x is None:
             x = _no_ids(prepend_embeds)
-        x = checked_ids(x)
-        if kwargs:
-            check_kinds(kwargs, KINDS_OF_INPUTS)
-            transform_token_embeds = _read_stack_arguments(kwargs, transform_token_embeds)
+        x = checked_ids(x, self)
         span = self._token_span(x.shape[1], inputs)
         ids = span.newest(x, 1)
         if token_emb_kwargs and self.own_token_emb:
@@ -383,8 +387,8 @@ class TransformerWrapper(Model):
         if arguments and self.own_to_logits:
             raise InputError("`to_logits_kwargs` are for a module given as `to_logits`; this model made its own.")
         head: Callable[[Tensor], Any] = functools.partial(self.to_logits, **arguments) if arguments else self.to_logits
-        if self.sigsoftmax_logits:
-            head = functools.partial(_sigsoftmax_of, head)
+        if self.logit_changes is not None:
+            head = functools.partial(self.logit_changes, head)
         logits = head(features) if self.mixture is None else self.mixture(features, head)
         return each_head(logits, _squeezed) if self.squeeze_out_last_dim else logits
 
@@ -408,6 +412,19 @@ def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Modu
     return Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
 
 
+def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> nn.Module:
+    """Build the table of token embeddings, or return the module that was given."""
+    if options.token_emb is not None:
+        return options.token_emb
+    return TokenEmbedding(width, num_tokens, options.l2norm_embed, options.emb_scale)
+
+
+def _build_logit_changes(options: ModelOptions) -> LogitChanges | None:
+    """Build what changes the logits of the head, or None if nothing does."""
+    given = options.logits_scale, options.logits_softcap, options.sigsoftmax_logits
+    return None if given == (1, None, False) else LogitChanges(*given)
+
+
 def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
     """Return `(b, 0)` ids for a pass over prepended embeddings only."""
     if prepend_embeds is None:
@@ -426,21 +443,22 @@ def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSp
 
 
 def _read_stack_arguments(
-    arguments: dict[str, Any], transform: Callable[[Tensor], Tensor] | None
+    model: TransformerWrapper, arguments: dict[str, Any], transform: Callable[[Tensor], Tensor] | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return the function that changes the token embeddings: the caller's, or that for the input of block 1."""
+    """Check arguments of the stack, and return the function that changes the token embeddings: the caller's, or that
+    for the input of block 1.
+    """
     for name in arguments:
         if name.startswith("looped_") or name == "max_looped_steps":
             raise InputError(f"`{name}` is for looped models, which are not available in this version; drop it.")
+        if name not in ARGUMENTS:
+            check_names(model, TransformerWrapper.forward, arguments)
+    check_kinds(arguments, KINDS_OF_INPUTS)
     blocks: Any = arguments.get("transform_block_inputs")
     if transform is not None or blocks is None:
         return transform
     first: Any = functools.partial(blocks, 1) if callable(blocks) else blocks.get(1)
     return first
-
-
-def _sigsoftmax_of(head: Callable[[Tensor], Any], features: Tensor) -> Any:
-    return each_head(head(features), sigsoftmax)
 
 
 def _squeezed(logits: Tensor) -> Tensor:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from x_transformers.cache import KVCache
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import TokenEmbedding, checked_ids
 from x_transformers.models.heads import TiedLogits
 from x_transformers.models.inputs import ModelInputs
-from x_transformers.models.options import XVAL, check_size, read_options, show_options
+from x_transformers.models.options.base import check_size
+from x_transformers.models.options.catalog import XVAL
+from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
 from x_transformers.options.signatures import shows_keywords_of
 
@@ -72,9 +76,10 @@ class XValTransformerWrapper(Model):
 
     @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
     @checked
+    @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
-        x: Tensor,
+        x: Ids,
         x_num: Tensor,
         return_embeddings: bool = False,
         return_intermediates: bool = False,
@@ -120,7 +125,7 @@ class XValTransformerWrapper(Model):
         Raises:
             InputError: with what was given and what is needed.
         """
-        x = checked_ids(x)
+        x = checked_ids(x, self)
         if x_num.shape != x.shape or x_num.is_complex():
             raise ShapeError(f"`x_num` has shape {tuple(x_num.shape)}; it must be that of x, {tuple(x.shape)}.")
         inputs = ModelInputs(

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import StateDictError
-from x_transformers.modules.unwrap import COMPILED, plain_name
+from x_transformers.modules.unwrap import COMPILED, plain_name, unwrapped
 
 PLAIN_LOADERS: set[Any] = {nn.Module._load_from_state_dict}
 """Implementations of `_load_from_state_dict` that do no more than copy the entries of a module."""
 PLAIN_TENSORS = (Tensor, nn.Parameter)
+WRAPPED = ("module", "net", "model")
+"""Names that DistributedDataParallel, wrappers of this library and those of others give to the model in them."""
 
 Translate = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], None]
 
@@ -74,6 +76,11 @@ def check_whole(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict maps names to tensors; {type(state_dict).__name__} was given.")
+    nested = [repr(key) for key, value in state_dict.items() if _is_state(value)]
+    if nested and not any(isinstance(value, Tensor) for value in state_dict.values()):
+        raise StateDictError(
+            f"this is a checkpoint, which has state dicts under {_list_keys(nested)}; load the one of the model."
+        )
     odd = [repr(key) for key in state_dict if not isinstance(key, str)]
     if odd:
         raise StateDictError(f"a state dict maps names to tensors, and names are strings; {_list_keys(odd)} is none.")
@@ -87,7 +94,7 @@ def check_whole(
         else:
             check.missing.append(key)
     check.unexpected += [key for key in state if key not in own and not key.startswith(tuple(check.opaque))]
-    check.raise_if_any(type(module).__name__)
+    check.raise_if_any(type(module).__name__, _hint(module, state))
     return state, metadata, check
 
 
@@ -161,7 +168,7 @@ class _Check:
         """Compare an entry with the tensor that it is copied to."""
         if type(own) not in PLAIN_TENSORS:  # a sharded or quantized tensor knows by itself what can be copied to it
             self.may_fail_late = True
-            if isinstance(own, nn.UninitializedParameter | nn.UninitializedBuffer):
+            if isinstance(own, (nn.UninitializedParameter, nn.UninitializedBuffer)):
                 return
         if not isinstance(entry, Tensor):
             self.misfits["no dense tensor"].append(f"{key} is a {type(entry).__name__}")
@@ -174,7 +181,7 @@ class _Check:
         elif _kind(entry.dtype) != _kind(own.dtype):
             self.misfits["wrong dtype"].append(f"{key} is {entry.dtype}, the model has {own.dtype}")
 
-    def raise_if_any(self, name: str) -> None:
+    def raise_if_any(self, name: str, hint: str) -> None:
         """Raise a `StateDictError` that lists all faults."""
         groups = dict(self.misfits)
         if self.strict:
@@ -183,8 +190,7 @@ class _Check:
         if faults:
             raise StateDictError(
                 f"This state dict fits {name} neither in our layout nor in that of the reference; the model is "
-                "unchanged. Build it with the options of the model that the weights come from.\n  "
-                + "\n  ".join(faults)
+                f"unchanged. {hint}\n  " + "\n  ".join(faults)
             )
 
 
@@ -196,18 +202,46 @@ def _unwrap(module: nn.Module, given: Mapping[str, Any]) -> tuple[OrderedDict[st
         for name, part in module.named_modules(remove_duplicate=False)
         if COMPILED in part._modules
     }
-    parallel = "module" not in module._modules and bool(given) and all(key.startswith("module.") for key in given)
-    if not inner and not parallel and not any(COMPILED in key for key in given):
+    outer, missing = _outer_names(module, given), _missing_name(module, given)
+    if not inner and not outer and not missing and not any(COMPILED in key for key in given):
         return OrderedDict(given), metadata
 
     def renamed(name: str) -> str:
-        plain = plain_name(name.removeprefix("module.") if parallel else name)
+        plain = missing + plain_name(name).removeprefix(outer)
         prefix = max((prefix for prefix in inner if plain.startswith(prefix)), key=len, default=None)
         return plain if prefix is None else inner[prefix] + plain[len(prefix) :]
 
     if metadata is not None:
-        metadata = {renamed(f"{key}.").removesuffix(".") if key else key: about for key, about in metadata.items()}
+        metadata = {
+            renamed(f"{key}." if key else key).removesuffix(".") if key or missing else key: about
+            for key, about in metadata.items()
+        }
     return OrderedDict((renamed(key), value) for key, value in given.items()), metadata
+
+
+def _outer_names(module: nn.Module, given: Mapping[str, Any]) -> str:
+    """Return what all names begin with if the state dict is that of a wrapper around the module: `"module.net."`."""
+    own, outer, names = _own_names(module), "", [plain_name(key) for key in given]
+    while names:
+        name = names[0].removeprefix(outer).partition(".")[0]
+        if name not in WRAPPED or name in own or not all(each.startswith(f"{outer}{name}.") for each in names):
+            break
+        outer += f"{name}."
+    return outer
+
+
+def _missing_name(module: nn.Module, given: Mapping[str, Any]) -> str:
+    """Return what the names lack if the state dict is that of the module in this wrapper: `"net."`."""
+    module = unwrapped(module)
+    parts = [name for name, part in module._modules.items() if part is not None and part.state_dict()]
+    if len(parts) != 1 or parts[0] not in WRAPPED or any(True for _ in module.parameters(recurse=False)):
+        return ""
+    return "" if any(f".{parts[0]}." in f".{key}" for key in given) else f"{parts[0]}."
+
+
+def _own_names(module: nn.Module) -> set[str]:
+    module = unwrapped(module)
+    return {*module._modules, *module._parameters, *module._buffers}
 
 
 @contextmanager
@@ -244,6 +278,19 @@ def _snapshot(module: nn.Module, assign: bool) -> Callable[[], None]:
                 tensor.copy_(values)
 
     return restore
+
+
+def _hint(module: nn.Module, state: Mapping[str, Any]) -> str:
+    """Return what to do about a state dict that does not fit."""
+    first = {key.partition(".")[0] for key in state}
+    name = next(iter(first), "")
+    if len(first) == 1 and name not in _own_names(module):
+        return f"All names begin with `{name}.`, which is no part of it; remove this prefix."
+    return "Build it with the options of the model that the weights come from."
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -220,13 +220,16 @@ class Schema:
             if all(entry.default_factory is dataclasses.MISSING for entry in dataclasses.fields(feature.options)):
                 self.defaults[feature.name] = feature.options()
 
-    def parse(self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None) -> Options:
+    def parse(
+        self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None, *, others: Iterable[str] = ()
+    ) -> Options:
         """Sort keywords to the features that own them, and build the options of each feature.
 
         Args:
             given: keywords without prefix.
             faults: collects unknown keywords, values of a wrong type, and errors of a feature's own checks.
             prefix: prefix of the keywords in errors; default that of the schema.
+            others: parameters of the same constructor that belong to no feature, for suggestions.
 
         Returns:
             The options; a feature with faults has its defaults.
@@ -235,7 +238,7 @@ class Schema:
         by_feature: dict[str, dict[str, Any]] = {name: {} for name in self.features}
         for keyword, value in given.items():
             if keyword not in self.owner:
-                faults.add_unknown(f"{prefix}{keyword}", self.owner, keyword)
+                faults.add_unknown(f"{prefix}{keyword}", [*self.owner, *others], keyword)
                 continue
             # options are frozen and JSON has no tuples
             value = plain(tuple(value) if isinstance(value, list) else value)
@@ -315,11 +318,16 @@ class Schema:
             for name, entry in self.fields.items()
         ]
 
-    def describe(self, prefix: str | None = None) -> str:
-        """Return the description of all keywords, one line each, grouped by feature, for docstrings."""
+    def describe(self, prefix: str | None = None, *, only: str | None = None) -> str:
+        """Return the description of all keywords, one line each, grouped by feature.
+
+        Args:
+            prefix: of the keywords; default that of the schema.
+            only: a keyword, without prefix, whose feature is described; None for all.
+        """
         prefix = self.prefix if prefix is None else prefix
         lines: list[str] = []
-        for feature in self.features.values():
+        for feature in self.features.values() if only is None else (self.owner[only],):
             source = f" ({feature.paper})" if feature.paper else ""
             lines.append(f"{feature.name}: {feature.summary}{source}")
             for entry in dataclasses.fields(feature.options):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from x_transformers.options.schema import Schema
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+PRINTED = 6
+"""Parameters of a long signature that `help` prints."""
 
 
 def show_keywords(
@@ -17,7 +22,7 @@ def show_keywords(
     leading: Iterable[inspect.Parameter],
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Set the signature of a class and its constructor, and add the documentation of every keyword to its docstring.
+    """Set the signature of a class and its constructor, and list the keywords in its docstring.
 
     `help` and completion show both, and programs that build a model from a configuration ask the signature.
 
@@ -40,10 +45,47 @@ def show_keywords(
         *(parameters[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in positional),
         *(each for name, each in parameters.items() if name not in positional),
     ]
-    cls.__signature__ = inspect.Signature(ordered)
-    cls.__init__.__signature__ = inspect.Signature([first, *ordered])  # type: ignore[attr-defined]
-    described = "\n".join(schema.describe(prefix) for schema, prefix in schemas)
-    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nKeywords, by feature:\n\n{described}\n"
+    cls.__signature__ = ShortSignature(ordered)
+    cls.__init__.__signature__ = ShortSignature([first, *ordered])  # type: ignore[attr-defined]
+    cls.keyword_schemas = tuple(schemas)
+    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{_listed(schemas)}\n"
+
+
+class ShortSignature(inspect.Signature):
+    """A signature that names every keyword, but prints only the first ones.
+
+    `help` begins with the signature, which for a stack would be a page of keywords.
+    """
+
+    def __str__(self) -> str:
+        every = list(self.parameters.values())
+        if len(every) <= PRINTED:
+            return super().__str__()
+        rest = inspect.Parameter("keywords", inspect.Parameter.VAR_KEYWORD)
+        own = [entry for entry in every[:PRINTED] if entry.kind is not entry.VAR_KEYWORD]
+        return str(inspect.Signature([*own, rest], return_annotation=self.return_annotation))
+
+    def format(self, **_: Any) -> str:
+        """Return what is printed, as Python 3.13 requests it."""
+        return str(self)
+
+
+def _listed(schemas: Iterable[tuple[Schema, str]]) -> str:
+    """Return the names of all keywords by feature, for docstrings; those of one schema once."""
+    shown: dict[int, str] = {}
+    lines = ["Keywords by feature; `describe()` of this class says what each means, `describe(name)` one of them:", ""]
+    for schema, prefix in schemas:
+        if id(schema) in shown:
+            lines += [f"with `{prefix}` instead of `{shown[id(schema)]}`: the same for the other kind of layer", ""]
+            continue
+        shown[id(schema)] = prefix
+        for feature in schema.features.values():
+            source = f" ({feature.paper})" if feature.paper else ""
+            names = ", ".join(prefix + entry.name for entry in fields(feature.options))
+            lines.append(f"{feature.name}: {feature.summary}{source}")
+            lines += textwrap.wrap(names, 110, initial_indent="    ", subsequent_indent="    ")
+        lines.append("")
+    return "\n".join([*lines, "The README has a section about each feature."])
 
 
 def parameter(name: str, default: Any = inspect.Parameter.empty, *, positional: bool = False) -> inspect.Parameter:
@@ -69,7 +111,7 @@ def shows_keywords_of(inner: Callable[..., Any], but: Iterable[str] = ()) -> Cal
         for name, p in inspect.signature(inner).parameters.items():
             if name not in own and name not in but and p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
                 own[name] = p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        signature = inspect.Signature([*own.values(), takes_any])
+        signature = ShortSignature([*own.values(), takes_any])
         method.__signature__ = signature
         return method
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from x_transformers.errors import ConfigError
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.options.values import hints_of, misfits
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of `a x + b x^3 + c x^5`, which moves singular values from (0, 1] to about 1 in five steps."""
@@ -80,7 +81,8 @@ class Muon(Optimizer):
 
     Args:
         params: matrices, or groups of them; see `split_parameters`.
-        lr, weight_decay, momentum: learning rate, weight decay and beta of the equations above.
+        lr, weight_decay, momentum: learning rate (a number, or a tensor of one), weight decay and beta of the equations
+            above.
         nesterov: Nesterov momentum.
         ns_coefficients, eps, ns_steps: of the Newton-Schulz iteration.
         adjust_lr_fn: "match_rms_adamw", "original" or None, which is "original".
@@ -116,7 +118,10 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "ns_dtype": ns_dtype,
         }
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"`params` must contain matrices, or groups of them: {error}.") from error
         for group in self.param_groups:
             _check(group)
 
@@ -183,9 +188,22 @@ def orthogonalized(
 
 
 def _check(group: Mapping[str, Any]) -> None:
-    for name, least in (("lr", 0), ("weight_decay", 0), ("momentum", 0), ("ns_steps", 1)):
-        if group[name] < least:
-            raise ConfigError(f"`{name}` is {group[name]}; it must be at least {least}.")
+    # a learning rate may be a tensor, so that compiled steps read it
+    numbers = {**group, "lr": group["lr"].item() if _is_single(group["lr"]) else group["lr"]}
+    for sentence in misfits(hints_of(Muon.__init__), {name: numbers[name] for name in group if name != "params"}):
+        raise ConfigError(sentence)
+    for name, least, limit in (
+        ("lr", 0, math.inf),
+        ("weight_decay", 0, math.inf),
+        ("momentum", 0, 1),
+        ("ns_steps", 1, 100),
+        ("eps", 0, math.inf),
+    ):
+        if not least <= numbers[name] < limit:
+            bound = f"at least {least}" if limit == math.inf else f"at least {least} and less than {limit}"
+            raise ConfigError(f"`{name}` is {group[name]}; it must be {bound}.")
+    if not group["ns_dtype"].is_floating_point:
+        raise ConfigError(f"`ns_dtype` is {group['ns_dtype']}; it must be a floating-point type, such as bfloat16.")
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         raise ConfigError(f'`adjust_lr_fn` is {group["adjust_lr_fn"]!r}; it must be "match_rms_adamw" or "original".')
     for parameter in group["params"]:
@@ -194,6 +212,10 @@ def _check(group: Mapping[str, Any]) -> None:
                 f"Muon takes matrices, but a parameter has shape {tuple(parameter.shape)}; use `split_parameters` to "
                 "find the matrices of a model, and AdamW for its other parameters."
             )
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
 
 
 def _is_sharded(t: Tensor) -> bool:

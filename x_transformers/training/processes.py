@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.layers import AttentionLayers
 
 Module = TypeVar("Module", bound=nn.Module)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,25 @@ class Processes:
             )
         return batch.chunk(self.count)[self.rank]
 
+    def first(self, act: Callable[[], Result]) -> Result:
+        """Run a function in the first process, and then in the others; return its result in each.
+
+        Raises:
+            InputError: in the other processes, if it raises any error in the first one.
+        """
+        error, result = None, None
+        if self.leads:
+            try:
+                result = act()
+            except Exception as problem:
+                error = problem
+        message = every_process(None if error is None else str(error))[0]
+        if error is not None:
+            raise error
+        if message is not None:
+            raise InputError(message)
+        return act() if result is None else result
+
     def mean(self, *values: float) -> list[float]:
         """Return the mean over the processes of each value, the same in all of them."""
         if self.count == 1:
@@ -80,6 +101,22 @@ def joined(device: str = "cpu") -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, device)
     finally:
         dist.destroy_process_group()
+
+
+def end_process(code: int = 0) -> NoReturn:
+    """End a process that has left its group, without the shutdown of the interpreter.
+
+    Threads of the communication may outlive their group. If they meet an interpreter that shuts down they abort the
+    process, so that a run that has done its work seems to have failed. Call this as the last line of a script that
+    `torchrun` starts; functions registered with `atexit` do not run.
+
+    Args:
+        code: exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a closed pipe or stream
+            stream.flush()
+    os._exit(code)
 
 
 def shard(model: Module, mesh: Any = None, **options: Any) -> Module:

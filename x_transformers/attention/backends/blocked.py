@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation, ignores_constants
 from x_transformers.attention.base import BoundScore, Needs, Tiles
 from x_transformers.attention.qk.decay import Decay
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.masks.visibility import MaskSpec
 from x_transformers.ops import at_least_float32
 

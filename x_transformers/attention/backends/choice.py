@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from loguru import logger
 from torch.autograd import forward_ad
 
 from x_transformers.attention.backends.base import Backend, Request, Situation
@@ -18,6 +17,7 @@ from x_transformers.attention.backends.sdpa import SDPA
 from x_transformers.attention.backends.varlen import Varlen
 from x_transformers.attention.base import Needs
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.notices import warn
 
 MANY = 2**31 - 1
 """Number of queries in a graph where it may change from run to run."""
@@ -125,7 +125,7 @@ class BackendChoice:
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            logger.warning(message)
+            warn(message)
 
 
 def is_transformed() -> bool:

@@ -169,7 +169,7 @@ def _score_mod(request: Request, near: Tensor | None) -> ScoreFunction | None:
         return None
     steps = tuple((_at(score, request.memo, near), score.needs == Needs.BIAS) for score in request.scores)
     prefix, keys = request.visible.prefix, request.k.shape[-2]
-    real = torch.arange(-prefix, keys - prefix, device=request.q.device) if prefix else None
+    real = torch.arange(-prefix, keys - prefix, device=request.q.device) if prefix > 0 else None
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         for at, is_bias in steps:

@@ -8,13 +8,14 @@ floating point numbers. Therefore keys are cached without a factor, and each pas
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.forward_pass.call import LayerCall
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.ops import at_least_float32
 
 LARGEST = 32.0

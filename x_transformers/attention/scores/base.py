@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from x_transformers.attention.base import BoundScore, NearBias, Needs, ScoreFunction, ScoreMod, Stage, Tiles
-from x_transformers.errors import UnknownKeywordError, did_you_mean
+from x_transformers.errors import UnknownKeywordError
 from x_transformers.forward_pass.call import Span
+from x_transformers.options.suggestions import did_you_mean
 
 Bias = TypeVar("Bias", bound="DistanceBias")
 

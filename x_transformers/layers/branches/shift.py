@@ -44,7 +44,7 @@ class TokenShift(nn.Module):
 
     def __init__(self, amount: int, dim: int, causal: bool) -> None:
         super().__init__()
-        self.shifts = range(amount + 1) if causal else range(-amount, amount + 1)
+        self.shifts = tuple(range(amount + 1) if causal else range(-amount, amount + 1))
         self.causal, self.amount = causal, amount
         self.width = dim // len(self.shifts)
         if amount < 1 or self.width < 1:

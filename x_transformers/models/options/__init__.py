@@ -1,0 +1,1 @@
+"""Keywords of the models: options by idea, which model has which, and their checks."""

@@ -1,0 +1,68 @@
+"""Options of models that return one output for many tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from x_transformers.models.options.base import Keywords, model_feature
+from x_transformers.options.schema import at_least, opt
+
+MANY_TO_ONE = "one output for many tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragePool(Keywords):
+    average_pool_embed: bool = opt(False, "the features are the mean over the valid tokens, `(b, D)`")
+    joins_documents = "would be the mean of all documents"
+
+
+AVERAGE_POOL = model_feature(
+    "average_pool",
+    AveragePool,
+    "the mean of the tokens' features",
+    enabled=lambda options: options.average_pool_embed,
+    choice=MANY_TO_ONE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTokens(Keywords):
+    use_cls_token: bool = opt(False, "learned class tokens before the others, whose features are the model's")
+    num_cls_tokens: int = opt(1, "number of class tokens: features are `(b, D)` for one, else `(b, c, D)`")
+    joins_documents = "would summarize all documents at once"
+
+    def __post_init__(self) -> None:
+        at_least(1, num_cls_tokens=self.num_cls_tokens)
+
+
+CLASS_TOKENS = model_feature(
+    "class_tokens",
+    ClassTokens,
+    "features of learned tokens before the others",
+    paper="1810.04805",
+    enabled=lambda options: options.use_cls_token,
+    choice=MANY_TO_ONE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPooling(Keywords):
+    attn_pool: bool = opt(False, "learned queries attend to the tokens' features; an encoder returns what they pool")
+    num_pooled_tokens: int = opt(1, "number of queries")
+    attn_pool_depth: int = opt(1, "number of blocks of the pool")
+    dim_pooled_tokens: int | None = opt(None, "width of the pool; default the stack's")
+    joins_documents = "would read all documents at once"
+
+    def __post_init__(self) -> None:
+        at_least(1, num_pooled_tokens=self.num_pooled_tokens, attn_pool_depth=self.attn_pool_depth)
+        at_least(1, dim_pooled_tokens=self.dim_pooled_tokens)
+
+
+ATTENTION_POOLING = model_feature(
+    "attn_pool",
+    AttentionPooling,
+    "learned queries that attend to the tokens' features",
+    paper="1810.00825",
+    enabled=lambda options: options.attn_pool,
+    choice=MANY_TO_ONE,
+)
