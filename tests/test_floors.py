@@ -72,7 +72,6 @@ HOUSE = (
     ("F8", ["decoding.beam", "decoding.speculative"]),
     ("F8", ["decoding.generation"]),
     ("F9", ["*"]),
-    ("F9", ["training.small_runs"]),
     ("F9", ["encoder_decoder", "gpt_lejepa", "gpt_vae", "up_wrapper", "xm_latent_decoder"]),
     ("F10", ["checkpoints.durable", "checkpoints.tensor_files", "checkpoints.plain_data", "checkpoints.random_states"]),
     ("F10", ["checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
@@ -81,7 +80,7 @@ HOUSE = (
     ("F11", ["training.texts", "training.tokenizer", "training.presets", "training.speed", "training.gradients"]),
     ("F11", ["training.curve", "training.records", "training.token_files", "training.settings"]),
     ("F11", ["training.batches", "training.recipe"]),
-    ("F11", ["training.run"]),
+    ("F11", ["training.run", "training.small_runs"]),
     ("F11", ["training.train", "training.generate", "training.explain", "training.bench"]),
     ("roof", ["x_transformers", "", "__main__"]),
 )
