@@ -37,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "par_ratio": {"par_ratio": 2},
     # norms
     "norm_add_unit_offset": {"norm_add_unit_offset": False},
+    "norm_eps": {"norm_eps": 0.01},
+    "norm_bias": {"norm_bias": ON},
     "use_rmsnorm": {"use_rmsnorm": ON},
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
@@ -53,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pre_norm_has_final_norm": {"pre_norm_has_final_norm": False},
     "pre_and_post_norm": {"pre_and_post_norm": ON},
     "sandwich_norm": {"sandwich_norm": ON},
+    "branch_norm": {"branch_norm": ON},
     "softclamp_output": {"softclamp_output": ON, "softclamp_output_value": 1.5},
     # residual connections
     "scale_residual": {"scale_residual": ON},
@@ -92,6 +95,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rotary_interpolation_factor": 2.0,
         "rotary_base_rescale_factor": 4.0,
     },
+    "rotary_base": {**ROTARY, "rotary_base": 500.0},
+    "rotary_interleaved": {
+        **ROTARY,
+        "rotary_interleaved": False,
+        "rotary_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "rotary_layers": {**ROTARY, "rotary_layers": (False, True), "rotary_base": (10.0, 100.0)},
     "rotate_num_heads": {**ROTARY, "rotate_num_heads": 2},
     "rotary_xpos": {"rotary_xpos": ON, "rotary_xpos_scale_base": 16},
     "polar_pos_emb": {"polar_pos_emb": ON, "polar_bias_uniform_init": ON},
@@ -122,6 +132,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_cope_talking_heads": {**COPE, "attn_cope_soft_onehot_pos": ON, "attn_cope_talking_heads": ON},
     # queries, keys and the kernel
     "attn_dim_head": {"attn_dim_head": 16},
+    "attn_scale": {"attn_scale": 0.2},
     "attn_value_dim_head": {"attn_value_dim_head": 12},
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
@@ -131,6 +142,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
     "attn_qk_norm_dim_scale": {"attn_qk_norm": ON, "attn_qk_norm_dim_scale": ON},
     "attn_qk_rmsnorm": {"attn_qk_rmsnorm": ON},
+    "attn_qk_rmsnorm_eps": {
+        "attn_qk_rmsnorm": ON,
+        "attn_qk_rmsnorm_eps": 0.01,
+        "attn_qk_rmsnorm_across_heads": ON,
+    },
     "attn_k_rmsnorm": {"attn_k_rmsnorm": ON},
     "attn_l2_distance": {"attn_l2_distance": ON},
     "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
@@ -188,6 +204,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_zero_init_output": {"ff_zero_init_output": ON},
     "ff_output_proj_depth": {"ff_output_proj_depth": 2},
     "ff_glu": {"ff_glu": ON, "ff_glu_mult_bias": ON},
+    "ff_glu_no_bias": {"ff_glu": ON, "ff_glu_no_bias": ON},
     "ff_glu_softclamp": {
         "ff_glu": ON,
         "ff_glu_softclamp": ON,
@@ -198,6 +215,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_relu_squared": {"ff_relu_squared": ON},
     "ff_solu": {"ff_solu": ON},
     "ff_swish": {"ff_swish": ON},
+    "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
     # the model around the stack
@@ -212,6 +230,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "emb_frac_gradient": {"emb_frac_gradient": 0.1},
     "post_emb_norm": {"post_emb_norm": ON},
     "l2norm_embed": {"l2norm_embed": ON},
+    "emb_scale": {"emb_scale": 3.0},
+    "logits_scale": {"logits_scale": 0.3, "logits_softcap": 2.0},
     "tie_embedding": {"tie_embedding": ON, "tie_embedding_scale": 0.5},
     "mixture_of_softmax": {"mixture_of_softmax": ON, "mixture_of_softmax_k": 2},
     "sigsoftmax_logits": {"sigsoftmax_logits": ON},
@@ -237,6 +257,7 @@ CROSS: dict[str, dict[str, Any]] = {
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "norm": (
+        "norm_bias",
         "use_rmsnorm",
         "use_simple_rmsnorm",
         "use_scalenorm",
@@ -245,7 +266,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "use_adaptive_layernorm",
         "use_adaptive_rmsnorm",
     ),
-    "placement of norms": ("pre_norm", "pre_and_post_norm", "sandwich_norm", "resi_dual"),
+    "placement of norms": ("pre_norm", "pre_and_post_norm", "sandwich_norm", "branch_norm", "resi_dual"),
     "residual connection": (
         "gate_residual",
         "orthog_residual",
@@ -260,7 +281,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers"),
     "order of execution": ("weight_tie_layers", "layers_execute_order"),
     "rotated positions": (
-        "rotary_pos_emb rotary_base_rescale_factor rotate_num_heads attn_latent_rope_subheads",
+        "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
+        "attn_latent_rope_subheads",
         "rotary_xpos",
         "polar_pos_emb",
     ),
@@ -278,7 +300,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
     "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
-    "norm of keys": ("attn_qk_rmsnorm", "attn_k_rmsnorm"),
+    "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
         "attn_sigmoid",
         "attn_clipped_softmax",
@@ -292,7 +314,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
-    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_custom_activation"),
+    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -390,11 +412,14 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
 
 REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
-    "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips",
+    "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
     "pre_norm_has_final_norm": "resi_dual",
     "sandwich_norm": "gated_multi_residual",
+    "branch_norm": "gated_multi_residual use_dynamic_tanh",
+    "norm_eps": "use_dynamic_tanh use_derf",
+    "attn_scale": "attn_qk_norm",
     "scale_residual": (
         "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
         "qkv_receive_diff_residuals resi_dual"
@@ -417,6 +442,7 @@ REFUSED: dict[str, str] = {
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
         "attn_sigmoid attn_clipped_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
     ),
+    "rotary_base_rescale_factor": "rotary_interleaved",
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",
@@ -426,7 +452,7 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_custom_activation",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
     "emb_dim": "tie_embedding",
 }
 """Pairs that count and mean nothing together: names that refuse the key; construction says why."""

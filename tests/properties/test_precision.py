@@ -76,7 +76,7 @@ def test_decoding_in_bfloat16(stack: str, case: Case) -> None:
 @torch.no_grad()
 def test_far_positions_are_as_exact_as_in_float32(case: Case) -> None:
     """Between whole numbers of bfloat16 lie 16 positions at 3,000."""
-    model = rounded(case, depth=1, use_abs_pos_emb=False)
+    model = rounded(case, use_abs_pos_emb=False)
     ids, pos = tokens(2, LENGTH), torch.arange(LENGTH) + 3001
     wanted = model(ids, pos=pos)
     near(model.bfloat16()(ids, pos=pos), wanted)

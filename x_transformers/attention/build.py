@@ -183,7 +183,8 @@ def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -
 
 def _build_core(parsed: Any, shape: AttentionShape, modules: Mapping[str, Any], switches: Mapping[str, str]) -> Attend:
     """Build the core. Its messages name the keyword that switched on each part."""
-    scale = shape.dim_head**-0.5
+    given = parsed["heads"].scale
+    scale = shape.dim_head**-0.5 if given is None else given
     for norm in modules["qk_norms"]:
         scale = norm.scale if norm.scale is not None else scale
     sink, options = modules["sink"], parsed["backend"]

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.modules.joint_maps import joint_maps
 from x_transformers.ops import split_heads
-from x_transformers.options.schema import Feature, at_least, opt, require
+from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
     dim_head: int = opt(64, "width of a head")
     value_dim_head: int | None = opt(None, "width of a head's values; default `dim_head`")
+    scale: float | None = opt(None, "factor of the scores; default `dim_head ** -0.5`")
     rotate_num_heads: int | None = opt(None, "only the last k heads are rotated; needs as many kv heads as heads")
     qkv_receive_diff_residuals: bool = opt(False, "the input is (3, b, n, dim): that of queries, keys and values")
 
@@ -29,6 +30,7 @@ class HeadOptions:
             self.value_dim_head is None or self.value_dim_head >= 1,
             f"`value_dim_head` is {self.value_dim_head}; it must be at least 1.",
         )
+        positive(scale=self.scale)
 
     def unrotated_heads(self, heads: int, kv_heads: int) -> tuple[int, int] | None:
         """Return the numbers of query and key heads, from the first on, that are not rotated; None if all are."""
@@ -154,7 +156,14 @@ HEADS = Feature(
     options=HeadOptions,
     summary="widths of the heads",
     paper="1706.03762",
-    examples=({"attn_value_dim_head": 12},),
+    refuses=(
+        Rule(
+            when=lambda o: o["heads"].scale is not None and o["qk_norm"].qk_norm and not o["qk_norm"].qk_norm_dim_scale,
+            why="`scale` and `qk_norm_scale` are the same factor of the scores; drop `scale`.",
+        ),
+    ),
+    exempt={("export", 2): "the reference has no such factor"},
+    examples=({"attn_value_dim_head": 12}, {"attn_scale": 0.2}),
 )
 
 GROUPED = Feature(

@@ -92,6 +92,10 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
         StateDictError: if a part or an entry has no counterpart.
     """
     parts, shape = attention.parts(), attention.shape
+    scales = [norm.scale for norm in attention.qk_norms if norm.scale is not None] or [shape.dim_head**-0.5]
+    beyond = [norm.beyond_reference for norm in attention.qk_norms if norm.beyond_reference is not None]
+    for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:
+        raise StateDictError(f"the reference has no {what}; a model with it cannot be exported.")
     order = reference_head_order(shape.heads, shape.kv_heads)
     if order is not None:
         _permute(state, prefix, parts, order.argsort())

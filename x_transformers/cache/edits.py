@@ -187,13 +187,14 @@ def within_span(cache: KVCache, keys: Span, span: SlotSpan, reach: Reach, new: i
 
 def _transform(cache: KVCache, entry: Entry, k: Tensor, slots: Tensor, *, back: bool) -> Tensor:
     """Transform keys `(b, g, p, d)` by the positions of their slots, or undo it."""
-    if not cache.rotations or not len(slots):
+    rotations = cache.rotations if entry.rotations is None else entry.rotations
+    if not rotations or not len(slots):
         return k
     keys = Span(slots, slots.unsqueeze(0), cache.positions_at(slots))
     last = slots[-1:] if cache.newest is None else cache.newest[-1:]
     query = Span(last, last.unsqueeze(0), keys.pos[:, -1:])
     fixed, k = k[:, : entry.unrotated], k[:, entry.unrotated :]
-    for transform in reversed(cache.rotations) if back else cache.rotations:
+    for transform in reversed(rotations) if back else rotations:
         tables = transform.tables(query, keys)
         k = transform.restore_keys(k, tables) if back else transform.transform_keys(k, tables)
     return torch.cat((fixed, k), dim=1) if entry.unrotated else k

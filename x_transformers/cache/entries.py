@@ -34,12 +34,15 @@ class Entry:
         rewritten: the streams of which new tokens changed what was there.
         unrotated: number of key heads, from the first on, that are cached as they were projected.
         rotation: transform of the keys of a context whose positions were given, or None.
+        rotations: the transforms by position that the keys of this sublayer went through, where layers differ; None if
+            they are those of the cache.
         front: first and last slot (exclusive) of the leading slots that are held; after them come the newest ones.
             None: the prefix of the cache.
     """
 
     unrotated: int = 0
     rotation: Any = None
+    rotations: tuple[Any, ...] | None = None
     front: tuple[int, int] | None = None
 
     def __init__(self) -> None:
@@ -84,6 +87,7 @@ class Entry:
     def _share(self, own: Entry) -> Entry:
         own.grown, own.states, own.rewritten = dict(self.grown), dict(self.states), self.rewritten
         own.unrotated, own.rotation, own.front = self.unrotated, self.rotation, self.front
+        own.rotations = self.rotations
         return own
 
 
@@ -149,7 +153,8 @@ class StaticEntry(Entry):
         own = object.__new__(StaticEntry)  # without the call of `__init__`, which every layer pays at every token
         own.grown, own.states, own.rewritten = self.grown, dict(self.states), self.rewritten
         own.index, own.fresh, own.shown = index, fresh, shown
-        own.unrotated, own.rotation = self.unrotated, self.rotation
+        if self.unrotated or self.rotation is not None:  # else those of the class
+            own.unrotated, own.rotation = self.unrotated, self.rotation
         return own
 
     def copy(self) -> StaticEntry:
@@ -158,7 +163,11 @@ class StaticEntry(Entry):
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
-        buffer = self._write(name, self.index, new)
+        buffer = self.grown[name]
+        if new.dtype is buffer.dtype and not new.requires_grad:
+            buffer.index_copy_(-2, self.index, new)
+        else:
+            buffer = self._write(name, self.index, new)
         # the keys of a prompt are all new: attention over them needs neither the buffer's length nor its mask
         if self.fresh:
             return new

@@ -1,12 +1,13 @@
-"""Activations of the feedforward: GELU, squared ReLU (2109.08668), SoLU, SiLU, or a module of the user's."""
+"""Activations of the feedforward: GELU, squared ReLU (2109.08668), SoLU, SiLU, others by name, or a user's module."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ Activation = Callable[[Tensor], Tensor]
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
     custom_activation: Any = opt(None, "replace GELU by this module (a copy of it) or function")
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"] | None = opt(
+        None, "activation by name: gelu_tanh is GELU's approximation by tanh, quick_gelu is x * sigmoid(1.702 x)"
+    )
     relu_squared: bool = opt(False, "replace GELU by relu(x) ** 2")
     solu: bool = opt(False, "replace GELU by LayerNorm(softmax(x) * x)")
     swish: bool = opt(False, "replace GELU by SiLU")
@@ -37,12 +41,16 @@ class ActivationOptions:
 
     def ranked(self) -> list[str]:
         """Return the keywords that are set, by precedence: the first one decides."""
-        return [name for name in ("custom_activation", "relu_squared", "solu", "swish") if getattr(self, name)]
+        return [
+            name for name in ("custom_activation", "activation", "relu_squared", "solu", "swish") if getattr(self, name)
+        ]
 
-    def activation(self, dim: int) -> nn.Module:
+    def build(self, dim: int) -> nn.Module:
         """Build the chosen activation over `dim` features; by default the exact GELU."""
         if self.custom_activation is not None:
             return _as_module(self.custom_activation)
+        if self.activation is not None:
+            return BY_NAME[self.activation]()
         if self.relu_squared:
             return ReluSquared()
         if self.solu:
@@ -56,6 +64,24 @@ class ReluSquared(LoadsWhole):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the activation elementwise."""
         return F.relu(x).square()
+
+
+class QuickGELU(LoadsWhole):
+    """Approximation of GELU by a sigmoid: `x * sigmoid(1.702 x)` (1606.08415)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+BY_NAME: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+"""Activations without parameters, by name."""
 
 
 class SoLU(LoadsWhole):
@@ -111,6 +137,8 @@ FEATURE = Feature(
         {"ff_solu": True},
         {"ff_glu": True, "ff_solu": True},
         {"ff_custom_activation": F.tanh},
+        {"ff_activation": "quick_gelu"},
+        {"ff_activation": "gelu_tanh"},
         {"ff_custom_activation": nn.PReLU(init=0.3)},
     ),
 )

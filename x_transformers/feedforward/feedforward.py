@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import Faults, InputError, ShapeError
+from x_transformers.errors import Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward import activations, softclamp
 from x_transformers.feedforward.glu import GLUView, gated
 from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
@@ -55,6 +55,7 @@ class FeedForwardOptions:
 class GLUOptions:
     glu: bool = opt(False, "gated linear unit: u * act(g) with [u, g] = up(x)")
     glu_mult_bias: bool = opt(False, "multiply the gated values by a learned factor per inner channel")
+    glu_no_bias: bool = opt(False, "no bias of the gated input map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,13 @@ FEATURES = (
         enabled=lambda options: options.glu,
         summary="gated feedforward",
         paper="2002.05202",
-        examples=({"ff_glu": True}, {"ff_glu": True, "ff_swish": True}, {"ff_glu": True, "ff_glu_mult_bias": True}),
+        examples=(
+            {"ff_glu": True},
+            {"ff_glu": True, "ff_swish": True},
+            {"ff_glu": True, "ff_glu_mult_bias": True},
+            {"ff_glu": True, "ff_glu_no_bias": True, "ff_no_bias": True},
+        ),
+        exempt={("export", 4): "in the reference the gated input map always has a bias"},
     ),
     activations.FEATURE,
     softclamp.FEATURE,
@@ -126,8 +133,9 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         self.features = tuple(feature.name for feature in parsed.enabled())
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do
-        self.up = nn.Linear(dim, 2 * inner if glu.glu else inner, bias=glu.glu or not core.no_bias)
-        self.activation = parsed["activation"].activation(inner)
+        biased = not glu.glu_no_bias if glu.glu else not core.no_bias
+        self.up = nn.Linear(dim, 2 * inner if glu.glu else inner, bias=biased)
+        self.activation = parsed["activation"].build(inner)
         bounds = parsed["ff_softclamp"]
         self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
         if not glu.glu:
@@ -231,6 +239,14 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
     def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
         return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if self.glu and self.up.bias is None:
+            raise StateDictError(
+                "in the reference the input map of a gated feedforward has a bias; a model with `ff_glu_no_bias` "
+                "cannot be exported."
+            )
+        super().export_reference(state, prefix)
 
     def reference_names(self) -> Mapping[str, str]:
         into = "ff.0.proj" if self.glu else "ff.0.0"

@@ -67,10 +67,11 @@ class BoundedGate(nn.Module):
 
     def __init__(self, activation: nn.Module, value: float) -> None:
         super().__init__()
-        if not isinstance(activation, (nn.GELU, nn.SiLU)):
+        exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
+        if not exact and not isinstance(activation, nn.SiLU):
             raise ConfigError(
-                f"`glu_softclamp` bounds the linear factor of GELU or SiLU, but the activation is "
-                f"{type(activation).__name__}; drop one of them."
+                f"`glu_softclamp` bounds the linear factor of the exact GELU or of SiLU, but the activation is "
+                f"{activation}; drop one of them."
             )
         self.is_gelu, self.value = isinstance(activation, nn.GELU), value
 

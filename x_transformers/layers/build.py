@@ -15,7 +15,7 @@ from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.layers.residuals.plain import plain_residual
 from x_transformers.layers.views import residual_views
-from x_transformers.modules.norms import LayerNorm, Norm
+from x_transformers.modules.norms import LayerNorm, Norm, NormOptions
 from x_transformers.options.schema import Options
 
 
@@ -88,7 +88,12 @@ def check_value_residual(branches: Sequence[Branch], faults: Faults) -> None:
 
 def norm_of(plan: StackPlan) -> Callable[[int], Norm]:
     """Return a function that builds the chosen norm for a width."""
-    offset = plan.options["norm"].norm_add_unit_offset
+    chosen: NormOptions = plan.options["norm"]
     enabled = plan.options.enabled("norm")
     build: Any = enabled[0].build if enabled else LayerNorm
-    return lambda dim: build(dim, unit_offset=offset, options=plan.options)
+    given: dict[str, Any] = {"unit_offset": chosen.norm_add_unit_offset, "options": plan.options}
+    if chosen.norm_eps is not None:
+        given["eps"] = chosen.norm_eps
+    if chosen.norm_bias:
+        given["bias"] = True
+    return lambda dim: build(dim, **given)

@@ -156,6 +156,7 @@ def _made_by_hand(
         else:
             longest = max(longest, kv.span_of(entry)[2])
             entry.unrotated = 0 if attention.unrotated_heads is None else attention.unrotated_heads[1]
+            entry.rotations = stack.rotations_of(step.layer) if stack.rotates_by_layer else None
         kv.entry(step.number)
         kv.entries[step.number] = entry
     kv.length = kv.tokens = int(length) or longest

@@ -237,7 +237,10 @@ def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -
         InputError: if there are two, or one that the cache has no room for.
     """
     rotary, polar = inputs.rotary_pos_emb, inputs.polar_pos_emb
+    refused = None if stack.rotary_pos_emb is None else stack.rotary_pos_emb.refuses_tables
     for name, pair in (("rotary_pos_emb", rotary), ("polar_pos_emb", polar)):
+        if pair is not None and refused is not None:
+            raise InputError(f"`{name}` cannot replace the rotary embedding of this stack: {refused}. Pass `pos`.")
         if pair is not None and (len(pair) != 2 or not isinstance(pair[0], Tensor)):
             raise InputError(f"`{name}` is {shown(pair)}; it must be a pair of angles and a factor or bias.")
     if polar is not None and not isinstance(polar[1], Tensor):
@@ -259,8 +262,9 @@ def checked_context_pos(stack: LayerStack, inputs: PassInputs, pos: Tensor) -> T
         InputError: if the stack has nothing that would read them.
     """
     if not stack.cross_attend or not isinstance(stack.rotary_pos_emb, RotaryEmbedding):
+        differ = ", the same in all layers" if stack.rotates_by_layer else ""
         raise InputError(
-            "`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`."
+            f"`context_pos` rotates the keys of cross-attention; it needs `cross_attend` and `rotary_pos_emb`{differ}."
         )
     if pos.ndim not in (1, 2) or pos.shape[:-1] not in ((), (1,), (inputs.x.shape[0],)) or pos.is_complex():
         raise ShapeError(f"`context_pos` has shape {tuple(pos.shape)}; it must be (m,) or ({inputs.x.shape[0]}, m).")

@@ -9,6 +9,7 @@ from torch import nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.attention.base import QKTransform, ScoreMod
+from x_transformers.attention.qk.by_layer import TransformsByLayer
 from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, Faults, InputError
 from x_transformers.layers.branch import Branch
@@ -43,6 +44,7 @@ class LayerStack(nn.Module):
         frame: expands the input to several residual streams and collapses them, or None.
         rel_pos: the score modification that all self-attentions share, or None.
         rotary_pos_emb, polar_pos_emb: query/key transforms of self-attention, or None.
+        rotates_by_layer: self-attentions have different transforms.
         skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
         skip_combines: the maps that join the two.
         checkpoint_every: one of this number of blocks runs again for its gradients; None: none does.
@@ -86,6 +88,7 @@ class LayerStack(nn.Module):
         self.rotary_pos_emb: QKTransform | None = None
         self.polar_pos_emb: QKTransform | None = None
         self.rel_pos: ScoreMod | None = None
+        self.rotates_by_layer = False
         with faults.catching():
             self._build_positions(plan)
         with faults.catching():
@@ -121,12 +124,14 @@ class LayerStack(nn.Module):
             "dim_head": widths[0],
             "causal": self.causal,
             "kv_heads": {fn.kv_heads for fn in self.attentions(SELF_ATTENTION.letter)},
+            "layers": [index for index, layer in enumerate(plan.layers) if layer.kind.is_self_attention],
             "kwargs": plan.options["stack"].rel_pos_kwargs,
         }
         for slot, name in (("qk", "rotary_pos_emb"), ("polar qk", "polar_pos_emb"), ("score", "rel_pos")):
             for feature in plan.options.enabled(slot):
                 assert feature.build is not None
                 setattr(self, name, feature.build(plan.options[feature.name], **surroundings))
+        self.rotates_by_layer = isinstance(self.rotary_pos_emb, TransformsByLayer)
 
     def _build_surroundings(self, plan: StackPlan) -> None:
         """Build the parts before, between and after the sublayers."""
@@ -238,6 +243,15 @@ class LayerStack(nn.Module):
         if polar is None:
             return () if rotary is None else (rotary,)
         return (polar,) if rotary is None else (rotary, polar)
+
+    def rotations_of(self, index: int) -> tuple[QKTransform, ...]:
+        """Return the transforms of one self-attention.
+
+        Args:
+            index: of its sublayer.
+        """
+        rotary = self.rotary_pos_emb
+        return rotary.of_layer(index) if isinstance(rotary, TransformsByLayer) else self.rotations
 
     @property
     def sees_future(self) -> bool:

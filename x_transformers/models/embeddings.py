@@ -7,27 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError, TokenRangeError
 from x_transformers.forward_pass.arrays import as_ids
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.modules.second_names import SecondNames
-from x_transformers.modules.state_dict import LoadsWhole
+from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import l2norm
+from x_transformers.options.schema import at_least
 
 
-class TokenEmbedding(LoadsWhole):
+class TokenEmbedding(ReadsReference):
     """Table of token embeddings, `(num_tokens, dim)`.
 
     Args:
         dim: width.
         num_tokens: number of rows.
         l2norm_embed: look up rows of unit length (from a tiny initialization), as FixNorm does (1910.05895).
+        scale: factor of the embeddings.
     """
 
-    def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False) -> None:
+    def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False, scale: float = 1.0) -> None:
         super().__init__()
-        self.l2norm_embed = l2norm_embed
+        at_least(1, dim=dim, num_tokens=num_tokens)
+        self.l2norm_embed, self.scale = l2norm_embed, scale
         self.emb = nn.Embedding(num_tokens, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +49,13 @@ class TokenEmbedding(LoadsWhole):
             embeds = self.emb(x.long())
         except IndexError as error:
             raise out_of_range(x, len(table_of(self))) from error
-        return l2norm(embeds) if self.l2norm_embed else embeds
+        if self.l2norm_embed:
+            embeds = l2norm(embeds)
+        return embeds if self.scale == 1 else embeds * self.scale
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if self.scale != 1:
+            raise StateDictError("the reference has no `emb_scale`; a model with it cannot be exported.")
 
     def init_(self) -> None:
         """Initialize the table: Kaiming-normal, or N(0, 1e-5^2) where rows are normalized."""
@@ -75,7 +84,7 @@ class SharedTokenEmbedding(SecondNames, TokenEmbedding):
 
     def __init__(self, owner: TokenEmbedding) -> None:
         nn.Module.__init__(self)
-        self.l2norm_embed = owner.l2norm_embed
+        self.l2norm_embed, self.scale = owner.l2norm_embed, owner.scale
         self._owner = (owner,)
 
     @property
@@ -116,6 +125,7 @@ class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
 
     def __init__(self, dim: int, max_seq_len: int, l2norm_embed: bool = False) -> None:
         super().__init__()
+        at_least(1, dim=dim, max_seq_len=max_seq_len)
         self.scale = 1.0 if l2norm_embed else dim**-0.5
         self.max_seq_len, self.l2norm_embed = max_seq_len, l2norm_embed
         self.emb = nn.Embedding(max_seq_len, dim)
@@ -189,6 +199,7 @@ class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
 
     def __init__(self, dim: int, theta: float = 10000) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         if dim % 2:
             raise ConfigError(f"sinusoidal positions need an even width; it is {dim}.")
         self.frequencies, self.theta = dim // 2, theta

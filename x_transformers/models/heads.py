@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.errors import StateDictError
 from x_transformers.models.embeddings import table_of
-from x_transformers.modules.state_dict import LoadsWhole
-from x_transformers.ops import at_least_float32
+from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
+from x_transformers.ops import at_least_float32, softclamp
+from x_transformers.options.schema import at_least
 
 
 class LinearNoBias(LoadsWhole, nn.Linear):
     """Linear map without a bias."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
+        at_least(1, dim_in=dim_in, dim_out=dim_out)
         super().__init__(dim_in, dim_out, bias=False)
 
 
@@ -82,6 +85,38 @@ class MixtureOfSoftmax(nn.Module):
             each = at_least_float32(logits).log_softmax(dim=-1)
             shares = at_least_float32(weights).log_softmax(dim=-1)
             return (each + shares.unsqueeze(-1)).logsumexp(dim=-2).to(features.dtype)
+
+
+class LogitChanges(ReadsReference):
+    """Changes of logits z that a head returns: `c tanh(s z / c)`, then perhaps `z + log sigmoid(z)`.
+
+    Args:
+        scale: factor s.
+        softcap: bound c, or None (2408.00118).
+        sigsoftmax: return what sigsoftmax takes the softmax of (1805.10829).
+    """
+
+    def __init__(self, scale: float = 1.0, softcap: float | None = None, sigsoftmax: bool = False) -> None:
+        super().__init__()
+        self.scale, self.softcap, self.sigsoftmax = scale, softcap, sigsoftmax
+
+    def forward(self, head: Callable[[Tensor], Any], features: Tensor) -> Any:
+        """Return the changed logits of features `(..., dim)`; a tuple, if the head returns one."""
+        return each_head(head(features), self.change)
+
+    def change(self, logits: Tensor) -> Tensor:
+        """Change logits `(..., v)`."""
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = softclamp(logits, self.softcap)
+        return sigsoftmax(logits) if self.sigsoftmax else logits
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if self.scale != 1 or self.softcap is not None:
+            raise StateDictError(
+                "the reference has neither `logits_scale` nor `logits_softcap`; a model with one cannot be exported."
+            )
 
 
 def sigsoftmax(logits: Tensor) -> Tensor:

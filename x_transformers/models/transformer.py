@@ -29,11 +29,11 @@ from x_transformers.models.embeddings import (
 from x_transformers.models.heads import (
     Heads,
     LinearNoBias,
+    LogitChanges,
     MixtureOfSoftmax,
     TiedLogits,
     each_head,
     next_embedding_head,
-    sigsoftmax,
 )
 from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
 from x_transformers.models.options.base import ModelOptions, check_size
@@ -92,9 +92,9 @@ class TransformerWrapper(Model):
         self._build_heads(options)
 
     def _build_embeddings(self, options: ModelOptions) -> None:
-        width, norm = self.emb_dim, options.l2norm_embed
+        width = self.emb_dim
         self.own_token_emb = options.token_emb is None
-        self.token_emb = TokenEmbedding(width, self.num_tokens, norm) if self.own_token_emb else options.token_emb
+        self.token_emb = _build_token_emb(options, self.emb_dim, self.num_tokens)
         further: Mapping[str, int] = options.embed_num_tokens or {}
         self.embeds = nn.ModuleDict({f"{name}_embed": nn.Embedding(size, width) for name, size in further.items()})
         self.embedded = frozenset(further)
@@ -125,8 +125,8 @@ class TransformerWrapper(Model):
         self.squeeze_out_last_dim: bool = options.squeeze_out_last_dim
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
-        self.own_to_logits = options.to_logits is None
-        self.to_logits = _build_head(options, self, self.num_tokens)
+        self.logit_changes = _build_logit_changes(options)
+        self.own_to_logits, self.to_logits = options.to_logits is None, _build_head(options, self, self.num_tokens)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
 
@@ -387,8 +387,8 @@ class TransformerWrapper(Model):
         if arguments and self.own_to_logits:
             raise InputError("`to_logits_kwargs` are for a module given as `to_logits`; this model made its own.")
         head: Callable[[Tensor], Any] = functools.partial(self.to_logits, **arguments) if arguments else self.to_logits
-        if self.sigsoftmax_logits:
-            head = functools.partial(_sigsoftmax_of, head)
+        if self.logit_changes is not None:
+            head = functools.partial(self.logit_changes, head)
         logits = head(features) if self.mixture is None else self.mixture(features, head)
         return each_head(logits, _squeezed) if self.squeeze_out_last_dim else logits
 
@@ -410,6 +410,19 @@ def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Modu
     width = num_tokens if options.logits_dim is None else options.logits_dim
     heads = options.num_output_heads
     return Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
+
+
+def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> nn.Module:
+    """Build the table of token embeddings, or return the module that was given."""
+    if options.token_emb is not None:
+        return options.token_emb
+    return TokenEmbedding(width, num_tokens, options.l2norm_embed, options.emb_scale)
+
+
+def _build_logit_changes(options: ModelOptions) -> LogitChanges | None:
+    """Build what changes the logits of the head, or None if nothing does."""
+    given = options.logits_scale, options.logits_softcap, options.sigsoftmax_logits
+    return None if given == (1, None, False) else LogitChanges(*given)
 
 
 def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
@@ -446,10 +459,6 @@ def _read_stack_arguments(
         return transform
     first: Any = functools.partial(blocks, 1) if callable(blocks) else blocks.get(1)
     return first
-
-
-def _sigsoftmax_of(head: Callable[[Tensor], Any], features: Tensor) -> Any:
-    return each_head(head(features), sigsoftmax)
 
 
 def _squeezed(logits: Tensor) -> Tensor:

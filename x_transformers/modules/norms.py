@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import InputError, ShapeError
+from x_transformers.errors import InputError, ShapeError, StateDictError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import SHORTEST
-from x_transformers.options.configured import Checked
-from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, require
+from x_transformers.ops import SHORTEST, at_least_float32
+from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, positive, require
+
+TINY = 1e-24
+"""Default epsilon of RMSNorms: it maps a zero vector to zero, and is too small to change any other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,13 @@ class NormOptions:
     norm_add_unit_offset: bool = opt(
         True, "store the gains of norms minus 1, so that weight decay pulls them towards 1"
     )
+    norm_eps: float | None = opt(
+        None, "epsilon of norms, added to the variance or mean square; default 1e-5 for LayerNorm, 1e-24 for RMSNorm"
+    )
+    norm_bias: bool = opt(False, "LayerNorm with a bias")
+
+    def __post_init__(self) -> None:
+        positive(norm_eps=self.norm_eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +99,7 @@ class ConditionOptions:
         return self.given_width(dim) * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
 
 
-class Norm(Checked, LoadsWhole):
+class Norm(LoadsWhole):
     """Abstract base class of normalization layers.
 
     Attributes:
@@ -150,13 +159,20 @@ class GainNorm(PreparesForInference, Norm):
         return self.gamma.detach() + 1 if self.unit_offset else None
 
 
-class LayerNorm(SecondNames, GainNorm):
-    """LayerNorm without bias: `(x - mean) / sqrt(var + 1e-5) * (gamma + offset)` (1607.06450).
+class LayerNorm(SecondNames, ReadsReference, GainNorm):
+    """LayerNorm: `(x - mean) / sqrt(var + eps) * (gamma + offset)`, and a bias if requested (1607.06450).
 
     Args:
         dim: width D.
         unit_offset: store the gain minus 1.
+        eps: added to the variance.
+        bias: add a learned bias.
     """
+
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = 1e-5, bias: bool = False, **_: Any) -> None:
+        super().__init__(dim, unit_offset)
+        self.eps = eps
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     @property
     def ln(self) -> nn.LayerNorm:
@@ -164,16 +180,28 @@ class LayerNorm(SecondNames, GainNorm):
         return nn.LayerNorm(self.gamma.shape[0], elementwise_affine=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return torch.layer_norm(x, x.shape[-1:], self.gain(), None, 1e-5)
+        return torch.layer_norm(x, x.shape[-1:], self.gain(), self.bias, self.eps)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if self.bias is not None or self.eps != 1e-5:
+            raise StateDictError(
+                "the reference has no LayerNorm with a bias or another epsilon than 1e-5; a model with `norm_bias` or "
+                "`norm_eps` cannot be exported."
+            )
 
 
 class RMSNorm(SecondNames, ReadsReference, GainNorm):
-    """RMSNorm: `x / |x| * sqrt(D) * (gamma + offset)` (1910.07467).
+    """RMSNorm: `x / sqrt(mean(x ** 2) + eps) * (gamma + offset)` (1910.07467).
 
     Args:
         dim: width D.
         unit_offset: store the gain minus 1.
+        eps: added to the mean square.
     """
+
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = TINY, **_: Any) -> None:
+        super().__init__(dim, unit_offset)
+        self.eps = eps
 
     g = SecondName("gamma")
 
@@ -183,44 +211,68 @@ class RMSNorm(SecondNames, ReadsReference, GainNorm):
         return self.gamma.shape[0] ** 0.5
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.gain(), eps=_TINY)
+        gain = self.gain()
+        # as for LayerNorm, autocast does not lower the precision of norms of what it computed in lower precision
+        return F.rms_norm(x if x.dtype == gain.dtype else x.to(gain.dtype), x.shape[-1:], gain, eps=self.eps)
 
     def reference_names(self) -> Mapping[str, str]:
         return {"g": "gamma"}
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        _check_exported_eps(self.eps)
+        super().export_reference(state, prefix)
 
-class SimpleRMSNorm(Norm):
-    """RMSNorm without parameters: `x / |x| * sqrt(D)` (2307.14995)."""
 
-    def __init__(self, dim: int, **_: Any) -> None:
+class SimpleRMSNorm(ReadsReference, Norm):
+    """RMSNorm without parameters: `x / sqrt(mean(x ** 2) + eps)` (2307.14995).
+
+    Args:
+        dim: width D.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = TINY, **_: Any) -> None:
         super().__init__()
-        self.scale = dim**0.5
+        self.scale, self.eps = dim**0.5, eps
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=_TINY)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        _check_exported_eps(self.eps)
 
 
 class ScaleNorm(SecondNames, ReadsReference, Norm):
-    """ScaleNorm: `x / |x| * sqrt(D) * (gamma + offset)` with a single gain for all features (1910.05895).
+    """ScaleNorm: `x / sqrt(mean(x ** 2) + eps) * (gamma + offset)` with a single gain for all features (1910.05895).
 
     Args:
         dim: width D.
         unit_offset: store the gain minus 1.
+        eps: added to the mean square.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = TINY, **_: Any) -> None:
         super().__init__()
-        self.unit_offset, self.scale = unit_offset, dim**0.5
+        self.unit_offset, self.scale, self.eps = unit_offset, dim**0.5, eps
         self.gamma = nn.Parameter(torch.full((1,), 1.0 - unit_offset))
 
     g = SecondName("gamma")
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         gamma = self.gamma + 1 if self.unit_offset else self.gamma
-        return F.rms_norm(x, x.shape[-1:], eps=_TINY) * gamma
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * gamma
 
     def reference_names(self) -> Mapping[str, str]:
         return {"g": "gamma"}
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        _check_exported_eps(self.eps)
+        super().export_reference(state, prefix)
+
+
+def _check_exported_eps(eps: float) -> None:
+    if eps != TINY:
+        raise StateDictError("the reference has no `norm_eps`; a model with it cannot be exported.")
 
 
 class DynamicTanh(Norm):
@@ -244,6 +296,7 @@ class DynamicTanh(Norm):
         **_: Any,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.alpha_offset = float(init_alpha) * unit_offset
         self.gamma_offset = float(unit_offset)
         self.pre_tanh_scale = nn.Parameter(torch.tensor(float(init_alpha) - self.alpha_offset))
@@ -269,6 +322,7 @@ class Derf(Norm):
         self, dim: int, init_alpha: float = 0.5, init_bias: float = 0.0, unit_offset: bool = False, **_: Any
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.offset = float(unit_offset)
         self.alpha = nn.Parameter(torch.tensor(float(init_alpha) - self.offset))
         self.s = nn.Parameter(torch.tensor(float(init_bias)))
@@ -279,18 +333,21 @@ class Derf(Norm):
         return torch.erf(x * (self.alpha + self.offset) + self.s) * (self.gamma + self.offset) + self.beta
 
 
-class AdaptiveNorm(Norm):
+class AdaptiveNorm(ReadsReference, Norm):
     """Abstract base class of adaptive norms: `normalize(x) * (A condition + 1)`, with `A` zero at first (2212.09748).
 
     Args:
         dim: width D.
         dim_condition: width of the condition; default `dim`.
+        eps: added to the variance or mean square; default that of the class.
     """
 
     adaptive = True
+    default_eps: float
 
-    def __init__(self, dim: int, dim_condition: int | None = None) -> None:
+    def __init__(self, dim: int, dim_condition: int | None = None, eps: float | None = None) -> None:
         super().__init__()
+        self.eps = self.default_eps if eps is None else eps
         at_least(1, dim=dim, dim_condition=dim_condition)
         self.dim_condition = dim if dim_condition is None else dim_condition
         self.to_gamma = nn.Linear(self.dim_condition, dim, bias=False)
@@ -320,19 +377,26 @@ class AdaptiveNorm(Norm):
         """
         return self.normalize(x) * (self.to_gamma(checked_condition(condition, self.dim_condition)) + 1)
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        _check_exported_eps(TINY if self.eps == self.default_eps else self.eps)
+
 
 class AdaptiveLayerNorm(AdaptiveNorm):
-    """Adaptive LayerNorm: `(x - mean) / sqrt(var + 1e-5) * (A condition + 1)` (2212.09748)."""
+    """Adaptive LayerNorm: `(x - mean) / sqrt(var + eps) * (A condition + 1)` (2212.09748)."""
+
+    default_eps = 1e-5
 
     def normalize(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:])
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class AdaptiveRMSNorm(AdaptiveNorm):
-    """Adaptive RMSNorm: `x / |x| * sqrt(D) * (A condition + 1)` (2212.09748)."""
+    """Adaptive RMSNorm: `x / sqrt(mean(x ** 2) + eps) * (A condition + 1)` (2212.09748)."""
+
+    default_eps = TINY
 
     def normalize(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=_TINY)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def checked_condition(condition: Tensor | None, width: int) -> Tensor:
@@ -349,26 +413,33 @@ def checked_condition(condition: Tensor | None, width: int) -> Tensor:
     return condition.unsqueeze(1) if condition.ndim == 2 else condition
 
 
-_TINY = 1e-24
-"""Epsilon of RMSNorms: it maps a zero vector to zero, and is too small to change any other."""
-
-
-class MultiheadRMSNorm(Checked, LoadsWhole):
+class MultiheadRMSNorm(LoadsWhole):
     """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
 
     Args:
         dim: width d of a head.
         heads: number of heads.
         eps: lower bound of the length that vectors are divided by.
+        mean_eps: divide by `sqrt(mean(x ** 2) + mean_eps)` instead.
+        across_heads: divide by the root of the mean square of all heads.
     """
 
-    def __init__(self, dim: int, heads: int, eps: float = 1e-12) -> None:
+    def __init__(
+        self, dim: int, heads: int, eps: float = 1e-12, *, mean_eps: float | None = None, across_heads: bool = False
+    ) -> None:
         super().__init__()
-        self.scale, self.eps = dim**0.5, eps
+        at_least(1, dim=dim, heads=heads)
+        self.scale, self.eps, self.mean_eps, self.across_heads = dim**0.5, eps, mean_eps, across_heads
         self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x (b, heads, n, d)` over the last axis."""
+        if self.across_heads:
+            wide = at_least_float32(x)
+            mean = wide.square().mean(dim=(-3, -1), keepdim=True)
+            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * (self.gamma + 1)
+        if self.mean_eps is not None:
+            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * (self.gamma + 1)
         least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
         return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
 
@@ -380,7 +451,22 @@ LAYER_NORM = Feature(
     options=NormOptions,
     summary="LayerNorm, unless another norm is chosen",
     paper="1607.06450",
-    examples=({"norm_add_unit_offset": False},),
+    refuses=(
+        Rule(
+            when=lambda o: o["norm"].norm_bias and any(o.on(feature.name) for feature in FEATURES[1:-1]),
+            why="`norm_bias` is a bias of LayerNorm; drop it, or the keyword that chooses another norm.",
+        ),
+        Rule(
+            when=lambda o: o["norm"].norm_eps is not None and (o.on("dynamic_tanh") or o.on("derf")),
+            why="`norm_eps` has no effect: `use_dynamic_tanh` and `use_derf` divide by nothing; drop it.",
+        ),
+    ),
+    examples=(
+        {"norm_add_unit_offset": False},
+        {"norm_bias": True, "norm_eps": 0.01},
+        {"use_rmsnorm": True, "norm_eps": 0.01},
+    ),
+    exempt={("export", number): "the reference has neither biases nor epsilons of norms" for number in (2, 3)},
 )
 
 RMS_NORM = Feature(
@@ -423,15 +509,15 @@ SCALE_NORM = Feature(
 )
 
 
-def _dynamic_tanh(dim: int, unit_offset: bool, options: Options) -> DynamicTanh:
+def _dynamic_tanh(dim: int, unit_offset: bool, options: Options, **_: Any) -> DynamicTanh:
     return DynamicTanh(dim, options["dynamic_tanh"].dynamic_tanh_init_alpha, unit_offset=unit_offset)
 
 
 def _adaptive(make: type[AdaptiveNorm]) -> Any:
     """Return a function that builds an adaptive norm from the options of a stack."""
 
-    def build(dim: int, unit_offset: bool, options: Options) -> AdaptiveNorm:
-        return make(dim, options["condition"].width(dim))
+    def build(dim: int, unit_offset: bool, options: Options, eps: float | None = None) -> AdaptiveNorm:
+        return make(dim, options["condition"].width(dim), eps)
 
     return build
 
@@ -454,7 +540,7 @@ DYNAMIC_TANH = Feature(
                 or (o.on("residual_streams") and o["residual_streams"].gated_multi_residual)
             ),
             why="`use_dynamic_tanh` works only before sublayers, since it does not rescale a stream that grows with "
-            "depth; set `pre_norm = True`, and drop `gated_multi_residual` and `resi_dual`.",
+            "depth; set `pre_norm = True`, and drop `gated_multi_residual`, `resi_dual` and `branch_norm`.",
         ),
     ),
     examples=({"use_dynamic_tanh": True}, {"use_dynamic_tanh": True, "dynamic_tanh_init_alpha": 0.5}),

@@ -71,25 +71,35 @@ class QKUnitNorm(QKNorm):
 class RMSNormOptions:
     qk_rmsnorm: bool = opt(False, "RMSNorm on queries and keys, with a gain for each head")
     k_rmsnorm: bool = opt(False, "the same on keys only")
+    qk_rmsnorm_eps: float | None = opt(None, "epsilon added to the mean square; default: none")
+    qk_rmsnorm_across_heads: bool = opt(False, "one mean square for the features of all heads, instead of one a head")
 
     def __post_init__(self) -> None:
+        positive(qk_rmsnorm_eps=self.qk_rmsnorm_eps)
         require(not (self.qk_rmsnorm and self.k_rmsnorm), "`qk_rmsnorm` normalizes the keys already; drop `k_rmsnorm`.")
 
 
 class QKRMSNorm(QKNorm):
-    """RMSNorm of queries and keys per head: `x <- x / |x| * sqrt(d) * (gamma + 1)`.
+    """RMSNorm of queries and keys, per head or over the features of all heads: `x <- x / rms(x) * (gamma + 1)`.
 
     Learned memory keys are not normalized.
 
     Args:
         shape: widths of the attention.
         keys_only: leave queries as they are.
+        eps: added to the mean square, or None.
+        across_heads: one mean square for all heads.
     """
 
-    def __init__(self, shape: AttentionShape, keys_only: bool) -> None:
+    def __init__(
+        self, shape: AttentionShape, keys_only: bool, eps: float | None = None, across_heads: bool = False
+    ) -> None:
         super().__init__()
-        self.q_norm = None if keys_only else MultiheadRMSNorm(shape.dim_head, shape.heads)
-        self.k_norm = MultiheadRMSNorm(shape.dim_head, shape.kv_heads)
+        given: dict[str, Any] = {"mean_eps": eps, "across_heads": across_heads}
+        self.q_norm = None if keys_only else MultiheadRMSNorm(shape.dim_head, shape.heads, **given)
+        self.k_norm = MultiheadRMSNorm(shape.dim_head, shape.kv_heads, **given)
+        if eps is not None or across_heads:
+            self.beyond_reference = "`qk_rmsnorm_eps` or `qk_rmsnorm_across_heads`"
 
     def normalize_q(self, q: Tensor) -> Tensor:
         return q if self.q_norm is None else self.q_norm(q)
@@ -105,7 +115,7 @@ def build_unit(options: UnitNormOptions, shape: AttentionShape, **_: Any) -> QKU
 
 def build_rms(options: RMSNormOptions, shape: AttentionShape, **_: Any) -> QKRMSNorm:
     """Build the norm of one attention."""
-    return QKRMSNorm(shape, keys_only=options.k_rmsnorm)
+    return QKRMSNorm(shape, options.k_rmsnorm, options.qk_rmsnorm_eps, options.qk_rmsnorm_across_heads)
 
 
 UNIT = Feature(
@@ -134,5 +144,11 @@ RMS = Feature(
     build=build_rms,
     summary="RMSNorm per head on queries and keys",
     paper="2302.05442",
-    examples=({"attn_qk_rmsnorm": True}, {"attn_k_rmsnorm": True}),
+    exempt={("export", number): "the reference has neither the epsilon nor a mean across heads" for number in (3, 4)},
+    examples=(
+        {"attn_qk_rmsnorm": True},
+        {"attn_k_rmsnorm": True},
+        {"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_eps": 0.01},
+        {"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_across_heads": True, "attn_kv_heads": 2},
+    ),
 )

@@ -1,21 +1,25 @@
 """Rotary position embedding (arXiv 2104.09864), with position interpolation (2306.15595) and xPos (2212.10554).
 
-The pair of features `(2k, 2k + 1)` of a token at position `pos` is rotated by `pos * base ** (-2k / r)`, so that a
-score depends on positions only through the distance of query and key.
+The pair of features `(2k, 2k + 1)`, or `(k, k + r / 2)`, of a token at position `pos` is rotated by
+`pos * base ** (-2k / r)`, so that a score depends on positions only through the distance of query and key.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
+from x_transformers.attention.qk.by_layer import TransformsByLayer
 from x_transformers.attention.qk.decay import REACH, Decay
+from x_transformers.attention.qk.frequencies import attention_factor, check_scaling, check_width, frequencies
 from x_transformers.attention.qk.rotation import RotationTable, rotate
-from x_transformers.errors import ConfigError
+from x_transformers.errors import ConfigError, InputError, StateDictError
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.call import LayerCall, Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
@@ -31,7 +35,21 @@ class RotaryOptions:
     )
     rotary_interpolation_factor: float = opt(1.0, "divide positions by this, >= 1")
     rotary_base_rescale_factor: float = opt(
-        1.0, "NTK-aware scaling by f: the base 10000 becomes 10000 * f ** (r / (r - 2))"
+        1.0, "NTK-aware scaling by f: the base becomes `rotary_base` * f ** (r / (r - 2))"
+    )
+    rotary_base: float | tuple[float, ...] = opt(
+        10000.0, "base of the frequencies; a tuple has one for each self-attention"
+    )
+    rotary_interleaved: bool = opt(
+        True, "pairs are adjacent features (2k, 2k + 1); False: features (k, k + r / 2), as in Llama"
+    )
+    rotary_scaling: Mapping[str, Any] | tuple[Mapping[str, Any] | None, ...] | None = opt(
+        None,
+        "scaling of the frequencies to longer contexts: a dict as `rope_scaling` of Hugging Face's configurations, "
+        "with `rope_type` linear, dynamic, yarn, longrope or llama3; a tuple has one, or None, for each self-attention",
+    )
+    rotary_layers: tuple[bool, ...] | None = opt(
+        None, "for each self-attention, whether positions rotate its queries and keys; default: all"
     )
     rotary_xpos_scale_base: float = opt(512, "xPos: number of tokens that sets the scale of the decay")
     rotate_num_heads: int | None = opt(None, "rotate only the last k heads; needs as many kv heads as heads")
@@ -45,6 +63,38 @@ class RotaryOptions:
         )
         factor = self.rotary_interpolation_factor
         require(factor >= 1, f"`rotary_interpolation_factor` is {factor}; it must be at least 1.")
+        for base in self.rotary_base if isinstance(self.rotary_base, tuple) else (self.rotary_base,):
+            require(base > 1, f"`rotary_base` is {base}; it must be greater than 1.")
+        scalings = self.rotary_scaling if isinstance(self.rotary_scaling, tuple) else (self.rotary_scaling,)
+        for scaling in scalings:
+            if scaling is not None:
+                check_scaling(scaling)
+        twice = factor != 1 or self.rotary_base_rescale_factor != 1
+        require(
+            not twice or not any(scalings),
+            "`rotary_scaling` scales the frequencies already; drop `rotary_interpolation_factor` and "
+            "`rotary_base_rescale_factor`.",
+        )
+        require(
+            not self.rotary_xpos or (self.rotary_interleaved and self.by_layer is None),
+            "`rotary_xpos` decays adjacent pairs of features, at the same rates in every layer; drop "
+            "`rotary_interleaved = False`, `rotary_layers` and tuples of `rotary_base` and `rotary_scaling`.",
+        )
+        require(
+            self.rotary_layers is None or any(self.rotary_layers),
+            "`rotary_layers` rotates no layer; drop `rotary_pos_emb`, or set one of them to True.",
+        )
+
+    @property
+    def by_layer(self) -> dict[str, tuple[Any, ...]] | None:
+        """The keywords that have one value for each self-attention, or None if all layers rotate alike."""
+        given = {name: getattr(self, name) for name in ("rotary_base", "rotary_scaling", "rotary_layers")}
+        return {name: value for name, value in given.items() if isinstance(value, tuple)} or None
+
+    def of_layer(self, number: int) -> RotaryOptions | None:
+        """Return the options of one self-attention, or None if it is not rotated."""
+        own = {name: value[number] for name, value in (self.by_layer or {}).items()}
+        return replace(self, **{**own, "rotary_layers": None}) if own.get("rotary_layers", True) else None
 
 
 Tables = tuple[RotationTable, RotationTable]
@@ -52,7 +102,7 @@ Tables = tuple[RotationTable, RotationTable]
 
 
 class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
-    """Rotation of adjacent feature pairs `(2k, 2k + 1)` by the angle `pos * base ** (-2k / r) / interpolation_factor`.
+    """Rotation of pairs of features by the angle `pos * base ** (-2k / r) / interpolation_factor`.
 
     With xPos, queries are also multiplied by `zeta_k ** ((pos - c) / scale_base)` and keys are divided by it, where
     `zeta_k = (2k + 0.4 r) / (1.4 r) < 1`, so that a score decays with `zeta_k ** (distance / scale_base)`, whatever c
@@ -67,9 +117,13 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         base: base of the frequencies.
         base_rescale_factor: NTK-aware scaling f of the base, to `base * f ** (r / (r - 2))`.
         num_heads: rotate only the last `num_heads` heads; default: all.
+        interleaved: pairs are adjacent features `(2k, 2k + 1)`; False: `(k, k + r / 2)`.
+        scaling: scaling of the frequencies to longer contexts, see `frequencies`. That of YaRN and LongRoPE multiplies
+            rotated queries and keys by a factor.
 
     Raises:
-        ConfigError: if r is odd or below 2, if r is 2 with a rescaled base, or if the interpolation factor is below 1.
+        ConfigError: if r is odd or below 2, if r is 2 with a rescaled base, if the interpolation factor is below 1, or
+            if the scaling does not fit.
     """
 
     inv_freq: Tensor
@@ -85,6 +139,8 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         base_rescale_factor: float = 1.0,
         *,
         num_heads: int | None = None,
+        interleaved: bool = True,
+        scaling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
@@ -104,13 +160,24 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         self.dim, self.use_xpos, self.num_heads = dim, use_xpos, num_heads
         self.decays = use_xpos
         self.interpolation_factor, self.scale_base, self.base = interpolation_factor, scale_base, base
+        self.interleaved, self.scaling = interleaved, None if scaling is None else dict(scaling)
+        if scaling is not None:
+            check_scaling(scaling)
+            check_width(scaling, dim)
+        self.factor = attention_factor(scaling)
         self.register_derived()
+
+    @property
+    def refuses_tables(self) -> str | None:
+        if not self.interleaved:
+            return "it rotates the halves of heads (`rotary_interleaved = False`), and tables rotate adjacent features"
+        return None if self.factor == 1 else "tables cannot contain the factor of its `rotary_scaling`"
 
     def derived_buffers(self) -> dict[str, Tensor]:
         pairs = torch.arange(0, self.dim, 2, dtype=torch.float32)
         # xPos: high frequencies (small k) decay fastest
         zeta = (pairs + 0.4 * self.dim) / (1.4 * self.dim)
-        return {"inv_freq": 1.0 / self.base ** (pairs / self.dim), "xpos_log": zeta.log() / self.scale_base}
+        return {"inv_freq": frequencies(self.base, self.dim, self.scaling), "xpos_log": zeta.log() / self.scale_base}
 
     @property
     def scale(self) -> Tensor | None:
@@ -127,7 +194,12 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         Returns:
             angles `(1|b, n, r)`, the same for both features of a pair, and the factor of queries: a tensor of that
             shape, or 1.0 without xPos. Keys take its reciprocal.
+
+        Raises:
+            InputError: if such angles cannot describe the rotation.
         """
+        if self.refuses_tables is not None:
+            raise InputError(f"this embedding has no tables of angles for callers: {self.refuses_tables}.")
         pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
         if not self.use_xpos:
@@ -137,6 +209,7 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:
         """Return `forward` for the positions 0 ... seq_len - 1."""
+        check_whole(seq_len=seq_len)
         return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
 
     def tables(self, query: Span, keys: Span) -> Tables:
@@ -146,7 +219,10 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def _table(self, pos: Tensor) -> RotationTable:
         angles = pos[:, None, :, None] * self.inv_freq / self.interpolation_factor
-        return RotationTable(angles.cos(), angles.sin())
+        cos, sin = angles.cos(), angles.sin()
+        if self.factor != 1:
+            cos, sin = cos * self.factor, sin * self.factor
+        return RotationTable(cos, sin, halves=not self.interleaved)
 
     def apply_tables(self, q: Tensor, k: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         return self._rotate_heads(q, tables[0]), self._rotate_heads(k, tables[1])
@@ -155,7 +231,10 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         return self._rotate_heads(k, tables[1])
 
     def restore_keys(self, k: Tensor, tables: Tables) -> Tensor:
-        return self._rotate_heads(k, tables[1], sign=-1)
+        table = tables[1]
+        if self.factor != 1:
+            table = RotationTable(table.cos / self.factor**2, table.sin / self.factor**2, table.halves)
+        return self._rotate_heads(k, table, sign=-1)
 
     @property
     def reach(self) -> int | None:
@@ -178,25 +257,41 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             state.pop(f"{prefix}{name}", None)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if self.refuses_tables is not None:
+            raise StateDictError(
+                "the reference rotates adjacent features, without a factor; a model with `rotary_interleaved = False` "
+                "or this `rotary_scaling` cannot be exported."
+            )
         state[f"{prefix}inv_freq"] = self.inv_freq.clone()
         if self.use_xpos:
             state[f"{prefix}scale"] = (self.xpos_log * self.scale_base).exp()
 
 
 def build(
-    options: RotaryOptions, *, heads: int, dim_head: int, causal: bool, kv_heads: set[int], **_: Any
-) -> RotaryEmbedding:
+    options: RotaryOptions,
+    *,
+    heads: int,
+    dim_head: int,
+    causal: bool,
+    kv_heads: set[int],
+    layers: Sequence[int],
+    **_: Any,
+) -> RotaryEmbedding | TransformsByLayer:
     """Build the embedding of a stack whose heads have `dim_head` features.
 
+    Args:
+        options: of the stack.
+        heads: number of query heads.
+        dim_head: features of a head.
+        causal: the stack is causal.
+        kv_heads: the numbers of key heads of its self-attentions.
+        layers: index of each self-attention among the sublayers.
+
     Raises:
-        ConfigError: if more features or heads are to rotate than there are, if grouped heads are to rotate in part, or
-            if xPos is requested for a stack that is not causal.
+        ConfigError: if more features or heads are to rotate than there are, if grouped heads are to rotate in part, if
+            xPos is requested for a stack that is not causal, or if a tuple does not have a value for each
+            self-attention.
     """
-    dim = options.rotary_emb_dim
-    if dim is None:
-        dim = max(2, dim_head // 2 + dim_head // 2 % 2)
-    if dim > dim_head:
-        raise ConfigError(f"`rotary_emb_dim` is {dim}; it must be at most `attn_dim_head` = {dim_head}.")
     if options.rotary_xpos and not causal:
         raise ConfigError("`rotary_xpos` needs a causal stack; use `rotary_pos_emb` in an `Encoder`.")
     rotated = options.rotate_num_heads
@@ -207,13 +302,44 @@ def build(
             "`rotate_num_heads` needs as many kv heads as heads, since keys rotate too; drop `attn_kv_heads` or rotate "
             "all heads."
         )
+    if options.by_layer is None:
+        return _build_one(options, dim_head)
+    for name, values in options.by_layer.items():
+        if len(values) != len(layers):
+            raise ConfigError(
+                f"`{name}` is a tuple of {len(values)} values, but there are {len(layers)} self-attentions; pass one "
+                "value for each."
+            )
+    different: list[RotaryOptions] = []
+    chosen = {}
+    for number, index in enumerate(layers):
+        own = options.of_layer(number)
+        if own is not None:
+            if own not in different:
+                different.append(own)
+            chosen[index] = different.index(own)
+    return TransformsByLayer([_build_one(each, dim_head) for each in different], chosen)
+
+
+def _build_one(options: RotaryOptions, dim_head: int) -> RotaryEmbedding:
+    """Build the embedding of all layers, or of those that have the same options."""
+    dim = options.rotary_emb_dim
+    if dim is None:
+        dim = max(2, dim_head // 2 + dim_head // 2 % 2)
+    if dim > dim_head:
+        raise ConfigError(f"`rotary_emb_dim` is {dim}; it must be at most `attn_dim_head` = {dim_head}.")
+    assert not isinstance(options.rotary_base, tuple)
+    assert not isinstance(options.rotary_scaling, tuple)
     return RotaryEmbedding(
         dim,
         use_xpos=options.rotary_xpos,
         scale_base=options.rotary_xpos_scale_base,
         interpolation_factor=options.rotary_interpolation_factor,
+        base=options.rotary_base,
         base_rescale_factor=options.rotary_base_rescale_factor,
-        num_heads=rotated,
+        num_heads=options.rotate_num_heads,
+        interleaved=options.rotary_interleaved,
+        scaling=options.rotary_scaling,
     )
 
 
@@ -240,5 +366,20 @@ FEATURE = Feature(
         {"rotary_pos_emb": True, "rotary_emb_dim": 4, "rotary_interpolation_factor": 2.0},
         {"rotary_pos_emb": True, "rotary_emb_dim": 4, "rotary_base_rescale_factor": 4.0, "rotate_num_heads": 2},
         {"rotary_xpos": True, "rotary_emb_dim": 8, "rotary_xpos_scale_base": 16},
+        {
+            "rotary_pos_emb": True,
+            "rotary_emb_dim": 6,
+            "rotary_interleaved": False,
+            "rotary_base": 500.0,
+            "rotary_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
+        {
+            "rotary_pos_emb": True,
+            "rotary_interleaved": False,
+            "rotary_base": (100.0, 1000.0),
+            "rotary_scaling": (None, {"rope_type": "linear", "factor": 2.0}),
+        },
+        {"rotary_pos_emb": True, "rotary_layers": (False, True)},
     ),
+    exempt={("export", number): "the reference has no such positions" for number in (5, 6, 7)},
 )

@@ -13,17 +13,28 @@ class PlacementOptions:
     pre_norm_has_final_norm: bool = opt(True, "with pre-norm, add a norm after the last layer")
     pre_and_post_norm: bool = opt(False, "norm before each sublayer and after the residual")
     sandwich_norm: bool = opt(False, "add a norm on each sublayer's output, before the residual")
+    branch_norm: bool = opt(False, "norm on each sublayer's output, before the residual, and none before the sublayer")
 
     def __post_init__(self) -> None:
         require(
-            not self.sandwich_norm or self.before,
+            not self.sandwich_norm or self.pre_norm or self.pre_and_post_norm,
             "`sandwich_norm` adds a second norm to the one before a sublayer; it needs `pre_norm = True`.",
+        )
+        require(
+            not self.branch_norm or (self.pre_norm and not self.sandwich_norm and not self.pre_and_post_norm),
+            "`branch_norm` moves the norm before a sublayer to its output; drop `pre_norm = False`, `sandwich_norm` "
+            "and `pre_and_post_norm`.",
         )
 
     @property
     def before(self) -> bool:
         """True if there is a norm before each sublayer."""
-        return self.pre_norm or self.pre_and_post_norm
+        return (self.pre_norm and not self.branch_norm) or self.pre_and_post_norm
+
+    @property
+    def output(self) -> bool:
+        """True if there is a norm on the output of each sublayer."""
+        return self.sandwich_norm or self.branch_norm
 
     @property
     def after(self) -> bool:
@@ -33,7 +44,7 @@ class PlacementOptions:
     @property
     def final(self) -> bool:
         """True if there is a norm after the last layer."""
-        return self.before and not self.pre_and_post_norm and self.pre_norm_has_final_norm
+        return self.pre_norm and not self.pre_and_post_norm and self.pre_norm_has_final_norm
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def norm_places(options: Options) -> NormPlaces:
     if options["residual_streams"].gated_multi_residual:
         # reading the streams normalizes them, so that a norm before the sublayer would be the second one
         return NormPlaces(before=False, output=False, after=True, final=True)
-    return NormPlaces(placement.before, placement.sandwich_norm, placement.after, placement.final)
+    return NormPlaces(placement.before, placement.output, placement.after, placement.final)
 
 
 FEATURE = Feature(
@@ -77,5 +88,7 @@ FEATURE = Feature(
         {"sandwich_norm": True},
         {"pre_and_post_norm": True},
         {"pre_norm_has_final_norm": False},
+        {"branch_norm": True, "use_rmsnorm": True},
     ),
+    exempt={("export", 5): "the reference always has a norm before sublayers or after the residual"},
 )

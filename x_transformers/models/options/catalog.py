@@ -34,6 +34,8 @@ TRANSFORMER = Schema(
         pooling.ATTENTION_POOLING,
         logits.SQUEEZED_LOGITS,
         embedding.CUSTOM_EMBEDDING,
+        embedding.EMBEDDING_SCALE,
+        logits.LOGITS_SCALE,
         logits.MIXTURE_OF_SOFTMAXES,
         logits.SIGSOFTMAX,
         embedding.DEEP_EMBEDDING,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from x_transformers.models.options.base import Keywords, model_feature
-from x_transformers.options.schema import at_least, opt, require
+from x_transformers.options.schema import Rule, at_least, opt, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,31 @@ class CustomEmbedding(Keywords):
 
 
 CUSTOM_EMBEDDING = model_feature("custom_embedding", CustomEmbedding, "a caller's token embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingScale(Keywords):
+    emb_scale: float = opt(1.0, "factor of the token embeddings")
+
+    def __post_init__(self) -> None:
+        positive(emb_scale=self.emb_scale)
+
+
+EMBEDDING_SCALE = model_feature(
+    "emb_scale",
+    EmbeddingScale,
+    "a factor of the token embeddings",
+    {"emb_scale": 3.0},
+    paper="2403.08295",
+    enabled=lambda options: options.emb_scale != 1,
+    refuses=(
+        Rule(
+            when=lambda options: options["custom_embedding"].token_emb is not None,
+            why="`emb_scale` is a factor of a new `TokenEmbedding`; drop it, or give the factor to `token_emb`.",
+        ),
+    ),
+    export="the reference has no such factor",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

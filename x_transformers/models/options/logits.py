@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from x_transformers.models.options.base import Keywords, model_feature
-from x_transformers.options.schema import Rule, at_least, opt
+from x_transformers.options.schema import Rule, at_least, opt, positive
 
 
 def _without_head(keyword: str) -> Rule:
@@ -133,6 +133,27 @@ SQUEEZED_LOGITS = model_feature(
     "logits without their last axis",
     enabled=lambda options: options.squeeze_out_last_dim,
     warns=(_without_head("squeeze_out_last_dim"),),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsScale(Keywords):
+    logits_scale: float = opt(1.0, "factor of the logits")
+    logits_softcap: float | None = opt(None, "bound c of the logits z: c * tanh(z / c), after the factor")
+
+    def __post_init__(self) -> None:
+        positive(logits_scale=self.logits_scale, logits_softcap=self.logits_softcap)
+
+
+LOGITS_SCALE = model_feature(
+    "logits_scale",
+    LogitsScale,
+    "a factor and a soft bound of the logits",
+    {"logits_scale": 0.3, "logits_softcap": 2.0},
+    paper="2408.00118",
+    enabled=lambda options: options.logits_scale != 1 or options.logits_softcap is not None,
+    warns=(_without_head("logits_scale"),),
+    export="the reference has no such changes of logits",
 )
 
 
