@@ -88,7 +88,7 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     return capture
 
 
-def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState, error: Exception) -> None:
+def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState | None, error: Exception) -> None:
     """Raise an `InputError` if a kernel failed because of what the caller gave.
 
     Sizes of cached tensors, dtypes and devices are compared only then, so that passes that fit do not pay for it.
@@ -96,19 +96,20 @@ def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState,
     Args:
         stack: the stack.
         inputs: arguments of the pass.
-        state: where the pass failed.
+        state: where the pass failed; None if it had not begun.
         error: of the kernel.
 
     Raises:
         InputError: naming what does not fit.
     """
-    rows, batch = None if state.kv is None else state.kv.rows, len(state.stream)
+    kv = None if state is None else state.kv
+    rows, batch = None if kv is None else kv.rows, len(inputs.x if state is None else state.stream)
     if rows is not None and rows != batch:
         raise InputError(
             f"the cache holds {rows} rows, but {batch} are to run; give the cache of these rows."
         ) from error
-    streams = stack.cache_streams() if inputs.cache is not None and state.kv is not None else ()
-    for entry, shapes in zip(state.kv.entries if state.kv is not None else (), streams, strict=False):
+    streams = stack.cache_streams() if inputs.cache is not None and kv is not None else ()
+    for entry, shapes in zip(() if kv is None else kv.entries, streams, strict=False):
         for name, (heads, width, *_) in shapes.items():
             held = entry.grown.get(name)
             if held is not None and (held.shape[1], held.shape[-1]) != (heads, width):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import check_whole, checked
+from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
@@ -283,7 +283,11 @@ class Model(Configured, ReadsReference):
         Raises:
             InputError: if arguments do not fit the model or each other.
         """
-        items, embeds = self._items(embeds, inputs, span)
+        try:
+            items, embeds = self._items(embeds, inputs, span)
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), vars(inputs))
+            raise
         kv = span.kv
         if inputs.stack.get("return_gumbel_log_probs"):  # they are part of the record
             inputs.return_intermediates = True
