@@ -77,6 +77,12 @@ HOUSE = (
     ("F10", ["checkpoints.files", "checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
     ("F10", ["checkpoints.optimizer_states", "checkpoints.old_layout"]),
     ("F10", ["checkpoints"]),
+    ("F10", ["pretrained.base", "pretrained.shards"]),
+    ("F10", ["pretrained.rotary"]),
+    ("F10", ["pretrained.gated_decoder"]),
+    ("F10", ["pretrained.families"]),
+    ("F10", ["pretrained.catalog"]),
+    ("F10", ["pretrained.loading"]),
     ("roof", ["x_transformers", ""]),
 )
 STEP = {name: step for step, (_, names) in enumerate(HOUSE) for name in names}
