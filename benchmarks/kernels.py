@@ -36,6 +36,7 @@ from benchmarks.contestants import gpt2, llama, next_token_loss, of_hugging_face
 from benchmarks.settings import Settings
 from x_transformers import TransformerWrapper
 from x_transformers.layers.catalog import FEATURES
+from x_transformers.losses import token_losses
 
 LENGTH = 128
 """Tokens of a row. A head has 32 features, so scores of all heads take four activations."""
@@ -267,7 +268,8 @@ def _counted(
         )
 
     def loss(model: nn.Module, ids: Tensor) -> Tensor:
-        return model(ids, **_arguments(model.net, len(ids)))
+        # of the same tokens, which every stack may see; what is not part of a layer does not count
+        return token_losses(model.net(ids, **_arguments(model.net, len(ids))), ids).mean()
 
     return count(make, loss, pairs)
 

@@ -79,13 +79,13 @@ def in_process(module: str, *arguments: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def run_script(script: Path, *arguments: str) -> None:
-    """Run a script as a user would, and capture its output.
+def in_folder(folder: Path, *command: str) -> None:
+    """Run a command in a folder as a user would, and capture its output.
 
     Raises:
         subprocess.CalledProcessError: if it fails.
     """
-    subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
 
 
 def machine() -> dict[str, str]:

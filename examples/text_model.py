@@ -1,29 +1,10 @@
-"""Parts of the text examples' models: a small stack of layers, and the initialization of a model over bytes."""
+"""Initialization of a model over bytes."""
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 
-from x_transformers import Decoder, Encoder, TransformerWrapper
-
-Stack = TypeVar("Stack", Encoder, Decoder)
-
-
-def small_stack(kind: type[Stack]) -> Stack:
-    """Build three layers with rotary positions and QK-RMSNorm; each sublayer starts as the identity."""
-    return kind(
-        dim=96,
-        depth=3,
-        heads=3,
-        attn_dim_head=32,
-        rotary_pos_emb=True,
-        rotary_emb_dim=32,
-        attn_qk_rmsnorm=True,
-        attn_zero_init_output=True,
-        ff_zero_init_output=True,
-    )
+from x_transformers import TransformerWrapper
 
 
 def start_evenly(net: TransformerWrapper) -> None:

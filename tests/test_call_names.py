@@ -24,6 +24,10 @@ from x_transformers import (
 )
 from x_transformers.attend import Attend
 from x_transformers.errors import ConfigError, UnknownArgumentError, UnknownKeywordError
+from x_transformers.full_bandwidth import FullBandwidth
+from x_transformers.gpt_lejepa import LatentAutoregressive
+from x_transformers.gpt_vae import GPTVAE
+from x_transformers.next_latent_wrapper import NextLatentWrapper
 from x_transformers.options.suggestions import OTHER_LIBRARIES
 
 CALLED = ("forward", "generate", "stream", "beam_search")
@@ -207,3 +211,22 @@ def test_names_within_a_graph() -> None:
     model = nn.Sequential(decoder())
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(features(1, 4, 16)), model(features(1, 4, 16)))
+
+
+# wrappers that their own modules export
+
+
+def test_wrappers_outside_of_the_package_root() -> None:
+    dims = {"dim": 16, "heads": 2, "attn_dim_head": 8}
+    variational = GPTVAE(num_tokens=9, depth=1, enc_depth=1, max_seq_len=8, dim_latent=4, **dims)
+    scaled = net(lambda: decoder(depth_scale_residual=True), tie_embedding=True, post_emb_norm=True)
+    calls = [
+        NextLatentWrapper(net(), dim=16),
+        LatentAutoregressive(net(), dim=16),
+        (bandwidth := FullBandwidth(scaled)),
+        bandwidth.generate,
+        variational.generate,
+    ]
+    for call in calls:
+        with pytest.raises(UnknownArgumentError, match=r"unknown argument `attention_mask`\. It is `mask` here"):
+            call(*required(call.forward if isinstance(call, nn.Module) else call), attention_mask=None)

@@ -21,8 +21,9 @@ STEPS = ("--steps", 6, "--look-every", 1e9)
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KILLED = """import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train_text as t
-save = t.Run.save
-t.Run.save = lambda self: (save(self), os._exit(9) if self.step == 3 else None)
+from x_transformers.training.run import Run
+save = Run.save
+Run.save = lambda self: (save(self), os._exit(9) if self.step == 3 else None)
 t.main()
 """
 
@@ -35,7 +36,7 @@ def run(*arguments: object, processes: int = 1, killed: Path | None = None) -> s
         script = [killed, ROOT / "examples"]
         arguments = (*arguments, "--save-every", 0)
     command = [sys.executable, *(TORCHRUN if processes > 1 else []), *map(str, (*script, *arguments))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
 
 
@@ -117,6 +118,10 @@ def test_the_number_of_processes_does_not_change_training(
         (["--out", "{tmp}/short.txt/run"], "cannot be written"),
         (["--data", "{text}", "--out", "{tmp}/new", "--resume"], "no checkpoint"),
         (["--data", "{text}", "--out", "{tmp}/other", "--resume"], "another configuration"),
+        (["--data", "{text}", "--tokenizer", "{tmp}/nothing.json"], "must be"),
+        (["--data", "{text}", "--set", "no_such_option=1"], "no_such_option"),
+        (["--data", "{text}", "--set", "heads"], "keyword=value"),
+        (["--data", "{text}", "--preset", "2b"], "invalid choice"),
     ],
 )
 def test_errors_are_one_sentence(

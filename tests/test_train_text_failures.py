@@ -5,19 +5,19 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.checkpoints import folder as folders
 from x_transformers.checkpoints.training import latest_checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
+from x_transformers.training import run as run_module
+from x_transformers.training.train import train
 
 
 @pytest.fixture
@@ -29,19 +29,17 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, with a tiny model, and without its evaluation and its picture."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import train_text
+    """The module of runs, with a tiny model, and without its evaluation and its picture."""
 
-    def model() -> AutoregressiveWrapper:
+    def model(*_: object) -> AutoregressiveWrapper:
         layers = Decoder(dim=8, depth=1, heads=1, verbose=False)
         return AutoregressiveWrapper(TransformerWrapper(num_tokens=256, max_seq_len=128, attn_layers=layers))
 
-    monkeypatch.setattr(train_text, "build_model", model)
-    monkeypatch.setattr(train_text, "learning_curve", lambda *_: None)
-    monkeypatch.setattr(train_text.Run, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(run_module, "model_of", model)
+    monkeypatch.setattr(run_module, "draw_curve", lambda *_: None)
+    monkeypatch.setattr(run_module.Run, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    return train_text
+    return run_module
 
 
 Start = Callable[..., str]
@@ -54,10 +52,9 @@ def start(script: ModuleType, text: Path, monkeypatch: pytest.MonkeyPatch, capsy
     def run(*options: object) -> str:
         monkeypatch.setattr(folders, "_owned", {})
         given = ["--data", text, "--save-every", 0, "--device", "cpu", *options]
-        monkeypatch.setattr(sys, "argv", ["train_text.py", *map(str, given)])
         capsys.readouterr()
         try:
-            script.main()
+            train(list(map(str, given)))
         except SystemExit as stop:
             assert stop.code == 2  # noqa: PT017
             lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
@@ -100,7 +97,7 @@ def during_step(script: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int
     """Do something in the middle of a step of the run."""
     plain = script.Run.train_step
 
-    def train_step(run: Any) -> float:
+    def train_step(run: Any) -> Tensor:
         if run.step + 1 == number:
             act()
         return plain(run)
@@ -160,9 +157,7 @@ def test_what_a_run_is_not_resumed_with(
         mine = dict(folders._owned)
         with monkeypatch.context() as patch:
             patch.setattr(script.Run, "train_step", plain)
-            arguments = list(sys.argv)
             rival.append(start("--out", out, "--steps", 3, "--resume"))
-            patch.setattr(sys, "argv", arguments)
         monkeypatch.setattr(folders, "_owned", mine)
 
     plain = script.Run.train_step

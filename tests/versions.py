@@ -2,6 +2,7 @@
 
     python tests/versions.py            # the newest patch of every minor version from 2.6 on
     python tests/versions.py 2.6.0      # some of them
+    python tests/versions.py --groups export goldens    # some of the tests; the others keep their results
     python tests/versions.py --keep     # leave the environments in `.versions/`
     python tests/versions.py --write    # put the table into the README
 
@@ -26,7 +27,10 @@ OLDEST = Version("2.6")
 GROUPS = {
     "goldens": ("tests/test_goldens.py",),
     "recipes": ("tests/test_recipes.py",),
-    "full graphs": ("tests/properties/test_compile.py", "tests/properties/test_compile_blocks.py"),
+    "full graphs": ("tests/properties/test_compile.py", "tests/properties/test_compiled_lengths.py"),
+    "compiled blocks": ("tests/properties/test_compile_blocks.py",),
+    "recompilations": ("tests/properties/test_recompilations.py",),
+    "export": ("tests/properties/test_exported_programs.py",),
     "decoding": ("tests/test_decoding.py", "tests/test_static_cache.py", "tests/properties/test_cached_decoding.py"),
     "FlexAttention": ("tests/properties/test_flex.py",),
     "checkpointing": ("tests/properties/test_recompute.py",),
@@ -42,19 +46,28 @@ def main() -> int:
     """Run the tests of some versions, print their table, and return an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", help="versions of PyTorch; default: every minor version's newest patch")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="columns; default: all")
     parser.add_argument("--keep", action="store_true", help="leave the environments in `.versions/`")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     parser.add_argument("--workers", default="2", help="processes of each test run (default: %(default)s)")
     given = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for version in given.versions or newest_patches():
         environment = FOLDER / version
-        python = install(version, environment)
-        results[version] = {name: run(python, files, given.workers) for name, files in GROUPS.items()}
-        RESULTS.write_text(json.dumps(results, indent=2))
+        try:
+            python = install(version, environment)
+        except subprocess.CalledProcessError:
+            print(f"PyTorch {version} does not install here", flush=True)
+            shutil.rmtree(environment)
+            continue
+        for name in given.groups:
+            result = run(python, GROUPS[name], given.workers)
+            results = recorded()  # what others wrote meanwhile included
+            results.setdefault(version, {})[name] = result
+            RESULTS.write_text(json.dumps(results, indent=2))
         if not given.keep:
             shutil.rmtree(environment)
+    results = recorded()
     text = table(results)
     print(text)
     if given.write:
@@ -62,6 +75,11 @@ def main() -> int:
         before, rest = readme.read_text().split(BEGIN)
         readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     return int(any(cell["failed"] for row in results.values() for cell in row.values()))
+
+
+def recorded() -> dict[str, dict[str, dict[str, int]]]:
+    """Return the results so far, by version and group."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def newest_patches() -> list[str]:
@@ -115,11 +133,11 @@ def run(python: Path, files: tuple[str, ...], workers: str) -> dict[str, int]:
 
 
 def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
-    """Return the results as Markdown: tests that passed of those that ran."""
+    """Return the results as Markdown: tests that passed of those that ran; a dash where none ran."""
     rows = [f"| PyTorch | {' | '.join(GROUPS)} |", f"| --- |{' --- |' * len(GROUPS)}"]
     for version in sorted(results, key=Version):
-        cells = [results[version][name] for name in GROUPS if name in results[version]]
-        shown = [f"{cell['passed']} of {cell['passed'] + cell['failed']}" for cell in cells]
+        cells = [results[version].get(name) for name in GROUPS]
+        shown = ["–" if cell is None else f"{cell['passed']} of {cell['passed'] + cell['failed']}" for cell in cells]
         rows.append(f"| {version} | {' | '.join(shown)} |")
     return "\n".join(rows)
 

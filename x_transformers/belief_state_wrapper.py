@@ -18,7 +18,7 @@ from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
-from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
@@ -28,6 +28,7 @@ from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, flipped
 from x_transformers.options.configured import Configured
+from x_transformers.options.values import shown
 
 PairWeights = Callable[[Tensor], Tensor]
 """Pairs `(pairs, 2)` of indices i and j to weights, `(pairs,)` or `(pairs, 2)` for the two directions."""
@@ -211,7 +212,7 @@ class BeliefStateWrapper(Configured, ReadsReference):
         prompts: Ids,
         seq_len: int,
         options: GenerationOptions,
-        suffix: Tensor | None = None,
+        suffix: Ids | None = None,
         decode_backwards: bool = False,
     ) -> Tensor:
         """Continue each prompt by `seq_len` tokens that lead to a suffix, in evaluation mode.
@@ -231,6 +232,9 @@ class BeliefStateWrapper(Configured, ReadsReference):
             InputError: with what was given and what is needed.
         """
         check_seq_len(seq_len)
+        if not isinstance(decode_backwards, bool):
+            raise InputError(f"`decode_backwards` is {shown(decode_backwards)}; it must be True or False.")
+        suffix = None if suffix is None else as_ids(suffix, self, "`suffix`")
         if decode_backwards and suffix is not None:
             raise InputError("`suffix` is what forward decoding leads to; drop it, or `decode_backwards`.")
         given = as_prompts(prompts, self, "`prompts`")

@@ -135,9 +135,7 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
-        if isinstance(rollout_steps, bool) or not isinstance(rollout_steps, int) or rollout_steps < 1:
-            raise InputError(f"`rollout_steps` is {rollout_steps!r}; it must be a whole number, at least 1.")
-        if rollout_steps > 1:
+        if rollout_steps != 1:
             return self.forward_rollout(x, rollout_steps, **kwargs)
         _check(x, kwargs)
         check_predicts(x)
@@ -169,6 +167,8 @@ class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        if rollout_steps < 1:
+            raise InputError(f"`rollout_steps` is {rollout_steps}; it must be a whole number, at least 1.")
         _check(x, kwargs)
         check_predicts(x, rollout_steps + 1)
         for name in ("self_attn_kv_mask", "pos", "sum_embeds", "seq_start_pos", "attn_mask", "attn_bias"):
@@ -396,7 +396,7 @@ def _aligned(x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
 
     Columns that are padding in every row are removed.
     """
-    most = int(lens.max())
+    most = int(lens.max()) if len(lens) else 0
     return align_right(x, lens)[:, x.shape[1] - most :], most - lens
 
 
@@ -412,9 +412,10 @@ def _checked_mask(mask: Tensor, x: Tensor, lens: Tensor | None) -> tuple[Tensor,
     """Return `(b, n)` bool, and `(b,)` the number of positions up to the last valid one."""
     if lens is not None:
         raise InputError("`mask` and `lens` both specify the valid positions; pass one of them.")
+    mask = read_mask(mask, "mask")
     if mask.ndim != 2 or mask.shape[0] not in (1, len(x)) or mask.shape[1] != x.shape[1]:
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be {tuple(x.shape[:2])}.")
-    mask = mask.bool().expand(len(x), -1)
+    mask = mask.expand(len(x), -1)
     return mask, (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(dim=-1)
 
 

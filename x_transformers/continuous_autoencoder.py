@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import normal_divergence
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, masked_mean
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 
 RESERVED = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `enc_depth` and `dec_depth`")
@@ -34,6 +36,7 @@ class DeterministicLatentBottleneck(Configured, ReadsReference):
 
     def __init__(self, dim: int, dim_latent: int, activation: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        at_least(1, dim=dim, dim_latent=dim_latent)
         self.proj = nn.Linear(dim, dim_latent)
         self.activation = nn.Identity() if activation is None else activation
 
@@ -65,6 +68,7 @@ class VariationalLatentBottleneck(Configured, ReadsReference):
 
     def __init__(self, dim: int, dim_latent: int, kl_div_floor: float = 0.0) -> None:
         super().__init__()
+        at_least(1, dim=dim, dim_latent=dim_latent)
         if kl_div_floor < 0:
             raise ConfigError(f"`kl_div_floor` is {kl_div_floor}; a divergence is 0 or more, and so is its floor.")
         self.kl_div_floor = kl_div_floor
@@ -170,6 +174,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         """The device of the parameters."""
         return next(self.from_latent_to_prepend_token.parameters()).device
 
+    @checked
     def encode(
         self,
         seq: Tensor,
@@ -195,6 +200,7 @@ class ContinuousTransformerAutoencoder(Configured, ReadsReference):
         latents, loss = self.bottleneck(features, return_unreduced_loss=return_unreduced_loss)
         return (latents, loss) if return_aux_loss else latents
 
+    @checked
     def forward(
         self,
         seq: Tensor,

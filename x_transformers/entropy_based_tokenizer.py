@@ -16,10 +16,9 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
-from x_transformers.options.configured import Checked
 
 
-class EntropyBasedTokenizer(Checked, LoadsWhole):
+class EntropyBasedTokenizer(LoadsWhole):
     """Tokenizer that ends a token where the entropy of the next id is high.
 
     Args:

@@ -14,6 +14,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.internal_sequence import tokens_of
@@ -124,6 +125,7 @@ class LatentAutoregressive(Configured, ReadsReference):
     sigreg_loss = staticmethod(sigreg_loss)
 
     @checked
+    @passes_on("net")
     def forward(self, x: Ids, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
         """Return the loss.
 

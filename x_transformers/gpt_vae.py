@@ -13,6 +13,7 @@ from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import normal_divergence
 from x_transformers.models.embeddings import checked_ids
@@ -163,6 +164,8 @@ class GPTVAE(Configured, ReadsReference):
         return (total, (loss, divergence)) if return_all_losses else total
 
     @torch.no_grad()
+    @checked
+    @passes_on("ar_wrapped_decoder.generate")
     def generate(
         self,
         prompts: Ids | Sequence[Ids],

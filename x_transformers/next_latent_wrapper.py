@@ -14,6 +14,7 @@ from x_transformers.decoding.loop import check_next_token_net
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
@@ -214,6 +215,7 @@ class NextLatentWrapper(Configured, ReadsReference):
     sigreg_loss = staticmethod(sigreg_loss)
 
     @checked
+    @passes_on("net")
     def forward(self, x: Ids, return_loss_breakdown: bool = False, **kwargs: Any) -> Any:
         """Return the loss.
 

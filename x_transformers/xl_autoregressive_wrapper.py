@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.frames import of_any_length, skipped, without_graphs
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
@@ -106,7 +107,7 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         """Length of a segment."""
         return unwrapped(self.net).max_seq_len
 
-    @checked
+    @skipped
     @passes_on("net")
     def forward(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
@@ -126,29 +127,35 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         Raises:
             InputError: with what was given and what is needed.
         """
+        segments = without_graphs(self._segments, x, mems=mems, dropout_mems=dropout_mems, **kwargs)
+        loss = 0.0
+        segment = without_graphs(segments.first)
+        # whatever is called here, a graph or not, is called once for each segment
+        while segment is not None:
+            each, left = self._read(segment.tokens, segment.labels, segment.detach, **segment.arguments)
+            loss = loss + each * segment.share
+            segment = without_graphs(segments.after, segment, left)
+        return without_graphs(self._reaching, loss)
+
+    @checked
+    @passes_on("net")
+    def _segments(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> _Segments:
+        """Check the arguments of `forward`, and return the segments of x."""
         x = checked_ids(x, self).long()  # bytes could not hold `ignore_index`
         check_predicts(x)
         check_hides_future(self.net, kwargs)
-        shown, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
-        total, size = labels.shape[1], self.max_seq_len
-        memory = _Memory(self.net, mems)
-        loss = torch.zeros((), device=x.device)
-        number = first = 0
-        # `range` would make the length a number of the graph; comparisons leave it a symbol
-        while first < total:
-            last = min(first + size, total)
-            arguments = _of_segment(kwargs, first, last, x.shape[1])
-            logits = memory.read(
-                shown[:, first:last],
-                arguments,
-                # gradients flow through memory within `tbptt_steps` segments, and not beyond
-                detach=(number + 1) % self.tbptt_steps == 0,
-                blind=dropout_mems,
-            )
-            # the last segment may be shorter, and counts by its length
-            loss = loss + self._segment_loss(logits, labels[:, first:last]) * ((last - first) / total)
-            number, first = number + 1, first + size
-        return self._reaching(loss)
+        shown = x.masked_fill(x == self.ignore_index, self.pad_value)
+        memory = None if dropout_mems else _Memory(self.net, mems)
+        return _Segments(shown, x[:, 1:], kwargs, memory, self.max_seq_len, self.tbptt_steps)
+
+    @checked
+    @passes_on("net")
+    def _read(
+        self, tokens: Tensor, labels: Tensor, detach: bool, mems: Memories | None = None, **arguments: Any
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss of one segment, and the memory that it leaves."""
+        logits, left = self.net(tokens, return_mems=True, detach_mems=detach, mems=mems, **arguments)
+        return self._segment_loss(logits, labels), left
 
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return the loss with gradients for the heads that it does not read."""
@@ -229,6 +236,77 @@ class XLAutoregressiveWrapper(Configured, ReadsReference):
         return Generation(decoding, read, view, options, self.pad_value)
 
 
+class _Segment(NamedTuple):
+    """One segment of a batch.
+
+    Attributes:
+        tokens: `(b, n)`.
+        labels: `(b, n)`.
+        arguments: of the pass, with the memory that it reads.
+        detach: stop gradients at the memory that it leaves.
+        share: of its loss in that of the batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    arguments: dict[str, Any]
+    detach: bool
+    share: float
+
+
+class _Segments:
+    """The segments of a batch, one after the other.
+
+    Args:
+        shown: `(b, n)` tokens.
+        labels: `(b, n - 1)`.
+        kwargs: of the model's passes, over n tokens.
+        memory: to begin with; None if no segment reads any.
+        size: length of a segment.
+        tbptt_steps: number of segments within which gradients flow through memory, and not beyond.
+    """
+
+    def __init__(
+        self,
+        shown: Tensor,
+        labels: Tensor,
+        kwargs: Mapping[str, Any],
+        memory: _Memory | None,
+        size: int,
+        tbptt_steps: int,
+    ) -> None:
+        self.shown, self.labels, self.kwargs, self.memory = shown, labels, kwargs, memory
+        self.size, self.tbptt_steps = size, tbptt_steps
+        self.number = self.begin = 0
+
+    def first(self) -> _Segment:
+        """Return the first segment."""
+        return self._next()
+
+    def after(self, segment: _Segment, mems: Sequence[Tensor | None]) -> _Segment | None:
+        """Return the segment after one that has been read and left `mems`, or None after the last one."""
+        if self.memory is not None:
+            self.memory.join(segment.tokens, segment.arguments, mems)
+        self.number, self.begin = self.number + 1, self.begin + self.size
+        # `range` would make the length a number of a graph; comparisons leave it a symbol
+        return self._next() if self.begin < self.labels.shape[1] else None
+
+    def _next(self) -> _Segment:
+        total = self.labels.shape[1]
+        begin, end = self.begin, min(self.begin + self.size, total)
+        arguments = of_any_length(_of_segment(self.kwargs, begin, end, self.shown.shape[1]), end - begin)
+        if self.memory is not None:
+            arguments |= of_any_length(self.memory.arguments(), self.memory.length)
+        return _Segment(
+            of_any_length(self.shown[:, begin:end], end - begin),
+            of_any_length(self.labels[:, begin:end], end - begin),
+            arguments,
+            (self.number + 1) % self.tbptt_steps == 0,
+            # the last segment may be shorter, and counts by its length
+            (end - begin) / total,
+        )
+
+
 class _Memory:
     """Memory that the segments so far have left, and its mask.
 
@@ -249,14 +327,21 @@ class _Memory:
         masks = None if self.seen is None or self.mems is None else [self.seen] * len(self.mems)
         return {"mems": self.mems, "mem_masks": masks}
 
-    def read(self, segment: Tensor, arguments: dict[str, Any], *, detach: bool = True, blind: bool = False) -> Tensor:
-        """Return logits `(b, n, v)` of a whole segment, which joins the memory; a `blind` pass reads none."""
-        past = {} if blind else self.arguments()
-        logits, mems = self.net(segment, return_mems=True, detach_mems=detach, **past, **arguments)
-        if not blind:
-            self._remember_mask(segment, arguments)
-        self.mems = mems
+    @property
+    def length(self) -> int:
+        """Number of remembered slots."""
+        return next((t.shape[-2] for t in self.mems or () if t is not None), 0)
+
+    def read(self, segment: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return logits `(b, n, v)` of a whole segment, which joins the memory."""
+        logits, mems = self.net(segment, return_mems=True, **self.arguments(), **arguments)
+        self.join(segment, arguments, mems)
         return logits
+
+    def join(self, segment: Tensor, arguments: Mapping[str, Any], mems: Sequence[Tensor | None]) -> None:
+        """Remember what a pass over a segment left, and the segment's mask."""
+        self._remember_mask(segment, arguments)
+        self.mems = list(mems)
 
     def _remember_mask(self, segment: Tensor, arguments: Mapping[str, Any]) -> None:
         """Append the segment's mask: masked tokens stay masked in its memory."""

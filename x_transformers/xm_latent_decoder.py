@@ -20,6 +20,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
@@ -151,6 +152,7 @@ class XMLatentDecoder(Configured, ReadsReference):
     # training
 
     @checked
+    @passes_on("net")
     def forward(
         self,
         seq: Ids,
@@ -287,6 +289,8 @@ class XMLatentDecoder(Configured, ReadsReference):
     # generation
 
     @torch.no_grad()
+    @checked
+    @passes_on(AutoregressiveWrapper.generate, but=("prepend_embeds",))
     def generate(self, start_tokens: Any, seq_len: int, latents: Latents | None = None, **kwargs: Any) -> Any:
         """Continue prompts from latent vectors, in evaluation mode.
 

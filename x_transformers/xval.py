@@ -274,6 +274,8 @@ def _rows(tokens: Tensor | Sequence[Tensor], numbers: Tensor | Sequence[Tensor],
     for one, other in pairs:
         if not isinstance(other, Tensor) or one.shape != other.shape or len(tokens) != len(numbers):
             raise ShapeError("`start_numbers` must have the shapes of `start_tokens`: a number for each token.")
+        if not other.is_floating_point():
+            raise InputError(f"`start_numbers` has dtype {other.dtype}; it must be a floating-point type.")
     if isinstance(numbers, Tensor):
         return numbers.reshape(-1, width)
     return torch.nn.utils.rnn.pad_sequence(list(numbers), batch_first=True)

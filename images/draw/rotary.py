@@ -10,7 +10,8 @@ from torch import Tensor
 
 from images.draw.style import COLORS, matrix, panels, save
 from x_transformers import Decoder
-from x_transformers.attention.qk.rotary import RotaryEmbedding, rotate
+from x_transformers.attention.qk.rotary import RotaryEmbedding
+from x_transformers.attention.qk.rotation import RotationTable, rotate
 
 FEATURES, POSITIONS = 32, 129
 
@@ -25,9 +26,9 @@ def embedding(**options: Any) -> RotaryEmbedding:
 def rotated(part: RotaryEmbedding, pos: Tensor, sign: float) -> Tensor:
     """Return a unit vector of equal features as a query (sign 1) or key (sign -1) at each position, `(n, r)`."""
     angles, factor = part(pos)
-    angles = angles[0, :, ::2]
+    angles = angles[:, None, :, ::2]
     ones = torch.full((1, 1, len(pos), FEATURES), FEATURES**-0.5)
-    vector = rotate(ones, angles.cos(), angles.sin())[0, 0]
+    vector = rotate(ones, RotationTable(angles.cos(), angles.sin()))[0, 0]
     return vector * factor[0] ** sign if isinstance(factor, Tensor) else vector
 
 

@@ -15,17 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # also distinct for color-blind readers
+from x_transformers.plots import COLORS, DPI, STYLE
+
+__all__ = ["COLORS", "DROPPED", "KEPT", "STYLE", "matrix", "panels", "save"]
+
 KEPT, DROPPED = COLORS[0], "#d5d8dc"
-STYLE = {
-    "axes.edgecolor": "#9aa0a6",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 8.5,
-    "figure.facecolor": "white",
-    "font.size": 8.5,
-    "legend.frameon": False,
-}
 COLORS_IN_FILE = 96
 
 
@@ -47,7 +41,7 @@ def matrix(axes: Axes, values: Tensor, title: str, **style: Any) -> Any:
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG with a small palette and without metadata, so that equal figures give equal files."""
     raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=110)
+    figure.savefig(raw, format="png", dpi=DPI)
     plt.close(figure)
     picture = Image.open(raw).convert("RGB").quantize(COLORS_IN_FILE, dither=Image.Dither.NONE)
     picture.save(path, format="PNG", optimize=True)

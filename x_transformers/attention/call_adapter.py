@@ -304,8 +304,13 @@ def _spans(given: AttentionInputs, x: Tensor, length: int, documents: Documents 
     batch, n = x.shape[:2]
     places = torch.arange(length, device=x.device)
     token_mask = None if given.mask is None else check_mask(given.mask, batch, length, "mask")
-    if given.pos is not None and (given.pos.ndim not in (1, 2) or given.pos.shape[-1] not in (n, length)):
-        raise ShapeError(f"`pos` has shape {tuple(given.pos.shape)}; it must be (n,) or (b, n), {length} tokens.")
+    if given.pos is not None and (
+        given.pos.ndim not in (1, 2) or given.pos.shape[-1] not in (n, length) or given.pos.is_complex()
+    ):
+        raise ShapeError(
+            f"`pos` has shape {tuple(given.pos.shape)} and dtype {given.pos.dtype}; it must hold real numbers, (n,) or "
+            f"(b, n), {length} tokens."
+        )
     slot = places.unsqueeze(0) if documents is None else documents.places(n)
     pos = slot if given.pos is None else given.pos if given.pos.ndim == 2 else given.pos.unsqueeze(0)
     query = Span(places[length - n :], slot[:, -n:], pos[:, -n:], None if token_mask is None else token_mask[:, -n:])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.checkpoints.durable import replacing
+from x_transformers.checkpoints.folder import find_model
 from x_transformers.checkpoints.tensor_files import read_tensors, write_tensors
 from x_transformers.errors import CheckpointError, InputError, StateDictError
 from x_transformers.modules.state_dict import check_state, load_state
@@ -58,12 +59,13 @@ def read_model_file(path: str | Path, device: str = "cpu") -> tuple[dict[str, An
     """Read the configuration (None if there is none) and the weights of a file.
 
     Args:
-        path: of the file.
+        path: of the file, or the folder of a run or checkpoint.
         device: of the weights.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or not a safetensors file.
     """
+    path = find_model(path)
     file = read_tensors(path, device)
     return _config(path, file.about), file.tensors
 
@@ -74,7 +76,8 @@ def load_model(path: str | Path, device: str = "cpu", **objects: Any) -> Any:
     No memory is used before configuration and weights are found to fit each other, and random states do not change.
 
     Args:
-        path: a file that `save_model` has written.
+        path: a file that `save_model` has written; or a run, of which the newest checkpoint is taken: its folder, the
+            folder of its checkpoints, or the file `latest` in it.
         device: of the model.
         objects: the options that are not plain data, by name; see `from_config`.
 
@@ -91,6 +94,7 @@ def load_model(path: str | Path, device: str = "cpu", **objects: Any) -> Any:
         torch.device(device)
     except RuntimeError as error:
         raise InputError(f"`device` is {device!r}, which is no name of a device: {error}") from error
+    path = find_model(path)
     file = read_tensors(path)
     config = _config(path, file.about)
     if config is None:

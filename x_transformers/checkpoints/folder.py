@@ -13,6 +13,7 @@ from x_transformers.checkpoints.durable import replacing, sync, writing
 from x_transformers.errors import CheckpointError
 
 LATEST = "latest"
+CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
 TRAINING = "training.json"
 OLD_TRAINING = "training.pt"
@@ -37,6 +38,43 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         return folder / named
     complete = [(step, path) for step, path in _steps(folder) if is_complete(path)]
     return max(complete)[1] if complete else None
+
+
+def find_checkpoint(place: str | Path) -> Path:
+    """Return the checkpoint at a place: the folder of a run or of its checkpoints, its file `latest`, or a checkpoint.
+
+    Args:
+        place: any of these. The newest complete checkpoint of a folder is taken.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint.
+    """
+    place = Path(place)
+    if place.is_file() and place.name == LATEST:
+        place = place.parent
+    if is_complete(place):
+        return place
+    for folder in (place, place / CHECKPOINTS):
+        found = latest_checkpoint(folder)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{place} {'contains no complete checkpoint' if place.exists() else 'does not exist'}; pass a checkpoint, or "
+        "the folder of a run."
+    )
+
+
+def find_model(place: str | Path) -> Path:
+    """Return the file of a model: the place itself, or the weights of the checkpoint there, see `find_checkpoint`.
+
+    Args:
+        place: a file, or a place of a checkpoint.
+
+    Raises:
+        CheckpointError: if a folder has no complete checkpoint.
+    """
+    place = Path(place)
+    return find_checkpoint(place) / WEIGHTS if place.is_dir() or place.name == LATEST else place
 
 
 def is_complete(checkpoint: Path) -> bool:

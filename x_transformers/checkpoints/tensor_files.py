@@ -56,7 +56,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         memory.add(start)
     metadata = {key: json.dumps(value) for key, value in (about or {}).items()}
     metadata[CHECKSUM] = checksum = _checksum(metadata, ready)
-    save_file(ready, path, metadata=metadata)
+    path.touch()  # has the permissions of the user's umask, or those of the file that was there
+    mode = path.stat().st_mode
+    save_file(ready, path, metadata=metadata)  # replaces it by one that only its owner can read
+    path.chmod(mode)
     return checksum
 
 

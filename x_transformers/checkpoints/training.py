@@ -22,6 +22,7 @@ from x_transformers.checkpoints.folder import (
     TRAINING,
     WEIGHTS,
     continue_in,
+    find_checkpoint,
     latest_checkpoint,
     open_draft,
     publish,
@@ -145,7 +146,8 @@ def load_checkpoint(
     restored in as many processes as have saved one.
 
     Args:
-        checkpoint: the folder that `save_checkpoint` returned. Of one that an earlier version wrote, with pickled
+        checkpoint: the folder that `save_checkpoint` returned, or that of a run, of which the newest checkpoint is
+            taken. Of one that an earlier version wrote, with pickled
             optimizer states, weights and progress can be loaded with `optimizers = {}`.
         model: built with the options of the run; `torch.compile` or DDP may wrap it, whether or not they did before.
         optimizers: by name, over the model's parameters.
@@ -155,11 +157,11 @@ def load_checkpoint(
         CheckpointError: if it cannot be read, is damaged, or belongs to another model or other optimizers. The message
             names the file, and the tensor if one does not fit.
     """
-    checkpoint, model = Path(checkpoint), unwrapped(model)
-    subject = f"the checkpoint {checkpoint} cannot be loaded"
-    read = _together(lambda: _read(checkpoint, model, optimizers, device), subject, gather=False)[0]
+    model, subject = unwrapped(model), f"the checkpoint {checkpoint} cannot be loaded"
+    found: Path = _together(lambda: find_checkpoint(checkpoint), subject, gather=False)[0]
+    read = _together(lambda: _read(found, model, optimizers, device), subject, gather=False)[0]
     _together(lambda: _restore(read, model, optimizers), subject, gather=False)
-    continue_in(checkpoint.parent)
+    continue_in(found.parent)
     return read.progress
 
 

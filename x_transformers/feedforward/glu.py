@@ -12,6 +12,7 @@ from x_transformers.feedforward.softclamp import BoundedGate
 from x_transformers.modules.second_names import View
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import softclamp as clamp
+from x_transformers.options.schema import at_least
 
 
 def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: Tensor | None) -> Tensor:
@@ -59,6 +60,7 @@ class GLU(LoadsWhole):
         up_softclamp_value: float = 25.0,
     ) -> None:
         super().__init__()
+        at_least(1, dim_in=dim_in, dim_out=dim_out)
         for name, value in (("gate_softclamp_value", gate_softclamp_value), ("up_softclamp_value", up_softclamp_value)):
             if value <= 0:
                 raise ConfigError(f"`{name}` is {value}; it must be positive.")

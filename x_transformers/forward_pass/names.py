@@ -45,7 +45,7 @@ def takes_no_more(method: Method) -> Method:
     be one more call in every pass.
     """
     signature = inspect.signature(method)
-    method.__signature__ = signature.replace(parameters=list(signature.parameters.values())[:-1])  # type: ignore[attr-defined]
+    method.__signature__ = signature.replace(parameters=list(signature.parameters.values())[:-1])
     return method
 
 
@@ -60,7 +60,9 @@ def check_names(owner: object, method: Callable[..., Any], given: Iterable[str])
     known = _known(owner, method)
     unknown = [name for name in given if name not in known] if known is not None else []
     if unknown:
-        where = type(owner).__name__ + ("" if method.__name__ == "forward" else f".{method.__name__}")
+        # a private method checks what `forward` was given
+        inner = method.__name__ == "forward" or method.__name__.startswith("_")
+        where = type(owner).__name__ + ("" if inner else f".{method.__name__}")
         # what is the module's own business is no suggestion
         public = [name for name in known or () if name not in INTERNAL]
         sentences = [
@@ -87,7 +89,7 @@ def _known(owner: object, function: Callable[..., Any]) -> frozenset[str] | None
     names = frozenset(own)
     if not takes_any:
         return names
-    to, but = getattr(function, PASSES_ON, (None, ()))
+    to, but = getattr(function, PASSES_ON, (None, frozenset()))
     target: Any
     if to is None:
         return None

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from x_transformers.errors import InputError
 from x_transformers.layers.execution_order import Step
 from x_transformers.options.schema import Feature, opt, require
+
+SINCE = Version("2.12")
+"""First version of PyTorch whose graphs take checkpoints that return more than tensors."""
+
+IN_GRAPHS = Version(Version(torch.__version__).base_version) >= SINCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +49,24 @@ def recompute(run: Callable[[], T], stream: Tensor) -> T:
     Args:
         run: must not change what it reads, since the second run has to find it as the first one did.
         stream: a tensor that it reads; the random generator of its device is restored.
+
+    Raises:
+        InputError: inside of a graph of a version of PyTorch that cannot host it.
     """
+    if not IN_GRAPHS and torch.compiler.is_dynamo_compiling():
+        _refuse()
     # The reentrant form ignores tensors inside of objects, such as the state that `run` returns. The stream is an
     # argument only because `checkpoint` finds the device whose random state it saves by its arguments.
     return checkpoint(lambda _: run(), stream, use_reentrant=False)
+
+
+@torch.compiler.assume_constant_result
+def _refuse() -> None:
+    """Raise an `InputError`. The compiler calls this function instead of tracing it, so that users see the sentence."""
+    raise InputError(
+        f"with `checkpoint_every`, a graph of the whole model needs PyTorch {SINCE}, and this is {torch.__version__}; "
+        "compile block by block with `compile_blocks()`, or set `checkpoint_every = None`."
+    )
 
 
 FEATURE = Feature(
@@ -55,5 +77,6 @@ FEATURE = Feature(
     enabled=lambda options: options.checkpoint_every is not None,
     summary="blocks run again for their gradients, which saves memory",
     paper="1604.06174",
+    exempt={} if IN_GRAPHS else {"compile": f"a graph that contains checkpoints needs PyTorch {SINCE}"},
     examples=({"checkpoint_every": 1}, {"checkpoint_every": 2, "depth": 3}),
 )

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from x_transformers.attention.backends.base import Situation
+from x_transformers.errors import InputError
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.layers.stack import LayerStack
 
 
@@ -91,9 +93,14 @@ ALWAYS_ON = {"structure", "stack", "norm", "norm_placement", "heads", "backend",
 
 
 def explain_stack(
-    stack: LayerStack, device: str | None, dtype: torch.dtype | None, training: bool | None, seq_len: int
+    stack: LayerStack,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    training: bool | None,
+    seq_len: int,
 ) -> Explanation:
     """Return the table of a stack; see `AttentionLayers.explain`."""
+    check_whole(seq_len=seq_len)
     training = stack.training if training is None else training
     situation = situation_of(stack, device, dtype, training)
     reach = next((each.reach for each in stack.rotations if each.decays), None)
@@ -124,11 +131,17 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def situation_of(module: nn.Module, device: str | None, dtype: torch.dtype | None, training: bool | None) -> Situation:
+def situation_of(
+    module: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None, training: bool | None
+) -> Situation:
     """Return the situation to explain: that of the module, unless specified otherwise."""
     like = next(module.parameters())
+    try:
+        kind = like.device.type if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f'`device` is {device!r}; it must be the name of a device, such as "cuda".') from error
     return Situation(
-        device=torch.device(device).type if device is not None else like.device.type,
+        device=kind,
         dtype=dtype or like.dtype,
         grad=module.training if training is None else training,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.forward_pass.arguments import check_whole
+from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.forward_pass.names import check_names, takes_no_more
@@ -134,6 +134,7 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         """Return the matrices that Muon may orthogonalize: value, output and feedforward matrices (2502.16982)."""
         return [matrix for branch in self.sublayers for matrix in branch.fn.muon_parameters()]
 
+    @checked
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Clip the logits of every attention in place, see `Attention.qk_clip_`.
 
@@ -156,11 +157,12 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
             logits = [record.pre_softmax_attn for record in ran if record.pre_softmax_attn is not None]
             most = [t.amax(dim=(0, 2, 3))[None, :, None, None] for t in logits]
             attention = self.sublayers[index].attention
-            attention.qk_clip_(torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], tau)  # type: ignore[operator]
+            attention.qk_clip_(torch.stack(most).amax(dim=0) if len(most) == len(ran) else ran[0], float(tau))  # type: ignore[operator]
 
+    @checked
     def explain(
         self,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         training: bool | None = None,
         seq_len: int = 1024,

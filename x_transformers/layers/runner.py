@@ -178,22 +178,26 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    condition, injection, documents = inputs.condition, inputs.injection, inputs.documents
+    transform = inputs.block_transform
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
         kind = step.kind
         # a caller's function knows no axis of streams, so they are folded into the batch for it
-        if inputs.block_transform is not None and step.begins and step.block > 0:
-            x = unfold_streams(inputs.block_transform(step.block + 1, fold_streams(x)), x)
+        if transform is not None and step.begins and step.block > 0:
+            x = unfold_streams(transform(step.block + 1, fold_streams(x)), x)
         if skip_sources:
             # sources are places in the order of execution, readers are built sublayers, which may run several times
             if step.number in list(skip_sources.values()):
                 skips[step.number] = x
             if step.layer in skip_sources:
                 x = stack.skip_combines[str(step.layer)](x, skips)
-        layer = LayerCall(call, carry=carry, deltas=NO_DELTAS, condition=inputs.condition, injection=inputs.injection)
-        if inputs.documents is not None:
-            layer.documents = inputs.documents.get(kind.letter)
+        layer = LayerCall.of(call, carry, NO_DELTAS)
+        if condition is not None or injection is not None:
+            layer.condition, layer.injection = condition, injection
+        if documents is not None:
+            layer.documents = documents.get(kind.letter)
         if kv is not None and branch.uses_cache:
             layer.entry = kv.entry(step.number)
         if branch.running:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError
 from x_transformers.layers.execution_order import LayerSequence
 from x_transformers.modules.state_dict import LoadsWhole
-from x_transformers.options.schema import Feature, Rule, opt
+from x_transformers.options.schema import Feature, Rule, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class ConcatCombine(LoadsWhole):
 
     def __init__(self, dim: int, prev_layer_ind: int) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.prev_layer_ind = prev_layer_ind
         self.combine = nn.Linear(2 * dim, dim, bias=False)
 

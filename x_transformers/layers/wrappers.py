@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError
 from x_transformers.layers.branches.scale import AdaptiveGain, LayerScaleGain
 from x_transformers.modules.state_dict import LoadsWhole
+from x_transformers.options.schema import at_least
 
 
 def shift(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
@@ -78,6 +79,7 @@ class LayerScale(_Around):
 
     def __init__(self, fn: Callable[..., Any], dim: int, init_value: float = 0.0, unit_offset: bool = False) -> None:
         super().__init__(fn)
+        at_least(1, dim=dim)
         self.unit_offset = unit_offset
         self.gamma = LayerScaleGain(dim, init_value, unit_offset).gamma
 
@@ -99,6 +101,7 @@ class AdaptiveLayerScale(_Around):
         self, fn: Callable[..., Any], dim: int, dim_condition: int | None = None, init_bias_value: float = -2.0
     ) -> None:
         super().__init__(fn)
+        at_least(1, dim=dim, dim_condition=dim_condition)
         self.to_gamma = AdaptiveGain(dim, dim_condition, init_bias_value).to_gamma
 
     def forward(self, x: Tensor, *, condition: Tensor, **arguments: Any) -> Any:

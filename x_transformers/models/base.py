@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import check_whole
+from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
@@ -111,6 +111,7 @@ class Model(Configured, ReadsReference):
         """Return the matrices that Muon may orthogonalize; see `AttentionLayers.muon_parameters`."""
         return self.attn_layers.muon_parameters()
 
+    @checked
     def attn_qk_clip_(self, intermediates: LayerIntermediates, tau: float = 100.0) -> None:
         """Bound the logits of attention by scaling down weights in place; see `AttentionLayers.attn_qk_clip_`.
 
@@ -120,9 +121,10 @@ class Model(Configured, ReadsReference):
         """
         self.attn_layers.attn_qk_clip_(intermediates, tau)
 
+    @checked
     def explain(
         self,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         training: bool | None = None,
         seq_len: int | None = None,

@@ -14,6 +14,7 @@ from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference,
 from x_transformers.modules.second_names import SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import l2norm
+from x_transformers.options.schema import at_least
 
 
 class TokenEmbedding(ReadsReference):
@@ -28,6 +29,7 @@ class TokenEmbedding(ReadsReference):
 
     def __init__(self, dim: int, num_tokens: int, l2norm_embed: bool = False, scale: float = 1.0) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_tokens=num_tokens)
         self.l2norm_embed, self.scale = l2norm_embed, scale
         self.emb = nn.Embedding(num_tokens, dim)
 
@@ -124,6 +126,7 @@ class AbsolutePositionalEmbedding(PreparesForInference, ReadsReference):
 
     def __init__(self, dim: int, max_seq_len: int, l2norm_embed: bool = False, scale: float | None = None) -> None:
         super().__init__()
+        at_least(1, dim=dim, max_seq_len=max_seq_len)
         self.scale = scale or (1.0 if l2norm_embed else dim**-0.5)
         self.own_scale = scale is not None
         self.max_seq_len, self.l2norm_embed = max_seq_len, l2norm_embed
@@ -206,6 +209,7 @@ class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
 
     def __init__(self, dim: int, theta: float = 10000) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         if dim % 2:
             raise ConfigError(f"sinusoidal positions need an even width; it is {dim}.")
         self.frequencies, self.theta = dim // 2, theta

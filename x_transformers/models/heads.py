@@ -13,12 +13,14 @@ from x_transformers.errors import StateDictError
 from x_transformers.models.embeddings import table_of
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import at_least_float32, softclamp
+from x_transformers.options.schema import at_least
 
 
 class LinearNoBias(LoadsWhole, nn.Linear):
     """Linear map without a bias."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
+        at_least(1, dim_in=dim_in, dim_out=dim_out)
         super().__init__(dim_in, dim_out, bias=False)
 
 

@@ -158,16 +158,16 @@ class MultiInputTransformerWrapper(Model):
         if not isinstance(x, Mapping) or set(x) != set(self.num_tokens):
             found = sorted(x) if isinstance(x, Mapping) else f"a {type(x).__name__}"
             raise InputError(f"x is {found}; this model reads a dict of the streams {sorted(self.num_tokens)}.")
-        x = {name: as_ids(ids, self, f"`x[{name!r}]`") for name, ids in x.items()}
-        shapes = {name: tuple(ids.shape) for name, ids in x.items()}
+        given = {name: as_ids(ids, self, f"`x[{name!r}]`") for name, ids in x.items()}
+        shapes = {name: tuple(ids.shape) for name, ids in given.items()}
         first = next(iter(shapes.values()))
         # sizes may be symbols of a graph, which cannot be members of a set
         if any(shape != first for shape in shapes.values()):
             raise ShapeError(f"the streams have shapes {shapes}; they must be the same.")
-        streams = {name: checked_ids(ids, self) for name, ids in x.items()}
+        streams = {name: checked_ids(ids, self) for name, ids in given.items()}
         return streams, next(iter(streams.values())).shape[1]
 
-    def _embed(self, x: Mapping[str, Ids], span: TokenSpan) -> Tensor:
+    def _embed(self, x: Mapping[str, Tensor], span: TokenSpan) -> Tensor:
         """Return the sum of the streams' embeddings, `(b, n, E)`."""
         total: Any = 0.0
         for name, size in self.num_tokens.items():

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Encoder
-from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 
 
-class RandomFourierEmbed(nn.Module):
+class RandomFourierEmbed(LoadsWhole):
     """Random features `cos(2 pi (w x + c))` of numbers x, with w and c that are not trained.
 
     Args:
@@ -28,6 +28,7 @@ class RandomFourierEmbed(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.proj = nn.Linear(1, dim)
         self.proj.requires_grad_(False)
 

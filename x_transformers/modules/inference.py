@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from x_transformers.modules.unwrap import inside
 
@@ -188,8 +189,17 @@ class InferenceView:
                 for view in self._copies:
                     if isinstance(view, PreparesForInference):
                         view.__dict__["ready"] = view.prepare()
+            if self._direct and not _has_any_global_hook():
+                stack.callback(self._call_modules)
+                for view in self._copies:
+                    view.__dict__["_compiled_call_impl"] = view.forward
             self._context = stack.pop_all()
         return self
+
+    def _call_modules(self) -> None:
+        """Undo that the copies run their `forward` at once, since a bound method keeps its module alive."""
+        for view in self._copies:
+            view.__dict__["_compiled_call_impl"] = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.modules.state_dict import LoadsWhole
+from x_transformers.options.schema import at_least
 
 
 class LoRALinear(LoadsWhole):
@@ -27,6 +28,7 @@ class LoRALinear(LoadsWhole):
         self, dim_in: int, dim_out: int | None = None, dim: int | None = None, activation: nn.Module | None = None
     ) -> None:
         super().__init__()
+        at_least(1, dim_in=dim_in, dim_out=dim_out, dim=dim)
         dim_out = dim_in if dim_out is None else dim_out
         self.register_parameter("weight", None)
         if dim is None:

@@ -19,7 +19,6 @@ from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import SHORTEST, at_least_float32
-from x_transformers.options.configured import Checked
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, positive, require
 
 TINY = 1e-24
@@ -100,7 +99,7 @@ class ConditionOptions:
         return self.given_width(dim) * (self.adaptive_condition_mlp_expansion if self.adaptive_condition_mlp else 1)
 
 
-class Norm(Checked, LoadsWhole):
+class Norm(LoadsWhole):
     """Abstract base class of normalization layers.
 
     Attributes:
@@ -297,6 +296,7 @@ class DynamicTanh(Norm):
         **_: Any,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.alpha_offset = float(init_alpha) * unit_offset
         self.gamma_offset = float(unit_offset)
         self.pre_tanh_scale = nn.Parameter(torch.tensor(float(init_alpha) - self.alpha_offset))
@@ -322,6 +322,7 @@ class Derf(Norm):
         self, dim: int, init_alpha: float = 0.5, init_bias: float = 0.0, unit_offset: bool = False, **_: Any
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.offset = float(unit_offset)
         self.alpha = nn.Parameter(torch.tensor(float(init_alpha) - self.offset))
         self.s = nn.Parameter(torch.tensor(float(init_bias)))
@@ -412,7 +413,7 @@ def checked_condition(condition: Tensor | None, width: int) -> Tensor:
     return condition.unsqueeze(1) if condition.ndim == 2 else condition
 
 
-class MultiheadRMSNorm(Checked, LoadsWhole):
+class MultiheadRMSNorm(LoadsWhole):
     """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + offset)`, with a gain for each head (2302.05442).
 
     Args:
@@ -435,6 +436,7 @@ class MultiheadRMSNorm(Checked, LoadsWhole):
         unit_offset: bool = True,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads)
         self.scale, self.eps, self.mean_eps, self.across_heads = dim**0.5, eps, mean_eps, across_heads
         self.unit_offset = unit_offset
         self.gamma = nn.Parameter(torch.full((heads, 1, dim), 0.0 if unit_offset else 1.0))

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from x_transformers.modules.float32_buffers import device_of, leave_meta
 from x_transformers.modules.whole_loading import PLAIN_LOADERS, check_whole, load_whole
+from x_transformers.options.checked import Checked
 
 
-class LoadsWhole(nn.Module):
-    """Base class of modules that load a state dict as a whole or not at all."""
+class LoadsWhole(Checked, nn.Module):
+    """Base class of modules that check the arguments of their constructor, and load a state dict as a whole."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights in our layout or that of the reference, also of a model that `torch.compile` or DDP wrapped.

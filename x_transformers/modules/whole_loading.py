@@ -168,7 +168,7 @@ class _Check:
         """Compare an entry with the tensor that it is copied to."""
         if type(own) not in PLAIN_TENSORS:  # a sharded or quantized tensor knows by itself what can be copied to it
             self.may_fail_late = True
-            if isinstance(own, nn.UninitializedParameter | nn.UninitializedBuffer):
+            if isinstance(own, (nn.UninitializedParameter, nn.UninitializedBuffer)):
                 return
         if not isinstance(entry, Tensor):
             self.misfits["no dense tensor"].append(f"{key} is a {type(entry).__name__}")

@@ -19,9 +19,10 @@ from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.options.checked import VARIABLE, Checked, check_arguments
 from x_transformers.options.schema import Schema
 from x_transformers.options.suggestions import offer
-from x_transformers.options.values import hints_of, misfits, plain
+from x_transformers.options.values import plain
 
 Built = TypeVar("Built", bound="Configured")
 PACKAGE = __name__.partition(".")[0]
@@ -29,20 +30,7 @@ DEEPEST = 50
 """Levels of nested configurations and containers."""
 
 
-class Checked:
-    """Mixin that checks the arguments of the constructor.
-
-    A `ConfigError` lists the values that do not fit the annotations of the constructor. Numbers of numpy become
-    Python's.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__init__" in cls.__dict__:
-            cls.__init__ = _checking(cls.__init__)
-
-
-class Configured:
+class Configured(Checked):
     """Mixin that checks and records the arguments of the constructor.
 
     A `ConfigError` names unknown keywords, and values that do not fit the annotations of the constructor. If
@@ -59,8 +47,10 @@ class Configured:
         Configured._classes[_class_name(cls)] = cls
         if _class_name(cls) == cls.__name__:
             offer(cls)
-        if "__init__" in cls.__dict__:
-            cls.__init__ = _recording(cls.__init__)
+
+    @staticmethod
+    def _wrap_constructor(init: Any) -> Any:
+        return _recording(init)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -154,34 +144,16 @@ def _find(name: str) -> type[Configured] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _checking(init: Any) -> Any:
-    """Wrap a constructor, so that it checks its arguments."""
-    signature = inspect.signature(init)
-    named = [name for name, entry in signature.parameters.items() if entry.kind not in _VARIABLE]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        args, kwargs = plain(args), plain(kwargs)
-        given = _bind(signature, self, args, kwargs)
-        _check_arguments(type(self).__name__, init, {name: given[name] for name in named[1:] if name in given})
-        init(self, *args, **kwargs)
-
-    return checked
-
-
-_VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-
-
 def _recording(init: Any) -> Any:
     """Wrap a constructor, so that it checks its arguments, and its outermost call records them in `_config`."""
     signature = inspect.signature(init)
-    names = [name for name, entry in signature.parameters.items() if name != "self" and entry.kind not in _VARIABLE]
+    names = [name for name, entry in signature.parameters.items() if name != "self" and entry.kind not in VARIABLE]
 
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain(args), plain(kwargs)
         given = _bind(signature, self, args, kwargs)
-        _check_arguments(type(self).__name__, init, {name: given[name] for name in names if name in given})
+        check_arguments(type(self).__name__, init, {name: given[name] for name in names if name in given})
         # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
             options: dict[str, Any] = {}
@@ -216,14 +188,6 @@ def _bind(signature: inspect.Signature, built: Any, args: Any, kwargs: Mapping[s
             faults.add(f"{error}.")
         faults.raise_if_any(type(built).__name__)
         raise
-
-
-def _check_arguments(subject: str, init: Callable[..., None], given: Mapping[str, Any]) -> None:
-    """Raise a `ConfigError` that lists the arguments which do not fit the annotations of a constructor."""
-    faults = Faults()
-    for sentence in misfits(hints_of(init), given):
-        faults.add(sentence)
-    faults.raise_if_any(subject)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -294,10 +258,15 @@ def _by_place(config: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str
     """Return the objects that a configuration needs by their places.
 
     Raises:
-        ConfigError: if one is missing, or if one name is that of several objects.
+        ConfigError: if one is missing or not needed, or if one name is that of several objects.
     """
     places = dict(_objects_in(config, ""))
     count = Counter(places.values())
+    faults = Faults()
+    for name in objects:
+        if name not in places and name not in count:
+            faults.add(f"the config names no object `{name}`; it needs {', '.join(sorted(count)) or 'none'}.")
+    faults.raise_if_any("from_config")
     found = {
         place: objects[place] if place in objects else objects[name]
         for place, name in places.items()

@@ -82,7 +82,7 @@ def _is_finite(value: Any) -> bool:
 def _holds(outer: type, arms: tuple[Any, ...], value: Any) -> bool:
     """Return True if the items of a container fit the annotation of the container."""
     if not arms or isinstance(value, Tensor):
-        return not isinstance(value, str) or outer is str
+        return not isinstance(value, str | bytes) or outer is type(value)
     if issubclass(outer, Mapping):
         return all(accepts(arms[0], key) and accepts(arms[1], item) for key, item in value.items())
     if issubclass(outer, tuple):
@@ -90,7 +90,7 @@ def _holds(outer: type, arms: tuple[Any, ...], value: Any) -> bool:
             return all(accepts(arms[0], item) for item in value)
         return len(value) == len(arms) and all(map(accepts, arms, value))
     if issubclass(outer, Sequence):
-        return not isinstance(value, str) and all(accepts(arms[0], item) for item in value)
+        return not isinstance(value, str | bytes) and all(accepts(arms[0], item) for item in value)
     return True
 
 

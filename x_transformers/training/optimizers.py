@@ -118,7 +118,10 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "ns_dtype": ns_dtype,
         }
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"`params` must contain matrices, or groups of them: {error}.") from error
         for group in self.param_groups:
             _check(group)
 
@@ -186,7 +189,7 @@ def orthogonalized(
 
 def _check(group: Mapping[str, Any]) -> None:
     # a learning rate may be a tensor, so that compiled steps read it
-    numbers = {name: value.item() if _is_single(value) else value for name, value in group.items()}
+    numbers = {**group, "lr": group["lr"].item() if _is_single(group["lr"]) else group["lr"]}
     for sentence in misfits(hints_of(Muon.__init__), {name: numbers[name] for name in group if name != "params"}):
         raise ConfigError(sentence)
     for name, least, limit in (
@@ -212,7 +215,7 @@ def _check(group: Mapping[str, Any]) -> None:
 
 
 def _is_single(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
 
 
 def _is_sharded(t: Tensor) -> bool:

@@ -19,6 +19,7 @@ from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.layers import AttentionLayers
 
 Module = TypeVar("Module", bound=nn.Module)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class Processes:
                 "number of processes that divides it."
             )
         return batch.chunk(self.count)[self.rank]
+
+    def first(self, act: Callable[[], Result]) -> Result:
+        """Run a function in the first process, and then in the others; return its result in each.
+
+        Raises:
+            InputError: in the other processes, if it raises any error in the first one.
+        """
+        error, result = None, None
+        if self.leads:
+            try:
+                result = act()
+            except Exception as problem:
+                error = problem
+        message = every_process(None if error is None else str(error))[0]
+        if error is not None:
+            raise error
+        if message is not None:
+            raise InputError(message)
+        return act() if result is None else result
 
     def mean(self, *values: float) -> list[float]:
         """Return the mean over the processes of each value, the same in all of them."""

@@ -58,16 +58,13 @@ class SDPA(Backend):
         masked = request.scores or (visible.hiding is not None and not visible.is_causal)
         mask = _mask(request) if masked else None
         attend = F.scaled_dot_product_attention if self.kernels is None else self._restricted
-        options = {
-            "dropout_p": request.dropout,
-            # kernels take a mask or the flag, not both; `_mask` has included causality
-            "is_causal": visible.is_causal and mask is None,
-            "scale": request.scale,
-            # under `torch.jit.trace` sizes are tensors
-            "enable_gqa": bool(k.shape[1] != q.shape[1]),
-        }
-        out = attend(q, k, v, attn_mask=mask, **options)
+        # kernels take a mask or the flag, not both; `_mask` has included causality
+        causal, scale = visible.is_causal and mask is None, request.scale
+        # under `torch.jit.trace` sizes are tensors
+        grouped = bool(k.shape[1] != q.shape[1])
+        out = attend(q, k, v, mask, request.dropout, causal, scale=scale, enable_gqa=grouped)
         if out.requires_grad and not request.dropout and not torch.compiler.is_compiling():
+            options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
             out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, v, mask)
         if out.shape[-1] != width:
             out = out[..., :width]

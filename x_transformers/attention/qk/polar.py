@@ -15,7 +15,7 @@ from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, reorder_heads
-from x_transformers.options.schema import Feature, Rule, opt
+from x_transformers.options.schema import Feature, Rule, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class PolarEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def __init__(self, dim: int, heads: int, bias_uniform_init: bool = False, base: float = 10000) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads)
         self.dim, self.base = dim, float(base)
         self.register_derived()
         self.learned_bias = nn.Parameter(torch.zeros(heads, 1, dim))

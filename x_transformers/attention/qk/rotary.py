@@ -19,6 +19,7 @@ from x_transformers.attention.qk.decay import REACH, Decay
 from x_transformers.attention.qk.frequencies import attention_factor, check_scaling, check_width, frequencies
 from x_transformers.attention.qk.rotation import RotationTable, rotate
 from x_transformers.errors import ConfigError, InputError, StateDictError
+from x_transformers.forward_pass.arguments import check_whole
 from x_transformers.forward_pass.call import LayerCall, Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
@@ -208,6 +209,7 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:
         """Return `forward` for the positions 0 ... seq_len - 1."""
+        check_whole(seq_len=seq_len)
         return self.forward(torch.arange(seq_len, device=self.inv_freq.device))
 
     def tables(self, query: Span, keys: Span) -> Tables:

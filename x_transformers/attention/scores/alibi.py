@@ -50,6 +50,7 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
         self, heads: int, total_heads: int | None = None, slopes: Sequence[float] | None = None, **_: Any
     ) -> None:
         super().__init__()
+        at_least(0, heads=heads, total_heads=total_heads)
         total_heads = heads if total_heads is None else total_heads
         if not 1 <= heads <= total_heads:
             raise ConfigError(f"`alibi_num_heads` is {heads}; it must be between 1 and the {total_heads} heads.")

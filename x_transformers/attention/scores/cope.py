@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from x_transformers.attention.base import AttentionShape, RowContext, RowMod, Stage, WeightChange
 from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.ops import at_least_float32, max_neg_value, mix_heads
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class CoPE(RowMod):
         soft_onehot_temp: float = 0.05,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads, max_pos=max_pos)
         self.soft_onehot, self.temperature = soft_onehot, soft_onehot_temp
         self.embeddings = nn.Parameter(torch.zeros(max_pos, dim))
         bound = heads**-0.5

@@ -16,7 +16,7 @@ from x_transformers.attention.base import BoundScore
 from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class DynamicPositionBias(DistanceBias):
 
     def __init__(self, dim: int, *, heads: int, depth: int, log_distance: bool = False, norm: bool = False) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads, depth=depth)
         if depth < 1:
             raise ConfigError(f"`dynamic_pos_bias_mlp_depth` is {depth}; the MLP needs at least 1 hidden layer.")
         self.log_distance = log_distance

@@ -19,7 +19,7 @@ from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, InputError, UnknownKeywordError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, reorder_heads, split_heads
-from x_transformers.options.schema import Feature, Rule, opt, require
+from x_transformers.options.schema import Feature, Rule, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class DataDependentAlibi(ScoreMod):
         self, dim: int, heads: int, causal: bool = True, bias_init: float = 5.0, post_log_scale: float = 1.0
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads)
         self.heads, self.requires_causal, self.scale = heads, causal, post_log_scale
         self.directions = 1 if causal else 2
         self.to_gates = nn.Linear(dim, self.directions * heads)
@@ -195,6 +196,7 @@ class PerRowDataDependentAlibi(ScoreMod):
         self, dim: int, heads: int, causal: bool = True, dim_head: int = 8, post_log_scale: float = 1.0
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads, dim_head=dim_head)
         if not causal:
             raise ConfigError(
                 "`data_dependent_alibi_per_row` looks back from each query, so it needs causal attention."

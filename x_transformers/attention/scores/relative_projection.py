@@ -16,7 +16,7 @@ from x_transformers.attention.base import AttentionShape, BoundScore, Needs, Sco
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.ops import at_least_float32, by_row, split_heads
-from x_transformers.options.schema import Feature, Rule, opt, require
+from x_transformers.options.schema import Feature, Rule, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class RelativeProjPositionalBias(ScoreMod):
 
     def __init__(self, dim: int, heads: int, num_distance_basis: int = 16, max_dist: int = 1024) -> None:
         super().__init__()
+        at_least(1, dim=dim, heads=heads, num_distance_basis=num_distance_basis, max_dist=max_dist)
         self.heads = heads
         self.to_weights = nn.Linear(dim, heads * num_distance_basis)
         self.bank = nn.Parameter(torch.randn(num_distance_basis, max_dist) * 0.02)

@@ -48,6 +48,7 @@ class RelativePositionBias(DistanceBias):
         self, scale: float, causal: bool = False, num_buckets: int = 32, max_distance: int = 128, heads: int = 8
     ) -> None:
         super().__init__()
+        at_least(1, num_buckets=num_buckets, max_distance=max_distance, heads=heads)
         least = 2 if causal else 4
         if not least <= num_buckets <= max_distance:
             raise ConfigError(

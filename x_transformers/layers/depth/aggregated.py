@@ -17,7 +17,7 @@ from x_transformers.errors import ConfigError, InputError, UnknownKeywordError
 from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.options.schema import Feature, Rule, opt
+from x_transformers.options.schema import Feature, Rule, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class AttentionResidual(ReadsReference, DepthReader):
         lora_activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_views=num_views, lora_rank=lora_rank)
         if not 1 <= lora_rank < dim:
             raise ConfigError(
                 f"`lora_rank` is {lora_rank}; it must lie between 1 and {dim - 1}, below the width. Set it in "

@@ -18,7 +18,7 @@ from x_transformers.layers.depth.base import DepthReader
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.norms import RMSNorm
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.options.schema import Feature, Rule, opt
+from x_transformers.options.schema import Feature, Rule, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class DynamicLIMe(ReadsReference, DepthReader):
         self, dim: int, num_layers: int, num_views: int = 1, norm: bool = True, use_softmax: bool = True
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_layers=num_layers, num_views=num_views)
         self.layers, self.views, self.use_softmax = num_layers, num_views, use_softmax
         self.norm = RMSNorm(dim) if norm else None
         self.to_weights = nn.Linear(dim, num_views * num_layers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class GRUGating(ReadsReference, OneStream):
 
     def __init__(self, dim: int, scale_residual: bool = False) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.gru = nn.GRUCell(dim, dim)
         self.scale = nn.Parameter(torch.ones(dim)) if scale_residual else None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import OneStream, SublayerContext, own_keywords
 from x_transformers.ops import masked_mean
-from x_transformers.options.schema import Feature, opt
+from x_transformers.options.schema import Feature, at_least, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class MVSplitResidualUpdate(OneStream):
 
     def __init__(self, dim: int, init_alpha: float = 0.0, init_beta: float = 0.03, learned: bool = False) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.learned = learned
         if learned:
             self.to_alpha, self.to_beta = nn.Linear(dim, dim), nn.Linear(dim, dim)

@@ -21,7 +21,7 @@ from x_transformers.forward_pass.call import LayerCall
 from x_transformers.layers.residuals.base import ResidualConnection, StreamFrame, SublayerContext, own_keywords
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.options.schema import Feature, Rule, opt, require
+from x_transformers.options.schema import Feature, Rule, at_least, opt, require
 
 Kept = tuple[Tensor, Tensor]
 """Mixed streams `(b, n, s, D)`, and the weights `(b, n, s)` with which an output is added to them."""
@@ -140,6 +140,8 @@ class HyperConnection(ReadsReference, StreamConnection):
         reference_mix: bool = False,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_residual_streams=num_residual_streams, num_input_views=num_input_views)
+        at_least(1, sinkhorn_iters=sinkhorn_iters)
         s, v = num_residual_streams, num_input_views
         self.streams, self.views = s, v
         self.sinkhorn_iters, self.reference_mix = sinkhorn_iters, reference_mix
@@ -242,6 +244,7 @@ class GatedMultiResidual(StreamConnection):
         read_gate_rank: int | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_residual_streams=num_residual_streams, num_input_views=num_input_views)
         if read_gate_rank is None or read_gate_rank < 1:
             raise ConfigError(
                 f"`gated_multi_residual` needs a bottleneck of width at least 1, but `read_gate_rank` is "

@@ -1,0 +1,131 @@
+"""What a version of PyTorch cannot do is refused in words, and graphs contain nothing that older compilers refuse."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import versions
+from catalog import BASE, tokens
+
+from x_transformers.attention.backends import flex, varlen
+from x_transformers.attention.backends.base import Situation
+from x_transformers.attention.base import Needs
+from x_transformers.errors import InputError
+from x_transformers.layers import checkpointing
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACED = ("attend.py", "attention", "cache", "feedforward", "forward_pass", "layers", "masks", "models", "modules")
+"""What forward passes run, and graphs contain."""
+
+BEFORE_A_PASS = {"layers/stack.py", "models/base.py", "models/options.py"}
+"""Modules that copy dataclasses only while a model is built or explained."""
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    package = ROOT / "x_transformers"
+    for room in TRACED:
+        for path in sorted((package / room).rglob("*.py")) or [package / room]:
+            yield path.relative_to(package).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def old_compilers_refuse(node: ast.AST) -> str | None:
+    """Return what the compiler of PyTorch 2.6 cannot read in a node, or None."""
+    match node:
+        case ast.ImportFrom(module="dataclasses", names=names) if any(each.name == "replace" for each in names):
+            return "`dataclasses.replace`; import it from `forward_pass.changed_copies`"
+        case ast.Call(func=ast.Name(id="isinstance"), args=[_, ast.BinOp()]):
+            return "`isinstance` of a union; use a tuple"
+        case ast.Compare(ops=[ast.In()], comparators=[ast.Call(func=ast.Attribute(attr="values"))]):
+            return "`in` the values of a dict; make a list of them"
+        case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="__dict__"), attr="items")):
+            return "the items of a `__dict__`; name the attributes"
+    return None
+
+
+def test_graphs_contain_what_old_compilers_read() -> None:
+    found, known = [], set()
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            why = old_compilers_refuse(node)
+            if why is None:
+                continue
+            if "replace" in why and name in BEFORE_A_PASS:
+                known.add(name)
+            elif name != "modules/inference.py":  # makes the views of a model, outside of graphs
+                found.append(f"{name}:{node.lineno}: {why}")  # type: ignore[attr-defined]
+    assert found == []
+    assert known == BEFORE_A_PASS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from dataclasses import dataclass, replace",
+        "isinstance(x, int | str)",
+        "if a in b.values(): pass",
+        "x = dict(self.__dict__.items())",
+    ],
+)
+def test_the_reader_finds_each(code: str) -> None:
+    assert any(old_compilers_refuse(node) is not None for node in ast.walk(ast.parse(code)))
+
+
+# version gates, with the version patched
+
+
+def test_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    situation = Situation("cuda", torch.bfloat16, grad=True, width=64, queries=1024)
+    assert flex.Flex().refuses(situation, Needs.MASK) is None or not flex.RECENT
+    monkeypatch.setattr(flex, "RECENT", False)
+    assert flex.Flex().refuses(situation, Needs.MASK) == f"flex needs PyTorch {flex.SINCE}"
+
+
+def test_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    situation = Situation("cuda", torch.bfloat16, grad=True, width=64, queries=1024)
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    assert varlen.Varlen().refuses(situation, Needs.DOCUMENTS) == "varlen needs PyTorch 2.13"
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_checkpoints_in_graphs(fullgraph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "IN_GRAPHS", False)
+    model = BASE.build(checkpoint_every=1, depth=1).train()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
+    with pytest.raises(InputError, match=r"needs PyTorch 2\.\d+.*`compile_blocks\(\)`"):
+        compiled(tokens(2, 8))
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled(tokens(2, 8))  # nothing runs again without gradients
+
+
+# the command
+
+
+RESULTS = {
+    "2.10.0": {name: {"passed": 9, "failed": 1, "skipped": 0, "seconds": 1} for name in versions.GROUPS},
+    "2.9.1": {name: {"passed": 4, "failed": 0, "skipped": 2, "seconds": 1} for name in versions.GROUPS},
+}
+
+
+def test_table() -> None:
+    """Versions in order, as numbers; tests that passed of those that ran."""
+    rows = versions.table(RESULTS).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| 2.9.1", "| 2.10.0"]
+    assert "9 of 10" in rows[3]
+    assert "4 of 4" in rows[2]
+    assert {row.count("|") for row in rows} == {len(versions.GROUPS) + 2}
+
+
+def test_groups_name_tests() -> None:
+    for files in versions.GROUPS.values():
+        assert all((ROOT / file.split("::")[0]).is_file() for file in files)
+
+
+def test_table_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count(versions.BEGIN) == readme.count(versions.END) == 1
+    rows = readme.split(versions.BEGIN)[1].split(versions.END)[0].strip().splitlines()
+    assert rows[:2] == versions.table({}).splitlines()
+    assert {row.count("|") for row in rows} == {len(versions.GROUPS) + 2}

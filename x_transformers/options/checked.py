@@ -1,0 +1,57 @@
+"""Constructors that check their arguments by their annotations."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from x_transformers.errors import Faults
+from x_transformers.options.values import convert, hints_of, misfits, plain
+
+VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def checking(init: Any) -> Any:
+    """Wrap a constructor, so that it checks its arguments."""
+    signature = inspect.signature(init)
+    named = [name for name, entry in signature.parameters.items() if entry.kind not in VARIABLE]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain(args), plain(kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        given = {name: bound.arguments[name] for name in named[1:] if name in bound.arguments}
+        check_arguments(type(self).__name__, init, given)
+        hints = hints_of(init)
+        bound.arguments.update({name: convert(hints.get(name), value) for name, value in given.items()})
+        init(*bound.args, **bound.kwargs)
+
+    return checked
+
+
+def check_arguments(subject: str, init: Callable[..., None], given: Mapping[str, Any]) -> None:
+    """Raise a `ConfigError` that lists the arguments which do not fit the annotations of a constructor."""
+    faults = Faults()
+    for sentence in misfits(hints_of(init), given):
+        faults.add(sentence)
+    faults.raise_if_any(subject)
+
+
+class Checked:
+    """Mixin that checks the arguments of the constructor.
+
+    A `ConfigError` lists the values that do not fit the annotations of the constructor. Numbers of numpy become
+    Python's, and whole numbers become floats where the annotation says so.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = cls._wrap_constructor(cls.__init__)
+
+    @staticmethod
+    def _wrap_constructor(init: Any) -> Any:
+        """Return the constructor that a class gets for the one that it defines."""
+        return checking(init)
