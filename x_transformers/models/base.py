@@ -64,12 +64,19 @@ class Model(Configured, ReadsReference):
         self.attn_layers = attn_layers
         dim = attn_layers.dim
         without = _why_no_positions(max_seq_len, options.use_abs_pos_emb, attn_layers)
-        if options.scaled_sinu_pos_emb and without:
-            warn(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
+        for keyword in ("scaled_sinu_pos_emb", "abs_pos_emb_scale"):
+            if getattr(options, keyword) and without:
+                warn(f"{type(self).__name__}: `{keyword}` has no effect: {without}.")
         self.pos_emb = None
         if not without:
             sinusoids, l2norm_embed = options.scaled_sinu_pos_emb, options.l2norm_embed
-            self.pos_emb = build_positions(emb_dim, max_seq_len, sinusoids=sinusoids, l2norm_embed=l2norm_embed)
+            self.pos_emb = build_positions(
+                emb_dim,
+                max_seq_len,
+                sinusoids=sinusoids,
+                l2norm_embed=l2norm_embed,
+                scale=options.abs_pos_emb_scale,
+            )
         self.project_emb: nn.Module | None = nn.Linear(emb_dim, dim) if emb_dim != dim else None
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if self.num_memory_tokens else None
         self.post_emb_norm: nn.Module | None = None
