@@ -8,11 +8,10 @@ shows where the decoder attends while it writes.
 from __future__ import annotations
 
 import torch
-from pictures import attention_maps
 from torch import Tensor
-from training import arguments, train
 
-from x_transformers import XTransformer
+from x_transformers import XTransformer, plots
+from x_transformers.training.small_runs import arguments, fit
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 START, END, PAD = range(len(LETTERS), len(LETTERS) + 3)
@@ -28,7 +27,7 @@ def make_strings(rows: int) -> tuple[Tensor, Tensor]:
 
 def framed(strings: Tensor, mask: Tensor) -> Tensor:
     """Return the decoder's targets `(rows, LONGEST + 2)`: start token, string, end token, padding."""
-    rows = torch.arange(len(strings))
+    rows = torch.arange(len(strings), device=strings.device)
     target = torch.nn.functional.pad(strings, (1, 1), value=PAD)
     target[:, 0], target[rows, mask.sum(dim=1) + 1] = START, END
     return target
@@ -50,7 +49,7 @@ def build_model() -> XTransformer:
 
 def copy(model: XTransformer, strings: Tensor, mask: Tensor) -> Tensor:
     """Return the model's copy of each string up to its end token, `(rows, at most LONGEST + 1)`."""
-    start = torch.full((len(strings), 1), START)
+    start = torch.full((len(strings), 1), START, device=strings.device)
     return model.generate(strings, start, LONGEST + 1, mask=mask, eos_token=END, temperature=0.0)
 
 
@@ -70,15 +69,17 @@ def where_it_looks(model: XTransformer, strings: Tensor, mask: Tensor) -> list[T
 
 def main() -> None:
     options = arguments(__doc__, "copy_task", steps=600)
-    model = build_model()
+    model = build_model().to(options.device)
 
     def loss() -> Tensor:
-        strings, mask = make_strings(BATCH)
+        strings, mask = (t.to(options.device) for t in make_strings(BATCH))
         return model(strings, framed(strings, mask), mask=mask)
 
-    train(model, loss, options.steps, lr=3e-3)
+    fit(model, loss, options.steps, lr=3e-3)
 
-    strings, mask = make_strings(TESTED)  # out of at least 26 ** 8 strings: none of them was in training
+    strings, mask = (
+        t.to(options.device) for t in make_strings(TESTED)
+    )  # out of at least 26 ** 8 strings: none of them was in training
     wanted, written = spell(framed(strings, mask)[:, 1:]), spell(copy(model, strings, mask))
     right = sum(copied == string for copied, string in zip(written, wanted, strict=True))
     for string, copied in zip(wanted[:5], written[:5], strict=True):
@@ -86,8 +87,10 @@ def main() -> None:
     print(f"exact copies: {right / TESTED:.1%} of {TESTED} strings that were not in training")
 
     length = len(wanted[0])
-    maps = [weights[0, :length, : length - 1] for weights in where_it_looks(model, strings[:1], mask[:1])]
-    attention_maps(maps, wanted[0][:-1], wanted[0], options.out / "attention.png")
+    maps = [weights[:, None, :length, : length - 1] for weights in where_it_looks(model, strings[:1], mask[:1])]
+    figure = plots.attention(maps, queries=wanted[0], keys=wanted[0][:-1])
+    figure.axes[0].set(xlabel="letters read", ylabel="letters written")
+    figure.savefig(options.out / "attention.png", dpi=plots.DPI)
     print(f"{options.out / 'attention.png'} shows where the decoder attends.")
 
 

@@ -11,13 +11,11 @@ import re
 
 import torch
 import torch.nn.functional as F
-from series_pictures import draw_lines
-from text_data import read_text
 from torch import Tensor
-from training import arguments, train
 
-from x_transformers import DPO, AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers import DPO, AutoregressiveWrapper, Decoder, TransformerWrapper, plots
 from x_transformers.dpo import log_prob_from_model_and_seq
+from x_transformers.training.small_runs import arguments, fit, library_text
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"
 END, PAD = len(LETTERS), len(LETTERS) + 1  # a name is END, its letters, END; then comes padding
@@ -26,7 +24,7 @@ LONGEST, BATCH, SAMPLES = 16, 64, 512
 
 def read_names() -> Tensor:
     """Return ids `(names, LONGEST + 2)` of all distinct names with at least 3 letters."""
-    text = bytes(read_text(None, LONGEST)[0].numpy()).decode("utf-8", errors="ignore")
+    text = bytes(library_text()[0].numpy()).decode("utf-8", errors="ignore")
     names = sorted(set(re.findall(rf"\b[a-z_]{{3,{LONGEST}}}\b", text)))
     rows = [[END, *map(LETTERS.index, name), END, *[PAD] * (LONGEST - len(name))] for name in names]
     return torch.tensor(rows)
@@ -51,14 +49,15 @@ def build_model() -> AutoregressiveWrapper:
 
 def sample(model: AutoregressiveWrapper, rows: int) -> Tensor:
     """Sample names from the model, as ids `(rows, LONGEST + 2)`."""
-    start = torch.full((rows, 1), END)
+    start = torch.full((rows, 1), END, device=next(model.parameters()).device)
     names = model.generate(start, LONGEST + 1, eos_token=END, filter_logits_fn="min_p")
-    return F.pad(torch.cat((start, names), dim=1), (0, LONGEST + 1 - names.shape[1]), value=PAD)
+    return F.pad(torch.cat((start, names), dim=1), (0, LONGEST + 1 - names.shape[1]), value=PAD).cpu()
 
 
 @torch.no_grad()
 def surprise(dpo: DPO, ids: Tensor) -> float:
     """Return the reference's nats per letter on names; they are high for names that do not look real."""
+    ids = ids.to(next(dpo.parameters()).device)
     return -float(log_prob_from_model_and_seq(dpo.ref_model, ids)[ids[:, 1:] != PAD].mean())
 
 
@@ -96,16 +95,21 @@ class Judge:
 
 def main() -> None:
     options = arguments(__doc__, "dpo_preferences", steps=400)
-    names, model = read_names(), build_model()
-    train(model, lambda: model(draw(names)), options.steps, lr=3e-3, name="learning names")
+    names, model = read_names(), build_model().to(options.device)
+    fit(model, lambda: model(draw(names).to(options.device)), options.steps, lr=3e-3, name="learning names")
 
     judge = Judge(model)
     dpo = DPO(model.net, beta=2.0, pad_id=PAD)  # trains the net itself; the reference is a frozen copy
-    prompt = torch.arange(LONGEST + 2).expand(BATCH, -1) == 0
+    prompt = torch.arange(LONGEST + 2, device=options.device).expand(BATCH, -1) == 0
     before = judge.collect()
-    train(
+
+    def loss() -> Tensor:
+        pairs = draw(judge.preferred), draw(judge.others)
+        return dpo(*(rows.to(options.device) for rows in pairs), prompt_mask=prompt)
+
+    fit(
         dpo,
-        lambda: dpo(draw(judge.preferred), draw(judge.others), prompt_mask=prompt),
+        loss,
         10 * max(options.steps // 40, 1),
         lr=1e-4,
         name="preferences",
@@ -118,7 +122,8 @@ def main() -> None:
             f"{surprise(dpo, new):.2f} nats per letter in them: {', '.join(spell(new[:8]))}"
         )
     steps = range(0, 10 * len(judge.fractions), 10)
-    draw_lines({"made up": (steps, judge.fractions)}, options.out / "preferred.png", x="step", y="preferred fraction")
+    figure = plots.learning_curve({"made up": (steps, judge.fractions)}, y="preferred fraction")
+    figure.savefig(options.out / "preferred.png", dpi=plots.DPI)
     print(f"{options.out / 'preferred.png'} shows the fraction rising.")
 
 

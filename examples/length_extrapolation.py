@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from argparse import Namespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pictures import extrapolation_curves
-from text_data import random_windows, read_text, spaced_windows
-from text_model import start_evenly
 from torch import Tensor
-from training import arguments, train
 
-from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, plots
+from x_transformers.training.small_runs import arguments, fit, library_text, random_windows, spaced_windows
 
 CONTEXT, BATCH, TIMES, WINDOWS = 64, 32, (1, 2, 4, 8), 128
 SCORED = CONTEXT // 2  # bytes at the end of a window; each has at least as many bytes before it
@@ -38,6 +36,12 @@ POSITIONS = {
     "forget gates": NO_TABLE | {"attn_data_dependent_alibi": True},
 }
 OF_THE_MODEL = ("use_abs_pos_emb", "scaled_sinu_pos_emb")  # all others are keywords of the stack
+
+
+def start_evenly(net: TransformerWrapper) -> None:
+    """Initialize embeddings with unit variance and the head near zero: all bytes are equally likely at first."""
+    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
+    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
 
 
 def build_model(positions: dict[str, Any]) -> AutoregressiveWrapper:
@@ -72,22 +76,38 @@ def bits_per_byte(model: AutoregressiveWrapper, windows: Tensor, length: int) ->
     return float(torch.cat(bits).mean())
 
 
+def train_model(positions: dict[str, Any], text: Tensor, options: Namespace, name: str) -> AutoregressiveWrapper:
+    """Train a model; all models see the same windows."""
+    torch.manual_seed(options.seed)
+    model = build_model(positions).to(options.device)
+    windows = (random_windows(text, BATCH, CONTEXT + 1, options.seed, step) for step in itertools.count())
+    fit(model, lambda: model(next(windows).to(options.device)), options.steps, lr=1e-2, muon_lr=2e-2, name=name)
+    return model
+
+
 def main() -> None:
     options = arguments(__doc__, "length_extrapolation", steps=160)
     lengths = [CONTEXT * times for times in TIMES]
-    text, held_out = read_text(None, lengths[-1])
-    held_out = spaced_windows(held_out, lengths[-1], most=WINDOWS)
+    text, held_out = library_text()
+    held_out = spaced_windows(held_out, lengths[-1], most=WINDOWS).to(options.device)
 
     print(f"{'held-out bits per byte with':>28}" + "".join(f"{length:>8}" for length in lengths) + " bytes")
     curves = {}
     for name, positions in POSITIONS.items():
-        torch.manual_seed(options.seed)
-        model = build_model(positions)
-        batches = (random_windows(text, BATCH, CONTEXT + 1, options.seed, step) for step in itertools.count())
-        train(model, lambda: model(next(batches)), options.steps, lr=1e-2, muon_lr=2e-2, name=f"{name:>28}")  # noqa: B023
+        model = train_model(positions, text, options, f"{name:>28}")
         curves[name] = [bits_per_byte(model, held_out, length) for length in lengths]
         print(f"{name:>28}" + "".join(f"{bits:8.3f}" for bits in curves[name]))
-    extrapolation_curves(curves, lengths, options.out / "extrapolation.png")
+    lines = {f"{name}: {bits[-1] - bits[0]:+.2f}": (lengths, bits) for name, bits in curves.items()}
+    figure = plots.learning_curve(lines, x="bytes of text, trained with the first", y="held-out bits per byte")
+    figure.set_size_inches(7, 4.2)
+    (axes,) = figure.axes
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length}\n{times}x" for length, times in zip(lengths, TIMES, strict=True)])
+    for number, line in enumerate(axes.lines):
+        line.set_marker("os^vDPX*<>"[number % 10])
+    axes.get_legend().remove()
+    figure.legend(loc="outside right center", title="change")
+    figure.savefig(options.out / "extrapolation.png", dpi=plots.DPI)
     print(f"{options.out / 'extrapolation.png'} shows the curves.")
 
 

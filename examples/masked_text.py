@@ -13,20 +13,39 @@ import math
 
 import torch
 import torch.nn.functional as F
-from text_data import random_windows, read_text, spaced_windows
-from text_model import small_stack, start_evenly
 from torch import Tensor
-from training import arguments, train
 
 from x_transformers import Encoder, NonAutoregressiveWrapper, TransformerWrapper
+from x_transformers.training.small_runs import arguments, fit, library_text, random_windows, spaced_windows
 
 LENGTH, BATCH, MASK, TESTED = 64, 16, 256, 256
 FRACTIONS = (0.02, 0.15, 0.3, 0.5, 0.8)
 
 
+def small_stack() -> Encoder:
+    """Build three layers with rotary positions and QK-RMSNorm; each sublayer starts as the identity."""
+    return Encoder(
+        dim=96,
+        depth=3,
+        heads=3,
+        attn_dim_head=32,
+        rotary_pos_emb=True,
+        rotary_emb_dim=32,
+        attn_qk_rmsnorm=True,
+        attn_zero_init_output=True,
+        ff_zero_init_output=True,
+    )
+
+
+def start_evenly(net: TransformerWrapper) -> None:
+    """Initialize embeddings with unit variance and the head near zero: all bytes are equally likely at first."""
+    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
+    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+
+
 def build_model() -> NonAutoregressiveWrapper:
     """Build a small encoder over bytes and the mask token, with a critic head that detects wrong bytes."""
-    net = TransformerWrapper(num_tokens=257, max_seq_len=LENGTH, attn_layers=small_stack(Encoder))
+    net = TransformerWrapper(num_tokens=257, max_seq_len=LENGTH, attn_layers=small_stack())
     start_evenly(net)
     return NonAutoregressiveWrapper(
         net,
@@ -48,7 +67,7 @@ def pseudo_likelihood(model: NonAutoregressiveWrapper, rows: Tensor) -> float:
     """Return bits per byte of each byte given all others, from one pass per place, with that place masked."""
     bits = []
     for place in range(LENGTH):
-        masked = torch.arange(LENGTH) == place
+        masked = torch.arange(LENGTH, device=rows.device) == place
         logits = model.net(rows.masked_fill(masked, MASK))[:, place]
         bits.append(F.cross_entropy(logits, rows[:, place]) / math.log(2))
     return float(torch.stack(bits).mean())
@@ -63,27 +82,27 @@ def readable(row: Tensor, masked: Tensor | None = None) -> str:
 
 def main() -> None:
     options = arguments(__doc__, "masked_text", steps=600)
-    text, held_out = read_text(None, LENGTH)
-    model = build_model()
+    text, held_out = library_text()
+    model = build_model().to(options.device)
     steps = itertools.count()
 
     def loss() -> Tensor:
         step = next(steps)
-        windows = random_windows(text, BATCH, LENGTH, options.seed, step)
+        windows = random_windows(text, BATCH, LENGTH, options.seed, step).to(options.device)
         # the critic learns late: at first almost every prediction is wrong
         return model(windows, only_train_generator=step < 0.7 * options.steps).loss
 
-    train(model, loss, options.steps, lr=1e-2, muon_lr=2e-2)
+    fit(model, loss, options.steps, lr=1e-2, muon_lr=2e-2)
 
-    rows = spaced_windows(held_out, LENGTH, most=TESTED)[:, :LENGTH]
+    rows = spaced_windows(held_out, LENGTH, most=TESTED)[:, :LENGTH].to(options.device)
     lines = [f"{(rows == 32).float().mean():.0%} of the bytes are the most common one, a space."]
     for fraction in FRACTIONS:
-        masked = torch.rand(rows.shape) < fraction
+        masked = (torch.rand(rows.shape) < fraction).to(options.device)
         right = (fill(model, rows, masked) == rows)[masked].float().mean()
         lines.append(f"{fraction:4.0%} masked: {right:.1%} of the masked bytes are filled in correctly")
     lines.append(f"pseudo-likelihood of held-out text: {pseudo_likelihood(model, rows[:64]):.2f} bits per byte")
     for row in rows[20:23]:
-        masked = torch.rand(row.shape) < 0.15
+        masked = (torch.rand(row.shape) < 0.15).to(options.device)
         lines += ["", readable(row, masked), readable(fill(model, row[None], masked[None])[0]), readable(row)]
     lines += ["", "Generated from masks only:"]
     lines += [

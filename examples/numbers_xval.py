@@ -8,18 +8,36 @@ following ones, where they end, and the word for the shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from series_pictures import Forecast, draw_forecasts
+from matplotlib.figure import Figure
 from torch import Tensor
-from training import arguments, train
 
-from x_transformers import Decoder, XValAutoregressiveWrapper, XValTransformerWrapper
+from x_transformers import Decoder, XValAutoregressiveWrapper, XValTransformerWrapper, plots
+from x_transformers.training.small_runs import arguments, fit
 
 WORDS = ("NUMBER", "series:", "is", "a", "line", "bend", "wave", ".")
 NUMBER, SERIES, IS, A, LINE, BEND, WAVE, END = range(len(WORDS))
 SEEN, AHEAD, BATCH, TESTED = 8, 8, 64, 512
+
+
+class Forecast(NamedTuple):
+    """A series, and a prediction of its end.
+
+    Attributes:
+        title: title of the panel.
+        truth: `(n,)` true values.
+        predicted: `(m,)` predicted values of the last m steps.
+    """
+
+    title: str
+    truth: Tensor
+    predicted: Tensor
 
 
 def make_texts(rows: int) -> tuple[Tensor, Tensor]:
@@ -54,16 +72,33 @@ def error(predicted: Tensor, truth: Tensor) -> float:
     return float((predicted - truth).square().mean().sqrt())
 
 
+def draw(forecasts: Sequence[Forecast], path: Path) -> None:
+    """Draw a panel for each series: the truth, the prediction."""
+    rows = -(-len(forecasts) // 3)
+    with mpl.rc_context(plots.STYLE):
+        figure = Figure(figsize=(7.5, 1.7 * rows), layout="constrained")
+        grid = figure.subplots(rows, 3, squeeze=False)
+        for axes, (title, truth, predicted) in zip(grid.flat, forecasts, strict=True):
+            times = range(len(truth) - len(predicted), len(truth))
+            axes.axvline(times[0] - 0.5, color="0.7", linewidth=1)
+            axes.plot(truth, color="0.2", linewidth=1, label="truth")
+            axes.plot(times, predicted, "o", color=plots.COLORS[1], markersize=4, label="predicted")
+            axes.set_title(title)
+        grid.flat[0].legend(fontsize=7, loc="lower left")
+        figure.savefig(path, dpi=plots.DPI)
+
+
 def main() -> None:
     options = arguments(__doc__, "numbers_xval", steps=1000)
-    model = build_model()
-    train(model, lambda: model(*make_texts(BATCH)), options.steps, lr=3e-3)
+    model = build_model().to(options.device)
+    fit(model, lambda: model(*(t.to(options.device) for t in make_texts(BATCH))), options.steps, lr=3e-3)
 
     ids, numbers = make_texts(TESTED)
     (seen_ids, ids), (seen, numbers) = (part.tensor_split([SEEN + 1], dim=1) for part in (ids, numbers))
-    made = model.generate(seen_ids, seen, ids.shape[1], temperature=0.0)
-    truth, kinds, named = numbers[:, :AHEAD], ids[:, -2], made.sampled_token_ids[:, -2]
-    predicted = made.sampled_numbers[:, :AHEAD].nan_to_num(0.0)  # a word where a number should be counts as 0
+    given = (seen_ids.to(options.device), seen.to(options.device))
+    made, continued, _ = (t.cpu() for t in model.generate(*given, ids.shape[1], temperature=0.0))
+    truth, kinds, named = numbers[:, :AHEAD], ids[:, -2], made[:, -2]
+    predicted = continued[:, :AHEAD].nan_to_num(0.0)  # a word where a number should be counts as 0
 
     print(f"{'':>6} error of {AHEAD} numbers   error of the last number seen")
     for kind in (LINE, BEND, WAVE):
@@ -78,7 +113,7 @@ def main() -> None:
         )
         for row in range(6)
     ]
-    draw_forecasts(forecasts, options.out / "continued.png", columns=3, dots=True)
+    draw(forecasts, options.out / "continued.png")
     print(f"{options.out / 'continued.png'} shows six of the series.")
 
 

@@ -6,14 +6,18 @@ shifted by up to one pixel. The picture shows the held-out digits with the least
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from pictures import labeled_images
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
-from training import arguments, train
 
-from x_transformers import Encoder, ViTransformerWrapper
+from x_transformers import Encoder, ViTransformerWrapper, plots
+from x_transformers.training.small_runs import arguments, fit
 
 SIDE, PATCH, CLASSES, BATCH, DRAWN = 8, 4, 10, 64, 30
 
@@ -43,19 +47,33 @@ def build_model() -> ViTransformerWrapper:
     return ViTransformerWrapper(image_size=SIDE, patch_size=PATCH, channels=1, num_classes=CLASSES, attn_layers=encoder)
 
 
+def draw(images: Tensor, titles: Sequence[str], right: Sequence[bool], path: Path) -> None:
+    """Draw gray images `(count, h, w)` in [0, 1], ten in a row; titles of wrong answers are red."""
+    rows = -(-len(images) // 10)
+    with mpl.rc_context(plots.STYLE):
+        figure = Figure(figsize=(8, 0.95 * rows), layout="constrained")
+        for axes in (grid := figure.subplots(rows, 10, squeeze=False)).flat:
+            axes.axis("off")
+        for axes, image, title, good in zip(grid.flat, images, titles, right, strict=False):
+            axes.imshow(image.numpy(), cmap="Greys", vmin=0, vmax=1)
+            axes.set_title(title, color="black" if good else "red", pad=2)
+        figure.savefig(path, dpi=plots.DPI)
+
+
 def main() -> None:
     options = arguments(__doc__, "vit_digits", steps=600)
     (images, labels), (new_images, new_labels) = read_digits()
-    model = build_model()
+    model = build_model().to(options.device)
 
     def loss() -> Tensor:
         drawn = torch.randint(len(images), (BATCH,))
-        return F.cross_entropy(model(shifted(images[drawn])), labels[drawn])
+        batch, right = shifted(images[drawn]).to(options.device), labels[drawn].to(options.device)
+        return F.cross_entropy(model(batch), right)
 
-    train(model, loss, options.steps, lr=1e-2, muon_lr=2e-2)
+    fit(model, loss, options.steps, lr=1e-2, muon_lr=2e-2)
 
     with torch.no_grad():
-        sure, predicted = model(new_images).softmax(dim=-1).max(dim=-1)
+        sure, predicted = model(new_images.to(options.device)).softmax(dim=-1).cpu().max(dim=-1)
     right = predicted == new_labels
     print(f"held-out accuracy: {right.float().mean():.1%} ({int((~right).sum())} of {len(right)} digits wrong)")
 
@@ -64,7 +82,7 @@ def main() -> None:
         f"{guess}" if guess == label else f"{guess}, is {label}"
         for guess, label in zip(predicted[doubtful].tolist(), new_labels[doubtful].tolist(), strict=True)
     ]
-    labeled_images(new_images[doubtful, 0], titles, right[doubtful].tolist(), options.out / "digits.png")
+    draw(new_images[doubtful, 0], titles, right[doubtful].tolist(), options.out / "digits.png")
     print(f"{options.out / 'digits.png'} shows the {DRAWN} least confident predictions.")
 
 

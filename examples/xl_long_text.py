@@ -13,20 +13,38 @@ from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
-from series_pictures import draw_lines
-from text_data import random_windows, read_text, spaced_windows
-from text_model import small_stack, start_evenly
 from torch import Tensor
-from training import arguments, train
 
-from x_transformers import Decoder, TransformerWrapper, XLAutoregressiveWrapper
+from x_transformers import Decoder, TransformerWrapper, XLAutoregressiveWrapper, plots
+from x_transformers.training.small_runs import arguments, fit, library_text, random_windows, spaced_windows
 
 SEGMENT, MEMORY, SEGMENTS, BATCH, TESTED = 16, 64, 8, 8, 64
 
 
+def small_stack() -> Decoder:
+    """Build three layers with rotary positions and QK-RMSNorm; each sublayer starts as the identity."""
+    return Decoder(
+        dim=96,
+        depth=3,
+        heads=3,
+        attn_dim_head=32,
+        rotary_pos_emb=True,
+        rotary_emb_dim=32,
+        attn_qk_rmsnorm=True,
+        attn_zero_init_output=True,
+        ff_zero_init_output=True,
+    )
+
+
+def start_evenly(net: TransformerWrapper) -> None:
+    """Initialize embeddings with unit variance and the head near zero: all bytes are equally likely at first."""
+    torch.nn.init.normal_(net.token_emb.emb.weight, std=1.0)
+    torch.nn.init.normal_(net.to_logits.weight, std=1e-4)
+
+
 def build_model(memory: int) -> XLAutoregressiveWrapper:
     """Build a small decoder that reads segments, with memories of the last `memory` bytes."""
-    decoder = small_stack(Decoder)
+    decoder = small_stack()
     net = TransformerWrapper(num_tokens=256, max_seq_len=SEGMENT, max_mem_len=memory, attn_layers=decoder)
     start_evenly(net)
     return XLAutoregressiveWrapper(net)
@@ -34,10 +52,10 @@ def build_model(memory: int) -> XLAutoregressiveWrapper:
 
 def train_model(memory: int, text: Tensor, options: Namespace, name: str) -> XLAutoregressiveWrapper:
     """Train a model; all models see the same windows of `SEGMENTS` segments."""
-    model = build_model(memory)
+    model = build_model(memory).to(options.device)
     length = SEGMENT * SEGMENTS + 1
     windows = (random_windows(text, BATCH, length, options.seed, step) for step in itertools.count())
-    train(model, lambda: model(next(windows)), options.steps, lr=1e-2, muon_lr=2e-2, name=name)
+    fit(model, lambda: model(next(windows).to(options.device)), options.steps, lr=1e-2, muon_lr=2e-2, name=name)
     return model
 
 
@@ -54,14 +72,15 @@ def bits_by_place(model: XLAutoregressiveWrapper, rows: Tensor) -> Tensor:
 
 def main() -> None:
     options = arguments(__doc__, "xl_long_text", steps=250)
-    text, held_out = read_text(None, SEGMENT * SEGMENTS)
-    rows = spaced_windows(held_out, context=64 * SEGMENT, most=TESTED)
+    text, held_out = library_text()
+    rows = spaced_windows(held_out, context=64 * SEGMENT, most=TESTED).to(options.device)
     lines = {}
     for name, memory in (("without memories", 0), ("with memories", MEMORY)):
         bits = bits_by_place(train_model(memory, text, options, name), rows)
-        lines[f"{name}: {bits.mean():.3f}"] = (range(SEGMENT), bits)
+        lines[f"{name}: {bits.mean():.3f}"] = (range(SEGMENT), bits.tolist())
         print(f"{name}: {bits.mean():.3f} held-out bits per byte, {bits[0]:.2f} at the first byte of a segment")
-    draw_lines(lines, options.out / "bits.png", x="place in the segment", y="held-out bits per byte")
+    figure = plots.learning_curve(lines, x="place in the segment", y="held-out bits per byte")
+    figure.savefig(options.out / "bits.png", dpi=plots.DPI)
     print(f"{options.out / 'bits.png'} shows both at each place of a segment.")
 
 

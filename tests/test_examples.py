@@ -1,9 +1,10 @@
 """The small examples, for a few steps at small size."""
 
-import importlib
+import importlib.util
 import itertools
 import math
 import re
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -38,9 +39,17 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    return importlib.import_module(request.param)
+def example(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A copy of the example in a folder of its own: each is a single file."""
+    copied = shutil.copy(ROOT / "examples" / f"{request.param}.py", tmp_path)
+    spec = importlib.util.spec_from_file_location(request.param, copied)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses and named tuples look for their module
+    monkeypatch.setitem(sys.modules, request.param, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -160,10 +169,28 @@ def test_judge_prefers_words_joined_by_an_underscore(example: ModuleType) -> Non
     assert example.is_preferred(rows).tolist() == [True, False, False, True, False]
 
 
-@pytest.mark.parametrize("example", ["continuous_series"], indirect=True)
-def test_zero_steps_are_refused(
-    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("example", ["copy_task"], indirect=True)
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], 0, ["(default: 600)", "(default: runs/copy_task)", "--device", "(default: 0)"]),
+        (["--device", "nosuch"], 2, ["'nosuch' is no device of this machine"]),
+        (["--steps", 0], 2, ["'0' is not a whole number of at least 1"]),
+        (["--out", __file__], 2, ["cannot be written to", "pass another --out"]),
+    ],
+    ids=["help", "device", "steps", "folder"],
+)
+def test_the_command_line(
+    example: ModuleType,
+    arguments: list[object],
+    code: int,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit):
-        run(example, monkeypatch, "--steps", 0, "--out", tmp_path)
-    assert "--steps is 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        run(example, monkeypatch, *arguments)
+    assert left.value.code == code
+    shown = " ".join("".join(capsys.readouterr()).split())
+    for each in words:
+        assert each in shown

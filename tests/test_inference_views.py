@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
 import pickle
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from catalog import Case, cases, close, name_of, other_inputs, tokens
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 from x_transformers.attention.projections import Projections
@@ -384,6 +387,33 @@ def test_hooks_see_every_token(part, cache):
     model.net.get_submodule(part).register_forward_hook(lambda module, *_: seen.append(module))
     model.generate(torch.randint(0, 20, (1, 4)), 3, cache=cache)
     assert seen == [model.net.get_submodule(part)] * 3
+
+
+def test_hooks_of_all_modules_see_every_token() -> None:
+    """The copies run their `forward` at once, but not while the process has hooks on every module."""
+    model, seen = AutoregressiveWrapper(build()), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        model.generate(tokens(1, 3) % 20, 4, temperature=0.0)
+    finally:
+        handle.remove()
+    assert seen.count(type(model.net.attn_layers)) == 4
+
+
+def test_a_view_is_freed_without_the_garbage_collector() -> None:
+    """It may hold copies of matrices."""
+    net = build()
+    gc.collect()
+    gc.disable()
+    try:
+        with InferenceView(net) as view:
+            copied = view.of(net)
+            freed = weakref.ref(copied)
+            copied(tokens(1, 3) % 20)
+        del view, copied
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_large_matrices_are_not_copied():

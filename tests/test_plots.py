@@ -26,8 +26,7 @@ def record(**options: Any) -> Any:
 def drawn(figure: Figure) -> Image.Image:
     """The picture as it is saved, at twice the usual resolution."""
     file = io.BytesIO()
-    with plots._styled():
-        figure.savefig(file, format="png")
+    figure.savefig(file, format="png", dpi=plots.DPI)
     picture = Image.open(file).convert("RGB")
     width, height = figure.get_size_inches()
     assert picture.size == (round(width * plots.DPI), round(height * plots.DPI))
@@ -46,6 +45,8 @@ def test_attention_maps() -> None:
         assert [label.get_text() for label in axes.get_xticklabels()] == list("abcdef")
     drawn(figure)
     (mean,) = plots.attention([weights], mean_of_heads=True).axes
+    assert mean.get_title() == "attention 1"
+    assert len([axes for axes in plots.attention([weights] * 5, mean_of_heads=True).axes if axes.images]) == 5
     np.testing.assert_allclose(mean.images[0].get_array(), weights[0].mean(dim=0).detach().numpy())
 
 

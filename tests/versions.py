@@ -52,7 +52,6 @@ def main() -> int:
     parser.add_argument("--workers", default="2", help="processes of each test run (default: %(default)s)")
     given = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for version in given.versions or newest_patches():
         environment = FOLDER / version
         try:
@@ -62,10 +61,13 @@ def main() -> int:
             shutil.rmtree(environment)
             continue
         for name in given.groups:
-            results.setdefault(version, {})[name] = run(python, GROUPS[name], given.workers)
+            result = run(python, GROUPS[name], given.workers)
+            results = recorded()  # what others wrote meanwhile included
+            results.setdefault(version, {})[name] = result
             RESULTS.write_text(json.dumps(results, indent=2))
         if not given.keep:
             shutil.rmtree(environment)
+    results = recorded()
     text = table(results)
     print(text)
     if given.write:
@@ -73,6 +75,11 @@ def main() -> int:
         before, rest = readme.read_text().split(BEGIN)
         readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     return int(any(cell["failed"] for row in results.values() for cell in row.values()))
+
+
+def recorded() -> dict[str, dict[str, dict[str, int]]]:
+    """Return the results so far, by version and group."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def newest_patches() -> list[str]:

@@ -6,7 +6,6 @@ Helpers of attention are here under their public names.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -384,9 +383,7 @@ class Attend(Configured, ReadsReference):
             request, later = request._replace(capture=True), False
         if visible.documents is not None and not backend.reads_documents:
             request = _with_masked_documents(request)
-        # the parts that widened the queries need float32, and autocast would narrow them again
-        with nullcontext() if q is plain_q else torch.autocast(q.device.type, enabled=False):
-            result = backend.attend(request)
+        result = backend.attend(request) if q is plain_q else _attend_wide(backend, request)
         return result._replace(on_demand=scores_on_demand(request)) if later else result, visible
 
     def _backend(self, request: Request, needs: int) -> Backend:
@@ -519,6 +516,12 @@ def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
 def _listed(parts: nn.ModuleList) -> tuple[Any, ...]:
     """Return modules as a tuple; the compilers of older versions of PyTorch make one from items only."""
     return tuple(part for part in parts)
+
+
+def _attend_wide(backend: Backend, request: Request) -> AttentionOutput:
+    """Attend without autocast: the parts that widened the queries need float32, which it would narrow again."""
+    with torch.autocast(request.q.device.type, enabled=False):
+        return backend.attend(request)
 
 
 def _needs_of(request: Request, needs: int) -> int:

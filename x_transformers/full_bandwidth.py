@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -572,11 +571,6 @@ def _check_net(net: Any) -> TransformerWrapper:
         missing.append("`post_emb_norm = True`")
     if missing:
         raise ConfigError(f"`net` must have {', '.join(missing)}, so that states and embeddings have one scale.")
-    if model.emb_dim != stack.dim:
-        raise ConfigError(
-            f"`emb_dim` of `net` is {model.emb_dim}; states of width {stack.dim} enter the embeddings, so it must be "
-            "the width of the stack."
-        )
     if model.layout.every is not None:
         raise ConfigError(
             "memory tokens between tokens (`memory_tokens_interspersed_every`) have no position before them."
@@ -590,7 +584,7 @@ def _check_passes(count: int, kind: type[Exception]) -> None:
 
 
 def _check_transition(transition: Any) -> None:
-    if transition is not None and not (callable(transition) and len(inspect.signature(transition).parameters) >= 2):
+    if transition is not None and (not callable(transition) or isinstance(transition, type)):
         raise InputError(
             f"`transition` is {transition!r}; in a call it must be a function of latents and stream, since a name "
             "would stand for new, untrained weights."

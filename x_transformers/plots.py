@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Colors of lines, also distinct for color-blind readers."""
 DPI = 220
+"""Dots per inch of the pictures of this library, twice those of a screen: `figure.savefig(path, dpi=DPI)`."""
 STYLE: dict[str, Any] = {
     "axes.edgecolor": "#9aa0a6",
     "axes.spines.right": False,
@@ -32,7 +33,6 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "font.size": 8.5,
     "legend.frameon": False,
-    "savefig.dpi": DPI,
 }
 """Parameters of matplotlib for all pictures of this library."""
 
@@ -45,7 +45,7 @@ def attention(
     keys: Sequence[str] | None = None,
     mean_of_heads: bool = False,
 ) -> Figure:
-    """Draw attention weights: a row of panels for each attention, a panel for each head.
+    """Draw attention weights: a row of panels for each attention, a panel for each head; single maps fill rows.
 
     Args:
         weights: record of a pass (`return_intermediates`), or `(b, h, i, j)` weights of each attention (`return_attn`).
@@ -60,21 +60,25 @@ def attention(
     maps = [each[row].detach().float().cpu() for each in _weights(weights, row)]
     if mean_of_heads:
         maps = [each.mean(dim=0, keepdim=True) for each in maps]
-    columns = max(len(each) for each in maps)
+    most = max(len(each) for each in maps)
+    # single maps fill rows, several heads have a row for each attention
+    columns, rows = (most, len(maps)) if most > 1 else (min(len(maps), 4), -(-len(maps) // 4))
+    width, height = (max(1.9, 0.1 * size) for size in (maps[0].shape[-1], maps[0].shape[-2]))
     with _styled() as figure_of:
-        figure = figure_of(1.9 * columns + 0.4, 2.05 * len(maps))
-        grid = figure.subplots(len(maps), columns, squeeze=False)
-        for layer, (panels, heads) in enumerate(zip(grid, maps, strict=True), start=1):
-            for number, axes in enumerate(panels):
-                if number >= len(heads):
-                    axes.axis("off")
-                    continue
-                axes.imshow(heads[number].numpy(), interpolation="nearest", cmap="Blues", vmin=0, vmax=1)
-                axes.set_title(f"attention {layer}" + ("" if mean_of_heads else f", head {number + 1}"))
+        figure = figure_of(width * columns + 0.4, (height + 0.25) * rows)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for layer, heads in enumerate(maps):
+            for head, each in enumerate(heads):
+                axes = grid[layer][head] if most > 1 else grid[layer // columns][layer % columns]
+                axes.axis("on")
+                axes.imshow(each.numpy(), interpolation="nearest", cmap="Blues", vmin=0, vmax=1)
+                axes.set_title(f"attention {layer + 1}" + (f", head {head + 1}" if most > 1 else ""))
                 for spine in axes.spines.values():
                     spine.set_visible(True)
-                _label(axes, heads[number].shape, queries, keys)
-        grid[-1][0].set(xlabel="keys", ylabel="queries")
+                _label(axes, each.shape, queries, keys)
+        grid[-1 if most > 1 else 0][0].set(xlabel="keys", ylabel="queries")
     return figure
 
 
@@ -154,7 +158,7 @@ def _styled() -> Iterator[Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("pictures need matplotlib: `pip install 'x-transformers[plots]'`.") from None
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         yield lambda width, height: Figure(figsize=(width, height), layout="constrained")
 
 

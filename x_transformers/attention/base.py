@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -103,6 +104,17 @@ class NearBias:
     reach: int
     make: Callable[[], Tensor]
 
+    def at(self, table: Tensor) -> ScoreFunction:
+        """Return the pointwise form, which reads `table`, `(h, reach)`, and zero at all other distances."""
+        padded = F.pad(table, (0, 1))
+        # a number would become a part of the kernel, which reads it from a tensor, at an index that is a tensor
+        bound = torch.full((1,), self.reach, device=table.device)
+
+        def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score + padded[h, torch.minimum((q - k).clamp(min=0), bound[h * 0])]
+
+        return at
+
     def tiles(self, height: int) -> Tiles:
         """Return tiles of at most `height` rows, which are parts of one: distances are the same in each of them."""
         reach = self.reach
@@ -157,6 +169,11 @@ class BoundScore:
     def at(self, memo: Memo) -> ScoreFunction:
         """Return the function of single scores."""
         return self._once(memo, lambda: look_up(self.dense(memo)) if self.make_at is None else self.make_at(), "at")
+
+    def near_table(self, memo: Memo) -> Tensor:
+        """Return the table of `near`."""
+        assert self.near is not None
+        return self._once(memo, self.near.make, "near table")
 
     def dense(self, memo: Memo) -> Tensor:
         """Return the closed form of a bias, `(1|b, 1|h, i, j)`."""

@@ -153,7 +153,8 @@ class StaticEntry(Entry):
         own = object.__new__(StaticEntry)  # without the call of `__init__`, which every layer pays at every token
         own.grown, own.states, own.rewritten = self.grown, dict(self.states), self.rewritten
         own.index, own.fresh, own.shown = index, fresh, shown
-        own.unrotated, own.rotation = self.unrotated, self.rotation
+        if self.unrotated or self.rotation is not None:  # else those of the class
+            own.unrotated, own.rotation = self.unrotated, self.rotation
         return own
 
     def copy(self) -> StaticEntry:
@@ -162,7 +163,11 @@ class StaticEntry(Entry):
 
     def grow(self, name: str, new: Tensor) -> Tensor:
         """Write `(..., n, d)` at the current places and return what is shown; of a fresh cache, just `new`."""
-        buffer = self._write(name, self.index, new)
+        buffer = self.grown[name]
+        if new.dtype is buffer.dtype and not new.requires_grad:
+            buffer.index_copy_(-2, self.index, new)
+        else:
+            buffer = self._write(name, self.index, new)
         # the keys of a prompt are all new: attention over them needs neither the buffer's length nor its mask
         if self.fresh:
             return new

@@ -149,10 +149,8 @@ class KVCache:
 
     def _begun(self) -> Self:
         """Return a copy without the attributes that `begin` sets."""
-        # faster than `copy.copy`, which older versions of the compiler cannot trace
-        own = object.__new__(type(self))
-        for name in self.ATTRIBUTES:
-            setattr(own, name, getattr(self, name))
+        own = object.__new__(type(self))  # older versions of the compiler cannot trace `copy.copy`
+        _take_attributes(own, self)
         return own
 
     def _take_order(self, order: tuple[int, ...]) -> None:
@@ -441,6 +439,16 @@ def _check_times(times: int) -> None:
 def _without(t: Tensor, first: int, last: int) -> Tensor:
     """Cut the columns from `first` to `last` out of a tensor."""
     return torch.cat((t[..., :first], t[..., last:]), dim=-1)
+
+
+def _take_attributes(own: KVCache, before: KVCache) -> None:
+    """Copy the attributes that `begin` does not set."""
+    if torch.compiler.is_compiling():
+        for name in before.ATTRIBUTES:
+            setattr(own, name, getattr(before, name))
+    else:
+        # one call for all of them, since each token begins a cache
+        own.__dict__.update(before.__dict__, spans=(), first=0)
 
 
 def _spans_before(past: KVCache) -> tuple[list[SlotSpan | None], int]:

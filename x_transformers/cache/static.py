@@ -99,7 +99,7 @@ class StaticCache(KVCache):
             raise InputError(f"{count} new slots do not fit into a static cache of {self.capacity}; make it larger.")
         own = self._begun()
         # A pass sets its own. Its width changes from step to step, so that a graph must not read the one before.
-        own.row_places = None if count else self.row_places
+        own.row_places = None if count > 0 else self.row_places
         own.filled = self.filled + count
         own.fresh, own.started = not self.started, self.started or count > 0
         if order is not None and order != own.order:

@@ -38,7 +38,8 @@ class Watch:
         largest = logits.amax(dim=-1)
         if costs_nothing(largest.device):
             # a sum of finite numbers may overflow, which a second look finds out
-            if not math.isfinite(largest.sum(dtype=torch.float32).item()):
+            total = largest if largest.numel() == 1 else largest.sum(dtype=torch.float32)
+            if not math.isfinite(total.item()):
                 _report(whose, largest)
             return
         self._kept.append((whose, largest))

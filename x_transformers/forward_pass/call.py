@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,13 +49,36 @@ def check_kinds(given: Mapping[str, Any], kinds: Kinds) -> None:
         check_kind(name, value, kind)
 
 
+_FITTING: dict[type, tuple[Callable[[object], tuple[Any, ...]], set[tuple[type, ...]]]] = {}
+"""For a class of inputs: a function that reads their attributes, and the combinations of classes that were checked."""
+
+_MANY = 256
+"""Combinations that are kept; programs have a few."""
+
+
 def check_attributes(inputs: object, kinds: Kinds) -> None:
     """Raise an `InputError` for an attribute of another class than its annotation has; see `check_kinds`.
 
     Args:
-        inputs: the arguments of a pass, most of which are None.
+        inputs: the arguments of a pass, most of which are None; the same attributes for all objects of one class.
         kinds: see `kinds_of`.
     """
+    if torch.compiler.is_compiling():
+        _check_each(inputs, kinds)
+        return
+    # each pass asks this, so that classes which fitted once are found without a loop in Python
+    known = _FITTING.get(inputs.__class__)
+    if known is None:
+        known = _FITTING[inputs.__class__] = attrgetter(*kinds), set()
+    read, fitting = known
+    classes = tuple(map(type, read(inputs)))
+    if classes not in fitting:
+        _check_each(inputs, kinds)
+        if len(fitting) < _MANY:
+            fitting.add(classes)
+
+
+def _check_each(inputs: object, kinds: Kinds) -> None:
     for name, kind in kinds.items():
         value = getattr(inputs, name)
         if value is None:
@@ -366,6 +390,13 @@ class LayerCall:
     causal: bool | None = None
     context_attn_mask: Tensor | None = None
     start: LayerStart | None = None
+
+    @staticmethod
+    def of(call: Call, carry: Carry, deltas: Deltas) -> LayerCall:
+        """Return the inputs of a sublayer that reads nothing else yet."""
+        own = object.__new__(LayerCall)  # other fields are those of the class: decoding pays for each one that is set
+        own.call, own.carry, own.deltas = call, carry, deltas
+        return own
 
     def remember_start(self) -> None:
         """Record the state that the sublayer changes while it runs; see `restarted`."""

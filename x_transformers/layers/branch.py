@@ -107,6 +107,7 @@ class Branch(NumberedParts, ReadsReference):
         """Names of the running states that this sublayer keeps in causal passes."""
         self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
+        self.changes_output = not (self.scale is self.output_norm is None and self.output_scale == 1)
         # most connections read the stream as it is; every call that is saved here is saved once a layer and token
         self.reads_stream = type(residual).read is ResidualConnection.read
 
@@ -130,10 +131,7 @@ class Branch(NumberedParts, ReadsReference):
         x, kept = (stream, stream) if self.reads_stream else residual.read(stream)
         branch_input = x
         if self.reader is not None:
-            # a new tuple: a block that runs again (activation checkpointing) must find the history as it was
-            carry = replace(layer.carry, history=(*layer.carry.history, branch_input))
-            layer = replace(layer, carry=carry)
-            x = self.reader(x, carry.history)
+            x, layer = self._read_history(self.reader, x, layer)
         if layer.injection is not None:
             x = x + layer.injection
         if layer.own_input is not None:
@@ -151,12 +149,8 @@ class Branch(NumberedParts, ReadsReference):
             out, record, carry = fn(x, layer=layer)
         else:
             out, record, carry = run_replaced(fn, self.replaced, self.kind, x, layer)
-        if self.scale is not None:
-            out = self.scale(out, layer.condition)
-        if self.output_scale != 1:
-            out = out * self.output_scale
-        if self.output_norm is not None:
-            out = apply_norm(self.output_norm, out, layer.condition)
+        if self.changes_output:
+            out = self._change_output(out, layer.condition)
         stream = out + kept if residual.only_adds else residual.write(out, kept, layer)
         if self.stream_norm is not None:
             condition = layer.condition
@@ -167,6 +161,20 @@ class Branch(NumberedParts, ReadsReference):
         if self.dropout and self.training:
             stream = drop_layer(before, stream, self.dropout)
         return SublayerOutput(stream, branch_input, memory_input, record, carry)
+
+    def _read_history(self, reader: DepthReader, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
+        """Return the mix of the branch inputs so far, and a call with this one among them."""
+        # a new tuple: a block that runs again (activation checkpointing) must find the history as it was
+        carry = replace(layer.carry, history=(*layer.carry.history, x))
+        return reader(x, carry.history), replace(layer, carry=carry)
+
+    def _change_output(self, out: Tensor, condition: Tensor | None) -> Tensor:
+        """Scale and normalize the output of the function."""
+        if self.scale is not None:
+            out = self.scale(out, condition)
+        if self.output_scale != 1:
+            out = out * self.output_scale
+        return out if self.output_norm is None else apply_norm(self.output_norm, out, condition)
 
     def _norm_and_shift(self, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
         """Normalize and shift the input, and the recurrent memory before it."""

@@ -101,11 +101,31 @@ def of_rule(rule: BlockRule) -> BlockMask:
             window=rule.window,
             prefix=rule.prefix,
         )
-        return build(hiding, rule.device)
+        return build(hiding, rule.device, _by_places(rule))
 
 
-def build(hiding: MaskSpec, device: torch.device) -> BlockMask:
-    """Return the block mask of any rules."""
+def _by_places(rule: BlockRule) -> MaskFunction | None:
+    """Return the function of a rule that compares places themselves, or None.
+
+    In a window many blocks are partly visible, for whose pairs a kernel would otherwise read four tensors. Numbers
+    that change from pass to pass must not become a part of a kernel; the width of the window is read from a tensor.
+    """
+    if not rule.causal or rule.diagonal or rule.prefix:
+        return None
+    if rule.window is None:
+        return lambda b, h, q, k: k <= q
+    width = torch.full((1,), rule.window, dtype=torch.int32, device=rule.device)
+    return lambda b, h, q, k: (k <= q) & (q - k <= width[h * 0])
+
+
+def build(hiding: MaskSpec, device: torch.device, seen: MaskFunction | None = None) -> BlockMask:
+    """Return the block mask of any rules.
+
+    Args:
+        hiding: the rules.
+        device: of the result.
+        seen: a cheaper function for the same rules, or None.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     i, j = hiding.queries, hiding.prefix + hiding.keys
@@ -120,7 +140,7 @@ def build(hiding: MaskSpec, device: torch.device) -> BlockMask:
         *_listed(some & ~every),
         *_listed(every),
         BLOCK_SIZE=SIDE,
-        mask_mod=_all(tuple(part.seen for part in parts)),
+        mask_mod=_all(tuple(part.seen for part in parts)) if seen is None else seen,
         seq_lengths=(i, j),
     )
 

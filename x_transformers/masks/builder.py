@@ -46,12 +46,13 @@ def visibility(
     # of equal width may be two numbers; then the rules are only built twice.
     memo, rule = call.memo, (keys, causal, own, window, prefix, shown, documents, pairs)
     for what, of, found in memo.held:
-        if what == "visibility":
-            for one, other in zip(of, rule, strict=True):
-                if one is not other:
-                    break
-            else:
-                return found
+        # written out, since a loop would be the longest part of this function
+        if (
+            what == "visibility"
+            and (of[0] is keys and of[1] is causal and of[2] is own and of[3] is window)
+            and (of[4] is prefix and of[5] is shown and of[6] is documents and of[7] is pairs)
+        ):
+            return found
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window

@@ -1,4 +1,4 @@
-"""The command `train`, and what all commands share."""
+"""The command `train`."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation
-from x_transformers.attention.base import Needs, ScoreFunction
+from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation, ignores_constants
+from x_transformers.attention.backends.near_gradient import NearGradient, NearScores
+from x_transformers.attention.base import BoundScore, Memo, Needs, ScoreFunction
 from x_transformers.masks.block_masks import block_mask, rule_of
 
 if TYPE_CHECKING:
@@ -86,22 +87,31 @@ class Flex(Backend):
         # Features of zeros change no score, and those of the output are cut off. The scale is given, since the default
         # would follow the padded width.
         q, k, v = (_at_least(t, NARROWEST) for t in (request.q, request.k, request.v))
+        near = _near_table(request)
+        score_mod, blocks = _score_mod(request, near), _blocks(request)
+        sums = near is not None or request.sink is not None
         result = run(
             q,
             k,
             v,
-            score_mod=_score_mod(request),
-            block_mask=_blocks(request),
+            score_mod=score_mod,
+            block_mask=blocks,
             scale=request.scale,
             enable_gqa=k.shape[1] != q.shape[1],
             kernel_options=_kernel_options(request),
-            **({} if request.sink is None else _return_lse()),
+            **(_return_lse() if sums else {}),
         )
-        out = result if request.sink is None else result[0]
+        out = result[0] if sums else result
+        lse = getattr(result[1], "lse", result[1]) if sums else None
+        if near is not None:
+            assert score_mod is not None
+            assert blocks is not None
+            settings = NearScores(request.scale, score_mod, blocks.mask_mod, near.shape[-1])
+            out = NearGradient.apply(settings, near, out, lse, q, k, v)
         if out.shape[-1] != request.v.shape[-1]:
             out = out[..., : request.v.shape[-1]]
         if request.sink is not None:
-            lse = getattr(result[1], "lse", result[1])
+            assert lse is not None
             out = out * torch.sigmoid(lse - request.sink[None, :, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
         return AttentionOutput(out)
 
@@ -119,9 +129,12 @@ def _kernel_options(request: Request) -> dict[str, Any] | None:
     if q.dtype in (torch.bfloat16, torch.float16) and max(q.shape[-1], request.v.shape[-1]) <= SMALL:
         options |= SMALL_BLOCKS
     rule = None if hiding is None else rule_of(hiding, q.device)
-    if rule is not None and rule.causal and rule.window is None and rule.diagonal >= 0:
-        # plain causality: every query sees its own key, and the blocks of keys that it sees follow each other
-        options |= {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
+    if rule is not None and rule.causal and rule.diagonal >= 0:
+        # every query sees its own key, in a window too
+        options["ROWS_GUARANTEED_SAFE"] = True
+        # without a window, the blocks that are partly seen follow each other, as do those that are wholly seen
+        if rule.window is None:
+            options["BLOCKS_ARE_CONTIGUOUS"] = True
     return options or None
 
 
@@ -134,15 +147,27 @@ def _blocks(request: Request) -> BlockMask | None:
     return request.memo.once(lambda: block_mask(hiding, request.q), "blocks", visible)
 
 
-def _score_mod(request: Request) -> ScoreFunction | None:
+def _near_table(request: Request) -> Tensor | None:
+    """Return the table of the only bias that is computed near the queries, if it has a gradient; else None."""
+    if not ignores_constants(request) or not torch.is_grad_enabled():
+        return None
+    near = [score for score in request.scores if score.near is not None]
+    table = near[0].near_table(request.memo) if len(near) == 1 else None
+    return table if table is not None and table.requires_grad else None
+
+
+def _score_mod(request: Request, near: Tensor | None) -> ScoreFunction | None:
     """Return all modifications as one function.
+
+    A bias that all distant keys share is read near the queries only, as a constant: its gradient is computed after the
+    kernel.
 
     A bias counts real keys only. Index `real` maps a key to its number among them; those of the prefix are negative,
     and a bias at a clamped index is computed for them and then not used, since the function must not branch on data.
     """
     if not request.scores:
         return None
-    steps = tuple((score.at(request.memo), score.needs == Needs.BIAS) for score in request.scores)
+    steps = tuple((_at(score, request.memo, near), score.needs == Needs.BIAS) for score in request.scores)
     prefix, keys = request.visible.prefix, request.k.shape[-2]
     real = torch.arange(-prefix, keys - prefix, device=request.q.device) if prefix > 0 else None
 
@@ -155,6 +180,10 @@ def _score_mod(request: Request) -> ScoreFunction | None:
         return score
 
     return score_mod
+
+
+def _at(score: BoundScore, memo: Memo, near: Tensor | None) -> ScoreFunction:
+    return score.at(memo) if near is None or score.near is None else score.near.at(near.detach())
 
 
 def _at_least(t: Tensor, width: int) -> Tensor:
