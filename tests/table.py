@@ -146,6 +146,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attn_qk_rmsnorm": ON,
         "attn_qk_rmsnorm_eps": 0.01,
         "attn_qk_rmsnorm_across_heads": ON,
+        "attn_qk_rmsnorm_unit_offset": False,
     },
     "attn_k_rmsnorm": {"attn_k_rmsnorm": ON},
     "attn_l2_distance": {"attn_l2_distance": ON},
@@ -221,6 +222,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
+    "abs_pos_emb_scale": {"abs_pos_emb_scale": 1.0},
     "num_memory_tokens": {"num_memory_tokens": 3},
     "memory_tokens_interspersed_every": {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 3},
     "max_mem_len": {"max_mem_len": 16, "shift_mem_down": 1},
@@ -298,7 +300,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "attn_data_dependent_alibi attn_data_dependent_alibi_per_row",
     ),
     "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
-    "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb"),
+    "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -352,8 +354,8 @@ ELSEWHERE = {
     "dim_pooled_tokens": "of `attn_pool`",
     "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "train_max_recycle_steps": "of `recycling`",
-    "looped": "refused in words",
-    "max_looped_steps": "refused in words",
+    "looped": "caches of generated tokens are those of the loop that they left; `tests/test_looped.py`",
+    "max_looped_steps": "of `looped`",
 }
 """Keywords of a causal decoder without a row, and why."""
 

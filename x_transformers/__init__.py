@@ -27,6 +27,7 @@ from x_transformers.modules.norms import AdaptiveRMSNorm, RMSNorm
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
+from x_transformers.pretrained.loading import load_pretrained
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xval import XValAutoregressiveWrapper
 
@@ -61,6 +62,7 @@ __all__ = [
     "XValTransformerWrapper",
     "default_device",
     "layer_schedule",
+    "load_pretrained",
 ]
 
 

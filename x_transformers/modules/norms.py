@@ -19,7 +19,7 @@ from x_transformers.errors import InputError, ShapeError, StateDictError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import SHORTEST, at_least_float32
+from x_transformers.ops import at_least_float32, unit_length
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, positive, require
 
 TINY = 1e-24
@@ -412,7 +412,7 @@ def checked_condition(condition: Tensor | None, width: int) -> Tensor:
 
 
 class MultiheadRMSNorm(LoadsWhole):
-    """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
+    """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + offset)`, with a gain for each head (2302.05442).
 
     Args:
         dim: width d of a head.
@@ -420,26 +420,35 @@ class MultiheadRMSNorm(LoadsWhole):
         eps: lower bound of the length that vectors are divided by.
         mean_eps: divide by `sqrt(mean(x ** 2) + mean_eps)` instead.
         across_heads: divide by the root of the mean square of all heads.
+        unit_offset: store the gain minus 1.
     """
 
     def __init__(
-        self, dim: int, heads: int, eps: float = 1e-12, *, mean_eps: float | None = None, across_heads: bool = False
+        self,
+        dim: int,
+        heads: int,
+        eps: float = 1e-12,
+        *,
+        mean_eps: float | None = None,
+        across_heads: bool = False,
+        unit_offset: bool = True,
     ) -> None:
         super().__init__()
         at_least(1, dim=dim, heads=heads)
         self.scale, self.eps, self.mean_eps, self.across_heads = dim**0.5, eps, mean_eps, across_heads
-        self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
+        self.unit_offset = unit_offset
+        self.gamma = nn.Parameter(torch.full((heads, 1, dim), 0.0 if unit_offset else 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x (b, heads, n, d)` over the last axis."""
+        """Normalize `x (b, heads, n, d)` over the last axis, or over heads and the last axis."""
+        gain = self.gamma + 1 if self.unit_offset else self.gamma
         if self.across_heads:
             wide = at_least_float32(x)
             mean = wide.square().mean(dim=(-3, -1), keepdim=True)
-            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * (self.gamma + 1)
+            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * gain
         if self.mean_eps is not None:
-            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * (self.gamma + 1)
-        least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
-        return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
+            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * gain
+        return unit_length(x, self.scale, self.eps) * gain
 
 
 def _of_stack(make: Callable[..., Norm]) -> Callable[..., Norm]:
