@@ -355,8 +355,8 @@ ELSEWHERE = {
     "dim_pooled_tokens": "of `attn_pool`",
     "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "train_max_recycle_steps": "of `recycling`",
-    "looped": "refused in words",
-    "max_looped_steps": "refused in words",
+    "looped": "caches of generated tokens are those of the loop that they left; `tests/test_looped.py`",
+    "max_looped_steps": "of `looped`",
 }
 """Keywords of a causal decoder without a row, and why."""
 

@@ -38,9 +38,9 @@ from x_transformers.layers.pass_state import PassInputs, PassState, Recorder, fo
 from x_transformers.layers.per_layer_inputs import (
     additional_by_layer,
     block_transform,
-    check_own_inputs,
     deep_embeds,
     kv_residuals_by_layer,
+    read_own_inputs,
 )
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
@@ -98,8 +98,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         query = keys = Span(index, row, row, contiguous=True)
     else:
         query, keys = build_token_layout(inputs, kv)
-    # a single token of a cached pass is left as it is, for the speed of decoding
-    if query.token_mask is not None and (kv is None or x.shape[1] > 1):
+    if query.token_mask is not None:
         inputs.x = x = finite_where_hidden(x, query.token_mask)
     if kv is not None:
         kv.start, kv.row_places = inputs.seq_start_pos, inputs.places
@@ -117,7 +116,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         capture=capture,
         memo=Memo(),
     )
-    read_optional_inputs(stack, inputs, kv)
+    read_optional_inputs(stack, inputs, kv, query.token_mask)
     if kv is not None:
         kv.rotations = inputs.rotations
         kv.newest = query.index if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None else None
@@ -132,8 +131,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     return PassState(call, stream, Recorder(capture), shares_keys, NO_CARRY, kv, states)
 
 
-def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> None:
-    """Fill in the fields of a pass that only some stacks and callers have."""
+def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | None, valid: Tensor | None) -> None:
+    """Fill in the fields of a pass that only some stacks and callers have; they are finite where tokens are hidden."""
     if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None:
         inputs.rotations = given_rotations(stack, inputs, kv)
     elif stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None:
@@ -141,9 +140,9 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
     if inputs.context_pos is not None:
         inputs.context_pos = checked_context_pos(stack, inputs, inputs.context_pos)
     if inputs.condition is not None or stack.need_condition:
-        read_condition(stack, inputs)
+        read_condition(stack, inputs, valid)
     if inputs.in_attn_cond is not None or stack.injection is not None:
-        read_injection(stack, inputs)
+        read_injection(stack, inputs, valid)
     if inputs.mems:
         read_memories(stack, inputs)
     if inputs.deep_embeds_and_ids is not None:
@@ -155,7 +154,7 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
     if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
         inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
     if inputs.self_attn_inputs is not None:
-        check_own_inputs(stack, inputs)
+        read_own_inputs(stack, inputs, valid)
 
 
 def recomputes(stack: LayerStack, state: PassState) -> bool:

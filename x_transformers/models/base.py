@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import check_whole, checked
+from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
@@ -23,7 +23,8 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens, sam
 from x_transformers.models.internal_sequence import surround
 from x_transformers.models.memory_layout import MemoryLayout
 from x_transformers.models.options.base import ModelOptions
-from x_transformers.models.recurrence import new_memories, recycled, shifted_down
+from x_transformers.models.recurrence import new_memories, shifted_down
+from x_transformers.models.repeated import Around
 from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.notices import warn
@@ -272,7 +273,7 @@ class Model(Configured, ReadsReference):
         return pos, pos
 
     def _run_stack(
-        self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan, recycling: tuple[int, nn.Module] | None = None
+        self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan, around: Around | None = None
     ) -> tuple[Tensor, LayerIntermediates | None, Tensor]:
         """Run the stack over embedded tokens.
 
@@ -280,7 +281,7 @@ class Model(Configured, ReadsReference):
             embeds: `(b, n, E)` embeddings of the new tokens, with positions.
             inputs: of the pass.
             span: the new tokens.
-            recycling: number of runs of the stack, and the map from its output back to its input.
+            around: what runs the stack several times; default it runs once.
 
         Returns:
             Features `(b, leading + n, D)`; the record of the pass, or None if only the output was requested; and the
@@ -289,7 +290,11 @@ class Model(Configured, ReadsReference):
         Raises:
             InputError: if arguments do not fit the model or each other.
         """
-        items, embeds = self._items(embeds, inputs, span)
+        try:
+            items, embeds = self._items(embeds, inputs, span)
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), vars(inputs))
+            raise
         kv = span.kv
         if inputs.stack.get("return_gumbel_log_probs"):  # they are part of the record
             inputs.return_intermediates = True
@@ -317,13 +322,11 @@ class Model(Configured, ReadsReference):
             x, arguments = sequence.x, sequence.over_columns(arguments)
         if self.emb_dropout and self.drops_memory_tokens:
             x = self._dropped(x)
-        if recycling is not None:
-            x = recycled(x, recycling[0], self.attn_layers, recycling[1], arguments)
-
+        run = self.attn_layers if around is None else around(self.attn_layers, span)
         if kv is None and not inputs.needs_record:
-            features = self.attn_layers(x, **arguments)
+            features = run(x, **arguments)
             return (features if sequence is None else sequence.without_memory(features)), None, embeds
-        features, record = self.attn_layers(
+        features, record = run(
             x,
             cache=kv,
             input_not_include_cache=True,

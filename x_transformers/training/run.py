@@ -182,8 +182,7 @@ class Run:
 
     def go(self) -> None:
         """Train until the run is complete, or a signal stops it."""
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGTERM, self._stop)
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         saved = looked = self.budget.measure()
         try:
             while self.done() < 1 and not self.stopped:
@@ -201,6 +200,8 @@ class Run:
             if not self.stopped:
                 self.bar.n = 1.0
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             self.bar.close()
             if self.processes.leads:
                 self.records.close()
@@ -293,13 +294,12 @@ class Run:
         if prompt is None and self.settings.data is None:
             prompt = "def "
         ids = as_tensor(self.tokens.held_out[:8]) if prompt is None else _ids(tokenizer.encode([prompt.encode()])[0])
-        new = self.whole.generate(
-            ids[None].to(self.processes.device),
-            SAMPLE,
-            temperature=0.8,
-            filter_logits_fn="min_p",
-            eos_token=tokenizer.end,
-        )
+        device = torch.device(self.processes.device)
+        options: dict[str, Any] = {"temperature": 0.8, "filter_logits_fn": "min_p", "eos_token": tokenizer.end}
+        # samples are drawn when there is time for them, and must not change what training draws
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            torch.manual_seed(self.settings.seed + self.step)
+            new = self.whole.generate(ids[None].to(device), SAMPLE, **options)
         return tokenizer.decode([*ids.tolist(), *new[0].tolist()])
 
     def save(self) -> None:

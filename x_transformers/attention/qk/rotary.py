@@ -202,9 +202,12 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             raise InputError(f"this embedding has no tables of angles for callers: {self.refuses_tables}.")
         pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
-        if not self.use_xpos:
-            return angles, 1.0
-        centered = pos - torch.div(pos.max() + 1, 2, rounding_mode="floor")
+        if not self.use_xpos or pos.shape[-1] == 0:
+            return angles, torch.ones_like(angles) if self.use_xpos else 1.0
+        # Only ratios count, so that factors are relative to the middle of a row: far from it they would overflow.
+        # For positions from 0 this is the reference's middle.
+        ends = pos.amin(dim=-1, keepdim=True) + pos.amax(dim=-1, keepdim=True)
+        centered = pos - torch.div(ends + 1, 2, rounding_mode="floor")
         return angles, (centered.unsqueeze(-1) * self.xpos_log).exp().repeat_interleave(2, dim=-1)
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:
