@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from x_transformers.plots import DPI, learning_curve
 from x_transformers.training.packages import needed
+
+CURVES = {"training": "bits_per_byte", "held out": "held_out_bits_per_byte"}
 
 
 def draw_curve(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -18,19 +21,9 @@ def draw_curve(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         path: of the PNG file.
     """
     needed("matplotlib", "train", "The picture of a run")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    kinds: dict[str, dict[str, Any]] = {
-        "bits_per_byte": {"alpha": 0.5, "label": "training"},
-        "held_out_bits_per_byte": {"marker": "o", "label": "held out"},
-    }
-    for key, style in kinds.items():
+    curves = {}
+    for label, key in CURVES.items():
         points = [(metric["step"], metric[key]) for metric in metrics if key in metric]
-        axes.plot([step for step, _ in points], [value for _, value in points], **style)
-    axes.set(xlabel="step", ylabel="bits per byte")
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=240)
+        curves[label] = ([step for step, _ in points], [value for _, value in points])
+    if any(steps for steps, _ in curves.values()):
+        learning_curve(curves, y="bits per byte", title=title).savefig(path, dpi=DPI)
