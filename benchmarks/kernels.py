@@ -37,6 +37,7 @@ from benchmarks.settings import Settings
 from x_transformers import TransformerWrapper
 from x_transformers.layers.catalog import FEATURES
 from x_transformers.losses import token_losses
+from x_transformers.ops import FUSED_RMS_NORM
 
 LENGTH = 128
 """Tokens of a row. A head has 32 features, so scores of all heads take four activations."""
@@ -191,15 +192,20 @@ def _pass(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], rows: i
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    """Use one thread, since models are small, and no deterministic kernels, which consist of several operations."""
+    """Use one thread, since models are small, no deterministic kernels, which consist of several operations, and
+    RMSNorms wherever a GPU would.
+    """
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    fused = set(FUSED_RMS_NORM)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
+    FUSED_RMS_NORM.add("cpu")
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
+        FUSED_RMS_NORM.intersection_update(fused)
 
 
 # the models

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.configurations import FEATURES, Configuration, arguments, build, configuration, tokens
 from benchmarks.measure import machine, side_by_side
+from x_transformers.losses import token_losses
 
 RESULTS = Path(__file__).parent / "results" / "options.json"
 TOGETHER = 6
@@ -31,7 +32,8 @@ def step(keywords: Mapping[str, Any], causal: bool) -> Callable[[], None]:
     ids, needed = tokens(), arguments(model.net)
 
     def once() -> None:
-        model(ids, **needed).backward()
+        # of the same tokens, which every stack may see
+        token_losses(model.net(ids, **needed), ids).mean().backward()
         model.zero_grad()
 
     return once

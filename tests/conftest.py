@@ -22,6 +22,15 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="let the fuzz tests run for hours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--long"):
+        os.environ["XT_FUZZ"] = "long"
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)

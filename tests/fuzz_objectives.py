@@ -12,6 +12,7 @@ import fuzz
 import torch
 from fuzz import LENGTH, VOCABULARY, Build, Call, features, ids, net
 
+from x_transformers import Decoder
 from x_transformers.discover_wrapper import DiscoverDecoder, TPREncoder
 from x_transformers.free_transformer import BinaryMapper, FreeTransformer
 from x_transformers.full_bandwidth import FullBandwidth
@@ -24,6 +25,15 @@ from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 SIZES: dict[str, Any] = {"num_tokens": VOCABULARY, "dim": 16, "max_seq_len": LENGTH, "heads": 2, "attn_dim_head": 8}
 
+
+def deeper() -> Decoder:
+    return Decoder(**{**fuzz.STACK, "depth": 2})
+
+
+def of_one_scale() -> Any:
+    return net(lambda: fuzz.decoder(depth_scale_residual=True), tie_embedding=True, post_emb_norm=True)
+
+
 CONSTRUCTORS: dict[str, Build] = {
     "DiscoverDecoder": (
         DiscoverDecoder,
@@ -35,13 +45,16 @@ CONSTRUCTORS: dict[str, Build] = {
         lambda: {**SIZES, "dec_head_depth": 1, "dec_tail_depth": 1, "latent_bits": 2},
     ),
     "BinaryMapper": (BinaryMapper, lambda: {"bits": 2}),
-    "FullBandwidth": (FullBandwidth, lambda: {"net": net()}),
+    "FullBandwidth": (FullBandwidth, lambda: {"net": of_one_scale()}),
     "LatentAutoregressive": (LatentAutoregressive, lambda: {"net": net(), "dim": 16}),
     "GPTVAE": (GPTVAE, lambda: {**SIZES, "depth": 1, "enc_depth": 1}),
     "NextLatentWrapper": (NextLatentWrapper, lambda: {"net": net(), "dim": 16}),
     "RolloutGRU": (RolloutGRU, lambda: {"dim": 16}),
     "MSECosineSimLoss": (MSECosineSimLoss, dict),
-    "Recirculation": (Recirculation, lambda: {"net": net(), "source_layer": 1, "destination_layer": 0}),
+    "Recirculation": (
+        Recirculation,
+        lambda: {"net": net(lambda: Decoder(**{**fuzz.STACK, "depth": 2})), "source_layer": 1, "destination_layer": 0},
+    ),
     "RecirculationMixer": (RecirculationMixer, lambda: {"dim": 16}),
     "SyntheticDataGenerator": (SyntheticDataGenerator, lambda: {"dim": 8, "num_tokens": VOCABULARY}),
     "UniversalPretrainWrapper": (
@@ -78,7 +91,7 @@ CALLS: dict[str, Call] = {
     ),
     "FreeTransformer.generate": Call(
         lambda: made("FreeTransformer").generate,
-        lambda: {"prompts": ids()[:, :3], "seq_len": 2},
+        lambda: {"prompts": ids()[:, :3], "seq_len": 5},
         ("latents", "filter_logits_fn", "logit_filter_kwargs", "use_kv_cache", "temperature", "eos_token"),
     ),
     "FullBandwidth": Call(
@@ -111,7 +124,7 @@ CALLS: dict[str, Call] = {
     ),
     "SyntheticDataGenerator.generate": Call(
         lambda: made("SyntheticDataGenerator").generate,
-        lambda: {"length": 4, "seed": ids(1, 2)[0], "temperature": 1.0},
+        lambda: {"length": 4, "seed": ids(1, 2), "temperature": 1.0},
         ("condition",),
     ),
     "XMLatentDecoder": Call(

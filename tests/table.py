@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
+    "parallel_block": {"parallel_block": ON},
     # norms
     "norm_add_unit_offset": {"norm_add_unit_offset": False},
     "norm_eps": {"norm_eps": 0.01},
@@ -146,6 +147,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attn_qk_rmsnorm": ON,
         "attn_qk_rmsnorm_eps": 0.01,
         "attn_qk_rmsnorm_across_heads": ON,
+        "attn_qk_rmsnorm_unit_offset": False,
     },
     "attn_k_rmsnorm": {"attn_k_rmsnorm": ON},
     "attn_l2_distance": {"attn_l2_distance": ON},
@@ -221,6 +223,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
+    "abs_pos_emb_scale": {"abs_pos_emb_scale": 1.0},
     "num_memory_tokens": {"num_memory_tokens": 3},
     "memory_tokens_interspersed_every": {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 3},
     "max_mem_len": {"max_mem_len": 16, "shift_mem_down": 1},
@@ -298,7 +301,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "attn_data_dependent_alibi attn_data_dependent_alibi_per_row",
     ),
     "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
-    "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb"),
+    "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -352,8 +355,8 @@ ELSEWHERE = {
     "dim_pooled_tokens": "of `attn_pool`",
     "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "train_max_recycle_steps": "of `recycling`",
-    "looped": "refused in words",
-    "max_looped_steps": "refused in words",
+    "looped": "caches of generated tokens are those of the loop that they left; `tests/test_looped.py`",
+    "max_looped_steps": "of `looped`",
 }
 """Keywords of a causal decoder without a row, and why."""
 
@@ -411,6 +414,11 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
 
 
 REFUSED: dict[str, str] = {
+    "parallel_block": (
+        "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
+        "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
+        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+    ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",

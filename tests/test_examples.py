@@ -174,8 +174,8 @@ def test_judge_prefers_words_joined_by_an_underscore(example: ModuleType) -> Non
     ("arguments", "code", "words"),
     [
         (["--help"], 0, ["(default: 600)", "(default: runs/copy_task)", "--device", "(default: 0)"]),
-        (["--device", "nosuch"], 2, ["--device is nosuch, which this machine does not have"]),
-        (["--steps", 0], 2, ["--steps is 0; it must be at least 1"]),
+        (["--device", "nosuch"], 2, ["'nosuch' is no device of this machine"]),
+        (["--steps", 0], 2, ["'0' is not a whole number of at least 1"]),
         (["--out", __file__], 2, ["cannot be written to", "pass another --out"]),
     ],
     ids=["help", "device", "steps", "folder"],

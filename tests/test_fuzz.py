@@ -1,13 +1,15 @@
 """No constructor and no call ends in an exception but ours, and nothing that cannot be meant is taken.
 
-CI tries a part of the hostile values of `fuzz.py`, drawn by hypothesis; `XT_FUZZ=long` tries all of them, and pairs of
-arguments for hours.
+CI tries a part of the hostile values of `fuzz.py` and of the tables that extend it, drawn by hypothesis;
+`pytest tests/test_fuzz.py --long` tries them, and pairs of arguments, for hours.
 """
 
 from __future__ import annotations
 
 import os
 
+import fuzz_objectives  # noqa: F401
+import fuzz_parts  # noqa: F401
 import pytest
 import torch
 from fuzz import CALLS, CONSTRUCTORS, NEVER_OPTIONS, OPTION_VALUES, build, hostile_calls, parameters, try_call

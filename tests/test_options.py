@@ -383,6 +383,19 @@ def test_a_model_explains_itself() -> None:
     assert f"{sum(p.numel() for p in model.parameters()):,}" in text
 
 
+def test_slow_widths_are_explained() -> None:
+    """On a GPU, in half precision; a Llama's 8/3 is the usual case."""
+    odd = decoder(dim=128, ff_glu=True, ff_mult=8 / 3)
+    (note,) = odd.explain("cuda", torch.bfloat16).notes
+    assert note.startswith("feedforward: matrices are 341 and 682 wide, no multiple of 8")
+    assert "ff_mult" in note
+    assert str(odd.explain("cuda", torch.bfloat16)).endswith(note)
+    assert note.split(" (")[0] in odd.explain("cuda", torch.bfloat16)._repr_html_()
+    assert not odd.explain("cuda", torch.float32).notes
+    assert not odd.explain().notes
+    assert not decoder(dim=128).explain("cuda", torch.bfloat16).notes
+
+
 # calls
 
 

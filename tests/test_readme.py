@@ -24,7 +24,7 @@ from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^(?:<!-- no-run: (?P<reason>.+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- no-run: (?P<reason>[^\n]+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
 START, END = "<!-- contents: made by `python tests/test_readme.py --write` -->", "<!-- end of the contents -->"
 TABLE = "<!-- options: made by"
 FEATURES = {feature.name: feature for feature in (*STACK_FEATURES, *MODEL_FEATURES) if feature.paper is not None}

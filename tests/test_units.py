@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers import Attention, Decoder, FeedForward, TransformerWrapper
+from x_transformers import Attention, Decoder, FeedForward, TransformerWrapper, ops
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.qk.normalize import MultiheadRMSNorm
 from x_transformers.attention.qk.rotary import RotaryEmbedding
@@ -141,6 +141,33 @@ def test_rotary_frequencies() -> None:
     angles, factor = RotaryEmbedding(4, interpolation_factor=2.0)(torch.tensor([0, 3]))
     same(angles, [[[0, 0, 0, 0], [1.5, 1.5, 0.015, 0.015]]])
     assert factor == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "width"), [(1.0, 8), (8**0.5, 8), (1.0, 16), (3.0, 6)])
+def test_unit_length_by_an_rms_norm(
+    scale: float, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an RMSNorm is one kernel, the same vectors and gradients; zero stays zero, long ones do not overflow."""
+    lengths = torch.tensor([1e-3, 1.0, 100.0], dtype=dtype)[:, None, None]
+    t = torch.randn(3, 5, width, dtype=dtype) * lengths
+    t[0, 0] = 0.0
+    up, found = torch.randn_like(t), []
+    for fused in ({"cpu"}, set()):
+        monkeypatch.setattr(ops, "FUSED_RMS_NORM", fused)
+        x = t.clone().requires_grad_()
+        out = ops.unit_length(x, scale)
+        out.backward(up)
+        assert x.grad is not None
+        found.append((out.detach(), x.grad[:, 1:]))
+    narrow = {"atol": 0.02 * scale, "rtol": 0.05} if dtype.itemsize < 4 else {}
+    torch.testing.assert_close(found[0][0], found[1][0], **narrow)
+    if dtype.itemsize >= 4:
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
+    assert found[0][0][0, 0].tolist() == [0.0] * width
+    monkeypatch.setattr(ops, "FUSED_RMS_NORM", {"cpu"})
+    long = torch.full((width,), 10000.0, dtype=dtype)
+    torch.testing.assert_close(ops.unit_length(long).float().norm(), torch.tensor(1.0), atol=1e-2, rtol=0)
 
 
 def test_rotation_keeps_lengths_and_reads_differences() -> None:

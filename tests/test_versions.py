@@ -1,6 +1,7 @@
 """What a version of PyTorch cannot do is refused in words, and graphs contain nothing that older compilers refuse."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import versions
 from catalog import BASE, tokens
+from packaging.requirements import Requirement
 
 from x_transformers.attention.backends import flex, varlen
 from x_transformers.attention.backends.base import Situation
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACED = ("attend.py", "attention", "cache", "feedforward", "forward_pass", "layers", "masks", "models", "modules")
 """What forward passes run, and graphs contain."""
 
-BEFORE_A_PASS = {"layers/stack.py", "models/base.py", "models/options.py"}
+BEFORE_A_PASS = {"attention/qk/rotary.py", "layers/stack.py", "models/base.py", "models/options/reading.py"}
 """Modules that copy dataclasses only while a model is built or explained."""
 
 
@@ -116,6 +118,13 @@ def test_table() -> None:
     assert "9 of 10" in rows[3]
     assert "4 of 4" in rows[2]
     assert {row.count("|") for row in rows} == {len(versions.GROUPS) + 2}
+
+
+def test_the_tests_install_on_the_oldest_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"torch>={versions.OLDEST}" in project["dependencies"]
+    for extra in ("test", "examples"):
+        assert not [each for each in project["optional-dependencies"][extra] if Requirement(each).name == "torch"]
 
 
 def test_groups_name_tests() -> None:

@@ -23,18 +23,21 @@ from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchan
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.chunked_loss import chunked_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_hides_future, check_predicts
+from x_transformers.models.repeated import looped_loss
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.ops import log
+from x_transformers.ops import at_least_float32, log, values_can_be_read
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
@@ -70,8 +73,9 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             `add_continuous_pred_head` predicts too.
         loss_chunk_size: number of tokens for which the loss is computed at a time, so that the logits of a large
             vocabulary are never in memory together; None for all at once. The head then runs twice in training.
-        looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight: weights of a head that looped models
-            have.
+        looped_loss_threshold_exit: improvement that a further loop of a looped model should bring.
+        looped_loss_slope: how sharply its gates distinguish improvements.
+        looped_exit_loss_weight: weight of the loss of the gates; see `looped_loss`.
 
     Raises:
         ConfigError: if the model has several heads or none, or an option is out of range or without effect.
@@ -114,6 +118,7 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.next_embed_loss_weight = next_embed_loss_weight if model.add_continuous_pred_head else 0.0
         self.loss_chunk_size = loss_chunk_size
+        self.looped_options = looped_loss_threshold_exit, looped_loss_slope, looped_exit_loss_weight
         self._compiled: dict[Any, CompiledReading] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,16 +177,19 @@ class AutoregressiveWrapper(Configured, ReadsReference):
             kept = self._drop_keys(shown)
             given = kwargs.get("self_attn_kv_mask")
             kwargs["self_attn_kv_mask"] = kept if given is None else kept & given.bool()
+        model = unwrapped(self.net)
+        if model.looped and not return_outputs:
+            kwargs.setdefault("capture", Capture())
         out = self.net(
             shown,
             prepend_embeds=prepend_embeds,
-            return_intermediates=return_outputs,
+            return_intermediates=return_outputs or model.looped,
             return_attn_z_loss=self.add_attn_z_loss,
             return_next_embed_pred=self.next_embed_loss_weight > 0,
-            return_embeddings=chunked,
+            return_embeddings=chunked or (model.looped and not return_outputs),
             **kwargs,
         )
-        logits, record = out if return_outputs or self.add_attn_z_loss else (out, None)
+        logits, record = out if return_outputs or self.add_attn_z_loss or model.looped else (out, None)
         predicted = embeds = None
         if self.next_embed_loss_weight > 0:
             logits, (predicted, embeds) = logits
@@ -189,14 +197,18 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         # labels move to the logits of the token before them; prepended places and the last one have none
         labels = F.pad(x[:, 1:], (p, 1), value=self.ignore_index)
-        loss = self._cross_entropy(logits, labels, kwargs.get("to_logits_kwargs"))
+        if model.looped:
+            assert record is not None
+            loss = self._looped_loss(record, labels[:, p:], kwargs.get("to_logits_kwargs"))
+        else:
+            each = self._token_losses(logits, labels, kwargs.get("to_logits_kwargs"))
+            loss = mean_over(each, labels != self.ignore_index)
         if predicted is not None and embeds is not None:
             loss = loss + self._embedding_error(predicted, embeds, labels) * self.next_embed_loss_weight
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
-        model = unwrapped(self.net)
-        loss = reaching(loss, model.attn_pool, model.to_next_embed_pred if predicted is None else None)
+        loss = reaching(loss, model.attn_pool, model.to_next_embed_pred if predicted is None else None, model.exit_gate)
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 
     def _drop_keys(self, x: Tensor) -> Tensor:
@@ -207,8 +219,19 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         hidden = noise.topk(count, dim=-1).indices
         return torch.ones_like(x, dtype=torch.bool).scatter_(1, hidden, False)
 
-    def _cross_entropy(self, out: Tensor, labels: Tensor, arguments: Mapping[str, Any] | None) -> Tensor:
-        """Compute the mean over the labels that count.
+    def _looped_loss(self, record: LayerIntermediates, labels: Tensor, arguments: Mapping[str, Any] | None) -> Tensor:
+        """Compute the loss of all loops, and of the gates that choose one."""
+        assert record.loop_features is not None
+        assert record.exit_logits is not None
+        logits_of = functools.partial(unwrapped(self.net).logits_of, arguments=arguments)
+        outputs = record.loop_features if self.loss_chunk_size is not None else map(logits_of, record.loop_features)
+        each = torch.stack([at_least_float32(self._token_losses(out, labels, arguments)) for out in outputs])
+        gates = at_least_float32(torch.stack(record.exit_logits)[..., 0])
+        threshold, slope, weight = self.looped_options
+        return looped_loss(each, gates, labels != self.ignore_index, threshold=threshold, slope=slope, weight=weight)
+
+    def _token_losses(self, out: Tensor, labels: Tensor, arguments: Mapping[str, Any] | None) -> Tensor:
+        """Compute the loss of each label, 0 where it does not count.
 
         Ignored logits take part too, with weight 0: a slice without them would be a copy.
 
@@ -220,10 +243,8 @@ class AutoregressiveWrapper(Configured, ReadsReference):
         model = unwrapped(self.net)
         ignored = self.ignore_index
         if self.loss_chunk_size is None:
-            each = token_losses(out, labels, ignore_index=ignored, log_probs=model.output_is_log_prob)
-        else:
-            each = chunked_losses(model, out, labels, self.loss_chunk_size, ignore_index=ignored, arguments=arguments)
-        return mean_over(each, labels != self.ignore_index)
+            return token_losses(out, labels, ignore_index=ignored, log_probs=model.output_is_log_prob)
+        return chunked_losses(model, out, labels, self.loss_chunk_size, ignore_index=ignored, arguments=arguments)
 
     def _embedding_error(self, predicted: Tensor, embeds: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean of `|predicted[t] - embeds[t + 1]|` over the labels that count and all features."""
@@ -411,7 +432,7 @@ def _checked_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any
         )
     if (
         lens.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and values_can_be_read()
         and bool(((lens.long() < 0) | (lens.long() > x.shape[1])).any())
     ):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {x.shape[1]} tokens.")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
-from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.losses import reaching
 from x_transformers.models.embeddings import checked_ids, whole_numbers
@@ -18,6 +18,7 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 
 ROLE_SCHEMES = ("left_to_right", "right_to_left", "bidirectional", "wickel", "bag_of_words")
 
@@ -126,6 +127,8 @@ class TPREncoder(Configured, nn.Module):
         mlp_dim: int | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_fillers=num_fillers, num_roles=num_roles, filler_dim=filler_dim, role_dim=role_dim)
+        at_least(1, mlp_dim=mlp_dim)
         self.filler_emb, self.role_emb = nn.Embedding(num_fillers, filler_dim), nn.Embedding(num_roles, role_dim)
         for table in (self.filler_emb, self.role_emb):
             nn.init.normal_(table.weight, std=0.05)
@@ -150,9 +153,10 @@ class TPREncoder(Configured, nn.Module):
             InputError: if the shapes differ, or ids are out of range.
         """
         fillers, roles = checked_ids(tokens, self).long(), checked_ids(role_ids, self).long()
-        if roles.shape != fillers.shape or (mask is not None and mask.shape != fillers.shape):
-            shapes = [tuple(t.shape) for t in (tokens, role_ids, mask) if t is not None]
-            raise ShapeError(f"`tokens`, `role_ids` and `mask` have shapes {shapes}; they must be equal.")
+        if roles.shape != fillers.shape:
+            shapes = f"{tuple(fillers.shape)} and {tuple(roles.shape)}"
+            raise ShapeError(f"`tokens` and `role_ids` have shapes {shapes}; they must be equal.")
+        mask = None if mask is None else _mask_of(fillers, mask)
         if mask is not None:
             fillers, roles = fillers.masked_fill(~mask, 0), roles.masked_fill(~mask, 0)
         for name, ids, table in (("tokens", fillers, self.filler_emb), ("role_ids", roles, self.role_emb)):
@@ -169,6 +173,7 @@ class TPREncoder(Configured, nn.Module):
         """Return the encoding `(b, dim)` that belongs to a state."""
         return state if self.mlp is None else self.mlp(state)
 
+    @checked
     def forward(self, tokens: Tensor, role_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the encoding of each row, `readout(state(...))`."""
         return self.readout(self.state(tokens, role_ids, mask))
@@ -278,6 +283,7 @@ class DiscoverDecoder(Configured, ReadsReference):
         """Width of the encodings."""
         return unwrapped(self.decoder).attn_layers.dim
 
+    @checked
     def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the encoding of each row.
 
@@ -292,6 +298,7 @@ class DiscoverDecoder(Configured, ReadsReference):
             InputError: if a row has no token, or none at `enc_pos`.
         """
         tokens = checked_ids(tokens, self)
+        mask = None if mask is None else _mask_of(tokens, mask)
         if tokens.shape[1] == 0 or (mask is not None and not bool(mask.any(dim=-1).all())):
             raise InputError("each row needs a token to be encoded; one is empty.")
         features = self.decoder(tokens, mask=mask, return_embeddings=True)
@@ -336,6 +343,7 @@ class DiscoverDecoder(Configured, ReadsReference):
         return self.decoder(tokens, prepend_embeds=encodings.unsqueeze(1), excise_prepend_embeds=True)
 
     @torch.no_grad()
+    @checked
     def decode(
         self,
         encodings: Tensor,
@@ -362,8 +370,8 @@ class DiscoverDecoder(Configured, ReadsReference):
             raise InputError("a row ends by its length or by a token: pass `lengths` or `eos_id`, and not both.")
         if encodings.ndim != 2 or encodings.shape[1] != self.dim:
             raise ShapeError(f"`encodings` has shape {tuple(encodings.shape)}; it must be (b, {self.dim}).")
-        if lengths is not None and (lengths.shape != (len(encodings),) or bool((lengths < 0).any())):
-            raise ShapeError(f"`lengths` is {lengths.tolist()}; it must hold {len(encodings)} numbers of tokens.")
+        if lengths is not None:
+            check_counts(lengths, "lengths", self.max_seq_len, len(encodings))
         if max_len is None:
             max_len = self.max_seq_len if lengths is None else int(lengths.max()) if lengths.numel() else 0
         if not 0 <= max_len <= self.max_seq_len:
@@ -418,3 +426,11 @@ class DiscoverDecoder(Configured, ReadsReference):
         with view:
             encodings = own.encode(tokens, mask)
         return self.decode(encodings + tpr.readout(new) - tpr.readout(old), mask.sum(dim=-1))
+
+
+def _mask_of(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask of tokens `(b, n)` as bool."""
+    mask = read_mask(mask, "mask")
+    if mask.shape != tokens.shape:
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; it must be that of the tokens, {tuple(tokens.shape)}.")
+    return mask

@@ -30,7 +30,9 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
+from x_transformers.options.values import shown
 
 NAT = math.log(2)
 """Entropy of one fair bit."""
@@ -70,6 +72,7 @@ class BinaryMapper(Configured, nn.Module):
         codes = torch.arange(2**bits).unsqueeze(-1).bitwise_and(2 ** torch.arange(bits)) != 0
         self.register_buffer("codes", codes, persistent=False)
 
+    @checked
     def forward(
         self,
         logits: Tensor,
@@ -175,6 +178,7 @@ class FreeTransformer(Configured, ReadsReference):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        at_least(1, num_tokens=num_tokens, dim=dim, dim_latent=dim_latent)
         if dec_head_depth < 0 or dec_tail_depth < 1:
             raise ConfigError(
                 f"`dec_head_depth` is {dec_head_depth} and `dec_tail_depth` {dec_tail_depth}; they must be at least 0 "
@@ -285,6 +289,7 @@ class FreeTransformer(Configured, ReadsReference):
             raise out_of_range(ids, self.num_tokens) from error
         return embeds if self.decoder_head is None else self.decoder_head(embeds)
 
+    @checked
     def generate(
         self,
         prompts: Ids | Sequence[Ids],
@@ -339,7 +344,12 @@ class FreeTransformer(Configured, ReadsReference):
     def _codes(self, latents: Any, read: Prompts) -> Tensor:
         """Return `(1|b, 1, codes)` what the caller gave as codes."""
         weight, rows, count = self.from_latent_to_condition.weight, len(read.tokens), self.binary_mapper.num_codes
-        given = torch.as_tensor(latents, device=weight.device)
+        try:
+            given = torch.as_tensor(latents, device=weight.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"`latents` is {shown(latents)}; it must be an index of a code, or codes.") from error
+        if given.is_complex():
+            raise InputError(f"`latents` has dtype {given.dtype}; it must hold indices of codes, or codes.")
         if given.ndim < 2 and not given.is_floating_point() and given.shape in ((), (1,), (rows,)):
             if bool(((given < 0) | (given >= count)).any()):
                 raise TokenRangeError(f"`latents` is {given.tolist()}; codes have the indices 0 to {count - 1}.")

@@ -167,6 +167,8 @@ def resolve_recirc_pairs(depth: int, recirc_pairs: str | Sequence[Any] | None) -
             names = ", ".join(map(repr, RECIRC_SHORTCUTS))
             raise ConfigError(f"`recirc_pairs` is {given!r}; it must be pairs of blocks, or one of {names}.")
         given = RECIRC_SHORTCUTS[given](depth)
+    if not all(isinstance(pair, list | tuple) for pair in given):
+        raise ConfigError(f"`recirc_pairs` is {given!r}; it must be pairs of blocks (from, to), or a name.")
     pairs = [tuple(pair) for pair in given]
     for pair in pairs:
         if len(pair) not in (2, 3) or not all(isinstance(block, int) and 1 <= block <= depth for block in pair[:2]):
@@ -516,7 +518,7 @@ def _fuse_behind(start: Tensor | None, latents: Tensor, stream: Tensor, transiti
     fused = shift_and_fuse_latents(latents, stream, transition)
     if start is None:
         return fused
-    start = start.repeat_interleave(stream.shape[0] // start.shape[0])  # of each residual stream
+    start = start.repeat_interleave(stream.shape[0] // max(start.shape[0], 1))  # of each residual stream
     first = torch.arange(stream.shape[1], device=stream.device) <= start.unsqueeze(-1)
     return torch.where(first.unsqueeze(-1), stream, fused)
 
@@ -532,7 +534,7 @@ def _fuse_all(
         stream: `(b * s, columns, d)`, of which the last columns are the tokens.
     """
     for latents, transition in routes:
-        streams = stream.shape[0] // latents.shape[0]
+        streams = stream.shape[0] // max(latents.shape[0], 1)
         latents = latents.repeat_interleave(streams, dim=0) if streams > 1 else latents
         # a token that is new has the latent before it; otherwise both are the same tokens
         count = stream.shape[1] if fuse is fuse_last_latent else latents.shape[1]

@@ -21,6 +21,7 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 
 RESERVED = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `depth` and `enc_depth`")
@@ -77,6 +78,7 @@ class GPTVAE(Configured, ReadsReference):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        at_least(1, num_tokens=num_tokens, dim=dim, dim_latent=dim_latent)
         if vae_kl_div_floor < 0:
             raise ConfigError(
                 f"`vae_kl_div_floor` is {vae_kl_div_floor}; a divergence is 0 or more, and so is its floor."
@@ -113,6 +115,7 @@ class GPTVAE(Configured, ReadsReference):
         """The device of the parameters."""
         return next(self.from_latent_to_prepend_token.parameters()).device
 
+    @checked
     def encode_to_latents(self, seq: Ids, return_mean_log_var: bool = False) -> Any:
         """Draw the latent vector of each row.
 

@@ -19,10 +19,11 @@ from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.frozen import FrozenUse
-from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 
 
 class Losses(NamedTuple):
@@ -41,7 +42,7 @@ def MLP(dim_in: int, dim_out: int, dim_hidden: int, depth: int = 3) -> nn.Sequen
     return nn.Sequential(*[part for each in maps[:-1] for part in (each, nn.GELU())], maps[-1])
 
 
-class ResidualDynamics(nn.Module):
+class ResidualDynamics(LoadsWhole):
     """States by steps of a network: `s_r = s_{r - 1} + net([s_{r - 1}; e_r])`.
 
     Args:
@@ -69,7 +70,7 @@ class ResidualDynamics(nn.Module):
         return torch.stack(states)
 
 
-class RolloutGRU(nn.Module):
+class RolloutGRU(LoadsWhole):
     """States of a gated recurrent unit that reads the next tokens (1406.1078).
 
     Args:
@@ -78,6 +79,7 @@ class RolloutGRU(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        at_least(1, dim=dim)
         self.gru = nn.GRU(dim, dim, batch_first=True)
 
     def forward(self, rollout_next_token_embeds: Tensor, curr_latent: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class RolloutGRU(nn.Module):
         return states.transpose(0, 1).reshape(rollout_next_token_embeds.shape)
 
 
-class MSECosineSimLoss(nn.Module):
+class MSECosineSimLoss(LoadsWhole):
     """Squared error mixed with the distance of directions: `(1 - w) (s - h)^2 + w (1 - cos(s, h))` (2606.30534).
 
     Args:
@@ -180,6 +182,7 @@ class NextLatentWrapper(Configured, ReadsReference):
         dynamic_loss_decay: float = 1.0,
     ) -> None:
         super().__init__()
+        at_least(1, dynamics_hidden_dim=dynamics_hidden_dim)
         model = check_state_net(net, dim)
         if dynamics_num_layers < 1:
             raise ConfigError(f"`dynamics_num_layers` is {dynamics_num_layers}; the network has at least one map.")

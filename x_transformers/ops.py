@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,10 @@ SHORTEST = {torch.float16: 2.0**-24}
 """Least length that vectors are divided by, where a smaller one would be rounded to 0; zero vectors stay zero."""
 
 
+FUSED_RMS_NORM = {"cuda"} if hasattr(torch, "_fused_rms_norm") else set[str]()
+"""Types of devices with one kernel for an RMSNorm; a CPU composes it of ten, and has faster ways to a unit length."""
+
+
 def l2norm(t: Tensor, groups: int = 1) -> Tensor:
     """Normalize the last axis to unit length: `t / max(|t|, 1e-12)`.
 
@@ -21,9 +26,28 @@ def l2norm(t: Tensor, groups: int = 1) -> Tensor:
         t: `(..., d)`.
         groups: cut the axis into this many equal parts and normalize each by itself.
     """
-    if groups == 1:
-        return F.normalize(t, dim=-1, eps=SHORTEST.get(t.dtype, 1e-12))
-    return F.normalize(t.unflatten(-1, (groups, -1)), dim=-1, eps=SHORTEST.get(t.dtype, 1e-12)).flatten(-2)
+    return unit_length(t) if groups == 1 else unit_length(t.unflatten(-1, (groups, -1))).flatten(-2)
+
+
+def unit_length(t: Tensor, scale: float = 1.0, eps: float = 1e-12) -> Tensor:
+    """Return `scale * t / max(|t|, eps)` over the last axis, by an RMSNorm where that is one kernel.
+
+    Args:
+        t: `(..., d)`.
+        scale: length of the result.
+        eps: least length to divide by. An RMSNorm adds its square to that of the length, instead of taking the larger
+            one, which is the same for all but the shortest vectors.
+    """
+    least, d = max(eps, SHORTEST.get(t.dtype, 0.0)), t.shape[-1]
+    if t.device.type not in FUSED_RMS_NORM or not t.is_floating_point():
+        unit = F.normalize(t, dim=-1, eps=least)
+        return unit if scale == 1 else unit * scale
+    factor = scale * d**-0.5
+    if math.isclose(factor, 1.0):
+        return F.rms_norm(t, (d,), eps=least**2 / d)
+    if t.dtype.itemsize < 4:  # a gain would be rounded, alike for all vectors
+        return F.rms_norm(t, (d,), eps=least**2 / d) * factor
+    return F.rms_norm(t, (d,), t.new_full((d,), factor), eps=least**2 / d)
 
 
 def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
@@ -172,10 +196,25 @@ def finite_where_hidden(t: Tensor, valid: Tensor) -> Tensor:
     """Return `t` with 0 instead of NaN and infinity at hidden places, which a weight of 0 would not keep out.
 
     Args:
-        t: `(..., b, n, D)`.
+        t: `(..., 1|b, n, D)`.
         valid: `(1|b, n)` bool, False at hidden places.
     """
-    return t.masked_fill(~(valid.unsqueeze(-1) | t.isfinite()), 0.0)
+    values = t.detach()
+    # the difference is NaN for both, with fewer kernels than `isfinite`
+    return torch.where(~valid.unsqueeze(-1) & (values - values != 0), 0.0, t)
+
+
+def values_can_be_read() -> bool:
+    """Return True if Python may decide by the values of tensors.
+
+    Graphs and traces would keep the decision for other values, and function transforms (`torch.func.vmap`) run one
+    function for many.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -13,17 +13,20 @@ from x_transformers.cache import KVCache
 from x_transformers.decoding.generation_inputs import cut_arguments
 from x_transformers.decoding.loop import check_next_token_net
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.delegate import ModelDelegate
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import evaluating
-from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least, require
 
 Route = tuple[int, int]
 """Indices of two self-attentions, source and destination."""
@@ -41,7 +44,7 @@ def norm_matched(z_source: Tensor, z_dest: Tensor, eps: float = 1e-8) -> Tensor:
     return scaled.masked_fill(length <= eps, 0.0)
 
 
-class RecirculationMixer(nn.Module):
+class RecirculationMixer(LoadsWhole):
     """Learned coefficients of source and destination, `sigmoid(mlp(LN([source; destination])))`.
 
     Args:
@@ -52,6 +55,9 @@ class RecirculationMixer(nn.Module):
 
     def __init__(self, dim: int, hidden: int | None = None, init_alpha: float = 0.1, init_beta: float = 0.9) -> None:
         super().__init__()
+        at_least(1, dim=dim, hidden=hidden)
+        for name, value in (("init_alpha", init_alpha), ("init_beta", init_beta)):
+            require(0 < value < 1, f"`{name}` is {value}; it must lie between 0 and 1.")
         hidden = dim if hidden is None else hidden
         self.input_norm = nn.LayerNorm(dim * 2)
         self.mlp = nn.Sequential(
@@ -188,6 +194,8 @@ class Recirculation(Configured, ReadsReference, ModelDelegate):
         _, record = self.net(x, cache=cache, capture=Capture(), self_attn_inputs=inputs, **given)
         return out, record
 
+    @checked
+    @passes_on("net", but=("self_attn_inputs",))
     def forward(
         self,
         x: Ids,
@@ -213,6 +221,8 @@ class Recirculation(Configured, ReadsReference, ModelDelegate):
         """
         x = checked_ids(x, self)
         own = _checked(kwargs, x)
+        if seq_start_pos is not None:
+            check_counts(seq_start_pos, "seq_start_pos", None, len(x))
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         kv = KVCache() if kv is None else kv
         n, outputs, record = x.shape[1], [], LayerIntermediates(cache=kv)
@@ -313,7 +323,13 @@ def _checked(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
     if x.shape[1] == 0:
         raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to read.")
     dropped = ("capture", "logits_to_keep", "input_not_include_cache", "excise_prepend_embeds")
-    return {name: value for name, value in kwargs.items() if name not in (*TAKEN, *dropped) and value is not None}
+    given = {name: value for name, value in kwargs.items() if name not in (*TAKEN, *dropped) and value is not None}
+    for name in ("mask", "self_attn_kv_mask"):
+        if name in given:
+            given[name] = read_mask(given[name], name)
+            if given[name].ndim != 2:
+                raise ShapeError(f"`{name}` has shape {tuple(given[name].shape)}; it must be ({len(x)}, tokens).")
+    return given
 
 
 def _of_token(given: Mapping[str, Any], place: int, n: int) -> dict[str, Any]:

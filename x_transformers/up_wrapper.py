@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.decoding.loop import check_next_token_net
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
+from x_transformers.options.schema import at_least
 
 
 class SyntheticDataGenerator(Configured, nn.Module):
@@ -41,13 +43,19 @@ class SyntheticDataGenerator(Configured, nn.Module):
         network_klass: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, num_tokens=num_tokens, max_seq_len=max_seq_len, hidden_size=hidden_size)
         if use_gru and network_klass is not None:
             raise ConfigError("`use_gru` and `network_klass` both say what the network is; give only one of them.")
         hidden_size = dim if hidden_size is None else hidden_size
         self.max_seq_len, self.num_tokens = max_seq_len, num_tokens
         self.embed = nn.Embedding(num_tokens, dim)
         if network_klass is not None:
-            self.net = network_klass(dim, hidden_size)
+            try:
+                self.net = network_klass(dim, hidden_size)
+            except TypeError as error:
+                raise ConfigError(
+                    f"`network_klass` cannot be called with the widths {dim} and {hidden_size}: {error}."
+                ) from error
         else:
             self.net = (nn.GRU if use_gru else nn.LSTM)(dim, hidden_size, batch_first=True)
         self.to_logits = LinearNoBias(hidden_size, num_tokens)
@@ -67,6 +75,7 @@ class SyntheticDataGenerator(Configured, nn.Module):
             m.weight *= uniform(0.0, 1.1)
 
     @torch.no_grad()
+    @checked
     def generate(
         self, length: int, seed: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1e-4
     ) -> Tensor:
@@ -90,13 +99,17 @@ class SyntheticDataGenerator(Configured, nn.Module):
             raise InputError(
                 f"`length` is {length} and `temperature` {temperature}; they must be at least 0, and larger than 0."
             )
-        prefix = torch.cat(given, dim=-1)
-        if prefix.ndim != 2 or prefix.shape[1] == 0:
-            raise ShapeError(f"`seed` and `condition` hold {tuple(prefix.shape)} ids; there must be one in each row.")
+        given = [checked_ids(part, self) for part in given]
+        if len({len(part) for part in given}) > 1 or sum(part.shape[1] for part in given) == 0:
+            shapes = [tuple(part.shape) for part in given]
+            raise ShapeError(f"`seed` and `condition` have the shapes {shapes}; each row must have an id.")
+        prefix = torch.cat(given, dim=-1).long()
+        if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < self.num_tokens:
+            raise TokenRangeError(f"`seed` and `condition` must hold ids from 0 to {self.num_tokens - 1}.")
         tokens, state = [prefix], None
         for _ in range(length):
             logits, state = self(tokens[-1], state)
-            probs = (logits[:, -1].float() / temperature).softmax(dim=-1)
+            probs = (logits[:, -1].float() / float(temperature)).softmax(dim=-1)
             tokens.append(probs.multinomial(1))
         return torch.cat(tokens, dim=-1)[:, -self.max_seq_len :]
 

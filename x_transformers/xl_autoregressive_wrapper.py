@@ -296,7 +296,7 @@ class _Segments:
         begin, end = self.begin, min(self.begin + self.size, total)
         arguments = of_any_length(_of_segment(self.kwargs, begin, end, self.shown.shape[1]), end - begin)
         if self.memory is not None:
-            arguments |= of_any_length(self.memory.arguments(), self.memory.length)
+            arguments = {**arguments, **of_any_length(self.memory.arguments(), self.memory.length)}
         return _Segment(
             of_any_length(self.shown[:, begin:end], end - begin),
             of_any_length(self.labels[:, begin:end], end - begin),
@@ -330,7 +330,11 @@ class _Memory:
     @property
     def length(self) -> int:
         """Number of remembered slots."""
-        return next((t.shape[-2] for t in self.mems or () if t is not None), 0)
+        # the compiler of PyTorch 2.6 knows no default of `next`
+        for t in self.mems or ():
+            if t is not None:
+                return t.shape[-2]
+        return 0
 
     def read(self, segment: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return logits `(b, n, v)` of a whole segment, which joins the memory."""
@@ -360,9 +364,8 @@ class _Memory:
         else:
             new = interspersed(layout, n, 0, 0, None, segment.device).spread(new, True)
         # memory from before the first mask is visible as a whole
-        past = next((t for t in self.mems or () if t is not None), None)
-        if past is not None:
-            seen = self.seen if self.seen is not None else new.new_ones(batch, past.shape[-2])
+        if self.length > 0:
+            seen = self.seen if self.seen is not None else new.new_ones(batch, self.length)
             new = torch.cat((seen, new), dim=-1)
         self.seen = new[:, max(new.shape[1] - net.max_mem_len, 0) :]
 

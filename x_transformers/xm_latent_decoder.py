@@ -217,7 +217,7 @@ class XMLatentDecoder(Configured, ReadsReference):
         losses = each.masked_fill(~counted, 0.0).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
         winners = _winners(choose, losses, records)
         loss = losses.gather(1, winners.unsqueeze(-1)).mean()
-        weight = self.repulsive_loss_weight if repulsive_loss_weight is None else repulsive_loss_weight
+        weight = self.repulsive_loss_weight if repulsive_loss_weight is None else float(repulsive_loss_weight)
         if weight > 0 and logits.shape[1] > 1:
             loss = loss - weight * _divergence(logits, counts, log_probs=model.output_is_log_prob)
         return self._reaching(loss)
@@ -256,8 +256,8 @@ class XMLatentDecoder(Configured, ReadsReference):
         rows = batch * count
         arguments = {name: value for name, value in {**kwargs, "mask": mask}.items() if value is not None}
         logits, kept = [], []
-        for first in range(0, rows, most or max(rows, 1)):
-            last = min(first + (most or rows), rows)
+        for first in range(0, max(rows, 1), most or max(rows, 1)):
+            last = min(first + (most or rows), rows)  # a pass of no rows has logits, too
             # the samples of these rows, each as often as it has candidates
             samples = torch.arange(first, last, device=ids.device) // count
             pick = functools.partial(_picked, samples)
@@ -315,6 +315,8 @@ class XMLatentDecoder(Configured, ReadsReference):
         return wrapper.generate(start_tokens, seq_len, prepend_embeds=self._embedded(given), **kwargs)
 
     @torch.no_grad()
+    @checked
+    @passes_on(AutoregressiveWrapper.generate, but=("prepend_embeds",))
     def generate_with_candidate_latents(
         self,
         start_tokens: Ids,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from catalog import BASE, close, tokens
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from x_transformers import AutoregressiveWrapper, XLAutoregressiveWrapper
 
@@ -20,7 +20,7 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def counted(model: nn.Module) -> tuple[Callable[..., Any], list[fx.GraphModule]]:
+def counted(model: Callable[..., Any]) -> tuple[Callable[..., Any], list[fx.GraphModule]]:
     """Return the compiled model, and the list of its graphs."""
     graphs: list[fx.GraphModule] = []
 
@@ -84,11 +84,27 @@ def test_chunks_of_a_loss(options: dict[str, Any]) -> None:
     assert len(graphs) <= 2
 
 
-@torch.no_grad()
-def test_segments() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_segments(masked: bool) -> None:
+    """One graph for the first segment and one for all others, whatever their number."""
     model = XLAutoregressiveWrapper(BASE.build(depth=1, max_seq_len=16, max_mem_len=8))
     compiled, graphs = counted(model)
-    for n in (20, 22, 24, 27):
+    for n in (20, 22, 40, 70, 100, 15):
+        given = {"mask": torch.arange(n) < torch.tensor([[n], [n - 3]])} if masked else {}
         x = tokens(2, n)
-        close(compiled(x), model(x))
+        losses = [net(x, **given) for net in (compiled, model)]
+        close(losses[0], losses[1])
+        gradients = [torch.autograd.grad(loss, [*model.parameters()], allow_unused=True) for loss in losses]
+        for got, wanted in zip(*gradients, strict=True):
+            if wanted is not None:
+                assert got is not None
+                close(got, wanted)
     assert len(graphs) <= 2
+
+
+def test_segments_inside_of_a_larger_graph() -> None:
+    model = XLAutoregressiveWrapper(BASE.build(depth=1, max_seq_len=16, max_mem_len=8))
+    compiled, graphs = counted(lambda x: 2 * model(x))
+    x = tokens(2, 40)
+    close(compiled(x), 2 * model(x))
+    assert len(graphs) == 1

@@ -8,6 +8,7 @@ from catalog import close
 from torch import Tensor
 
 from x_transformers import Decoder
+from x_transformers.errors import InputError
 
 LENGTH, FAR, REACH = 16, 100_000, 48
 STACK = {"dim": 16, "depth": 2, "heads": 4, "attn_dim_head": 8, "rotary_xpos": True, "verbose": False}
@@ -212,3 +213,23 @@ def test_second_derivatives_of_long_passes() -> None:
         (gradient,) = torch.autograd.grad(stack(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
     close(found[0], found[1], 1e-3)
+
+
+@torch.no_grad()
+def test_tables_of_callers() -> None:
+    """The table of positions that are far from 0 scores as that of positions from 0, or is refused."""
+    own, x = stack_of(16), torch.randn(2, LENGTH, 16)
+    rotary, bare = own.rotary_pos_emb, stack_of(16, rotary_xpos=False)
+    bare.load_state_dict(own.state_dict(), strict=False)
+    wanted = own(x)
+    for start in (0, FAR):
+        angles, factor = rotary(torch.arange(LENGTH), offset=start)
+        assert factor.isfinite().all()
+        close(bare(x, rotary_pos_emb=(angles, factor)), wanted, 1e-3)
+    rows = torch.stack((torch.arange(LENGTH), torch.arange(LENGTH) + FAR))
+    close(bare(x, rotary_pos_emb=rotary(rows)), wanted, 1e-3)
+    assert rotary(torch.arange(0))[1].shape == (1, 0, rotary.dim)
+    long = rotary(torch.arange(2000))
+    with pytest.raises(InputError, match="xPos factors"):
+        bare(torch.randn(1, 2000, 16), rotary_pos_emb=long)
+    assert own(torch.randn(1, 2000, 16)).isfinite().all()

@@ -57,7 +57,7 @@ def use(model: TransformerWrapper, run: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", STACKS)
 def test_a_whole_model(name: str, graphs: Callable[[], int]) -> None:
     """One graph for the first size and one for all others, in training and in evaluation."""
-    model = build(name, 6)
+    model = build(name, 2)
     use(model, torch.compile(model, **EAGER))
     assert graphs() <= 4
 
@@ -66,7 +66,7 @@ def test_a_whole_model(name: str, graphs: Callable[[], int]) -> None:
 def test_compiled_blocks(name: str, graphs: Callable[[], int]) -> None:
     """The same for each kind of sublayer that a stack has, however many it has of the kind."""
     made = []
-    for depth in (4, 8):
+    for depth in (4, 6):
         torch.compiler.reset()
         before, model = graphs(), build(name, depth)
         model.attn_layers.compile_blocks(**EAGER)
@@ -77,7 +77,7 @@ def test_compiled_blocks(name: str, graphs: Callable[[], int]) -> None:
 
 def test_decoding(graphs: Callable[[], int]) -> None:
     """Of a single row, of two, and of any number: a graph for prompts and one for steps, into caches of any size."""
-    model = AutoregressiveWrapper(build("rotary", 2))
+    model = AutoregressiveWrapper(build("rotary", 1))
     for batch, prompt, new, most in ((2, 3, 4, 2), (2, 7, 50, 2), (1, 5, 9, 4), (3, 4, 20, 6), (4, 5, 50, 6)):
         out = model.generate(tokens(batch, prompt), new, compile=EAGER, compile_prefill=True)
         assert out.shape == (batch, new)

@@ -45,7 +45,7 @@ def as_ids(value: Any, model: nn.Module, name: str) -> Tensor:
         return value
     try:
         made = _tensor(value)
-        if isinstance(value, list | tuple) and made.is_floating_point():
+        if isinstance(value, (list, tuple)) and made.is_floating_point():
             raise TypeError("there are fractions in the lists")
     except _FAILURES as error:
         raise InputError(
@@ -67,7 +67,7 @@ def as_prompts(value: Any, model: nn.Module, name: str) -> Tensor | list[Tensor]
     Raises:
         InputError: if it is none of these.
     """
-    if not isinstance(value, list | tuple) or (value and _is_whole(value[0])):
+    if not isinstance(value, (list, tuple)) or (value and _is_whole(value[0])):
         return as_ids(value, model, name)
     return [as_ids(each, model, f"a prompt of {name}") for each in value]
 
@@ -98,7 +98,7 @@ def as_vectors(value: Any, model: nn.Module, name: str) -> Tensor:
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         if not value:
             return torch.zeros(0, dtype=torch.long)
         if all(isinstance(each, numbers.Real) and not isinstance(each, bool) for each in value):

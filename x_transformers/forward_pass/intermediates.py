@@ -172,6 +172,11 @@ class LayerIntermediates:
         logit_entropies: entropies of the predicted distributions.
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
         logits: logits of a model that returns pooled tokens instead of them.
+        exit_logits: of a looped model, logits `(b, n, 1)` of stopping after each loop.
+        all_pred_logits: of a looped model, the logits of each loop.
+        exit_indices: of a looped model, `(1, 1)` index of the last loop, or `(b, n)` of that which each token left.
+        looped_prompt_kv_cache: for each loop keys and values of every attention over the prompt.
+        loop_features: of a looped model, the features `(b, n, D)` after each loop.
         cache: the key/value cache of this pass, if one was kept.
         cache_length: number of slots in the cache: an int, or a scalar on the device for a static cache. It can be set:
             the cached keys then belong to the last slots before that number, and new tokens come after it.
@@ -193,6 +198,11 @@ class LayerIntermediates:
     logit_entropies: Any = None
     attn_pooled_tokens: Tensor | None = None
     logits: Any = None
+    exit_logits: list[Tensor] | None = None
+    all_pred_logits: list[Any] | None = None
+    exit_indices: Tensor | None = None
+    looped_prompt_kv_cache: list[Any] | None = None
+    loop_features: list[Tensor] | None = None
     cache: KVCache | None = None
     cache_length: _CacheLength = _CacheLength()
     given_length: int = field(default=0, init=False)

@@ -22,6 +22,7 @@ from x_transformers.layers.execution_order import Step
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
+from x_transformers.ops import finite_where_hidden
 
 
 def self_attention_inputs(
@@ -52,12 +53,14 @@ def self_attention_inputs(
         layer.additional, layer.additional_mask = nth(inputs.additional, step.nth), inputs.additional_kv_mask
         if layer.additional is not None and layer.additional_mask is not None:
             rows, count = layer.additional[0].shape[0], layer.additional[0].shape[-2]
-            layer.additional_mask = check_mask(layer.additional_mask, rows, count, "additional_kv_mask")
+            layer.additional_mask = mask = check_mask(layer.additional_mask, rows, count, "additional_kv_mask")
+            k, v = (finite_where_hidden(t, mask.unsqueeze(1)) for t in layer.additional)
+            layer.additional = k, v
     if inputs.kv_residuals is not None:
         residual = nth(inputs.kv_residuals[SELF_ATTENTION.letter], step.nth)
         if residual is not None:
-            rows = inputs.x.shape[0]
-            residual = select_new_tokens(residual, rows, call.query.length, stack.dim, "self_attn_kv_residuals")
+            rows, n, valid = inputs.x.shape[0], call.query.length, call.query.token_mask
+            residual = select_new_tokens(residual, rows, n, stack.dim, "self_attn_kv_residuals", valid)
         layer.kv_residual = residual
     if inputs.self_attn_inputs is not None:
         layer.own_input = inputs.self_attn_inputs.get(step.nth)
@@ -120,6 +123,8 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
                 f"`cross_attn_kv_residuals` has shape {tuple(residual.shape)} for a layer; it must be that of the "
                 f"context, {tuple(source.shape)}."
             )
+        if residual is not None and mask is not None and residual.shape[1] == source.shape[1]:
+            residual = finite_where_hidden(residual, check_mask(mask, *source.shape[:2], "context_mask"))
         if stack.context_dropout and stack.training:
             length = source.shape[1]
             source, mask, where = _drop_context(stack, source, mask, call)

@@ -15,7 +15,7 @@ from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.layers.residuals.plain import plain_residual
 from x_transformers.layers.views import residual_views
-from x_transformers.modules.norms import LayerNorm, Norm, NormOptions
+from x_transformers.modules.norms import Norm, NormOptions, build_layer_norm
 from x_transformers.options.schema import Options
 
 
@@ -90,7 +90,7 @@ def norm_of(plan: StackPlan) -> Callable[[int], Norm]:
     """Return a function that builds the chosen norm for a width."""
     chosen: NormOptions = plan.options["norm"]
     enabled = plan.options.enabled("norm")
-    build: Any = enabled[0].build if enabled else LayerNorm
+    build: Any = enabled[0].build if enabled else build_layer_norm
     given: dict[str, Any] = {"unit_offset": chosen.norm_add_unit_offset, "options": plan.options}
     if chosen.norm_eps is not None:
         given["eps"] = chosen.norm_eps

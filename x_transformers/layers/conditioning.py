@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.ops import finite_where_hidden
 from x_transformers.options.schema import Feature, Options, opt
 
 
@@ -91,8 +92,8 @@ def build_condition(options: Options, dim: int) -> ConditionMLP | None:
     return ConditionMLP(condition.given_width(dim), condition.width(dim))
 
 
-def select_new_tokens(t: Tensor, batch: int, n: int, width: int, name: str) -> Tensor:
-    """Return the part of a caller's tensor that belongs to the n tokens of this pass.
+def select_new_tokens(t: Tensor, batch: int, n: int, width: int, name: str, valid: Tensor | None) -> Tensor:
+    """Return the part of a caller's tensor that belongs to the n tokens of this pass, finite at hidden ones.
 
     In decoding with a cache, a caller may pass the tensor for the new tokens only, or for the whole sequence.
 
@@ -103,6 +104,7 @@ def select_new_tokens(t: Tensor, batch: int, n: int, width: int, name: str) -> T
         n: number of tokens of the pass.
         width: expected width.
         name: name of the argument, for the error.
+        valid: `(1|b, n)` bool, False at hidden tokens; None if there are none.
 
     Returns:
         `(b, 1|n, width)`.
@@ -119,7 +121,8 @@ def select_new_tokens(t: Tensor, batch: int, n: int, width: int, name: str) -> T
             f"`{name}` has shape {shape}; it must be ({batch}, {width}), or ({batch}, n, {width}) over at "
             f"least the {n} tokens of this pass."
         )
-    return t[:, max(t.shape[1] - n, 0) :]
+    t = t[:, max(t.shape[1] - n, 0) :]
+    return t if valid is None or t.shape[1] != n else finite_where_hidden(t, valid)
 
 
 FEATURE = Feature(

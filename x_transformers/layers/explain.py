@@ -37,12 +37,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A table of sublayers. `print` shows it; `rows` contains it as data."""
+    """A table of sublayers. `print` shows it; `rows` contains it as data, and `notes` what slows the sublayers down."""
 
     title: str
     stack: tuple[str, ...]
     rows: tuple[Row, ...]
     parameters: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [self.title, f"stack: {', '.join(self.stack) or 'plain'}"]
@@ -54,7 +55,7 @@ class Explanation:
             )
         total = sum(row.flops for row in self.rows)
         lines.append(f"in all {self.parameters:,} parameters, {total:,} FLOPs/token in the layers")
-        return "\n".join(lines)
+        return "\n".join((*lines, *self.notes))
 
     __repr__ = __str__
 
@@ -75,7 +76,7 @@ class Explanation:
         return (
             f"<p><b>{escape(self.title)}</b><br>stack: {escape(', '.join(self.stack) or 'plain')}</p><table><thead>"
             f"{_html_row('th', head)}</thead><tbody>{''.join(_html_row('td', row) for row in [*cells, total])}</tbody>"
-            "</table>"
+            f"</table>{''.join(f'<p>{escape(note)}</p>' for note in self.notes)}"
         )
 
 
@@ -119,7 +120,28 @@ def explain_stack(
         rows.append(Row(f"{number} {kind.label}", features, cost.backend, cost.why, count(fn), cost.flops))
     mode = "training" if training else "evaluation"
     title = f"{type(stack).__name__}, {situation.device}, {situation.dtype}, {mode}, {seq_len} tokens"
-    return Explanation(title, _noteworthy(stack.features), tuple(rows), count(stack))
+    return Explanation(title, _noteworthy(stack.features), tuple(rows), count(stack), _slow_widths(stack, situation))
+
+
+EVEN, NARROW = 8, 64
+"""Matrix units read rows of so many numbers in half precision; matrices narrower than the second are cheap anyway."""
+
+
+def _slow_widths(stack: LayerStack, situation: Situation) -> tuple[str, ...]:
+    """Return a sentence for each kind of sublayer with matrices of a width that a GPU multiplies slowly."""
+    if situation.device == "cpu" or situation.dtype not in (torch.bfloat16, torch.float16):
+        return ()
+    found: dict[str, set[int]] = {}
+    for branch in stack.sublayers:
+        sizes = (size for p in branch.fn.parameters() if p.ndim == 2 for size in p.shape)
+        found.setdefault(branch.kind.label, set()).update(n for n in sizes if n > NARROW and n % EVEN)
+    hint = " (the inner width is `int(dim * ff_mult)`; multiples of 256 are fastest)"
+    return tuple(
+        f"{kind}: matrices are {' and '.join(map(str, sorted(widths)))} wide, no multiple of {EVEN}, which a GPU "
+        f"multiplies slowly in half precision{hint if kind == 'feedforward' else ''}"
+        for kind, widths in found.items()
+        if widths
+    )
 
 
 def _noteworthy(features: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
 from x_transformers.layers.explain import Explanation, explain_stack
 from x_transformers.layers.optional_inputs import explain_failed_pass, refuse_cache_unless_causal
-from x_transformers.layers.pass_state import KINDS_OF_INPUTS, BlockTransform, PassInputs
+from x_transformers.layers.pass_state import KINDS_OF_INPUTS, BlockTransform, PassInputs, PassState
 from x_transformers.layers.plan import make_plan
 from x_transformers.layers.reference_names import (
     export_positions,
@@ -302,9 +302,10 @@ class AttentionLayers(Configured, ReadsReference, LayerStack):
         )
         # fmt: on
         check_attributes(inputs, KINDS_OF_INPUTS)
-        state = begin_pass(self, inputs)
-        steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
+        state: PassState | None = None
         try:
+            state = begin_pass(self, inputs)
+            steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
             if self.checkpoint_every is not None and recomputes(self, state):
                 state = run_recomputing(self, steps, inputs, state)
             else:

@@ -19,7 +19,7 @@ from x_transformers.layers.conditioning import select_new_tokens
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import PassInputs, PassState
 from x_transformers.layers.stack import LayerStack
-from x_transformers.ops import finite_where_hidden
+from x_transformers.ops import finite_where_hidden, pad_left
 from x_transformers.options.values import shown
 
 # checks
@@ -88,7 +88,7 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     return capture
 
 
-def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState, error: Exception) -> None:
+def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState | None, error: Exception) -> None:
     """Raise an `InputError` if a kernel failed because of what the caller gave.
 
     Sizes of cached tensors, dtypes and devices are compared only then, so that passes that fit do not pay for it.
@@ -96,19 +96,20 @@ def explain_failed_pass(stack: LayerStack, inputs: PassInputs, state: PassState,
     Args:
         stack: the stack.
         inputs: arguments of the pass.
-        state: where the pass failed.
+        state: where the pass failed; None if it had not begun.
         error: of the kernel.
 
     Raises:
         InputError: naming what does not fit.
     """
-    rows, batch = None if state.kv is None else state.kv.rows, len(state.stream)
+    kv = None if state is None else state.kv
+    rows, batch = None if kv is None else kv.rows, len(inputs.x if state is None else state.stream)
     if rows is not None and rows != batch:
         raise InputError(
             f"the cache holds {rows} rows, but {batch} are to run; give the cache of these rows."
         ) from error
-    streams = stack.cache_streams() if inputs.cache is not None and state.kv is not None else ()
-    for entry, shapes in zip(state.kv.entries if state.kv is not None else (), streams, strict=False):
+    streams = stack.cache_streams() if inputs.cache is not None and kv is not None else ()
+    for entry, shapes in zip(() if kv is None else kv.entries, streams, strict=False):
         for name, (heads, width, *_) in shapes.items():
             held = entry.grown.get(name)
             if held is not None and (held.shape[1], held.shape[-1]) != (heads, width):
@@ -224,10 +225,22 @@ def read_masks(stack: LayerStack, inputs: PassInputs, query: Span, keys: Span, k
         inputs.attn_mask = read_mask(inputs.attn_mask, "attn_mask")
         inputs.attn_mask = check_pairs(inputs.attn_mask, "attn_mask", **size)
     if inputs.attn_bias is not None:
-        inputs.attn_bias = check_pairs(inputs.attn_bias, "attn_bias", **size)
+        inputs.attn_bias = _finite_bias(check_pairs(inputs.attn_bias, "attn_bias", **size), query, keys)
     if inputs.pairs is not None:
         pairs = inputs.pairs(query, keys)
         inputs.attn_mask = pairs if inputs.attn_mask is None else pairs & inputs.attn_mask
+
+
+def _finite_bias(bias: Tensor, query: Span, keys: Span) -> Tensor:
+    """Return a bias that is finite at hidden queries and keys, if each row of the batch has its own."""
+    if query.token_mask is None or keys.token_mask is None or bias.ndim < 4 or bias.shape[0] != len(keys.token_mask):
+        return bias
+    # columns of recurrent memory, on the left, have masks of their own
+    valid = pad_left(keys.token_mask, bias.shape[-1] - keys.length, True)[:, None]
+    if bias.shape[-2] > 1:
+        valid = valid & query.token_mask.unsqueeze(-1)
+    # an axis of features, since each pair is a place of its own
+    return finite_where_hidden(bias.unsqueeze(-1), valid.unsqueeze(1)).squeeze(-1)
 
 
 def given_rotations(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> tuple[QKTransform, ...]:
@@ -274,7 +287,7 @@ def checked_context_pos(stack: LayerStack, inputs: PassInputs, pos: Tensor) -> T
 # inputs of the sublayers
 
 
-def read_condition(stack: LayerStack, inputs: PassInputs) -> None:
+def read_condition(stack: LayerStack, inputs: PassInputs, valid: Tensor | None) -> None:
     """Bring the input of adaptive norms and scales to `(b, 1|n, c)`."""
     given = inputs.condition
     if given is None or not stack.need_condition:
@@ -285,15 +298,16 @@ def read_condition(stack: LayerStack, inputs: PassInputs) -> None:
             "`mems` cannot be combined with a `condition` for each token: memory tokens have no condition. Pass a "
             "condition of shape (b, c), or drop `mems`."
         )
-    condition = select_new_tokens(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim_condition, "condition")
+    batch, n = inputs.x.shape[:2]
+    condition = select_new_tokens(given, batch, n, stack.dim_condition, "condition", valid)
     inputs.condition = condition if stack.condition_mlp is None else stack.condition_mlp(condition)
 
 
-def read_injection(stack: LayerStack, inputs: PassInputs) -> None:
+def read_injection(stack: LayerStack, inputs: PassInputs, valid: Tensor | None) -> None:
     """Compute what is added to every sublayer's input, `(b, 1|n, D)`."""
     given = inputs.in_attn_cond
     if given is not None:
-        given = select_new_tokens(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim, "in_attn_cond")
+        given = select_new_tokens(given, inputs.x.shape[0], inputs.x.shape[1], stack.dim, "in_attn_cond", valid)
     inputs.injection = given if stack.injection is None else stack.injection(inputs.x, given)
 
 

@@ -14,6 +14,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import CROSS_ATTENTION, SELF_ATTENTION
 from x_transformers.layers.pass_state import BlockTransform, KeysValues, PassInputs
 from x_transformers.layers.stack import LayerStack
+from x_transformers.ops import finite_where_hidden
 from x_transformers.options.values import accepts
 
 
@@ -125,8 +126,12 @@ def _by_layer(given: Tensor | None, layers: int, name: str) -> list[Tensor | Non
     return [*each[:layers], *[None] * max(layers - len(each), 0)]
 
 
-def check_own_inputs(stack: LayerStack, inputs: PassInputs) -> None:
-    """Raise an `InputError` unless `self_attn_inputs` names self-attentions that run, and fits their tokens."""
+def read_own_inputs(stack: LayerStack, inputs: PassInputs, valid: Tensor | None) -> None:
+    """Check that `self_attn_inputs` names self-attentions that run and fits their tokens, and make hidden ones finite.
+
+    Raises:
+        InputError: if it names others. ShapeError: if it has another shape.
+    """
     assert inputs.self_attn_inputs is not None
     count = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     batch, n, dim = inputs.x.shape
@@ -138,3 +143,8 @@ def check_own_inputs(stack: LayerStack, inputs: PassInputs) -> None:
                 f"`self_attn_inputs[{nth}]` has shape {tuple(given.shape)}; it must be ({batch}, k, {dim}), k at "
                 f"most {n}."
             )
+    if valid is not None:
+        inputs.self_attn_inputs = {
+            nth: finite_where_hidden(given, valid[:, valid.shape[-1] - given.shape[1] :])
+            for nth, given in inputs.self_attn_inputs.items()
+        }

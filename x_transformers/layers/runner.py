@@ -38,9 +38,9 @@ from x_transformers.layers.pass_state import PassInputs, PassState, Recorder, fo
 from x_transformers.layers.per_layer_inputs import (
     additional_by_layer,
     block_transform,
-    check_own_inputs,
     deep_embeds,
     kv_residuals_by_layer,
+    read_own_inputs,
 )
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
@@ -98,8 +98,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         query = keys = Span(index, row, row, contiguous=True)
     else:
         query, keys = build_token_layout(inputs, kv)
-    # a single token of a cached pass is left as it is, for the speed of decoding
-    if query.token_mask is not None and (kv is None or x.shape[1] > 1):
+    if query.token_mask is not None:
         inputs.x = x = finite_where_hidden(x, query.token_mask)
     if kv is not None:
         kv.start, kv.row_places = inputs.seq_start_pos, inputs.places
@@ -117,7 +116,7 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
         capture=capture,
         memo=Memo(),
     )
-    read_optional_inputs(stack, inputs, kv)
+    read_optional_inputs(stack, inputs, kv, query.token_mask)
     if kv is not None:
         kv.rotations = inputs.rotations
         kv.newest = query.index if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None else None
@@ -132,8 +131,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     return PassState(call, stream, Recorder(capture), shares_keys, NO_CARRY, kv, states)
 
 
-def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | None) -> None:
-    """Fill in the fields of a pass that only some stacks and callers have."""
+def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | None, valid: Tensor | None) -> None:
+    """Fill in the fields of a pass that only some stacks and callers have; they are finite where tokens are hidden."""
     if inputs.rotary_pos_emb is not None or inputs.polar_pos_emb is not None:
         inputs.rotations = given_rotations(stack, inputs, kv)
     elif stack.rotary_pos_emb is not None or stack.polar_pos_emb is not None:
@@ -141,9 +140,9 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
     if inputs.context_pos is not None:
         inputs.context_pos = checked_context_pos(stack, inputs, inputs.context_pos)
     if inputs.condition is not None or stack.need_condition:
-        read_condition(stack, inputs)
+        read_condition(stack, inputs, valid)
     if inputs.in_attn_cond is not None or stack.injection is not None:
-        read_injection(stack, inputs)
+        read_injection(stack, inputs, valid)
     if inputs.mems:
         read_memories(stack, inputs)
     if inputs.deep_embeds_and_ids is not None:
@@ -155,16 +154,16 @@ def read_optional_inputs(stack: LayerStack, inputs: PassInputs, kv: KVCache | No
     if inputs.self_attn_kv_residuals is not None or inputs.cross_attn_kv_residuals is not None:
         inputs.kv_residuals = kv_residuals_by_layer(stack, inputs)
     if inputs.self_attn_inputs is not None:
-        check_own_inputs(stack, inputs)
+        read_own_inputs(stack, inputs, valid)
 
 
 def recomputes(stack: LayerStack, state: PassState) -> bool:
     """Return True if blocks of this pass run again for their gradients.
 
     Passes with a static cache do not: its buffers are written in place, so that a block that runs again would read them
-    as later passes left them.
+    as later passes left them. `torch.func` has no hooks for saved tensors, which running again needs.
     """
-    if stack.checkpoint_every is None or not torch.is_grad_enabled():
+    if stack.checkpoint_every is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return state.kv is None or state.kv.capacity is None
 
@@ -174,7 +173,8 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     call, recorder, skips, kv = state.call, state.recorder, state.skips, state.kv
     skip_sources, layers = stack.skip_sources, list(stack.layers)
     keeps_states = call.causal and (bool(inputs.running_states) or recorder.keeps_states)
-    x, carry = state.stream, state.carry
+    x = source = state.stream
+    carry = state.carry
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -196,6 +196,9 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         layer = LayerCall.of(call, carry, NO_DELTAS)
         if condition is not None or injection is not None:
             layer.condition, layer.injection = condition, injection
+        if stack.parallel:
+            source = x if step.begins else source
+            layer.source = source
         if documents is not None:
             layer.documents = documents.get(kind.letter)
         if kv is not None and branch.uses_cache:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
-from x_transformers.forward_pass.arguments import check_whole, checked
+from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.explain import Explanation, count
@@ -23,7 +23,8 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan, new_tokens, sam
 from x_transformers.models.internal_sequence import surround
 from x_transformers.models.memory_layout import MemoryLayout
 from x_transformers.models.options.base import ModelOptions
-from x_transformers.models.recurrence import new_memories, recycled, shifted_down
+from x_transformers.models.recurrence import new_memories, shifted_down
+from x_transformers.models.repeated import Around
 from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.notices import warn
@@ -63,12 +64,19 @@ class Model(Configured, ReadsReference):
         self.attn_layers = attn_layers
         dim = attn_layers.dim
         without = _why_no_positions(max_seq_len, options.use_abs_pos_emb, attn_layers)
-        if options.scaled_sinu_pos_emb and without:
-            warn(f"{type(self).__name__}: `scaled_sinu_pos_emb` has no effect: {without}.")
+        for keyword in ("scaled_sinu_pos_emb", "abs_pos_emb_scale"):
+            if getattr(options, keyword) and without:
+                warn(f"{type(self).__name__}: `{keyword}` has no effect: {without}.")
         self.pos_emb = None
         if not without:
             sinusoids, l2norm_embed = options.scaled_sinu_pos_emb, options.l2norm_embed
-            self.pos_emb = build_positions(emb_dim, max_seq_len, sinusoids=sinusoids, l2norm_embed=l2norm_embed)
+            self.pos_emb = build_positions(
+                emb_dim,
+                max_seq_len,
+                sinusoids=sinusoids,
+                l2norm_embed=l2norm_embed,
+                scale=options.abs_pos_emb_scale,
+            )
         self.project_emb: nn.Module | None = nn.Linear(emb_dim, dim) if emb_dim != dim else None
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if self.num_memory_tokens else None
         self.post_emb_norm: nn.Module | None = None
@@ -265,7 +273,7 @@ class Model(Configured, ReadsReference):
         return pos, pos
 
     def _run_stack(
-        self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan, recycling: tuple[int, nn.Module] | None = None
+        self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan, around: Around | None = None
     ) -> tuple[Tensor, LayerIntermediates | None, Tensor]:
         """Run the stack over embedded tokens.
 
@@ -273,7 +281,7 @@ class Model(Configured, ReadsReference):
             embeds: `(b, n, E)` embeddings of the new tokens, with positions.
             inputs: of the pass.
             span: the new tokens.
-            recycling: number of runs of the stack, and the map from its output back to its input.
+            around: what runs the stack several times; default it runs once.
 
         Returns:
             Features `(b, leading + n, D)`; the record of the pass, or None if only the output was requested; and the
@@ -282,7 +290,11 @@ class Model(Configured, ReadsReference):
         Raises:
             InputError: if arguments do not fit the model or each other.
         """
-        items, embeds = self._items(embeds, inputs, span)
+        try:
+            items, embeds = self._items(embeds, inputs, span)
+        except RuntimeError as error:
+            explain_failure(error, next(self.parameters()), vars(inputs))
+            raise
         kv = span.kv
         if inputs.stack.get("return_gumbel_log_probs"):  # they are part of the record
             inputs.return_intermediates = True
@@ -310,13 +322,11 @@ class Model(Configured, ReadsReference):
             x, arguments = sequence.x, sequence.over_columns(arguments)
         if self.emb_dropout and self.drops_memory_tokens:
             x = self._dropped(x)
-        if recycling is not None:
-            x = recycled(x, recycling[0], self.attn_layers, recycling[1], arguments)
-
+        run = self.attn_layers if around is None else around(self.attn_layers, span)
         if kv is None and not inputs.needs_record:
-            features = self.attn_layers(x, **arguments)
+            features = run(x, **arguments)
             return (features if sequence is None else sequence.without_memory(features)), None, embeds
-        features, record = self.attn_layers(
+        features, record = run(
             x,
             cache=kv,
             input_not_include_cache=True,

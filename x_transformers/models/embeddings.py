@@ -13,7 +13,7 @@ from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.modules.second_names import SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import l2norm
+from x_transformers.ops import l2norm, values_can_be_read
 from x_transformers.options.schema import at_least
 
 
@@ -114,19 +114,21 @@ def table_of(token_emb: nn.Module) -> Tensor:
     return emb.weight
 
 
-class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
+class AbsolutePositionalEmbedding(PreparesForInference, ReadsReference):
     """Learned table of positions, `table[pos] / sqrt(dim)`.
 
     Args:
         dim: width.
         max_seq_len: number of rows.
         l2norm_embed: rows of unit length instead of the factor.
+        scale: another factor.
     """
 
-    def __init__(self, dim: int, max_seq_len: int, l2norm_embed: bool = False) -> None:
+    def __init__(self, dim: int, max_seq_len: int, l2norm_embed: bool = False, scale: float | None = None) -> None:
         super().__init__()
         at_least(1, dim=dim, max_seq_len=max_seq_len)
-        self.scale = 1.0 if l2norm_embed else dim**-0.5
+        self.scale = scale or (1.0 if l2norm_embed else dim**-0.5)
+        self.own_scale = scale is not None
         self.max_seq_len, self.l2norm_embed = max_seq_len, l2norm_embed
         self.emb = nn.Embedding(max_seq_len, dim)
 
@@ -138,8 +140,16 @@ class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
             or self.emb.weight.nbytes > COPIED_BYTES
         ):
             return None
-        table = self.emb.weight.detach()
-        return l2norm(table) if self.l2norm_embed else table * self.scale
+        return self._scaled(self.emb.weight.detach())
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        if self.l2norm_embed:
+            rows = l2norm(rows)
+        return rows if self.scale == 1 else rows * self.scale
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if self.own_scale:
+            raise StateDictError("the reference has no `abs_pos_emb_scale`; a model with it cannot be exported.")
 
     def forward(
         self,
@@ -181,7 +191,7 @@ class AbsolutePositionalEmbedding(PreparesForInference, LoadsWhole):
                 f"position {int(pos.max())} was requested, but there are absolute positions for `max_seq_len` = "
                 f"{self.max_seq_len}; shorten the input, or use rotary positions."
             ) from error
-        return l2norm(embeds) if self.l2norm_embed else embeds * self.scale
+        return self._scaled(embeds)
 
 
 class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
@@ -223,12 +233,12 @@ class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
 
 
 def build_positions(
-    dim: int, max_seq_len: int, *, sinusoids: bool = False, l2norm_embed: bool = False
+    dim: int, max_seq_len: int, *, sinusoids: bool = False, l2norm_embed: bool = False, scale: float | None = None
 ) -> AbsolutePositionalEmbedding | ScaledSinusoidalEmbedding:
     """Build a table of `max_seq_len` positions, or sinusoids."""
     if sinusoids:
         return ScaledSinusoidalEmbedding(dim)
-    return AbsolutePositionalEmbedding(dim, max_seq_len, l2norm_embed)
+    return AbsolutePositionalEmbedding(dim, max_seq_len, l2norm_embed, scale)
 
 
 def positions(
@@ -293,7 +303,7 @@ def whole_numbers(t: Tensor, subject: str) -> Tensor:
         if t.dtype is torch.bool or t.is_complex():
             raise InputError(f"{subject} dtype {t.dtype}; pass an integer type.")
         return t
-    if not torch.compiler.is_compiling() and not bool((t.isfinite() & (t == t.round())).all()):
+    if values_can_be_read() and not bool((t.isfinite() & (t == t.round())).all()):
         raise InputError(f"{subject} dtype {t.dtype}, and not all values are whole numbers; pass an integer type.")
     return t.long()
 

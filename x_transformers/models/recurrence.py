@@ -1,4 +1,4 @@
-"""Recurrent memory between segments (1901.02860), and models that read their own output again (recycling)."""
+"""Recurrent memory between segments (1901.02860)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
-from x_transformers.losses import reaching
 
 
 def shifted_down(
@@ -53,25 +52,3 @@ def new_memories(
         new.append(whole[..., max(whole.shape[-2] - most, 0) :, :])
     new += record.memory_states or []
     return [kept.detach() if detach else kept for kept in new]
-
-
-def recycled(x: Tensor, steps: int, stack: AttentionLayers, project: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """Return `x + project(F(x + project(F(...))))`, the input of the last of `steps` passes through the stack F.
-
-    The passes before the last one have no gradient.
-
-    Args:
-        x: `(b, columns, D)`.
-        steps: number of passes, including the last one.
-        stack: F.
-        project: map from `(b, n, D)` to the same shape.
-        arguments: of every pass.
-    """
-    given = {name: value for name, value in arguments.items() if name != "return_gumbel_log_probs"}
-    again = x if steps > 1 else reaching(x, project)  # the number of passes is random in training
-    for _ in range(steps - 1):
-        with torch.no_grad():
-            out = stack(again, **given)
-        # outside of `no_grad`, so that the map learns; the gradient ends at the output of the stack
-        again = x + project(out)
-    return again

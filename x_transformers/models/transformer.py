@@ -39,6 +39,7 @@ from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
 from x_transformers.models.options.base import ModelOptions, check_size
 from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.models.options.reading import read_options, show_options
+from x_transformers.models.repeated import Around, add_loops, looping, recycling
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
@@ -64,7 +65,6 @@ class TransformerWrapper(Model):
     """
 
     last_position_only: ClassVar[Mapping[str, Any]] = {"logits_to_keep": 1}
-    looped = False
 
     def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: AttentionLayers, **keywords: Any) -> None:
         options = read_options(
@@ -88,6 +88,8 @@ class TransformerWrapper(Model):
         deep = min(attn_layers.depth, attn_layers.sequence.count("f", attn_layers.sequence.order))
         self.ff_deep_embed = nn.Parameter(torch.ones(num_tokens, deep, dim)) if options.ff_deep_embed else None
         self.recycled_proj = LinearNoBias(dim, dim) if options.recycling else None
+        self.looped, self.max_looped_steps = options.looped, options.max_looped_steps
+        self.exit_gate = LinearNoBias(dim, 1) if options.looped else None
         self._build_summaries(options)
         self._build_heads(options)
 
@@ -181,6 +183,11 @@ class TransformerWrapper(Model):
         *,
         logits_to_keep: int | None = None,
         capture: Capture | None = None,
+        looped_steps: int | None = None,
+        max_looped_steps: int | None = None,
+        looped_pred_all_logits: bool | None = None,
+        looped_inference: bool = False,
+        looped_exit_prob_threshold: float = 0.9,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -211,6 +218,11 @@ class TransformerWrapper(Model):
             attn_mask, attn_bias, self_attn_kv_mask: of the stack, over tokens; other slots are always visible.
             logits_to_keep: number of last positions that get logits; None or 0: all.
             capture: what the stack records, instead of what `return_intermediates` implies.
+            looped_steps: number of loops of a looped model; default at most `max_looped_steps`.
+            max_looped_steps: largest number of loops, instead of the constructor's.
+            looped_pred_all_logits: record the logits of every loop; default in training.
+            looped_inference: of a looped model; a pass with a cache decodes as generation does in any case.
+            looped_exit_prob_threshold: probability of having stopped with which a generated token leaves the loops.
             kwargs: of the stack: `context`, `context_mask`, `causal`, `condition`, `transform_block_inputs` and others.
                 Those over tokens do not cover memory tokens and prepended embeddings, which get zeros.
                 `transform_block_inputs` of block 1 is applied to the token embeddings, unless
@@ -261,7 +273,7 @@ class TransformerWrapper(Model):
             logits_to_keep=logits_to_keep,
         )
         if return_logits_and_embeddings or return_logit_entropies or return_next_embed_pred or logits_to_keep:
-            self._check_requested(inputs)
+            _check_requested(self, inputs)
         if kwargs:
             transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds)
         if x is None:
@@ -279,8 +291,13 @@ class TransformerWrapper(Model):
             embeds = self._add_further_embeddings(embeds, inputs, span)
         if self.ff_deep_embed is not None and kwargs.get("deep_embeds_and_ids") is None:
             kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, ids)
-        recycling = self._recycling(recycle_steps) if self.recycling or recycle_steps is not None else None
-        features, record, initial_embeds = self._run_stack(embeds, inputs, span, recycling)
+        around: Around | None = None
+        if self.recycling or recycle_steps is not None:
+            around = recycling(self.recycled_proj, recycle_steps, self.train_max_recycle_steps, self.training)
+        if self.looped or looped_inference or looped_steps is not None or max_looped_steps is not None:
+            numbers = looped_steps, max_looped_steps, self.max_looped_steps
+            around = looping(self.exit_gate, *numbers, looped_exit_prob_threshold)
+        features, record, initial_embeds = self._run_stack(embeds, inputs, span, around)
         pooled = None
         if self.pools or self.attn_pool is not None:
             features, pooled = self._summarize(features, inputs, span)
@@ -309,23 +326,16 @@ class TransformerWrapper(Model):
             out = (out, (self.to_next_embed_pred(features), initial_embeds[:, prepended:]))
         if record is None:
             return out
+        if self.exit_gate is not None:
+            every = self.training if looped_pred_all_logits is None else looped_pred_all_logits
+            heads = (
+                functools.partial(self.logits_of, arguments=to_logits_kwargs) if every and logits is not None else None
+            )
+            add_loops(record, self.exit_gate, heads, self.layout, span)
         record.attn_pooled_tokens = pooled
         record.logits = logits if self.returns_pooled else None
         record.logit_entropies = each_head(logits, calc_entropy) if return_logit_entropies else None
         return with_requested(out, record, inputs)
-
-    def _check_requested(self, inputs: ModelInputs) -> None:
-        logits = inputs.return_logits_and_embeddings or inputs.return_logit_entropies
-        if logits and self.to_logits is None:
-            raise InputError("this model has no head (`return_only_embed`); logits and entropies cannot be returned.")
-        if inputs.return_next_embed_pred and self.to_next_embed_pred is None:
-            raise InputError("this model does not predict embeddings; build it with `add_continuous_pred_head = True`.")
-        keep = inputs.logits_to_keep
-        if keep and (self.pools or keep < 0):
-            raise InputError(
-                f"`logits_to_keep` is {keep}; it is the number of last tokens that get logits, at least 0, and needs a "
-                "model that does not pool its features."
-            )
 
     def _add_further_embeddings(self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> Tensor:
         """Add the embeddings of further ids to those of the tokens."""
@@ -335,18 +345,6 @@ class TransformerWrapper(Model):
         for name, ids in given.items():
             embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
         return embeds
-
-    def _recycling(self, steps: int | None) -> tuple[int, nn.Module]:
-        """Return the number of times that the stack runs, and the map from its output back to its input."""
-        if self.recycled_proj is None:
-            raise InputError("`recycle_steps` is for a recycling model; build it with `recycling = True`.")
-        if steps is None:
-            steps = self.train_max_recycle_steps
-            if self.training:
-                steps = int(torch.randint(1, steps + 1, ()))
-        if steps < 1:
-            raise InputError(f"`recycle_steps` is {steps}; the stack must run at least once.")
-        return steps, self.recycled_proj
 
     def _summarize(self, features: Tensor, inputs: ModelInputs, span: TokenSpan) -> tuple[Tensor, Tensor | None]:
         """Return the features that heads read, and the output of the attention pool, if it is requested."""
@@ -398,6 +396,20 @@ class TransformerWrapper(Model):
         return {name: f"mixture.{name}" for name in ("to_mixture.0.weight", "combine_mixture.weight")}
 
 
+def _check_requested(model: TransformerWrapper, inputs: ModelInputs) -> None:
+    logits = inputs.return_logits_and_embeddings or inputs.return_logit_entropies
+    if logits and model.to_logits is None:
+        raise InputError("this model has no head (`return_only_embed`); logits and entropies cannot be returned.")
+    if inputs.return_next_embed_pred and model.to_next_embed_pred is None:
+        raise InputError("this model does not predict embeddings; build it with `add_continuous_pred_head = True`.")
+    keep = inputs.logits_to_keep
+    if keep and (model.pools or keep < 0):
+        raise InputError(
+            f"`logits_to_keep` is {keep}; it is the number of last tokens that get logits, at least 0, and needs a "
+            "model that does not pool its features."
+        )
+
+
 def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Module | None:
     """Build the map from features to logits, or None if a pass returns features."""
     if options.return_only_embed:
@@ -412,7 +424,7 @@ def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Modu
     return Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
 
 
-def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> nn.Module:
+def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> Any:
     """Build the table of token embeddings, or return the module that was given."""
     if options.token_emb is not None:
         return options.token_emb
@@ -449,8 +461,6 @@ def _read_stack_arguments(
     for the input of block 1.
     """
     for name in arguments:
-        if name.startswith("looped_") or name == "max_looped_steps":
-            raise InputError(f"`{name}` is for looped models, which are not available in this version; drop it.")
         if name not in ARGUMENTS:
             check_names(model, TransformerWrapper.forward, arguments)
     check_kinds(arguments, KINDS_OF_INPUTS)

@@ -50,6 +50,7 @@ def without_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 @functools.cache
+@skipped
 def _disabled() -> Callable[..., Any]:
     return torch.compiler.disable(lambda function, *args, **kwargs: function(*args, **kwargs))
 
@@ -65,7 +66,7 @@ def of_any_length(value: Any, length: int) -> Any:
         return value
     if isinstance(value, Mapping):
         return {name: of_any_length(each, length) for name, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [of_any_length(each, length) for each in value]
     if not isinstance(value, torch.Tensor) or length not in value.shape:
         return value

@@ -20,11 +20,24 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooked
 
 from x_transformers.modules.unwrap import inside
 
 PACKAGE = __name__.partition(".")[0]
+
+GLOBAL_HOOKS = tuple(
+    f"_global_{hooks}"
+    for hooks in (
+        "backward_pre_hooks",
+        "backward_hooks",
+        "forward_pre_hooks",
+        "forward_hooks",
+        "forward_hooks_always_called",
+        "forward_hooks_with_kwargs",
+    )
+)
+"""Names in `torch.nn.modules.module` of hooks of all modules; the last one is not in every version."""
 
 COPIED_BYTES = 2**23
 """Tensors larger than this are not copied: reading them takes the time, not the number of calls."""
@@ -189,7 +202,7 @@ class InferenceView:
                 for view in self._copies:
                     if isinstance(view, PreparesForInference):
                         view.__dict__["ready"] = view.prepare()
-            if self._direct and not _has_any_global_hook():
+            if self._direct and not any(getattr(hooked, name, None) for name in GLOBAL_HOOKS):
                 stack.callback(self._call_modules)
                 for view in self._copies:
                     view.__dict__["_compiled_call_impl"] = view.forward

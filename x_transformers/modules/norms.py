@@ -6,7 +6,8 @@ others ignore it. With `unit_offset`, a gain is stored minus 1, so that weight d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from x_transformers.errors import InputError, ShapeError, StateDictError
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.second_names import SecondName, SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import SHORTEST, at_least_float32
+from x_transformers.ops import at_least_float32, unit_length
 from x_transformers.options.schema import Feature, Options, Rule, at_least, opt, positive, require
 
 TINY = 1e-24
@@ -143,7 +144,7 @@ class GainNorm(PreparesForInference, Norm):
         unit_offset: store the gain minus 1.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, **_: Any) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False) -> None:
         super().__init__()
         at_least(1, dim=dim)
         self.unit_offset = unit_offset
@@ -169,7 +170,7 @@ class LayerNorm(SecondNames, ReadsReference, GainNorm):
         bias: add a learned bias.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, eps: float = 1e-5, bias: bool = False, **_: Any) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = 1e-5, bias: bool = False) -> None:
         super().__init__(dim, unit_offset)
         self.eps = eps
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
@@ -199,7 +200,7 @@ class RMSNorm(SecondNames, ReadsReference, GainNorm):
         eps: added to the mean square.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, eps: float = TINY, **_: Any) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = TINY) -> None:
         super().__init__(dim, unit_offset)
         self.eps = eps
 
@@ -251,7 +252,7 @@ class ScaleNorm(SecondNames, ReadsReference, Norm):
         eps: added to the mean square.
     """
 
-    def __init__(self, dim: int, unit_offset: bool = False, eps: float = TINY, **_: Any) -> None:
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = TINY) -> None:
         super().__init__()
         self.unit_offset, self.scale, self.eps = unit_offset, dim**0.5, eps
         self.gamma = nn.Parameter(torch.full((1,), 1.0 - unit_offset))
@@ -293,7 +294,6 @@ class DynamicTanh(Norm):
         gamma: float = 1.0,
         beta: float = 0.0,
         unit_offset: bool = False,
-        **_: Any,
     ) -> None:
         super().__init__()
         at_least(1, dim=dim)
@@ -318,9 +318,7 @@ class Derf(Norm):
         unit_offset: store the gain and `alpha` minus 1.
     """
 
-    def __init__(
-        self, dim: int, init_alpha: float = 0.5, init_bias: float = 0.0, unit_offset: bool = False, **_: Any
-    ) -> None:
+    def __init__(self, dim: int, init_alpha: float = 0.5, init_bias: float = 0.0, unit_offset: bool = False) -> None:
         super().__init__()
         at_least(1, dim=dim)
         self.offset = float(unit_offset)
@@ -414,7 +412,7 @@ def checked_condition(condition: Tensor | None, width: int) -> Tensor:
 
 
 class MultiheadRMSNorm(LoadsWhole):
-    """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + 1)`, with a gain for each head (2302.05442).
+    """RMSNorm per head, `x / max(|x|, eps) * sqrt(d) * (gamma + offset)`, with a gain for each head (2302.05442).
 
     Args:
         dim: width d of a head.
@@ -422,27 +420,49 @@ class MultiheadRMSNorm(LoadsWhole):
         eps: lower bound of the length that vectors are divided by.
         mean_eps: divide by `sqrt(mean(x ** 2) + mean_eps)` instead.
         across_heads: divide by the root of the mean square of all heads.
+        unit_offset: store the gain minus 1.
     """
 
     def __init__(
-        self, dim: int, heads: int, eps: float = 1e-12, *, mean_eps: float | None = None, across_heads: bool = False
+        self,
+        dim: int,
+        heads: int,
+        eps: float = 1e-12,
+        *,
+        mean_eps: float | None = None,
+        across_heads: bool = False,
+        unit_offset: bool = True,
     ) -> None:
         super().__init__()
         at_least(1, dim=dim, heads=heads)
         self.scale, self.eps, self.mean_eps, self.across_heads = dim**0.5, eps, mean_eps, across_heads
-        self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
+        self.unit_offset = unit_offset
+        self.gamma = nn.Parameter(torch.full((heads, 1, dim), 0.0 if unit_offset else 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x (b, heads, n, d)` over the last axis."""
+        """Normalize `x (b, heads, n, d)` over the last axis, or over heads and the last axis."""
+        gain = self.gamma + 1 if self.unit_offset else self.gamma
         if self.across_heads:
             wide = at_least_float32(x)
             mean = wide.square().mean(dim=(-3, -1), keepdim=True)
-            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * (self.gamma + 1)
+            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * gain
         if self.mean_eps is not None:
-            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * (self.gamma + 1)
-        least = max(self.eps, SHORTEST.get(x.dtype, 0.0))
-        return F.normalize(x, dim=-1, eps=least) * self.scale * (self.gamma + 1)
+            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * gain
+        return unit_length(x, self.scale, self.eps) * gain
 
+
+def _of_stack(make: Callable[..., Norm]) -> Callable[..., Norm]:
+    """Return a function that builds a norm from the options of a stack, of which it takes those that it has."""
+    names = inspect.signature(make).parameters
+
+    def build(dim: int, options: Options, **given: Any) -> Norm:
+        return make(dim, **{name: value for name, value in given.items() if name in names})
+
+    return build
+
+
+build_layer_norm = _of_stack(LayerNorm)
+"""Builds the norm of a stack that chooses no other."""
 
 LAYER_NORM = Feature(
     name="norm",
@@ -476,7 +496,7 @@ RMS_NORM = Feature(
     choice="norm",
     options=RMSNormOptions,
     enabled=lambda options: options.use_rmsnorm,
-    build=RMSNorm,
+    build=_of_stack(RMSNorm),
     summary="RMSNorm instead of LayerNorm",
     paper="1910.07467",
     examples=({"use_rmsnorm": True},),
@@ -489,7 +509,7 @@ SIMPLE_RMS_NORM = Feature(
     choice="norm",
     options=SimpleRMSNormOptions,
     enabled=lambda options: options.use_simple_rmsnorm,
-    build=SimpleRMSNorm,
+    build=_of_stack(SimpleRMSNorm),
     summary="RMSNorm without parameters instead of LayerNorm",
     paper="2307.14995",
     examples=({"use_simple_rmsnorm": True},),
@@ -502,7 +522,7 @@ SCALE_NORM = Feature(
     choice="norm",
     options=ScaleNormOptions,
     enabled=lambda options: options.use_scalenorm,
-    build=ScaleNorm,
+    build=_of_stack(ScaleNorm),
     summary="ScaleNorm, with one gain for all features, instead of LayerNorm",
     paper="1910.05895",
     examples=({"use_scalenorm": True},),
@@ -553,7 +573,7 @@ DERF = Feature(
     choice="norm",
     options=DerfOptions,
     enabled=lambda options: options.use_derf,
-    build=Derf,
+    build=_of_stack(Derf),
     summary="erf of the scaled and shifted input instead of LayerNorm",
     paper="2512.10938",
     examples=({"use_derf": True},),

@@ -21,7 +21,7 @@ def checking(init: Any) -> Any:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain(args), plain(kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+        bound = bind(signature, self, args, kwargs)
         given = {name: bound.arguments[name] for name in named[1:] if name in bound.arguments}
         check_arguments(type(self).__name__, init, given)
         hints = hints_of(init)
@@ -29,6 +29,29 @@ def checking(init: Any) -> Any:
         init(*bound.args, **bound.kwargs)
 
     return checked
+
+
+def bind(signature: inspect.Signature, built: Any, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Return the arguments of a constructor.
+
+    Raises:
+        UnknownKeywordError: if a keyword is unknown. TypeError: if only another argument is missing.
+    """
+    try:
+        return signature.bind(built, *args, **kwargs)
+    except TypeError as error:
+        # what a constructor passes on by `**kwargs`, the signature of its class names
+        known = list(signature.parameters.values())
+        if any(entry.kind is entry.VAR_KEYWORD for entry in known):
+            known = list(inspect.signature(type(built)).parameters.values())
+        faults, names = Faults(), [entry.name for entry in known]
+        for name in kwargs if not any(entry.kind is entry.VAR_KEYWORD for entry in known) else ():
+            if name not in names:
+                faults.add_unknown(name, names)
+        if faults.messages and "unexpected keyword" not in str(error):
+            faults.add(f"{error}.")
+        faults.raise_if_any(type(built).__name__)
+        raise
 
 
 def check_arguments(subject: str, init: Callable[..., None], given: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.options.checked import VARIABLE, Checked, check_arguments
+from x_transformers.options.checked import VARIABLE, Checked, bind, check_arguments
 from x_transformers.options.schema import Schema
 from x_transformers.options.suggestions import offer
 from x_transformers.options.values import plain
@@ -152,7 +152,7 @@ def _recording(init: Any) -> Any:
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain(args), plain(kwargs)
-        given = _bind(signature, self, args, kwargs)
+        given = bind(signature, self, args, kwargs).arguments
         check_arguments(type(self).__name__, init, {name: given[name] for name in names if name in given})
         # a class that is derived from another wraps both constructors: the outer one has recorded already
         if "_config" not in self.__dict__:
@@ -165,29 +165,6 @@ def _recording(init: Any) -> Any:
         init(self, *args, **kwargs)
 
     return recorded
-
-
-def _bind(signature: inspect.Signature, built: Any, args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the arguments of a constructor by name.
-
-    Raises:
-        UnknownKeywordError: if a keyword is unknown. TypeError: if only another argument is missing.
-    """
-    try:
-        return signature.bind(built, *args, **kwargs).arguments
-    except TypeError as error:
-        # what a constructor passes on by `**kwargs`, the signature of its class names
-        known = list(signature.parameters.values())
-        if any(entry.kind is entry.VAR_KEYWORD for entry in known):
-            known = list(inspect.signature(type(built)).parameters.values())
-        faults, names = Faults(), [entry.name for entry in known]
-        for name in kwargs if not any(entry.kind is entry.VAR_KEYWORD for entry in known) else ():
-            if name not in names:
-                faults.add_unknown(name, names)
-        if faults.messages and "unexpected keyword" not in str(error):
-            faults.add(f"{error}.")
-        faults.raise_if_any(type(built).__name__)
-        raise
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -9,8 +9,6 @@ from typing import Any
 from x_transformers.plots import DPI, learning_curve
 from x_transformers.training.packages import needed
 
-CURVES = {"training": "bits_per_byte", "held out": "held_out_bits_per_byte"}
-
 
 def draw_curve(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draw bits per byte of training and of held-out text over steps.
@@ -22,8 +20,8 @@ def draw_curve(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     """
     needed("matplotlib", "train", "The picture of a run")
     curves = {}
-    for label, key in CURVES.items():
+    for key, label in (("bits_per_byte", "training"), ("held_out_bits_per_byte", "held out")):
         points = [(metric["step"], metric[key]) for metric in metrics if key in metric]
         curves[label] = ([step for step, _ in points], [value for _, value in points])
-    if any(steps for steps, _ in curves.values()):
+    if any(values for _, values in curves.values()):
         learning_curve(curves, y="bits per byte", title=title).savefig(path, dpi=DPI)

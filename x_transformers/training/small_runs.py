@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sysconfig
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError
+from x_transformers.training.command_line import Parser, default_device, device, number
 from x_transformers.training.optimizers import Muon
-
-LEFT_OUT = frozenset({"test", "tests", "site-packages", "idlelib", "__pycache__"})
-"""Folders of the standard library whose files are not read."""
+from x_transformers.training.packages import needed
+from x_transformers.training.texts import Texts
 
 
 def arguments(description: str, out: str, steps: int) -> argparse.Namespace:
@@ -28,19 +25,12 @@ def arguments(description: str, out: str, steps: int) -> argparse.Namespace:
         out: name of the default folder, in `runs`.
         steps: default number of steps.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = Parser(description=description)
     parser.add_argument("--out", type=Path, default=Path("runs") / out, help="folder for pictures and text")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--steps", type=int, default=steps, help="number of training steps")
-    parser.add_argument("--device", default=device, help="device that trains, such as cpu or cuda")
+    parser.add_argument("--steps", type=number(int, 1), default=steps, help="number of training steps")
+    parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, ...")
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error(f"--steps is {options.steps}; it must be at least 1.")
-    try:
-        options.device = torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device is {options.device}, which this machine does not have ({_first_line(error)}).")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / ".writable").touch()
@@ -49,10 +39,6 @@ def arguments(description: str, out: str, steps: int) -> argparse.Namespace:
         parser.error(f"the folder {options.out} cannot be written to ({error.strerror}); pass another --out.")
     torch.manual_seed(options.seed)
     return options
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def fit(
@@ -79,10 +65,7 @@ def fit(
     Raises:
         ConfigError: if tqdm, which shows the progress, is not installed.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ConfigError("the progress of training needs tqdm: `pip install tqdm`.") from None
+    bar = needed("tqdm", "train", "The progress of training").tqdm(range(steps), desc=name)
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     matrices = [p for key, p in trained.items() if muon_lr is not None and "attn_layers." in key and p.ndim == 2]
     rest = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
@@ -97,7 +80,7 @@ def fit(
     ]
     model.train()
     smooth = None
-    for step in (bar := tqdm(range(steps), desc=name)):
+    for step in bar:
         (now := loss()).backward()
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         for optimizer, shape in zip(optimizers, shapes, strict=True):
@@ -112,16 +95,10 @@ def fit(
 
 
 def library_text() -> tuple[Tensor, Tensor]:
-    """Return the source code of Python's standard library as bytes, `(n,)` uint8: for training, and held out.
-
-    About one file in twenty is held out, selected by a checksum of its path.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
+    """Return the source code of Python's standard library as bytes, `(n,)` uint8: for training, and held out."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if path.is_file() and not LEFT_OUT & set(name.parts[:-1]):
-            parts[zlib.crc32(name.as_posix().encode("utf-8")) % 20 == 0].append(path.read_bytes())
+    for text, held_out in Texts():
+        parts[held_out].append(text)
     train, held_out = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
     return train, held_out
 

@@ -22,6 +22,9 @@ KERNELS = {
     "enable_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
+FOLDED = ("cuda",)
+"""Devices whose kernels for a mask take no grouped heads: PyTorch would copy the keys for each query head."""
+
 
 class SDPA(Backend):
     """Fused softmax attention.
@@ -62,10 +65,15 @@ class SDPA(Backend):
         causal, scale = visible.is_causal and mask is None, request.scale
         # under `torch.jit.trace` sizes are tensors
         grouped = bool(k.shape[1] != q.shape[1])
+        shape = q.shape[:-1]
+        if grouped and q.device.type in FOLDED and q.shape[-2] == 1 and not causal:
+            grouped, (q, mask) = False, _fold_groups(q, k.shape[1], mask)
         out = attend(q, k, v, mask, request.dropout, causal, scale=scale, enable_gqa=grouped)
         if out.requires_grad and not request.dropout and not torch.compiler.is_compiling():
             options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
             out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, v, mask)
+        if q.shape[:-1] != shape:
+            out = out.reshape(*shape, out.shape[-1])
         if out.shape[-1] != width:
             out = out[..., :width]
         if visible.fully_masked is False:
@@ -105,6 +113,14 @@ class SecondDerivatives(torch.autograd.Function):
         return None, None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
+def _fold_groups(q: Tensor, groups: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return one query `(b, h, 1, d)` as `(b, g, h // g, d)`, the queries of heads that share keys, and its mask."""
+    b, h, _, d = q.shape
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], groups, h // groups, mask.shape[-1])
+    return q.reshape(b, groups, h // groups, d), mask
+
+
 def _of_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Pad the last axis of tensors with zeros to the width of the widest."""
     width = max(t.shape[-1] for t in tensors)
@@ -138,9 +154,9 @@ def _mask(request: Request) -> Tensor | None:
         if total is not None:
             total = total.to(request.q.dtype)
             return total if seen is None else total.masked_fill(~seen, float("-inf"))
-        if seen is not None and request.q.device.type == "cpu":
+        if seen is not None:
             # every call would convert a boolean mask to this; once per pass is enough
             return torch.zeros_like(seen, dtype=request.q.dtype).masked_fill(~seen, float("-inf"))
-        return seen
+        return None
 
     return request.memo.once(make, "sdpa mask", visible, bias, request.q.dtype)

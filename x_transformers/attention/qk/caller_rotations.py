@@ -14,9 +14,12 @@ from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.base import from_softplus_polar, softplus_polar
-from x_transformers.errors import ShapeError
+from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Span
-from x_transformers.ops import at_least_float32
+from x_transformers.ops import at_least_float32, values_can_be_read
+
+LARGEST_FACTOR = 1e30
+"""Bound of xPos factors and their reciprocals, relative to the first row; float32 ends at 3e38."""
 
 Pair = tuple[Tensor, Tensor | float]
 """Angles `(1|b, N, r)` and a factor of that shape or a number, as `RotaryEmbedding` returns them."""
@@ -211,7 +214,21 @@ def _from_first_row(pair: Pair) -> Pair:
     angles, factor = pair
     if isinstance(factor, Tensor) and factor.ndim:
         factor = factor / factor[..., :1, :]
+        _check_range(factor)
     return angles, factor
+
+
+def _check_range(factor: Tensor) -> None:
+    """Raise an `InputError` if queries or keys times a factor may leave the range of numbers; only on a CPU."""
+    if factor.device.type != "cpu" or not values_can_be_read() or type(factor) is not Tensor or not factor.numel():
+        return
+    least, largest = (float(each) for each in factor.detach().aminmax())
+    if not (least >= 1 / LARGEST_FACTOR and largest <= LARGEST_FACTOR):
+        raise InputError(
+            f"`rotary_pos_emb` has xPos factors from {least:.1e} to {largest:.1e}, relative to its first row, with "
+            "which products of queries and keys leave the range of numbers. Pass fewer positions, increase "
+            "`scale_base`, or build the stack with `rotary_xpos = True`, which reads any positions."
+        )
 
 
 def _rotate(t: Tensor, angles: Tensor, factor: Tensor | float) -> Tensor:

@@ -73,6 +73,7 @@ class RMSNormOptions:
     k_rmsnorm: bool = opt(False, "the same on keys only")
     qk_rmsnorm_eps: float | None = opt(None, "epsilon added to the mean square; default: none")
     qk_rmsnorm_across_heads: bool = opt(False, "one mean square for the features of all heads, instead of one a head")
+    qk_rmsnorm_unit_offset: bool = opt(True, "store the gains minus 1, so that weight decay pulls them towards 1")
 
     def __post_init__(self) -> None:
         positive(qk_rmsnorm_eps=self.qk_rmsnorm_eps)
@@ -89,17 +90,23 @@ class QKRMSNorm(QKNorm):
         keys_only: leave queries as they are.
         eps: added to the mean square, or None.
         across_heads: one mean square for all heads.
+        unit_offset: store the gains minus 1.
     """
 
     def __init__(
-        self, shape: AttentionShape, keys_only: bool, eps: float | None = None, across_heads: bool = False
+        self,
+        shape: AttentionShape,
+        keys_only: bool,
+        eps: float | None = None,
+        across_heads: bool = False,
+        unit_offset: bool = True,
     ) -> None:
         super().__init__()
-        given: dict[str, Any] = {"mean_eps": eps, "across_heads": across_heads}
+        given: dict[str, Any] = {"mean_eps": eps, "across_heads": across_heads, "unit_offset": unit_offset}
         self.q_norm = None if keys_only else MultiheadRMSNorm(shape.dim_head, shape.heads, **given)
         self.k_norm = MultiheadRMSNorm(shape.dim_head, shape.kv_heads, **given)
-        if eps is not None or across_heads:
-            self.beyond_reference = "`qk_rmsnorm_eps` or `qk_rmsnorm_across_heads`"
+        if eps is not None or across_heads or not unit_offset:
+            self.beyond_reference = "such norm of queries and keys (`attn_qk_rmsnorm_eps`, ...)"
 
     def normalize_q(self, q: Tensor) -> Tensor:
         return q if self.q_norm is None else self.q_norm(q)
@@ -115,7 +122,13 @@ def build_unit(options: UnitNormOptions, shape: AttentionShape, **_: Any) -> QKU
 
 def build_rms(options: RMSNormOptions, shape: AttentionShape, **_: Any) -> QKRMSNorm:
     """Build the norm of one attention."""
-    return QKRMSNorm(shape, options.k_rmsnorm, options.qk_rmsnorm_eps, options.qk_rmsnorm_across_heads)
+    return QKRMSNorm(
+        shape,
+        options.k_rmsnorm,
+        options.qk_rmsnorm_eps,
+        options.qk_rmsnorm_across_heads,
+        options.qk_rmsnorm_unit_offset,
+    )
 
 
 UNIT = Feature(
@@ -148,7 +161,7 @@ RMS = Feature(
     examples=(
         {"attn_qk_rmsnorm": True},
         {"attn_k_rmsnorm": True},
-        {"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_eps": 0.01},
+        {"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_eps": 0.01, "attn_qk_rmsnorm_unit_offset": False},
         {"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_across_heads": True, "attn_kv_heads": 2},
     ),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.by_layer import TransformsByLayer
-from x_transformers.attention.qk.decay import REACH, Decay
+from x_transformers.attention.qk.decay import LARGEST, REACH, Decay
 from x_transformers.attention.qk.frequencies import attention_factor, check_scaling, check_width, frequencies
 from x_transformers.attention.qk.rotation import RotationTable, rotate
 from x_transformers.errors import ConfigError, InputError, StateDictError
@@ -202,9 +202,14 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
             raise InputError(f"this embedding has no tables of angles for callers: {self.refuses_tables}.")
         pos = (t if t.ndim > 1 else t.unsqueeze(0)) + offset
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
-        if not self.use_xpos:
-            return angles, 1.0
-        centered = pos - torch.div(pos.max() + 1, 2, rounding_mode="floor")
+        if not self.use_xpos or pos.shape[-1] == 0:
+            return angles, torch.ones_like(angles) if self.use_xpos else 1.0
+        # Only ratios count: where factors relative to half of the largest position would overflow, they are relative
+        # to the middle of a row.
+        half = torch.div(pos.max() + 1, 2, rounding_mode="floor")
+        ends = pos.amin(dim=-1, keepdim=True) + pos.amax(dim=-1, keepdim=True)
+        far = (pos - half).abs().amax(dim=-1, keepdim=True) * self.xpos_log.abs().max() > LARGEST
+        centered = pos - torch.where(far, torch.div(ends, 2, rounding_mode="floor"), half)
         return angles, (centered.unsqueeze(-1) * self.xpos_log).exp().repeat_interleave(2, dim=-1)
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:

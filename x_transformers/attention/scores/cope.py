@@ -126,8 +126,9 @@ def _interpolate(by_position: Tensor, position: Tensor) -> Tensor:
     """Read `(b, h, i, P)` at fractional positions `(b, h, i, j)` by linear interpolation."""
     # Positions are at most P - 1, so that the ceiling is inside of the table. Floor and ceiling have no gradient: gates
     # learn by the share `position - floor`.
-    floor = position.floor()
-    low, high = by_position.gather(-1, floor.long()), by_position.gather(-1, position.ceil().long())
+    known = position.detach().nan_to_num()  # an index that is NaN would read outside of the table
+    floor = known.floor()
+    low, high = by_position.gather(-1, floor.long()), by_position.gather(-1, known.ceil().long())
     return torch.lerp(low, high, position - floor)
 
 

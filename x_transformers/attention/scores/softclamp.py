@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.attention.base import BoundScore, Needs, ScoreFunction, ScoreMod, Stage
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
+from x_transformers.modules.fast_tanh import HALF, fast_tanh, has_fast_tanh
 from x_transformers.ops import softclamp
 from x_transformers.options.schema import Feature, opt, positive
 
@@ -41,15 +42,23 @@ class SoftclampLogits(ScoreMod):
         super().__init__()
         if value <= 0:
             raise ConfigError(f"`logit_softclamp_value` is {value}; it must be positive.")
-        self.value = value
+        self.value, self.fast = value, has_fast_tanh()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # the process that reads a pickled module may have another GPU, and a compiler that does not know the function
+        self.fast = has_fast_tanh()
 
     def bind(self, query: Span, keys: Span) -> BoundScore:
         def make_at() -> ScoreFunction:
             # `tanh(x) = 2 sigmoid(2 x) - 1`: a kernel computes an exponential in half the time of a tanh, and a number
             # that is a part of the kernel is not read for each score
-            value, double = self.value, 2 / self.value
+            value, inverse, double = self.value, 1 / self.value, 2 / self.value
+            fast = self.fast and query.pos.is_cuda
 
             def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                if fast and score.dtype in HALF:
+                    return fast_tanh(score * inverse) * value
                 return torch.sigmoid(score * double) * (2 * value) - value
 
             return at

@@ -41,6 +41,7 @@ def model_feature(
     choice: str | None = None,
     refuses: tuple[Rule, ...] = (),
     warns: tuple[Rule, ...] = (),
+    exempt_examples: Mapping[tuple[str, int], str] | None = None,
     **exempt: str,
 ) -> Feature:
     """Return the record of one idea of models; `examples` and `exempt` are those of a `Feature`."""
@@ -56,5 +57,5 @@ def model_feature(
         refuses=refuses,
         warns=warns,
         examples=examples,
-        exempt=exempt,
+        exempt={**exempt, **(exempt_examples or {})},
     )

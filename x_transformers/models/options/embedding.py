@@ -94,6 +94,14 @@ NORMALIZED_EMBEDDING = model_feature(
 class AbsolutePositions(Keywords):
     use_abs_pos_emb: bool = opt(True, "absolute positions, unless the stack has rotary positions or the T5 bias")
     scaled_sinu_pos_emb: bool = opt(False, "sinusoids with a learned scale instead of a table")
+    abs_pos_emb_scale: float | None = opt(None, "factor of the table; default `dim ** -0.5`, or 1 for unit-length rows")
+
+    def __post_init__(self) -> None:
+        positive(abs_pos_emb_scale=self.abs_pos_emb_scale)
+        require(
+            self.abs_pos_emb_scale is None or not self.scaled_sinu_pos_emb,
+            "`abs_pos_emb_scale` is a factor of the learned table, and `scaled_sinu_pos_emb` replaces it; drop one.",
+        )
 
 
 ABSOLUTE_POSITIONS = model_feature(
@@ -102,7 +110,9 @@ ABSOLUTE_POSITIONS = model_feature(
     "a learned table of positions, sinusoids, or none",
     {"use_abs_pos_emb": False},
     {"scaled_sinu_pos_emb": True},
+    {"abs_pos_emb_scale": 1.0},
     paper="1706.03762",
+    exempt_examples={("export", 3): "the reference has no such factor"},
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.models.options.base import Keywords, model_feature
-from x_transformers.options.schema import at_least, opt, require
+from x_transformers.options.schema import Rule, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +29,26 @@ RECYCLING = model_feature(
 
 @dataclass(frozen=True, kw_only=True)
 class Looped(Keywords):
-    looped: bool = opt(False, "not available in this version")
-    max_looped_steps: int = opt(4, "not available in this version")
+    looped: bool = opt(False, "run the stack on its own output, and learn after how many loops a token may leave")
+    max_looped_steps: int = opt(4, "largest number of loops")
 
     def __post_init__(self) -> None:
-        name = "looped" if self.looped else "max_looped_steps"
-        require(
-            not self.looped and self.max_looped_steps == 4,
-            f"`{name}` is not available in this version; drop it. `recycling` also runs a stack several times.",
-        )
+        at_least(1, max_looped_steps=self.max_looped_steps)
 
 
-LOOPED = model_feature("looped", Looped, "looped models, which are not available in this version")
+LOOPED = model_feature(
+    "looped",
+    Looped,
+    "the stack runs on its own output, for each token as often as it gains by it",
+    enabled=lambda options: options.looped,
+    refuses=(
+        Rule(
+            when=lambda options: options.on("recycling"),
+            why="`looped` and `recycling` both run the stack several times; drop one of them.",
+        ),
+    ),
+    paper="2510.25741",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,11 @@ def read_options(
 
 def _check_stack(options: ModelOptions, layers: AttentionLayers) -> None:
     """Raise a `ConfigError` if an option needs another stack."""
+    if options.looped and not layers.pre_and_post_norm:
+        raise ConfigError(
+            "`looped` runs the stack on its own output, which must stay at one scale; set `pre_and_post_norm = True` "
+            "in the stack."
+        )
     if options.memory_tokens_interspersed_every is not None and not layers.causal:
         raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
     if options.ff_deep_embed and not layers.sequence.count("f", layers.sequence.order):

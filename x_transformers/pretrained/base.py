@@ -1,0 +1,197 @@
+"""Interface of a family of pretrained models: its configuration as keywords, and the sources of our weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from x_transformers.errors import ConfigError
+from x_transformers.options.values import shown
+
+NEUTRAL = frozenset(
+    [
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cache_implementation",
+        "decoder_start_token_id",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "language",
+        "max_length",
+        "min_length",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_return_dict",
+    ]
+)
+"""Entries of a configuration that do not change what a model computes."""
+
+
+class Settings:
+    """Entries of a configuration, of which each one has to be read.
+
+    Args:
+        entries: the configuration.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        self.entries = dict(entries)
+        self.family = str(entries.get("model_type"))
+        self.read: set[str] = set()
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Return an entry; the default if it is missing or null."""
+        self.read.add(name)
+        value = self.entries.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """Return an entry.
+
+        Raises:
+            ConfigError: if it is missing.
+        """
+        value = self.take(name)
+        if value is None:
+            raise ConfigError(f"this configuration of a {self.family} has no `{name}`, which the model needs.")
+        return value
+
+    def refuse(self, name: str, *allowed: Any) -> None:
+        """Check that an entry is missing, null, or one of some values.
+
+        Raises:
+            ConfigError: if it is another one.
+        """
+        value = self.take(name)
+        if value is not None and value not in allowed:
+            raise ConfigError(
+                f"this configuration of a {self.family} has `{name}` = {shown(value)}, which this version cannot "
+                f"express; allowed are {', '.join(map(repr, allowed)) or 'no value'}."
+            )
+
+    def skip(self, *names: str) -> None:
+        """Mark entries as read that say nothing about the result, such as dropouts of a training."""
+        self.read.update(names)
+
+    def finish(self) -> None:
+        """Check that nothing is left that might change what the model computes.
+
+        Raises:
+            ConfigError: naming each entry that is left.
+        """
+        off = (None, False)
+        left = {name: value for name, value in self.entries.items() if name not in self.read and name not in NEUTRAL}
+        left = {name: value for name, value in left.items() if not any(value is each for each in off)}
+        if left:
+            named = ", ".join(f"`{name}` = {shown(value)}" for name, value in left.items())
+            raise ConfigError(
+                f"this configuration of a {self.family} has entries that this version does not know: {named}. Remove "
+                "those that do not change what the model computes."
+            )
+
+
+def same(tensor: Tensor) -> Tensor:
+    """Return the tensor as it is."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our weights comes from.
+
+    Attributes:
+        names: of the tensors in the files.
+        make: from these tensors to the weight.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[..., Tensor] = same
+
+
+@dataclass
+class Outline:
+    """A model in our words.
+
+    Attributes:
+        model: keywords of the `TransformerWrapper`.
+        stack: keywords of the `Decoder`.
+        weights: the source of each of our weights, by name.
+        unused: the ends of names in the files that are no weights.
+        prefix: of the names; files of a model that was saved without its head lack it.
+    """
+
+    model: dict[str, Any]
+    stack: dict[str, Any]
+    weights: dict[str, Source] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    prefix: str = "model."
+
+    def put(self, name: str, *names: str, make: Callable[..., Tensor] = same) -> None:
+        """Note the source of a weight, by the names of the tensors in the files."""
+        self.weights[name] = Source(names, make)
+
+
+Read = Callable[[Settings], Outline]
+"""A family: from the configuration to the outline."""
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation(name: str) -> str:
+    """Return our name of an activation.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"this configuration has the activation {name!r}, which this version does not know; it knows "
+            f"{', '.join(ACTIVATIONS)}."
+        )
+    return ACTIVATIONS[name]
+
+
+def multiple(dim: int, inner: int) -> float:
+    """Return the `ff_mult` with which `int(dim * mult)` is `inner`."""
+    return (inner + 0.5) / dim

@@ -1,0 +1,16 @@
+"""Granite (2405.04324): Llama with factors of embeddings, scores, sublayers and logits."""
+
+from __future__ import annotations
+
+from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.gated_decoder import read_gated_decoder
+
+
+def read(settings: Settings) -> Outline:
+    """Return the outline of a model."""
+    outline = read_gated_decoder(settings)
+    outline.model["emb_scale"] = settings.take("embedding_multiplier", 1.0)
+    outline.model["logits_scale"] = 1 / settings.take("logits_scaling", 1.0)
+    outline.stack["attn_scale"] = settings.take("attention_multiplier", 1.0)
+    outline.stack["depth_scale_residual"] = float(settings.take("residual_multiplier", 1.0))
+    return outline

@@ -1,0 +1,11 @@
+"""Llama, Llama 2 (2307.09288) and Llama 3 (2407.21783)."""
+
+from __future__ import annotations
+
+from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.gated_decoder import read_gated_decoder
+
+
+def read(settings: Settings) -> Outline:
+    """Return the outline of a model."""
+    return read_gated_decoder(settings)

@@ -1,0 +1,26 @@
+"""Qwen 2 (2407.10671), with biases of queries, keys and values; Qwen 3 (2505.09388), with norms of queries and keys."""
+
+from __future__ import annotations
+
+from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.gated_decoder import Details, read_gated_decoder, windows
+
+
+def read_qwen2(settings: Settings) -> Outline:
+    """Return the outline of a Qwen 2."""
+    return _with_windows(settings, read_gated_decoder(settings, Details(qkv_bias=True, out_bias=False)))
+
+
+def read_qwen3(settings: Settings) -> Outline:
+    """Return the outline of a Qwen 3."""
+    return _with_windows(settings, read_gated_decoder(settings, Details(qk_norm="head")))
+
+
+def _with_windows(settings: Settings, outline: Outline) -> Outline:
+    used, depth = settings.take("use_sliding_window", False), outline.stack["depth"]
+    # older configurations name the first layer with a window instead of the kinds of all layers
+    first = settings.take("max_window_layers", depth)
+    if settings.take("layer_types") is None:
+        settings.entries["layer_types"] = ["full_attention"] * first + ["sliding_attention"] * (depth - first)
+    outline.stack |= windows(settings, depth, used=used)
+    return outline

@@ -1,0 +1,158 @@
+"""Decoders with RMSNorm, rotary positions, grouped heads and gated feedforwards: Llama and what followed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.pretrained.base import Outline, Settings, activation, multiple
+from x_transformers.pretrained.rotary import rotary_keywords
+
+LAYER = "attn_layers.layers."
+"""Prefix of our sublayers: attention and feedforward of block i are number 2 i and 2 i + 1."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """Differences of the families.
+
+    Attributes:
+        qkv_bias, out_bias: biases of the attention; None reads `attention_bias`.
+        norms: names of the norms before attention, before the feedforward, and after each of them; "" for none.
+        qk_norm: queries and keys have norms: "" none, "head" one gain for all heads, "all" a mean square of all heads.
+        unit_offset: gains of norms are stored minus 1.
+        activation: the entry with the name of the activation.
+    """
+
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    norms: tuple[str, str, str, str] = ("input_layernorm", "post_attention_layernorm", "", "")
+    qk_norm: str = ""
+    unit_offset: bool = False
+    activation: str = "hidden_act"
+
+
+def read_gated_decoder(settings: Settings, details: Details = Details(), *, tied: bool = False) -> Outline:
+    """Return the outline of a decoder.
+
+    Args:
+        settings: the configuration.
+        details: what is particular to the family.
+        tied: logits come from the token table unless the configuration says otherwise.
+    """
+    dim, heads, depth = (settings.need(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads, dim_head = settings.take("num_key_value_heads", heads), settings.take("head_dim", dim // heads)
+    given, mlp_bias = settings.take("attention_bias", False), settings.take("mlp_bias", False)
+    qkv_bias = given if details.qkv_bias is None else details.qkv_bias
+    out_bias = given if details.out_bias is None else details.out_bias
+    settings.skip("attention_dropout")
+    before, _, after, _ = details.norms
+    stack: dict[str, Any] = {
+        "dim": dim,
+        "depth": depth,
+        "heads": heads,
+        "attn_dim_head": dim_head,
+        "attn_kv_heads": kv_heads,
+        "attn_project_out": True,
+        "attn_qkv_bias": qkv_bias,
+        "attn_out_bias": out_bias,
+        "use_rmsnorm": True,
+        "norm_eps": settings.take("rms_norm_eps", 1e-6),
+        "norm_add_unit_offset": details.unit_offset,
+        "ff_glu": True,
+        "ff_activation": activation(settings.take(details.activation, "silu")),
+        "ff_mult": multiple(dim, settings.need("intermediate_size")),
+        "ff_no_bias": not mlp_bias,
+        "ff_glu_no_bias": not mlp_bias,
+        **rotary_keywords(settings, dim_head),
+    }
+    if before and after:
+        stack["sandwich_norm"] = True
+    elif after:
+        stack["branch_norm"] = True
+    if details.qk_norm:
+        stack |= {
+            "attn_qk_rmsnorm": True,
+            "attn_qk_rmsnorm_eps": stack["norm_eps"],
+            "attn_qk_rmsnorm_unit_offset": details.unit_offset,
+            "attn_qk_rmsnorm_across_heads": details.qk_norm == "all",
+        }
+    tied = settings.take("tie_word_embeddings", tied)
+    model = {
+        "num_tokens": settings.need("vocab_size"),
+        "max_seq_len": settings.need("max_position_embeddings"),
+        "use_abs_pos_emb": False,
+        "tie_embedding": tied,
+    }
+    if tied:
+        model["tie_embedding_scale"] = 1.0
+    outline = Outline(model, stack, unused=("rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ())))
+    outline.put("token_emb.emb.weight", "model.embed_tokens.weight")
+    outline.put("attn_layers.final_norm.gamma", "model.norm.weight")
+    if not tied:
+        outline.put("to_logits.weight", "lm_head.weight")
+    for block in range(depth):
+        _put_block(outline, block, details, heads, kv_heads)
+    return outline
+
+
+def _put_block(outline: Outline, block: int, details: Details, heads: int, kv_heads: int) -> None:
+    """Note the weights of one block."""
+    theirs, stack = f"model.layers.{block}.", outline.stack
+    attention, feedforward = f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
+    before_attention, before_feedforward, after_attention, after_feedforward = details.norms
+    for ours, name in (
+        (f"{attention}norm.gamma", before_attention),
+        (f"{feedforward}norm.gamma", before_feedforward),
+        (f"{attention}output_norm.gamma", after_attention),
+        (f"{feedforward}output_norm.gamma", after_feedforward),
+    ):
+        if name:
+            outline.put(ours, f"{theirs}{name}.weight")
+    for ours, name, biased in (
+        ("projections.q", "q_proj", stack["attn_qkv_bias"]),
+        ("projections.k", "k_proj", stack["attn_qkv_bias"]),
+        ("projections.v", "v_proj", stack["attn_qkv_bias"]),
+        ("out", "o_proj", stack["attn_out_bias"]),
+    ):
+        for kind in ("weight", "bias") if biased else ("weight",):
+            outline.put(f"{attention}attention.{ours}.{kind}", f"{theirs}self_attn.{name}.{kind}")
+    if details.qk_norm:
+        for ours, name, count in (("q_norm", "q_norm", heads), ("k_norm", "k_norm", kv_heads)):
+            # one gain for the features of every head, or one for those of all heads
+            def by_head(gain: Tensor, count: int = count) -> Tensor:
+                return gain.expand(count, 1, -1) if details.qk_norm == "head" else gain.view(count, 1, -1)
+
+            path = f"{attention}attention.qk_norms.qk_rmsnorm.{ours}.gamma"
+            outline.put(path, f"{theirs}self_attn.{name}.weight", make=by_head)
+    for kind in ("weight",) if stack["ff_no_bias"] else ("weight", "bias"):
+        # our map to values and gates is one
+        parts = (f"{theirs}mlp.up_proj.{kind}", f"{theirs}mlp.gate_proj.{kind}")
+        outline.put(f"{feedforward}feedforward.up.{kind}", *parts, make=joined)
+        outline.put(f"{feedforward}feedforward.down.{kind}", f"{theirs}mlp.down_proj.{kind}")
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Return the maps of the same input as one."""
+    return torch.cat(parts)
+
+
+def windows(settings: Settings, depth: int, *, first: bool = True, used: bool = True) -> dict[str, Any]:
+    """Return the keyword for layers that see `sliding_window` tokens, their own included.
+
+    Args:
+        settings: the configuration, whose `layer_types` name the layers with a window.
+        depth: number of layers.
+        first: without `layer_types`, every layer has a window.
+        used: the configuration switches windows on.
+    """
+    window, kinds = settings.take("sliding_window"), settings.take("layer_types")
+    if window is None or not used:
+        return {}
+    if kinds is None:
+        return {"attn_max_attend_past": window - 1} if first else {}
+    reaches = tuple(window - 1 if kind == "sliding_attention" else None for kind in kinds[:depth])
+    return {"attn_max_attend_past": reaches} if any(reach is not None for reach in reaches) else {}

@@ -1,0 +1,154 @@
+"""Tensors of a folder, read one by one from one or several safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from x_transformers.errors import CheckpointError
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that contains an object of JSON.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} contains {type(found).__name__}, not an object of JSON.")
+    return found
+
+
+class Place(NamedTuple):
+    """Where a tensor is in its file.
+
+    Attributes:
+        path: of the file.
+        start, end: of its bytes.
+        dtype, shape: of the tensor.
+    """
+
+    path: Path
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Shards:
+    """Open files of a folder. Tensors are read into memory of their own: a file may be replaced afterwards.
+
+    Args:
+        files: each path with the open file.
+        places: of the tensors, by name.
+    """
+
+    def __init__(self, files: Mapping[Path, BinaryIO], places: Mapping[str, Place]) -> None:
+        self.files, self.places = files, places
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: if it is missing or damaged.
+        """
+        place = self.places.get(name)
+        if place is None:
+            names = ", ".join(sorted(path.name for path in self.files))
+            raise CheckpointError(f"{names} of this folder contain no tensor `{name}`, which the model needs.")
+        found = torch.empty(place.shape, dtype=place.dtype)
+        file, read = self.files[place.path], 0
+        file.seek(place.start)
+        if found.numel():
+            read = file.readinto(memoryview(found.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+        if read != place.end - place.start:
+            raise CheckpointError(f"{place.path} is damaged: it ends before tensor `{name}` does.")
+        return found
+
+
+def _places(path: Path, file: BinaryIO) -> dict[str, Place]:
+    """Read the header of a file.
+
+    Raises:
+        CheckpointError: if the file is damaged, or contains tensors of an unknown dtype.
+    """
+    try:
+        # checks sizes, overlaps and the end of the file
+        with safe_open(str(path), framework="pt", device="cpu"):
+            pass
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}.") from error
+    places = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        if about["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: tensor `{name}` is of the dtype {about['dtype']}, which is not read.")
+        start, end = (8 + length + offset for offset in about["data_offsets"])
+        places[name] = Place(path, start, end, DTYPES[about["dtype"]], tuple(about["shape"]))
+    return places
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of weights, and of what older files contain besides them."""
+
+
+@contextmanager
+def open_shards(folder: Path) -> Iterator[Shards]:
+    """Open the files of a folder: `model.safetensors`, or those that the index next to it lists.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or does not contain what the index says.
+    """
+    whole = folder / WHOLE
+    if whole.exists():
+        paths, listed = [whole], None
+    elif (folder / INDEX).exists():
+        listed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(f"{folder / INDEX} is damaged: its `weight_map` does not map tensors to files.")
+        paths = sorted({folder / name for name in listed.values()})
+        if any(path.parent != folder for path in paths):
+            raise CheckpointError(f"{folder / INDEX} names files outside of its folder.")
+    else:
+        raise CheckpointError(
+            f"{folder} contains neither {WHOLE} nor {INDEX}. Weights in other formats are not read; save them with "
+            "`safe_serialization = True`."
+        )
+    with ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        places: dict[str, Place] = {}
+        for path in paths:
+            try:
+                files[path] = stack.enter_context(path.open("rb"))
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}.") from error
+            places |= _places(path, files[path])
+        for name, file in (listed or {}).items():
+            if name not in places or places[name].path != folder / file:
+                raise CheckpointError(f"{folder / file} contains no tensor `{name}`, although {INDEX} says so.")
+        yield Shards(files, places)
