@@ -476,6 +476,7 @@ def main(words: list[str]) -> None:
                 print(f"{what}: {found}", flush=True)
 
 
+# what reads files has tests of its own
 assert set(package.__all__) - {"AttentionLayers", "default_device", "load_pretrained"} <= set(CONSTRUCTORS)
 
 if __name__ == "__main__":

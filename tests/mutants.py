@@ -63,6 +63,15 @@ class Mutation:
 
 
 MUTATIONS = (
+    # calls: names, models that see the future, sequences without targets, names of wrapped models
+    Mutation(
+        "losses of models that see the future", r"if sees and _is_ours", "if not sees and _is_ours", "test_next_item.py"
+    ),
+    Mutation("a user's mask is not the stack's", r"(if sees and) _is_ours\(net\)", r"\1 True", "test_next_item.py"),
+    Mutation("a single item is enough", r"if x\.shape\[1\] < least:", "if x.shape[1] < 1:", "test_next_item.py"),
+    Mutation("names that an inner method takes", r"names \| \(further - ", "names - (further - ", "test_call_names.py"),
+    Mutation("names of wrappers stay", r'outer \+= f"\{name\}\."', "break", "test_wrapped_names.py"),
+    Mutation("the name of the model in a wrapper", r"plain = missing \+ ", 'plain = "" + ', "test_wrapped_names.py"),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),

@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
+    "parallel_block": {"parallel_block": ON},
     # norms
     "norm_add_unit_offset": {"norm_add_unit_offset": False},
     "norm_eps": {"norm_eps": 0.01},
@@ -413,6 +414,11 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
 
 
 REFUSED: dict[str, str] = {
+    "parallel_block": (
+        "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
+        "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
+        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+    ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",

@@ -80,7 +80,7 @@ HOUSE = (
     ("F10", ["checkpoints"]),
     ("F10", ["pretrained.base", "pretrained.shards"]),
     ("F10", ["pretrained.rotary"]),
-    ("F10", ["pretrained.gated_decoder"]),
+    ("F10", ["pretrained.gated_decoder", "pretrained.layer_norm_decoder"]),
     ("F10", ["pretrained.families"]),
     ("F10", ["pretrained.catalog"]),
     ("F10", ["pretrained.loading"]),

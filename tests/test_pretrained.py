@@ -127,7 +127,7 @@ def test_overrides_that_do_not_fit(folder: Path, overrides: dict[str, Any], erro
         ({"quantization_config": {"bits": 4}}, ConfigError, "entries that .* not know: `quantization_config` = "),
         ({"rope_scaling": {"rope_type": "new", "factor": 2.0}}, ConfigError, "`rope_type` must be one of"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.1}}, ConfigError, "'factor' = 0.1"),
-        ({"rope_parameters": {"full": {"rope_theta": 1.0}}}, ConfigError, "`rope_parameters` for kinds of layers"),
+        ({"rope_parameters": {"full": {"rope_theta": 1.0}}}, ConfigError, "`rope_parameters` for the kinds full, but"),
         ({"hidden_size": None}, ConfigError, "has no `hidden_size`, which the model needs"),
         ({"hidden_size": "16"}, CheckpointError, "config.json is damaged: TypeError"),
         ({"num_attention_heads": 0}, CheckpointError, "config.json is damaged: ZeroDivisionError"),

@@ -36,6 +36,17 @@ def rope(name: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": name, "rope_theta": 500.0, **more}}
 
 
+LONG = rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3.0, 4.0])
+BY_KIND = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    },
+    "query_pre_attn_scalar": 20,
+}
+NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2, other details": (
@@ -76,6 +87,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_logit_softcapping": 2.0,
         },
     ),
+    "gemma3": ("Gemma3Text", {**SMALL, "num_hidden_layers": 3, "head_dim": 16, "sliding_window": 4, **BY_KIND}),
+    "gpt neox": ("GPTNeoX", NEOX),
+    "gpt neox, one after the other": (
+        "GPTNeoX",
+        {**NEOX, "use_parallel_residual": False, "attention_bias": False, **rope("linear", factor=2.0)},
+    ),
+    "phi3": ("Phi3", {**SMALL, "sliding_window": 6}),
+    "phi3, longrope": ("Phi3", {**SMALL, "original_max_position_embeddings": 32, **LONG}),
+    "starcoder2": ("Starcoder2", {**SMALL, "sliding_window": 6}),
+    "starcoder2, no biases": ("Starcoder2", {**SMALL, "use_bias": False, "tie_word_embeddings": False}),
     "granite": (
         "Granite",
         {

@@ -57,6 +57,19 @@ def test_norm_on_the_branch_only() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("macaron", [False, True])
+def test_parallel_blocks(macaron: bool) -> None:
+    """`x + f_1(norm_1(x)) + f_2(norm_2(x)) + ...` for each block."""
+    layers = perturbed(Decoder(**{**STACK, "depth": 2}, parallel_block=True, macaron=macaron), 0.3)
+    x = wanted = torch.randn(2, 5, 16)
+    size = 3 if macaron else 2
+    for block in (layers.sublayers[:size], layers.sublayers[size:]):
+        outputs = [branch.output_scale * branch.fn(branch.norm(wanted)) for branch in block]
+        wanted = wanted + sum(outputs)
+    close(layers(x), layers.final_norm(wanted))
+
+
+@torch.no_grad()
 def test_norm_of_queries_and_keys_across_heads() -> None:
     """One mean square for the features of all heads, as OLMo 2 normalizes before it splits them."""
     given = {"qk_rmsnorm": True, "qk_rmsnorm_eps": 0.1}
@@ -140,6 +153,9 @@ def test_logits_are_bounded_before_they_are_mixed() -> None:
         ({"norm_eps": 0.0}, "`norm_eps` is 0.0; it must be positive"),
         ({"norm_bias": True, "use_rmsnorm": True}, "`norm_bias` is a bias of LayerNorm"),
         ({"norm_eps": 0.1, "use_derf": True}, "`norm_eps` has no effect"),
+        ({"parallel_block": True, "only_attn": True}, "`parallel_block` needs blocks of several sublayers"),
+        ({"parallel_block": True, "pre_norm": False}, "which norms between them would change"),
+        ({"parallel_block": True, "num_residual_streams": 2}, "and so does `num_residual_streams`; drop one"),
         ({"branch_norm": True, "sandwich_norm": True}, "`branch_norm` moves the norm"),
         ({"branch_norm": True, "pre_norm": False}, "`branch_norm` moves the norm"),
         ({"branch_norm": True, "resi_dual": True}, "`resi_dual` places norms by itself"),

@@ -362,6 +362,7 @@ class LayerCall:
         additional_mask: `(b, A)` bool, True for those that are seen.
         kv_residual: `(b, m, Dc)` added to the source of keys and values.
         deltas: values that a caller adds inside.
+        source: `(b, n, D)` the stream before the block, which the sublayers of a parallel block read; else None.
         documents: the documents of a packed row, and of its keys; None if each row is one document.
         causal: causality of this sublayer; None: that of the pass for self-attention, none for cross-attention.
         context_attn_mask: like the pass's `attn_mask`, over the keys of a context.
@@ -386,6 +387,7 @@ class LayerCall:
     additional_mask: Tensor | None = None
     kv_residual: Tensor | None = None
     deltas: Deltas = field(kw_only=True)
+    source: Tensor | None = None
     documents: Documents | None = None
     causal: bool | None = None
     context_attn_mask: Tensor | None = None

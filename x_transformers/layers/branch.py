@@ -129,6 +129,8 @@ class Branch(NumberedParts, ReadsReference):
         """
         before, residual, norm = stream, self.residual, self.norm
         x, kept = (stream, stream) if self.reads_stream else residual.read(stream)
+        if layer.source is not None:
+            x = layer.source
         branch_input = x
         if self.reader is not None:
             x, layer = self._read_history(self.reader, x, layer)

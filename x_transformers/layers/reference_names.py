@@ -46,8 +46,11 @@ def export_positions(stack: LayerStack, state: dict[str, Any], prefix: str) -> N
     """Permute the heads of shared positions to the order of the reference, in place.
 
     Raises:
-        StateDictError: if the reference orders the heads of layers differently, or would compute other slopes.
+        StateDictError: if the reference orders the heads of layers differently, would compute other slopes, or has no
+            blocks like those of the stack.
     """
+    if stack.parallel:
+        raise StateDictError("the reference has no `parallel_block`; a model with it cannot be exported.")
     order = _order_of_heads(stack, "exported")
     if isinstance(stack.rel_pos, AlibiPositionalBias):
         stack.rel_pos.check_export(order)

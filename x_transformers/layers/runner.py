@@ -161,9 +161,9 @@ def recomputes(stack: LayerStack, state: PassState) -> bool:
     """Return True if blocks of this pass run again for their gradients.
 
     Passes with a static cache do not: its buffers are written in place, so that a block that runs again would read them
-    as later passes left them.
+    as later passes left them. `torch.func` has no hooks for saved tensors, which running again needs.
     """
-    if stack.checkpoint_every is None or not torch.is_grad_enabled():
+    if stack.checkpoint_every is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return state.kv is None or state.kv.capacity is None
 
@@ -173,7 +173,8 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     call, recorder, skips, kv = state.call, state.recorder, state.skips, state.kv
     skip_sources, layers = stack.skip_sources, list(stack.layers)
     keeps_states = call.causal and (bool(inputs.running_states) or recorder.keeps_states)
-    x, carry = state.stream, state.carry
+    x = source = state.stream
+    carry = state.carry
     # caches change from pass to pass, and graphs would have to be compiled again
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -195,6 +196,9 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         layer = LayerCall.of(call, carry, NO_DELTAS)
         if condition is not None or injection is not None:
             layer.condition, layer.injection = condition, injection
+        if stack.parallel:
+            source = x if step.begins else source
+            layer.source = source
         if documents is not None:
             layer.documents = documents.get(kind.letter)
         if kv is not None and branch.uses_cache:

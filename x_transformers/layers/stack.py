@@ -39,6 +39,7 @@ class LayerStack(nn.Module):
         depth: number of blocks. heads: number of query heads.
         layers: the built sublayers. sequence: their order. steps: what runs in this order.
         layer_types: the letter of each built sublayer's kind.
+        parallel: the sublayers of a block read the same stream.
         pre_norm, sandwich_norm, pre_and_post_norm: placement of the norms.
         residual_attn, cross_residual_attn: scores are added to those of the next attention.
         frame: expands the input to several residual streams and collapses them, or None.
@@ -70,6 +71,7 @@ class LayerStack(nn.Module):
         self.steps = plan.sequence.steps(plan.sequence.order)
         self.cross_attend, self.only_cross = structure.cross_attend, structure.only_cross
         self.layer_types = plan.sequence.kinds
+        self.parallel: bool = options["parallel_block"].parallel_block
         self.features = tuple(feature.name for feature in options.enabled())
         norms, scores = options["norm_placement"], options["residual_scores"]
         self.pre_norm: bool = norms.before

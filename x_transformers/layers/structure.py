@@ -1,5 +1,5 @@
 """Options for the sublayers of a stack and their order (macaron 1906.02762, tied layers 1909.11942, sandwich order
-1911.03864, PAR 2009.04534), and for the stack as a whole.
+1911.03864, PAR 2009.04534, parallel blocks 2204.02311), and for the stack as a whole.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class SandwichOptions:
 @dataclass(frozen=True, kw_only=True)
 class ParOptions:
     par_ratio: int | None = opt(None, "PAR order: one attention per k sublayers, and only in the first two thirds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    parallel_block: bool = opt(False, "all sublayers of a block read the stream before the block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +164,45 @@ PAR = Feature(
     examples=({"par_ratio": 2},),
 )
 
-FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, SANDWICH_ORDER, PAR)
+PARALLEL = Feature(
+    name="parallel_block",
+    group="stack",
+    slot="structure",
+    options=ParallelOptions,
+    enabled=lambda options: options.parallel_block,
+    summary="attention and feedforward of a block side by side",
+    paper="2204.02311",
+    refuses=(
+        Rule(
+            when=lambda o: o["structure"].only_attn or any(map(o.on, ("custom_layers", "sandwich_order", "par"))),
+            why="`parallel_block` needs blocks of several sublayers; drop `only_attn`, `custom_layers`, "
+            "`sandwich_coef` and `par_ratio`.",
+        ),
+        Rule(
+            when=lambda o: o["norm_placement"].after,
+            why="`parallel_block` adds the outputs of a block to one stream, which norms between them would change; "
+            "drop `pre_norm = False` and `pre_and_post_norm`.",
+        ),
+        *(
+            Rule(
+                when=lambda o, other=other: o.on(other),
+                why=f"`parallel_block` decides what sublayers read, and so does `{keyword}`; drop one of them.",
+            )
+            for other, keyword in (
+                ("mv_split_residual", "mv_split_residual"),
+                ("residual_streams", "num_residual_streams"),
+                ("resi_dual", "resi_dual"),
+                ("aggregated_residuals", "attn_aggregated_residuals"),
+                ("lime", "integrate_layers"),
+                ("unet_skips", "unet_skips"),
+            )
+        ),
+    ),
+    exempt={"export": "the reference has no parallel blocks"},
+    examples=({"parallel_block": True}, {"parallel_block": True, "sandwich_norm": True, "use_rmsnorm": True}),
+)
+
+FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, SANDWICH_ORDER, PAR, PARALLEL)
 
 STACK = Feature(
     name="stack",

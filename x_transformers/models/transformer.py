@@ -424,7 +424,7 @@ def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Modu
     return Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
 
 
-def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> nn.Module:
+def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> Any:
     """Build the table of token embeddings, or return the module that was given."""
     if options.token_emb is not None:
         return options.token_emb

@@ -1,4 +1,8 @@
-"""Gemma (2403.08295) and Gemma 2 (2408.00118): scaled embeddings, gains minus 1, sandwich norms, bounded logits."""
+"""Gemma (2403.08295), Gemma 2 (2408.00118) and the text model of Gemma 3 (2503.19786).
+
+Embeddings are scaled, and gains stored minus 1. Later models have sandwich norms and local layers; Gemma 2 has bounded
+logits, and Gemma 3 norms of queries and keys, and another rotary base in local layers.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +28,40 @@ def read_gemma(settings: Settings) -> Outline:
 
 def read_gemma2(settings: Settings) -> Outline:
     """Return the outline of a Gemma 2."""
+    return _read_local(settings, pattern=2, qk_norm="")
+
+
+def read_gemma3(settings: Settings) -> Outline:
+    """Return the outline of the text model of a Gemma 3."""
+    pattern, entries = settings.take("sliding_window_pattern", 6), settings.entries
+    settings.skip("_sliding_window_pattern")
+    local = settings.take("rope_local_base_freq", 10000.0)
+    if settings.take("rope_parameters") is None:
+        scaling = settings.take("rope_scaling") or {}
+        entries["rope_parameters"] = {
+            "sliding_attention": {"rope_theta": local},
+            "full_attention": {"rope_theta": settings.take("rope_theta", 1000000.0), **scaling},
+        }
+    return _read_local(settings, pattern=pattern, qk_norm="head")
+
+
+def _read_local(settings: Settings, pattern: int, qk_norm: str) -> Outline:
+    """Return the outline of a model of which only one of `pattern` layers sees everything."""
     settings.skip("hidden_act")
     settings.entries.setdefault("hidden_activation", "gelu_pytorch_tanh")
-    details = Details(norms=SANDWICH, unit_offset=True, activation="hidden_activation")
-    outline = _scaled(settings, read_gated_decoder(settings, details, tied=True))
-    stack, model, depth = outline.stack, outline.model, outline.stack["depth"]
     if settings.take("layer_types") is None:
         settings.entries["layer_types"] = [
-            "full_attention" if layer % 2 else "sliding_attention" for layer in range(depth)
+            "sliding_attention" if (layer + 1) % pattern else "full_attention"
+            for layer in range(settings.need("num_hidden_layers"))
         ]
-    stack |= windows(settings, depth)
-    stack["attn_scale"] = settings.take("query_pre_attn_scalar", 256) ** -0.5
+    details = Details(norms=SANDWICH, qk_norm=qk_norm, unit_offset=True, activation="hidden_activation")
+    outline = _scaled(settings, read_gated_decoder(settings, details, tied=True))
+    outline.stack |= windows(settings, outline.stack["depth"])
+    outline.stack["attn_scale"] = settings.take("query_pre_attn_scalar", 256) ** -0.5
     bound = settings.take("attn_logit_softcapping")
     if bound is not None:
-        stack |= {"attn_softclamp_logits": True, "attn_logit_softclamp_value": bound}
-    model["logits_softcap"] = settings.take("final_logit_softcapping")
+        outline.stack |= {"attn_softclamp_logits": True, "attn_logit_softclamp_value": bound}
+    outline.model["logits_softcap"] = settings.take("final_logit_softcapping")
     return outline
 
 

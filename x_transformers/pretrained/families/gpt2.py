@@ -75,7 +75,10 @@ def _put_map(outline: Outline, ours: str, theirs: str, third: int | None = None)
     """Note the sources of a linear map, whose weight they keep as `(in, out)`; perhaps of one third of its outputs."""
 
     def part(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return make if third is None else lambda tensor: make(tensor.chunk(3, dim=-1)[third])
+        if third is None:
+            return make
+        number: int = third
+        return lambda tensor: make(tensor.chunk(3, dim=-1)[number])
 
     outline.put(f"{ours}.weight", f"{theirs}.weight", make=part(lambda weight: weight.mT))
     outline.put(f"{ours}.bias", f"{theirs}.bias", make=part(same))

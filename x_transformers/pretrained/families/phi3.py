@@ -1,0 +1,32 @@
+"""Phi-3 (2404.14219): Llama with one map to queries, keys and values, and one to gates and values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.gated_decoder import LAYER, Details, read_gated_decoder, windows
+
+
+def read(settings: Settings) -> Outline:
+    """Return the outline of a model."""
+    settings.skip("resid_pdrop", "embd_pdrop")
+    outline = read_gated_decoder(settings, Details(qkv_bias=False, out_bias=False))
+    stack = outline.stack
+    depth, heads, kv_heads, width = (stack[name] for name in ("depth", "heads", "attn_kv_heads", "attn_dim_head"))
+    stack |= windows(settings, depth)
+    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    for block in range(depth):
+        theirs, attention, feedforward = f"model.layers.{block}.", f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
+        for number, name in enumerate("qkv"):
+
+            def rows(weight: Tensor, number: int = number) -> Tensor:
+                return weight.split(sizes)[number]
+
+            outline.put(
+                f"{attention}attention.projections.{name}.weight", f"{theirs}self_attn.qkv_proj.weight", make=rows
+            )
+        # our values come before the gates
+        path = f"{feedforward}feedforward.up.weight"
+        outline.put(path, f"{theirs}mlp.gate_up_proj.weight", make=lambda weight: weight.roll(weight.shape[0] // 2, 0))
+    return outline
