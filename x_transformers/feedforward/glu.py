@@ -65,7 +65,7 @@ def projected_gate(projected: Tensor, kernels: GateKernels, options: dict[str, A
 
     if needs_operations():
         return formula(projected)
-    out: Tensor = Gate.apply(projected, formula, kernels, options)  # type: ignore[assignment]
+    out: Tensor = Gate.apply(projected, formula, kernels, options)
     return out
 
 
