@@ -476,7 +476,8 @@ def main(words: list[str]) -> None:
                 print(f"{what}: {found}", flush=True)
 
 
-assert set(package.__all__) - {"AttentionLayers", "default_device"} <= set(CONSTRUCTORS)
+# what reads files has tests of its own
+assert set(package.__all__) - {"AttentionLayers", "default_device", "load_pretrained"} <= set(CONSTRUCTORS)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -36,6 +36,10 @@ CAUSAL = f"properties/test_causality.py -k '{FEW} or window_ends'"
 PADDED = f"properties/test_padding.py -k '{FEW} or without_visible'"
 DECODING = f"properties/test_cached_decoding.py -k '{FEW} or unused'"
 WINDOWS = "properties/test_windows.py -k 'not every_feature and not compile and not graphs and not ragged'"
+CALLS = (
+    "test_caller_inputs.py test_fuzz.py properties/test_inputs.py test_fuzz_catalog.py "
+    "-k 'not constructors and not encoder and not options'"
+)
 BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
 
@@ -59,6 +63,15 @@ class Mutation:
 
 
 MUTATIONS = (
+    # calls: names, models that see the future, sequences without targets, names of wrapped models
+    Mutation(
+        "losses of models that see the future", r"if sees and _is_ours", "if not sees and _is_ours", "test_next_item.py"
+    ),
+    Mutation("a user's mask is not the stack's", r"(if sees and) _is_ours\(net\)", r"\1 True", "test_next_item.py"),
+    Mutation("a single item is enough", r"if x\.shape\[1\] < least:", "if x.shape[1] < 1:", "test_next_item.py"),
+    Mutation("names that an inner method takes", r"names \| \(further - ", "names - (further - ", "test_call_names.py"),
+    Mutation("names of wrappers stay", r'outer \+= f"\{name\}\."', "break", "test_wrapped_names.py"),
+    Mutation("the name of the model in a wrapper", r"plain = missing \+ ", 'plain = "" + ', "test_wrapped_names.py"),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),
@@ -369,6 +382,34 @@ MUTATIONS = (
         r"\1(self.__dict__.setdefault('_first', self.module),",
         "properties/test_replaced_parts.py -k 'hybrid'",
         "attention/values/hybrid.py",
+    ),
+    Mutation(
+        "a check of arguments deleted",
+        r"if [^\n]+:(\n +raise InputError)",
+        r"if False:\1",
+        CALLS,
+        "forward_pass/arguments.py",
+    ),
+    Mutation(
+        "a check of optional arguments deleted",
+        r"if [^\n]+:(\n +raise (?:Input|Shape)Error)",
+        r"if False:\1",
+        CALLS,
+        "layers/optional_inputs.py",
+    ),
+    Mutation(
+        "a check of shapes deleted",
+        r"if [^\n]+:(\n +raise ShapeError)",
+        r"if False:\1",
+        CALLS,
+        "attention/validation.py",
+    ),
+    Mutation(
+        "a check of the states of optimizers deleted",
+        r"if [^\n]+:(\n +raise CheckpointError)",
+        r"if False:\1",
+        "test_optimizer_options.py test_checkpoints.py",
+        "checkpoints/optimizer_*.py",
     ),
 )
 

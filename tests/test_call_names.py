@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +26,12 @@ from x_transformers import (
 )
 from x_transformers.attend import Attend
 from x_transformers.errors import ConfigError, UnknownArgumentError, UnknownKeywordError
+from x_transformers.forward_pass.names import PASSES_ON
 from x_transformers.full_bandwidth import FullBandwidth
 from x_transformers.gpt_lejepa import LatentAutoregressive
 from x_transformers.gpt_vae import GPTVAE
 from x_transformers.next_latent_wrapper import NextLatentWrapper
+from x_transformers.options.configured import Configured
 from x_transformers.options.suggestions import OTHER_LIBRARIES
 
 CALLED = ("forward", "generate", "stream", "beam_search")
@@ -146,6 +150,20 @@ def test_constructors_say_what_to_write(case: str) -> None:
     assert isinstance(error.value, UnknownKeywordError)
     for words in sentences:
         assert words in str(error.value)
+
+
+def test_every_method_says_who_takes_its_keywords() -> None:
+    """Also those of modules that the package does not export; PyTorch calls the LSTM."""
+    for module in pkgutil.walk_packages(package.__path__, "x_transformers."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for cls in Configured._classes.values():
+        for name, method in vars(cls).items():
+            if cls.__module__.startswith("x_transformers.") and name.startswith(CALLED) and callable(method):
+                takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(method).parameters.values())
+                plain = inspect.unwrap(method)
+                refuses = plain is not method or "unknown" in plain.__code__.co_varnames
+                assert hasattr(method, PASSES_ON) if takes_any else refuses or cls.__name__ == "SyntheticDataGenerator"
 
 
 def test_translations_name_what_exists() -> None:

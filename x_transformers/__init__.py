@@ -24,6 +24,7 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.modules.norms import AdaptiveRMSNorm, RMSNorm
+from x_transformers.next_latent_wrapper import NextLatentWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
@@ -50,6 +51,7 @@ __all__ = [
     "FeedForward",
     "MultiInputTransformerWrapper",
     "NeoMLP",
+    "NextLatentWrapper",
     "NonAutoregressiveWrapper",
     "PrefixDecoder",
     "RMSNorm",

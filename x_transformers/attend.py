@@ -513,7 +513,7 @@ def _own_parts(parts: nn.ModuleDict) -> Iterator[tuple[str, Part]]:
             yield f"{name}.fn" if own is not part else name, own
 
 
-def _listed(parts: nn.ModuleList) -> tuple[Any, ...]:
+def _listed(parts: Iterable[Any]) -> tuple[Any, ...]:
     """Return modules as a tuple; the compilers of older versions of PyTorch make one from items only."""
     return tuple(part for part in parts)
 

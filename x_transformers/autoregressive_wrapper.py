@@ -37,7 +37,7 @@ from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.ops import at_least_float32, log
+from x_transformers.ops import at_least_float32, log, values_can_be_read
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
@@ -432,7 +432,7 @@ def _checked_loss_input(x: Tensor, lens: Tensor | None, kwargs: Mapping[str, Any
         )
     if (
         lens.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and values_can_be_read()
         and bool(((lens.long() < 0) | (lens.long() > x.shape[1])).any())
     ):
         raise InputError(f"`lens` holds {lens.tolist()}; the rows have {x.shape[1]} tokens.")

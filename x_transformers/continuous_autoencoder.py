@@ -40,6 +40,7 @@ class DeterministicLatentBottleneck(Configured, ReadsReference):
         self.proj = nn.Linear(dim, dim_latent)
         self.activation = nn.Identity() if activation is None else activation
 
+    @checked
     def forward(self, x: Tensor, return_unreduced_loss: bool = False) -> tuple[Tensor, None]:
         """Map `(b, dim)` features to `(b, dim_latent)`; there is no loss to reduce or not to reduce.
 
@@ -74,6 +75,7 @@ class VariationalLatentBottleneck(Configured, ReadsReference):
         self.kl_div_floor = kl_div_floor
         self.to_mean_log_var = nn.Sequential(nn.Linear(dim, dim_latent * 2))
 
+    @checked
     def forward(self, x: Tensor, return_unreduced_loss: bool = False) -> tuple[Tensor, Tensor]:
         """Sample a latent vector for each row.
 

@@ -72,6 +72,7 @@ class BinaryMapper(Configured, nn.Module):
         codes = torch.arange(2**bits).unsqueeze(-1).bitwise_and(2 ** torch.arange(bits)) != 0
         self.register_buffer("codes", codes, persistent=False)
 
+    @checked
     def forward(
         self,
         logits: Tensor,

@@ -70,7 +70,8 @@ def chunked_token_losses(
             return token_losses(head(features), labels, ignore_index=ignore_index, log_probs=log_probs)
 
     pairs = zip(_chunks(features.flatten(0, -2), chunk), _chunks(labels.flatten(), chunk), strict=True)
-    if torch.is_grad_enabled():
+    # `torch.func` has no hooks for saved tensors, which checkpointing needs
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         each = [checkpoint(of, *pair, use_reentrant=False) for pair in pairs]
     else:
         each = [of(*pair) for pair in pairs]

@@ -204,6 +204,19 @@ def finite_where_hidden(t: Tensor, valid: Tensor) -> Tensor:
     return torch.where(~valid.unsqueeze(-1) & (values - values != 0), 0.0, t)
 
 
+def values_can_be_read() -> bool:
+    """Return True if Python may decide by the values of tensors.
+
+    Graphs and traces would keep the decision for other values, and function transforms (`torch.func.vmap`) run one
+    function for many.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """Return the value of `hard`, exactly, with the gradient of `soft`."""
     # the difference is exactly 0, so that the value is exactly `hard`; `(hard + soft) - soft` would round it

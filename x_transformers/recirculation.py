@@ -195,7 +195,7 @@ class Recirculation(Configured, ReadsReference, ModelDelegate):
         return out, record
 
     @checked
-    @passes_on("net", but=("capture", "input_not_include_cache", "self_attn_inputs"))
+    @passes_on("net", but=("self_attn_inputs",))
     def forward(
         self,
         x: Ids,

@@ -315,6 +315,8 @@ class XMLatentDecoder(Configured, ReadsReference):
         return wrapper.generate(start_tokens, seq_len, prepend_embeds=self._embedded(given), **kwargs)
 
     @torch.no_grad()
+    @checked
+    @passes_on(AutoregressiveWrapper.generate, but=("prepend_embeds",))
     def generate_with_candidate_latents(
         self,
         start_tokens: Ids,

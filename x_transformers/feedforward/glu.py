@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.modules.hand_written import by_formula, needs_formula, needs_operations
+from x_transformers.modules.inference import unobserved
 from x_transformers.modules.second_names import View
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import softclamp as clamp
@@ -27,10 +31,74 @@ def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: 
     Returns:
         `(..., w)`.
     """
-    up, gate = projected.chunk(2, dim=-1)
-    up = up if bound is None else clamp(up, bound)
-    out = up * activation(gate)
+    kernels = KERNELS.get(type(activation)) if bound is None else None
+    if kernels is not None and torch.is_grad_enabled() and projected.requires_grad and unobserved(activation):
+        options = {"approximate": activation.approximate} if isinstance(activation, nn.GELU) else {}
+        out = projected_gate(projected, kernels, options)
+    else:
+        up, gate = projected.chunk(2, dim=-1)
+        up = up if bound is None else clamp(up, bound)
+        out = up * activation(gate)
     return out if scale is None else out * scale
+
+
+class GateKernels(NamedTuple):
+    """An activation, and the kernel of its backward pass, which writes where it is told."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+
+
+KERNELS: dict[type[nn.Module], GateKernels] = {
+    nn.SiLU: GateKernels(F.silu, torch.ops.aten.silu_backward.grad_input),
+    nn.GELU: GateKernels(F.gelu, torch.ops.aten.gelu_backward.grad_input),
+}
+"""Activations of gates that `Gate` knows."""
+
+
+def projected_gate(projected: Tensor, kernels: GateKernels, options: dict[str, Any]) -> Tensor:
+    """Return `u * act(g)` with `[u, g] = projected`, in training by one step with a backward pass of its own."""
+
+    def formula(projected: Tensor) -> Tensor:
+        up, gate = projected.chunk(2, dim=-1)
+        return up * kernels.forward(gate, **options)
+
+    if needs_operations():
+        return formula(projected)
+    out: Tensor = Gate.apply(projected, formula, kernels, options)
+    return out
+
+
+class Gate(torch.autograd.Function):
+    """`u * act(g)`, which keeps `[u, g]` only and computes `act(g)` again in the backward pass.
+
+    `apply` takes `[u, g]`, the formula, and the kernels of the activation with their options.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        formula: Callable[[Tensor], Tensor],
+        kernels: GateKernels,
+        options: dict[str, Any],
+    ) -> Tensor:
+        ctx.save_for_backward(projected)
+        ctx.formula, ctx.kernels, ctx.options = formula, kernels, options
+        return formula(projected)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        (projected,) = ctx.saved_tensors
+        if needs_formula(gradient):
+            (found,) = by_formula(ctx.formula, [projected], [gradient])
+            return found, None, None, None
+        up, gate = projected.chunk(2, dim=-1)
+        found = torch.empty_like(projected)
+        of_up, of_gate = found.chunk(2, dim=-1)
+        torch.mul(gradient, ctx.kernels.forward(gate, **ctx.options), out=of_up)
+        ctx.kernels.backward(gradient * up, gate, **ctx.options, grad_input=of_gate)
+        return found, None, None, None
 
 
 class GLU(LoadsWhole):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.names import check_names
+from x_transformers.ops import values_can_be_read
 from x_transformers.options.values import WHOLE, hints_of, misfits, plain, shown, type_name
 
 Kinds = Mapping[str, tuple[tuple[type, ...], Any]]
@@ -105,7 +106,7 @@ def read_mask(mask: Tensor, name: str) -> Tensor:
         return mask != 0
     seen, hidden = mask == 0, mask <= -1e4
     ones = mask == 1
-    if not torch.compiler.is_compiling() and not bool((seen | hidden).all() | (seen | ones).all()):
+    if values_can_be_read() and not bool((seen | hidden).all() | (seen | ones).all()):
         raise InputError(
             f"`{name}` has dtype {mask.dtype} and holds numbers besides 0 and minus infinity, or besides 0 and 1; pass "
             "a bool mask, True for what is visible. What is to be added to logits belongs into `attn_bias`."
@@ -140,7 +141,7 @@ def check_counts(t: Any, name: str, most: int | None, batch: int | None = None) 
                 f"`{name}` has shape {tuple(t.shape)} and dtype {t.dtype}; it must hold "
                 f"{'' if batch is None else f'{batch} '}whole numbers, one for each row."
             )
-        if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() == 0 or type(t) is not Tensor:
+        if t.device.type != "cpu" or not values_can_be_read() or t.numel() == 0 or type(t) is not Tensor:
             return
         least, largest = (int(each) for each in t.long().aminmax())
     elif isinstance(t, numbers.Integral) and not isinstance(t, bool):

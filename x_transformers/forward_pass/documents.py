@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.ops import values_can_be_read
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
@@ -128,7 +129,7 @@ def documents_of(given: Any, *, batch: int, queries: int, keys: int | None, name
         )
     longest = [_longest(given[f"max_seqlen_{each}"], f"max_seqlen_{each}", name) for each in "qk"]
     documents = Documents(starts_q, starts_k, *longest)
-    if not torch.compiler.is_compiling() and starts_q.device.type == starts_k.device.type == "cpu":
+    if values_can_be_read() and starts_q.device.type == starts_k.device.type == "cpu":
         _check(documents, queries, queries if keys is None else keys, name)
         if keys is None and not torch.equal(starts_q, starts_k):
             raise InputError(

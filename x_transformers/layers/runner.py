@@ -161,9 +161,9 @@ def recomputes(stack: LayerStack, state: PassState) -> bool:
     """Return True if blocks of this pass run again for their gradients.
 
     Passes with a static cache do not: its buffers are written in place, so that a block that runs again would read them
-    as later passes left them.
+    as later passes left them. `torch.func` has no hooks for saved tensors, which running again needs.
     """
-    if stack.checkpoint_every is None or not torch.is_grad_enabled():
+    if stack.checkpoint_every is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return state.kv is None or state.kv.capacity is None
 

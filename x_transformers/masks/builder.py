@@ -9,7 +9,7 @@ from x_transformers.errors import ShapeError
 from x_transformers.forward_pass.call import Call, Span
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks.visibility import MaskSpec, Visibility
-from x_transformers.ops import pad_left
+from x_transformers.ops import pad_left, values_can_be_read
 
 
 def visibility(
@@ -126,7 +126,7 @@ def _ends_in_padding(call: Call, token_mask: Tensor) -> bool:
     the mask, which is cheap on a CPU only.
     """
     rows = call.row_mask
-    if torch.compiler.is_compiling() or call.capture.scores or not token_mask.is_cpu:
+    if call.capture.scores or not token_mask.is_cpu or not values_can_be_read():
         return False
     if rows is None or rows.shape[-1] != token_mask.shape[-1]:
         return False

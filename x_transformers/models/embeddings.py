@@ -13,7 +13,7 @@ from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
 from x_transformers.modules.second_names import SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.ops import l2norm
+from x_transformers.ops import l2norm, values_can_be_read
 from x_transformers.options.schema import at_least
 
 
@@ -303,7 +303,7 @@ def whole_numbers(t: Tensor, subject: str) -> Tensor:
         if t.dtype is torch.bool or t.is_complex():
             raise InputError(f"{subject} dtype {t.dtype}; pass an integer type.")
         return t
-    if not torch.compiler.is_compiling() and not bool((t.isfinite() & (t == t.round())).all()):
+    if values_can_be_read() and not bool((t.isfinite() & (t == t.round())).all()):
         raise InputError(f"{subject} dtype {t.dtype}, and not all values are whole numbers; pass an integer type.")
     return t.long()
 

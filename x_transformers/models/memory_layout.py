@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.errors import InputError
+from x_transformers.ops import values_can_be_read
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ def interspersed(
     assert layout.every is not None
     if start is None:
         return _regular(layout, layout.every, items, old, device)
-    if torch.compiler.is_compiling():
+    if not values_can_be_read():
         raise InputError(
-            "interspersed memory tokens of left-padded rows begin where the padding ends, which a compiled graph "
-            "cannot know; pad on the right, or drop `memory_tokens_interspersed_every`."
+            "interspersed memory tokens of left-padded rows begin where the padding ends, which neither a compiled "
+            "graph nor a trace nor `vmap` can know; pad on the right, or drop `memory_tokens_interspersed_every`."
         )
     # Whether a group begins at an item. Rows with different left padding begin their groups at different items, but a
     # batch has one set of columns: a column for memory exists where any row begins a group, and `places` says in which

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 Outputs = TypeVar("Outputs", Tensor, tuple[Tensor, ...])
@@ -32,7 +33,7 @@ def needs_formula(*gradients: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled():  # second derivatives
         return True
-    return any(each is not None and torch._C._functorch.is_legacy_batchedtensor(each) for each in gradients)
+    return any(each is not None and is_legacy_batchedtensor(each) for each in gradients)
 
 
 def by_formula(

@@ -42,7 +42,7 @@ def joint_maps(x: Tensor, maps: Sequence[nn.Module | None], heads: Sequence[int]
         dtype = torch.get_autocast_dtype(kind)
     elif any(each.dtype is not dtype for each in (*weights, *biases)):
         return None  # the maps by themselves say what is wrong
-    out: tuple[Tensor, ...] = JointMaps.apply(x, heads, dtype, *weights, *biases)  # type: ignore[assignment]
+    out: tuple[Tensor, ...] = JointMaps.apply(x, heads, dtype, *weights, *biases)
     return out
 
 
@@ -65,7 +65,7 @@ class JointMaps(torch.autograd.Function):
         return tuple(split_heads(t, count) for t, count in zip(flat, heads, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (x, *tensors), heads = ctx.saved_tensors, ctx.heads
         if needs_formula(*gradients):
             found = by_formula(lambda *inputs: _formula(heads, *inputs), [x, *tensors], gradients)

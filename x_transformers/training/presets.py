@@ -169,7 +169,8 @@ def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 
 def _initialize(net: TransformerWrapper) -> None:
     """Give a table of its own unit variance, and start with all tokens equally likely."""
-    table = net.token_emb.emb.weight
+    embedding: Any = net.token_emb
+    table = embedding.emb.weight
     if isinstance(net.to_logits, nn.Linear) and net.to_logits.weight is not table:
         nn.init.normal_(table, std=1.0)
         nn.init.normal_(net.to_logits.weight, std=1e-4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,3 +171,17 @@ def ignores_constants(request: Request) -> bool:
     if not triangle or request.visible.prefix or request.sink is not None:
         return False
     return all(score.needs == Needs.BIAS for score in request.scores)
+
+
+KERNELS = 64
+"""Number of compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
+
+
+@functools.cache
+def compiled_kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function for eager passes, compiled; from the second length on, the length is a symbol."""
+    # later versions of PyTorch have a limit per compiled function
+    own: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        own["recompile_limit"] = KERNELS
+    return torch.compile(fn, **own)

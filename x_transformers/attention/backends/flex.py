@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,14 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation, ignores_constants
+from x_transformers.attention.backends.base import (
+    AttentionOutput,
+    Backend,
+    Request,
+    Situation,
+    compiled_kernel,
+    ignores_constants,
+)
 from x_transformers.attention.backends.near_gradient import NearGradient, NearScores
 from x_transformers.attention.base import BoundScore, Memo, Needs, ScoreFunction
 from x_transformers.masks.block_masks import block_mask, rule_of
@@ -39,9 +44,6 @@ SMALL_BLOCKS = {
     "bwd_num_warps": 4,
 }
 """Block sizes for heads of at most `SMALL` features in half precision."""
-
-KERNELS = 64
-"""Number of compiled kernels that eager passes may use: one for each kind of rule, dtype and mode."""
 
 
 class Flex(Backend):
@@ -83,7 +85,7 @@ class Flex(Backend):
 
         run: Callable[..., Any] = flex_attention
         if not request.q.is_cpu and not torch.compiler.is_compiling():
-            run = _compiled(flex_attention)
+            run = compiled_kernel(flex_attention)
         # Features of zeros change no score, and those of the output are cut off. The scale is given, since the default
         # would follow the padded width.
         q, k, v = (_at_least(t, NARROWEST) for t in (request.q, request.k, request.v))
@@ -198,13 +200,3 @@ def _return_lse() -> dict[str, Any]:
     if hasattr(flex_attention, "AuxRequest"):
         return {"return_aux": flex_attention.AuxRequest(lse=True)}
     return {"return_lse": True}
-
-
-@functools.cache
-def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the kernel for eager passes, compiled; from the second length on, the length is a symbol."""
-    # later versions of PyTorch have a limit per compiled function
-    own: dict[str, Any] = {}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        own["recompile_limit"] = KERNELS
-    return torch.compile(fn, **own)

@@ -7,7 +7,6 @@ the sum are the gradient. For T5 (arXiv 1910.10683) at 4,096 tokens these are 4 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from x_transformers.attention.backends.base import compiled_kernel
 from x_transformers.attention.base import ScoreFunction
 from x_transformers.ops import at_least_float32
 
@@ -53,7 +53,8 @@ class NearGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         out, lse, q, k, v = ctx.saved_tensors
-        compute = compiled() if q.is_cuda and not torch.compiler.is_compiling() else near_gradient
+        compiles = q.is_cuda and not torch.compiler.is_compiling()
+        compute = compiled_kernel(near_gradient) if compiles else near_gradient
         found = compute(ctx.settings, gradient, out, lse, q, k, v)
         return None, found.to(ctx.dtype), gradient, None, None, None, None
 
@@ -111,9 +112,3 @@ def _tiles_of_keys(t: Tensor, reach: int, width: int, tiles: int) -> Tensor:
     """Return `(b, g, tiles, d, width)`, the keys near each tile of queries, in float32 or wider."""
     t = F.pad(at_least_float32(t), (0, 0, reach - 1, tiles * HEIGHT - t.shape[-2]))
     return t.unfold(-2, width, HEIGHT)
-
-
-@functools.cache
-def compiled() -> Callable[..., Tensor]:
-    """Return `near_gradient` for eager passes, compiled, so that scores are read once."""
-    return torch.compile(near_gradient)

@@ -16,7 +16,7 @@ from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.base import from_softplus_polar, softplus_polar
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.call import Span
-from x_transformers.ops import at_least_float32
+from x_transformers.ops import at_least_float32, values_can_be_read
 
 LARGEST_FACTOR = 1e30
 """Bound of xPos factors and their reciprocals, relative to the first row; float32 ends at 3e38."""
@@ -220,7 +220,7 @@ def _from_first_row(pair: Pair) -> Pair:
 
 def _check_range(factor: Tensor) -> None:
     """Raise an `InputError` if queries or keys times a factor may leave the range of numbers; only on a CPU."""
-    if factor.device.type != "cpu" or torch.compiler.is_compiling() or type(factor) is not Tensor or not factor.numel():
+    if factor.device.type != "cpu" or not values_can_be_read() or type(factor) is not Tensor or not factor.numel():
         return
     least, largest = (float(each) for each in factor.detach().aminmax())
     if not (least >= 1 / LARGEST_FACTOR and largest <= LARGEST_FACTOR):

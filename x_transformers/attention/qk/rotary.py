@@ -15,7 +15,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.attention.qk.by_layer import TransformsByLayer
-from x_transformers.attention.qk.decay import REACH, Decay
+from x_transformers.attention.qk.decay import LARGEST, REACH, Decay
 from x_transformers.attention.qk.frequencies import attention_factor, check_scaling, check_width, frequencies
 from x_transformers.attention.qk.rotation import RotationTable, rotate
 from x_transformers.errors import ConfigError, InputError, StateDictError
@@ -204,10 +204,12 @@ class RotaryEmbedding(KeepsFloat32, ReadsReference, QKTransform):
         angles = (pos.unsqueeze(-1) * self.inv_freq / self.interpolation_factor).repeat_interleave(2, dim=-1)
         if not self.use_xpos or pos.shape[-1] == 0:
             return angles, torch.ones_like(angles) if self.use_xpos else 1.0
-        # Only ratios count, so that factors are relative to the middle of a row: far from it they would overflow.
-        # For positions from 0 this is the reference's middle.
+        # Only ratios count: where factors relative to half of the largest position would overflow, they are relative
+        # to the middle of a row.
+        half = torch.div(pos.max() + 1, 2, rounding_mode="floor")
         ends = pos.amin(dim=-1, keepdim=True) + pos.amax(dim=-1, keepdim=True)
-        centered = pos - torch.div(ends + 1, 2, rounding_mode="floor")
+        far = (pos - half).abs().amax(dim=-1, keepdim=True) * self.xpos_log.abs().max() > LARGEST
+        centered = pos - torch.where(far, torch.div(ends, 2, rounding_mode="floor"), half)
         return angles, (centered.unsqueeze(-1) * self.xpos_log).exp().repeat_interleave(2, dim=-1)
 
     def forward_from_seq_len(self, seq_len: int) -> tuple[Tensor, Tensor | float]:

@@ -82,7 +82,7 @@ def rotate(t: Tensor, table: RotationTable, sign: int = 1) -> Tensor:
         return _formula(t, table, sign)
     if not (torch.is_grad_enabled() and t.requires_grad):
         return _kernels(t, table, sign)
-    out: Tensor = Rotation.apply(t, table, sign)  # type: ignore[assignment]
+    out: Tensor = Rotation.apply(t, table, sign)
     return out
 
 
