@@ -43,6 +43,8 @@ def old_compilers_refuse(node: ast.AST) -> str | None:
             return "`in` the values of a dict; make a list of them"
         case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="__dict__"), attr="items")):
             return "the items of a `__dict__`; name the attributes"
+        case ast.Call(func=ast.Name(id="check_kinds"), args=[ast.Attribute(attr="__dict__"), *_]):
+            return "the items of a `__dict__`; call `check_attributes`"
     return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from x_transformers.attention.validation import bind_attn_bias, check_mask, check_pairs
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.arguments import kinds_of, read_mask
-from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span, check_kinds
+from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span, check_attributes
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
 
 PACKS = "flash_pack_seq_kwargs"
@@ -37,7 +37,7 @@ class AttendInputs:
         Raises:
             ShapeError: if they do not.
         """
-        check_kinds(self.__dict__, KINDS)
+        check_attributes(self, KINDS)
         q, k, v = self.q, self.k, self.v
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
         if any(t.is_complex() for t in (q, k, v)):

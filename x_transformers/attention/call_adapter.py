@@ -37,7 +37,7 @@ from x_transformers.forward_pass.call import (
     LayerCall,
     Memo,
     Span,
-    check_kinds,
+    check_attributes,
 )
 from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents, check_packing, documents_of, refuse_beside
@@ -132,7 +132,7 @@ class CallAdapter(HeadProjection):
             InputError: if arguments contradict each other.
             ShapeError: if an argument does not fit x.
         """
-        check_kinds(given.__dict__, KINDS)
+        check_attributes(given, KINDS)
         read_masks_of(given, ("mask", "context_mask", "attn_mask", "mem_mask", "additional_key_value_mask"))
         x, context, mem = self._input_of_queries(given), given.context, given.mem
         batch, n = x.shape[:2]
