@@ -13,6 +13,7 @@ import fuzz_parts  # noqa: F401
 import pytest
 from test_house import ROOT_MODULES
 
+import x_transformers
 from x_transformers import DPO, Decoder, TransformerWrapper
 from x_transformers.errors import ConfigError
 from x_transformers.options.checked import Checked
@@ -84,6 +85,12 @@ def test_every_public_constructor_is_in_a_table() -> None:
     made = {make for make, _ in fuzz.CONSTRUCTORS.values()}
     missing = {cls.__name__ for cls in public_classes() if cls not in made}
     assert missing == set(NO_CONSTRUCTOR)
+
+
+def test_every_public_name_is_in_a_table() -> None:
+    # what reads files has tests of its own
+    others = {"AttentionLayers", "default_device", "load_pretrained"}
+    assert set(x_transformers.__all__) - others <= set(fuzz.CONSTRUCTORS)
 
 
 def test_every_public_method_is_in_a_table() -> None:

@@ -10,7 +10,13 @@ from catalog import BASE, close, perturbed, tokens
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from x_transformers import AutoregressiveWrapper, ContinuousTransformerWrapper, Decoder, XLAutoregressiveWrapper
+from x_transformers import (
+    AutoregressiveWrapper,
+    ContinuousTransformerWrapper,
+    Decoder,
+    TransformerWrapper,
+    XLAutoregressiveWrapper,
+)
 from x_transformers.errors import InputError
 
 ROWS, LENGTH = 3, 6
@@ -18,7 +24,7 @@ KEPT = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [True, False, True, T
 RIGHT, LEFT = KEPT[:2], KEPT[:2].flip(-1)
 
 
-def decoder(**options: Any) -> nn.Module:
+def decoder(**options: Any) -> TransformerWrapper:
     return BASE.build(depth=1, **options)
 
 

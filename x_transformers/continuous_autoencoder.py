@@ -20,7 +20,7 @@ from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 
-RESERVED = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `enc_depth` and `dec_depth`")
+RESERVED: dict[str, str] = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `enc_depth` and `dec_depth`")
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
 

@@ -61,6 +61,9 @@ class BinaryMapper(Configured, nn.Module):
         ConfigError: if there is no bit, or the threshold is negative.
     """
 
+    power_two: Tensor
+    codes: Tensor
+
     def __init__(self, bits: int = 1, kl_loss_threshold: float = NAT) -> None:
         super().__init__()
         if bits < 1 or kl_loss_threshold < 0:

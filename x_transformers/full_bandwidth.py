@@ -353,10 +353,10 @@ class FullBandwidth(Configured, ReadsReference):
         _check_passes(passes, InputError)
         _check_transition(transition)
         ids = _checked_ids(checked_ids(token_ids, self), kwargs)
-        shown = ids.masked_fill(ids == self.ignore_index, 0)
+        shown, labels = ids.masked_fill(ids == self.ignore_index, 0), ids[:, 1:]
         if return_loss:
             check_predicts(ids)
-            shown, labels = shown[:, :-1], ids[:, 1:]
+            shown = shown[:, :-1]
         elif return_loss_breakdown:
             raise InputError("`return_loss_breakdown` needs a loss; leave `return_loss` at True.")
         outputs, record = [], None

@@ -24,7 +24,7 @@ from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 
-RESERVED = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `depth` and `enc_depth`")
+RESERVED: dict[str, str] = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `depth` and `enc_depth`")
 
 
 class GPTVAE(Configured, ReadsReference):

@@ -64,8 +64,9 @@ class SyntheticDataGenerator(Configured, nn.Module):
     def reset_(self) -> None:
         """Draw all weights again, so that the network becomes another source."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         self.apply(self.init_)
 
     @torch.no_grad()

@@ -48,7 +48,13 @@ class NamedWeights(Protocol):
 
     shape: AttentionShape
     projections: Any
+    qk_norms: Any
     values: Any
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        ...
 
     def parts(self) -> dict[str, Part]:
         """Return the parts with entries of their own, by path."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from x_transformers.checkpoints.tensor_files import read_tensors, write_tensors
 from x_transformers.errors import CheckpointError, InputError, StateDictError
 from x_transformers.modules.state_dict import check_state, load_state
 from x_transformers.modules.unwrap import plain_name, unwrapped
+from x_transformers.options.checked import checked_function
 from x_transformers.options.configured import Configured
 
 PLAUSIBLE = 1000
 """Layers or heads that a file of any size may name."""
 
 
-def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+@checked_function
+def save_model(model: nn.Module, path: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write the weights of a model, and its configuration if it has one. The file appears complete or not at all.
 
     Args:
@@ -55,7 +58,8 @@ def write_model(model: nn.Module, path: Path, weights: Mapping[str, Tensor] | No
     return write_tensors(path, tensors, about)
 
 
-def read_model_file(path: str | Path, device: str = "cpu") -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+@checked_function
+def read_model_file(path: str | PathLike[str], device: str = "cpu") -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """Read the configuration (None if there is none) and the weights of a file.
 
     Args:
@@ -70,7 +74,8 @@ def read_model_file(path: str | Path, device: str = "cpu") -> tuple[dict[str, An
     return _config(path, file.about), file.tensors
 
 
-def load_model(path: str | Path, device: str = "cpu", **objects: Any) -> Any:
+@checked_function
+def load_model(path: str | PathLike[str], device: str = "cpu", **objects: Any) -> Any:
     """Build the model that a file describes, and load its weights.
 
     No memory is used before configuration and weights are found to fit each other, and random states do not change.

@@ -7,10 +7,12 @@ import re
 import secrets
 import shutil
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 
 from x_transformers.checkpoints.durable import replacing, sync, writing
 from x_transformers.errors import CheckpointError
+from x_transformers.options.checked import checked_function
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
@@ -24,7 +26,8 @@ _owned: dict[Path, str | None] = {}
 """Token of this process in the file `.run` of each folder; None until it saves where it resumed from."""
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+@checked_function
+def latest_checkpoint(folder: str | PathLike[str]) -> Path | None:
     """Return the newest complete checkpoint of a run, or None.
 
     That is the one that the file `latest` names. If it names none, for example because the run was killed while it
@@ -40,7 +43,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def find_checkpoint(place: str | Path) -> Path:
+def find_checkpoint(place: str | os.PathLike[str]) -> Path:
     """Return the checkpoint at a place: the folder of a run or of its checkpoints, its file `latest`, or a checkpoint.
 
     Args:
@@ -64,7 +67,7 @@ def find_checkpoint(place: str | Path) -> Path:
     )
 
 
-def find_model(place: str | Path) -> Path:
+def find_model(place: str | os.PathLike[str]) -> Path:
     """Return the file of a model: the place itself, or the weights of the checkpoint there, see `find_checkpoint`.
 
     Args:

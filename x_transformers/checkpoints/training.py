@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from x_transformers.checkpoints.tensor_files import read_tensors
 from x_transformers.errors import CheckpointError, InputError
 from x_transformers.modules.state_dict import check_state, load_state
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.options.checked import checked_function
 from x_transformers.options.configured import Configured
 from x_transformers.training.processes import every_process, gathered, is_sharded, leads, rank
 
@@ -50,8 +52,9 @@ FORMAT = 2
 """Version of the layout; the first one had pickled optimizer states."""
 
 
+@checked_function
 def save_checkpoint(
-    folder: str | Path,
+    folder: str | PathLike[str],
     *,
     step: int,
     model: nn.Module,
@@ -137,8 +140,9 @@ def _write(
     return final
 
 
+@checked_function
 def load_checkpoint(
-    checkpoint: str | Path, *, model: nn.Module, optimizers: Mapping[str, Optimizer], device: str = "cpu"
+    checkpoint: str | PathLike[str], *, model: nn.Module, optimizers: Mapping[str, Optimizer], device: str = "cpu"
 ) -> dict[str, Any]:
     """Restore a run from a checkpoint, and return its progress. Nothing changes if the checkpoint does not fit.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +217,7 @@ def check_next_token_net(net: Any) -> TransformerWrapper:
             "`net` pools its sequence (class tokens, `average_pool_embed` or `attn_pool`), and so has no logits for "
             "each token; build it without."
         )
-    return net
+    return cast(TransformerWrapper, net)
 
 
 def same_vocabulary(net: nn.Module, vocabulary: int, what: str) -> TransformerWrapper:

@@ -124,7 +124,8 @@ def cross_attention_inputs(stack: LayerStack, step: Step, inputs: PassInputs, la
                 f"context, {tuple(source.shape)}."
             )
         if residual is not None and mask is not None and residual.shape[1] == source.shape[1]:
-            residual = finite_where_hidden(residual, check_mask(mask, *source.shape[:2], "context_mask"))
+            valid = check_mask(mask, source.shape[0], source.shape[1], "context_mask")
+            residual = finite_where_hidden(residual, valid)
         if stack.context_dropout and stack.training:
             length = source.shape[1]
             source, mask, where = _drop_context(stack, source, mask, call)

@@ -21,7 +21,7 @@ class LinearNoBias(LoadsWhole, nn.Linear):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         at_least(1, dim_in=dim_in, dim_out=dim_out)
-        super().__init__(dim_in, dim_out, bias=False)
+        super().__init__(dim_in, dim_out, bias=False)  # type: ignore[call-arg]
 
 
 class TiedLogits(nn.Module):

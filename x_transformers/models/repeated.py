@@ -168,6 +168,7 @@ class _Loops:
         index = torch.full((rows,), self.count - 1, device=x.device)
         going, stays, left = torch.ones_like(index, dtype=torch.bool), 0.0, 0.0
         features, gates, added = [], [], []
+        record = LayerIntermediates()
         for loop, own in enumerate(loops):
             x, record = self.stack(x, cache=own, return_hiddens=True, **arguments)
             features.append(x)
@@ -183,8 +184,9 @@ class _Loops:
             if not bool(going.any()):
                 break
         x = torch.stack(features)[index, torch.arange(rows, device=x.device)]
-        newest = chosen(added, index)
-        record.cache = LoopedCache.of([extended(own, record.cache, newest) for own in loops])
+        newest, last = chosen(added, index), record.cache
+        assert last is not None
+        record.cache = LoopedCache.of([extended(own, last, newest) for own in loops])
         before = cache.exit_indices if isinstance(cache, LoopedCache) else None
         now = index.unsqueeze(-1)
         record.exit_indices = now if before is None else torch.cat((before.expand(rows, -1), now), dim=-1)

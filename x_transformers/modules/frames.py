@@ -33,12 +33,13 @@ def skipped(function: Function) -> Function:
 def _skip(code: CodeType) -> None:
     from torch._C._dynamo import eval_frame
 
-    strategy = getattr(eval_frame, "_FrameExecStrategy", None)
+    # names that type checkers do not know differ between versions of PyTorch
+    frames: Any = eval_frame
+    strategy = getattr(frames, "_FrameExecStrategy", None)
     if strategy is None:  # before PyTorch 2.7
-        eval_frame.skip_code(code)
+        frames.skip_code(code)
     else:
-        action = eval_frame._FrameAction
-        eval_frame.set_code_exec_strategy(code, strategy(action.SKIP, action.DEFAULT))
+        frames.set_code_exec_strategy(code, strategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT))
 
 
 @skipped

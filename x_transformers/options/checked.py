@@ -1,14 +1,17 @@
-"""Constructors that check their arguments by their annotations."""
+"""Constructors and functions that check their arguments by their annotations."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from x_transformers.errors import Faults
+from x_transformers.errors import Faults, InputError
 from x_transformers.options.values import convert, hints_of, misfits, plain
+
+CONTAINERS = (list, tuple, dict)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
@@ -60,6 +63,28 @@ def check_arguments(subject: str, init: Callable[..., None], given: Mapping[str,
     for sentence in misfits(hints_of(init), given):
         faults.add(sentence)
     faults.raise_if_any(subject)
+
+
+def checked_function(function: Function) -> Function:
+    """Check the arguments of a function by their annotations; numbers of numpy become Python's.
+
+    Raises:
+        InputError: naming an argument that does not fit, and the type that it must have.
+    """
+    signature = inspect.signature(function)
+    named = {name for name, entry in signature.parameters.items() if entry.kind not in VARIABLE}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        # containers stay what they are: the function may refuse what is in them
+        args = tuple(value if isinstance(value, CONTAINERS) else plain(value) for value in args)
+        kwargs = {name: value if isinstance(value, CONTAINERS) else plain(value) for name, value in kwargs.items()}
+        given = signature.bind(*args, **kwargs).arguments
+        for sentence in misfits(hints_of(function), {name: given[name] for name in named & given.keys()}):
+            raise InputError(sentence)
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)
 
 
 class Checked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from x_transformers.layers.named_stacks import Decoder
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.float32_buffers import leave_meta
 from x_transformers.notices import warn
+from x_transformers.options.checked import checked_function
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.catalog import FAMILIES
 from x_transformers.pretrained.shards import Shards, open_shards, read_json
@@ -22,8 +24,13 @@ from x_transformers.pretrained.shards import Shards, open_shards, read_json
 CONFIG = "config.json"
 
 
+@checked_function
 def load_pretrained(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **overrides: Any
+    folder: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
 ) -> TransformerWrapper:
     """Build the model that a folder of Hugging Face's transformers describes, and load its weights.
 
