@@ -28,8 +28,8 @@ MISSING: Any = object()
 """No entry of a `Memo`."""
 BY_VALUE = (int, str)
 """Types that a `Memo` compares by value; other objects are compared by identity."""
-COMPARES_BY_VALUE = Version(Version(torch.__version__).base_version) < Version("2.7")
-"""The compiler reads `is` between named tuples of tensors as `==`. Graphs then keep no results."""
+FORGETS_IN_GRAPHS = Version(Version(torch.__version__).base_version) < Version("2.11")
+"""The compiler reads `is` between named tuples of tensors as `==` (2.6) or not at all (2.9). Graphs keep no results."""
 
 
 def check_kinds(given: Mapping[str, Any], kinds: Kinds) -> None:
@@ -177,7 +177,7 @@ class Memo:
 
     def __init__(self, *, forgets: bool = False) -> None:
         self.held: list[tuple[str, tuple[Any, ...], Any]] = []
-        self.forgets = forgets or (COMPARES_BY_VALUE and torch.compiler.is_compiling())
+        self.forgets = forgets or (FORGETS_IN_GRAPHS and torch.compiler.is_compiling())
 
     def find(self, what: str, of: tuple[Any, ...]) -> Any:
         """Return the result that was computed from the same arguments; `MISSING` if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,26 @@ class CrossAttender(AttentionLayers):
         super().__init__(cross_attend=True, only_cross=True, **_with_dim(self, keywords))
 
 
+@dataclass(frozen=True, eq=False)
+class PrefixPairs:
+    """Function that says which keys queries see: those up to their own slot, and all of a prefix.
+
+    It is an object, since older compilers know no class of a function that is defined inside of another.
+
+    Attributes:
+        length: number of slots of the prefix, one number or `(b,)`; None if there is none.
+    """
+
+    length: int | Tensor | None
+
+    def __call__(self, query: Span, keys: Span) -> Tensor:
+        seen = (keys.index <= query.index.unsqueeze(-1))[None, None]
+        if self.length is None:
+            return seen
+        length = torch.as_tensor(self.length, device=keys.index.device).reshape(-1, 1, 1, 1)
+        return seen | (keys.slot[:, None, None] < length)
+
+
 class PrefixDecoder(AttentionLayers):
     """A causal stack in which every token also sees a prefix of the sequence (1910.10683).
 
@@ -90,13 +111,7 @@ class PrefixDecoder(AttentionLayers):
         if prefix_attn_len is not None:
             check_counts(prefix_attn_len, "prefix_attn_len", None)
 
-        def pairs(query: Span, keys: Span) -> Tensor:
-            seen = (keys.index <= query.index.unsqueeze(-1))[None, None]
-            if prefix_attn_len is None:
-                return seen
-            length = torch.as_tensor(prefix_attn_len, device=x.device).reshape(-1, 1, 1, 1)
-            return seen | (keys.slot[:, None, None] < length)
-
+        pairs = PrefixPairs(prefix_attn_len)
         return super().forward(x, *args, pairs=pairs, **arguments)
 
 
