@@ -43,7 +43,7 @@ def latest_checkpoint(folder: str | PathLike[str]) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def find_checkpoint(place: str | os.PathLike[str]) -> Path:
+def find_checkpoint(place: str | PathLike[str]) -> Path:
     """Return the checkpoint at a place: the folder of a run or of its checkpoints, its file `latest`, or a checkpoint.
 
     Args:
@@ -67,7 +67,7 @@ def find_checkpoint(place: str | os.PathLike[str]) -> Path:
     )
 
 
-def find_model(place: str | os.PathLike[str]) -> Path:
+def find_model(place: str | PathLike[str]) -> Path:
     """Return the file of a model: the place itself, or the weights of the checkpoint there, see `find_checkpoint`.
 
     Args:
