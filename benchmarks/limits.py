@@ -80,7 +80,9 @@ def with_limit(limit: float, runs: Mapping[str, Callable[[], object]], tokens: i
 
 def maps(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the weights of all linear maps, including the head; every token is multiplied by them."""
-    yield from (module.weight for module in model.modules() if isinstance(module, nn.Linear))
+    # a map that has a second name is listed twice
+    modules = dict.fromkeys(model.modules())
+    yield from (module.weight for module in modules if isinstance(module, nn.Linear))
 
 
 def products(model: nn.Module, shape: Shape) -> float:

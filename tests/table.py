@@ -420,6 +420,11 @@ REFUSED: dict[str, str] = {
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "only_cross": (
+        "rotary_layers rotary_xpos polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias "
+        "dynamic_pos_bias dynamic_pos_bias_norm"
+    ),
+    "par_ratio": "rotary_layers",
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",

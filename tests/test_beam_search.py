@@ -330,7 +330,7 @@ def test_arguments_of_the_prompts():
         ({"filter_logits_fn": "top_k"}, "`stochastic = True`, or drop them"),
         ({"filter_kwargs": {"k": 1}, "stochastic": True}, "`filter_kwargs` do not fit unchanged"),
         ({"seq_start_pos": torch.zeros(2)}, "`seq_start_pos` cannot be given"),
-        ({"rotary_pos_emb": (torch.zeros(2, 4, 8), 1.0)}, "`rotary_pos_emb` is a tensor of which beam search"),
+        ({"rotary_pos_emb": (torch.zeros(2, 4, 8), 1.0)}, "`rotary_pos_emb` is a tensor of which it is not known"),
     ],
 )
 def test_refusals(kwargs, said):

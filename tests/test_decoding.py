@@ -246,8 +246,6 @@ def test_prompts_of_one_length():
         ([], None, InputError, "`prompts` is an empty list"),
         (torch.zeros(0, 3, dtype=torch.long), None, ShapeError, r"shape \(0, 3\), which is no prompt"),
         (torch.tensor(3), None, ShapeError, "a single number"),
-        ("text", None, InputError, "`prompts` is a str; it must be a tensor of ids or a list of tensors"),
-        ([[1, 2]], None, InputError, "a list of tensors"),
         (torch.tensor([[0.5]]), None, InputError, "`prompts` has dtype torch.float32"),
         ([torch.tensor([True])], None, InputError, "`prompts` has dtype torch.bool"),
         ([torch.tensor([[1]])], None, ShapeError, r"shape \(1, 1\); each must be \(n,\)"),

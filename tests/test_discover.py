@@ -150,6 +150,8 @@ def test_refusals() -> None:
     with pytest.raises(InputError, match="pass `lengths` or `eos_id`"):
         model.decode(torch.zeros(3, DIM))
     with pytest.raises(InputError, match="9 tokens are asked for"):
+        model.decode(torch.zeros(3, DIM), lengths, max_len=9)
+    with pytest.raises(InputError, match="it must lie between 0 and 8"):
         model.decode(torch.zeros(3, DIM), lengths + 3)
     with pytest.raises(InputError, match="one is empty"):
         model(torch.full((2, 3), PAD))

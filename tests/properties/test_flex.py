@@ -231,7 +231,7 @@ def test_layers_share_their_blocks(monkeypatch: pytest.MonkeyPatch, unfused: Non
     """One for the layers with a window, and one for those without, in every pass with padding."""
     built: list[MaskSpec] = []
     make = block_masks.build
-    monkeypatch.setattr(block_masks, "build", lambda hiding, device: (built.append(hiding), make(hiding, device))[1])
+    monkeypatch.setattr(block_masks, "build", lambda hiding, *more: (built.append(hiding), make(hiding, *more))[1])
     explicit, ours = twins(BASE, depth=4, attn_max_attend_past=(2, None, 2, None))
     ids = tokens(2, LENGTH)
     for passes in (1, 2):

@@ -71,7 +71,7 @@ class BoundedGate(nn.Module):
         if not exact and not isinstance(activation, nn.SiLU):
             raise ConfigError(
                 f"`glu_softclamp` bounds the linear factor of the exact GELU or of SiLU, but the activation is "
-                f"{activation}; drop one of them."
+                f"{type(activation).__name__}; drop one of them."
             )
         self.is_gelu, self.value = isinstance(activation, nn.GELU), value
 

@@ -125,7 +125,7 @@ class LayerStack(nn.Module):
             "heads": self.heads,
             "dim_head": widths[0],
             "causal": self.causal,
-            "kv_heads": {fn.kv_heads for fn in self.attentions(SELF_ATTENTION.letter)},
+            "kv_heads": {fn.kv_heads for fn in self.attentions(*(() if crossing else SELF_ATTENTION.letter))},
             "layers": [index for index, layer in enumerate(plan.layers) if layer.kind.is_self_attention],
             "kwargs": plan.options["stack"].rel_pos_kwargs,
         }

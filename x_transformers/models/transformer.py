@@ -144,7 +144,7 @@ class TransformerWrapper(Model):
         """True if decoding may cache keys and values: new tokens must not change earlier outputs."""
         return self.attn_layers.can_cache_kv and not (self.pools or self.recycling)
 
-    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens",))
+    @shows_keywords_of(AttentionLayers.forward, but=("return_hiddens", "transform_block_inputs"))
     @passes_on("attn_layers", but=("return_hiddens",))
     def forward(
         self,
@@ -162,6 +162,11 @@ class TransformerWrapper(Model):
         mem_masks: Sequence[Tensor | None] | None = None,
         detach_mems: bool = True,
         recycle_steps: int | None = None,
+        looped_steps: int | None = None,
+        max_looped_steps: int | None = None,
+        looped_pred_all_logits: bool | None = None,
+        looped_inference: bool = False,
+        looped_exit_prob_threshold: float = 0.9,
         pos: Tensor | None = None,
         prepend_embeds: Tensor | None = None,
         prepend_mask: Tensor | None = None,
@@ -169,25 +174,21 @@ class TransformerWrapper(Model):
         embed_ids: Mapping[str, Tensor] | None = None,
         sum_embeds: Tensor | float | None = None,
         transform_token_embeds: Callable[[Tensor], Tensor] | None = None,
+        transform_block_inputs: Any = None,
         return_attn_z_loss: bool = False,
         attn_z_loss_weight: float | None = None,
         seq_start_pos: Tensor | None = None,
         cache: LayerIntermediates | KVCache | None = None,
         input_not_include_cache: bool | None = None,
-        cache_age: int | None = None,
         token_emb_kwargs: Mapping[str, Any] | None = None,
         to_logits_kwargs: Mapping[str, Any] | None = None,
+        cache_age: int | None = None,
         attn_mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         self_attn_kv_mask: Tensor | None = None,
         *,
         logits_to_keep: int | None = None,
         capture: Capture | None = None,
-        looped_steps: int | None = None,
-        max_looped_steps: int | None = None,
-        looped_pred_all_logits: bool | None = None,
-        looped_inference: bool = False,
-        looped_exit_prob_threshold: float = 0.9,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -211,6 +212,8 @@ class TransformerWrapper(Model):
             embed_ids: name -> `(b, n)` ids of the further embeddings.
             sum_embeds: `(b, n, E)` or what broadcasts to it, added to the token embeddings.
             transform_token_embeds: applied to the token embeddings before positions are added.
+            transform_block_inputs: of the stack; that of block 1 is applied to the token embeddings, unless
+                `transform_token_embeds` is given.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
             seq_start_pos: `(b,)` number of tokens of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
@@ -223,10 +226,8 @@ class TransformerWrapper(Model):
             looped_pred_all_logits: record the logits of every loop; default in training.
             looped_inference: of a looped model; a pass with a cache decodes as generation does in any case.
             looped_exit_prob_threshold: probability of having stopped with which a generated token leaves the loops.
-            kwargs: of the stack: `context`, `context_mask`, `causal`, `condition`, `transform_block_inputs` and others.
-                Those over tokens do not cover memory tokens and prepended embeddings, which get zeros.
-                `transform_block_inputs` of block 1 is applied to the token embeddings, unless
-                `transform_token_embeds` is given.
+            kwargs: of the stack: `context`, `context_mask`, `causal`, `condition` and others. Those over tokens do not
+                cover memory tokens and prepended embeddings, which get zeros.
 
         Returns:
             Logits `(b, p + n, v)` (a tuple of them for several heads), features, or what an attention pool reads, `(b,
@@ -274,6 +275,8 @@ class TransformerWrapper(Model):
         )
         if return_logits_and_embeddings or return_logit_entropies or return_next_embed_pred or logits_to_keep:
             _check_requested(self, inputs)
+        if transform_block_inputs is not None:
+            kwargs["transform_block_inputs"] = transform_block_inputs
         if kwargs:
             transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds)
         if x is None:

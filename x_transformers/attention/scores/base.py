@@ -16,6 +16,9 @@ from x_transformers.options.suggestions import did_you_mean
 
 Bias = TypeVar("Bias", bound="DistanceBias")
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""An exported program serves every length. PyTorch 2.6 does not say that it exports."""
+
 
 class DistanceBias(ScoreMod):
     """Abstract bias of scores by distance: `score[h, i, j] += f_h(position of query i - position of key j)`."""
@@ -65,7 +68,7 @@ class DistanceBias(ScoreMod):
         # once per distance and looked up once per pair
         consecutive, reach = query.contiguous and keys.contiguous, self.shared_from
         # among its own tokens, a query's distance to a key is the number of places between them
-        near = consecutive and keys is query and reach is not None and reach < keys.length
+        near = consecutive and keys is query and reach is not None and not _is_exporting() and reach < keys.length
         return BoundScore(
             needs=self.needs,
             stage=self.stage,
