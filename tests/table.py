@@ -283,6 +283,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers"),
     "order of execution": ("weight_tie_layers", "layers_execute_order"),
+    "values by layer": ("par_ratio", "rotary_layers"),
     "rotated positions": (
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
         "attn_latent_rope_subheads",
@@ -421,10 +422,9 @@ REFUSED: dict[str, str] = {
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "only_cross": (
-        "rotary_layers rotary_xpos polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias "
+        "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias "
         "dynamic_pos_bias dynamic_pos_bias_norm"
     ),
-    "par_ratio": "rotary_layers",
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",

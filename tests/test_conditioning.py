@@ -283,7 +283,10 @@ def test_bounded_activations() -> None:
     ("keywords", "words"),
     [
         ({"ff_relu_squared": True, "ff_solu": True}, "`ff_relu_squared` and `ff_solu` are alternatives"),
-        ({"ff_glu": True, "ff_glu_softclamp": True, "ff_solu": True}, "exact GELU or of SiLU, but the activation is SoLU"),
+        (
+            {"ff_glu": True, "ff_glu_softclamp": True, "ff_solu": True},
+            "exact GELU or of SiLU, but the activation is SoLU",
+        ),
         ({"ff_softclamp_value": 0.0}, "`ff_softclamp_value` is 0.0; it must be positive"),
         ({"ff_custom_activation": 3}, "it must be a module or a function"),
         ({"ff_custom_activation": nn.ReLU}, "the class ReLU; pass an instance"),
