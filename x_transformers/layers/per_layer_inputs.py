@@ -74,6 +74,9 @@ def additional_by_layer(
         pairs = [(k, v) for k, v in given]
         if any(k.ndim != 4 or v.ndim != 4 for k, v in pairs):
             raise ShapeError("`self_attn_additional_kv` must hold keys (b, g, A, d) and values (b, g, A, e).")
+        if not all(t.is_floating_point() for pair in pairs for t in pair):
+            kinds = ", ".join(sorted({str(t.dtype) for pair in pairs for t in pair}))
+            raise InputError(f"`self_attn_additional_kv` holds {kinds}; keys and values must be floating.")
     else:
         raise InputError("`self_attn_additional_kv` must be a list with a pair of keys and values for each layer.")
     if inputs.detach_additional_kv:
