@@ -182,6 +182,18 @@ def test_rows_leave_the_loops_by_themselves(kind: str) -> None:
     assert torch.equal(first, out[:, :1])
 
 
+def test_loops_in_half_precision_and_in_a_graph() -> None:
+    wrapper, x = AutoregressiveWrapper(net("rotary")), ids()
+    whole = torch.compile(wrapper, backend="eager", fullgraph=True)
+    for n in (N, N - 3):
+        close(whole(x[:, :n]), wrapper(x[:, :n]))
+    half = AutoregressiveWrapper(net("rotary")).bfloat16()
+    loss = half(x)
+    assert loss.isfinite()
+    assert (half.float()(x) - loss).abs() < 0.1
+    assert half.bfloat16().generate(x[:, :3], 4).shape == (2, 4)
+
+
 @torch.no_grad()
 def test_beams_follow_their_caches() -> None:
     model, x = net(), ids()[:, :4]

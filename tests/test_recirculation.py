@@ -149,5 +149,7 @@ def test_models_that_cannot_be_read_twice() -> None:
     layers = Decoder(dim=DIM, depth=2, heads=2, verbose=False)
     with pytest.raises(ConfigError, match="able to cache"):
         Recirculation(TransformerWrapper(num_tokens=VOCAB, max_seq_len=16, attn_layers=layers, recycling=True), 1, 0)
-    with pytest.raises(InputError, match="read one by one"):
-        Recirculation(net("rotary"), 1, 0)(ids(), return_attn=True)
+    whole: dict[str, Any] = {"return_attn": True, "attn_mask": torch.ones(N, N, dtype=torch.bool)}
+    for name, given in whole.items():
+        with pytest.raises(InputError, match=f"`{name}` is about all tokens of a pass"):
+            Recirculation(net("rotary"), 1, 0)(ids(), **{name: given})

@@ -587,7 +587,7 @@ def _check_transition(transition: Any) -> None:
     if transition is not None and (not callable(transition) or isinstance(transition, type)):
         raise InputError(
             f"`transition` is {transition!r}; in a call it must be a function of latents and stream, since a name "
-            "would stand for new, untrained weights."
+            "would mean new, untrained weights."
         )
 
 

@@ -318,7 +318,9 @@ TAKEN = (*TAKEN, "return_attn", "return_attn_z_loss", "return_logit_entropies", 
 def _checked(kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
     """Return the arguments of passes of single tokens."""
     for name in TAKEN:
-        if kwargs.get(name) not in (None, False):
+        given = kwargs.get(name)
+        # a tensor is compared with nothing
+        if given is not None and given is not False:
             raise InputError(f"`{name}` is about all tokens of a pass, and these are read one by one; call the net.")
     if x.shape[1] == 0:
         raise ShapeError(f"x has shape {tuple(x.shape)}; there is no token to read.")

@@ -124,7 +124,7 @@ def explain_stack(
 
 
 EVEN, NARROW = 8, 64
-"""Matrix units read rows of so many numbers in half precision; matrices narrower than the second are cheap anyway."""
+"""Numbers of half precision that matrix units read together; and the width below which matrices are cheap anyway."""
 
 
 def _slow_widths(stack: LayerStack, situation: Situation) -> tuple[str, ...]:

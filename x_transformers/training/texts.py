@@ -18,7 +18,7 @@ from x_transformers.training.packages import needed
 HUB = "hf:"
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "__pycache__"}
 HELD_OUT = 20
-"""One in so many documents is held out."""
+"""Number of documents of which one is held out."""
 MOST_WAITING = 200
 """Number of documents at most without one that is held out."""
 
@@ -48,7 +48,7 @@ class Texts:
         Raises:
             InputError: if there is no data, or if it cannot be read; the message says what to change.
         """
-        waiting: list[bytes] | None = []  # until one is held out, or there are so many that one has to be
+        waiting: list[bytes] | None = []  # until one is held out, or this number is reached
         for name, text in islice(self._documents(), self.most or None):
             held_out = zlib.crc32(name.encode("utf-8", "surrogateescape")) % HELD_OUT == 0
             if waiting is not None and not held_out and len(waiting) < MOST_WAITING:
