@@ -29,6 +29,7 @@ LLAMA: dict[str, Any] = {
     "ff_glu": True,
     "ff_swish": True,
     "ff_no_bias": True,
+    "ff_glu_no_bias": True,
 }
 GPT_NAMES, LLAMA_NAMES = ("bare", "ours", "GPT-2"), ("bare Llama", "our Llama", "Llama")
 DYNAMIC = "ours, dynamic cache"

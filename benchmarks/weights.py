@@ -49,7 +49,7 @@ def _share_gpt2(bare: BareGPT, other: nn.Module) -> None:
 
 @torch.no_grad()
 def share_llama(bare: BareLlama, ours: TransformerWrapper, other: nn.Module | None = None) -> None:
-    """Copy the weights of a bare Llama to ours, whose biases become 0, and to Hugging Face's."""
+    """Copy the weights of a bare Llama to ours and to Hugging Face's."""
     head = bare.shape.dim // bare.shape.heads
     ours.token_emb.emb.weight.copy_(bare.token_emb.weight)
     ours.attn_layers.final_norm.gamma.copy_(bare.norm.weight - 1)
@@ -63,7 +63,6 @@ def share_llama(bare: BareLlama, ours: TransformerWrapper, other: nn.Module | No
         second.norm.gamma.copy_(block.ff_norm.weight - 1)
         gate, up = block.gate_up.weight.chunk(2)
         second.feedforward.up.weight.copy_(torch.cat((up, gate)))
-        second.feedforward.up.bias.zero_()
         second.feedforward.down.weight.copy_(block.down.weight)
     if other is not None:
         _share_hugging_face(bare, other)
