@@ -18,6 +18,7 @@ from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import ONLY_CACHE, Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.layers.layers import AttentionLayers
@@ -27,7 +28,6 @@ from x_transformers.models.embeddings import checked_ids, out_of_range
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.next_item import check_predicts
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
@@ -125,7 +125,7 @@ class BinaryMapper(Configured, nn.Module):
         return mean_over(excess, torch.ones_like(excess, dtype=torch.bool))
 
 
-class FreeTransformer(Configured, ReadsReference):
+class FreeTransformer(SavesFolders):
     """Next-token model that decides about a text before it writes it: `(b, n)` ids to a loss.
 
     The lower half of a causal decoder reads the tokens. An encoder, which sees all of them, attends to its output with
