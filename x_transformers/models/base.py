@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
@@ -26,12 +27,10 @@ from x_transformers.models.options.base import ModelOptions
 from x_transformers.models.recurrence import new_memories, shifted_down
 from x_transformers.models.repeated import Around
 from x_transformers.models.requested_outputs import requested_capture, z_loss
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.notices import warn
-from x_transformers.options.configured import Configured
 
 
-class Model(Configured, ReadsReference):
+class Model(SavesFolders):
     """A stack over embedded tokens. Abstract: a subclass embeds its inputs and turns features into outputs.
 
     Args:

@@ -10,18 +10,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.options.base import check_size
 from x_transformers.models.options.catalog import VISION
 from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.options.configured import Configured
 
 
-class ViTransformerWrapper(Configured, ReadsReference):
+class ViTransformerWrapper(SavesFolders):
     """Images `(b, c, h, w)` to logits of classes, or to the mean of patch features.
 
     Args:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.gated_decoder import LAYER
 from x_transformers.pretrained.layer_norm_decoder import layer_norm_outline, put_both
+from x_transformers.pretrained.layouts import by_head
 
 
 def read(settings: Settings) -> Outline:
@@ -40,14 +39,9 @@ def read(settings: Settings) -> Outline:
         attention, feedforward = f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
         put_both(outline, f"{attention}norm", f"{theirs}input_layernorm", norm=True)
         put_both(outline, f"{feedforward}norm", f"{theirs}post_attention_layernorm", norm=True)
-        for number, name in enumerate("qkv"):
-            # the rows are those of queries, keys and values of the first head, of the second one, ...
-            def rows(tensor: Tensor, number: int = number) -> Tensor:
-                return tensor.unflatten(0, (heads, 3, -1))[:, number].flatten(0, 1)
-
-            for kind in ("weight", "bias") if bias else ("weight",):
-                path = f"{attention}attention.projections.{name}.{kind}"
-                outline.put(path, f"{theirs}attention.query_key_value.{kind}", make=rows)
+        for kind in ("weight", "bias") if bias else ("weight",):
+            maps = tuple(f"{attention}attention.projections.{name}.{kind}" for name in "qkv")
+            outline.put(maps, f"{theirs}attention.query_key_value.{kind}", layout=by_head(heads))
         put_both(outline, f"{attention}attention.out", f"{theirs}attention.dense", bias=bias)
         put_both(outline, f"{feedforward}feedforward.up", f"{theirs}mlp.dense_h_to_4h")
         put_both(outline, f"{feedforward}feedforward.down", f"{theirs}mlp.dense_4h_to_h")
