@@ -16,7 +16,7 @@ from x_transformers.folders.own import cast
 from x_transformers.notices import warn
 from x_transformers.options.configured import Configured, find_class, is_config
 from x_transformers.pretrained.filling import listed
-from x_transformers.pretrained.starts import changes_function, start_neutral
+from x_transformers.pretrained.starts import IMPLIED, changes_function, start_neutral
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,12 @@ def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> C
         part = parts[place] if place else _owner(parts, name)
         before = part["options"].get(name, getattr(_keywords(part).get(name), "default", None))
         part["options"][name] = value
-        if not _same(before, value):
-            given[keyword] = value
+        if _same(before, value):
+            continue
+        given[keyword] = value
+        implied, first_value = IMPLIED.get(name, ("", None))
+        if implied and f"{keyword.removesuffix(name)}{implied}" not in overrides:
+            part["options"][implied] = first_value
     return Changed(found, given)
 
 

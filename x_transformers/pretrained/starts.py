@@ -51,7 +51,7 @@ STARTS: dict[str, Mapping[str, float]] = {
     "attn_head_scale": {r"\.head_scale\.scale$": 1.0},
     "ff_deep_embed": {r"^ff_deep_embed$": 1.0},
     "scale_residual": {r"\.residual\.scale$": 1.0},
-    "use_layerscale": {r"\.scale\.gamma$": 1.0},
+    "use_layerscale": {},
     # the identity from the beginning
     "attn_post_talking_heads": {},
     # the training, the first weights, or the way in which the same is computed
@@ -85,6 +85,9 @@ STARTS: dict[str, Mapping[str, float]] = {
     "zero_init_branch_output": {},
 }
 """For each keyword the patterns of names of new parameters, and their values."""
+
+IMPLIED: dict[str, tuple[str, Any]] = {"use_layerscale": ("layerscale_init_value", 1.0)}
+"""Keywords with a second one that has the first value of its parameters, unless the user gives another value."""
 
 ONLY_SWITCHED_ON = {"scale_residual"}
 """Keywords that may also be numbers of the user's own, which are kept."""
