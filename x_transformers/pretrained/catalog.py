@@ -26,6 +26,7 @@ from x_transformers.pretrained.families import (
     smollm,
     starcoder,
     t5,
+    vit,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -33,6 +34,8 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(bert.read_bert),
     "bloom": Family(bloom.read),
     "cohere": Family(cohere.read),
+    "deit": Family(vit.read_deit),
+    "dinov2": Family(vit.read_dinov2),
     "distilbert": Family(distilbert.read),
     "electra": Family(bert.read_electra),
     "falcon": Family(falcon.read),
@@ -56,4 +59,5 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(smollm.read),
     "starcoder2": Family(starcoder.read),
     "t5": Family(t5.read),
+    "vit": Family(vit.read_vit),
 }

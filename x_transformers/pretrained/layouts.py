@@ -43,8 +43,19 @@ def _swapped(whole: Tensor) -> Tensor:
     return whole.roll(len(whole) // 2, 0)
 
 
+STACKED = Layout(lambda *theirs: [torch.cat(theirs).flatten(0, -2)], lambda ours: list(ours[:, None, None]))
+"""Vectors `(1, 1, D)` that are rows of one matrix."""
+
 ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
 """A vector that is stored as a matrix of one row."""
+
+
+def pixels(channels: int, side: int) -> Layout:
+    """Return the layout of a convolution `(D, c, p, p)` of patches, which is a linear map of `p * p * c` numbers."""
+    return Layout(
+        lambda theirs: [theirs.permute(0, 2, 3, 1).flatten(1)],
+        lambda ours: [ours.unflatten(1, (side, side, channels)).permute(0, 3, 1, 2).contiguous()],
+    )
 
 
 def joined(parts: int) -> Layout:
