@@ -21,6 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.intermediates import LayerIntermediates
@@ -32,10 +33,8 @@ from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.frames import of_any_length, skipped, without_graphs
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, pad_left
-from x_transformers.options.configured import Configured
 from x_transformers.options.values import accepts, shown
 from x_transformers.test_time.adaptation import Adaptation, InnerLoss, ordinary, with_gradients
 from x_transformers.test_time.episodic import EpisodicMemories, EpisodicMemoryWrapper
@@ -60,7 +59,7 @@ __all__ = [
 Memories = Sequence[Tensor | None]
 
 
-class XLAutoregressiveWrapper(Configured, ReadsReference):
+class XLAutoregressiveWrapper(SavesFolders):
     """Training and generation in segments, with recurrent memory between them.
 
     Args:
