@@ -165,8 +165,8 @@ def test_outcomes(inside: str, result: str) -> None:
     assert versions.outcome(ElementTree.fromstring(f"<testcase>{inside}</testcase>")) == result
 
 
-def test_the_written_table() -> None:
-    page = versions.holder().read_text(encoding="utf-8")
+def test_table_of_the_documentation() -> None:
+    page = versions.PAGE.read_text(encoding="utf-8")
     assert page.count(versions.BEGIN) == page.count(versions.END) == 1
     rows = page.split(versions.BEGIN)[1].split(versions.END)[0].strip().splitlines()
     assert rows[:2] == versions.table({}).splitlines()

@@ -4,7 +4,7 @@
     python tests/versions.py 2.6.0      # some of them
     python tests/versions.py --groups export goldens    # some of the columns; the others keep their results
     python tests/versions.py --all      # every test of the files of a column, not only those chosen here
-    python tests/versions.py --write    # put each row into the table of the documentation as soon as it is there
+    python tests/versions.py --write    # put each row into docs/first-steps.md as soon as it is there
     python tests/versions.py --keep --folder DIR        # leave the environments in a folder of your choice
 
 An environment takes about 6 GB of disk; only one exists at a time. Installation and tests of a version take about ten
@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "first-steps.md"
 OLDEST = Version("2.6")
 GRAPHS, LENGTHS, BLOCKS = (
     f"tests/properties/test_{name}.py" for name in ("compile", "compiled_lengths", "compile_blocks")
@@ -98,11 +99,11 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="run every test of their files")
     parser.add_argument("--keep", action="store_true", help="leave the environments in the folder")
     parser.add_argument("--folder", type=Path, default=ROOT / ".versions", help="where they are (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the rows into the documentation")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/first-steps.md")
     parser.add_argument("--workers", default="2", help="processes of each test run (default: %(default)s)")
     given = parser.parse_args()
     given.folder.mkdir(exist_ok=True, parents=True)
-    rows = written_rows(holder().read_text(encoding="utf-8"))
+    rows = written_rows(PAGE.read_text(encoding="utf-8"))
     failed = False
     for version in given.versions or newest_patches(given.folder):
         environment = given.folder / version
@@ -121,7 +122,7 @@ def main() -> int:
         failed |= any(cell["failed"] for cell in cells.values())
         rows.setdefault(version, {}).update({name: shown(cell) for name, cell in cells.items()})
         if given.write:
-            holder().write_text(with_rows(holder().read_text(encoding="utf-8"), rows), encoding="utf-8")
+            PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
         if not given.keep:
             shutil.rmtree(environment)
     print(table(rows))
@@ -236,15 +237,6 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     for version in sorted(rows, key=Version):
         lines.append(f"| {version} | {' | '.join(rows[version].get(name, '–') for name in GROUPS)} |")
     return "\n".join(lines)
-
-
-def holder() -> Path:
-    """Return the page of the documentation that has the table."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    found = [page for page in pages if page.exists() and BEGIN in page.read_text(encoding="utf-8")]
-    if len(found) != 1:
-        raise SystemExit(f"{BEGIN!r} has to be in one page, and is in {[str(page) for page in found]}")
-    return found[0]
 
 
 def written_rows(page: str) -> dict[str, dict[str, str]]:
