@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, rotary_entries
 from x_transformers.pretrained.gated_decoder import LAYER
 from x_transformers.pretrained.layer_norm_decoder import layer_norm_outline, put_both
 from x_transformers.pretrained.layouts import by_head
@@ -46,3 +47,13 @@ def read(settings: Settings) -> Outline:
         put_both(outline, f"{feedforward}feedforward.up", f"{theirs}mlp.dense_h_to_4h")
         put_both(outline, f"{feedforward}feedforward.down", f"{theirs}mlp.dense_4h_to_h")
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return (
+        common_entries(words)
+        | {"layer_norm_eps": words["norm_eps"], "attention_bias": bool(words.get("attn_qkv_bias"))}
+        | {"use_parallel_residual": bool(words.get("parallel_block"))}
+        | rotary_entries(words, partial="rotary_pct", theta="rotary_emb_base")
+    )
