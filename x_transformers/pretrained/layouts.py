@@ -72,24 +72,6 @@ def cut(*sizes: int) -> Layout:
     return Layout(lambda theirs: theirs.split(sizes), lambda *ours: [torch.cat(ours)])
 
 
-def by_head(heads: int, parts: int = 3) -> Layout:
-    """Return the layout of one map whose rows are all parts of the first head, then those of the second one, ...
-
-    Args:
-        heads: their number.
-        parts: weights of ours: of queries, keys and values.
-    """
-
-    def read(theirs: Tensor) -> list[Tensor]:
-        rows = theirs.unflatten(0, (heads, parts, -1))
-        return [rows[:, part].flatten(0, 1) for part in range(parts)]
-
-    def write(*ours: Tensor) -> list[Tensor]:
-        return [torch.stack([weight.unflatten(0, (heads, -1)) for weight in ours], dim=1).flatten(0, 2)]
-
-    return Layout(read, write)
-
-
 def by_group(heads: int, kv_heads: int) -> Layout:
     """Return the layout of one map whose rows are the queries that share a key, their key, their value, and so on.
 
