@@ -1,4 +1,4 @@
-"""What a decoder computes, in keywords that are the same for all models that compute the same."""
+"""Keywords of what a decoder computes: the same for all models that compute the same."""
 
 from __future__ import annotations
 
