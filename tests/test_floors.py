@@ -91,7 +91,7 @@ HOUSE = (
     ("F10", ["pretrained.base"]),
     ("F10", ["pretrained.rotary", "pretrained.alibi"]),
     ("F10", ["pretrained.gated_decoder", "pretrained.layer_norm_decoder"]),
-    ("F10", ["pretrained.encoder"]),
+    ("F10", ["pretrained.encoder", "pretrained.encoder_decoder"]),
     ("F10", ["pretrained.families"]),
     ("F10", ["pretrained.catalog"]),
     ("F10", ["pretrained.outlines", "pretrained.filling", "pretrained.starts", "pretrained.reference"]),

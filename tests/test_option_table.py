@@ -63,7 +63,11 @@ def test_custom_configurations_name_features(benchmarks: dict[str, ModuleType]) 
         ("latent", ["attn_use_latent_q", "attn_use_latent_kv"], "SDPA"),
         ("glu", ["ff_glu"], "SDPA"),
         ("recurrent_memory", ["max_mem_len"], "SDPA"),
-        ("absolute_positions", ["use_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale"], "SDPA"),
+        (
+            "absolute_positions",
+            ["use_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale", "abs_pos_emb_offset"],
+            "SDPA",
+        ),
     ],
 )
 def test_rendered_rows(name: str, keywords: list[str], fused: str, benchmarks: dict[str, ModuleType]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from x_transformers.pretrained.base import Family
 from x_transformers.pretrained.families import (
+    bart,
     bert,
     bloom,
     cohere,
@@ -24,9 +25,11 @@ from x_transformers.pretrained.families import (
     qwen,
     smollm,
     starcoder,
+    t5,
 )
 
 FAMILIES: dict[str, Family] = {
+    "bart": Family(bart.read),
     "bert": Family(bert.read_bert),
     "bloom": Family(bloom.read),
     "cohere": Family(cohere.read),
@@ -52,4 +55,5 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family(bert.read_roberta),
     "smollm3": Family(smollm.read),
     "starcoder2": Family(starcoder.read),
+    "t5": Family(t5.read),
 }

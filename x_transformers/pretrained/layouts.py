@@ -43,6 +43,10 @@ def _swapped(whole: Tensor) -> Tensor:
     return whole.roll(len(whole) // 2, 0)
 
 
+ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
+"""A vector that is stored as a matrix of one row."""
+
+
 def joined(parts: int) -> Layout:
     """Return the layout of several maps of one input and of equal size, which are one weight of ours."""
     return Layout(lambda *theirs: [torch.cat(theirs)], lambda ours: ours.chunk(parts))
