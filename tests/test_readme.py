@@ -27,7 +27,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(?:<!-- no-run: (?P<reason>[^\n]+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
 START, END = "<!-- contents: made by `python tests/test_readme.py --write` -->", "<!-- end of the contents -->"
 TABLE = "<!-- options: made by"
-FEATURES = {feature.name: feature for feature in (*STACK_FEATURES, *MODEL_FEATURES) if feature.paper is not None}
+FEATURES = {
+    feature.name: feature
+    for feature in (*STACK_FEATURES, *MODEL_FEATURES)
+    if feature.paper is not None and feature.group != "mixer" and feature.name not in ("mixer", "layer_period")
+}
+"""Features with a paper; those of mixers are in `docs/token-mixers.md`."""
 
 GALLERY = (
     "Positions",
