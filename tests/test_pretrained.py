@@ -89,18 +89,21 @@ def test_a_file_may_change_after_loading(folder: Path) -> None:
 
 @torch.no_grad()
 def test_overrides(folder: Path) -> None:
-    """A window needs no parameters; memory tokens are new ones, and a warning says so."""
+    """A window needs no parameters, memory tokens are new ones; a warning says that both change the function."""
     ids, messages = torch.randint(0, 20, (2, 8)), []
     handler = logger.add(lambda message: messages.append(str(message)), level="WARNING", format="{message}")
     try:
         plain, window = load_pretrained(folder), load_pretrained(folder, attn_max_attend_past=2)
-        assert not messages
         torch.testing.assert_close(plain(ids)[:, :3], window(ids)[:, :3])
         assert not torch.allclose(plain(ids)[:, 3:], window(ids)[:, 3:], atol=1e-3)
         memory = load_pretrained(folder, num_memory_tokens=2, dtype=torch.bfloat16)
     finally:
         logger.remove(handler)
-    assert messages == ["load_pretrained: `memory_tokens` is not in the files, but new.\n"]
+    changes = "changes what the loaded weights compute; train them further."
+    assert messages == [
+        f"load_pretrained: `attn_max_attend_past` {changes}\n",
+        f"load_pretrained: `num_memory_tokens` {changes} New parameters: `memory_tokens`.\n",
+    ]
     assert {parameter.dtype for parameter in memory.parameters()} == {torch.bfloat16}
     assert torch.equal(memory.to_logits.weight.float(), plain.to_logits.weight.bfloat16().float())
 
@@ -210,5 +213,5 @@ def test_an_index_that_lies(folder: Path) -> None:
 
 
 def test_a_name_is_no_folder() -> None:
-    with pytest.raises(CheckpointError, match="is no folder; download the files first"):
+    with pytest.raises(CheckpointError, match="is no folder on this machine"):
         load_pretrained("meta-llama/Llama-3.2-1B")

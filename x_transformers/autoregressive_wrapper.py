@@ -21,6 +21,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, align_right, pad_at_dim, read_prompts
 from x_transformers.decoding.sampling import gumbel_noise, gumbel_sample, unchanged
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
@@ -35,10 +36,8 @@ from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules import script_names
 from x_transformers.modules.inference import InferenceView, eval_decorator
 from x_transformers.modules.script_names import *  # noqa: F403
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log, values_can_be_read
-from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
 __all__ = [
@@ -60,7 +59,7 @@ __all__ = [
 __all__ += script_names.__all__
 
 
-class AutoregressiveWrapper(Configured, ReadsReference):
+class AutoregressiveWrapper(SavesFolders):
     """Training of a model to predict the next token, and generation from it.
 
     Args:

@@ -17,6 +17,7 @@ from x_transformers.decoding.options import GenerationOptions, takes_options
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
 from x_transformers.losses import mean_over, reaching, token_losses
@@ -24,17 +25,15 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, flipped, values_can_be_read
-from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
 PairWeights = Callable[[Tensor], Tensor]
 """Pairs `(pairs, 2)` of indices i and j to weights, `(pairs,)` or `(pairs, 2)` for the two directions."""
 
 
-class BeliefStateWrapper(Configured, ReadsReference):
+class BeliefStateWrapper(SavesFolders):
     """Training of two decoders whose states, of a prefix and of a suffix, predict the tokens next to them.
 
     Args:
@@ -146,7 +145,8 @@ class BeliefStateWrapper(Configured, ReadsReference):
     def _reaching(self, loss: Tensor, *further: nn.Module) -> Tensor:
         """Return the loss with gradients for what it does not read: the decoders' own heads, a distance not drawn."""
         nets = [unwrapped(net) for net in (self.forward_decoder, self.backward_decoder)]
-        heads = [part for net in nets for part in (net.to_logits, net.mixture, net.to_next_embed_pred, net.attn_pool)]
+        names = ("to_logits", "logit_changes", "mixture", "to_next_embed_pred", "attn_pool")
+        heads = [getattr(net, name) for net in nets for name in names]
         return reaching(loss, *heads, self.to_distance_cond, self.to_distance_logits, *further)
 
     def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from x_transformers.decoding.prompts import Prompts, align_right
 from x_transformers.decoding.sampling import is_greedy
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Vectors, as_vectors
 from x_transformers.forward_pass.names import passes_on
@@ -26,10 +27,8 @@ from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, finite_where_hidden
-from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
 __all__ = [
@@ -69,7 +68,7 @@ def sample_from_mean_variance(mean: Tensor, variance: Tensor, eps: float = 1e-5,
     return mean + variance.clamp(min=eps).sqrt() * temperature * torch.randn_like(mean)
 
 
-class ContinuousAutoregressiveWrapper(Configured, ReadsReference):
+class ContinuousAutoregressiveWrapper(SavesFolders):
     """Training of a model to predict the next vector, and generation by repeated prediction.
 
     Args:

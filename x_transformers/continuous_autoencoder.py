@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import normal_divergence
 from x_transformers.models.continuous import ContinuousTransformerWrapper
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32, masked_mean
-from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 
@@ -25,7 +24,7 @@ RESERVED: dict[str, str] = dict.fromkeys(("dim", "depth"), "set `dim` for both s
 LOSSES: dict[str, Callable[..., Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
 
 
-class DeterministicLatentBottleneck(Configured, ReadsReference):
+class DeterministicLatentBottleneck(SavesFolders):
     """Features to a latent vector, `f(W x + b)`, without a loss of its own.
 
     Args:
@@ -50,7 +49,7 @@ class DeterministicLatentBottleneck(Configured, ReadsReference):
         return self.activation(self.proj(x)), None
 
 
-class VariationalLatentBottleneck(Configured, ReadsReference):
+class VariationalLatentBottleneck(SavesFolders):
     """Features to a normally distributed latent vector (1312.6114).
 
     With the mean `mu` and the logarithm `v` of the variance, both linear in the features:
@@ -95,7 +94,7 @@ class VariationalLatentBottleneck(Configured, ReadsReference):
 BOTTLENECKS = {"deterministic": DeterministicLatentBottleneck, "variational": VariationalLatentBottleneck}
 
 
-class ContinuousTransformerAutoencoder(Configured, ReadsReference):
+class ContinuousTransformerAutoencoder(SavesFolders):
     """Sequences of vectors through one latent vector each: `(b, n, dim_input)` to the loss of their reconstruction.
 
     The encoder's features are averaged over valid positions and go through a bottleneck. The decoder is causal; the

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.losses import reaching
 from x_transformers.models.embeddings import checked_ids, whole_numbers
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
@@ -226,7 +226,7 @@ class TPREncoder(Configured, nn.Module):
         return average
 
 
-class DiscoverDecoder(Configured, ReadsReference):
+class DiscoverDecoder(SavesFolders):
     """One causal decoder that encodes a sequence to a vector, and writes a sequence from a vector.
 
     The vector is embedded before the tokens of the sequence that is written.

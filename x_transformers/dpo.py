@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.losses import next_token_log_probs, reaching
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import exchanges_gradients, unwrapped
 from x_transformers.ops import masked_mean
-from x_transformers.options.configured import Configured
 
 
-class DPO(Configured, ReadsReference):
+class DPO(SavesFolders):
     """Training of a model to prefer one continuation over another, without drifting far from a frozen reference copy.
 
     Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.errors import ConfigError, UnknownKeywordError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
@@ -20,9 +21,7 @@ from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import pad_left
-from x_transformers.options.configured import Configured
 from x_transformers.options.suggestions import suggestion
 
 OF_THE_WRAPPER = frozenset(inspect.signature(TransformerWrapper).parameters) - {"attn_layers", "return_only_embed"}
@@ -33,7 +32,7 @@ REFERENCE_MIX = "hyper_conn_reference_mix"
 """Option of a stack that loading weights may set."""
 
 
-class XTransformer(Configured, ReadsReference):
+class XTransformer(SavesFolders):
     """Encoder and decoder: source tokens to the loss of target tokens.
 
     Args:

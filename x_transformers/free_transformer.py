@@ -18,6 +18,7 @@ from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts, read_prompts
 from x_transformers.decoding.step import ONLY_CACHE, Reader, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.layers.layers import AttentionLayers
@@ -26,8 +27,8 @@ from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import checked_ids, out_of_range
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.next_item import check_predicts
+from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
@@ -45,7 +46,7 @@ RESERVED = {
 }
 
 
-class BinaryMapper(Configured, nn.Module):
+class BinaryMapper(Configured, KeepsFloat32):
     """Logits of bits to a one-hot code, drawn bit by bit.
 
     With `p_i = sigmoid(a_i / temperature)` bit i is 1 with probability `p_i`, and the code has the index
@@ -71,9 +72,11 @@ class BinaryMapper(Configured, nn.Module):
                 f"`bits` is {bits} and `kl_loss_threshold` {kl_loss_threshold}; they must be at least 1 and 0."
             )
         self.bits, self.num_codes, self.kl_loss_threshold = bits, 2**bits, kl_loss_threshold
-        self.register_buffer("power_two", 2 ** torch.arange(bits), persistent=False)
-        codes = torch.arange(2**bits).unsqueeze(-1).bitwise_and(2 ** torch.arange(bits)) != 0
-        self.register_buffer("codes", codes, persistent=False)
+        self.register_derived()
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        powers = 2 ** torch.arange(self.bits)
+        return {"power_two": powers, "codes": torch.arange(self.num_codes).unsqueeze(-1).bitwise_and(powers) != 0}
 
     @checked
     def forward(
@@ -125,7 +128,7 @@ class BinaryMapper(Configured, nn.Module):
         return mean_over(excess, torch.ones_like(excess, dtype=torch.bool))
 
 
-class FreeTransformer(Configured, ReadsReference):
+class FreeTransformer(SavesFolders):
     """Next-token model that decides about a text before it writes it: `(b, n)` ids to a loss.
 
     The lower half of a causal decoder reads the tokens. An encoder, which sees all of them, attends to its output with

@@ -17,6 +17,7 @@ from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
@@ -29,9 +30,7 @@ from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.norms import RMSNorm
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.options.configured import Configured
 
 Transition = Callable[[Tensor, Tensor], Tensor]
 """Latents `(b, n, d)` of the positions before, and the stream `(b, n, d)` that they enter, to a new stream."""
@@ -216,7 +215,7 @@ def get_block_latent(intermediates: LayerIntermediates, depth: int) -> Tensor:
     return intermediates.block_hiddens[depth - 1]
 
 
-class FullBandwidth(Configured, ReadsReference):
+class FullBandwidth(SavesFolders):
     """A decoder whose positions read deep states of the position before them.
 
     Training runs parallel passes: the first one is plain, and in each later one the blocks of some routes read,

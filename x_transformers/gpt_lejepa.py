@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
@@ -20,11 +21,9 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.internal_sequence import tokens_of
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.norms import RMSNorm
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.next_latent_wrapper import check_state_net, checked_states_input, normalized_weights
 from x_transformers.ops import at_least_float32
-from x_transformers.options.configured import Configured
 
 
 class Losses(NamedTuple):
@@ -43,7 +42,7 @@ class Probe(nn.Sequential):
         super().__init__(*([] if first is None else [first]), RMSNorm(dim), *_maps(dim, dim), head)
 
 
-class LatentAutoregressive(Configured, ReadsReference):
+class LatentAutoregressive(SavesFolders):
     """Training of a decoder by the error of states that it predicts, in the space of its own features.
 
     Predictors roll out the later states from a hidden state, `z_r = P([z_{r - 1}; a(x[t + 1 + r])])` with embeddings a

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
 from x_transformers.forward_pass.names import passes_on
@@ -19,15 +20,13 @@ from x_transformers.losses import normal_divergence
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 
 RESERVED: dict[str, str] = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `depth` and `enc_depth`")
 
 
-class GPTVAE(Configured, ReadsReference):
+class GPTVAE(SavesFolders):
     """Next-token model whose rows are conditioned on a latent vector each: `(b, n)` ids to a loss.
 
     The features of an encoder, averaged over the tokens of a row, give the mean `mu` and the logarithm `v` of the

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.decoding.loop import check_next_token_net
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
@@ -19,10 +20,9 @@ from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.frozen import FrozenUse
-from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
-from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 
 
@@ -125,7 +125,7 @@ LOSSES = {
 DYNAMICS = ("residual", "gru", "custom")
 
 
-class NextLatentWrapper(Configured, ReadsReference):
+class NextLatentWrapper(SavesFolders):
     """Training of a decoder to predict the next token, and of its states to predict the next states.
 
     With the states h of the decoder and embeddings e of tokens, a model of the dynamics predicts `s_r` for `h[t + 1 +
@@ -213,7 +213,7 @@ class NextLatentWrapper(Configured, ReadsReference):
         self.sigreg_loss_weight, self.sigreg_loss_kwargs = sigreg_loss_weight, dict(sigreg_loss_kwargs or {})
         self.rollout_weights = normalized_weights("rollout_weights", rollout_weights, num_rollouts)
         self.dynamic_loss_decay = dynamic_loss_decay if dynamic_rollout_loss_weight else 0.0
-        self._frozen_logits = FrozenUse(model, "logits_of", ("to_logits", "mixture", "token_emb"))
+        self._frozen_logits = FrozenUse(model, "logits_of", ("to_logits", "logit_changes", "mixture", "token_emb"))
 
     sigreg_loss = staticmethod(sigreg_loss)
 

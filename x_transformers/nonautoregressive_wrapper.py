@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
@@ -24,10 +25,8 @@ from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log
-from x_transformers.options.configured import Configured
 from x_transformers.options.suggestions import did_you_mean
 
 Schedule = Callable[[Tensor], Tensor]
@@ -135,7 +134,7 @@ class SelfCritic(nn.Module):
         return self.to_logits(self.net(x, return_embeddings=True, **kwargs))
 
 
-class NonAutoregressiveWrapper(Configured, ReadsReference):
+class NonAutoregressiveWrapper(SavesFolders):
     """Training of a model to predict masked tokens, and generation that fills in the most certain ones first.
 
     Args:

@@ -13,6 +13,7 @@ from x_transformers.cache import KVCache
 from x_transformers.decoding.generation_inputs import cut_arguments
 from x_transformers.decoding.loop import check_next_token_net
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
@@ -23,9 +24,8 @@ from x_transformers.models.delegate import ModelDelegate
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import evaluating
-from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.modules.unwrap import unwrapped
-from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least, require
 
 Route = tuple[int, int]
@@ -74,7 +74,7 @@ class RecirculationMixer(LoadsWhole):
         return alpha, beta
 
 
-class Recirculation(Configured, ReadsReference, ModelDelegate):
+class Recirculation(SavesFolders, ModelDelegate):
     """A trained decoder that reads each token twice; it can be used in an `AutoregressiveWrapper` like the decoder.
 
     The first pass of a token gives its logits. In the second one the inputs of some self-attentions, the destinations,

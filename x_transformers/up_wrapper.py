@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.decoding.loop import check_next_token_net
 from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRangeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 
@@ -125,7 +125,7 @@ class SyntheticDataGenerator(Configured, nn.Module):
         return self.to_logits(states), hiddens
 
 
-class UniversalPretrainWrapper(Configured, ReadsReference):
+class UniversalPretrainWrapper(SavesFolders):
     """Training of a decoder on sequences of a buffer that random networks keep rewriting.
 
     Each call draws sequences of the buffer and the beginnings of others, lets the generator continue them, replaces

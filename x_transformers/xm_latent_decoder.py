@@ -17,6 +17,7 @@ from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.decoding.generation_inputs import cut_arguments, with_rows
 from x_transformers.decoding.loop import check_next_token_net
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.intermediates import LayerIntermediates
@@ -26,10 +27,8 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
-from x_transformers.options.configured import Configured
 
 Winner = Callable[..., Tensor]
 """Losses `(b, K)`, or logits `(b, K, n, v)` of prompts, and possibly the record, to a score or an index of each row."""
@@ -43,7 +42,7 @@ def lowest_loss_winner_fn(losses: Tensor, intermediates: Any = None) -> Tensor:
     return losses.argmin(dim=-1)
 
 
-class XMLatentDecoder(Configured, ReadsReference):
+class XMLatentDecoder(SavesFolders):
     """Training of a decoder that continues latent vectors: the best of random candidates learns.
 
     Latent vectors are embedded before the tokens. Of one of their slots K candidates are drawn, and the loss of a row

@@ -20,6 +20,7 @@ from x_transformers.decoding.sampling import Choose, check_readable
 from x_transformers.decoding.step import Reader, Sequences
 from x_transformers.decoding.watch import Watch
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.forward_pass.arrays import Ids, Vectors, as_prompts, as_vectors
 from x_transformers.forward_pass.names import passes_on
@@ -28,10 +29,8 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.xval import XValTransformerWrapper
 from x_transformers.modules.inference import InferenceView
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
-from x_transformers.options.configured import Configured
 
 __all__ = ["GenerateReturn", "LossBreakdown", "XValAutoregressiveWrapper", "XValTransformerWrapper"]
 
@@ -62,7 +61,7 @@ class GenerateReturn(NamedTuple):
     is_number_mask: Tensor
 
 
-class XValAutoregressiveWrapper(Configured, ReadsReference):
+class XValAutoregressiveWrapper(SavesFolders):
     """Training of a model to predict the next token and its number, and generation by repeated prediction.
 
     Args:

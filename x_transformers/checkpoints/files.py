@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from x_transformers.checkpoints.durable import replacing
 from x_transformers.checkpoints.folder import find_model
 from x_transformers.checkpoints.tensor_files import read_tensors, write_tensors
 from x_transformers.errors import CheckpointError, InputError, StateDictError
+from x_transformers.folders.building import build, check_counts, share, shared_names
 from x_transformers.modules.state_dict import check_state, load_state
 from x_transformers.modules.unwrap import plain_name, unwrapped
 from x_transformers.options.checked import checked_function
 from x_transformers.options.configured import Configured
-
-PLAUSIBLE = 1000
-"""Layers or heads that a file of any size may name."""
 
 
 @checked_function
@@ -53,7 +50,7 @@ def write_model(model: nn.Module, path: Path, weights: Mapping[str, Tensor] | No
     weights = model.state_dict() if weights is None else weights
     tensors = {plain_name(name): tensor for name, tensor in weights.items()}
     about: dict[str, Any] = {"config": config}
-    if shared := _shared(model):
+    if shared := shared_names(model):
         about["shared"] = shared
     return write_tensors(path, tensors, about)
 
@@ -106,17 +103,17 @@ def load_model(path: str | PathLike[str], device: str = "cpu", **objects: Any) -
         raise CheckpointError(
             f"{path} contains weights without a configuration; build the model and load them into it."
         )
-    _check_counts(path, config, file.tensors)
+    check_counts(path, config, {name: tensor.numel() for name, tensor in file.tensors.items()})
     with torch.device("meta"):
-        outline = _build(path, config, objects)
+        outline = build(path, config, objects)
     try:
         check_state(outline, file.tensors)
         with torch.random.fork_rng(devices=[]):
-            model = _build(path, config, objects)
+            model = build(path, config, objects)
         load_state(model, file.tensors)
     except StateDictError as error:
         raise StateDictError(f"{path} contains other weights than its configuration needs: {error}") from error
-    _share(path, model, file.about.get("shared", []))
+    share(path, model, file.about.get("shared", []))
     return model.to(device)
 
 
@@ -125,56 +122,6 @@ def _config(path: str | Path, about: Mapping[str, Any]) -> dict[str, Any] | None
     if config is not None and not isinstance(config, dict):
         raise CheckpointError(f"{path} contains a damaged configuration: it is not that of a model.")
     return config
-
-
-def _build(path: str | Path, config: dict[str, Any], objects: Mapping[str, Any]) -> Any:
-    try:
-        return Configured.from_config(config, **objects)
-    except Exception as error:  # options of a file may be anything, and reach every constructor
-        reason = f"{type(error).__name__}: " if not isinstance(error, ValueError) else ""
-        raise CheckpointError(f"{path} contains a configuration of which no model can be built: {reason}{error}") from (
-            error
-        )
-
-
-def _check_counts(path: str | Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Check that layers and heads, each of which takes time and memory, are not more than the weights can be of."""
-    most = {"depth": len(tensors), "heads": sum(tensor.numel() for tensor in tensors.values())}
-    for name, number in _numbers("", config, 0):
-        bound = max(most.get(name.rpartition("_")[2], math.inf), PLAUSIBLE)
-        if number > bound:
-            raise CheckpointError(f"{path} contains a damaged configuration: its weights are not of {name} = {number}.")
-
-
-def _numbers(name: str, value: Any, depth: int) -> Iterator[tuple[str, int | float]]:
-    """Yield the numbers in a configuration with their keywords; what is nested too deeply is refused elsewhere."""
-    if depth > 100:
-        return
-    if isinstance(value, int | float):
-        yield name, value
-    elif isinstance(value, list | dict):
-        for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
-            yield from _numbers(key, item, depth + 1)
-
-
-def _shared(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
-    return [group for group in names.values() if len(group) > 1]
-
-
-def _share(path: str | Path, model: nn.Module, shared: Any) -> None:
-    """Make parameters one that were one when the file was written."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for group in shared if isinstance(shared, list) else [shared]:
-        known = isinstance(group, list) and all(isinstance(name, str) and name in parameters for name in group)
-        if not known or not group or any(not torch.equal(parameters[group[0]], parameters[name]) for name in group):
-            raise CheckpointError(f"{path} is damaged: it names weights as shared that are not: {group}.")
-        for name in group[1:]:
-            parent, _, leaf = name.rpartition(".")
-            model.get_submodule(parent)._parameters[leaf] = parameters[group[0]]
 
 
 def first_difference(theirs: Any, own: Any, path: str = "") -> str:

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.named_stacks import CrossAttender
-from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 
 
-class AttentionPool(Configured, ReadsReference):
+class AttentionPool(SavesFolders):
     """Pooling of a context by k learned queries, through one attention or a stack of cross-attention blocks.
 
     Args:

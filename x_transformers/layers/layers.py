@@ -12,6 +12,7 @@ from x_transformers.attention.projections import HeadOptions
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
@@ -32,13 +33,11 @@ from x_transformers.layers.reference_names import (
 from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.notices import warn
-from x_transformers.options.configured import Configured
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class AttentionLayers(Configured, ReadsReference, LayerStack):
+class AttentionLayers(SavesFolders, LayerStack):
     """A stack of attention and feedforward layers over `(b, n, dim)`.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.cache import CacheHeader, KVCache, StaticCache
 from x_transformers.errors import InputError, ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
@@ -26,12 +27,10 @@ from x_transformers.models.options.base import ModelOptions
 from x_transformers.models.recurrence import new_memories, shifted_down
 from x_transformers.models.repeated import Around
 from x_transformers.models.requested_outputs import requested_capture, z_loss
-from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.notices import warn
-from x_transformers.options.configured import Configured
 
 
-class Model(Configured, ReadsReference):
+class Model(SavesFolders):
     """A stack over embedded tokens. Abstract: a subclass embeds its inputs and turns features into outputs.
 
     Args:
@@ -64,7 +63,7 @@ class Model(Configured, ReadsReference):
         self.attn_layers = attn_layers
         dim = attn_layers.dim
         without = _why_no_positions(max_seq_len, options.use_abs_pos_emb, attn_layers)
-        for keyword in ("scaled_sinu_pos_emb", "abs_pos_emb_scale"):
+        for keyword in ("scaled_sinu_pos_emb", "abs_pos_emb_scale", "abs_pos_emb_offset"):
             if getattr(options, keyword) and without:
                 warn(f"{type(self).__name__}: `{keyword}` has no effect: {without}.")
         self.pos_emb = None
@@ -76,6 +75,7 @@ class Model(Configured, ReadsReference):
                 sinusoids=sinusoids,
                 l2norm_embed=l2norm_embed,
                 scale=options.abs_pos_emb_scale,
+                first_row=options.abs_pos_emb_offset,
             )
         self.project_emb: nn.Module | None = nn.Linear(emb_dim, dim) if emb_dim != dim else None
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if self.num_memory_tokens else None

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ShapeError
+from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Encoder
-from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
-from x_transformers.options.configured import Configured
+from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.options.schema import at_least
 
 
@@ -37,7 +37,7 @@ class RandomFourierEmbed(LoadsWhole):
         return (self.proj(times.unsqueeze(-1)) * (2 * math.pi)).cos()
 
 
-class NeoMLP(Configured, ReadsReference):
+class NeoMLP(SavesFolders):
     """Vectors `(b, dim_in)` to vectors `(b, dim_out)`, by attention between units.
 
     Input unit i is `W cos(2 pi (w x_i + c)) + b + e_i`; hidden and output units start as learned embeddings. After the

@@ -91,7 +91,7 @@ class Configured(Checked):
         Returns:
             Functions that undo it.
         """
-        given = {name: own for name, own in self._config["options"].items() if _is_config(own)}
+        given = {name: own for name, own in self._config["options"].items() if is_config(own)}
         parts = (
             [part for part in self.children() if isinstance(part, Configured)] if isinstance(self, nn.Module) else []
         )
@@ -101,7 +101,7 @@ class Configured(Checked):
             same = [name for name, own in given.items() if own is part._config]
             same = same or [name for name, own in given.items() if own == part._config]
             found += [(part, config["options"].get(name)) for name in same]
-        return [undo for part, theirs in found if _is_config(theirs) for undo in part.adopt_config(theirs)]
+        return [undo for part, theirs in found if is_config(theirs) for undo in part.adopt_config(theirs)]
 
     @classmethod
     def from_config(cls: type[Built], config: Mapping[str, Any], **objects: Any) -> Built:
@@ -120,7 +120,7 @@ class Configured(Checked):
         """
         _check(config, "")
         name = config["class"]
-        target = cls if name == _class_name(cls) else _find(name)
+        target = cls if name == _class_name(cls) else find_class(name)
         if target is None or not issubclass(target, cls):
             raise ConfigError(
                 f"this config describes a {name}, not a {cls.__name__}; call `from_config` of its own class."
@@ -132,7 +132,7 @@ def _class_name(cls: type) -> str:
     return cls.__name__ if cls.__module__.partition(".")[0] == PACKAGE else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _find(name: str) -> type[Configured] | None:
+def find_class(name: str) -> type[Configured] | None:
     """Return the class that a configuration names.
 
     Earlier versions wrote every class without its module. Such a name is a class of this library if there is one, or
@@ -185,7 +185,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         items = {key: _plain(key, item) for key, item in value.items()}
         # a user's mapping that looks like one of ours would be read as that
-        unclear = _is_config(value) or _is_object(value)
+        unclear = is_config(value) or _is_object(value)
         return {"$object": name} if unclear or any(_is_object(item) for item in items.values()) else items
     return {"$object": name}
 
@@ -194,7 +194,8 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping) and "$object" in value
 
 
-def _is_config(value: Any) -> bool:
+def is_config(value: Any) -> bool:
+    """Return True if a value is the configuration of an object."""
     return isinstance(value, Mapping) and set(value) == {"class", "options"}
 
 
@@ -207,15 +208,15 @@ def _check(value: Any, place: str, depth: int = 0) -> None:
     where = f"`{place}` of the config" if place else "the config"
     if depth > DEEPEST:
         raise ConfigError(f"{where} is nested more than {DEEPEST} levels deep, which no config of this library is.")
-    if not depth and not _is_config(value):
+    if not depth and not is_config(value):
         raise ConfigError(
             f'{where} is not of the form {{"class": name, "options": {{keyword: value}}}}, which `.config` returns.'
         )
-    if _is_config(value):
+    if is_config(value):
         name, options = value["class"], value["options"]
         if not isinstance(name, str) or not isinstance(options, Mapping):
             raise ConfigError(f'{where} needs a name as its "class" and a mapping as its "options".')
-        if depth and _find(name) is None:
+        if depth and find_class(name) is None:
             raise ConfigError(f"{where} describes a {name}, and there is no such class; import its module first.")
         value = options
     elif _is_object(value) and (set(value) != {"$object"} or not isinstance(value["$object"], str)):
@@ -267,7 +268,7 @@ def _objects_in(value: Any, place: str) -> Iterator[tuple[str, str]]:
         for number, item in enumerate(value):
             yield from _objects_in(item, f"{place}.{number}")
     elif isinstance(value, Mapping):
-        for key, item in (value["options"] if _is_config(value) else value).items():
+        for key, item in (value["options"] if is_config(value) else value).items():
             yield from _objects_in(item, f"{place}.{key}" if place else key)
 
 
@@ -280,11 +281,11 @@ def _build(value: Any, place: str, objects: Mapping[str, Any], target: Any = Non
         return tuple(_build(item, f"{place}.{number}", objects) for number, item in enumerate(value))
     if not isinstance(value, Mapping):
         return value
-    items = value["options"] if _is_config(value) else value
+    items = value["options"] if is_config(value) else value
     built = {key: _build(item, f"{place}.{key}" if place else key, objects) for key, item in items.items()}
-    if not _is_config(value):
+    if not is_config(value):
         return built
-    target = _find(value["class"]) if target is None else target
+    target = find_class(value["class"]) if target is None else target
     try:
         inspect.signature(target.__init__).bind(None, **built)
     except TypeError as error:

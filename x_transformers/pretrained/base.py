@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from x_transformers.errors import ConfigError
 from x_transformers.options.values import shown
+from x_transformers.pretrained.layouts import SAME, Layout, Link
 
 NEUTRAL = frozenset(
     [
@@ -102,6 +101,13 @@ class Settings:
                 f"express; allowed are {', '.join(map(repr, allowed)) or 'no value'}."
             )
 
+    def rename(self, **names: str) -> None:
+        """Read entries that this family names differently under the usual names: `n_embd = "hidden_size"`."""
+        for own, usual in names.items():
+            value = self.take(own)
+            if value is not None:
+                self.entries.setdefault(usual, value)
+
     def skip(self, *names: str) -> None:
         """Mark entries as read that say nothing about the result, such as dropouts of a training."""
         self.read.update(names)
@@ -123,49 +129,59 @@ class Settings:
             )
 
 
-def same(tensor: Tensor) -> Tensor:
-    """Return the tensor as it is."""
-    return tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one of our weights comes from.
-
-    Attributes:
-        names: of the tensors in the files.
-        make: from these tensors to the weight.
-    """
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor] = same
-
-
 @dataclass
 class Outline:
     """A model in our words.
 
     Attributes:
         model: keywords of the `TransformerWrapper`.
-        stack: keywords of the `Decoder`.
-        weights: the source of each of our weights, by name.
+        stack: keywords of the stack.
+        weights: the link of each of our weights to tensors in the files, by name.
         unused: the ends of names in the files that are no weights.
         prefix: of the names; files of a model that was saved without its head lack it.
+        kind: class of the stack.
     """
 
     model: dict[str, Any]
     stack: dict[str, Any]
-    weights: dict[str, Source] = field(default_factory=dict)
+    weights: dict[str, Link] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     prefix: str = "model."
+    kind: str = "Decoder"
 
-    def put(self, name: str, *names: str, make: Callable[..., Tensor] = same) -> None:
-        """Note the source of a weight, by the names of the tensors in the files."""
-        self.weights[name] = Source(names, make)
+    def put(self, ours: str | tuple[str, ...], *theirs: str, layout: Layout = SAME) -> None:
+        """Link weights of ours with tensors in the files.
+
+        Args:
+            ours: name of the weight, or names of several that are read from the same tensors. An earlier link of it
+                is replaced.
+            theirs: names of the tensors.
+            layout: how these become our weights, and back.
+        """
+        link = Link((ours,) if isinstance(ours, str) else ours, theirs, layout)
+        self.weights |= dict.fromkeys(link.ours, link)
+
+    @property
+    def links(self) -> list[Link]:
+        """Links of all weights, each once."""
+        return list(dict.fromkeys(self.weights.values()))
 
 
-Read = Callable[[Settings], Outline]
-"""A family: from the configuration to the outline."""
+@dataclass(frozen=True)
+class Family:
+    """A family of models of another library.
+
+    Attributes:
+        read: from the configuration to the outline.
+        write: from the keywords of a model to the entries of a configuration that might describe it; whether it does is
+            found out by reading it. None if this family is only read.
+        architecture: name of the class with the logits, which configurations list.
+    """
+
+    read: Callable[[Settings], Outline]
+    write: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    architecture: str = ""
+
 
 ACTIVATIONS = {
     "gelu": "gelu",

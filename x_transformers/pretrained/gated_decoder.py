@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
+from x_transformers.pretrained.layouts import gains, joined
 from x_transformers.pretrained.rotary import rotary_keywords
 
 LAYER = "attn_layers.layers."
@@ -122,22 +120,14 @@ def _put_block(outline: Outline, block: int, details: Details, heads: int, kv_he
             outline.put(f"{attention}attention.{ours}.{kind}", f"{theirs}self_attn.{name}.{kind}")
     if details.qk_norm:
         for ours, name, count in (("q_norm", "q_norm", heads), ("k_norm", "k_norm", kv_heads)):
-            # one gain for the features of every head, or one for those of all heads
-            def by_head(gain: Tensor, count: int = count) -> Tensor:
-                return gain.expand(count, 1, -1) if details.qk_norm == "head" else gain.view(count, 1, -1)
-
             path = f"{attention}attention.qk_norms.qk_rmsnorm.{ours}.gamma"
-            outline.put(path, f"{theirs}self_attn.{name}.weight", make=by_head)
+            layout = gains(count, shared=details.qk_norm == "head")
+            outline.put(path, f"{theirs}self_attn.{name}.weight", layout=layout)
     for kind in ("weight",) if stack["ff_no_bias"] else ("weight", "bias"):
         # our map to values and gates is one
         parts = (f"{theirs}mlp.up_proj.{kind}", f"{theirs}mlp.gate_proj.{kind}")
-        outline.put(f"{feedforward}feedforward.up.{kind}", *parts, make=joined)
+        outline.put(f"{feedforward}feedforward.up.{kind}", *parts, layout=joined(2))
         outline.put(f"{feedforward}feedforward.down.{kind}", f"{theirs}mlp.down_proj.{kind}")
-
-
-def joined(*parts: Tensor) -> Tensor:
-    """Return the maps of the same input as one."""
-    return torch.cat(parts)
 
 
 def windows(settings: Settings, depth: int, *, first: bool = True, used: bool = True) -> dict[str, Any]:

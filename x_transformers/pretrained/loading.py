@@ -1,27 +1,26 @@
-"""Loading of pretrained models: from a folder of another library to a model of ours."""
+"""Loading of models: folders of this library and of others, and state dicts of the reference."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from x_transformers.errors import CheckpointError, ConfigError, InputError, StateDictError
-from x_transformers.layers.named_stacks import Decoder
-from x_transformers.models.transformer import TransformerWrapper
-from x_transformers.modules.float32_buffers import leave_meta
-from x_transformers.notices import warn
+from x_transformers.errors import StateDictError
+from x_transformers.folders.building import check_counts, share
+from x_transformers.folders.config_file import is_own, upgraded
+from x_transformers.folders.hub import local_folder
+from x_transformers.folders.own import assign, check_target, load_own, read_state
+from x_transformers.folders.shards import open_shards, read_json
+from x_transformers.folders.writing import CONFIG
 from x_transformers.options.checked import checked_function
-from x_transformers.pretrained.base import Outline, Settings
-from x_transformers.pretrained.catalog import FAMILIES
-from x_transformers.pretrained.shards import Shards, open_shards, read_json
-
-CONFIG = "config.json"
+from x_transformers.pretrained.filling import read_links
+from x_transformers.pretrained.outlines import Outline, config_of, read_outline
+from x_transformers.pretrained.overrides import new_values, with_overrides
+from x_transformers.pretrained.reference import load_reference
 
 
 @checked_function
@@ -30,22 +29,36 @@ def load_pretrained(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
     **overrides: Any,
-) -> TransformerWrapper:
-    """Build the model that a folder of Hugging Face's transformers describes, and load its weights.
+) -> Any:
+    """Build the model of a folder, and load its weights.
 
-    Tensors are read one by one, so that no second copy of the weights is in memory. The model is in evaluation mode;
+    The folder is one that `save_pretrained` has written, or one of Hugging Face's transformers of a family that is
+    known: the model then has the logits of the original. The model is built without memory and gets the tensors of the
+    files themselves, so that there is no second copy of the weights. It is in evaluation mode;
     `AutoregressiveWrapper(model)` generates with it.
 
     Args:
-        folder: contains `config.json`, and `model.safetensors` or several files with their index.
+        folder: contains `config.json`, and `model.safetensors` or several files with their index. Or the id of a
+            repository of the Hugging Face hub, "owner/name". Or a file with a state dict of the reference, as
+            `torch.save` writes it; `overrides` are then the keywords of the model.
         device: of the model.
-        dtype: of the weights; default that of the token embeddings in the files.
-        overrides: keywords of `TransformerWrapper` and `Decoder` that replace those of the configuration, for example
-            `attn_max_attend_past = 1024`. Parameters that come with them are newly initialized.
+        dtype: of the weights; default that of the files; of a folder of transformers, that of the token embeddings.
+        revision: branch, tag or commit of the repository.
+        token: for the hub.
+        cache_dir: where files of the hub are kept.
+        local_files_only: do not use the network.
+        overrides: keywords that replace those of the configuration, for example `attn_max_attend_past = 1024`. The
+            keyword belongs to the outermost part that has it; `net.attn_layers.depth` is that of a certain one.
+            Parameters that come with them start such that the model computes the same as before where the option
+            allows it; a warning names the options that change it.
 
     Returns:
-        The model, with the logits of the original.
+        The model.
 
     Raises:
         CheckpointError: if a file is missing or damaged.
@@ -53,122 +66,65 @@ def load_pretrained(
         StateDictError: if the weights do not fit the configuration.
         InputError: if `dtype` is no floating type.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise InputError(f"`dtype` is {dtype}; weights need a floating type.")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is no folder; download the files first, for example by `huggingface_hub.snapshot_download`."
+    target = check_target(device, dtype)
+    if Path(folder).is_file():
+        return load_reference(Path(folder), target, dtype, overrides)
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    path = local_folder(folder, revision, **options)
+    entries = read_json(path / CONFIG)
+    if is_own(entries):
+        about = upgraded(path / CONFIG, entries)
+        return (
+            _load_own(path, about, overrides, target, dtype) if overrides else load_own(path, about, {}, target, dtype)
         )
-    outline = _outline(folder / CONFIG)
-    with open_shards(folder) as shards:
+    outline = read_outline(path / CONFIG, entries)
+    return _load_other(path, outline, entries, overrides, target, dtype)
+
+
+def _load_own(
+    path: Path, about: Mapping[str, Any], overrides: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None
+) -> Any:
+    """Load a folder of this library, perhaps with other keywords."""
+    if not overrides:
+        return load_own(path, about, {}, device, dtype)
+    changed, shared = with_overrides(about["model"], overrides), about.get("shared", [])
+    with open_shards(path) as shards:
+        sizes = {name: torch.Size(place.shape).numel() for name, place in shards.places.items()}
+        check_counts(path / CONFIG, about["model"], sizes)
+        with torch.device("meta"):
+            model = changed.build()
+        first = {name: group[0] for group in shared for name in group}
+        expected = {name: t for name, t in model.state_dict().items() if first.get(name, name) in shards.places}
         try:
-            # without overrides every parameter comes from the files, and needs no memory before
-            with torch.device(device if overrides else "meta"):
-                model = _build(outline, overrides)
-            _fill(model, outline, shards, torch.device(device), dtype, new=bool(overrides))
+            state = read_state(shards, expected, shared, device, dtype)
         except StateDictError as error:
-            raise StateDictError(f"the weights in {folder} do not fit: {error}") from error
-    leave_meta(model, torch.device(device))
+            raise StateDictError(f"{error} The keywords that were given may need other weights.") from error
+    state |= new_values(changed, model, state, device)
+    assign(path, model, state, device)
+    share(path, model, [group for group in shared if set(group) <= expected.keys()])
+    if about.get("origin") is not None:
+        model.pretrained_config = about["origin"]
     return model.eval()
 
 
-def _outline(path: Path) -> Outline:
-    """Read a configuration."""
-    settings = Settings(read_json(path))
-    read = FAMILIES.get(settings.family)
-    if read is None:
-        raise ConfigError(
-            f"{path} describes a model of the type {settings.family!r}, which is not among those that can be loaded: "
-            f"{', '.join(FAMILIES)}."
-        )
-    try:
-        outline = read(settings)
-        settings.finish()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return outline
-
-
-def _build(outline: Outline, overrides: Mapping[str, Any]) -> TransformerWrapper:
-    """Build the model, with the keywords of the configuration and of the caller."""
-    of_model = inspect.signature(TransformerWrapper).parameters
-    stack, model = dict(outline.stack), dict(outline.model)
-    for keyword, value in overrides.items():
-        (model if keyword in of_model else stack)[keyword] = value
-    stack.setdefault("verbose", False)
-    return TransformerWrapper(**model, attn_layers=Decoder(**stack))
-
-
-def _fill(
-    model: nn.Module,
+def _load_other(
+    path: Path,
     outline: Outline,
-    shards: Shards,
+    entries: Mapping[str, Any],
+    overrides: Mapping[str, Any],
     device: torch.device,
     dtype: torch.dtype | None,
-    *,
-    new: bool,
-) -> None:
-    """Give every parameter its values.
-
-    Args:
-        model: has a place for each weight.
-        outline: the sources of the weights.
-        shards: the files.
-        device, dtype: of the weights.
-        new: parameters without a source are allowed; they keep their values.
-
-    Raises:
-        StateDictError: if a parameter has no source, a weight or tensor no place, or a weight another shape.
-        CheckpointError: if a tensor is missing or damaged.
-    """
-    own = dict(model.named_parameters())
-    lost = [name for name in outline.weights if name not in own]
-    if lost:
-        raise StateDictError(f"the model has no place for {_listed(lost)}; drop the keywords that remove it.")
-    without = [name for name in own if name not in outline.weights]
-    if without and not new:
-        raise StateDictError(f"nothing in the files is meant for {_listed(without)}.")
-    names = {name: _name_in(shards, name, outline.prefix) for each in outline.weights.values() for name in each.names}
-    used = set(names.values())
-    unused = [name for name in shards.places if name not in used and not name.endswith(outline.unused)]
-    if unused:
-        raise StateDictError(f"the files contain {_listed(unused)}, which models of this family do not have.")
-    for name, source in outline.weights.items():
-        value = source.make(*(shards.tensor(names[each]) for each in source.names))
-        if not value.is_floating_point() or value.shape != own[name].shape:
-            raise StateDictError(
-                f"tensor {_listed(source.names)} makes {tuple(value.shape)} numbers of {value.dtype} for `{name}`, "
-                f"which is {tuple(own[name].shape)}."
-            )
-        dtype = value.dtype if dtype is None else dtype
-        _put(model, name, _compact(value.to(device, dtype)))
-    if without:
-        warn(f"load_pretrained: {_listed(without)} {'is' if len(without) == 1 else 'are'} not in the files, but new.")
-    for name in without:
-        _put(model, name, own[name].detach().to(device, dtype))
-
-
-def _name_in(shards: Shards, name: str, prefix: str) -> str:
-    """Return the name of a tensor in the files, which lack the prefix if they are those of a model without a head."""
-    short = name.removeprefix(prefix)
-    return short if name not in shards.places and short in shards.places else name
-
-
-def _compact(value: Tensor) -> Tensor:
-    """Return a contiguous tensor with no other memory than its own."""
-    value = value.contiguous()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Make a tensor the parameter of a name."""
-    path, _, leaf = name.rpartition(".")
-    model.get_submodule(path)._parameters[leaf] = nn.Parameter(value)
-
-
-def _listed(names: list[str] | tuple[str, ...]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+) -> Any:
+    """Load a folder of another library."""
+    changed = with_overrides(config_of(outline), overrides)
+    with open_shards(path) as shards:
+        with torch.device("meta"):
+            model = changed.build()
+        try:
+            state = read_links(outline, dict(model.named_parameters()), shards, device, dtype, new=bool(overrides))
+        except StateDictError as error:
+            raise StateDictError(f"the weights in {path} do not fit: {error}") from error
+    state |= new_values(changed, model, state, device)
+    assign(path, model, state, device)
+    model.pretrained_config = dict(entries)
+    return model.eval()

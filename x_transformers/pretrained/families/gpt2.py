@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from x_transformers.pretrained.base import Outline, Settings, activation, multiple, same
+from x_transformers.pretrained.base import Outline, Settings, activation, multiple
+from x_transformers.pretrained.layouts import SAME, TRANSPOSED, cut
 
 LAYER = "attn_layers.layers."
 
@@ -58,11 +55,11 @@ def read(settings: Settings) -> Outline:
         attention, feedforward = f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
         _put_norm(outline, f"{attention}norm", f"{theirs}ln_1")
         _put_norm(outline, f"{feedforward}norm", f"{theirs}ln_2")
-        for number, name in enumerate("qkv"):
-            _put_map(outline, f"{attention}attention.projections.{name}", f"{theirs}attn.c_attn", number)
-        _put_map(outline, f"{attention}attention.out", f"{theirs}attn.c_proj")
-        _put_map(outline, f"{feedforward}feedforward.up", f"{theirs}mlp.c_fc")
-        _put_map(outline, f"{feedforward}feedforward.down", f"{theirs}mlp.c_proj")
+        maps = tuple(f"{attention}attention.projections.{name}" for name in "qkv")
+        _put_map(outline, maps, f"{theirs}attn.c_attn", (dim, dim, dim))
+        _put_map(outline, (f"{attention}attention.out",), f"{theirs}attn.c_proj")
+        _put_map(outline, (f"{feedforward}feedforward.up",), f"{theirs}mlp.c_fc")
+        _put_map(outline, (f"{feedforward}feedforward.down",), f"{theirs}mlp.c_proj")
     return outline
 
 
@@ -71,14 +68,8 @@ def _put_norm(outline: Outline, ours: str, theirs: str) -> None:
     outline.put(f"{ours}.bias", f"{theirs}.bias")
 
 
-def _put_map(outline: Outline, ours: str, theirs: str, third: int | None = None) -> None:
-    """Note the sources of a linear map, whose weight they keep as `(in, out)`; perhaps of one third of its outputs."""
-
-    def part(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        if third is None:
-            return make
-        number: int = third
-        return lambda tensor: make(tensor.chunk(3, dim=-1)[number])
-
-    outline.put(f"{ours}.weight", f"{theirs}.weight", make=part(lambda weight: weight.mT))
-    outline.put(f"{ours}.bias", f"{theirs}.bias", make=part(same))
+def _put_map(outline: Outline, ours: tuple[str, ...], theirs: str, sizes: tuple[int, ...] = ()) -> None:
+    """Link linear maps with one of theirs, which is stored as `(in, out)`."""
+    parts = cut(*sizes) if sizes else SAME
+    outline.put(tuple(f"{name}.weight" for name in ours), f"{theirs}.weight", layout=TRANSPOSED.then(parts))
+    outline.put(tuple(f"{name}.bias" for name in ours), f"{theirs}.bias", layout=parts)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.gated_decoder import LAYER, Details, read_gated_decoder, windows
+from x_transformers.pretrained.layouts import SWAPPED, cut
 
 
 def read(settings: Settings) -> Outline:
@@ -15,18 +14,11 @@ def read(settings: Settings) -> Outline:
     stack = outline.stack
     depth, heads, kv_heads, width = (stack[name] for name in ("depth", "heads", "attn_kv_heads", "attn_dim_head"))
     stack |= windows(settings, depth)
-    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    sizes = (heads * width, kv_heads * width, kv_heads * width)
     for block in range(depth):
         theirs, attention, feedforward = f"model.layers.{block}.", f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
-        for number, name in enumerate("qkv"):
-
-            def rows(weight: Tensor, number: int = number) -> Tensor:
-                return weight.split(sizes)[number]
-
-            outline.put(
-                f"{attention}attention.projections.{name}.weight", f"{theirs}self_attn.qkv_proj.weight", make=rows
-            )
+        maps = tuple(f"{attention}attention.projections.{name}.weight" for name in "qkv")
+        outline.put(maps, f"{theirs}self_attn.qkv_proj.weight", layout=cut(*sizes))
         # our values come before the gates
-        path = f"{feedforward}feedforward.up.weight"
-        outline.put(path, f"{theirs}mlp.gate_up_proj.weight", make=lambda weight: weight.roll(weight.shape[0] // 2, 0))
+        outline.put(f"{feedforward}feedforward.up.weight", f"{theirs}mlp.gate_up_proj.weight", layout=SWAPPED)
     return outline

@@ -1,8 +1,12 @@
-"""Tensors of a folder, read one by one from one or several safetensors files."""
+"""Tensors of a folder, read one by one from one or several safetensors files.
+
+Files of this library contain the CRC-32 of each tensor, so that a damaged one is noticed and named.
+"""
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +19,8 @@ from torch import Tensor
 from x_transformers.errors import CheckpointError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHECKSUMS = "x_transformers.crc32"
+"""Entry of the metadata of a file with the checksum of each tensor."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +45,7 @@ class Place(NamedTuple):
         path: of the file.
         start, end: of its bytes.
         dtype, shape: of the tensor.
+        checksum: of its bytes, if the file has one.
     """
 
     path: Path
@@ -46,6 +53,7 @@ class Place(NamedTuple):
     end: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    checksum: int | None = None
 
 
 class Shards:
@@ -54,10 +62,13 @@ class Shards:
     Args:
         files: each path with the open file.
         places: of the tensors, by name.
+        about: metadata of each file.
     """
 
-    def __init__(self, files: Mapping[Path, BinaryIO], places: Mapping[str, Place]) -> None:
-        self.files, self.places = files, places
+    def __init__(
+        self, files: Mapping[Path, BinaryIO], places: Mapping[str, Place], about: Mapping[Path, Mapping[str, str]]
+    ) -> None:
+        self.files, self.places, self.about = files, places, about
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -70,17 +81,27 @@ class Shards:
             names = ", ".join(sorted(path.name for path in self.files))
             raise CheckpointError(f"{names} of this folder contain no tensor `{name}`, which the model needs.")
         found = torch.empty(place.shape, dtype=place.dtype)
-        file, read = self.files[place.path], 0
+        file, read, data = self.files[place.path], 0, bytes_of(found)
         file.seek(place.start)
         if found.numel():
-            read = file.readinto(memoryview(found.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+            read = file.readinto(data)  # type: ignore[attr-defined]
         if read != place.end - place.start:
             raise CheckpointError(f"{place.path} is damaged: it ends before tensor `{name}` does.")
+        if place.checksum is not None and zlib.crc32(data) != place.checksum:
+            raise CheckpointError(
+                f"{place.path} is damaged: the numbers of tensor `{name}` do not fit their checksum. Use another copy "
+                "of the file."
+            )
         return found
 
 
-def _places(path: Path, file: BinaryIO) -> dict[str, Place]:
-    """Read the header of a file.
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Place], dict[str, str]]:
+    """Read the places of the tensors of a file, and its metadata.
 
     Raises:
         CheckpointError: if the file is damaged, or contains tensors of an unknown dtype.
@@ -93,15 +114,25 @@ def _places(path: Path, file: BinaryIO) -> dict[str, Place]:
         header = json.loads(file.read(length))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}.") from error
-    places = {}
+    metadata = header.pop("__metadata__", {})
+    checksums, places = _checksums(path, metadata), {}
     for name, about in header.items():
-        if name == "__metadata__":
-            continue
         if about["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: tensor `{name}` is of the dtype {about['dtype']}, which is not read.")
         start, end = (8 + length + offset for offset in about["data_offsets"])
-        places[name] = Place(path, start, end, DTYPES[about["dtype"]], tuple(about["shape"]))
-    return places
+        places[name] = Place(path, start, end, DTYPES[about["dtype"]], tuple(about["shape"]), checksums.get(name))
+    return places, metadata
+
+
+def _checksums(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    """Return the checksum of each tensor, if the file is one of this library."""
+    try:
+        found = json.loads(metadata.get(CHECKSUMS, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its checksums cannot be read: {error}.") from error
+    if not isinstance(found, dict) or not all(isinstance(value, int) for value in found.values()):
+        raise CheckpointError(f"{path} is damaged: its checksums are no numbers.")
+    return found
 
 
 DTYPES = {
@@ -142,13 +173,15 @@ def open_shards(folder: Path) -> Iterator[Shards]:
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
         places: dict[str, Place] = {}
+        about: dict[Path, Mapping[str, str]] = {}
         for path in paths:
             try:
                 files[path] = stack.enter_context(path.open("rb"))
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}.") from error
-            places |= _places(path, files[path])
+            found, about[path] = _read_header(path, files[path])
+            places |= found
         for name, file in (listed or {}).items():
             if name not in places or places[name].path != folder / file:
                 raise CheckpointError(f"{folder / file} contains no tensor `{name}`, although {INDEX} says so.")
-        yield Shards(files, places)
+        yield Shards(files, places, about)

@@ -1,0 +1,1 @@
+"""Folders of models: `config.json` and safetensors files, of this library and of others."""

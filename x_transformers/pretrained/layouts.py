@@ -1,0 +1,132 @@
+"""Layouts of weights: how tensors of a folder become ours, and ours theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers.errors import StateDictError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Two functions that undo each other exactly.
+
+    Attributes:
+        read: from the tensors of the files to our weights.
+        write: from our weights to the tensors of the files.
+    """
+
+    read: Callable[..., Sequence[Tensor]]
+    write: Callable[..., Sequence[Tensor]]
+
+    def then(self, inner: Layout) -> Layout:
+        """Return the layout that reads by this one, and then by another; and writes in the opposite order."""
+        return Layout(lambda *theirs: inner.read(*self.read(*theirs)), lambda *ours: self.write(*inner.write(*ours)))
+
+
+SAME = Layout(lambda *theirs: theirs, lambda *ours: ours)
+"""Each tensor is one of our weights as it is."""
+
+TRANSPOSED = Layout(lambda theirs: [theirs.mT], lambda ours: [ours.mT])
+"""Linear maps that are stored as `(in, out)`."""
+
+SWAPPED = Layout(lambda theirs: [_swapped(theirs)], lambda ours: [_swapped(ours)])
+"""Two maps of equal size in one tensor, in the opposite order."""
+
+
+def _swapped(whole: Tensor) -> Tensor:
+    return whole.roll(len(whole) // 2, 0)
+
+
+def joined(parts: int) -> Layout:
+    """Return the layout of several maps of one input and of equal size, which are one weight of ours."""
+    return Layout(lambda *theirs: [torch.cat(theirs)], lambda ours: ours.chunk(parts))
+
+
+def cut(*sizes: int) -> Layout:
+    """Return the layout of one map to several outputs, each of which is a weight of ours.
+
+    Args:
+        sizes: rows of each.
+    """
+    return Layout(lambda theirs: theirs.split(sizes), lambda *ours: [torch.cat(ours)])
+
+
+def by_head(heads: int, parts: int = 3) -> Layout:
+    """Return the layout of one map whose rows are all parts of the first head, then those of the second one, ...
+
+    Args:
+        heads: their number.
+        parts: weights of ours: of queries, keys and values.
+    """
+
+    def read(theirs: Tensor) -> list[Tensor]:
+        rows = theirs.unflatten(0, (heads, parts, -1))
+        return [rows[:, part].flatten(0, 1) for part in range(parts)]
+
+    def write(*ours: Tensor) -> list[Tensor]:
+        return [torch.stack([weight.unflatten(0, (heads, -1)) for weight in ours], dim=1).flatten(0, 2)]
+
+    return Layout(read, write)
+
+
+def by_group(heads: int, kv_heads: int) -> Layout:
+    """Return the layout of one map whose rows are the queries that share a key, their key, their value, and so on.
+
+    Args:
+        heads, kv_heads: numbers of query heads and of key heads.
+    """
+    share = heads // kv_heads
+
+    def read(theirs: Tensor) -> list[Tensor]:
+        rows = theirs.unflatten(0, (kv_heads, share + 2, -1))
+        return [each.flatten(0, 2) for each in rows.split([share, 1, 1], dim=1)]
+
+    def write(*ours: Tensor) -> list[Tensor]:
+        groups = [each.unflatten(0, (kv_heads, count, -1)) for each, count in zip(ours, (share, 1, 1), strict=True)]
+        return [torch.cat(groups, dim=1).flatten(0, 2)]
+
+    return Layout(read, write)
+
+
+def gains(heads: int, shared: bool) -> Layout:
+    """Return the layout of the gains of heads, ours of shape `(h, 1, d)`.
+
+    Args:
+        heads: their number.
+        shared: the file has one gain `(d,)` for all heads, instead of `(h d,)`.
+    """
+
+    def read(theirs: Tensor) -> list[Tensor]:
+        return [theirs.expand(heads, 1, -1) if shared else theirs.view(heads, 1, -1)]
+
+    def write(ours: Tensor) -> list[Tensor]:
+        if shared and not torch.equal(ours, ours[:1].expand_as(ours)):
+            raise StateDictError("its heads have gains of their own, and models of this family one gain for all heads")
+        return [ours[0, 0] if shared else ours.flatten()]
+
+    return Layout(read, write)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Weights of ours and the tensors of a folder that have the same numbers.
+
+    Attributes:
+        ours: names of our weights.
+        theirs: names of the tensors in the files.
+        layout: of the tensors.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    layout: Layout = SAME
+
+    def refuse(self, message: str) -> Any:
+        """Raise a `StateDictError` about these weights."""
+        raise StateDictError(f"`{'`, `'.join(self.ours)}`: {message}.")
