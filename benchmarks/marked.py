@@ -1,4 +1,4 @@
-"""Generated parts of a README, between two marks."""
+"""Generated parts of a page, between two marks."""
 
 from __future__ import annotations
 

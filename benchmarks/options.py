@@ -2,8 +2,8 @@
 
 Measures tokens per second of a training step (forward and backward, eager) of a decoder with the option, relative to
 the same decoder without it. Both run in turn, round after round. Results for the named features, by default all, are
-written to `benchmarks/results/options.json`, from which `python -m benchmarks.table --write` makes the table of the
-README.
+written to `benchmarks/results/options.json`, from which `python -m benchmarks.table --write` makes the table of
+`docs/every-option.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Tables of the recorded figures in `benchmarks/README.md`; `python -m benchmarks.table --write` writes them."""
+"""Tables of the recorded figures in `benchmarks/README.md`, and a sentence in the README of the project.
+
+`python -m benchmarks.table --write` writes them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,18 @@ from benchmarks.results_file import FOLDER, Section, recorded
 
 README = Path(__file__).parent / "README.md"
 START, END = "<!-- figures: made by `python -m benchmarks.table --write` -->", "<!-- end of the figures -->"
+FRONT = Path(__file__).parents[1] / "README.md"
+FRONT_START, FRONT_END = "<!-- speed: made by `python -m benchmarks.table --write` -->", "<!-- end of speed -->"
+FRONT_CASES = {
+    "training": ("training", "eager"),
+    "prefill": ("prefill", "eager"),
+    "decoding one row": ("decoding", "eager, batch 1"),
+    "decoding 64 rows": ("decoding", "eager, batch 64"),
+    "training a Llama": ("limits", "eager, training"),
+}
+"""What the sentence says, and where the figures are."""
+FAMILIES = (("ours", "bare", "GPT-2"), ("our Llama", "bare Llama", "Llama"))
+"""Models of ours, in PyTorch only, and of Hugging Face."""
 PAIRS = (("ours", "bare"), (DYNAMIC, "bare"), ("ours", "GPT-2"), ("our Llama", "bare Llama"), ("our Llama", "Llama"))
 TITLES = {
     "training": "Training: tokens per second of forward, backward and AdamW; {rows} rows of {context:,} tokens",
@@ -127,3 +142,27 @@ def figures(folder: Path = FOLDER) -> str:
 def written(readme: str) -> str:
     """Return the README with the current figures."""
     return replaced(readme, START, END, figures())
+
+
+def sentences(folder: Path = FOLDER) -> str:
+    """Return the generated part of the project's README, including its marks: what is compared with both others."""
+    lines = []
+    for sections in recorded(folder).values():
+        found = []
+        for words, (section, case) in FRONT_CASES.items():
+            speeds = sections[section]["figures"].get(case, {}) if section in sections else {}
+            for own, bare, other in FAMILIES:
+                if {own, bare, other} <= speeds.keys():
+                    ratios = f"{speeds[own] / speeds[bare]:.2f} and {speeds[own] / speeds[other]:.2f}"
+                    found.append(f"{words} {ratios}")
+        if found:
+            on = next(iter(sections.values()))["on"]
+            place = f"{on['processor']}, {on['threads']} threads" if on["device"] == "cpu" else on["device"]
+            lines.append(f"- {place}, {on['dtype']}: {'; '.join(found)}.")
+    first = "Tokens per second relative to bare PyTorch, and to Hugging Face's transformers, in eager mode:"
+    return "\n".join((FRONT_START, first, "", *lines, FRONT_END))
+
+
+def written_front(readme: str) -> str:
+    """Return the project's README with the current figures."""
+    return replaced(readme, FRONT_START, FRONT_END, sentences())

@@ -1,6 +1,6 @@
-"""Table of options in the README, from the catalog and the recorded costs: `python -m benchmarks.table --write`.
+"""Table of options in the documentation, from the catalog and the recorded costs: `python -m benchmarks.table --write`.
 
-It also writes the figures of `benchmarks/README.md`. Without `--write`, both are printed.
+It also writes the figures of `benchmarks/README.md` and of the README. Without `--write`, both are printed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from x_transformers.attention.backends.base import Situation
 from x_transformers.errors import ConfigError
 from x_transformers.options.schema import Feature
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "every-option.md"
 START, END = "<!-- options: made by `python -m benchmarks.table --write` -->", "<!-- end of the options -->"
 GROUPS = {"attn": "Attention", "ff": "Feedforward", "stack": "Stack", "model": "Model"}
 HEADING = "| keyword | what it does | paper | fused | speed |\n| --- | --- | --- | --- | ---: |"
@@ -124,27 +124,30 @@ def provenance() -> Iterator[str]:
 
 
 def table() -> str:
-    """Return the generated part of the README, including its marks."""
+    """Return the generated part of the page, including its marks."""
     cost = {name: value for each in recorded() for name, value in each["costs"].items()}
     blocks = [START, *provenance()]
     for group, title in GROUPS.items():
         rows = [row(name, cost.get(name)) for name, feature in FEATURES.items() if feature.group == group]
-        blocks += [f"### {title}", "\n".join((HEADING, *rows))]
+        blocks += [f"## {title}", "\n".join((HEADING, *rows))]
     return "\n\n".join((*blocks, END))
 
 
-def written(readme: str) -> str:
-    """Return the README with the current table."""
-    return replaced(readme, START, END, table())
+def written(page: str) -> str:
+    """Return the page with the current table."""
+    return replaced(page, START, END, table())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write them to the two README files")
+    parser.add_argument(
+        "--write", action="store_true", help="write them to docs/every-option.md and benchmarks/README.md"
+    )
     if not parser.parse_args().write:
         print(table(), report.figures(), sep="\n\n")
         return
-    for path, new in ((README, written), (report.README, report.written)):
+    pages = ((PAGE, written), (report.README, report.written), (report.FRONT, report.written_front))
+    for path, new in pages:
         path.write_text(new(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

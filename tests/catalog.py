@@ -216,7 +216,7 @@ def other_inputs(model: TransformerWrapper, ids: Tensor, rows: Sequence[int] | N
         needed["context"] = contexts(width)[rows].to(next(model.parameters()))
     if model.attn_layers.need_condition:
         needed["condition"] = contexts(model.attn_layers.dim_condition)[rows, 0].to(next(model.parameters()))
-    if model.embeds:
+    if model.embeds and model.embed_default_id is None:
         needed["embed_ids"] = {name: further(ids) for name, further in further_ids(model).items()}
     return needed
 

@@ -21,6 +21,13 @@ from x_transformers.gpt_vae import GPTVAE
 from x_transformers.next_latent_wrapper import MSECosineSimLoss, NextLatentWrapper, RolloutGRU
 from x_transformers.recirculation import Recirculation, RecirculationMixer
 from x_transformers.up_wrapper import SyntheticDataGenerator, UniversalPretrainWrapper
+from x_transformers.xl_autoregressive_wrapper import (
+    EpisodicMemories,
+    EpisodicMemoryWrapper,
+    TTTMetaLearningTargetKLLoss,
+    TTTNextLatentPredictionLoss,
+    XLAutoregressiveWrapper,
+)
 from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 SIZES: dict[str, Any] = {"num_tokens": VOCABULARY, "dim": 16, "max_seq_len": LENGTH, "heads": 2, "attn_dim_head": 8}
@@ -34,7 +41,17 @@ def of_one_scale() -> Any:
     return net(lambda: fuzz.decoder(depth_scale_residual=True), tie_embedding=True, post_emb_norm=True)
 
 
+def adapting() -> Any:
+    model = XLAutoregressiveWrapper(net(max_mem_len=8), tbptt_steps=2, ttt_module_paths=("to_logits",))
+    model.init_ttt(2)
+    return model
+
+
 CONSTRUCTORS: dict[str, Build] = {
+    "EpisodicMemories": (EpisodicMemories, lambda: {"depth": 1, "heads": 2, "seq_len": 3, "dim_head": 4}),
+    "EpisodicMemoryWrapper": (EpisodicMemoryWrapper, lambda: {"net": net(), "episodic_mem_len": 2}),
+    "TTTMetaLearningTargetKLLoss": (TTTMetaLearningTargetKLLoss, lambda: {"dim": 16, "num_classes": 4, "dim_head": 8}),
+    "TTTNextLatentPredictionLoss": (TTTNextLatentPredictionLoss, lambda: {"dim": 16}),
     "DiscoverDecoder": (
         DiscoverDecoder,
         lambda: {"decoder": net(), "num_fillers": 5, "bos_id": 6, "pad_id": 7, "max_seq_len": LENGTH},
@@ -103,6 +120,12 @@ CALLS: dict[str, Call] = {
         lambda: made("FullBandwidth").generate,
         lambda: {"prompts": ids()[:, :3], "seq_len": 2},
         ("temperature", "filter_logits_fn", "filter_kwargs", "should_fuse_latent", "transition", "eos_token"),
+    ),
+    "XLAutoregressiveWrapper.init_ttt": Call(lambda: adapting().init_ttt, lambda: {"batch": 2}),
+    "XLAutoregressiveWrapper.update_ttt": Call(
+        lambda: adapting().update_ttt,
+        lambda: {"logits": features(2, LENGTH, VOCABULARY).requires_grad_(), "chunk_labels": ids()},
+        ("intermediates",),
     ),
     "LatentAutoregressive": Call(
         lambda: made("LatentAutoregressive").forward, lambda: {"x": ids()}, ("return_loss_breakdown", "mask")

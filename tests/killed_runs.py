@@ -71,7 +71,7 @@ def script(folder: Path, steps: int) -> int:
     resume = ["--resume"] if latest_checkpoint(folder / "checkpoints") else []
     options = [
         "--data",
-        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
         "--steps",
         steps,
         "--save-every",

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
     "parallel_block": {"parallel_block": ON},
+    "parallel_block_one_norm": {"parallel_block": ON, "parallel_block_one_norm": ON},
     # norms
     "norm_add_unit_offset": {"norm_add_unit_offset": False},
     "norm_eps": {"norm_eps": 0.01},
@@ -224,17 +225,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
     "abs_pos_emb_scale": {"abs_pos_emb_scale": 1.0},
+    "abs_pos_emb_offset": {"abs_pos_emb_offset": 2},
     "num_memory_tokens": {"num_memory_tokens": 3},
     "memory_tokens_interspersed_every": {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 3},
     "max_mem_len": {"max_mem_len": 16, "shift_mem_down": 1},
     "emb_dim": {"emb_dim": 10},
     "embed_num_tokens": {"embed_num_tokens": {"kind": 5}},
+    "embed_default_id": {"embed_num_tokens": {"kind": 5}, "embed_default_id": 2},
     "emb_dropout": {"emb_dropout": 0.1},
     "emb_frac_gradient": {"emb_frac_gradient": 0.1},
     "post_emb_norm": {"post_emb_norm": ON},
+    "post_emb_norm_bias": {"post_emb_norm": ON, "post_emb_norm_bias": ON, "post_emb_norm_eps": 0.1},
     "l2norm_embed": {"l2norm_embed": ON},
     "emb_scale": {"emb_scale": 3.0},
     "logits_scale": {"logits_scale": 0.3, "logits_softcap": 2.0},
+    "logits_bias": {"logits_bias": ON},
+    "logits_transform": {"logits_transform": ON, "logits_transform_activation": "relu"},
+    "logits_transform_bias": {
+        "logits_transform": ON,
+        "logits_transform_bias": False,
+        "logits_transform_eps": 0.1,
+    },
     "tie_embedding": {"tie_embedding": ON, "tie_embedding_scale": 0.5},
     "mixture_of_softmax": {"mixture_of_softmax": ON, "mixture_of_softmax_k": 2},
     "sigsoftmax_logits": {"sigsoftmax_logits": ON},
@@ -302,7 +313,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "attn_data_dependent_alibi attn_data_dependent_alibi_per_row",
     ),
     "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
-    "absolute positions": ("use_abs_pos_emb disable_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale"),
+    "absolute positions": (
+        "use_abs_pos_emb disable_abs_pos_emb",
+        "scaled_sinu_pos_emb",
+        "abs_pos_emb_scale abs_pos_emb_offset",
+    ),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -351,6 +366,7 @@ ELSEWHERE = {
     "use_cls_token": "outputs for the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "num_cls_tokens": "of `use_cls_token`",
     "attn_pool": "an output of an encoder, and in the record of a decoder; `tests/test_outputs.py`",
+    "first_token_pool": "an output of an encoder; `tests/test_outputs.py`",
     "num_pooled_tokens": "of `attn_pool`",
     "attn_pool_depth": "of `attn_pool`",
     "dim_pooled_tokens": "of `attn_pool`",
@@ -420,6 +436,11 @@ REFUSED: dict[str, str] = {
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
+    "parallel_block_one_norm": (
+        "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm branch_norm mv_split_residual "
+        "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
+        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+    ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "only_cross": (
         "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias "
@@ -467,6 +488,7 @@ REFUSED: dict[str, str] = {
     "attn_clipped_softmax": "attn_laser",
     "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
     "emb_dim": "tie_embedding",
+    "to_logits": "logits_bias",
 }
 """Pairs that count and mean nothing together: names that refuse the key; construction says why."""
 

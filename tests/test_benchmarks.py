@@ -494,6 +494,8 @@ def test_the_readme_shows_the_recorded_figures(benchmarks: SimpleNamespace) -> N
     report = benchmarks.report
     readme = report.README.read_text(encoding="utf-8")
     assert report.written(readme) == readme, "run `python -m benchmarks.table --write`"
+    front = report.FRONT.read_text(encoding="utf-8")
+    assert report.written_front(front) == front, "run `python -m benchmarks.table --write`"
     assert all({*sections} <= {*SECTIONS} for sections in benchmarks.results_file.recorded().values())
 
 

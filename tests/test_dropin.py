@@ -29,7 +29,7 @@ from x_transformers.autoregressive_wrapper import eval_decorator, top_k, top_p
 from x_transformers.continuous_autoencoder import ContinuousTransformerAutoencoder
 from x_transformers.x_transformers import Attention, AttentionLayers, FeedForward, RMSNorm, RotaryEmbedding
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "coming-from-x-transformers.md"
 D: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16, "verbose": False}
 B, N, VOCAB = 3, 8, 16
 STACKS: dict[str, dict[str, Any]] = {
@@ -382,7 +382,7 @@ def test_another_distribution_of_the_library_is_refused(tmp_path: Path, monkeypa
     assert "fine" not in named
 
 
-def test_the_readme_lists_the_packages_of_these_versions() -> None:
-    rows = re.findall(r"^\| \[([\w-]+)\]\(\S+\) \| (\S+) \| (.+) \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_documentation_lists_the_packages_of_these_versions() -> None:
+    rows = re.findall(r"^\| \[([\w-]+)\]\(\S+\) \| (\S+) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     yes = " | ".join(["yes"] * len(STAGES))
     assert rows == [(distribution, version, yes) for distribution, version in PACKAGES.values()]

@@ -27,7 +27,7 @@ import x_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "x_transformers"
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs")
 
 MOST = {
     r"behind": 2.0,
@@ -104,13 +104,16 @@ def texts_of(path: Path) -> Iterator[Text]:
 
 @functools.cache
 def corpora() -> dict[str, list[Text]]:
-    """The package, its docstrings and comments by themselves, and each page."""
+    """The package, its docstrings and comments by themselves, and each page; those in `docs` are one text."""
     package = [text for path in sorted(PACKAGE.rglob("*.py")) for text in texts_of(path)]
     found = {
         "docstrings and comments": [text for text in package if text.kind in ("docstring", "comment")],
         "messages": [text for text in package if text.kind == "message"],
     }
-    return found | {name: list(texts_of(ROOT / name)) for name in PAGES}
+    for name in PAGES:
+        paths = sorted(ROOT.glob(f"{name}/**/*.md")) or [ROOT / name]
+        found[name] = [text for path in paths for text in texts_of(path)]
+    return found
 
 
 def size(texts: list[Text]) -> int:

@@ -1,15 +1,20 @@
-"""Queries, keys and values by one product equal three products, forward and backward, and keep no more tensors."""
+"""Queries, keys and values by one product, and their norms together, equal
+three products and two norms, forward and backward, and keep no more tensors.
+"""
 
 from typing import Any
 
 import pytest
 import torch
+from catalog import perturbed
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
+from x_transformers import Attention
 from x_transformers.attention.projections import Projections
 from x_transformers.modules import joint_maps as module
+from x_transformers.modules.head_gains import head_gains
 from x_transformers.modules.joint_maps import JointMaps, joint_maps
 
 
@@ -55,7 +60,7 @@ def test_derivatives_of_every_order() -> None:
     weights, biases = zip(*((each.weight, each.bias) for each in (maps.q, maps.k, maps.v) if each), strict=True)
 
     def joint(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return JointMaps.apply(x, (4, 2, 2), torch.float64, *tensors)  # type: ignore[return-value]
+        return JointMaps.apply(x, ((4, 16), (2, 8), (2, 12)), torch.float64, *tensors)  # type: ignore[return-value]
 
     gradcheck(joint, (x, *weights, *biases), check_batched_grad=True)
     gradgradcheck(joint, (x, *weights, *biases))
@@ -111,3 +116,46 @@ def test_where_one_product_saves_nothing() -> None:
     maps.requires_grad_(False)
     assert maps.joint(x) is None
     assert joint_maps(x.requires_grad_(), (maps.q, maps.k), (4, 2)) is not None
+
+
+# norms of queries and keys together
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_gains_of_heads(unit_offset: bool) -> None:
+    x = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
+    gammas = [torch.randn(h, 1, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2)]
+
+    def gained(x: Tensor, *gammas: Tensor) -> Tensor:
+        return head_gains(x, gammas, unit_offset)
+
+    torch.testing.assert_close(gained(x, *gammas), x * (torch.cat(gammas).squeeze(1) + int(unit_offset)))
+    gradcheck(gained, (x, *gammas), check_batched_grad=True)
+    gradgradcheck(gained, (x, *gammas))
+    gammas[0].requires_grad_(False)
+    gradcheck(gained, (x, *gammas))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("options", [{}, {"qk_rmsnorm_eps": 0.1, "qk_rmsnorm_unit_offset": False}], ids=["", "eps"])
+def test_norm_of_queries_and_keys_together(options: dict[str, Any], autocast: bool) -> None:
+    attention = Attention(16, heads=4, dim_head=8, kv_heads=2, causal=True, qk_rmsnorm=True, **options)
+    norm = next(iter(attention.qk_norms))
+    perturbed(attention)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    inputs = [x, *attention.parameters()]
+
+    def run() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(x)
+        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    assert norm.joint() is not None
+    together = run()
+    norm.q_norm.register_forward_hook(lambda *_: None)
+    assert norm.joint() is None  # what has hooks is called itself
+    apart = run()
+    close = {"atol": 0.1, "rtol": 0.05} if autocast else {}
+    for ours, theirs in zip(together, apart, strict=True):
+        assert ours.dtype is theirs.dtype
+        torch.testing.assert_close(ours, theirs, **close)

@@ -1,5 +1,5 @@
-"""The README's pictures are those that `images/draw` draws, and show what the library computes; the examples' pictures
-are shown next to them.
+"""The documentation's pictures are those that `images/draw` draws, and show what the library computes; the examples'
+pictures are shown next to them.
 """
 
 import importlib
@@ -13,7 +13,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = re.compile(r"^!\[[^\]]+\]\((?:\.\./)?images/(\w+)\.png\)$", re.M)
-SHOWN = PICTURE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = sorted({name for path in PAGES for name in PICTURE.findall(path.read_text(encoding="utf-8"))})
 OF_EXAMPLES = PICTURE.findall((ROOT / "examples" / "README.md").read_text(encoding="utf-8"))
 MOST = 60_000  # bytes
 
@@ -28,7 +29,7 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 def test_pictures_shown_drawn_and_stored_are_the_same(draw: dict[str, ModuleType]) -> None:
     stored = sorted(path.stem for path in (ROOT / "images").glob("*.png"))
-    assert sorted(SHOWN) == sorted(draw["__main__"].PICTURES)
+    assert sorted(draw["__main__"].PICTURES) == SHOWN
     assert sorted([*SHOWN, *OF_EXAMPLES]) == stored
 
 

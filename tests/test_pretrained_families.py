@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_pretrained_encoders import CASES as ENCODERS
 
 from x_transformers import AutoregressiveWrapper, load_pretrained
 from x_transformers.pretrained.catalog import FAMILIES
@@ -44,6 +45,22 @@ BY_KIND = {
         "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
     },
     "query_pre_attn_scalar": 20,
+}
+FALCON = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+MPT = {"vocab_size": 60, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+OPT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
 }
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 
@@ -93,6 +110,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoX",
         {**NEOX, "use_parallel_residual": False, "attention_bias": False, **rope("linear", factor=2.0)},
     ),
+    "phi": ("Phi", SMALL),
+    "phi, all of the head rotated": ("Phi", {**SMALL, "partial_rotary_factor": 1.0, "num_key_value_heads": None}),
+    "gptj": ("GPTJ", {**GPT2, "rotary_dim": 4}),
+    "gptj, other details": ("GPTJ", {**GPT2, "rotary_dim": 8, "n_inner": 40, "activation_function": "gelu"}),
+    "cohere": ("Cohere", {**SMALL, "logit_scale": 0.3}),
+    "cohere, untied, biases": (
+        "Cohere",
+        {**SMALL, "tie_word_embeddings": False, "attention_bias": True, **rope("linear", factor=2.0)},
+    ),
+    "falcon, one key head": ("Falcon", FALCON),
+    "falcon, one after the other": ("Falcon", {**FALCON, "parallel_attn": False, "bias": True}),
+    "falcon, groups": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, groups, one norm": (
+        "Falcon",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon, alibi": (
+        "Falcon",
+        {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 40},
+    ),
+    "mpt": ("Mpt", MPT),
+    "mpt, three heads, scale": (
+        "Mpt",
+        {**MPT, "d_model": 24, "n_heads": 3, "attn_config": {"softmax_scale": 0.2}},
+    ),
+    "bloom": ("Bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "bloom, six heads": ("Bloom", {"vocab_size": 60, "hidden_size": 48, "n_layer": 1, "n_head": 6}),
+    "opt": ("OPT", OPT),
+    "opt, other details": (
+        "OPT",
+        {**OPT, "activation_function": "gelu", "enable_bias": False, "_remove_final_layer_norm": True},
+    ),
     "phi3": ("Phi3", {**SMALL, "sliding_window": 6}),
     "phi3, longrope": ("Phi3", {**SMALL, "original_max_position_embeddings": 32, **LONG}),
     "starcoder2": ("Starcoder2", {**SMALL, "sliding_window": 6}),
@@ -117,7 +166,9 @@ def original(name: str) -> Any:
     family, keywords = CASES[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**keywords)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # the eager attention of Falcon adds the bias twice
+    attention = "sdpa" if getattr(config, "alibi", False) else "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -129,7 +180,8 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_every_family_is_tested() -> None:
-    tested = {getattr(transformers, f"{family}Config").model_type for family, _ in CASES.values()}
+    cases = [*CASES.values(), *ENCODERS.values()]
+    tested = {getattr(transformers, f"{family}Config").model_type for family, _ in cases}
     assert tested == FAMILIES.keys()
 
 

@@ -30,26 +30,18 @@ NEWER_MODULES = {
 
 CONVENIENCES = """
     F at_most_one_of batch_masked_mean coin_flip compact default detach_all disable_autocast divisible_by
-    dropout_seq exists first flip freeze_all_layers_ get_cached_kvs get_module_by_path group_by_key_prefix
+    dropout_seq exists first flip freeze_all_layers_ get_cached_kvs group_by_key_prefix
     group_dict_by_key groupby_prefix_and_trim init_depth_scaled_ init_zero_ is_empty maybe maybe_and_mask once
     or_reduce pack_one pack_one_with_inverse pick_and_pop repeat_batch
-    resolve_repeat_blocks_to_layer_execute_order sample_prob set_module_by_path string_begins_with transpose
+    resolve_repeat_blocks_to_layer_execute_order sample_prob string_begins_with transpose
     unpack_one DEFAULT_ATTN_RESIDUAL_LORA_RANK log
 """
-LATER_NAMES = """
-    EpisodicMemories EpisodicMemoryWrapper LowRankLinear TTTModuleWrapper TTTMetaLearningTargetKLLoss
-    TTTNextLatentPredictionLoss newtonschulz5 XLAutoregressiveWrapper.has_ttt XLAutoregressiveWrapper.init_ttt
-    XLAutoregressiveWrapper.update_ttt
-"""
-
 CONVENIENCE = "a private convenience without a described use; Python or torch says it as shortly"
-LATER = "test-time training and episodic memory are refused by name until they are built"
 RECORDS = ("Intermediates", "LayerIntermediates")
 """They are returned and never built; what they hold has the reference's names."""
 
 NAMES_LEFT_OUT = {
     **dict.fromkeys(CONVENIENCES.split(), CONVENIENCE),
-    **dict.fromkeys(LATER_NAMES.split(), LATER),
     "DetachMultiple": "splits a gradient to save memory; ours is ordinary backpropagation",
 }
 

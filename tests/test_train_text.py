@@ -44,7 +44,7 @@ def run(*arguments: object, processes: int = 1, killed: Path | None = None) -> s
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of real text that is quickly read."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_bytes((ROOT / "README.md").read_bytes())
+    path.write_bytes((ROOT / "CONTRIBUTING.md").read_bytes())
     return path
 
 

@@ -134,9 +134,9 @@ def test_groups_name_tests() -> None:
         assert all((ROOT / file.split("::")[0]).is_file() for file in files)
 
 
-def test_table_of_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count(versions.BEGIN) == readme.count(versions.END) == 1
-    rows = readme.split(versions.BEGIN)[1].split(versions.END)[0].strip().splitlines()
+def test_table_of_the_documentation() -> None:
+    page = versions.PAGE.read_text(encoding="utf-8")
+    assert page.count(versions.BEGIN) == page.count(versions.END) == 1
+    rows = page.split(versions.BEGIN)[1].split(versions.END)[0].strip().splitlines()
     assert rows[:2] == versions.table({}).splitlines()
     assert {row.count("|") for row in rows} == {len(versions.GROUPS) + 2}

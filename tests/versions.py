@@ -4,7 +4,7 @@
     python tests/versions.py 2.6.0      # some of them
     python tests/versions.py --groups export goldens    # some of the tests; the others keep their results
     python tests/versions.py --keep     # leave the environments in `.versions/`
-    python tests/versions.py --write    # put the table into the README
+    python tests/versions.py --write    # put the table into docs/first-steps.md
 
 Each environment takes about 5 GB of disk and two minutes of installation; only one exists at a time.
 """
@@ -22,6 +22,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".versions"
+PAGE = ROOT / "docs" / "first-steps.md"
 RESULTS = FOLDER / "results.json"
 OLDEST = Version("2.6")
 GROUPS = {
@@ -48,7 +49,7 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", help="versions of PyTorch; default: every minor version's newest patch")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="columns; default: all")
     parser.add_argument("--keep", action="store_true", help="leave the environments in `.versions/`")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/first-steps.md")
     parser.add_argument("--workers", default="2", help="processes of each test run (default: %(default)s)")
     given = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
@@ -71,9 +72,8 @@ def main() -> int:
     text = table(results)
     print(text)
     if given.write:
-        readme = ROOT / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     return int(any(cell["failed"] for row in results.values() for cell in row.values()))
 
 

@@ -145,7 +145,8 @@ class BeliefStateWrapper(SavesFolders):
     def _reaching(self, loss: Tensor, *further: nn.Module) -> Tensor:
         """Return the loss with gradients for what it does not read: the decoders' own heads, a distance not drawn."""
         nets = [unwrapped(net) for net in (self.forward_decoder, self.backward_decoder)]
-        heads = [part for net in nets for part in (net.to_logits, net.mixture, net.to_next_embed_pred, net.attn_pool)]
+        names = ("to_logits", "logit_changes", "mixture", "to_next_embed_pred", "attn_pool")
+        heads = [getattr(net, name) for net in nets for name in names]
         return reaching(loss, *heads, self.to_distance_cond, self.to_distance_logits, *further)
 
     def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:

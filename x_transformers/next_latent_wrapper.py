@@ -213,7 +213,7 @@ class NextLatentWrapper(SavesFolders):
         self.sigreg_loss_weight, self.sigreg_loss_kwargs = sigreg_loss_weight, dict(sigreg_loss_kwargs or {})
         self.rollout_weights = normalized_weights("rollout_weights", rollout_weights, num_rollouts)
         self.dynamic_loss_decay = dynamic_loss_decay if dynamic_rollout_loss_weight else 0.0
-        self._frozen_logits = FrozenUse(model, "logits_of", ("to_logits", "mixture", "token_emb"))
+        self._frozen_logits = FrozenUse(model, "logits_of", ("to_logits", "logit_changes", "mixture", "token_emb"))
 
     sigreg_loss = staticmethod(sigreg_loss)
 

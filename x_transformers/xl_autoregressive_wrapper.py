@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from x_transformers.errors import ConfigError, InputError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
@@ -35,21 +36,27 @@ from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, pad_left
 from x_transformers.options.values import accepts, shown
+from x_transformers.test_time.adaptation import Adaptation, InnerLoss, ordinary, with_gradients
+from x_transformers.test_time.episodic import EpisodicMemories, EpisodicMemoryWrapper
+from x_transformers.test_time.inner_losses import TTTMetaLearningTargetKLLoss, TTTNextLatentPredictionLoss
+from x_transformers.test_time.places import adapt_places, get_module_by_path, set_module_by_path
+from x_transformers.test_time.row_weights import LowRankLinear, TTTModuleWrapper
+from x_transformers.test_time.steps import Descent, newtonschulz5
+
+__all__ = [
+    "EpisodicMemories",
+    "EpisodicMemoryWrapper",
+    "LowRankLinear",
+    "TTTMetaLearningTargetKLLoss",
+    "TTTModuleWrapper",
+    "TTTNextLatentPredictionLoss",
+    "XLAutoregressiveWrapper",
+    "get_module_by_path",
+    "newtonschulz5",
+    "set_module_by_path",
+]
 
 Memories = Sequence[Tensor | None]
-
-_TTT = {
-    "ttt_module_paths": (),
-    "ttt_lr": 1e-3,
-    "ttt_wd": 0.01,
-    "ttt_use_muon": False,
-    "ttt_muon_steps": 5,
-    "ttt_muon_lr": 0.01,
-    "ttt_low_rank_paths": (),
-    "ttt_custom_loss_module": None,
-    "ttt_next_latent_loss": False,
-    "episodic_mem_len": 0,
-}
 
 
 class XLAutoregressiveWrapper(SavesFolders):
@@ -60,12 +67,22 @@ class XLAutoregressiveWrapper(SavesFolders):
         ignore_index: label that does not count in the loss.
         pad_value: id that replaces `ignore_index` in the input, and fills rows that have ended.
         tbptt_steps: number of segments through whose memory gradients flow before they are cut.
-        ttt_module_paths, ttt_lr, ttt_wd, ttt_use_muon, ttt_muon_steps, ttt_muon_lr, ttt_low_rank_paths,
-            ttt_custom_loss_module, ttt_next_latent_loss, episodic_mem_len: refused, since training at test time is not
-            available in this version.
+        ttt_module_paths: modules of the net whose weights each row adapts after every segment, by their paths, such as
+            "attn_layers.layers.1.1.ff.2"; a pair `(source, target)` updates the target by gradients of the source.
+        ttt_lr, ttt_wd: step size and decay of these steps.
+        ttt_use_muon: orthogonalize gradients of matrices.
+        ttt_muon_steps, ttt_muon_lr: number of iterations that do so, and the step size for such gradients.
+        ttt_low_rank_paths: pairs of the path of a linear map and a rank: its matrix is replaced by one of this rank,
+            and is adapted.
+        ttt_custom_loss_module: loss of the steps instead of that of the next token: a module of the record of a pass
+            and a mask `(b, n)` of the labels that count, which returns `(b, n)` or `(b,)`.
+        ttt_next_latent_loss: use `TTTNextLatentPredictionLoss`.
+        episodic_mem_len: number of learned keys and values that every self-attention sees besides the others. They are
+            adapted too if the path "episodic_mems" is among those above.
 
     Raises:
-        ConfigError: if the model has no segment length, several heads or none, or an option is out of range.
+        ConfigError: if the model has no segment length, several heads or none, or an option is out of range; naming a
+            path that does not lead to a module which can be adapted.
     """
 
     def __init__(
@@ -74,23 +91,18 @@ class XLAutoregressiveWrapper(SavesFolders):
         ignore_index: int = -100,
         pad_value: int = 0,
         tbptt_steps: int = 1,
-        ttt_module_paths: Sequence[str] = (),
+        ttt_module_paths: Sequence[str | Sequence[str]] = (),
         ttt_lr: float = 1e-3,
         ttt_wd: float = 0.01,
         ttt_use_muon: bool = False,
         ttt_muon_steps: int = 5,
         ttt_muon_lr: float = 0.01,
-        ttt_low_rank_paths: Sequence[str] = (),
+        ttt_low_rank_paths: Sequence[tuple[str, int]] = (),
         ttt_custom_loss_module: nn.Module | None = None,
         ttt_next_latent_loss: bool = False,
         episodic_mem_len: int = 0,
     ) -> None:
         super().__init__()
-        given = locals()
-        for name, default in _TTT.items():
-            value = tuple(given[name]) if isinstance(default, tuple) else given[name]
-            if value != default:
-                raise ConfigError(f"`{name}` is {given[name]!r}, but it is not available in this version; drop it.")
         model = check_next_token_net(net)
         if model.max_seq_len < 1:
             raise ConfigError(
@@ -98,17 +110,83 @@ class XLAutoregressiveWrapper(SavesFolders):
             )
         if isinstance(tbptt_steps, bool) or not isinstance(tbptt_steps, int) or tbptt_steps < 1:
             raise ConfigError(f"`tbptt_steps` is {tbptt_steps!r}; it counts segments, a whole number, at least 1.")
-        self.net = net
+        descent = Descent(lr=ttt_lr, wd=ttt_wd, use_muon=ttt_use_muon, muon_steps=ttt_muon_steps, muon_lr=ttt_muon_lr)
+        adapts = bool(ttt_module_paths or ttt_low_rank_paths)
+        _check_adaptation(net, tbptt_steps, adapts, ttt_custom_loss_module, ttt_next_latent_loss, descent)
         self.ignore_index, self.pad_value, self.tbptt_steps = ignore_index, pad_value, tbptt_steps
+        self.net = cast(TransformerWrapper, EpisodicMemoryWrapper(net, episodic_mem_len)) if episodic_mem_len else net
+        pairs = adapt_places(self.net, ttt_module_paths, ttt_low_rank_paths)
+        if ttt_next_latent_loss:
+            ttt_custom_loss_module = TTTNextLatentPredictionLoss(dim=model.attn_layers.dim)
+        self.ttt_custom_loss_module = ttt_custom_loss_module
+        loss = InnerLoss(ttt_custom_loss_module, ignore_index, model.output_is_log_prob)
+        self._adaptation = Adaptation(pairs, descent, loss)
 
     @property
     def max_seq_len(self) -> int:
         """Length of a segment."""
         return unwrapped(self.net).max_seq_len
 
+    @property
+    def has_ttt(self) -> bool:
+        """True if rows adapt weights at test time."""
+        return bool(self._adaptation.pairs)
+
+    @checked
+    def init_ttt(self, batch: int) -> None:
+        """Give each row its own copy of the weights that it adapts, which calls of the net then use.
+
+        `forward` and `generate` do this themselves. `TTTModuleWrapper.reset_all(wrapper)` ends it.
+
+        Args:
+            batch: number of rows.
+
+        Raises:
+            InputError: if there are no weights to adapt, or no rows.
+        """
+        if not self.has_ttt:
+            raise InputError("no weights are adapted at test time; give `ttt_module_paths` or `ttt_low_rank_paths`.")
+        if batch < 1:
+            raise InputError(f"`batch` is {batch}; it is a number of rows, at least 1.")
+        self._adaptation.begin(batch)
+
+    @checked
+    def update_ttt(
+        self,
+        logits: Tensor,
+        chunk_labels: Tensor,
+        create_graph: bool = False,
+        intermediates: LayerIntermediates | None = None,
+    ) -> None:
+        """Let each row take one step on the weights that it adapts.
+
+        Args:
+            logits: `(b, n, v)` of a pass of the net after `init_ttt`, with gradients.
+            chunk_labels: `(b, n)`.
+            create_graph: keep the step differentiable; otherwise the new weights are constants.
+            intermediates: record of the pass, which a custom loss reads.
+
+        Raises:
+            InputError: without `init_ttt`, or without a record that the loss needs.
+        """
+        labels = checked_ids(chunk_labels, self).long()
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape or not logits.is_floating_point():
+            raise InputError(
+                f"`logits` has shape {tuple(logits.shape)} and dtype {logits.dtype}, and `chunk_labels` shape "
+                f"{tuple(labels.shape)}; they must be (b, n, v), floating, and (b, n)."
+            )
+        self._adaptation.update(logits, labels, intermediates, create_graph)
+
     @skipped
     @passes_on("net")
-    def forward(self, x: Ids, mems: Memories | None = None, dropout_mems: bool = False, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        x: Ids,
+        mems: Memories | None = None,
+        dropout_mems: bool = False,
+        ttt_recurrent_steps: int = 1,
+        **kwargs: Any,
+    ) -> Tensor:
         """Compute the loss, `sum_c n_c / N * mean_b (mean over the valid targets of row b in segment c)`.
 
         Segment c has `n_c` of the N targets. All rows have the same weight; one without a valid target counts as 0.
@@ -117,6 +195,8 @@ class XLAutoregressiveWrapper(SavesFolders):
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
             mems: what an earlier pass of the model left as its memory.
             dropout_mems: read no memory at all.
+            ttt_recurrent_steps: number of times that a segment is read, each with a step on adapted weights; the last
+                time counts.
             kwargs: of the model's passes. Arguments over tokens (`mask`, `self_attn_kv_mask`, `pos`, `sum_embeds`,
                 `embed_ids`) are cut as the tokens are; masked tokens stay hidden in the memory.
 
@@ -126,6 +206,9 @@ class XLAutoregressiveWrapper(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
+        if self._adaptation.pairs or ttt_recurrent_steps != 1:
+            # graphs cannot contain gradients, and are differentiated once
+            return without_graphs(self._adapting, x, mems, dropout_mems, ttt_recurrent_steps, kwargs)
         segments = without_graphs(self._segments, x, mems=mems, dropout_mems=dropout_mems, **kwargs)
         loss = 0.0
         segment = without_graphs(segments.first)
@@ -135,6 +218,52 @@ class XLAutoregressiveWrapper(SavesFolders):
             loss = loss + each * segment.share
             segment = without_graphs(segments.after, segment, left)
         return without_graphs(self._reaching, loss)
+
+    def _adapting(
+        self, x: Ids, mems: Memories | None, dropout_mems: bool, recurrent_steps: int, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Compute the loss, with a step on adapted weights after each segment; see `forward`."""
+        if not self.has_ttt:
+            raise InputError("`ttt_recurrent_steps` repeats steps on adapted weights; give `ttt_module_paths`.")
+        if not accepts(int, recurrent_steps) or recurrent_steps < 1:
+            raise InputError(f"`ttt_recurrent_steps` is {shown(recurrent_steps)}; it is a number of times, at least 1.")
+        differentiable, adaptation = torch.is_grad_enabled(), self._adaptation
+        loss: Any = 0.0
+        with with_gradients():
+            x, mems, kwargs = ordinary(x), ordinary(mems), ordinary(kwargs)
+            segments = self._segments(x, mems=mems, dropout_mems=dropout_mems, **kwargs)
+            segment = segments.first()
+            try:
+                adaptation.begin(segment.tokens.shape[0])
+                while segment is not None:
+                    each, left = self._read_and_adapt(segment, recurrent_steps, segments.is_last, differentiable)
+                    loss = loss + each * segment.share
+                    segment = segments.after(segment, left)
+            finally:
+                adaptation.end()
+            loss = self._reaching(loss)
+        return loss if differentiable else loss.detach()
+
+    def _read_and_adapt(
+        self, segment: _Segment, times: int, is_last: bool, differentiable: bool
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Read one segment a number of times, with a step after each but the very last one.
+
+        Returns:
+            The loss of the last time, and the memory that it leaves.
+        """
+        create_graph = self.training and differentiable
+        given = {"return_mems": True, "return_intermediates": True, "detach_mems": segment.detach, **segment.arguments}
+        logits, record = self.net(segment.tokens, **given)
+        for _ in range(times - 1):
+            self._adaptation.update(logits, segment.labels, record, create_graph)
+            logits, record = self.net(segment.tokens, **given)
+        if not is_last:
+            self._adaptation.update(logits, segment.labels, record, create_graph)
+        if segment.detach:
+            self._adaptation.detach()
+        each = self._segment_loss(logits, segment.labels)
+        return (each if differentiable else each.detach()), record.mems
 
     @checked
     @passes_on("net")
@@ -159,7 +288,7 @@ class XLAutoregressiveWrapper(SavesFolders):
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return the loss with gradients for the heads that it does not read."""
         model = unwrapped(self.net)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, self.ttt_custom_loss_module)
 
     def _segment_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         normalized = unwrapped(self.net).output_is_log_prob
@@ -192,7 +321,7 @@ class XLAutoregressiveWrapper(SavesFolders):
         """
         generation = self._begin(start_tokens, seq_len, mems, options)
         with torch.inference_mode(), generation.view:
-            new = list(generation.steps(seq_len))
+            new = list(self._steps(generation, seq_len))
         return generation.join(new)
 
     @takes_options("eos_token * temperature filter_logits_fn filter_kwargs mems cache_kv filter_before_temperature")
@@ -216,7 +345,18 @@ class XLAutoregressiveWrapper(SavesFolders):
             InputError: at once, with what was given and what is needed.
         """
         generation = self._begin(start_tokens, seq_len, mems, options)
-        return streamed(partial(generation.steps, seq_len), in_shape(generation.prompts.lead), generation.view)
+        return streamed(partial(self._steps, generation, seq_len), in_shape(generation.prompts.lead), generation.view)
+
+    @staticmethod
+    def _steps(generation: Generation, seq_len: int) -> Iterator[Tensor]:
+        """Yield the steps; afterwards, also after an error, no row has weights of its own."""
+        reader = generation.decoding.expert
+        assert isinstance(reader, _InSegments)
+        try:
+            yield from generation.steps(seq_len)
+        finally:
+            if reader.adaptation is not None:
+                reader.adaptation.end()
 
     def _begin(self, start_tokens: Ids, seq_len: int, mems: Memories | None, options: GenerationOptions) -> Generation:
         net = unwrapped(self.net)
@@ -229,8 +369,14 @@ class XLAutoregressiveWrapper(SavesFolders):
             )
         _refuse(options.arguments)
         arguments = Arguments(options.arguments, read.width, read.tokens.shape[1] + max(seq_len, 1) - 1)
-        view = InferenceView(net)
-        reader = _InSegments(view.of(net), arguments, mems, options.cache_kv and net.can_cache_kv)
+        custom = self.ttt_custom_loss_module
+        view = InferenceView(net, *(() if custom is None else (custom,)))
+        adaptation = None
+        if self.has_ttt:
+            own = self._adaptation
+            loss = InnerLoss(None if custom is None else view.of(custom), self.ignore_index, net.output_is_log_prob)
+            adaptation = Adaptation(own.pairs, own.descent, loss, view.of)
+        reader = _InSegments(view.of(net), arguments, mems, options.cache_kv and net.can_cache_kv, adaptation)
         decoding = Decoding(Sequences(read.tokens), reader, options.choose, net.num_tokens)
         return Generation(decoding, read, view, options, self.pad_value)
 
@@ -277,6 +423,11 @@ class _Segments:
         self.shown, self.labels, self.kwargs, self.memory = shown, labels, kwargs, memory
         self.size, self.tbptt_steps = size, tbptt_steps
         self.number = self.begin = 0
+
+    @property
+    def is_last(self) -> bool:
+        """True if no segment follows the present one."""
+        return self.begin + self.size >= self.labels.shape[1]
 
     def first(self) -> _Segment:
         """Return the first segment."""
@@ -377,10 +528,19 @@ class _InSegments(Reader):
         arguments: of its passes.
         mems: memory to begin with.
         caching: keep keys and values of the segment that is not complete.
+        adaptation: the weights that rows adapt to the prompt, or None.
     """
 
-    def __init__(self, net: TransformerWrapper, arguments: Arguments, mems: Memories | None, caching: bool) -> None:
+    def __init__(
+        self,
+        net: TransformerWrapper,
+        arguments: Arguments,
+        mems: Memories | None,
+        caching: bool,
+        adaptation: Adaptation | None = None,
+    ) -> None:
         self.net, self.arguments, self.caching, self.record = net, arguments, caching, None
+        self.adaptation, self.adapted = adaptation, False
         self.memory = _Memory(net, mems)
         self.cache = KVCache()
         self.first = self.length = 0
@@ -388,6 +548,10 @@ class _InSegments(Reader):
     def read(self, sequences: Sequences) -> Tensor:
         logits: Tensor | None = None
         size, tokens = self.net.max_seq_len, sequences.tokens()
+        if self.adaptation is not None and not self.adapted:
+            self.adapted = True
+            with with_gradients():
+                self._adapt(ordinary(tokens), self.adaptation)
         while sequences.length - self.first >= size:
             # also one whose tokens were read one by one: this pass leaves the memory that `forward` would have
             last = self.first + size
@@ -399,6 +563,31 @@ class _InSegments(Reader):
             logits = self._read_rest(sequences.length, tokens)
         assert logits is not None
         return logits
+
+    def _adapt(self, prompt: Tensor, adaptation: Adaptation) -> None:
+        """Let the rows adapt to the prompt, segment by segment as in `forward`.
+
+        Complete segments leave their memory. The last, incomplete one is read again when tokens are drawn, and must not
+        be in its own memory then.
+        """
+        size, total = self.net.max_seq_len, prompt.shape[1] - 1
+        adaptation.begin(prompt.shape[0], evaluate=True)
+        self.memory.mems = ordinary(self.memory.mems)
+        while self.first < total:
+            last = min(self.first + size, total)
+            arguments = ordinary(self._at(last, prompt, last - self.first))
+            logits, record = self.net(
+                prompt[:, self.first : last],
+                return_mems=True,
+                return_intermediates=True,
+                **self.memory.arguments(),
+                **arguments,
+            )
+            adaptation.update(logits, prompt[:, self.first + 1 : last + 1], record)
+            if last - self.first < size:
+                break
+            self.memory.join(prompt[:, self.first : last], arguments, record.mems)
+            self.first = self.length = last
 
     def _read_rest(self, length: int, tokens: Tensor) -> Tensor:
         """Read the incomplete last segment."""
@@ -437,6 +626,42 @@ def _refuse(kwargs: Mapping[str, Any]) -> None:
     for name in kwargs:
         if name in _REFUSED or name.startswith("return_"):
             raise InputError(f"`{name}` cannot be given to segments: {_REFUSED.get(name, 'call the net itself')}.")
+
+
+def _check_adaptation(
+    net: TransformerWrapper,
+    tbptt_steps: int,
+    adapts: bool,
+    custom: nn.Module | None,
+    next_latent: bool,
+    descent: Descent,
+) -> None:
+    """Check the options of test-time training against each other, and the model against them."""
+    if custom is not None and next_latent:
+        raise ConfigError("`ttt_next_latent_loss` and `ttt_custom_loss_module` are both losses of a step; give one.")
+    if not adapts:
+        if custom is not None or next_latent or descent.use_muon:
+            raise ConfigError(
+                "`ttt_use_muon`, `ttt_custom_loss_module` and `ttt_next_latent_loss` are about steps on adapted "
+                "weights, of which there are none; give `ttt_module_paths` or `ttt_low_rank_paths`."
+            )
+        return
+    if tbptt_steps < 2:
+        raise ConfigError(
+            f"`tbptt_steps` is {tbptt_steps}; steps on adapted weights act on the segments after them, so that "
+            "gradients must flow through at least 2."
+        )
+    model = unwrapped(net)
+    if model is not net:
+        raise ConfigError(
+            f"`net` is wrapped, as a {type(net).__name__}; steps on adapted weights are differentiated through, which "
+            "is not possible there. Give the model itself, and wrap the `XLAutoregressiveWrapper`."
+        )
+    if model.attn_layers.checkpoint_every is not None:
+        raise ConfigError(
+            "`checkpoint_every` runs blocks again for their gradients, when the weights that rows have adapted are "
+            "others; build the stack without it."
+        )
 
 
 def _of_segment(kwargs: Mapping[str, Any], first: int, last: int, n: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README from outputs of the library: `python -m images.draw [NAME ...]`.
+"""Draw the pictures of the documentation from outputs of the library: `python -m images.draw [NAME ...]`.
 
 Some pictures need trained models, which takes a few minutes; `--quick` draws after a few training steps only.
 """

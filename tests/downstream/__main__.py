@@ -4,7 +4,7 @@
 
 installs this checkout with its extra `downstream` into a virtual environment, and the packages into it without their
 dependencies, so that no other distribution of `x_transformers` comes with them. Each package runs in a process of its
-own, on a small model (`cases.py`). The result is a table; `--write` also writes it into the README.
+own, on a small model (`cases.py`). The result is a table; `--write` also writes it into the documentation.
 
 It needs a package index and takes a few minutes, and is not part of the tests. `--environment FOLDER` keeps the
 environment, and uses it as it is the next time.
@@ -96,8 +96,8 @@ def table(results: dict[str, dict[str, str]]) -> str:
 
 
 def write(rows: str) -> None:
-    """Put the table between its marks in the README."""
-    path = CHECKOUT / "README.md"
+    """Put the table between its marks in the documentation."""
+    path = CHECKOUT / "docs" / "coming-from-x-transformers.md"
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     path.write_text(f"{before}{BEGIN}\n{rows}\n{END}{rest.split(END)[1]}", encoding="utf-8")
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(PACKAGES)}")
     parser.add_argument("--environment", type=Path, metavar="FOLDER", help="default: a temporary one")
-    parser.add_argument("--write", action="store_true", help="write the table into the README")
+    parser.add_argument("--write", action="store_true", help="write the table into the documentation")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(PACKAGES)
     if unknown:
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = any(result != "yes" for stages in results.values() for result in stages.values())
     if options.write:
         if failed:
-            sys.exit("not written: the README lists packages that run")
+            sys.exit("not written: the documentation lists packages that run")
         write(table(results))
     return int(failed)
 

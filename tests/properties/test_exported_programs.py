@@ -81,7 +81,7 @@ def masked(batch: int, n: int) -> Tensor:
 
 
 def parts() -> Iterator[tuple[str, nn.Module, Callable[[int, int], dict[str, Any]]]]:
-    """Yield what the README builds, with the arguments of a pass for a batch and a length."""
+    """Yield what the documentation builds, with the arguments of a pass for a batch and a length."""
 
     def series(batch: int, n: int) -> dict[str, Any]:
         return {"x": torch.randn(batch, n, 32)}

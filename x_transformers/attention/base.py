@@ -489,6 +489,10 @@ class QKNorm(LoadsWhole):
         """Normalize keys `(b, g, j, d)`."""
         return k
 
+    def joint(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what normalizes the heads of queries and keys `(b, n, h + g, d)` together, if anything does."""
+        return None
+
     def normalize_memory(self, k: Tensor) -> Tensor:
         """Normalize learned memory keys, instead of `normalize_k`."""
         return k

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,7 @@ class HeadProjection(nn.Module):
             layer: the sublayer's call.
         """
         own, entry, projections = layer.context is None, layer.entry, self.projections
+        norms: Iterable[QKNorm] = self.qk_norms
         if not own and entry is not None and entry.get("k") is not None:
             return self._query_cached_context(xq, layer)
         span, deltas = layer.fresh, layer.deltas
@@ -111,8 +112,8 @@ class HeadProjection(nn.Module):
             h, g, merged, one = projections.heads, projections.kv_heads, projections.ready, xk is xq and xv is xq
             if merged is not None and one:
                 q, k, raw = split_heads(F.linear(xq, *merged), h + 2 * g).split_with_sizes((h, g, g), -3)
-            elif one and torch.is_grad_enabled() and (joint := projections.joint(xq)) is not None:
-                q, k, raw = joint
+            elif one and torch.is_grad_enabled() and (joint := self._project_jointly(xq)) is not None:
+                (q, k, raw), norms = joint
             else:
                 assert projections.k is not None
                 q, k, raw = projections.q(xq), projections.k(xk), projections.v(xv)
@@ -128,7 +129,7 @@ class HeadProjection(nn.Module):
             q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)
         # norms before rotations: a norm with a factor per feature would not commute with a rotation
-        for norm in self.qk_norms:
+        for norm in norms:
             q, k = norm.normalize_q(q), norm.normalize_k(k)
         v = self._mix_values(raw, xq, layer) if layer.carry.values else raw
         for mod in self.values:
@@ -146,6 +147,13 @@ class HeadProjection(nn.Module):
         if layer.rotations and layer.rotations[0].decays:
             return Heads(q, k, v, raw, fresh, self._decay(layer))
         return Heads(q, k, v, raw, fresh)
+
+    def _project_jointly(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[QKNorm, ...]] | None:
+        """Project to heads by one product, in training; also return the norms that they still need."""
+        norms = tuple(self.qk_norms)
+        together = norms[0].joint() if len(norms) == 1 else None
+        heads = self.projections.joint(x, together)
+        return None if heads is None else (heads, norms if together is None else ())
 
     def _query_cached_context(self, x: Tensor, layer: LayerCall) -> Heads:
         """Project the queries only: the keys and values of the context come from an earlier pass."""

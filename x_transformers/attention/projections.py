@@ -5,7 +5,9 @@ Grouped heads (2305.13245; one head: 1911.02150): query head `q` uses key/value 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInfer
 from x_transformers.modules.joint_maps import joint_maps
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
+
+JointNorm: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +126,21 @@ class Projections(PreparesForInference):
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
 
-    def joint(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """Project `(b, n, D)` to queries, keys and values by one product, in training; see `joint_maps`."""
-        return joint_maps(x, (self.q, self.k, self.v), (self.heads, self.kv_heads, self.kv_heads))
+    def joint(self, x: Tensor, norm: JointNorm | None = None) -> tuple[Tensor, ...] | None:
+        """Project `(b, n, D)` to queries, keys and values by one product, in training; see `joint_maps`.
+
+        Args:
+            x: the input.
+            norm: normalizes the heads of queries and keys `(b, n, h + g, d)` together.
+        """
+        h, g, maps = self.heads, self.kv_heads, (self.q, self.k, self.v)
+        if norm is None:
+            return joint_maps(x, maps, (h, g, g))
+        found = joint_maps(x, maps, (h + g, g), first=2)
+        if found is None:
+            return None
+        q, k = norm(found[0].transpose(1, 2)).split_with_sizes((h, g), 2)
+        return q.transpose(1, 2), k.transpose(1, 2), found[1]
 
     def prepare(self) -> Map | None:
         """Return the three maps in one, with a weight of `((h + 2g) d, D)`.

@@ -12,7 +12,7 @@ from x_transformers.errors import StateDictError
 from x_transformers.modules.state_dict import rename, rename_prefix
 from x_transformers.ops import reference_head_order, reorder_heads
 
-_REFERENCE = {
+_PLAIN = {
     "to_q.weight": "projections.q.weight",
     "to_latent_q.weight": "latent_q.weight",
     "to_latent_kv.weight": "latent_kv.project.weight",
@@ -32,7 +32,7 @@ _REFERENCE = {
     "attend.head_attn_sink": "sink.logits",
 }
 
-_PER_HEAD = (
+_PLAIN_PER_HEAD = (
     ("projections.q.weight", 0),
     ("out.weight", 1),
     ("out.projection.weight", 1),
@@ -41,6 +41,32 @@ _PER_HEAD = (
     ("sink.logits", 0),
 )
 """Our entries with query heads, and along which axis."""
+
+
+def _with_adapted(name: str, axis: int | None = None) -> list[str]:
+    """Return the name of an entry, and those that it has if the module is adapted at test time.
+
+    A matrix of low rank, `weight_a @ weight_b`, has the rows of the first factor and the columns of the second.
+
+    Args:
+        name: of the entry.
+        axis: only factors with this axis; None for all.
+    """
+    owner, _, last = name.rpartition(".")
+    if last not in ("weight", "gamma"):
+        return [name]
+    factors = [f"{owner}.module.weight_{factor}" for factor in ("a", "b")] if last == "weight" else []
+    return [name, f"{owner}.module.{last}", *(factors if axis is None else factors[axis : axis + 1])]
+
+
+_REFERENCE = {
+    old: new
+    for theirs, ours in _PLAIN.items()
+    for old, new in zip(_with_adapted(theirs), _with_adapted(ours), strict=True)
+}
+_PER_HEAD = tuple((each, axis) for name, axis in _PLAIN_PER_HEAD for each in _with_adapted(name, axis))
+_QUERIES = tuple(_with_adapted("to_q.weight"))
+_COLUMNS = tuple(name for name, axis in _PER_HEAD if axis == 1)
 
 
 class NamedWeights(Protocol):
@@ -69,7 +95,7 @@ def translate(attention: NamedWeights, state: dict[str, Any], prefix: str) -> No
         state: of the whole model.
         prefix: of this attention.
     """
-    if f"{prefix}to_q.weight" not in state:
+    if not any(prefix + name in state for name in _QUERIES):
         return
     for old, new in _REFERENCE.items():
         rename(state, prefix + old, prefix + new)
@@ -79,7 +105,7 @@ def translate(attention: NamedWeights, state: dict[str, Any], prefix: str) -> No
     rename_parts(state, prefix, parts)
     # columns first: parts describe them in the reference's order of heads, which changes below
     for mod in attention.values:
-        for name in ("out.weight", "out.projection.weight"):
+        for name in _COLUMNS:
             if prefix + name in state:
                 state[prefix + name] = mod.translate_columns(state[prefix + name], shape.heads)
     order = reference_head_order(shape.heads, shape.kv_heads)
@@ -106,7 +132,7 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
     if order is not None:
         _permute(state, prefix, parts, order.argsort())
     for mod in reversed(list(attention.values)):
-        for name in ("out.weight", "out.projection.weight"):
+        for name in _COLUMNS:
             if prefix + name in state:
                 state[prefix + name] = mod.export_columns(state[prefix + name], shape.heads)
     ours = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}

@@ -17,12 +17,13 @@ from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.options.schema import Feature, opt, require
 
 Activation = Callable[[Tensor], Tensor]
+ActivationName = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
     custom_activation: Any = opt(None, "replace GELU by this module (a copy of it) or function")
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"] | None = opt(
+    activation: ActivationName | None = opt(
         None, "activation by name: gelu_tanh is GELU's approximation by tanh, quick_gelu is x * sigmoid(1.702 x)"
     )
     relu_squared: bool = opt(False, "replace GELU by relu(x) ** 2")

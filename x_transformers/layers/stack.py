@@ -14,6 +14,7 @@ from x_transformers.cache import Shape
 from x_transformers.errors import ConfigError, Faults, InputError
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.norm_placement import norm_places
+from x_transformers.layers.branches.shared_norm import share_norms
 from x_transformers.layers.build import build_branch, check_value_residual, norm_of
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.conditioning import build_condition, build_injection
@@ -84,6 +85,8 @@ class LayerStack(nn.Module):
         for index, layer in enumerate(plan.layers):
             with faults.catching(layer.kind.in_full):
                 self.layers.append(build_branch(self, plan, index, norm))
+        if self.parallel and options["parallel_block"].parallel_block_one_norm:
+            share_norms(self.sublayers, plan.sequence.block)
         if options.on("value_residual"):
             for letter in dict.fromkeys(self.layer_types):
                 check_value_residual(self.branches(letter), faults)

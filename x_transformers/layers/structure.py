@@ -64,6 +64,7 @@ class ParOptions:
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     parallel_block: bool = opt(False, "all sublayers of a block read the stream before the block")
+    parallel_block_one_norm: bool = opt(False, "they read it through one norm, that of the first sublayer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +198,17 @@ PARALLEL = Feature(
                 ("unet_skips", "unet_skips"),
             )
         ),
+        Rule(
+            when=lambda o: o["parallel_block"].parallel_block_one_norm and not o["norm_placement"].before,
+            why="`parallel_block_one_norm` is about the norm before sublayers, which `branch_norm` moves; drop one.",
+        ),
     ),
     exempt={"export": "the reference has no parallel blocks"},
-    examples=({"parallel_block": True}, {"parallel_block": True, "sandwich_norm": True, "use_rmsnorm": True}),
+    examples=(
+        {"parallel_block": True},
+        {"parallel_block": True, "sandwich_norm": True, "use_rmsnorm": True},
+        {"parallel_block": True, "parallel_block_one_norm": True},
+    ),
 )
 
 FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, SANDWICH_ORDER, PAR, PARALLEL)

@@ -63,7 +63,7 @@ class Model(SavesFolders):
         self.attn_layers = attn_layers
         dim = attn_layers.dim
         without = _why_no_positions(max_seq_len, options.use_abs_pos_emb, attn_layers)
-        for keyword in ("scaled_sinu_pos_emb", "abs_pos_emb_scale"):
+        for keyword in ("scaled_sinu_pos_emb", "abs_pos_emb_scale", "abs_pos_emb_offset"):
             if getattr(options, keyword) and without:
                 warn(f"{type(self).__name__}: `{keyword}` has no effect: {without}.")
         self.pos_emb = None
@@ -75,6 +75,7 @@ class Model(SavesFolders):
                 sinusoids=sinusoids,
                 l2norm_embed=l2norm_embed,
                 scale=options.abs_pos_emb_scale,
+                first_row=options.abs_pos_emb_offset,
             )
         self.project_emb: nn.Module | None = nn.Linear(emb_dim, dim) if emb_dim != dim else None
         self.memory_tokens = nn.Parameter(torch.randn(self.num_memory_tokens, dim)) if self.num_memory_tokens else None

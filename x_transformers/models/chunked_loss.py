@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from x_transformers.losses import chunked_token_losses, token_losses
 from x_transformers.models.embeddings import table_of
-from x_transformers.models.heads import LinearNoBias, TiedLogits, sigsoftmax
+from x_transformers.models.heads import BiasedLinear, LinearNoBias, TiedLogits, sigsoftmax
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import unobserved
 from x_transformers.ops import at_least_float32
@@ -91,10 +91,12 @@ def linear_head(model: TransformerWrapper) -> LinearHead | None:
     head = model.to_logits
     if head is None or model.squeeze_out_last_dim or not unobserved(head):
         return None
+    if model.logit_changes is not None and not model.logit_changes.keeps_linear:
+        return None
     found = None
-    if type(head) is TiedLogits:
-        found = LinearHead(table_of(model.token_emb), None, head.scale)
-    elif type(head) is LinearNoBias or type(head) is nn.Linear:
+    if type(head) is TiedLogits and (head.bias is None or head.scale == 1):
+        found = LinearHead(table_of(model.token_emb), head.bias, head.scale)
+    elif type(head) is LinearNoBias or type(head) is BiasedLinear or type(head) is nn.Linear:
         found = LinearHead(head.weight, head.bias, 1.0)
     return found if found is not None and type(found.weight) is nn.Parameter else None
 

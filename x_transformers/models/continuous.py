@@ -16,13 +16,13 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
+from x_transformers.models.embeddings import build_embedding_norm
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs
 from x_transformers.models.options.base import check_size
 from x_transformers.models.options.catalog import CONTINUOUS
 from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
-from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
 from x_transformers.options.signatures import shows_keywords_of
 
@@ -58,7 +58,7 @@ class ContinuousTransformerWrapper(Model):
         self.average_pool_embed, self.probabilistic = options.average_pool_embed, options.probabilistic
         self.dim_in = None if project_in is not None else dim if dim_in is None else dim_in
         self.dim_out = None if project_out is not None else dim // (1 + halves) if dim_out is None else dim_out
-        self.post_emb_norm = LayerNorm(dim) if options.post_emb_norm else None
+        self.post_emb_norm = build_embedding_norm(options, dim)
         keeps_equal = options.use_identity_if_same_dim
         if project_in is None and dim_in is not None and not (keeps_equal and dim_in == dim):
             project_in = LinearNoBias(dim_in, dim)

@@ -11,6 +11,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, StateDict
 from x_transformers.forward_pass.arrays import as_ids
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import COPIED_BYTES, PreparesForInference, is_plain
+from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.second_names import SecondNames
 from x_transformers.modules.state_dict import LoadsWhole, ReadsReference
 from x_transformers.ops import l2norm, values_can_be_read
@@ -128,15 +129,24 @@ class AbsolutePositionalEmbedding(PreparesForInference, ReadsReference):
         max_seq_len: number of rows.
         l2norm_embed: rows of unit length instead of the factor.
         scale: another factor.
+        first_row: row of position 0, after this number of rows that no position has (2205.01068).
     """
 
-    def __init__(self, dim: int, max_seq_len: int, l2norm_embed: bool = False, scale: float | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        max_seq_len: int,
+        l2norm_embed: bool = False,
+        scale: float | None = None,
+        first_row: int = 0,
+    ) -> None:
         super().__init__()
         at_least(1, dim=dim, max_seq_len=max_seq_len)
+        at_least(0, first_row=first_row)
         self.scale = scale or (1.0 if l2norm_embed else dim**-0.5)
         self.own_scale = scale is not None
-        self.max_seq_len, self.l2norm_embed = max_seq_len, l2norm_embed
-        self.emb = nn.Embedding(max_seq_len, dim)
+        self.max_seq_len, self.l2norm_embed, self.first_row = max_seq_len, l2norm_embed, first_row
+        self.emb = nn.Embedding(first_row + max_seq_len, dim)
 
     def prepare(self) -> Tensor | None:
         """Return the embeddings `(max_seq_len, dim)` of all positions, unless the table is large or modified."""
@@ -146,7 +156,7 @@ class AbsolutePositionalEmbedding(PreparesForInference, ReadsReference):
             or self.emb.weight.nbytes > COPIED_BYTES
         ):
             return None
-        return self._scaled(self.emb.weight.detach())
+        return self._scaled(self.emb.weight.detach()[self.first_row :])
 
     def _scaled(self, rows: Tensor) -> Tensor:
         if self.l2norm_embed:
@@ -154,8 +164,9 @@ class AbsolutePositionalEmbedding(PreparesForInference, ReadsReference):
         return rows if self.scale == 1 else rows * self.scale
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
-        if self.own_scale:
-            raise StateDictError("the reference has no `abs_pos_emb_scale`; a model with it cannot be exported.")
+        for keyword, given in (("abs_pos_emb_scale", self.own_scale), ("abs_pos_emb_offset", self.first_row > 0)):
+            if given:
+                raise StateDictError(f"the reference has no `{keyword}`; a model with it cannot be exported.")
 
     def forward(
         self,
@@ -191,7 +202,7 @@ class AbsolutePositionalEmbedding(PreparesForInference, ReadsReference):
         else:
             pos = positions(n, x.device, pos, seq_start_pos, offset)
         try:
-            embeds = self.emb(pos)
+            embeds = self.emb(pos + self.first_row if self.first_row else pos)
         except IndexError as error:
             raise ShapeError(
                 f"position {int(pos.max())} was requested, but there are absolute positions for `max_seq_len` = "
@@ -239,12 +250,25 @@ class ScaledSinusoidalEmbedding(KeepsFloat32, LoadsWhole):
 
 
 def build_positions(
-    dim: int, max_seq_len: int, *, sinusoids: bool = False, l2norm_embed: bool = False, scale: float | None = None
+    dim: int,
+    max_seq_len: int,
+    *,
+    sinusoids: bool = False,
+    l2norm_embed: bool = False,
+    scale: float | None = None,
+    first_row: int = 0,
 ) -> AbsolutePositionalEmbedding | ScaledSinusoidalEmbedding:
     """Build a table of `max_seq_len` positions, or sinusoids."""
     if sinusoids:
         return ScaledSinusoidalEmbedding(dim)
-    return AbsolutePositionalEmbedding(dim, max_seq_len, l2norm_embed, scale)
+    return AbsolutePositionalEmbedding(dim, max_seq_len, l2norm_embed, scale, first_row)
+
+
+def build_embedding_norm(options: Any, dim: int) -> LayerNorm | None:
+    """Build the norm after the embeddings, or return None if the options of a model request none."""
+    if not options.post_emb_norm:
+        return None
+    return LayerNorm(dim, eps=options.post_emb_norm_eps, bias=options.post_emb_norm_bias)
 
 
 def positions(

@@ -16,14 +16,13 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
-from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.embeddings import build_embedding_norm, checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.models.options.base import check_size
 from x_transformers.models.options.catalog import MULTI_INPUT
 from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.requested_outputs import with_requested
-from x_transformers.modules.norms import LayerNorm
 from x_transformers.options.signatures import shows_keywords_of
 
 
@@ -56,7 +55,7 @@ class MultiInputTransformerWrapper(Model):
         super().__init__(attn_layers, options, max_seq_len=max_seq_len, emb_dim=emb_dim)
         self.num_tokens = sizes
         self.embeds = nn.ModuleDict({f"{name}_embed": nn.Embedding(size, emb_dim) for name, size in sizes.items()})
-        self.post_emb_norm = LayerNorm(emb_dim) if options.post_emb_norm else None
+        self.post_emb_norm = build_embedding_norm(options, emb_dim)
         self.to_logits = (
             None
             if options.return_only_embed

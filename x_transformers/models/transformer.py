@@ -22,16 +22,20 @@ from x_transformers.models.base import Model
 from x_transformers.models.embeddings import (
     AbsolutePositionalEmbedding,
     TokenEmbedding,
+    build_embedding_norm,
     checked_ids,
     further_embeddings,
     whole_numbers,
 )
 from x_transformers.models.heads import (
+    FirstTokenPool,
     Heads,
+    HeadTransform,
     LinearNoBias,
     LogitChanges,
     MixtureOfSoftmax,
     TiedLogits,
+    build_linear_head,
     each_head,
     next_embedding_head,
 )
@@ -41,7 +45,6 @@ from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.models.repeated import Around, add_loops, looping, recycling
 from x_transformers.models.requested_outputs import calc_entropy, with_requested
-from x_transformers.modules.norms import LayerNorm
 from x_transformers.ops import masked_mean
 from x_transformers.options.signatures import shows_keywords_of
 from x_transformers.options.values import shown
@@ -99,8 +102,9 @@ class TransformerWrapper(Model):
         self.token_emb = _build_token_emb(options, self.emb_dim, self.num_tokens)
         further: Mapping[str, int] = options.embed_num_tokens or {}
         self.embeds = nn.ModuleDict({f"{name}_embed": nn.Embedding(size, width) for name, size in further.items()})
+        self.embed_default_id: int | None = options.embed_default_id
         self.embedded = frozenset(further)
-        self.post_emb_norm = LayerNorm(width) if options.post_emb_norm else None
+        self.post_emb_norm = build_embedding_norm(options, width)
         self.init_()
 
     def _build_summaries(self, options: ModelOptions) -> None:
@@ -109,17 +113,8 @@ class TransformerWrapper(Model):
         self.cls_token = nn.Parameter(torch.randn(self.num_cls_tokens, dim) * 0.02) if self.num_cls_tokens else None
         self.average_pool_embed = options.average_pool_embed
         self.pools = options.average_pool_embed or options.use_cls_token
-        self.attn_pool = None
-        if options.attn_pool:
-            self.attn_pool = AttentionPool(
-                dim=dim if options.dim_pooled_tokens is None else options.dim_pooled_tokens,
-                num_pooled_tokens=options.num_pooled_tokens,
-                dim_context=dim,
-                depth=options.attn_pool_depth,
-                heads=layers.attn_heads,
-                dim_head=layers.attn_dim_head,
-            )
-        self.returns_pooled = options.attn_pool and not layers.causal
+        self.attn_pool = _build_pool(options, layers)
+        self.returns_pooled = self.attn_pool is not None and not layers.causal
 
     def _build_heads(self, options: ModelOptions) -> None:
         dim = self.attn_layers.dim
@@ -127,7 +122,7 @@ class TransformerWrapper(Model):
         self.squeeze_out_last_dim: bool = options.squeeze_out_last_dim
         self.sigsoftmax_logits, self.output_is_log_prob = options.sigsoftmax_logits, options.mixture_of_softmax
         self.mixture = MixtureOfSoftmax(dim, options.mixture_of_softmax_k) if options.mixture_of_softmax else None
-        self.logit_changes = _build_logit_changes(options)
+        self.logit_changes = _build_logit_changes(options, dim, self.emb_dim)
         self.own_to_logits, self.to_logits = options.to_logits is None, _build_head(options, self, self.num_tokens)
         self.add_continuous_pred_head = options.add_continuous_pred_head
         self.to_next_embed_pred = next_embedding_head(dim, self.emb_dim) if self.add_continuous_pred_head else None
@@ -342,11 +337,13 @@ class TransformerWrapper(Model):
 
     def _add_further_embeddings(self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> Tensor:
         """Add the embeddings of further ids to those of the tokens."""
-        given = inputs.embed_ids or {}
-        if set(given) != self.embedded:
+        given, default = inputs.embed_ids or {}, self.embed_default_id
+        if set(given) != self.embedded and (default is None or not set(given) < self.embedded):
             raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
         for name, ids in given.items():
             embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
+        for name in sorted(self.embedded.difference(given)):
+            embeds = embeds + self.embeds[f"{name}_embed"](embeds.new_full((1, 1), default, dtype=torch.long))
         return embeds
 
     def _summarize(self, features: Tensor, inputs: ModelInputs, span: TokenSpan) -> tuple[Tensor, Tensor | None]:
@@ -419,12 +416,13 @@ def _build_head(options: ModelOptions, model: Model, num_tokens: int) -> nn.Modu
         return None
     dim = model.attn_layers.dim
     if options.tie_embedding:
-        return TiedLogits(model, dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale)
+        scale = dim**-0.5 if options.tie_embedding_scale is None else options.tie_embedding_scale
+        return TiedLogits(model, scale, num_tokens if options.logits_bias else 0)
     if options.to_logits is not None:
         return options.to_logits
     width = num_tokens if options.logits_dim is None else options.logits_dim
-    heads = options.num_output_heads
-    return Heads(heads, dim, width) if heads > 1 else LinearNoBias(dim, width)
+    heads, bias = options.num_output_heads, options.logits_bias
+    return Heads(heads, dim, width, bias) if heads > 1 else build_linear_head(dim, width, bias)
 
 
 def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> Any:
@@ -434,10 +432,37 @@ def _build_token_emb(options: ModelOptions, width: int, num_tokens: int) -> Any:
     return TokenEmbedding(width, num_tokens, options.l2norm_embed, options.emb_scale)
 
 
-def _build_logit_changes(options: ModelOptions) -> LogitChanges | None:
-    """Build what changes the logits of the head, or None if nothing does."""
-    given = options.logits_scale, options.logits_softcap, options.sigsoftmax_logits
-    return None if given == (1, None, False) else LogitChanges(*given)
+def _build_pool(options: ModelOptions, layers: AttentionLayers) -> AttentionPool | FirstTokenPool | None:
+    """Build what makes one output of many tokens, apart from their logits."""
+    if options.first_token_pool:
+        return FirstTokenPool(layers.dim)
+    if not options.attn_pool:
+        return None
+    return AttentionPool(
+        dim=layers.dim if options.dim_pooled_tokens is None else options.dim_pooled_tokens,
+        num_pooled_tokens=options.num_pooled_tokens,
+        dim_context=layers.dim,
+        depth=options.attn_pool_depth,
+        heads=layers.attn_heads,
+        dim_head=layers.attn_dim_head,
+    )
+
+
+def _build_logit_changes(options: ModelOptions, dim: int, emb_dim: int) -> LogitChanges | None:
+    """Build what changes features before the head and logits after it, or None if nothing does."""
+    if options.return_only_embed:
+        return None
+    transform = None
+    if options.logits_transform:
+        transform = HeadTransform(
+            dim,
+            emb_dim if options.tie_embedding else dim,
+            activation=options.logits_transform_activation,
+            bias=options.logits_transform_bias,
+            eps=options.logits_transform_eps,
+        )
+    given = options.logits_scale, options.logits_softcap, options.sigsoftmax_logits, transform
+    return None if given == (1, None, False, None) else LogitChanges(*given)
 
 
 def _no_ids(prepend_embeds: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.models.embeddings import build_embedding_norm
 from x_transformers.models.options.base import check_size
 from x_transformers.models.options.catalog import VISION
 from x_transformers.models.options.reading import read_options, show_options
@@ -56,7 +57,7 @@ class ViTransformerWrapper(SavesFolders):
         registers = options.num_register_tokens
         self.register_tokens = nn.Parameter(torch.randn(registers, dim)) if registers else None
         self.patch_to_embedding = nn.Sequential(LayerNorm(width), nn.Linear(width, dim), LayerNorm(dim))
-        self.post_emb_norm = LayerNorm(dim) if options.post_emb_norm else None
+        self.post_emb_norm = build_embedding_norm(options, dim)
         self.attn_layers = attn_layers
         self.mlp_head = nn.Identity() if num_classes is None else nn.Linear(dim, num_classes)
 

@@ -441,14 +441,17 @@ class MultiheadRMSNorm(LoadsWhole):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x (b, heads, n, d)` over the last axis, or over heads and the last axis."""
-        gain = self.gamma + 1 if self.unit_offset else self.gamma
+        return self.normalized(x) * (self.gamma + 1 if self.unit_offset else self.gamma)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Normalize without gains."""
         if self.across_heads:
             wide = at_least_float32(x)
             mean = wide.square().mean(dim=(-3, -1), keepdim=True)
-            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype) * gain
+            return (wide * (mean + (self.mean_eps or TINY)).rsqrt()).to(x.dtype)
         if self.mean_eps is not None:
-            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps) * gain
-        return unit_length(x, self.scale, self.eps) * gain
+            return F.rms_norm(x, x.shape[-1:], eps=self.mean_eps)
+        return unit_length(x, self.scale, self.eps)
 
 
 def _of_stack(make: Callable[..., Norm]) -> Callable[..., Norm]:

@@ -91,7 +91,7 @@ class ReadsReference(LoadsWhole):
         """Return the weights under the names of x-transformers 2.31, and in its order of grouped heads.
 
         Loaded by a model of that library with the same options (or by ours), they give the same outputs, except where
-        this library corrects a fault; see the list of differences in the README.
+        this library corrects a fault; see the page about x-transformers in the documentation.
 
         Raises:
             StateDictError: if that library has nothing like a part of this model.

@@ -60,7 +60,7 @@ class Feature:
         group: "stack" (`Decoder(...)`), "attn" (`attn_...`), "ff" (`ff_...`) or "model" (`TransformerWrapper(...)`).
         slot: the place where it acts ("norm", "score", "qk", ...).
         options: dataclass of its keywords.
-        summary: short description for `help()` and the README's table of options.
+        summary: short description for `help()` and the table of options.
         enabled: receives the options, and returns True if they switch the feature on.
         build: builds the part; each slot defines the arguments.
         choice: name of a set of alternatives, of which at most one may be on; None if there are none.

@@ -85,7 +85,7 @@ def _listed(schemas: Iterable[tuple[Schema, str]]) -> str:
             lines.append(f"{feature.name}: {feature.summary}{source}")
             lines += textwrap.wrap(names, 110, initial_indent="    ", subsequent_indent="    ")
         lines.append("")
-    return "\n".join([*lines, "The README has a section about each feature."])
+    return "\n".join([*lines, "The documentation has a section about each feature."])
 
 
 def parameter(name: str, default: Any = inspect.Parameter.empty, *, positional: bool = False) -> inspect.Parameter:

@@ -101,6 +101,13 @@ class Settings:
                 f"express; allowed are {', '.join(map(repr, allowed)) or 'no value'}."
             )
 
+    def rename(self, **names: str) -> None:
+        """Read entries that this family names differently under the usual names: `n_embd = "hidden_size"`."""
+        for own, usual in names.items():
+            value = self.take(own)
+            if value is not None:
+                self.entries.setdefault(usual, value)
+
     def skip(self, *names: str) -> None:
         """Mark entries as read that say nothing about the result, such as dropouts of a training."""
         self.read.update(names)
@@ -128,10 +135,11 @@ class Outline:
 
     Attributes:
         model: keywords of the `TransformerWrapper`.
-        stack: keywords of the `Decoder`.
+        stack: keywords of the stack.
         weights: the link of each of our weights to tensors in the files, by name.
         unused: the ends of names in the files that are no weights.
         prefix: of the names; files of a model that was saved without its head lack it.
+        kind: class of the stack.
     """
 
     model: dict[str, Any]
@@ -139,6 +147,7 @@ class Outline:
     weights: dict[str, Link] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     prefix: str = "model."
+    kind: str = "Decoder"
 
     def put(self, ours: str | tuple[str, ...], *theirs: str, layout: Layout = SAME) -> None:
         """Link weights of ours with tensors in the files.

@@ -75,6 +75,25 @@ def by_head(heads: int, parts: int = 3) -> Layout:
     return Layout(read, write)
 
 
+def by_group(heads: int, kv_heads: int) -> Layout:
+    """Return the layout of one map whose rows are the queries that share a key, their key, their value, and so on.
+
+    Args:
+        heads, kv_heads: numbers of query heads and of key heads.
+    """
+    share = heads // kv_heads
+
+    def read(theirs: Tensor) -> list[Tensor]:
+        rows = theirs.unflatten(0, (kv_heads, share + 2, -1))
+        return [each.flatten(0, 2) for each in rows.split([share, 1, 1], dim=1)]
+
+    def write(*ours: Tensor) -> list[Tensor]:
+        groups = [each.unflatten(0, (kv_heads, count, -1)) for each, count in zip(ours, (share, 1, 1), strict=True)]
+        return [torch.cat(groups, dim=1).flatten(0, 2)]
+
+    return Layout(read, write)
+
+
 def gains(heads: int, shared: bool) -> Layout:
     """Return the layout of the gains of heads, ours of shape `(h, 1, d)`.
 

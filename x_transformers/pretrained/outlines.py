@@ -41,5 +41,5 @@ def read_outline(path: Path | str, entries: Mapping[str, Any]) -> Outline:
 
 def config_of(outline: Outline) -> dict[str, Any]:
     """Return the configuration of the model that an outline describes."""
-    stack = {"class": "Decoder", "options": {"verbose": False, **outline.stack}}
+    stack = {"class": outline.kind, "options": {"verbose": False, **outline.stack}}
     return {"class": "TransformerWrapper", "options": {**outline.model, "attn_layers": stack}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, QKNorm
 from x_transformers.errors import ConfigError
+from x_transformers.modules.head_gains import head_gains
+from x_transformers.modules.inference import unobserved
 from x_transformers.modules.norms import MultiheadRMSNorm
 from x_transformers.ops import l2norm
 from x_transformers.options.schema import Feature, at_least, opt, positive, require
@@ -113,6 +116,17 @@ class QKRMSNorm(QKNorm):
 
     def normalize_k(self, k: Tensor) -> Tensor:
         return self.k_norm(k)
+
+    def joint(self) -> Callable[[Tensor], Tensor] | None:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is None or not (_is_plain(q_norm) and _is_plain(k_norm)) or q_norm.across_heads:
+            return None
+        return lambda x: head_gains(q_norm.normalized(x), (q_norm.gamma, k_norm.gamma), q_norm.unit_offset)
+
+
+def _is_plain(norm: MultiheadRMSNorm) -> bool:
+    """Return True if the norm need not be called itself: no class, hooks or parametrization of a caller's own."""
+    return type(norm) is MultiheadRMSNorm and unobserved(norm) and type(norm.gamma) is nn.Parameter
 
 
 def build_unit(options: UnitNormOptions, shape: AttentionShape, **_: Any) -> QKUnitNorm:

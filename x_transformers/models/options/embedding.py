@@ -14,16 +14,29 @@ from x_transformers.options.schema import Rule, at_least, opt, positive, require
 @dataclass(frozen=True, kw_only=True)
 class FurtherEmbeddings(Keywords):
     embed_num_tokens: Mapping[str, int] | None = opt(None, "further id embeddings, name -> vocabulary (`embed_ids`)")
+    embed_default_id: int | None = opt(None, "id of those that `embed_ids` leaves out; default: it must name all")
 
     def __post_init__(self) -> None:
+        at_least(0, embed_default_id=self.embed_default_id)
         for name, size in (self.embed_num_tokens or {}).items():
             require(
                 isinstance(size, int) and size >= 1,
                 f"`embed_num_tokens` gives {name!r} the vocabulary {size!r}; it must be at least 1.",
             )
+            require(
+                self.embed_default_id is None or self.embed_default_id < size,
+                f"`embed_default_id` is {self.embed_default_id}, but {name!r} has the ids 0 to {size - 1}; lower it.",
+            )
 
 
-FURTHER_EMBEDDINGS = model_feature("further_embeddings", FurtherEmbeddings, "sums of the embeddings of several ids")
+FURTHER_EMBEDDINGS = model_feature(
+    "further_embeddings",
+    FurtherEmbeddings,
+    "sums of the embeddings of several ids",
+    {"embed_num_tokens": {"kind": 3}, "embed_default_id": 1},
+    paper="1810.04805",
+    enabled=lambda options: options.embed_num_tokens is not None,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +108,19 @@ class AbsolutePositions(Keywords):
     use_abs_pos_emb: bool = opt(True, "absolute positions, unless the stack has rotary positions or the T5 bias")
     scaled_sinu_pos_emb: bool = opt(False, "sinusoids with a learned scale instead of a table")
     abs_pos_emb_scale: float | None = opt(None, "factor of the table; default `dim ** -0.5`, or 1 for unit-length rows")
+    abs_pos_emb_offset: int = opt(0, "row of the first position in the table, which has this number of rows more")
 
     def __post_init__(self) -> None:
         positive(abs_pos_emb_scale=self.abs_pos_emb_scale)
-        require(
-            self.abs_pos_emb_scale is None or not self.scaled_sinu_pos_emb,
-            "`abs_pos_emb_scale` is a factor of the learned table, and `scaled_sinu_pos_emb` replaces it; drop one.",
-        )
+        at_least(0, abs_pos_emb_offset=self.abs_pos_emb_offset)
+        for name, given in (
+            ("abs_pos_emb_scale", self.abs_pos_emb_scale is not None),
+            ("abs_pos_emb_offset", self.abs_pos_emb_offset > 0),
+        ):
+            require(
+                not (given and self.scaled_sinu_pos_emb),
+                f"`{name}` is about the learned table, and `scaled_sinu_pos_emb` replaces it; drop one of them.",
+            )
 
 
 ABSOLUTE_POSITIONS = model_feature(
@@ -111,18 +130,34 @@ ABSOLUTE_POSITIONS = model_feature(
     {"use_abs_pos_emb": False},
     {"scaled_sinu_pos_emb": True},
     {"abs_pos_emb_scale": 1.0},
+    {"abs_pos_emb_offset": 2},
     paper="1706.03762",
-    exempt_examples={("export", 3): "the reference has no such factor"},
+    exempt_examples={
+        ("export", 3): "the reference has no such factor",
+        ("export", 4): "the reference has no such rows",
+    },
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingNorm(Keywords):
     post_emb_norm: bool = opt(False, "LayerNorm after the embeddings and their positions")
+    post_emb_norm_bias: bool = opt(False, "a bias of this norm")
+    post_emb_norm_eps: float = opt(1e-5, "epsilon of this norm, added to the variance")
+
+    def __post_init__(self) -> None:
+        positive(post_emb_norm_eps=self.post_emb_norm_eps)
 
 
 EMBEDDING_NORM = model_feature(
-    "post_emb_norm", EmbeddingNorm, "LayerNorm after the embeddings", {"post_emb_norm": True}, paper="2211.05100"
+    "post_emb_norm",
+    EmbeddingNorm,
+    "LayerNorm after the embeddings",
+    {"post_emb_norm": True},
+    {"post_emb_norm": True, "post_emb_norm_bias": True, "post_emb_norm_eps": 0.1},
+    paper="2211.05100",
+    enabled=lambda options: options.post_emb_norm,
+    exempt_examples={("export", 2): "the reference has no LayerNorm with a bias or another epsilon"},
 )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from x_transformers.feedforward.activations import ActivationName
 from x_transformers.models.options.base import Keywords, model_feature
 from x_transformers.options.schema import Rule, at_least, opt, positive
 
@@ -48,6 +49,61 @@ LOGITS_WIDTH = model_feature(
     {"logits_dim": 7},
     enabled=lambda options: options.logits_dim is not None,
     warns=(_without_head("logits_dim"),),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsTransform(Keywords):
+    logits_transform: bool = opt(False, "the head reads LayerNorm(act(W y + b)) of the features y")
+    logits_transform_activation: ActivationName = opt("gelu", "activation of this map")
+    logits_transform_bias: bool = opt(True, "biases of the map and of its norm")
+    logits_transform_eps: float = opt(1e-5, "epsilon of its norm, added to the variance")
+
+    def __post_init__(self) -> None:
+        positive(logits_transform_eps=self.logits_transform_eps)
+
+
+LOGITS_TRANSFORM = model_feature(
+    "logits_transform",
+    LogitsTransform,
+    "a map, an activation and a norm before the head",
+    {"logits_transform": True},
+    {
+        "logits_transform": True,
+        "logits_transform_activation": "silu",
+        "logits_transform_bias": False,
+        "logits_transform_eps": 0.1,
+        "tie_embedding": True,
+        "emb_dim": 10,
+    },
+    paper="1810.04805",
+    enabled=lambda options: options.logits_transform,
+    warns=(_without_head("logits_transform"),),
+    export="the reference has no map before the head",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsBias(Keywords):
+    logits_bias: bool = opt(False, "a bias of the logits, also of those that the token table computes")
+
+
+LOGITS_BIAS = model_feature(
+    "logits_bias",
+    LogitsBias,
+    "a bias of the logits",
+    {"logits_bias": True},
+    {"logits_bias": True, "tie_embedding": True},
+    paper="1810.04805",
+    enabled=lambda options: options.logits_bias,
+    refuses=(
+        Rule(
+            when=lambda options: options.on("custom_head"),
+            why="`logits_bias` is a bias of a new head, but `to_logits` is one already; drop one of them.",
+        ),
+    ),
+    warns=(_without_head("logits_bias"),),
+    export="the reference has no bias of logits",
 )
 
 

@@ -66,3 +66,19 @@ ATTENTION_POOLING = model_feature(
     enabled=lambda options: options.attn_pool,
     choice=MANY_TO_ONE,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstTokenPooling(Keywords):
+    first_token_pool: bool = opt(False, "an encoder returns tanh(W y + b) of the features y of its first token")
+    joins_documents = "would read the first document only"
+
+
+FIRST_TOKEN_POOL = model_feature(
+    "first_token_pool",
+    FirstTokenPooling,
+    "a map of the features of the first token",
+    paper="1810.04805",
+    enabled=lambda options: options.first_token_pool,
+    choice=MANY_TO_ONE,
+)

@@ -83,6 +83,11 @@ def _check_stack(options: ModelOptions, layers: AttentionLayers) -> None:
             "`looped` runs the stack on its own output, which must stay at one scale; set `pre_and_post_norm = True` "
             "in the stack."
         )
+    if options.first_token_pool and layers.causal:
+        raise ConfigError(
+            "`first_token_pool` reads the first token, which sees no other in a causal stack; use an Encoder, or drop "
+            "it."
+        )
     if options.memory_tokens_interspersed_every is not None and not layers.causal:
         raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
     if options.ff_deep_embed and not layers.sequence.count("f", layers.sequence.order):
@@ -94,10 +99,10 @@ def _check_tied(options: ModelOptions, dim: int, num_tokens: int | None) -> None
     for name, value in (("logits_dim", options.logits_dim), ("to_logits", options.to_logits)):
         if value is not None and value != num_tokens:
             raise ConfigError(f"`tie_embedding` takes its logits from the token table; drop `{name}`, or untie.")
-    if options.emb_dim not in (None, dim):
+    if options.emb_dim not in (None, dim) and not options.logits_transform:
         raise ConfigError(
             f"`tie_embedding` needs embeddings of the stack's width {dim}; `emb_dim` is {options.emb_dim}. Drop one of "
-            "them."
+            "them, or set `logits_transform`, which maps features to the width of the embeddings."
         )
     if options.token_emb is not None and not isinstance(options.token_emb, TokenEmbedding):
         raise ConfigError("`tie_embedding` needs a `TokenEmbedding`; untie, or pass one as `token_emb`.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.entries import Entries, Words, common_entries, rotary_entries, window_entries
-from x_transformers.pretrained.gated_decoder import LAYER, windows
-from x_transformers.pretrained.layer_norm_decoder import layer_norm_outline, put_both
+from x_transformers.pretrained.gated_decoder import windows
+from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
 
 
 def read(settings: Settings) -> Outline:
@@ -21,17 +21,17 @@ def read(settings: Settings) -> Outline:
     )
     outline.stack["ff_no_bias"] = not bias
     outline.stack |= windows(settings, outline.stack["depth"])
-    outline.put("token_emb.emb.weight", "model.embed_tokens.weight")
-    put_both(outline, "attn_layers.final_norm", "model.norm", norm=True)
-    for block in range(outline.stack["depth"]):
-        theirs, attention, feedforward = f"model.layers.{block}.", f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
-        put_both(outline, f"{attention}norm", f"{theirs}input_layernorm", norm=True)
-        put_both(outline, f"{feedforward}norm", f"{theirs}post_attention_layernorm", norm=True)
-        for name in "qkv":
-            put_both(outline, f"{attention}attention.projections.{name}", f"{theirs}self_attn.{name}_proj", bias=bias)
-        put_both(outline, f"{attention}attention.out", f"{theirs}self_attn.o_proj", bias=bias)
-        put_both(outline, f"{feedforward}feedforward.up", f"{theirs}mlp.c_fc", bias=bias)
-        put_both(outline, f"{feedforward}feedforward.down", f"{theirs}mlp.c_proj", bias=bias)
+    names = Names(
+        tokens="model.embed_tokens",
+        final="model.norm",
+        block="model.layers.{}.",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out="self_attn.o_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+    )
+    put_layers(outline, names)
     return outline
 
 

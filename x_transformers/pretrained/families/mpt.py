@@ -1,0 +1,68 @@
+"""MPT (MosaicML, 2023): ALiBi, and no bias anywhere."""
+
+from __future__ import annotations
+
+from x_transformers.errors import ConfigError
+from x_transformers.pretrained.alibi import alibi_keywords
+from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
+from x_transformers.pretrained.layouts import cut
+
+WITHOUT_EFFECT = ("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
+
+
+def read(settings: Settings) -> Outline:
+    """Return the outline of a model."""
+    settings.skip("resid_pdrop", "emb_pdrop", "learned_pos_emb", "init_device", "init_config", "embedding_fraction")
+    settings.skip("norm_type", "verbose")
+    settings.refuse("no_bias", True)
+    settings.refuse("expansion_ratio", 4)
+    settings.refuse("logit_scale")
+    settings.rename(
+        d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+        max_seq_len="max_position_embeddings",
+    )  # fmt: skip
+    settings.entries["hidden_act"] = "gelu"
+    attention = Settings({"model_type": "mpt", **settings.take("attn_config", {})})
+    outline = layer_norm_outline(
+        settings, eps="layer_norm_epsilon", bias=False, tied=True, head="lm_head.weight", rotary=False
+    )
+    outline.prefix = "transformer."
+    outline.stack |= {"norm_bias": False, "ff_no_bias": True}
+    outline.stack |= _read_attention(attention, outline.stack["heads"])
+    dim = outline.stack["dim"]
+    names = Names(
+        tokens="transformer.wte",
+        final="transformer.norm_f",
+        block="transformer.blocks.{}.",
+        norms=("norm_1", "norm_2"),
+        qkv=("attn.Wqkv",),
+        out="attn.out_proj",
+        up="ffn.up_proj",
+        down="ffn.down_proj",
+        fused=cut(dim, dim, dim),
+    )
+    put_layers(outline, names)
+    return outline
+
+
+def _read_attention(attention: Settings, heads: int) -> dict[str, object]:
+    """Return the keywords for the entries of `attn_config`.
+
+    Raises:
+        ConfigError: if one cannot be expressed.
+    """
+    attention.skip(*WITHOUT_EFFECT)
+    try:
+        attention.refuse("attn_type", "multihead_attention")
+        for name in ("clip_qkv", "prefix_lm", "qk_ln"):
+            attention.refuse(name, False)
+        attention.refuse("alibi", True)
+        # transformers reads no other number
+        attention.refuse("alibi_bias_max", 8)
+        keywords = alibi_keywords(heads, every_second=True)
+        scale = attention.take("softmax_scale")
+        attention.finish()
+    except ConfigError as error:
+        raise ConfigError(f"`attn_config`: {error}") from error
+    return keywords if scale is None else {**keywords, "attn_scale": scale}
