@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_model_files import WRAPPERS, _no_room, net, same, tied
-from test_wrappers import KINDS, Kind
 from torch import Tensor, nn
+from wrapper_table import KINDS, Kind
 
 import x_transformers
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, load_pretrained

@@ -13,8 +13,8 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_wrappers import KINDS, Kind
 from torch import Tensor, nn
+from wrapper_table import KINDS, Kind
 
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.checkpoints.files import load_model, read_model_file, save_model

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from x_transformers import Decoder, Encoder, TransformerWrapper, XLAutoregressiveWrapper
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.xl_autoregressive_wrapper import (
     EpisodicMemoryWrapper,
     LowRankLinear,
@@ -565,9 +566,8 @@ def test_orthogonalized_matrices() -> None:
         newtonschulz5(torch.zeros(3))
 
 
-class Record:
-    def __init__(self, features: Tensor) -> None:
-        self.last_layer_hiddens = features
+def record_of(features: Tensor) -> LayerIntermediates:
+    return LayerIntermediates(last_layer_hiddens=features)
 
 
 def test_loss_of_the_next_features() -> None:
@@ -576,11 +576,11 @@ def test_loss_of_the_next_features() -> None:
     assert [name for name, _ in loss.named_parameters()][::2] == [f"predictor.{i}.weight" for i in (0, 1, 3, 5)]
     predicted = loss.predictor(h)
     wanted = torch.stack([(predicted[:, t] - h[:, (t + 1) % 4]).square().mean(dim=-1) for t in range(4)], dim=1)
-    close(loss(Record(h)), wanted)
+    close(loss(record_of(h)), wanted)
     wanted = wanted * torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    close(loss(Record(h), mask), wanted)
+    close(loss(record_of(h), mask), wanted)
     h.requires_grad_()
-    loss(Record(h)).sum().backward()
+    loss(record_of(h)).sum().backward()
     targets = h.detach().roll(-1, dims=1)
     other = h.detach().requires_grad_()
     F.mse_loss(loss.predictor(other), targets, reduction="none").mean(dim=-1).sum().backward()
@@ -593,10 +593,10 @@ def test_loss_of_learned_targets() -> None:
     assert isinstance(loss.encoder, Encoder)
     p = loss.to_prediction(h).softmax(dim=-1)
     q = loss.to_meta_prediction(loss.encoder(h, mask=mask)).softmax(dim=-1)
-    close(loss(Record(h), mask), (p * (p.log() - q.log())).sum(dim=-1))
+    close(loss(record_of(h), mask), (p * (p.log() - q.log())).sum(dim=-1))
     twin = TTTMetaLearningTargetKLLoss.from_config(loss.config)
     twin.load_state_dict(loss.state_dict())
-    close(twin(Record(h), mask), loss(Record(h), mask))
+    close(twin(record_of(h), mask), loss(record_of(h), mask))
     for options, said in (({"loss_type": "l2"}, "'smooth_l1' or 'mse'"), ({"num_layers": 0}, "`num_layers` is 0")):
         with pytest.raises(ConfigError, match=said):
             TTTNextLatentPredictionLoss(dim=DIM, **options)

@@ -9,6 +9,9 @@ from torch import nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.layers.branch import Branch
+from x_transformers.layers.depth.base import DepthReader
+from x_transformers.layers.stack import LayerStack
 from x_transformers.models.embeddings import TokenEmbedding
 from x_transformers.models.heads import TiedLogits
 from x_transformers.modules.lora import LoRALinear
@@ -189,12 +192,28 @@ def _check_adaptable(net: nn.Module, place: _Place) -> None:
         raise ConfigError(f"{start}, which has no parameters, so that nothing could be adapted.")
     if any(isinstance(each, TTTModuleWrapper) for each in module.modules()):
         raise ConfigError(f"{start}, and a module inside of it is adapted too; name one of both.")
+    for where, why in _read_at_once(net):
+        if module in where.modules():
+            raise ConfigError(f"{start}, {why}, so that it cannot have weights for each row; adapt another module.")
     tied = [each for each in net.modules() if isinstance(each, TiedLogits)]
     if any(module in (each._model[0].token_emb, *each._model[0].token_emb.modules()) for each in tied):
         raise ConfigError(
             f"{start}, whose table is also that of the logits (`tie_embedding`), where it would not be adapted; set "
             "`tie_embedding = False`, or adapt another module."
         )
+
+
+def _read_at_once(net: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield parts of a model that are not called with the tokens of one layer `(b, n, D)`, and what they read."""
+    for each in net.modules():
+        if isinstance(each, DepthReader):
+            yield each, "a part of a depth reader, which reads all layers at once"
+        elif isinstance(each, Branch):
+            views = each.residual.views if each.reader is None else each.reader.views
+            if views > 1 and each.norm is not None:
+                yield each.norm, "which reads separate inputs of queries, keys and values at once"
+        elif isinstance(each, LayerStack) and each.rel_pos is not None:
+            yield each.rel_pos, "a part of a bias of positions, which reads no tokens"
 
 
 def _check_apart(places: Mapping[str, _Place]) -> None:

@@ -10,7 +10,13 @@ from x_transformers.modules.state_dict import LoadsWhole
 
 
 class DepthReader(LoadsWhole):
-    """Abstract base class of modules that mix the branch inputs of all layers so far into a sublayer's input."""
+    """Abstract base class of modules that mix the branch inputs of all layers so far into a sublayer's input.
+
+    Attributes:
+        views: number of inputs that it returns: 3 if queries, keys and values each read their own mix, else 1.
+    """
+
+    views: int = 1
 
     def forward(self, x: Tensor, hiddens: Sequence[Tensor]) -> Tensor:
         """Return the sublayer's input.

@@ -72,10 +72,12 @@ class ResidualConnection(LoadsWhole):
     Attributes:
         running: names of the states of fixed size that the connection keeps from pass to pass in causal stacks.
         only_adds: `write` returns `out + kept` and nothing else.
+        views: number of inputs that `read` returns: 3 if queries, keys and values each read their own mix, else 1.
     """
 
     running: tuple[str, ...] = ()
     only_adds = False
+    views: int = 1
 
     def frame(self) -> StreamFrame | None:
         """Build the entry to and exit from the streams; None for connections with a single stream."""
