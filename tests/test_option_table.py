@@ -10,7 +10,13 @@ from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
 from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [feature.name for feature in (*STACK_FEATURES, *MODEL_FEATURES)]
+OF_MIXERS = {"mixer", "layer_period"}
+NAMES = [
+    feature.name
+    for feature in (*STACK_FEATURES, *MODEL_FEATURES)
+    if feature.group != "mixer" and feature.name not in OF_MIXERS
+]
+"""Features of the table; mixers have their own, in `docs/token-mixers.md`."""
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from catalog import close, perturbed
 from torch import nn
 
-from x_transformers import Attention, Decoder, Encoder, TransformerWrapper
-from x_transformers.errors import ConfigError, InputError, ShapeError
+from x_transformers import Attention, Decoder, Encoder, TransformerWrapper, ViTransformerWrapper
+from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.models.chunked_loss import linear_head
 from x_transformers.models.embeddings import TokenEmbedding
+from x_transformers.pretrained.layouts import ROW, STACKED, by_group, pixels
 
 STACK: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8, "verbose": False}
 MODEL: dict[str, Any] = {"num_tokens": 11, "max_seq_len": 0}
@@ -241,6 +242,47 @@ def test_factor_of_the_bias_by_distance() -> None:
     assert plain.rel_pos is not None
     assert own.rel_pos is not None
     close(own.rel_pos(4, 4), plain.rel_pos(4, 4) * 3 / 8**0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [1, 2])
+def test_class_tokens_of_images(classes: int) -> None:
+    given: dict[str, Any] = {"image_size": 8, "patch_size": 4, "patch_norm": False, "use_cls_token": True}
+    model = perturbed(ViTransformerWrapper(**given, num_cls_tokens=classes, attn_layers=Encoder(**STACK)), 0.3)
+    images = torch.randn(2, 3, 8, 8)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 4, 48)
+    linear = model.patch_to_embedding[1]
+    x = torch.cat((model.cls_token.expand(2, -1, -1), patches @ linear.weight.T + linear.bias), dim=1)
+    out = model.attn_layers(x + model.pos_embedding)
+    close(model(images), out[:, 0] if classes == 1 else out[:, :2])
+    close(model(images, return_embeddings=True), out[:, classes:])
+    pooled = ViTransformerWrapper(**given, first_token_pool=True, num_classes=3, attn_layers=Encoder(**STACK))
+    assert pooled(images).shape == (2, 3)
+    with pytest.raises(StateDictError, match="`use_cls_token` of images"):
+        pooled.export_reference_state_dict()
+
+
+def test_a_pool_of_the_first_token_needs_a_class_token() -> None:
+    with pytest.raises(ConfigError, match="set `use_cls_token`, or drop it"):
+        ViTransformerWrapper(image_size=8, patch_size=4, first_token_pool=True, attn_layers=Encoder(**STACK))
+
+
+LAYOUTS = {
+    "groups": (by_group(4, 2), [(4 + 2 * 2, 3, 5)]),
+    "pixels": (pixels(3, 4), [(16, 3, 4, 4)]),
+    "stacked": (STACKED, [(1, 1, 6), (1, 1, 6)]),
+    "one row": (ROW, [(1, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_undo_themselves(name: str) -> None:
+    layout, shapes = LAYOUTS[name]
+    theirs = [torch.randn(shape) for shape in shapes]
+    if name == "groups":
+        theirs = [theirs[0].flatten(0, 1)]
+    again = layout.write(*layout.read(*theirs))
+    assert all(torch.equal(one, two) for one, two in zip(again, theirs, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from packaging.requirements import Requirement
 from x_transformers.attention.backends import flex, varlen
 from x_transformers.attention.backends.base import Situation
 from x_transformers.attention.base import Needs
-from x_transformers.errors import InputError
+from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers import checkpointing
+from x_transformers.training import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACED = ("attend.py", "attention", "cache", "feedforward", "forward_pass", "layers", "masks", "models", "modules")
@@ -103,6 +104,13 @@ def test_checkpoints_in_graphs(fullgraph: bool, monkeypatch: pytest.MonkeyPatch)
     torch.compiler.reset()
     with torch.no_grad():
         compiled(tokens(2, 8))  # nothing runs again without gradients
+
+
+def test_sharding_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "ON_CPU", False)
+    monkeypatch.setattr(processes, "joins", lambda: True)
+    with pytest.raises(ConfigError, match=r"`shard` on a CPU needs PyTorch 2\.7, and this is .*`torch\.nn\.parallel"):
+        processes.shard(BASE.build(depth=1))
 
 
 # the command

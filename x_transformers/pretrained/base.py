@@ -159,6 +159,7 @@ class Outline:
         unused: the ends of names in the files that are no weights.
         prefix: of the names; files of a model that was saved without its head lack it.
         kind: class of the stack; or that of an encoder with a decoder, whose keywords are all in `model`.
+        images: the model reads images instead of tokens.
     """
 
     model: dict[str, Any]
@@ -167,6 +168,7 @@ class Outline:
     unused: tuple[str, ...] = ()
     prefix: str = "model."
     kind: str = "Decoder"
+    images: bool = False
 
     def put(self, ours: str | tuple[str, ...], *theirs: str, layout: Layout = SAME) -> None:
         """Link weights of ours with tensors in the files.

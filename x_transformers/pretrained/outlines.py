@@ -39,9 +39,13 @@ def read_outline(path: Path | str, entries: Mapping[str, Any]) -> Outline:
     return outline
 
 
+IMAGES = "ViTransformerWrapper"
+
+
 def config_of(outline: Outline) -> dict[str, Any]:
     """Return the configuration of the model that an outline describes."""
     if outline.kind == PAIR:
         return {"class": PAIR, "options": outline.model}
+    model = IMAGES if outline.images else "TransformerWrapper"
     stack = {"class": outline.kind, "options": {"verbose": False, **outline.stack}}
-    return {"class": "TransformerWrapper", "options": {**outline.model, "attn_layers": stack}}
+    return {"class": model, "options": {**outline.model, "attn_layers": stack}}

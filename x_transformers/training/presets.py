@@ -4,10 +4,11 @@ All have rotary positions, RMSNorm of queries and keys, no biases, and sublayers
 (2002.10745). The sizes from `10m` on also have RMSNorm and SwiGLU, as Llama (2302.13971). `tiny` and `bytes` have
 LayerNorm and GELU, which are faster on a CPU, and shift half of the features by a token.
 
-What brought the models of up to a million parameters furthest, in held-out bits per byte on the source of the standard
-library after 300 steps: shifted features (of a model of bytes, after 250 steps: from 2.35 to 2.16, for two percent more
-time); a trained vocabulary of 2,048 tokens instead of bytes, in a narrower model with as many parameters (from 2.08 to
-1.73); an embedding that learns at 0.4 instead of 0.1 (from 1.69 to 1.65); value residuals (from 1.68 to 1.66).
+What brought the models of up to a million parameters furthest, in bits per byte of a sample of held-out source of the
+standard library after 300 steps: shifted features (of a model of bytes, after 250 steps: from 2.35 to 2.16, for two
+percent more time); a trained vocabulary of 2,048 tokens instead of bytes, in a narrower model with as many parameters
+(from 2.08 to 1.73); an embedding that learns at 0.4 instead of 0.1 (from 1.69 to 1.65); value residuals (from 1.68 to
+1.66).
 """
 
 from __future__ import annotations
