@@ -10,7 +10,13 @@ from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
 from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [feature.name for feature in (*STACK_FEATURES, *MODEL_FEATURES)]
+OF_MIXERS = {"mixer", "layer_period"}
+NAMES = [
+    feature.name
+    for feature in (*STACK_FEATURES, *MODEL_FEATURES)
+    if feature.group != "mixer" and feature.name not in OF_MIXERS
+]
+"""Features of the table; mixers have their own, in `docs/token-mixers.md`."""
 
 
 @pytest.fixture
@@ -63,7 +69,11 @@ def test_custom_configurations_name_features(benchmarks: dict[str, ModuleType]) 
         ("latent", ["attn_use_latent_q", "attn_use_latent_kv"], "SDPA"),
         ("glu", ["ff_glu"], "SDPA"),
         ("recurrent_memory", ["max_mem_len"], "SDPA"),
-        ("absolute_positions", ["use_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale"], "SDPA"),
+        (
+            "absolute_positions",
+            ["use_abs_pos_emb", "scaled_sinu_pos_emb", "abs_pos_emb_scale", "abs_pos_emb_offset"],
+            "SDPA",
+        ),
     ],
 )
 def test_rendered_rows(name: str, keywords: list[str], fused: str, benchmarks: dict[str, ModuleType]) -> None:

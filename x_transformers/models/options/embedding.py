@@ -162,6 +162,14 @@ EMBEDDING_NORM = model_feature(
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchNorm(Keywords):
+    patch_norm: bool = opt(True, "LayerNorms of patches before and after their map to embeddings")
+
+
+PATCH_NORM = model_feature("patch_norm", PatchNorm, "norms around the map of patches", paper="2205.01580")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbeddingDropout(Keywords):
     emb_dropout: float = opt(0.0, "dropout of the embedded sequence")
 

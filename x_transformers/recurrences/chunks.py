@@ -1,0 +1,51 @@
+"""Rows of tokens as chunks of equal length, and decays within and between them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def split(t: Tensor, chunk: int) -> Tensor:
+    """Return `(b, h, n, ...)` as `(b, h, Z, C, ...)`, with zeros after the last token."""
+    missing = -t.shape[2] % chunk
+    # padding an axis by nothing still copies it
+    if torch.compiler.is_compiling() or missing:
+        t = F.pad(t, (*(0, 0) * (t.ndim - 3), 0, missing))
+    return t.unflatten(2, (-1, chunk))
+
+
+class Decays(NamedTuple):
+    """Decays of one chunk, for one number a token; all of them at most 1.
+
+    Attributes:
+        pairs: `(..., C, C)` from token j to token i at or after it, else 0.
+        since_start: `(..., C, 1)` from before the chunk to token i.
+        to_end: `(..., C, 1)` from token j to the end.
+        whole: `(..., 1, 1)` of the whole chunk.
+    """
+
+    pairs: Tensor
+    since_start: Tensor
+    to_end: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, g: Tensor) -> Decays:
+        """Return the decays of `(..., C)` logarithms."""
+        total = g.cumsum(dim=-1)
+        n = g.shape[-1]
+        later = torch.ones(n, n, dtype=torch.bool, device=g.device).triu(1)
+        # Differences before the exponential, which of each by itself may be 0 or infinite; and the mask before it too,
+        # since later tokens have differences above 0, whose infinite exponential a mask would turn into NaN gradients.
+        pairs = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+        last = total[..., -1:]
+        return cls(
+            pairs,
+            total.exp().unsqueeze(-1),
+            (last - total).exp().unsqueeze(-1),
+            last.exp().unsqueeze(-1),
+        )
