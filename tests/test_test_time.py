@@ -329,6 +329,21 @@ def test_autocast() -> None:
     found.backward()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["several", "muon", "episodic"])
+def test_on_a_gpu(name: str) -> None:
+    model, x = build(**copy.deepcopy(WAYS[name])), ids()
+    wanted, new = model(x).detach(), model.generate(x, 6, temperature=0.0)
+    model.cuda()
+    loss = model(x.cuda())
+    close(loss.detach().cpu(), wanted, 1e-3)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        close(model(x.cuda()).detach().cpu().float(), wanted, 0.1)
+    assert (model.generate(x.cuda(), 6, temperature=0.0).cpu() == new).float().mean() > 0.9
+
+
 def test_compiled_training_leaves_the_steps_out_of_graphs() -> None:
     model, x = build(ttt_module_paths=(DOWN,)), ids(2, 9)
     close(torch.compile(model, backend="eager")(x), model(x))
