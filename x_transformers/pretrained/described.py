@@ -1,4 +1,4 @@
-"""What a decoder computes, in keywords that are the same for all models that compute the same."""
+"""Keywords of a model in one form, which is the same for all models that compute the same."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ IN_OTHER_WORDS = """
 NOT_COMPARED = frozenset(f"{TRAINING} {IN_OTHER_WORDS}".split())
 
 
+STACKS = ("Decoder", "Encoder")
 WITHOUT_EFFECT = {"emb_scale": 1.0, "logits_scale": 1.0, "depth_scale_residual": 1.0}
 """Values with which a keyword changes nothing."""
 
@@ -42,18 +43,18 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
     and otherwise a tuple.
 
     Args:
-        config: of a `TransformerWrapper` with a `Decoder`.
+        config: of a `TransformerWrapper`.
 
     Raises:
         ConfigError: if it is another model, or contains objects of the user's.
     """
-    for found, wanted, place in (
-        (config["class"], "TransformerWrapper", "model"),
-        (config["options"].get("attn_layers", {}).get("class"), "Decoder", "stack"),
-    ):
-        if found != wanted:
-            hint = "; save its `net`" if "net" in config["options"] else ""
-            raise ConfigError(f'`format = "hf"` needs the {place} {wanted}, and this is {found}{hint}.')
+    inner = config["options"].get("attn_layers", {}).get("class")
+    if config["class"] != "TransformerWrapper" or inner not in STACKS:
+        hint = "; save its `net`" if "net" in config["options"] else ""
+        found = config["class"] if config["class"] != "TransformerWrapper" else f"one with a stack of the class {inner}"
+        raise ConfigError(
+            f'`format = "hf"` needs a TransformerWrapper with a Decoder or Encoder; this is {found}{hint}.'
+        )
     given = {name: value for name, value in config["options"].items() if name != "attn_layers"}
     stack = dict(config["options"]["attn_layers"]["options"])
     for name, value in {**given, **stack}.items():
@@ -63,9 +64,9 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
     model = TRANSFORMER.parse({name: value for name, value in given.items() if name in TRANSFORMER.owner}, faults)
     faults.raise_if_any(config["class"])
     dim = stack.pop("dim")
-    plan = make_plan("Decoder", {"depth": None, "heads": 8, **stack})
+    plan = make_plan(inner, {"depth": None, "heads": 8, **stack})
     words: dict[str, Any] = {name: given[name] for name in ("num_tokens", "max_seq_len")}
-    words |= {"dim": dim, "depth": plan.sequence.depth, "layers": "".join(plan.sequence.kinds)}
+    words |= {"stack": inner, "dim": dim, "depth": plan.sequence.depth, "layers": "".join(plan.sequence.kinds)}
     if tuple(plan.sequence.order) != tuple(range(len(plan.sequence.kinds))):
         words["layers"] = tuple(plan.sequence.order)
     words |= dict(_on(model)) | dict(_on(plan.options))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.errors import CheckpointError, ConfigError, StateDictError
 from x_transformers.folders.saved import OTHER_FORMATS, SavesFolders
 from x_transformers.folders.writing import Entry, entry_of, write_folder
+from x_transformers.modules.float32_buffers import leave_meta
 from x_transformers.modules.unwrap import plain_name
 from x_transformers.options.configured import Configured
 from x_transformers.pretrained.base import NEUTRAL, Outline
@@ -67,19 +68,24 @@ def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | 
         ConfigError: naming the options that are in the way.
     """
     known = [name for name in dict.fromkeys((*PLAIN, *FAMILIES)) if FAMILIES[name].write is not None]
+    came_from = (model.pretrained_config or {}).get("model_type")
+    if came_from in FAMILIES:
+        # that of the folder is tried before all others
+        known = list(dict.fromkeys((came_from, *known)))
     if family is not None and family not in known:
         raise ConfigError(f"`family` is {family!r}; the families that can be written are {', '.join(known)}.")
     words = described(model.config)
     nearest: tuple[str, dict[str, tuple[Any, Any]]] | None = None
-    if model.pretrained_config is not None:
+    origin = model.pretrained_config
+    if origin is not None:
         # that of the folder is tried before all others
-        known.sort(key=lambda name: name != model.pretrained_config["model_type"])
+        known.sort(key=lambda name: name != origin["model_type"])
     for name in known if family is None else [family]:
         for entries in _proposals(name, words, model.pretrained_config):
             try:
                 outline = read_outline("the configuration", entries)
                 config = config_of(outline)
-                left = differences(words, described(config)) or _other_shapes(config, state)
+                left = differences(words, described(config)) or _other_weights(config, state)
             except (ConfigError, CheckpointError):
                 continue
             if not left:
@@ -92,10 +98,11 @@ def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | 
 def _proposals(name: str, words: Mapping[str, Any], origin: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
     """Yield configurations of a family: that of the folder that the model comes from, and one made of its keywords."""
     family = FAMILIES[name]
-    assert family.write is not None
     came = origin is not None and origin.get("model_type") == name
     if origin is not None and came:
         yield dict(origin)
+    if family.write is None:
+        return
     try:
         made = family.write(words)
     except (KeyError, TypeError, ValueError, ArithmeticError):
@@ -106,13 +113,23 @@ def _proposals(name: str, words: Mapping[str, Any], origin: Mapping[str, Any] | 
     yield {"architectures": [family.architecture], "model_type": name, **kept, **made}
 
 
-def _other_shapes(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
-    """Return the weights that a model of this configuration does not have, or has in other shapes, with both shapes."""
+def _other_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
+    """Return what a model of this configuration does not have, or has in other shapes, with both shapes.
+
+    Buffers that follow from options must be equal.
+    """
     with torch.device("meta"):
-        expected = Configured.from_config(config).state_dict()  # type: ignore[attr-defined]
+        model = Configured.from_config(config)
+    assert isinstance(model, nn.Module)
+    leave_meta(model, torch.device("cpu"))
+    expected = model.state_dict()
     ours, theirs = ({name: tuple(t.shape) for name, t in each.items()} for each in (state, expected))
     names = dict.fromkeys((*ours, *theirs))
-    return {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+    left = {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+    if not left:
+        derived = {name: t for name, t in expected.items() if not t.is_meta}
+        left = {name: ("others", "others") for name, t in derived.items() if not torch.equal(t, state[name].cpu())}
+    return left
 
 
 def _refusal(family: str | None, nearest: tuple[str, Mapping[str, tuple[Any, Any]]] | None) -> str:
