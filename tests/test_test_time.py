@@ -689,6 +689,7 @@ def test_episodic_memory_draws_only_itself() -> None:
     [
         ({"custom_layers": ("f",), "depth": None, "rotary_pos_emb": False}, "the stack has none"),
         ({"attn_value_dim_head": 4}, "in one tensor"),
+        ({"polar_pos_emb": True, "rotary_pos_emb": False}, "keys are twice as wide"),
     ],
 )
 def test_stacks_without_room_for_episodic_memory(stack: dict[str, Any], said: str) -> None:
