@@ -335,7 +335,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
-    "order of execution": ("weight_tie_layers", "layers_execute_order"),
+    # with blocks of three, the order of the row runs no attention of a hybrid
+    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
         "mixer",

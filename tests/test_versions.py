@@ -23,8 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACED = ("attend.py", "attention", "cache", "feedforward", "forward_pass", "layers", "masks", "models", "modules")
 """What forward passes run, and graphs contain."""
 
-BEFORE_A_PASS = {"attention/qk/rotary.py", "layers/stack.py", "models/base.py", "models/options/reading.py"}
-"""Modules that copy dataclasses only while a model is built or explained."""
+BEFORE_A_PASS = {
+    "attention/qk/rotary.py",
+    "layers/stack.py",
+    "models/base.py",
+    "models/options/pooling.py",
+    "models/options/reading.py",
+}
+"""Modules that copy dataclasses only while they are imported, or a model is built or explained."""
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -136,9 +142,7 @@ def test_other_rows_and_columns_stay() -> None:
     rows = versions.written_rows(page)
     assert {name: cell for name, cell in rows["2.9.1"].items() if cell != "–"} == RESULTS["2.9.1"]
     assert rows["2.10.0"] == RESULTS["2.10.0"]
-    rows["2.9.1"] |= {"export": versions.shown({"passed": 2, "failed": 1, "skipped": 7})}
-    rows["2.6.0"] = {}
-    page = versions.with_rows(page, rows)
+    page = versions.with_rows(page, {"2.9.1": {"export": "2 of 3"}, "2.6.0": {}})
     assert page.startswith("Before.\n")
     assert page.endswith("\nAfter.")
     again = versions.written_rows(page)

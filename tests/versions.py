@@ -111,8 +111,7 @@ def main() -> int:
     parser.add_argument("--workers", default="2", help="processes of each test run (default: %(default)s)")
     given = parser.parse_args()
     given.folder.mkdir(exist_ok=True, parents=True)
-    rows = written_rows(PAGE.read_text(encoding="utf-8"))
-    failed = False
+    failed, ran = False, dict[str, dict[str, str]]()
     for version in given.versions or newest_patches(given.folder):
         environment = given.folder / version
         started = time.monotonic()
@@ -128,12 +127,12 @@ def main() -> int:
             f"PyTorch {version}: {installed - started:.0f} s to install, {time.monotonic() - installed:.0f} s of tests"
         )
         failed |= any(cell["failed"] for cell in cells.values())
-        rows.setdefault(version, {}).update({name: shown(cell) for name, cell in cells.items()})
+        ran[version] = {name: shown(cell) for name, cell in cells.items()}
         if given.write:
-            PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+            PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), {version: ran[version]}), encoding="utf-8")
         if not given.keep:
             shutil.rmtree(environment)
-    print(table(rows))
+    print(table(ran))
     return int(failed)
 
 
@@ -256,7 +255,9 @@ def written_rows(page: str) -> dict[str, dict[str, str]]:
 
 
 def with_rows(page: str, rows: dict[str, dict[str, str]]) -> str:
-    """Return a page with other rows."""
+    """Return a page with more results; its other rows and columns stay."""
+    for version, row in written_rows(page).items():
+        rows = {**rows, version: {**row, **rows.get(version, {})}}
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, chunk_of, tokens_of
+from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
 from x_transformers.recurrences.carry import carry
-from x_transformers.recurrences.chunks import Decays, split
+from x_transformers.recurrences.chunks import Chunks, Decays
 
 
 def linear(
@@ -43,19 +43,19 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | 
 
     `G` are the sums of g within the chunk, and `P_ij = e^{G_i - G_j}` for j up to i.
     """
-    n, chunk = q.shape[2], chunk_of(q.shape[2], chunk)
+    chunks = Chunks.of(v, chunk)
     state = naive.first_state(k, v) if state is None else state
-    q, k, v = (split(t, chunk) for t in (q, k, v))
+    q, k, v = (chunks.split(t) for t in (q, k, v))
     scores = q @ k.mT
     if g is None:
-        within = scores.tril() @ v
-        before, state = carry(v.new_ones(*v.shape[:3], 1, 1), k.mT @ v, state)
+        within, added = scores.tril() @ v, k.mT @ v
+        kept = added.new_ones(added.shape[0], 1, 1)
     else:
-        decays = Decays.of(split(g, chunk))
-        within = (scores * decays.pairs) @ v
-        before, state = carry(decays.whole, (k * decays.to_end).mT @ v, state)
+        decays = Decays.of(chunks.split(g))
+        within, added, kept = (scores * decays.pairs) @ v, (k * decays.to_end).mT @ v, decays.whole
         q = q * decays.since_start
-    return (within + q @ before).flatten(2, 3)[:, :, :n], state
+    before, last = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))
+    return chunks.join(within + q @ before.flatten(0, 1)), last.view(state.shape)
 
 
 def _refuses(situation: Situation) -> str | None:
