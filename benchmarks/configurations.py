@@ -16,7 +16,15 @@ from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
 from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 from x_transformers.options.schema import Feature
 
-FEATURES = {feature.name: feature for feature in (*STACK_FEATURES, *MODEL_FEATURES)}
+OF_MIXERS = {"mixer", "layer_period"}
+"""Features of a stack whose costs are those of mixers."""
+
+FEATURES = {
+    feature.name: feature
+    for feature in (*STACK_FEATURES, *MODEL_FEATURES)
+    if feature.group != "mixer" and feature.name not in OF_MIXERS
+}
+"""The features of the table of options; mixers have a table of their own, in `docs/token-mixers.md`."""
 
 VOCABULARY, LENGTH, ROWS, DIM, DEPTH, HEADS = 256, 256, 2, 256, 4, 8
 STACK = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "attn_dim_head": DIM // HEADS, "verbose": False}

@@ -48,7 +48,7 @@ def arguments(model: TransformerWrapper, batch: int, n: int, rows: int = 1) -> d
         n: tokens.
         rows: how many different rows of arguments to draw.
     """
-    heads = model.attn_layers.attn_heads
+    heads = model.attn_layers.heads
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(rows, *shape).repeat(batch // rows, *(1 for _ in shape))
@@ -56,7 +56,7 @@ def arguments(model: TransformerWrapper, batch: int, n: int, rows: int = 1) -> d
     mask, kv_mask = draw(n) > -0.5, draw(n) > -0.5
     mask[:, 0] = kv_mask[:, 0] = True
     pairs = (draw(heads, n, n) > 0) | torch.eye(n, dtype=torch.bool)
-    return {
+    ways: dict[str, dict[str, Any]] = {
         "plain": {},
         "mask": {"mask": mask},
         "kv_mask": {"self_attn_kv_mask": kv_mask},
@@ -69,6 +69,9 @@ def arguments(model: TransformerWrapper, batch: int, n: int, rows: int = 1) -> d
         "prepended": {"prepend_embeds": draw(2, model.emb_dim), "prepend_mask": draw(2) > 0},
         "memories": {"mems": [draw(4, DIM) for _ in model.attn_layers.branches("a")]},
     }
+    if model.attn_layers.branches("m"):  # mixers have no pairs of tokens, which they say: `tests/test_mixers.py`
+        del ways["attn_mask"], ways["attn_bias"]
+    return ways
 
 
 @torch.no_grad()

@@ -33,6 +33,44 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weight_tie_layers": {"weight_tie_layers": ON},
     "layers_execute_order": {"layers_execute_order": (0, 1, 0, 1, 2, 3)},
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
+    # token mixers: instead of all self-attentions, and of every other one
+    "mixer": {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dim_value": 6, "mixer_key_heads": 2},
+    "layer_period": {"layer_period": "ma", "mixer": "linear", "mixer_gate": ON, "mixer_norm": "layernorm"},
+    "mixer_products": {
+        "layer_period": "am",
+        "mixer": "delta",
+        "mixer_heads": 2,
+        "mixer_products": 2,
+        "mixer_negative": ON,
+        "mixer_chunk": 4,
+        "mixer_dropout": 0.1,
+    },
+    "mixer_groups": {
+        "layer_period": "ma",
+        "mixer": "mamba2",
+        "mixer_head": 8,
+        "mixer_state": 4,
+        "mixer_groups": 2,
+        "mixer_norm_eps": 0.01,
+    },
+    "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
+    "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
+    "mixer_feature_map": {"layer_period": "ma", "mixer": "transnormer", "mixer_dim": 24, "mixer_feature_map": "elu"},
+    "mixer_denominator": {
+        "layer_period": "am",
+        "mixer": "linear",
+        "mixer_feature_map": "elu",
+        "mixer_denominator": False,
+        "mixer_zero_init_output": ON,
+    },
+    "mixer_conv": {
+        "layer_period": "ma",
+        "mixer": "conv",
+        "mixer_conv": 3,
+        "mixer_expand": 1.5,
+        "mixer_output_proj_depth": 2,
+    },
+    "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
     "parallel_block": {"parallel_block": ON},
@@ -111,6 +149,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi_num_heads": {"alibi_pos_bias": ON, "alibi_num_heads": 2},
     "rel_pos_kwargs": {"alibi_pos_bias": ON, "rel_pos_kwargs": {"slopes": [0.5, 0.25, 0.125, 0.1]}},
     "rel_pos_bias": {"rel_pos_bias": ON, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},
+    "rel_pos_scale": {"rel_pos_bias": ON, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8, "rel_pos_scale": 1.0},
     "dynamic_pos_bias": {"dynamic_pos_bias": ON},
     "dynamic_pos_bias_norm": {
         "dynamic_pos_bias": ON,
@@ -255,6 +294,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Keywords that switch each option on, by the name of the row."""
 
+HYBRIDS = tuple(name for name, keywords in OPTIONS.items() if "layer_period" in keywords)
+"""Rows of stacks with mixers and attentions."""
+
 CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
     "cross_residual_attn": {"cross_residual_attn": ON},
@@ -292,9 +334,17 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
-    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers"),
-    "order of execution": ("weight_tie_layers", "layers_execute_order"),
-    "values by layer": ("par_ratio", "rotary_layers"),
+    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
+    # with blocks of three, the order of the row runs no attention of a hybrid
+    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
+    "token mixer": ("mixer", *HYBRIDS),
+    "positions of self-attention": (
+        "mixer",
+        "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
+        "rotary_xpos polar_pos_emb attn_latent_rope_subheads alibi_pos_bias alibi_num_heads rel_pos_kwargs "
+        "rel_pos_bias dynamic_pos_bias dynamic_pos_bias_norm",
+    ),
+    "values by layer": (" ".join(("par_ratio", *HYBRIDS)), "rotary_layers"),
     "rotated positions": (
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
         "attn_latent_rope_subheads",
@@ -304,12 +354,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "which heads rotate": ("rotate_num_heads", "attn_latent_rope_subheads"),
     "relative position bias": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
-        "rel_pos_bias",
+        "rel_pos_bias rel_pos_scale",
         "dynamic_pos_bias dynamic_pos_bias_norm",
     ),
     "bias by distance": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
-        "rel_pos_bias",
+        "rel_pos_bias rel_pos_scale",
         "attn_data_dependent_alibi attn_data_dependent_alibi_per_row",
     ),
     "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
@@ -340,6 +390,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """Alternatives of one choice, divided by commas; names in one string are details of one alternative."""
 
 ELSEWHERE = {
+    "mixer_bidirectional": "of stacks that see both ways; `tests/test_mixers.py`",
+    "mixer_grid": "images, in stacks that see both ways; `tests/test_mixers.py`",
     "dim": "every model of the tests has one",
     "cross_attend": "the third kind of stack: `--stack cross`",
     "verbose": "says what is built, and changes nothing",
@@ -366,7 +418,7 @@ ELSEWHERE = {
     "use_cls_token": "outputs for the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "num_cls_tokens": "of `use_cls_token`",
     "attn_pool": "an output of an encoder, and in the record of a decoder; `tests/test_outputs.py`",
-    "first_token_pool": "an output of an encoder; `tests/test_outputs.py`",
+    "first_token_pool": "an output of an encoder; `tests/test_pretrained_keywords.py`",
     "num_pooled_tokens": "of `attn_pool`",
     "attn_pool_depth": "of `attn_pool`",
     "dim_pooled_tokens": "of `attn_pool`",
@@ -387,6 +439,10 @@ NOT_IN: dict[str, dict[str, str]] = {
         "attn_cope_talking_heads": "counts the keys up to the query",
         "attn_selective": "lets tokens suppress earlier ones for later ones",
         "memory_tokens_interspersed_every": "needs a causal stack",
+        "mixer": "reads from left to right",
+        "mixer_products": "reads from left to right",
+        "mixer_groups": "reads from left to right",
+        "mixer_rotary": "reads from left to right",
     },
     "cross": {},
 }
@@ -442,9 +498,10 @@ REFUSED: dict[str, str] = {
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
-        "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias "
-        "dynamic_pos_bias dynamic_pos_bias_norm"
+        "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
+        f"dynamic_pos_bias dynamic_pos_bias_norm mixer {' '.join(HYBRIDS)}"
     ),
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",

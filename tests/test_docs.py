@@ -18,6 +18,7 @@ from loguru import logger
 
 import x_transformers
 from x_transformers.layers.catalog import FEATURES as STACK_FEATURES
+from x_transformers.mixers.catalog import MIXERS
 from x_transformers.models.options.catalog import FEATURES as MODEL_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,12 +29,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 FILES += [ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 """Everything that links."""
-FEATURES = {feature.name: feature for feature in (*STACK_FEATURES, *MODEL_FEATURES) if feature.paper is not None}
+FEATURES = {
+    feature.name: feature
+    for feature in (*STACK_FEATURES, *MODEL_FEATURES)
+    if feature.paper is not None and feature.name not in ("mixer", "layer_period") and feature.group != "mixer"
+}
 
 GALLERY = (
     "positions",
     "attention-scores-and-weights",
     "queries-keys-and-values",
+    "token-mixers",
     "memory",
     "feedforwards",
     "norms",
@@ -171,7 +177,7 @@ def test_every_page_is_in_the_navigation() -> None:
     elsewhere = site["extra"]["pages"]
     assert [path for path in elsewhere.values() if not (ROOT / path).is_file()] == []
     listed = sorted(_leaves(site["nav"]))
-    assert listed == sorted([*(f"{page}.md" for page in PAGES), *elsewhere])
+    assert listed == sorted([*(f"{page}.md" for page in PAGES), *elsewhere, *site["extra"]["made"]])
 
 
 def _leaves(nav: object) -> Iterator[str]:
@@ -225,6 +231,13 @@ def test_every_paper_has_its_section(name: str, benchmarks: dict[str, ModuleType
     assert found, f"no block has one of {', '.join(switches)}"
     cited = CITED_OTHERWISE.get(name, FEATURES[name].paper)
     assert cited is None or any(cited in section.text for section in found), f"{cited} is not cited"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_has_its_section(name: str) -> None:
+    """A block has it, and the section cites its paper."""
+    found = [section for section in sections("token-mixers") if re.search(rf"mixer = \(?'{name}'", section.text)]
+    assert any(str(MIXERS[name].paper) in section.text for section in found)
 
 
 def _uses(code: str, keyword: str) -> bool:

@@ -68,7 +68,7 @@ def test_tied_layers_are_one_block_run_repeatedly() -> None:
         ({"par_ratio": 2, "depth": None}, "`depth` is missing"),
         ({"depth": None}, "`depth` is missing"),
         ({"custom_layers": "af"}, "drop `depth`"),
-        ({"custom_layers": "ax", "depth": None}, "it must hold the codes a, c and f"),
+        ({"custom_layers": "ax", "depth": None}, "it must hold the codes a, c, f and m"),
         ({"custom_layers": "acf", "depth": None}, "with a c needs `cross_attend = True`"),
         ({"custom_layers": "af", "depth": None, "cross_attend": True}, "needs a c among `custom_layers`"),
         ({"custom_layers": "af", "depth": None, "only_attn": True}, "drop them or `only_attn`"),

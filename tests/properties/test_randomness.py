@@ -98,6 +98,10 @@ def translation(**keywords: Any) -> XTransformer:
     return XTransformer(dim=D, **{**both, **keywords})
 
 
+def hybrid(**keywords: Any) -> Decoder:
+    return Decoder(**{**SMALL, "depth": 2}, mixer="linear", layer_period="ma", **keywords)
+
+
 def on_stack(model: nn.Module) -> Any:
     return model(inputs(B, N, D))
 
@@ -129,6 +133,7 @@ MODELS = (
         with_context,
         TransformerBlock,
     ),
+    Model("hybrid", hybrid, on_stack, Decoder),
     Model("TransformerWrapper", wrapped, on_ids, TransformerWrapper),
     Model("memory tokens", lambda **kw: wrapped(num_memory_tokens=2, **kw), on_ids, TransformerWrapper),
     Model("narrow embedding", lambda **kw: wrapped(emb_dim=6, **kw), on_ids, TransformerWrapper),
@@ -193,7 +198,9 @@ READS_CONTEXT = ("AttentionLayers", "Decoder", "Encoder", "PrefixDecoder", "Cros
 
 
 def acts(model: Model, keyword: str) -> bool:
-    """Keywords of cross-attention act only where there is one."""
+    """Keywords of cross-attention and of mixers act only where there is one."""
+    if "mixer_" in keyword:
+        return model.name == "hybrid"
     return "cross_attn" not in keyword or model.name in (*READS_CONTEXT, "XTransformer", "XTransformer, decoder")
 
 

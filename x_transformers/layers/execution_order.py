@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from x_transformers.errors import ConfigError
-from x_transformers.layers.kinds import KINDS, BranchKind
+from x_transformers.layers.kinds import CROSS_ATTENTION, KINDS, MIXER, BranchKind
+from x_transformers.mixers.catalog import class_of
 from x_transformers.options.schema import Options
 
 Repeat = tuple[int | tuple[int, int], int]
@@ -76,8 +77,8 @@ def layer_sequence(options: Options) -> LayerSequence:
         ConfigError: if the options contradict each other.
     """
     structure, depth = options["structure"], options["structure"].depth
-    block = default_block(options)
     explicit = options["custom_layers"].custom_layers
+    _refuse_counts_of_attentions(options)
     if explicit is not None:
         if depth is not None:
             raise ConfigError("`custom_layers` says which layers there are; drop `depth`.")
@@ -85,32 +86,96 @@ def layer_sequence(options: Options) -> LayerSequence:
     elif depth is None:
         raise ConfigError("`depth` is missing: the number of blocks.")
     elif options["par"].par_ratio is not None:
-        kinds = _par(options["par"].par_ratio, depth, block)
+        kinds = _par(options["par"].par_ratio, depth, default_block(options))
     elif options["sandwich_order"].sandwich_coef is not None:
-        kinds = _sandwich(options["sandwich_order"].sandwich_coef, depth, block)
+        kinds = _sandwich(options["sandwich_order"].sandwich_coef, depth, default_block(options))
     else:
         kinds = None
     order = options["execute_order"].layers_execute_order
     if kinds is not None:
         kinds = _without_feedforwards(kinds) if structure.only_attn else kinds
         order = check_order(order, len(kinds))
+        _check_chosen(options, kinds)
         return LayerSequence(kinds, order, 1, len(order), True)
     assert depth is not None
     if options["weight_tying"].weight_tie_layers:
+        block = default_block(options)
+        _check_chosen(options, block)
         return LayerSequence(block, tuple(range(len(block))) * depth, len(block), 1, False)
-    kinds = block * depth
+    period = _period(options)
+    blocks = [_block(options, period[number % len(period)]) for number in range(depth)]
+    kinds = tuple(kind for block in blocks for kind in block)
     if order is not None and structure.only_attn:
         raise ConfigError("`layers_execute_order` numbers sublayers with feedforwards; drop it or `only_attn`.")
-    return LayerSequence(kinds, check_order(order, len(kinds)), len(block), depth, False)
+    _check_chosen(options, kinds)
+    return LayerSequence(kinds, check_order(order, len(kinds)), len(blocks[0]), depth, False)
 
 
 def default_block(options: Options) -> tuple[str, ...]:
-    """Return one block: "a f", with cross-attention "a c f" or "c f", with macaron another "f" before it."""
+    """Return one block: "a f", with cross-attention "a c f" or "c f", with macaron another "f" before it.
+
+    With `mixer`, it has an "m" instead of the "a".
+    """
+    return _block(options, "a" if options["mixer"].mixer is None else MIXER.letter)
+
+
+def _block(options: Options, mixing: str) -> tuple[str, ...]:
+    """Return one block whose tokens are mixed by the kind of a letter."""
     structure = options["structure"]
-    block = tuple("acf" if structure.cross_attend else "af")
+    block = (mixing, "f")
+    if structure.cross_attend and CROSS_ATTENTION.letter not in _period(options):
+        block = (mixing, CROSS_ATTENTION.letter, "f")
     block = block[1:] if structure.only_cross else block
     block = ("f", *block) if options["macaron"].macaron else block
     return _without_feedforwards(block) if structure.only_attn else block
+
+
+def _period(options: Options) -> tuple[str, ...]:
+    """Return the letters of what mixes tokens in each block of a period.
+
+    Raises:
+        ConfigError: if a letter is of another kind, or contradicts `cross_attend`.
+    """
+    structure, given = options["structure"], options["layer_period"].layer_period
+    if given is None:
+        return ("a" if options["mixer"].mixer is None else MIXER.letter,)
+    letters, mixing = tuple(given), [letter for letter, kind in KINDS.items() if not kind.is_feedforward]
+    if not letters or not set(letters) <= set(mixing):
+        *some, last = mixing
+        raise ConfigError(f"`layer_period` is {given!r}; it must hold the letters {', '.join(some)} and {last}.")
+    if structure.only_cross:
+        raise ConfigError(
+            "`only_cross` leaves cross-attention and feedforwards only, but `layer_period` specifies other layers; "
+            "keep one of them."
+        )
+    if CROSS_ATTENTION.letter in letters and not structure.cross_attend:
+        raise ConfigError("`layer_period` with a c needs `cross_attend = True`.")
+    return letters
+
+
+def _refuse_counts_of_attentions(options: Options) -> None:
+    """Raise a `ConfigError` for options that count attentions, in a stack with other layers."""
+    if options["mixer"].mixer is None and options["layer_period"].layer_period is None:
+        return
+    for keyword, value in (
+        ("sandwich_coef", options["sandwich_order"].sandwich_coef),
+        ("par_ratio", options["par"].par_ratio),
+    ):
+        if value is not None:
+            raise ConfigError(f"`{keyword}` counts attentions; write the order as `custom_layers` or `layer_period`.")
+
+
+def _check_chosen(options: Options, kinds: tuple[str, ...]) -> None:
+    """Raise a `ConfigError` unless there is a mixer for each layer that has one."""
+    mixer, count = options["mixer"].mixer, kinds.count(MIXER.letter)
+    if mixer is None and count:
+        raise ConfigError("the list of layers holds m, but `mixer` does not say what it is.")
+    if mixer is not None and not count:
+        raise ConfigError("`mixer` is for `m` layers and the list has none; add an m, or drop `mixer`.")
+    if isinstance(mixer, tuple) and len(mixer) != count:
+        raise ConfigError(f"`mixer` names {len(mixer)} mixers, but there are {count} m layers.")
+    for name in (mixer,) if isinstance(mixer, str) else mixer or ():
+        class_of(name)
 
 
 def _without_feedforwards(kinds: tuple[str, ...]) -> tuple[str, ...]:

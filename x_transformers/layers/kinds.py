@@ -1,4 +1,4 @@
-"""The kinds of branches that a stack can run, one row each: self-attention, cross-attention and feedforward.
+"""The kinds of branches that a stack can run, one row each: self-attention, cross-attention, feedforward, mixer.
 
 Everything that depends on the kind of a sublayer asks its row. A new kind is a module with a `BranchFunction` and a
 function that builds it, and one more row of `KINDS`.
@@ -15,6 +15,8 @@ from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward import feedforward
 from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.mixers import catalog as mixers
+from x_transformers.mixers.base import Mixer
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.options.schema import Options, Schema
 
@@ -60,6 +62,10 @@ class BranchKind:
         meaningless: keywords that such a function cannot have, and why.
         misplaced: keywords of another kind that are easily written with this prefix, and what to write.
         documents_argument: the argument of a pass that contains the documents of packed rows.
+        chosen_by: the keyword of the stack that says which function each of its layers runs: one value, or a tuple of
+            them. The layers get it under the same name.
+        unpackable: why packed rows are refused, and what to do; default that the function carries one document into
+            the next.
     """
 
     letter: str
@@ -78,6 +84,8 @@ class BranchKind:
     meaningless: Mapping[str, str] = field(default_factory=dict)
     misplaced: Mapping[str, str] = field(default_factory=dict)
     documents_argument: str | None = None
+    chosen_by: str | None = None
+    unpackable: str | None = None
 
     def __reduce__(self) -> Any:
         # copies and pickles of stacks refer to the row of this table, which nothing changes
@@ -136,6 +144,18 @@ def build_feedforward(
     return FeedForward(dim, **keywords)
 
 
+def build_mixer(
+    dim: int, keywords: dict[str, Any], options: Options, *, causal: bool, hides_future: bool, first: bool
+) -> Mixer:
+    """Build a token mixer."""
+    if hides_future and not causal:
+        raise ConfigError(
+            "`m` layers see one way or both, and a PrefixDecoder needs both at once; use attention there."
+        )
+    own = dict(keywords)
+    return mixers.build(dim, own.pop("mixer"), own, heads=options["structure"].heads, causal=causal)
+
+
 SELF_ATTENTION = BranchKind(
     letter="a",
     words="self-attention",
@@ -192,5 +212,18 @@ FEEDFORWARD = BranchKind(
     set_by_stack={"dim": "`dim`", "dim_out": "`dim`"},
 )
 
-KINDS: dict[str, BranchKind] = {kind.letter: kind for kind in (SELF_ATTENTION, CROSS_ATTENTION, FEEDFORWARD)}
+MIXER = BranchKind(
+    letter="m",
+    words="mixer",
+    label="mixer",
+    module_name="mixer",
+    schema=mixers.SCHEMA,
+    prefix="mixer_",
+    build=build_mixer,
+    enabled_by="`mixer`",
+    chosen_by="mixer",
+    unpackable="packed rows are not built for `m` layers yet; pass one document a row, with `mask`.",
+)
+
+KINDS: dict[str, BranchKind] = {kind.letter: kind for kind in (SELF_ATTENTION, CROSS_ATTENTION, FEEDFORWARD, MIXER)}
 """The kinds of branches by letter, in the order in which signatures list their keywords."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from x_transformers.attention.projections import HeadOptions
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.cache import NO_PREFIX, CacheHeader, KVCache, StaticCache
 from x_transformers.errors import ConfigError, InputError
@@ -65,13 +66,13 @@ class AttentionLayers(SavesFolders, LayerStack):
 
     @property
     def attn_heads(self) -> int:
-        """Number of query heads of the first attention."""
-        return self.attentions()[0].heads
+        """Number of query heads of the first attention; of a stack without one, `heads`."""
+        return next((attention.heads for attention in self.attentions()), self.heads)
 
     @property
     def attn_dim_head(self) -> int:
-        """Width of a head of the first attention."""
-        return self.attentions()[0].shape.dim_head
+        """Width of a head of the first attention; of a stack without one, that of an attention by default."""
+        return next((attention.shape.dim_head for attention in self.attentions()), HeadOptions().dim_head)
 
     def static_cache(
         self,

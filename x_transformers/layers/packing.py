@@ -58,7 +58,8 @@ def check_apart(packed: frozenset[str], branches: Sequence[Branch]) -> None:
     for branch in branches if packed else ():
         if not branch.kind.is_attention and not branch.fn.keeps_documents_apart:
             raise ConfigError(
-                "`attn_flash_pack_seq` keeps the documents of a row apart, but "
+                branch.kind.unpackable
+                or "`attn_flash_pack_seq` keeps the documents of a row apart, but "
                 f"{branch.kind.words} carries one into the next; drop one of them."
             )
 

@@ -68,11 +68,14 @@ def make_plan(name: str, given: Mapping[str, Any]) -> StackPlan:
         )
         for letter, kind in KINDS.items()
     }
+    chosen = {letter: _chosen(kind, options, counts[letter]) for letter, kind in KINDS.items()}
     layers = []
     for letter in sequence.kinds:
         kind = KINDS[letter]
         # layers of one kind take their per-layer values in the order in which they are built
         mine = keywords[letter].pop(0) if keywords[letter] else {}
+        if kind.chosen_by is not None:
+            mine = {**mine, kind.chosen_by: chosen[letter].pop(0)}
         parsed = kind.schema.parse(mine, faults, kind.prefix)
         kind.schema.check_choices(parsed, faults, kind.prefix)
         layers.append(LayerPlan(kind, mine, parsed))
@@ -128,6 +131,14 @@ def _with_inherited(kind: BranchKind, groups: Mapping[str, Keywords], counts: Ma
     return {**inherited, **groups[kind.letter]}
 
 
+def _chosen(kind: BranchKind, options: Options, count: int) -> list[str]:
+    """Return the names of the functions of a kind's layers, if the stack says which they are."""
+    if kind.chosen_by is None:
+        return []
+    given = getattr(options[kind.chosen_by], kind.chosen_by)
+    return list(given) if isinstance(given, tuple) else [given] * count
+
+
 def _check_values(groups: Mapping[str, Keywords], counts: Mapping[str, int], faults: Faults) -> None:
     """Add the faults of values for kinds of layers that are not there, which no layer would check."""
     for letter, given in groups.items():
@@ -175,6 +186,13 @@ def _check_counts(
     return idle
 
 
+def _without_effect_in_all(layers: list[LayerPlan]) -> list[str]:
+    """Return the keywords that no layer of a kind reads whose layers run different functions."""
+    chosen = [layer for layer in layers if layer.kind.chosen_by is not None]
+    unread = [layer.kind.schema.without_effect(layer.options, layer.keywords, layer.kind.prefix) for layer in chosen]
+    return [sentence for sentence in unread[0] if all(sentence in each for each in unread)] if unread else []
+
+
 def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> list[str]:
     """Check the rules of every layer in its surroundings, and return the warnings."""
     warnings: list[str] = []
@@ -186,8 +204,10 @@ def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> l
         schema.check_rules(layer.options, around, faults, kind.prefix)
         if kind.is_self_attention:
             STACK.check_rules(options, around, faults)
-        warnings += schema.without_effect(layer.options, layer.keywords, kind.prefix)
+        if kind.chosen_by is None:
+            warnings += schema.without_effect(layer.options, layer.keywords, kind.prefix)
         warnings += schema.unwise(layer.options, around)
+    warnings += _without_effect_in_all(layers)
     surroundings = Surroundings((options,))
     if not any(layer.kind.is_self_attention for layer in layers):
         STACK.check_rules(options, surroundings, faults)

@@ -19,7 +19,7 @@ from x_transformers.layers.build import build_branch, check_value_residual, norm
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.conditioning import build_condition, build_injection
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
-from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
+from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, MIXER, SELF_ATTENTION
 from x_transformers.layers.packing import check_apart, packed_kinds
 from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.streams import HyperConnection
@@ -260,8 +260,8 @@ class LayerStack(nn.Module):
 
     @property
     def sees_future(self) -> bool:
-        """True if tokens attend to later ones: neither causality nor a mask of the stack itself hides them."""
-        return not (self.causal or self.looks_back) and bool(self.attentions(SELF_ATTENTION.letter))
+        """True if tokens read later ones: neither causality nor a mask of the stack itself hides them."""
+        return not (self.causal or self.looks_back) and bool(self.branches(SELF_ATTENTION.letter, MIXER.letter))
 
     @property
     def can_cache_kv(self) -> bool:

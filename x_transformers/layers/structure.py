@@ -47,7 +47,21 @@ class OrderOptions:
 @dataclass(frozen=True, kw_only=True)
 class CustomOptions:
     custom_layers: tuple[str, ...] | str | None = opt(
-        None, "list of sublayers: a self-attention, c cross-attention, f feedforward"
+        None, "list of sublayers: a self-attention, c cross-attention, f feedforward, m mixer"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerOptions:
+    mixer: str | tuple[str, ...] | None = opt(
+        None, "token mixers instead of self-attention: a name, or one for each m in the list of sublayers"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodOptions:
+    layer_period: tuple[str, ...] | str | None = opt(
+        None, "what mixes tokens in each block, repeated over the blocks: a self-attention, m mixer, c cross-attention"
     )
 
 
@@ -112,6 +126,7 @@ TYING = Feature(
         )
         for other, keyword in (
             ("custom_layers", "custom_layers"),
+            ("layer_period", "layer_period"),
             ("par", "par_ratio"),
             ("sandwich_order", "sandwich_coef"),
             ("execute_order", "layers_execute_order"),
@@ -139,6 +154,34 @@ CUSTOM = Feature(
     enabled=lambda options: options.custom_layers is not None,
     summary="an explicit list of sublayers",
     examples=({"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},),
+)
+
+MIXER = Feature(
+    name="mixer",
+    group="stack",
+    slot="structure",
+    options=MixerOptions,
+    enabled=lambda options: options.mixer is not None,
+    summary="token mixers instead of self-attention",
+    paper="2111.11418",
+    exempt={"export": "the reference has no mixers"},
+    examples=(
+        {"mixer": "retention"},
+        {"mixer": ("gated_delta", "conv"), "custom_layers": "mfamf", "depth": None, "mixer_dim_key": 4},
+    ),
+)
+
+PERIOD = Feature(
+    name="layer_period",
+    group="stack",
+    slot="structure",
+    choice="order of layers",
+    options=PeriodOptions,
+    enabled=lambda options: options.layer_period is not None,
+    summary="blocks of attention and of mixers in turn",
+    paper="2403.19887",
+    exempt={"export": "the reference has no mixers"},
+    examples=({"mixer": "linear", "layer_period": "ma"},),
 )
 
 SANDWICH_ORDER = Feature(
@@ -211,7 +254,7 @@ PARALLEL = Feature(
     ),
 )
 
-FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, SANDWICH_ORDER, PAR, PARALLEL)
+FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, MIXER, PERIOD, SANDWICH_ORDER, PAR, PARALLEL)
 
 STACK = Feature(
     name="stack",

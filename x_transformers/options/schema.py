@@ -57,7 +57,8 @@ class Feature:
 
     Attributes:
         name: name of the feature in `explain()`, tests and rules.
-        group: "stack" (`Decoder(...)`), "attn" (`attn_...`), "ff" (`ff_...`) or "model" (`TransformerWrapper(...)`).
+        group: "stack" (`Decoder(...)`), "attn" (`attn_...`), "ff" (`ff_...`), "mixer" (`mixer_...`) or "model"
+            (`TransformerWrapper(...)`).
         slot: the place where it acts ("norm", "score", "qk", ...).
         options: dataclass of its keywords.
         summary: short description for `help()` and the table of options.

@@ -64,6 +64,17 @@ def gated_entries(words: Words, details: Details = PLAIN) -> Entries:
     return entries | rotary_entries(words)
 
 
+def renamed(entries: Entries, usual: Mapping[str, str]) -> Entries:
+    """Return entries under the names of a family.
+
+    Args:
+        entries: under the usual names.
+        usual: names of the family, and the usual ones.
+    """
+    own = {name: theirs for theirs, name in usual.items()}
+    return {own.get(name, name): value for name, value in entries.items()}
+
+
 def rotary_entries(words: Words, *, partial: str = "", theta: str = "rope_theta") -> Entries:
     """Return the entries of rotary positions, under the names that all releases of transformers read.
 

@@ -1,0 +1,95 @@
+"""Speed of recurrences and of layers that have them: `python -m benchmarks.recurrences [--length 2048] [--rounds 5]`.
+
+Compares each chunked kernel with its definition, one step for each token, forward and with gradients, and training
+steps of one layer of every mixer with one of self-attention. All contestants run in turn, round after round; times are
+medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import side_by_side
+from x_transformers import Decoder
+from x_transformers.mixers.catalog import MIXERS
+from x_transformers.recurrences import naive
+from x_transformers.recurrences.delta import delta
+from x_transformers.recurrences.linear import linear
+
+DIM, HEADS = 256, 4
+
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (linear, naive.linear),
+    "delta": (delta, naive.delta),
+}
+
+
+def arguments(name: str, length: int, grad: bool) -> list[Tensor | None]:
+    """Return the arguments of an operation for one row, with a decay for each head."""
+    width = DIM // HEADS
+    q, k, v = (torch.randn(1, HEADS, length, width) for _ in range(3))
+    k = k / k.norm(dim=-1, keepdim=True)
+    beta, g = torch.rand(1, HEADS, length), -0.1 * torch.rand(1, HEADS, length)
+    given = [q, k, v, *((beta,) if name == "delta" else ()), g]
+    return [t.requires_grad_(grad) for t in given]
+
+
+def run(function: Callable[..., Any], given: list[Tensor | None], grad: bool) -> None:
+    """Run an operation, and its backward pass."""
+    with torch.set_grad_enabled(grad):
+        out, state = function(*given, None)
+        if grad:
+            torch.autograd.grad(out.sum() + state.sum(), [t for t in given if t is not None])
+
+
+def kernels(length: int, rounds: int) -> Iterator[str]:
+    """Yield a line for each operation."""
+    for name, (fast, slow) in KERNELS.items():
+        for grad in (False, True):
+            given = arguments(name, length, grad)
+            taken = side_by_side(
+                {"chunked": partial(run, fast, given, grad), "naive": partial(run, slow, given, grad)}, rounds, warmup=1
+            )
+            what = "forward and backward" if grad else "forward"
+            factor = taken["naive"] / taken["chunked"]
+            yield f"{name}, {what}: {1e3 * taken['chunked']:.1f} ms, {factor:.1f} times as fast as single steps"
+
+
+def layers(length: int, rounds: int) -> Iterator[str]:
+    """Yield a line for a training step of a layer of each mixer."""
+    common = {"dim": DIM, "depth": 1, "heads": HEADS, "attn_dim_head": DIM // HEADS, "only_attn": True}
+    x = torch.randn(1, length, DIM)
+    stacks = {name: Decoder(**common, mixer=name, verbose=False) for name in MIXERS}
+    taken = side_by_side(
+        {name: partial(step, stack, x) for name, stack in {"attention": Decoder(**common), **stacks}.items()},
+        rounds,
+        warmup=1,
+    )
+    for name, seconds in taken.items():
+        yield f"{name}: {length / seconds:,.0f} tokens a second, {taken['attention'] / seconds:.2f} of attention's"
+
+
+def step(stack: Decoder, x: Tensor) -> None:
+    """Run one training step without the optimizer."""
+    stack.zero_grad()
+    stack(x).square().mean().backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the row")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, {options.length:,} tokens, {DIM} dimensions, {HEADS} heads, float32")
+    for line in (*kernels(options.length, options.rounds), *layers(options.length, options.rounds)):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Numbers of public implementations of token mixers: operators through their functions, layers through `mixer`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from x_transformers import Decoder, Encoder
+from x_transformers.errors import ConfigError
+from x_transformers.mixers.catalog import MIXERS
+from x_transformers.mixers.linear_attention import HedgehogMap
+from x_transformers.recurrences import naive
+from x_transformers.recurrences.delta import delta
+from x_transformers.recurrences.linear import linear
+
+FOLDER = Path(__file__).with_name("golden") / "mixers"
+CLOSE, EXACT = 2e-5, 1e-10
+Case = dict[str, Tensor]
+
+NAMES = """
+    layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu layer-mamba-jamba
+    layer-mamba-left-padding layer-mamba layer-mlstm layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
+    layer-rglru layer-rwkv4-channel layer-rwkv4 layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
+    layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans op-aaren
+    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-long-convolution-2d
+    op-long-convolution op-lstm op-mlstm op-mossformer-causal op-rwkv4 op-rwkv6 op-scan op-selective-scan op-slstm
+    op-sparse-state
+"""
+LATER = set(NAMES.split())
+"""Cases of mixers and kernels that are not built yet."""
+
+LAYERS = sorted(path.stem for path in FOLDER.glob("layer-*.safetensors") if path.stem not in LATER)
+
+
+def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, dict[str, str]]:
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+        keys = file.keys()
+        tensors = {key: file.get_tensor(key) for key in keys}
+        metadata = file.metadata() or {}
+    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}, metadata
+
+
+def agree(mine: Tensor, theirs: Tensor, close: float = CLOSE) -> None:
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().max() <= close * (1 + theirs.abs().max())
+
+
+def test_every_case_is_tested_or_later() -> None:
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | set(LAYERS) | set(OPERATORS)
+
+
+def test_what_is_later_is_refused() -> None:
+    """A mixer whose cases are not tested has no name, so that nobody gets half of one."""
+    for name in sorted(LATER):
+        _, metadata = read(name)
+        mixer = json.loads(metadata.get("keywords", "{}")).get("mixer")
+        if mixer is not None:
+            assert mixer not in MIXERS
+            with pytest.raises(ConfigError, match=r"`mixer` is .*; it must be one of identity, pooling, conv, delta"):
+                Decoder(dim=16, depth=1, mixer=mixer)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str) -> None:
+    case, metadata = read(name)
+    keywords: dict[str, Any] = json.loads(metadata["keywords"])
+    causal = keywords.pop("causal", "mixer_grid" not in keywords)
+    x = case["input.x"]
+    stack = (Decoder if causal else Encoder)(dim=x.shape[-1], depth=1, only_attn=True, verbose=False, **keywords)
+    mixer = stack.layers[0].mixer
+    mixer.load_state_dict({key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")})
+    out = mixer(x, causal=causal)[0]
+    agree(out, case["output"])
+    if causal:
+        n = x.shape[1]
+        state, parts = None, []
+        for piece in (slice(0, 5), slice(5, 6), slice(6, n)):
+            y, state = mixer(x[:, piece], state=state)
+            parts.append(y)
+        agree(torch.cat(parts, dim=1), case["output"])
+
+
+# Operators: each returns the function and its arguments, as the spec of the case has them.
+
+Operator = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]], list[Tensor | None]]
+
+
+def of_decay(case: Case) -> Operator:
+    q = case["input.q"] * case["input.q"].shape[-1] ** -0.5
+    k, v, g, state = (case.get(f"input.{name}") for name in ("k", "v", "log_decay", "state"))
+    return linear, naive.linear, [q, k, v, g, state]
+
+
+def of_retention(case: Case) -> Operator:
+    function, twin, (q, k, v, _, state) = of_decay(case)
+    assert q is not None
+    heads, n = q.shape[1], q.shape[2]
+    g = torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=q.dtype))))
+    return function, twin, [q, k, v, g[:, None].expand(q.shape[0], heads, n), state]
+
+
+def of_state_space(case: Case) -> Operator:
+    heads = case["input.x"].shape[2]
+    step = F.softplus(case["input.step"] + case["input.step_bias"]).mT
+    b, c = (case[f"input.{name}"].transpose(1, 2).repeat_interleave(heads // 2, dim=1) for name in "bc")
+    x = case["input.x"].transpose(1, 2)
+    skip = case["input.skip"].view(-1, 1, 1)
+    arguments = [c, b, x * step.unsqueeze(-1), step * case["input.a"].view(-1, 1), case["input.state"].mT]
+
+    def read_as_source(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Any) -> tuple[Tensor, Tensor]:
+            out, state = run(*given)
+            return (out + skip * x).transpose(1, 2), state.mT
+
+        return whole
+
+    return read_as_source(linear), read_as_source(naive.linear), arguments  # type: ignore[return-value]
+
+
+def of_hedgehog(case: Case) -> Operator:
+    maps = {}
+    for name in "qk":
+        maps[name] = HedgehogMap(8, None).to(case["input.q"].dtype)
+        maps[name].load_state_dict({part: case[f"state.map_{name}.{part}"] for part in ("weight", "bias")})
+        agree(maps[name](case[f"input.{name}"]), case[f"output.{name}"])
+
+    def divided(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Any) -> tuple[Tensor, Tensor]:
+            out, state = run(*given)
+            return out[..., :-1] / (out[..., -1:] + 1e-10), state
+
+        return whole
+
+    q, k = (maps[name](case[f"input.{name}"]) for name in "qk")
+    v = F.pad(case["input.v"], (0, 1), value=1.0)
+    return divided(linear), divided(naive.linear), [q, k, v, None, None]
+
+
+def of_delta(case: Case) -> Operator:
+    q = case["input.q"] * case["input.q"].shape[-1] ** -0.5
+    k, v, beta, g, state = (case.get(f"input.{name}") for name in ("k", "v", "beta", "log_decay", "state"))
+    return delta, naive.delta, [q, k, v, beta, g, state]
+
+
+def of_products(case: Case) -> Operator:
+    """Two writes a token: decay at the first, read at the second."""
+    zeros = torch.zeros_like
+    q, g = case["input.q"], case["input.log_decay"]
+    q = torch.stack((zeros(q), q), dim=3).flatten(2, 3)
+    g = torch.stack((g, zeros(g)), dim=3).flatten(2, 3)
+
+    def at_last(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Any) -> tuple[Tensor, Tensor]:
+            out, state = run(*given)
+            return out[:, :, 1::2], state
+
+        return whole
+
+    arguments = [q, case["input.k"], case["input.v"], case["input.beta"], g, None]
+    return at_last(delta), at_last(naive.delta), arguments  # type: ignore[return-value]
+
+
+OPERATORS: dict[str, Callable[[Case], Operator]] = {
+    "op-scalar-decay": of_decay,
+    "op-vector-decay": of_decay,
+    "op-retention": of_retention,
+    "op-ssd": of_state_space,
+    "op-hedgehog": of_hedgehog,
+    "op-delta": of_delta,
+    "op-gated-delta": of_delta,
+    "op-vector-delta": of_delta,
+    "op-delta-product": of_products,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@torch.no_grad()
+def test_operators(name: str) -> None:
+    case, _ = read(name)
+    function, _, arguments = OPERATORS[name](case)
+    out, state = function(*arguments)
+    agree(out, case["output"])
+    if "output.state" in case:
+        agree(state, case["output.state"])
+    case, _ = read(name, torch.float64)
+    function, twin, arguments = OPERATORS[name](case)
+    for mine, theirs in zip(function(*arguments), twin(*arguments), strict=True):
+        agree(mine, theirs, EXACT)

@@ -1,0 +1,137 @@
+"""Kernels of recurrences: the chunked forms equal their definitions, outputs, states and gradients of all orders."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from x_transformers.recurrences import naive
+from x_transformers.recurrences.base import Kernel, Operation, Situation
+from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_uncompiled, carry_uncompiled
+from x_transformers.recurrences.delta import DELTA, delta
+from x_transformers.recurrences.linear import LINEAR, linear
+
+B, H, DK, DV, CHUNK = 2, 2, 4, 3, 16
+LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+DECAYS = (None, 0.01, 1.0, 30.0)
+"""Decays `e^-x` of a token; None for none."""
+
+
+def inputs(n: int, decay: float | None, from_state: bool) -> dict[str, Tensor | None]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    k = draw(B, H, n, DK)
+    return {
+        "q": draw(B, H, n, DK),
+        "k": k / k.norm(dim=-1, keepdim=True),
+        "v": draw(B, H, n, DV),
+        "beta": 2 * draw(B, H, n).sigmoid(),
+        "g": None if decay is None else -decay * 2 * torch.rand(B, H, n, dtype=torch.float64),
+        "state": draw(B, H, DK, DV) if from_state else None,
+    }
+
+
+OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = {
+    "linear": (linear, naive.linear, ("q", "k", "v", "g", "state")),
+    "delta": (delta, naive.delta, ("q", "k", "v", "beta", "g", "state")),
+}
+CASES = list(product(OPERATIONS, LENGTHS, DECAYS, (False, True)))
+
+
+def results(function: Callable[..., Any], given: list[Tensor | None], **options: Any) -> Iterator[Tensor]:
+    own = [None if t is None else t.clone().requires_grad_() for t in given]
+    out, state = function(*own, **options)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    ((out * weight).sum() + state.square().sum()).backward()
+    yield from (out.detach(), state.detach())
+    yield from (t.grad for t in own if t is not None and t.grad is not None)
+
+
+@pytest.mark.parametrize(("name", "n", "decay", "from_state"), CASES)
+def test_chunks_equal_single_steps(name: str, n: int, decay: float | None, from_state: bool) -> None:
+    function, definition, names = OPERATIONS[name]
+    given = inputs(n, decay, from_state)
+    mine = list(results(function, [given[each] for each in names], chunk=CHUNK))
+    theirs = list(results(definition, [given[each] for each in names]))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_row_may_be_cut_anywhere(name: str) -> None:
+    function, _, names = OPERATIONS[name]
+    given = inputs(37, 0.5, True)
+    whole, last = function(*(given[each] for each in names), chunk=CHUNK)
+    for cut in (1, 15, 16, 36):
+        state, parts = given["state"], []
+        for piece in (slice(0, cut), slice(cut, None)):
+            own = [state if each == "state" else given[each][:, :, piece] for each in names]  # type: ignore[index]
+            out, state = function(*own, chunk=CHUNK)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_are_operations_with_derivatives(reverse: bool) -> None:
+    """Also second derivatives, and what `torch.compile` and `torch.export` require of an operation."""
+    decay = torch.rand(2, 3, 4, 1, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    for function, operation, a in (
+        (carry, carry_uncompiled, decay),
+        (carry_matrix, carry_matrix_uncompiled, matrix),
+    ):
+        assert torch.autograd.gradcheck(lambda *t, own=function: own(*t, reverse), (a, x, start))
+        assert torch.autograd.gradgradcheck(lambda *t, own=function: own(*t, reverse), (a, x, start))
+        torch.library.opcheck(operation, (a, x, start, reverse))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_function_transforms(name: str) -> None:
+    """Forward mode and `vmap` see plain operations."""
+    function, _, names = OPERATIONS[name]
+    given = [inputs(20, 0.5, True)[each] for each in names]
+    _, tangent = torch.func.jvp(lambda q: function(q, *given[1:], chunk=CHUNK)[0], (given[0],), (given[0],))
+    torch.testing.assert_close(tangent, function(*given, chunk=CHUNK)[0])
+    many = torch.stack([given[2], 2 * given[2]])  # type: ignore[list-item]
+    both = torch.func.vmap(lambda v: function(*given[:2], v, *given[3:-1], None, chunk=CHUNK)[0])(many)
+    torch.testing.assert_close(both[1], 2 * both[0])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_half_precision_is_computed_in_float32(name: str) -> None:
+    function, _, names = OPERATIONS[name]
+    given = [None if (t := inputs(70, 0.01, False)[each]) is None else t.float() for each in names]
+    half = [None if t is None or each == "state" else t.bfloat16() for t, each in zip(given, names, strict=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, state = function(*half)
+    assert out.dtype is state.dtype is torch.float32
+    wide, _ = function(*(None if t is None else t.float() for t in half))
+    torch.testing.assert_close(out, wide)
+
+
+def test_a_kernel_is_chosen_and_named() -> None:
+    """One that is registered comes first, where it does not refuse; the reasons of the others are kept."""
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, x
+
+    operation = Operation("double", lambda x: (x + x, x))
+    own = Kernel("twice", twice, lambda situation: None if situation.device == "cuda" else "it needs a GPU")
+    remove = operation.register(own)
+    assert operation.choose(Situation("cuda", torch.float32, 8))[0] is own
+    chosen, why = operation.choose(Situation("cpu", torch.float32, 8))
+    assert (chosen.name, why) == ("naive", "it needs a GPU")
+    remove()
+    assert operation.choose(Situation("cuda", torch.float32, 8))[0].name == "naive"
+    for each in (LINEAR, DELTA):
+        assert each.choose(Situation("cpu", torch.float32, 1))[0].name == "naive"
+        assert each.choose(Situation("cpu", torch.float32, 0))[0].name == "chunked"

@@ -1,0 +1,204 @@
+"""Catalog of token mixers, and their keywords.
+
+A new paper is one new file and one line here. The arguments of a mixer's constructor are the keywords that it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from x_transformers.errors import ConfigError, Faults
+from x_transformers.mixers import convolution, delta_rule, identity, linear_attention, mamba2, pooling, retention
+from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions:
+    heads: int | None = opt(None, "heads of mixers; default `heads`")
+    dim_key: int | None = opt(None, "width of a head's queries and keys")
+    dim_value: int | None = opt(None, "width of a head's values")
+    dim: int | None = opt(None, "inner width of mixers, if it is not that of the model")
+    expand: float | None = opt(None, "inner width over that of the model")
+    state: int | None = opt(None, "states of each inner channel")
+    conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
+    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    gate: bool | None = opt(None, "gate the output")
+    window: int | None = opt(None, "tokens of the window of a pooling")
+    norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
+    bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
+    grid: tuple[int, int] | None = opt(None, "height and width of the images that tokens are of")
+    dropout: float = opt(0.0, "dropout on the output")
+    zero_init_output: bool = opt(False, "initialize the output map to zero")
+    output_proj_depth: int | None = opt(None, "initialize the output map with std (2 * fan_in * depth) ** -0.5")
+
+    def __post_init__(self) -> None:
+        at_least(1, dim=self.dim, output_proj_depth=self.output_proj_depth)
+        require(0 <= self.dropout < 1, f"`dropout` is {self.dropout}; it must lie in [0, 1).")
+
+
+SHARED = Feature(
+    name="mixer_parts",
+    group="mixer",
+    slot="mixer parts",
+    options=SharedOptions,
+    summary="widths, convolutions, gates and directions of mixers",
+    exempt={"export": "the reference has no mixers"},
+    examples=(
+        {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dropout": 0.1, "mixer_zero_init_output": True},
+        {"mixer": "gated_delta", "mixer_conv": 2, "mixer_gate": False, "mixer_output_proj_depth": 2},
+    ),
+)
+
+PAPERS = (
+    identity.FEATURE,
+    pooling.FEATURE,
+    convolution.FEATURE,
+    *delta_rule.FEATURES,
+    mamba2.FEATURE,
+    retention.FEATURE,
+    *linear_attention.FEATURES,
+)
+"""The mixers, by whose names `mixer` chooses; `build` is the class."""
+
+MIXERS: dict[str, Feature] = {feature.name: feature for feature in PAPERS}
+
+OF_ALL = {"bidirectional", "dropout"}
+"""Keywords that every mixer has, whatever its constructor takes."""
+
+OF_OUTPUT_MAPS = {"zero_init_output", "output_proj_depth"}
+"""Keywords of mixers whose last part is a linear map."""
+
+
+def class_of(name: str) -> type[Mixer]:
+    """Return the class of a mixer.
+
+    Raises:
+        ConfigError: if there is none of this name.
+    """
+    if name not in MIXERS:
+        raise ConfigError(f"`mixer` is {name!r}; it must be one of {', '.join(MIXERS)}.")
+    found: Any = MIXERS[name].build
+    return found
+
+
+def keywords_of(name: str) -> set[str]:
+    """Return the keywords that a mixer reads, without prefix."""
+    mixer = class_of(name)
+    arguments = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)}
+    return arguments | OF_ALL | (OF_OUTPUT_MAPS if mixer.has_output_map else set())
+
+
+class MixerSchema(Schema):
+    """Keywords of all mixers. In a layer, those of one mixer are on: the one that `mixer` names."""
+
+    def parse(
+        self, given: Mapping[str, Any], faults: Faults, prefix: str | None = None, *, others: Iterable[str] = ()
+    ) -> Options:
+        own = dict(given)
+        name = own.pop("mixer", None)
+        parsed = super().parse(own, faults, prefix, others=others)
+        on = [SHARED.name, name] if name in MIXERS else [SHARED.name]
+        return MixerOptions(self, parsed.values, tuple(on))
+
+    def without_effect(self, options: Options, given: Iterable[str], prefix: str | None = None) -> list[str]:
+        prefix = self.prefix if prefix is None else prefix
+        assert isinstance(options, MixerOptions)
+        read = keywords_of(options.mixers[-1])
+        return [
+            f"`{prefix}{keyword}` has no effect: no mixer of this stack reads it."
+            for keyword in given
+            if keyword in self.owner
+            and keyword not in read
+            and getattr(options[self.owner[keyword].name], keyword) != default_of(self.fields[keyword])
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class MixerOptions(Options):
+    """Options of one mixer layer.
+
+    Attributes:
+        mixers: names of the features that are on; the last one is the mixer.
+    """
+
+    mixers: tuple[str, ...] = ()
+
+    @property
+    def _enabled(self) -> dict[str, Feature]:
+        return {name: self.schema.features[name] for name in self.mixers}
+
+
+SCHEMA = MixerSchema((SHARED, *PAPERS))
+
+
+def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool) -> Mixer:
+    """Build a mixer.
+
+    Args:
+        dim: width of the model.
+        name: of the mixer.
+        keywords: those that were given, without prefix; None is the mixer's own default.
+        heads: default number of heads.
+        causal: no token may see later ones.
+
+    Raises:
+        ConfigError: if a value is out of range, or the mixer has no form for this causality.
+    """
+    mixer: Any = class_of(name)
+    given = {"inner_dim" if key == "dim" else key: value for key, value in keywords.items() if value is not None}
+    arguments = arguments_of(mixer)
+    if "heads" in arguments:
+        given.setdefault("heads", heads)
+    both = bool(given.get("bidirectional"))
+    check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
+    own = {key: value for key, value in given.items() if key in arguments}
+    built = mixer(dim, **own)
+    if both:
+        built.backward = mixer(dim, **own)
+    for each in (built, built.backward):
+        if each is not None:
+            begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))
+    built.dropout = given.get("dropout", 0.0)
+    return built
+
+
+def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool) -> None:
+    """Raise a `ConfigError` if a mixer cannot read in the direction of its stack."""
+    name = mixer.name
+    require(not (causal and both), "`bidirectional` would let a token see the future; drop it, or use an Encoder.")
+    require(
+        not (causal and grid),
+        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
+        "Encoder.",
+    )
+    require(
+        mixer.has_causal_form or not causal,
+        f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
+        "or take conv.",
+    )
+    require(
+        causal or both or mixer.has_whole_form,
+        f'`mixer = "{name}"` reads from left to right; set `bidirectional = True`, which adds a second one from right '
+        "to left, or take linear, conv or pooling.",
+    )
+    require(
+        not both or not mixer.has_whole_form,
+        f'`mixer = "{name}"` looks both ways by itself; drop `bidirectional`.',
+    )
+
+
+def begin_output(mixer: Mixer, zero: bool, depth: int | None) -> None:
+    """Initialize the output map of a mixer, if it has one and one of the two is given."""
+    last = getattr(mixer, "to_out", None)
+    if not isinstance(last, nn.Linear):
+        return
+    if zero:
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+    elif depth is not None:
+        nn.init.normal_(last.weight, std=(2 * last.in_features * depth) ** -0.5)

@@ -1,0 +1,42 @@
+"""Kernels and floating-point operations of recurrences, for `explain()`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from x_transformers.recurrences.base import Situation
+from x_transformers.recurrences.delta import DELTA
+from x_transformers.recurrences.linear import LINEAR
+
+
+def linear_cost(situation: Any, tokens: int, heads: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
+    """Return the kernel of a linear recurrence, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        heads: number of heads.
+        d, e: widths of keys and values.
+        chunk: tokens that are computed at once.
+    """
+    chosen, why = LINEAR.choose(Situation(situation.device, situation.dtype, tokens))
+    # the state is written and read; a chunk has all its pairs besides
+    pairs = min(chunk, tokens) * (d + e) if chosen.name == "chunked" else 0
+    return chosen.name, why, 2 * heads * (2 * d * e + pairs)
+
+
+def delta_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
+    """Return the kernel of a delta rule, the reason, and the FLOPs of one write of one head.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        d, e: widths of keys and values.
+        chunk: tokens that are computed at once.
+    """
+    chosen, why = DELTA.choose(Situation(situation.device, situation.dtype, tokens))
+    if chosen.name != "chunked":
+        return chosen.name, why, 2 * 3 * d * e
+    c = min(chunk, tokens)
+    # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
+    return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)

@@ -1,0 +1,129 @@
+"""Parts that several mixers have: a short convolution, norms, and first values of decays."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from x_transformers.mixers.base import Row, state_dtype
+from x_transformers.ops import at_least_float32
+
+
+class ShortConvolution(nn.Module):
+    """Causal convolution over a few tokens, for each channel by itself: `y_t = sum_j w_j x_{t - K + 1 + j}`.
+
+    Tokens before the first one of a row are zero; dead tokens are not there.
+
+    Args:
+        channels: number of channels c.
+        taps: number of tokens K.
+        bias: add a bias.
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool = False) -> None:
+        super().__init__()
+        self.taps = taps
+        bound = taps**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """Shape of the state: the last K - 1 inputs."""
+        return self.taps - 1, self.weight.shape[0]
+
+    def forward(self, x: Tensor, row: Row, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolve `(b, n, c)`.
+
+        Args:
+            x: the inputs, live ones first.
+            row: which are live.
+            before: `(b, K - 1, c)` inputs of the last live tokens before them, or None.
+
+        Returns:
+            `(b, n, c)`, and the inputs of the last K - 1 live tokens so far.
+        """
+        n, past = x.shape[1], self.taps - 1
+        whole = F.pad(x, (0, 0, past, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
+        # a few products are faster than a general convolution, and are the same for one token and for many
+        out = whole[:, :n] * self.weight[:, 0]
+        for tap in range(1, self.taps):
+            out = torch.addcmul(out, whole[:, tap : tap + n], self.weight[:, tap].to(out.dtype))
+        if self.bias is not None:
+            out = out + self.bias
+        return out, last_live(whole, row, n, past)
+
+    def whole(self, x: Tensor, row: Row) -> Tensor:
+        """Convolve `(b, n, c)` with the taps around each token, of which it is the middle one."""
+        taps, x = self.taps, row.silence(x)
+        padded = F.pad(x, (0, 0, taps // 2, taps - 1 - taps // 2))
+        out = sum(padded[:, tap : tap + x.shape[1]] * self.weight[:, tap] for tap in range(taps))
+        assert isinstance(out, Tensor)
+        return out if self.bias is None else out + self.bias
+
+
+def last_live(whole: Tensor, row: Row, n: int, past: int) -> Tensor:
+    """Return the inputs of the last `past` live tokens as a state.
+
+    Args:
+        whole: `(b, past + n, c)`, those before the pass and those of the pass.
+        row: which of the n are live.
+        n: number of tokens of the pass.
+        past: number of tokens before it.
+    """
+    if row.live is None:
+        last = whole[:, n:]
+    else:
+        place = row.live.sum(dim=-1, keepdim=True) + torch.arange(past, device=whole.device)
+        last = whole.gather(1, place.unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
+    # one that shares the memory of all inputs would keep them, and have other strides after a longer pass
+    return last.to(state_dtype(whole)).contiguous()
+
+
+class MixerNorm(nn.Module):
+    """RMSNorm over the last axis, in equal parts: `x / sqrt(mean(x^2) + eps) * (1 + gamma)`.
+
+    Args:
+        dim: number of features, of all parts.
+        eps: added to the mean square.
+        parts: the features are normalized in this number of equal parts.
+    """
+
+    def __init__(self, dim: int, eps: float, parts: int = 1) -> None:
+        super().__init__()
+        self.eps, self.parts = eps, parts
+        self.gamma = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(..., dim)`, at least in float32."""
+        return rms(x, self.eps, self.parts) * (1 + self.gamma)
+
+
+def rms(x: Tensor, eps: float, parts: int = 1) -> Tensor:
+    """Divide the last axis, or equal parts of it, by its root mean square, at least in float32."""
+    x = at_least_float32(x)
+    cut = x if parts == 1 else x.unflatten(-1, (parts, -1))
+    unit = cut * (cut.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return unit if parts == 1 else unit.flatten(-2)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return vectors of unit length, `x / sqrt(|x|^2 + 1e-6)`, at least in float32."""
+    x = at_least_float32(x)
+    # the constant inside of the root: a token that is dead has a zero vector, whose gradient must be finite
+    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def log_decay(step: Tensor, bias: Tensor, decay_log: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `-exp(decay_log) * softplus(step + bias)`, which is never above 0, and the softplus."""
+    step = F.softplus(at_least_float32(step) + at_least_float32(bias))
+    return -at_least_float32(decay_log).exp() * step, step
+
+
+def first_step_bias(count: int, least: float = 0.001, most: float = 0.1) -> Tensor:
+    """Return biases whose softplus is log-uniform between two steps, which is where time steps begin."""
+    step = torch.empty(count).uniform_(math.log(least), math.log(most)).exp().clamp(min=1e-4)
+    return step + torch.log(-torch.expm1(-step))

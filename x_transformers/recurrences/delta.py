@@ -1,0 +1,88 @@
+"""Delta rule: a write to the state replaces what it holds for the key, instead of adding to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.recurrences import naive
+from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
+from x_transformers.recurrences.carry import carry_matrix
+from x_transformers.recurrences.chunks import Chunks, Decays
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> Result:
+    """Compute the (gated) delta rule.
+
+    `S_t = (I - beta_t k_t k_t^T) diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T`, and `o_t = S_t^T q_t`. Keys of unit length
+    and `0 <= beta <= 2` keep it stable. A token with `beta = 0` and `g = 0` changes nothing.
+
+    Args:
+        q: queries `(b, h, n, dk)`.
+        k: keys `(b, h, n, dk)`.
+        v: values `(b, h, n, dv)`.
+        beta: `(b, h, n)` how much of the old value is replaced.
+        g: logarithms of the decays, at most 0: `(b, h, n)`, or `(b, h, n, dk)` for each key feature; None for none.
+        state: `(b, h, dk, dv)` before the first token; None for zeros.
+        chunk: number of tokens that are computed at once; changes the result by rounding only.
+
+    Returns:
+        `(b, h, n, dv)` and the state after the last token, at least in float32.
+    """
+    situation = Situation(q.device.type, q.dtype, tokens_of(q), g is not None and g.ndim == 4)
+    return DELTA.run(situation, q, k, v, beta, g, state, chunk=chunk)
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    *,
+    chunk: int = CHUNK,
+) -> Result:
+    """Compute what the tokens of a chunk write, `N = U - W S`, by one triangular solve, and carry S between chunks.
+
+    With `M = tril_{-1}(beta (K K^T) * P)`: `[U, W] = (I + M)^{-1} [beta V, beta e^G K]`. Then `o = (Q e^G) S + (Q K^T *
+    P) N`, and `S' = e^{G_C} S + (K e^{G_C - G})^T N`, which is affine in S.
+    """
+    chunks, width = Chunks.of(v, chunk), v.shape[-1]
+    state = naive.first_state(k, v) if state is None else state
+    q, k, v, beta = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(beta).unsqueeze(-1)
+    scores, overlaps, read, write = q @ k.mT, (k * beta) @ k.mT, k * beta, k
+    if g is None:
+        scores = scores.tril()
+        kept: Tensor | float = 1.0
+    else:
+        decays = Decays.of(chunks.split(g))
+        scores, overlaps = scores * decays.pairs, overlaps * decays.pairs
+        q, read, write, kept = q * decays.since_start, read * decays.since_start, k * decays.to_end, decays.whole
+    solved = torch.linalg.solve_triangular(
+        overlaps.tril(-1), torch.cat((v * beta, read), dim=-1), upper=False, unitriangular=True
+    )
+    added, removed = solved[..., :width], solved[..., width:]
+    identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    through = chunks.by_row(kept * identity - write.mT @ removed)
+    before, last = carry_matrix(through, chunks.by_row(write.mT @ added), state.flatten(0, 1))
+    before = before.flatten(0, 1)
+    return chunks.join(q @ before + scores @ (added - removed @ before)), last.view(state.shape)
+
+
+def _refuses(situation: Situation) -> str | None:
+    if situation.tokens == 1:
+        return "one token is one step"
+    return "a decay for each key feature needs single steps" if situation.vector_decay else None
+
+
+DELTA = Operation("delta rule", naive.delta, Kernel("chunked", _chunked, _refuses))

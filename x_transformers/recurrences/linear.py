@@ -1,0 +1,67 @@
+"""Gated linear recurrence: `S_t = e^{g_t} S_{t-1} + k_t v_t^T`, read by `o_t = S_t^T q_t`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from x_transformers.recurrences import naive
+from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
+from x_transformers.recurrences.carry import carry
+from x_transformers.recurrences.chunks import Chunks, Decays
+
+
+def linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> Result:
+    """Compute a gated linear recurrence.
+
+    `S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T`, and `o_t = S_t^T q_t`. A token with `k = 0` and `g = 0` changes nothing.
+
+    Args:
+        q: queries `(b, h, n, dk)`.
+        k: keys `(b, h, n, dk)`.
+        v: values `(b, h, n, dv)`.
+        g: logarithms of the decays, at most 0: `(b, h, n)`, or `(b, h, n, dk)` for each key feature; None for none.
+        state: `(b, h, dk, dv)` before the first token; None for zeros.
+        chunk: number of tokens that are computed at once; changes the result by rounding only.
+
+    Returns:
+        `(b, h, n, dv)` and the state after the last token, at least in float32.
+    """
+    situation = Situation(q.device.type, q.dtype, tokens_of(q), g is not None and g.ndim == 4)
+    return LINEAR.run(situation, q, k, v, g, state, chunk=chunk)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, *, chunk: int = CHUNK) -> Result:
+    """Compute `o = ((Q K^T) * P) V + (Q * e^G) S` in every chunk, and carry S from chunk to chunk.
+
+    `G` are the sums of g within the chunk, and `P_ij = e^{G_i - G_j}` for j up to i.
+    """
+    chunks = Chunks.of(v, chunk)
+    state = naive.first_state(k, v) if state is None else state
+    q, k, v = (chunks.split(t) for t in (q, k, v))
+    scores = q @ k.mT
+    if g is None:
+        within, added = scores.tril() @ v, k.mT @ v
+        kept = added.new_ones(added.shape[0], 1, 1)
+    else:
+        decays = Decays.of(chunks.split(g))
+        within, added, kept = (scores * decays.pairs) @ v, (k * decays.to_end).mT @ v, decays.whole
+        q = q * decays.since_start
+    before, last = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))
+    return chunks.join(within + q @ before.flatten(0, 1)), last.view(state.shape)
+
+
+def _refuses(situation: Situation) -> str | None:
+    if situation.tokens == 1:
+        return "one token is one step"
+    return "a decay for each key feature needs single steps" if situation.vector_decay else None
+
+
+LINEAR = Operation("linear recurrence", naive.linear, Kernel("chunked", _chunked, _refuses))

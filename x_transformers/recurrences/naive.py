@@ -1,0 +1,63 @@
+"""The recurrences by their definitions, one step for each token: what other kernels are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from x_transformers.recurrences.base import Result
+
+
+def linear(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, *, chunk: int | None = None
+) -> Result:
+    """Compute `S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T` and `o_t = S_t^T q_t`; see `recurrences.linear`."""
+    state = first_state(k, v) if state is None else state
+    out = []
+    for t in range(q.shape[2]):
+        if g is not None:
+            state = decay_at(g, t) * state
+        state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None, :] @ state).squeeze(2))
+    return stacked(out, v), state
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    *,
+    chunk: int | None = None,
+) -> Result:
+    """Compute `S_t = (I - beta_t k_t k_t^T) diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T`, and `o_t = S_t^T q_t`; see
+    `recurrences.delta`.
+    """
+    state = first_state(k, v) if state is None else state
+    out = []
+    for t in range(q.shape[2]):
+        if g is not None:
+            state = decay_at(g, t) * state
+        key = k[:, :, t, None, :]
+        change = beta[:, :, t, None, None] * (v[:, :, t, None, :] - key @ state)
+        state = state + key.mT * change
+        out.append((q[:, :, t, None, :] @ state).squeeze(2))
+    return stacked(out, v), state
+
+
+def first_state(k: Tensor, v: Tensor) -> Tensor:
+    """Return the state before the first token, zeros `(b, h, dk, dv)`."""
+    return v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+
+
+def decay_at(g: Tensor, t: int) -> Tensor:
+    """Return the factors of a state at one token, `(b, h, 1|dk, 1)`."""
+    own = g[:, :, t, None, None] if g.ndim == 3 else g[:, :, t, :, None]
+    return own.exp()
+
+
+def stacked(out: list[Tensor], v: Tensor) -> Tensor:
+    """Return the outputs of all tokens, `(b, h, n, dv)`."""
+    return torch.stack(out, dim=2) if out else torch.empty_like(v)
