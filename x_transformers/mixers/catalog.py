@@ -149,7 +149,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
     """
-    mixer = class_of(name)
+    mixer: Any = class_of(name)
     given = {"inner_dim" if key == "dim" else key: value for key, value in keywords.items() if value is not None}
     arguments = arguments_of(mixer)
     if "heads" in arguments:
