@@ -90,7 +90,7 @@ def ours(preset: str, seconds: float, seed: int, folder: Path) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=["bytes"])
+    parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=["tiny"])
     parser.add_argument("--seconds", type=float, nargs="+", default=[45, 90], help="durations of each preset")
     parser.add_argument("--baseline-seconds", type=float, default=180, help="duration of nanoGPT's recipe; 0 for none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -1,4 +1,4 @@
-"""Train a small decoder on the bytes of real text.
+"""Train a small decoder on real text for 90 seconds.
 
 By default the text is the source of Python's standard library; `--data` takes any file or folder. The run writes
 `metrics.jsonl`, `curve.png` and checkpoints to `--out`, and `--resume` continues it from the last checkpoint. Under
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from x_transformers.training.train import train
 
-DEFAULTS = {"preset": "bytes", "out": Path("runs/train_text")}
+DEFAULTS = {"preset": "tiny", "out": Path("runs/train_text")}
 
 
 def main() -> None:

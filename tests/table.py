@@ -156,6 +156,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi_num_heads": {"alibi_pos_bias": ON, "alibi_num_heads": 2},
     "rel_pos_kwargs": {"alibi_pos_bias": ON, "rel_pos_kwargs": {"slopes": [0.5, 0.25, 0.125, 0.1]}},
     "rel_pos_bias": {"rel_pos_bias": ON, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},
+    "rel_pos_scale": {"rel_pos_bias": ON, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8, "rel_pos_scale": 1.0},
     "dynamic_pos_bias": {"dynamic_pos_bias": ON},
     "dynamic_pos_bias_norm": {
         "dynamic_pos_bias": ON,
@@ -360,12 +361,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "which heads rotate": ("rotate_num_heads", "attn_latent_rope_subheads"),
     "relative position bias": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
-        "rel_pos_bias",
+        "rel_pos_bias rel_pos_scale",
         "dynamic_pos_bias dynamic_pos_bias_norm",
     ),
     "bias by distance": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
-        "rel_pos_bias",
+        "rel_pos_bias rel_pos_scale",
         "attn_data_dependent_alibi attn_data_dependent_alibi_per_row",
     ),
     "slopes": ("alibi_num_heads", "rel_pos_kwargs"),
@@ -424,7 +425,7 @@ ELSEWHERE = {
     "use_cls_token": "outputs for the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "num_cls_tokens": "of `use_cls_token`",
     "attn_pool": "an output of an encoder, and in the record of a decoder; `tests/test_outputs.py`",
-    "first_token_pool": "an output of an encoder; `tests/test_outputs.py`",
+    "first_token_pool": "an output of an encoder; `tests/test_pretrained_keywords.py`",
     "num_pooled_tokens": "of `attn_pool`",
     "attn_pool_depth": "of `attn_pool`",
     "dim_pooled_tokens": "of `attn_pool`",
@@ -507,7 +508,7 @@ REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
-        "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias "
+        "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
         f"dynamic_pos_bias dynamic_pos_bias_norm mixer {' '.join(HYBRIDS)}"
     ),
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",

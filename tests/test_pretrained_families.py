@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from test_pretrained_encoders import CASES as ENCODERS
+from test_pretrained_images import CASES as IMAGES
+from test_pretrained_pairs import CASES as PAIRS
 
 from x_transformers import AutoregressiveWrapper, load_pretrained
 from x_transformers.pretrained.catalog import FAMILIES
@@ -180,7 +182,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_every_family_is_tested() -> None:
-    cases = [*CASES.values(), *ENCODERS.values()]
+    cases = [*CASES.values(), *ENCODERS.values(), *PAIRS.values(), *IMAGES.values()]
     tested = {getattr(transformers, f"{family}Config").model_type for family, _ in cases}
     assert tested == FAMILIES.keys()
 

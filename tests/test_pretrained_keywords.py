@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from catalog import close, perturbed
 from torch import nn
 
-from x_transformers import Attention, Decoder, TransformerWrapper
-from x_transformers.errors import ConfigError
+from x_transformers import Attention, Decoder, Encoder, TransformerWrapper, ViTransformerWrapper
+from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError
 from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.models.chunked_loss import linear_head
 from x_transformers.models.embeddings import TokenEmbedding
+from x_transformers.pretrained.layouts import ROW, STACKED, by_group, pixels
 
 STACK: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8, "verbose": False}
 MODEL: dict[str, Any] = {"num_tokens": 11, "max_seq_len": 0}
@@ -67,6 +69,27 @@ def test_parallel_blocks(macaron: bool) -> None:
         outputs = [branch.output_scale * branch.fn(branch.norm(wanted)) for branch in block]
         wanted = wanted + sum(outputs)
     close(layers(x), layers.final_norm(wanted))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keywords", [{}, {"use_rmsnorm": True}, {"macaron": True}])
+def test_one_norm_of_parallel_blocks(keywords: dict[str, Any]) -> None:
+    """`x + f_1(norm(x)) + f_2(norm(x))`: the first sublayer of a block has the only norm before them."""
+    given = {**STACK, "depth": 2, "parallel_block": True, **keywords}
+    one, two = perturbed(Decoder(**given, parallel_block_one_norm=True), 0.3), Decoder(**given)
+    size = len(one.layers) // 2
+    state = one.state_dict()
+    first = {f"layers.{index}.": f"layers.{index - index % size}." for index in range(2 * size)}
+    missing = [name for name in two.state_dict() if name not in state]
+    assert missing == [f"layers.{index}.norm.gamma" for index in range(2 * size) if index % size]
+    for name in missing:
+        own = next(path for path in first if name.startswith(path))
+        state[name] = state[name.replace(own, first[own])]
+    two.load_state_dict(state)
+    x = torch.randn(2, 5, 16)
+    close(one(x), two(x))
+    one.layers[0].norm = nn.Identity()
+    assert not torch.allclose(one(x), two(x))
 
 
 @torch.no_grad()
@@ -137,6 +160,150 @@ def test_scales_of_embeddings_and_logits(tied: bool) -> None:
     close(model.logits_of(features), model(ids))
 
 
+def model_of(stack: Any = Decoder, **keywords: Any) -> Any:
+    given = {**MODEL, "max_seq_len": 8, **keywords}
+    return perturbed(TransformerWrapper(**given, attn_layers=stack(**STACK)), 0.3)
+
+
+@torch.no_grad()
+def test_norm_of_embeddings_with_bias_and_epsilon() -> None:
+    norm, x = (
+        model_of(post_emb_norm=True, post_emb_norm_bias=True, post_emb_norm_eps=0.1).post_emb_norm,
+        torch.randn(3, 16),
+    )
+    close(norm(x), F.layer_norm(x, (16,), norm.gamma, norm.bias, 0.1))
+
+
+@torch.no_grad()
+def test_positions_begin_at_a_row_of_the_table() -> None:
+    positions, x = model_of(abs_pos_emb_offset=2, abs_pos_emb_scale=1.0).pos_emb, torch.zeros(2, 8, 16)
+    table = positions.emb.weight
+    assert table.shape == (10, 16)
+    close(positions(x), table[2:])
+    close(positions(x[:, :3], offset=4), table[6:9])
+    close(positions(x[:, :3], seq_start_pos=torch.tensor([0, 2])), table[torch.tensor([[2, 3, 4], [2, 2, 2]])])
+    with pytest.raises(ShapeError, match="9 tokens were given"):
+        positions(torch.zeros(2, 9, 16))
+
+
+@torch.no_grad()
+def test_bias_of_logits() -> None:
+    ids = torch.randint(0, 11, (2, 5))
+    for keywords in ({}, {"tie_embedding": True}):
+        model = model_of(logits_bias=True, **keywords)
+        table = model.token_emb.emb.weight / 4 if keywords else model.to_logits.weight
+        close(model(ids), model(ids, return_embeddings=True) @ table.T + model.to_logits.bias)
+    model = model_of(logits_bias=True, num_output_heads=2)
+    for head, logits in zip(model.to_logits, model(ids), strict=True):
+        close(logits, model(ids, return_embeddings=True) @ head.weight.T + head.bias)
+
+
+@torch.no_grad()
+def test_map_before_the_head() -> None:
+    model, ids = (
+        model_of(logits_transform=True, logits_transform_eps=0.1, tie_embedding=True, emb_dim=6),
+        torch.randint(0, 11, (2, 5)),
+    )
+    dense, norm = model.logit_changes.transform.dense, model.logit_changes.transform.norm
+    read = F.gelu(model(ids, return_embeddings=True) @ dense.weight.T + dense.bias)
+    read = F.layer_norm(read, (6,), norm.gamma, norm.bias, 0.1)
+    close(model(ids), read @ model.token_emb.emb.weight.T / 4)
+
+
+@torch.no_grad()
+def test_tokens_without_further_ids_have_the_default() -> None:
+    model = model_of(embed_num_tokens={"kind": 3, "place": 4}, embed_default_id=2)
+    ids, kinds = torch.randint(0, 11, (2, 5)), torch.randint(0, 3, (2, 5))
+    close(model(ids), model(ids, embed_ids={name: torch.full((2, 5), 2) for name in ("kind", "place")}))
+    wanted = model(ids, embed_ids={"kind": kinds, "place": torch.full((2, 5), 2)})
+    close(model(ids, embed_ids={"kind": kinds}), wanted)
+    with pytest.raises(InputError, match=r"`embed_ids` names \['colour'\]"):
+        model(ids, embed_ids={"colour": kinds})
+
+
+@torch.no_grad()
+def test_pool_of_the_first_token() -> None:
+    model, ids = model_of(Encoder, first_token_pool=True, return_only_embed=True), torch.randint(0, 11, (2, 5))
+    dense, features = model.attn_pool.dense, model(ids, return_embeddings=True)
+    close(model(ids), (features[:, 0] @ dense.weight.T + dense.bias).tanh())
+    start = torch.tensor([0, 2])
+    features = model(ids, seq_start_pos=start, return_embeddings=True)
+    close(model(ids, seq_start_pos=start), (features[torch.arange(2), start] @ dense.weight.T + dense.bias).tanh())
+    pooled = model_of(Encoder, first_token_pool=True)
+    _, record = pooled(ids, return_intermediates=True)
+    close(record.logits, pooled.logits_of(pooled(ids, return_embeddings=True)))
+
+
+@torch.no_grad()
+def test_factor_of_the_bias_by_distance() -> None:
+    given = {"rel_pos_bias": True, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8}
+    plain, own = Decoder(**STACK, **given), Decoder(**STACK, **given, rel_pos_scale=3.0)
+    own.load_state_dict(plain.state_dict())
+    assert plain.rel_pos is not None
+    assert own.rel_pos is not None
+    close(own.rel_pos(4, 4), plain.rel_pos(4, 4) * 3 / 8**0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [1, 2])
+def test_class_tokens_of_images(classes: int) -> None:
+    given: dict[str, Any] = {"image_size": 8, "patch_size": 4, "patch_norm": False, "use_cls_token": True}
+    model = perturbed(ViTransformerWrapper(**given, num_cls_tokens=classes, attn_layers=Encoder(**STACK)), 0.3)
+    images = torch.randn(2, 3, 8, 8)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 4, 48)
+    linear = model.patch_to_embedding[1]
+    x = torch.cat((model.cls_token.expand(2, -1, -1), patches @ linear.weight.T + linear.bias), dim=1)
+    out = model.attn_layers(x + model.pos_embedding)
+    close(model(images), out[:, 0] if classes == 1 else out[:, :2])
+    close(model(images, return_embeddings=True), out[:, classes:])
+    pooled = ViTransformerWrapper(**given, first_token_pool=True, num_classes=3, attn_layers=Encoder(**STACK))
+    assert pooled(images).shape == (2, 3)
+    with pytest.raises(StateDictError, match="`use_cls_token` of images"):
+        pooled.export_reference_state_dict()
+
+
+def test_a_pool_of_the_first_token_needs_a_class_token() -> None:
+    with pytest.raises(ConfigError, match="set `use_cls_token`, or drop it"):
+        ViTransformerWrapper(image_size=8, patch_size=4, first_token_pool=True, attn_layers=Encoder(**STACK))
+
+
+LAYOUTS = {
+    "groups": (by_group(4, 2), [(4 + 2 * 2, 3, 5)]),
+    "pixels": (pixels(3, 4), [(16, 3, 4, 4)]),
+    "stacked": (STACKED, [(1, 1, 6), (1, 1, 6)]),
+    "one row": (ROW, [(1, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_undo_themselves(name: str) -> None:
+    layout, shapes = LAYOUTS[name]
+    theirs = [torch.randn(shape) for shape in shapes]
+    if name == "groups":
+        theirs = [theirs[0].flatten(0, 1)]
+    again = layout.write(*layout.read(*theirs))
+    assert all(torch.equal(one, two) for one, two in zip(again, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "linear"),
+    [
+        ({}, True),
+        ({"logits_bias": True}, True),
+        ({"tie_embedding": True}, True),
+        ({"tie_embedding": True, "logits_bias": True}, False),
+        ({"tie_embedding": True, "logits_bias": True, "tie_embedding_scale": 1.0}, True),
+        ({"logits_scale": 0.5}, False),
+        ({"logits_softcap": 2.0}, False),
+        ({"logits_transform": True}, False),
+        ({"sigsoftmax_logits": True}, True),
+    ],
+)
+def test_heads_that_one_operator_computes(keywords: dict[str, Any], linear: bool) -> None:
+    """A graph computes chunked losses by an operator that knows linear maps and the sigmoid only."""
+    assert (linear_head(model_of(**keywords)) is not None) == linear
+
+
 @torch.no_grad()
 def test_logits_are_bounded_before_they_are_mixed() -> None:
     """The mixture of softmaxes is one of probabilities, so that it begins with the changed logits."""
@@ -163,6 +330,8 @@ def test_logits_are_bounded_before_they_are_mixed() -> None:
         ({"attn_scale": 0.0}, "`attn_scale` is 0.0; it must be positive"),
         ({"attn_scale": 0.1, "attn_qk_norm": True}, "`attn_scale` and `attn_qk_norm_scale` are the same factor"),
         ({"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_eps": -1.0}, "`attn_qk_rmsnorm_eps` is -1.0"),
+        ({"parallel_block": True, "parallel_block_one_norm": True, "branch_norm": True}, "which `branch_norm` moves"),
+        ({"rel_pos_bias": True, "rel_pos_scale": 0.0}, "`rel_pos_scale` is 0.0; it must be positive"),
         ({"ff_activation": "gelu_new"}, "`ff_activation` is 'gelu_new'; it must be"),
         ({"ff_glu": True, "ff_glu_softclamp": True, "ff_activation": "gelu_tanh"}, "the exact GELU or of SiLU"),
     ],
@@ -180,6 +349,14 @@ def test_refusals_of_a_stack(keywords: dict[str, Any], words: str) -> None:
         ({"emb_scale": 2.0, "token_emb": nn.Embedding(11, 16)}, "`emb_scale` is a factor of a new `TokenEmbedding`"),
         ({"logits_softcap": -1.0}, "`logits_softcap` is -1.0; it must be positive"),
         ({"logits_scale": 0.0}, "`logits_scale` is 0.0; it must be positive"),
+        ({"logits_bias": True, "to_logits": nn.Linear(16, 11)}, "`to_logits` is one already; drop one of them"),
+        ({"logits_transform": True, "logits_transform_eps": 0.0}, "`logits_transform_eps` is 0.0; it must be positive"),
+        ({"post_emb_norm": True, "post_emb_norm_eps": 0.0}, "`post_emb_norm_eps` is 0.0; it must be positive"),
+        ({"abs_pos_emb_offset": -1}, "`abs_pos_emb_offset` is -1; it must be"),
+        ({"abs_pos_emb_offset": 2, "scaled_sinu_pos_emb": True}, "`abs_pos_emb_offset` is about the learned table"),
+        ({"embed_num_tokens": {"kind": 3}, "embed_default_id": 3}, "but 'kind' has the ids 0 to 2; lower it"),
+        ({"first_token_pool": True}, "sees no other in a causal stack; use an Encoder"),
+        ({"first_token_pool": True, "attn_pool": True}, "alternatives of one choice"),
     ],
 )
 def test_refusals_of_a_model(keywords: dict[str, Any], words: str) -> None:

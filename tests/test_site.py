@@ -5,6 +5,7 @@ load, no page is wider than a phone, text is legible in both color schemes, sear
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 from browser import Browser, executable
+
+from x_transformers import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PHONE = 400
@@ -93,6 +96,10 @@ def addresses(site: Path) -> list[str]:
 def test_the_site_builds(site: Path) -> None:
     pages = {f"{path.stem}/" for path in (ROOT / "docs").glob("*.md")}
     assert set(addresses(site)) >= pages | {"./", "contributing/", "changelog/"}
+    keywords = (site / "all-keywords" / "index.html").read_text(encoding="utf-8")
+    for each in inspect.signature(Decoder).parameters.values():
+        if each.kind is each.KEYWORD_ONLY and not each.name.startswith("cross_attn_"):
+            assert f"<code>{each.name}</code>" in keywords, each.name
 
 
 def test_nothing_comes_from_another_host(site: Path) -> None:

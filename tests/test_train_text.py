@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from x_transformers.checkpoints.files import load_model
+from x_transformers.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("--steps", 6, "--look-every", 1e9)
@@ -106,14 +107,14 @@ def test_the_number_of_processes_does_not_change_training(
         assert step == wanted_step
         assert loss == pytest.approx(wanted, abs=1e-4)
     weights = halves / "checkpoints/step-00000006/model.safetensors"
-    assert load_model(weights).net.num_tokens == 256
+    assert load_model(weights).net.num_tokens == PRESETS["tiny"].vocabulary
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--data", "{tmp}/nothing"], "There is no data"),
-        (["--data", "{tmp}/short.txt"], "bytes of training text"),
+        (["--data", "{tmp}/short.txt"], "tokens of training text"),
         (["--data", "{tmp}"], "text"),
         (["--out", "{tmp}/short.txt/run"], "cannot be written"),
         (["--data", "{text}", "--out", "{tmp}/new", "--resume"], "no checkpoint"),

@@ -31,9 +31,9 @@ def text(tmp_path: Path) -> Path:
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of runs, with a tiny model, and without its evaluation and its picture."""
 
-    def model(*_: object) -> AutoregressiveWrapper:
+    def model(_: object, vocabulary: int) -> AutoregressiveWrapper:
         layers = Decoder(dim=8, depth=1, heads=1, verbose=False)
-        return AutoregressiveWrapper(TransformerWrapper(num_tokens=256, max_seq_len=128, attn_layers=layers))
+        return AutoregressiveWrapper(TransformerWrapper(num_tokens=vocabulary, max_seq_len=128, attn_layers=layers))
 
     monkeypatch.setattr(run_module, "model_of", model)
     monkeypatch.setattr(run_module, "draw_curve", lambda *_: None)

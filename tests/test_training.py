@@ -17,6 +17,7 @@ from x_transformers import AutoregressiveWrapper, XTransformer
 from x_transformers.checkpoints.files import load_model
 from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoint, save_checkpoint
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.training import processes
 from x_transformers.training.optimizers import Muon, orthogonalized, split_parameters
 from x_transformers.training.processes import Processes, gathered, joined, shard
 
@@ -158,6 +159,7 @@ def test_checkpoints_keep_optimizers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.skipif(not processes.ON_CPU, reason=f"`shard` on a CPU needs PyTorch {processes.SINCE}")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Losses of sharded models, and runs that go on in another number of processes, from two to one and back."""
     alone = Processes()

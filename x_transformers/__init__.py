@@ -28,6 +28,7 @@ from x_transformers.next_latent_wrapper import NextLatentWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
+from x_transformers.pretrained import writing as _writing  # noqa: F401  # enters the format "hf"
 from x_transformers.pretrained.loading import load_pretrained
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xval import XValAutoregressiveWrapper

@@ -24,10 +24,13 @@ from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.suggestions import did_you_mean
+
+__getattr__ = names_of(__name__)
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -332,11 +335,11 @@ class NonAutoregressiveWrapper(SavesFolders):
     def _loss_weight(self, t: Tensor) -> Tensor:
         """Return `-m'(t) / m(t)` for `t (b,)`, by automatic differentiation."""
         # a schedule may be any function, and its slope is needed even if the loss is computed without gradients
-        with torch.inference_mode(False), torch.enable_grad():
-            t = t.detach().clone().requires_grad_()
+        with torch.inference_mode(False):
+            t = t.detach().clone()
+            slope = torch.func.grad(lambda t: self.schedule(t).sum())(t)
             fraction = self.schedule(t)
-            (slope,) = torch.autograd.grad(fraction.sum(), t)
-        return -slope / fraction.detach().clamp(min=torch.finfo(t.dtype).tiny)
+        return -slope / fraction.clamp(min=torch.finfo(t.dtype).tiny)
 
     def _sample(self, logits: Tensor, temperature: float | None) -> Tensor:
         drawn = torch.rand((), device=logits.device) if temperature is None else temperature

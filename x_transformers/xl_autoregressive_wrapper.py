@@ -31,6 +31,7 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.frames import of_any_length, skipped, without_graphs
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
@@ -42,6 +43,8 @@ from x_transformers.test_time.inner_losses import TTTMetaLearningTargetKLLoss, T
 from x_transformers.test_time.places import adapt_places, get_module_by_path, set_module_by_path
 from x_transformers.test_time.row_weights import LowRankLinear, TTTModuleWrapper
 from x_transformers.test_time.steps import Descent, newtonschulz5
+
+__getattr__ = names_of(__name__)
 
 __all__ = [
     "EpisodicMemories",

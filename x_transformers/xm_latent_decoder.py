@@ -26,9 +26,12 @@ from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
+
+__getattr__ = names_of(__name__)
 
 Winner = Callable[..., Tensor]
 """Losses `(b, K)`, or logits `(b, K, n, v)` of prompts, and possibly the record, to a score or an index of each row."""
@@ -187,8 +190,11 @@ class XMLatentDecoder(SavesFolders):
             InputError: with what was given and what is needed.
         """
         # drawn even if one is given, so that seeds mean the same
-        drawn = random.randrange(self.num_latents)
-        active = drawn if active_latent_index is None else active_latent_index
+        active = random.randrange(self.num_latents)
+        if active_latent_index is not None:
+            active = active_latent_index
+            if not 0 <= active < self.num_latents:
+                raise InputError(f"`active_latent_index` is {active}; the slots are 0 to {self.num_latents - 1}.")
         seq = checked_ids(seq, self).long()
         ids = seq.masked_fill(seq == self.ignore_index, 0)
         if not return_loss:
@@ -231,8 +237,6 @@ class XMLatentDecoder(SavesFolders):
 
     def _candidates(self, latents: Latents | None, batch: int, count: int | None, active: int) -> Tensor:
         """Return `(b, K, m, latent_dim)`: those given, or K copies with a random vector in the active slot."""
-        if not 0 <= active < self.num_latents:
-            raise InputError(f"`active_latent_index` is {active}; the slots are 0 to {self.num_latents - 1}.")
         count = self.candidates if count is None else count
         if count < 1:
             raise InputError(f"`candidates` is {count}; it must be at least 1.")
@@ -240,8 +244,10 @@ class XMLatentDecoder(SavesFolders):
         if given.ndim == 4:
             return given
         repeated = given.unsqueeze(1).repeat(1, count, 1, 1)
-        repeated[:, :, active] = torch.randn_like(repeated[:, :, active])
-        return repeated
+        drawn = torch.randn_like(repeated[:, :, 0])
+        # a comparison: in a graph, which draws the slot again at each call, its number is no index
+        chosen = torch.arange(self.num_latents, device=repeated.device) == active
+        return torch.where(chosen.unsqueeze(-1), drawn.unsqueeze(2), repeated)
 
     def _run(
         self, ids: Tensor, latents: Tensor, most: int | None, mask: Tensor | None, kwargs: Any, *, records: bool

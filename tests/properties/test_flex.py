@@ -26,6 +26,8 @@ from x_transformers.masks.block_masks import block_mask, build
 from x_transformers.masks.builder import spelled_out, visibility
 from x_transformers.masks.visibility import MaskSpec, Visibility
 
+pytestmark = pytest.mark.skipif(not flex.RECENT, reason=f"flex needs PyTorch {flex.SINCE}; others refuse it")
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:

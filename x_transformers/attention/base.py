@@ -55,6 +55,9 @@ class Needs:
 class Parts(nn.ModuleDict, Generic[Kind]):
     """The parts in one slot of an attention by name of the feature, in the order of the catalog."""
 
+    torchdynamo_force_dynamic = True
+    """Read this class as it is: the strict export of PyTorch 2.6 iterates over the names of any `ModuleDict`."""
+
     def __iter__(self) -> Iterator[Kind]:  # type: ignore[override]
         return iter(self._modules.values())  # type: ignore[arg-type]
 

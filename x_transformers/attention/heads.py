@@ -150,7 +150,7 @@ class HeadProjection(nn.Module):
 
     def _project_jointly(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[QKNorm, ...]] | None:
         """Project to heads by one product, in training; also return the norms that they still need."""
-        norms = tuple(self.qk_norms)
+        norms = tuple(norm for norm in self.qk_norms)  # PyTorch 2.6 makes no tuple of a module in strict exports
         together = norms[0].joint() if len(norms) == 1 else None
         heads = self.projections.joint(x, together)
         return None if heads is None else (heads, norms if together is None else ())

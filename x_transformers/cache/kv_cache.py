@@ -170,9 +170,9 @@ class KVCache:
     @property
     def rows(self) -> int | None:
         """Number of rows, or None before a pass."""
-        streams = (stream for entry in self.entries for stream in (*entry.grown.values(), *entry.states.values()))
+        rows = [t.shape[0] for entry in self.entries for t in (*entry.grown.values(), *entry.states.values())]
         # a single row of a context may serve all rows
-        return max((stream.shape[0] for stream in streams), default=None)
+        return max(rows) if rows else None
 
     @property
     def known_length(self) -> int | None:

@@ -20,7 +20,7 @@ from x_transformers.options.values import accepts
 
 def block_transform(given: BlockTransform | Mapping[int, Callable[[Tensor], Tensor]]) -> BlockTransform:
     """Return one function of block number and stream, also for a mapping of block numbers to functions."""
-    if callable(given):
+    if not isinstance(given, Mapping):
         return given
     functions = dict(given)
     return lambda block, stream: functions[block](stream) if block in functions else stream

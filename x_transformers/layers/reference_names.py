@@ -10,6 +10,7 @@ from torch import Tensor
 from x_transformers.attention.qk.polar import PolarEmbedding
 from x_transformers.attention.scores.alibi import AlibiPositionalBias
 from x_transformers.attention.scores.base import DistanceBias
+from x_transformers.attention.scores.t5 import RelativePositionBias
 from x_transformers.errors import StateDictError
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.stack import LayerStack
@@ -51,6 +52,8 @@ def export_positions(stack: LayerStack, state: dict[str, Any], prefix: str) -> N
     """
     if stack.parallel:
         raise StateDictError("the reference has no `parallel_block`; a model with it cannot be exported.")
+    if isinstance(stack.rel_pos, RelativePositionBias) and stack.rel_pos.own_scale:
+        raise StateDictError("the reference has no `rel_pos_scale`; a model with it cannot be exported.")
     order = _order_of_heads(stack, "exported")
     if isinstance(stack.rel_pos, AlibiPositionalBias):
         stack.rel_pos.check_export(order)

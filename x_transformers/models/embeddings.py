@@ -101,10 +101,16 @@ class SharedTokenEmbedding(SecondNames, TokenEmbedding):
 def table_of(token_emb: nn.Module) -> Tensor:
     """Return the table `(num_tokens, dim)` of a token embedding, or of a module in its place that contains one.
 
+    What is around the table of a `TokenEmbedding`, such as an adapter, changes its rows: those that it returns count.
+
     Raises:
         InputError: if the module contains no table.
     """
     emb = token_emb.emb if isinstance(token_emb, TokenEmbedding) else token_emb
+    if emb is not token_emb and not isinstance(emb, nn.Embedding):
+        inner = table_of(emb)
+        rows: Tensor = emb(torch.arange(len(inner), device=inner.device))
+        return rows
     if not isinstance(emb, nn.Embedding):
         emb = next((each for each in emb.modules() if isinstance(each, nn.Embedding)), None)
     if emb is None:

@@ -495,7 +495,8 @@ def _read_stack_arguments(
     blocks: Any = arguments.get("transform_block_inputs")
     if transform is not None or blocks is None:
         return transform
-    first: Any = functools.partial(blocks, 1) if callable(blocks) else blocks.get(1)
+    # the compiler knows no `callable` of a dict
+    first: Any = blocks.get(1) if isinstance(blocks, Mapping) else functools.partial(blocks, 1)
     return first
 
 

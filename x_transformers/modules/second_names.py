@@ -16,6 +16,7 @@ import functools
 from collections.abc import Generator, Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 
@@ -72,7 +73,8 @@ class SecondNames(nn.Module):
         memo = set() if memo is None else memo
         listed = self in memo
         yield from super().named_modules(memo, prefix, remove_duplicate)
-        if not remove_duplicate or listed:
+        # a graph looks for parameters only, and cannot contain the cache of the names
+        if not remove_duplicate or listed or torch.compiler.is_compiling():
             return
         for name in second_names(type(self)):
             module = getattr(self, name)

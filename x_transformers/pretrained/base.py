@@ -108,6 +108,21 @@ class Settings:
             if value is not None:
                 self.entries.setdefault(usual, value)
 
+    def saved_class(self, *ends: str) -> str:
+        """Return the name of the class that was saved, which ends with one of some words; the first is the default.
+
+        Raises:
+            ConfigError: if it is another class.
+        """
+        name = (self.take("architectures") or [ends[0]])[0]
+        if not name.endswith(ends):
+            raise ConfigError(
+                f"this configuration of a {self.family} has `architectures` = {shown([name])}, whose head this version "
+                f"does not have; classes whose names end with {' or '.join(map(repr, ends))} are read. Write one of "
+                "these into the configuration to load the rest of the model."
+            )
+        return name
+
     def skip(self, *names: str) -> None:
         """Mark entries as read that say nothing about the result, such as dropouts of a training."""
         self.read.update(names)
@@ -129,6 +144,10 @@ class Settings:
             )
 
 
+PAIR = "XTransformer"
+"""Class of an encoder with a decoder."""
+
+
 @dataclass
 class Outline:
     """A model in our words.
@@ -139,7 +158,9 @@ class Outline:
         weights: the link of each of our weights to tensors in the files, by name.
         unused: the ends of names in the files that are no weights.
         prefix: of the names; files of a model that was saved without its head lack it.
-        kind: class of the stack.
+        older: ends of names, and how older files have them.
+        kind: class of the stack; or that of an encoder with a decoder, whose keywords are all in `model`.
+        images: the model reads images instead of tokens.
     """
 
     model: dict[str, Any]
@@ -147,7 +168,9 @@ class Outline:
     weights: dict[str, Link] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     prefix: str = "model."
+    older: tuple[tuple[str, str], ...] = ()
     kind: str = "Decoder"
+    images: bool = False
 
     def put(self, ours: str | tuple[str, ...], *theirs: str, layout: Layout = SAME) -> None:
         """Link weights of ours with tensors in the files.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from x_transformers.errors import ConfigError
-from x_transformers.options.values import shown
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
 from x_transformers.pretrained.layer_norm_decoder import LAYER, put_both
 
@@ -68,7 +66,7 @@ def encoder_outline(
     for name in ("is_decoder", "add_cross_attention"):
         settings.refuse(name, False)
     settings.refuse("position_embedding_type", "absolute")
-    has_logits = _has_logits(settings)
+    has_logits = settings.saved_class(FEATURES, LOGITS).endswith(LOGITS)
     dim, heads, depth = (settings.need(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     act, width = activation(settings.need("hidden_act")), settings.take("embedding_size", dim)
     stack: dict[str, Any] = {
@@ -98,6 +96,7 @@ def encoder_outline(
     }
     outline = Outline(model, stack, prefix=names.prefix, kind="Encoder")
     outline.unused = ("embeddings.position_ids", *unused)
+    outline.older = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
     _put_embeddings(outline, settings, names)
     tied = settings.take("tie_word_embeddings", True)
     if has_logits:
@@ -110,28 +109,12 @@ def encoder_outline(
         outline.unused += tuple(
             f"{name}.{kind}"
             for name in (names.transform, names.transform_norm, names.head)
-            for kind in ("weight", "bias")
+            for kind in ("weight", "bias", "gamma", "beta")
         )
         outline.unused += (names.head_bias,)
     for block in range(depth):
         _put_block(outline, names, block)
     return outline
-
-
-def _has_logits(settings: Settings) -> bool:
-    """Return True if the class of the model has logits of all tokens, False if it returns features.
-
-    Raises:
-        ConfigError: if it is another class.
-    """
-    name = (settings.take("architectures") or [FEATURES])[0]
-    if not name.endswith((FEATURES, LOGITS)):
-        raise ConfigError(
-            f"this configuration of a {settings.family} has `architectures` = {shown([name])}, whose head this version "
-            f"does not have; classes that end with {FEATURES!r} and with {LOGITS!r} are read. Write one of these into "
-            "the configuration to load the rest of the model."
-        )
-    return name.endswith(LOGITS)
 
 
 def _put_embeddings(outline: Outline, settings: Settings, names: EncoderNames) -> None:

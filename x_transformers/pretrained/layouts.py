@@ -43,6 +43,21 @@ def _swapped(whole: Tensor) -> Tensor:
     return whole.roll(len(whole) // 2, 0)
 
 
+STACKED = Layout(lambda *theirs: [torch.cat(theirs).flatten(0, -2)], lambda ours: list(ours[:, None, None]))
+"""Vectors `(1, 1, D)` that are rows of one matrix."""
+
+ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
+"""A vector that is stored as a matrix of one row."""
+
+
+def pixels(channels: int, side: int) -> Layout:
+    """Return the layout of a convolution `(D, c, p, p)` of patches, which is a linear map of `p * p * c` numbers."""
+    return Layout(
+        lambda theirs: [theirs.permute(0, 2, 3, 1).flatten(1)],
+        lambda ours: [ours.unflatten(1, (side, side, channels)).permute(0, 3, 1, 2).contiguous()],
+    )
+
+
 def joined(parts: int) -> Layout:
     """Return the layout of several maps of one input and of equal size, which are one weight of ours."""
     return Layout(lambda *theirs: [torch.cat(theirs)], lambda ours: ours.chunk(parts))
@@ -55,24 +70,6 @@ def cut(*sizes: int) -> Layout:
         sizes: rows of each.
     """
     return Layout(lambda theirs: theirs.split(sizes), lambda *ours: [torch.cat(ours)])
-
-
-def by_head(heads: int, parts: int = 3) -> Layout:
-    """Return the layout of one map whose rows are all parts of the first head, then those of the second one, ...
-
-    Args:
-        heads: their number.
-        parts: weights of ours: of queries, keys and values.
-    """
-
-    def read(theirs: Tensor) -> list[Tensor]:
-        rows = theirs.unflatten(0, (heads, parts, -1))
-        return [rows[:, part].flatten(0, 1) for part in range(parts)]
-
-    def write(*ours: Tensor) -> list[Tensor]:
-        return [torch.stack([weight.unflatten(0, (heads, -1)) for weight in ours], dim=1).flatten(0, 2)]
-
-    return Layout(read, write)
 
 
 def by_group(heads: int, kv_heads: int) -> Layout:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.folders.own import cast
+from x_transformers.modules.float32_buffers import leave_meta
 from x_transformers.notices import warn
 from x_transformers.options.configured import Configured, find_class, is_config
 from x_transformers.pretrained.filling import listed
@@ -121,16 +122,19 @@ def new_values(
         state: tensors of the files.
         device: of the values.
     """
-    missing = [name for name in model.state_dict() if name not in state]
+    # what follows from options needs no second model
+    leave_meta(model, device)
+    values = {name: t for name, t in model.state_dict().items() if name not in state and not t.is_meta}
+    missing = [name for name in model.state_dict() if name not in state and name not in values]
     changing = [keyword for keyword, value in changed.given.items() if changes_function(keyword, value)]
-    values: dict[str, Tensor] = {}
     if missing:
         with torch.device(device):
             built = changed.build().state_dict()
         dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-        values = {name: cast(built[name].detach(), device, dtype) for name in missing}
-        start_neutral(values, changed.given.keys() - set(changing))
+        new = {name: cast(built[name].detach(), device, dtype) for name in missing}
+        start_neutral(new, changed.given.keys() - set(changing))
+        values |= new
     if changing:
-        new = f" New parameters: {listed(missing)}." if missing else ""
-        warn(f"load_pretrained: {listed(changing)} changes what the loaded weights compute; train them further.{new}")
+        added = f" New parameters: {listed(missing)}." if missing else ""
+        warn(f"load_pretrained: {listed(changing)} changes what the loaded weights compute; train them further.{added}")
     return values

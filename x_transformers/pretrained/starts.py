@@ -45,6 +45,7 @@ STARTS: dict[str, Mapping[str, float]] = {
     "rel_pos_bias": {r"\.rel_pos\.relative_attention_bias\.weight$": 0.0},
     "rel_pos_max_distance": {},
     "rel_pos_num_buckets": {},
+    "rel_pos_scale": {},
     # factors: 1 at first
     "attn_gate_value_heads": {r"\.gate_value_heads\.gate\.weight$": 0.0, r"\.gate_value_heads\.gate\.bias$": OPEN},
     "attn_head_scale": {r"\.head_scale\.scale$": 1.0},

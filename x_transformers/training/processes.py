@@ -13,10 +13,17 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.layers.branches.shared_norm import with_their_norms
 from x_transformers.layers.layers import AttentionLayers
+
+SINCE = Version("2.7")
+"""First version of PyTorch that shards models on a CPU."""
+
+ON_CPU = Version(Version(torch.__version__).base_version) >= SINCE
 
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
@@ -139,7 +146,8 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
         The same module.
 
     Raises:
-        ConfigError: if the processes are not joined, or there is no stack of layers in the model.
+        ConfigError: if the processes are not joined, or there is no stack of layers in the model, or if it is on a CPU
+            and this version of PyTorch shards none there.
     """
     if not joins():
         raise ConfigError(
@@ -152,8 +160,14 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
     stacks = [module for module in model.modules() if isinstance(module, AttentionLayers)]
     if not stacks:
         raise ConfigError(f"`model` is a {type(model).__name__} without a stack of layers (an Encoder, a Decoder ...).")
+    device = next(model.parameters()).device.type
+    if device == "cpu" and not ON_CPU:
+        raise ConfigError(
+            f"`shard` on a CPU needs PyTorch {SINCE}, and this is {torch.__version__}; move the model to GPUs, or use "
+            "`torch.nn.parallel.DistributedDataParallel`."
+        )
     if mesh is None:
-        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
     # `fully_shard` keeps a part of what each process has: parts of different random weights would make no model
     for tensor in (*model.parameters(), *model.buffers()):
         _over_mesh(tensor.data, mesh, lambda t, group: dist.broadcast(t, dist.get_global_rank(group, 0), group=group))
@@ -163,8 +177,8 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
         for number in numbers:
             number.register_post_accumulate_grad_hook(functools.partial(_average, mesh))
     for stack in stacks:
-        for branch in stack.layers:
-            fully_shard(branch, mesh=mesh, **options)
+        for branches in with_their_norms(stack.layers):
+            fully_shard(branches if len(branches) > 1 else branches[0], mesh=mesh, **options)
     # a sublayer returns its input too, which hooks turn into a view; nothing in this library changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     return fully_shard(model, mesh=mesh, **options)  # type: ignore[return-value]

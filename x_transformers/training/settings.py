@@ -41,7 +41,7 @@ class Settings:
     tokens: Path | None = flag(None, "folder for the tokens of texts; default `tokens` next to --out", Path)
 
     # model
-    preset: str = flag("bytes", "model", choices=tuple(PRESETS))
+    preset: str = flag("tiny", "model", choices=tuple(PRESETS))
     set: tuple[tuple[str, Any], ...] = flag(
         (), "any keyword of the model, several times", read_flag_setting, metavar="KEY=VALUE"
     )

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,10 @@ class TokenFiles:
             return Bytes()
         if self.tokenizer != "bpe":
             return Bpe.loaded(Path(self.tokenizer))
+        texts = _first_bytes((text for text, held in self.texts if not held), TRAINED_ON)
+        first = next(texts, b"")  # text that cannot be read is refused before anything is announced
         report(f"Training a tokenizer of {self.vocabulary:,} tokens ...")
-        found = Bpe.trained(_first_bytes((text for text, held in self.texts if not held), TRAINED_ON), self.vocabulary)
+        found = Bpe.trained(chain((first,), texts), self.vocabulary)
         if found.size < self.vocabulary:
             report(f"The text has only {found.size:,} tokens of at least two occurrences.")
         return found

@@ -15,6 +15,8 @@ from x_transformers.attention.backends.base import AttentionOutput, Backend, Req
 from x_transformers.attention.base import Needs
 from x_transformers.errors import ConfigError
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
 KERNELS = {
     "enable_flash": SDPBackend.FLASH_ATTENTION,
     "enable_math": SDPBackend.MATH,
@@ -72,6 +74,10 @@ class SDPA(Backend):
         if out.requires_grad and not request.dropout and not torch.compiler.is_compiling():
             options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
             out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, v, mask)
+        if mask is not None and mask.requires_grad and _is_exporting():
+            # Exported, a learned mask takes a kernel whose output has another layout than its decomposition, which
+            # other runtimes execute; a copy has the same.
+            out = out.clone(memory_format=torch.contiguous_format)
         if q.shape[:-1] != shape:
             out = out.reshape(*shape, out.shape[-1])
         if out.shape[-1] != width:

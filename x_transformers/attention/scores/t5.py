@@ -14,7 +14,7 @@ from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
 from x_transformers.ops import by_row
-from x_transformers.options.schema import Feature, at_least, opt
+from x_transformers.options.schema import Feature, at_least, opt, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,10 @@ class T5Options:
     rel_pos_bias: bool = opt(False, "add the relative position bias of T5, learned for buckets of distance")
     rel_pos_num_buckets: int = opt(32, "number of buckets")
     rel_pos_max_distance: int = opt(128, "distances of at least this share the last bucket")
+    rel_pos_scale: float | None = opt(None, "factor of the table; default `attn_dim_head ** 0.5`")
 
     def __post_init__(self) -> None:
+        positive(rel_pos_scale=self.rel_pos_scale)
         at_least(1, rel_pos_num_buckets=self.rel_pos_num_buckets, rel_pos_max_distance=self.rel_pos_max_distance)
 
 
@@ -40,6 +42,9 @@ class RelativePositionBias(DistanceBias):
         max_distance: distance from which on all keys share the last bucket.
         heads: number of heads, the columns of the table.
 
+    Attributes:
+        own_scale: the factor was chosen by the user.
+
     Raises:
         ConfigError: if there are fewer than 2 buckets for a direction, or more buckets than `max_distance`.
     """
@@ -55,7 +60,7 @@ class RelativePositionBias(DistanceBias):
                 f"`rel_pos_num_buckets` is {num_buckets}; it must be between {least} and `rel_pos_max_distance` = "
                 f"{max_distance}."
             )
-        self.scale, self.causal = scale, causal
+        self.scale, self.own_scale, self.causal = scale, False, causal
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
 
@@ -123,15 +128,18 @@ def build(
     options: T5Options, *, heads: int, dim_head: int, causal: bool, kwargs: dict[str, Any], **_: Any
 ) -> RelativePositionBias:
     """Build the bias of a stack."""
-    return build_bias(
+    own = options.rel_pos_scale
+    bias = build_bias(
         RelativePositionBias,
         kwargs,
-        scale=dim_head**0.5,
+        scale=dim_head**0.5 if own is None else own,
         causal=causal,
         num_buckets=options.rel_pos_num_buckets,
         max_distance=options.rel_pos_max_distance,
         heads=heads,
     )
+    bias.own_scale = own is not None
+    return bias
 
 
 FEATURE = Feature(
@@ -144,5 +152,9 @@ FEATURE = Feature(
     build=build,
     summary="learned bias for buckets of distance",
     paper="1910.10683",
-    examples=({"rel_pos_bias": True, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},),
+    examples=(
+        {"rel_pos_bias": True, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8},
+        {"rel_pos_bias": True, "rel_pos_num_buckets": 6, "rel_pos_max_distance": 8, "rel_pos_scale": 1.0},
+    ),
+    exempt={("export", 2): "the reference multiplies the table by the square root of the width of a head"},
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.base import Weighting
@@ -50,7 +52,12 @@ def _topk(logits: Tensor, k: int, temperature: float, smooth: bool, dim: int) ->
     wide = at_least_float32(logits)
     if wide.shape[dim] == 0:
         return wide
-    least = wide.topk(min(k, wide.shape[dim]), dim=dim).values.amin(dim=dim, keepdim=True)
+    if torch.compiler.is_compiling():
+        # among k more entries there are always k: with a minimum, programs that PyTorch 2.6 exports refuse shorter axes
+        most = F.pad(wide.movedim(dim, -1), (0, k), value=max_neg_value(wide)).movedim(-1, dim).topk(k, dim=dim)
+    else:
+        most = wide.topk(min(k, wide.shape[dim]), dim=dim)
+    least = most.values.amin(dim=dim, keepdim=True)
     # Equal tokens without positions have equal logits, which matrix products of other shapes round differently: without
     # a tolerance, decoding with a cache could choose other keys than the full forward pass.
     # If fewer than k keys are visible, the k-th largest logit is a hidden one, which equals all other hidden ones. The

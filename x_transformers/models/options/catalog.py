@@ -86,7 +86,17 @@ XVAL = Schema(
         embedding.ABSOLUTE_POSITIONS,
     )
 )
-VISION = Schema((embedding.EMBEDDING_NORM, memory.REGISTER_TOKENS, embedding.EMBEDDING_DROPOUT))
+VISION = Schema(
+    (
+        embedding.EMBEDDING_NORM,
+        memory.REGISTER_TOKENS,
+        embedding.EMBEDDING_DROPOUT,
+        embedding.PATCH_NORM,
+        embedding.INTERPOLATED_POSITIONS,
+        pooling.CLASS_TOKENS,
+        pooling.FIRST_TOKEN_POOL_OF_IMAGES,
+    )
+)
 
 EVERY = Schema(
     (
@@ -95,6 +105,8 @@ EVERY = Schema(
         series.PROBABILISTIC,
         series.IDENTITY_PROJECTIONS,
         memory.REGISTER_TOKENS,
+        embedding.PATCH_NORM,
+        embedding.INTERPOLATED_POSITIONS,
     )
 )
 """Keywords of all models."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from x_transformers.models.options.base import Keywords, model_feature
-from x_transformers.options.schema import at_least, opt
+from x_transformers.options.schema import Rule, at_least, opt
 
 MANY_TO_ONE = "one output for many tokens"
 
@@ -82,3 +82,16 @@ FIRST_TOKEN_POOL = model_feature(
     enabled=lambda options: options.first_token_pool,
     choice=MANY_TO_ONE,
 )
+
+
+FIRST_TOKEN_POOL_OF_IMAGES = replace(
+    FIRST_TOKEN_POOL,
+    choice=None,
+    refuses=(
+        Rule(
+            when=lambda options: not options.on("class_tokens"),
+            why="`first_token_pool` is a map of the class token's features; set `use_cls_token`, or drop it.",
+        ),
+    ),
+)
+"""The first token of an image is a class token."""

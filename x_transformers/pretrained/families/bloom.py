@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from x_transformers.pretrained.alibi import alibi_keywords
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, renamed
 from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_both, put_layers
 from x_transformers.pretrained.layouts import by_group
+
+USUAL = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "seq_length": "max_position_embeddings"}
+"""Their names of entries, and the usual ones."""
 
 
 def read(settings: Settings) -> Outline:
@@ -13,13 +17,7 @@ def read(settings: Settings) -> Outline:
     settings.skip("hidden_dropout", "slow_but_exact", "masked_softmax_fusion", "attention_softmax_in_fp32")
     settings.skip("bias_dropout_fusion", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv", "unk_token_id")
     settings.refuse("apply_residual_connection_post_layernorm", False)
-    settings.rename(
-        n_embed="hidden_size",
-        n_layer="num_hidden_layers",
-        num_layers="num_hidden_layers",
-        n_head="num_attention_heads",
-        seq_length="max_position_embeddings",
-    )
+    settings.rename(n_embed="hidden_size", num_layers="num_hidden_layers", **USUAL)
     settings.entries["hidden_act"] = "gelu_new"
     # biases by distance have no limit; the length is that of the training
     settings.entries.setdefault("max_position_embeddings", 2048)
@@ -48,3 +46,10 @@ def read(settings: Settings) -> Outline:
     )
     put_layers(outline, names)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    entries = renamed(common_entries(words), USUAL)
+    del entries["intermediate_size"], entries["hidden_act"]
+    return entries | {"layer_norm_epsilon": words["norm_eps"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries
 from x_transformers.pretrained.gated_decoder import Details, read_gated_decoder
 
 
@@ -21,3 +22,9 @@ def read(settings: Settings) -> Outline:
     }
     outline.model["logits_scale"] = settings.take("logit_scale", 0.0625)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    entries = gated_entries(words)
+    return entries | {"layer_norm_eps": entries.pop("rms_norm_eps"), "logit_scale": words.get("logits_scale", 1.0)}

@@ -7,6 +7,7 @@ logits, and Gemma 3 norms of queries and keys, and another rotary base in local 
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries, scaling_entries, whole, window_entries
 from x_transformers.pretrained.gated_decoder import Details, read_gated_decoder, windows
 
 SANDWICH = (
@@ -16,6 +17,8 @@ SANDWICH = (
     "post_feedforward_layernorm",
 )
 
+GEMMA = Details(unit_offset=True)
+
 
 def read_gemma(settings: Settings) -> Outline:
     """Return the outline of a Gemma."""
@@ -23,7 +26,7 @@ def read_gemma(settings: Settings) -> Outline:
     settings.skip("hidden_activation")
     if settings.take("hidden_act", "gelu") == "gelu":
         settings.entries["hidden_act"] = "gelu_pytorch_tanh"
-    return _scaled(settings, read_gated_decoder(settings, Details(unit_offset=True), tied=True))
+    return _scaled(settings, read_gated_decoder(settings, GEMMA, tied=True))
 
 
 def read_gemma2(settings: Settings) -> Outline:
@@ -69,3 +72,41 @@ def _scaled(settings: Settings, outline: Outline) -> Outline:
     settings.refuse("use_bidirectional_attention", False)
     outline.model["emb_scale"] = outline.stack["dim"] ** 0.5
     return outline
+
+
+def write_gemma(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a Gemma."""
+    return gated_entries(words, GEMMA)
+
+
+def write_gemma2(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a Gemma 2."""
+    return _write_local(words)
+
+
+def write_gemma3(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe the text model of a Gemma 3."""
+    entries = _write_local(words)
+    bases, scalings = (words.get(name) for name in ("rotary_base", "rotary_scaling"))
+    found: Entries = {}
+    for layer, kind in enumerate(entries["layer_types"]):
+        base, scaling = (each[layer] if isinstance(each, tuple) else each for each in (bases, scalings))
+        found[kind] = {
+            "rope_theta": base,
+            **({"rope_type": "default"} if scaling is None else scaling_entries(scaling)),
+        }
+    entries.pop("rope_theta", None)
+    return entries | {"rope_parameters": found}
+
+
+def _write_local(words: Words) -> Entries:
+    bound = words.get("attn_logit_softclamp_value") if words.get("attn_softclamp_logits") else None
+    return (
+        gated_entries(words, Details(activation="hidden_activation"))
+        | window_entries(words, by_layer=True)
+        | {
+            "query_pre_attn_scalar": whole(words["attn_scale"] ** -2),
+            "attn_logit_softcapping": bound,
+            "final_logit_softcapping": words.get("logits_softcap"),
+        }
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
+from x_transformers.pretrained.entries import Entries, Words, common_entries
 from x_transformers.pretrained.layouts import SAME, TRANSPOSED, cut
 
 LAYER = "attn_layers.layers."
@@ -73,3 +74,24 @@ def _put_map(outline: Outline, ours: tuple[str, ...], theirs: str, sizes: tuple[
     parts = cut(*sizes) if sizes else SAME
     outline.put(tuple(f"{name}.weight" for name in ours), f"{theirs}.weight", layout=TRANSPOSED.then(parts))
     outline.put(tuple(f"{name}.bias" for name in ours), f"{theirs}.bias", layout=parts)
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    theirs = common_entries(words, "activation_function")
+    scale = words["attn_scale"]
+    if theirs["activation_function"] == "gelu_pytorch_tanh":
+        theirs["activation_function"] = "gelu_new"
+    names = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+    return {names.get(name, name): value for name, value in theirs.items()} | {
+        "layer_norm_epsilon": words["norm_eps"],
+        "scale_attn_weights": scale != 1.0,
+        "scale_attn_by_inverse_layer_idx": isinstance(scale, tuple),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, rotary_entries
 from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
 from x_transformers.pretrained.layouts import by_group
 
@@ -38,3 +39,13 @@ def read(settings: Settings) -> Outline:
     )
     put_layers(outline, names)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return (
+        common_entries(words)
+        | {"layer_norm_eps": words["norm_eps"], "attention_bias": bool(words.get("attn_qkv_bias"))}
+        | {"use_parallel_residual": bool(words.get("parallel_block"))}
+        | rotary_entries(words, partial="rotary_pct", theta="rotary_emb_base")
+    )

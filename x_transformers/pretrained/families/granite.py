@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries, whole
 from x_transformers.pretrained.gated_decoder import read_gated_decoder
 
 
@@ -14,3 +15,14 @@ def read(settings: Settings) -> Outline:
     outline.stack["attn_scale"] = settings.take("attention_multiplier", 1.0)
     outline.stack["depth_scale_residual"] = float(settings.take("residual_multiplier", 1.0))
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return gated_entries(words) | {
+        "mlp_bias": not words["ff_no_bias"],
+        "embedding_multiplier": words.get("emb_scale", 1.0),
+        "logits_scaling": whole(1 / words.get("logits_scale", 1.0)),
+        "attention_multiplier": words["attn_scale"],
+        "residual_multiplier": words.get("depth_scale_residual", 1.0),
+    }

@@ -5,23 +5,28 @@ from __future__ import annotations
 from x_transformers.errors import ConfigError
 from x_transformers.pretrained.alibi import alibi_keywords
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, renamed
 from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
 from x_transformers.pretrained.layouts import cut
 
+USUAL = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "max_seq_len": "max_position_embeddings",
+}
+"""Their names of entries, and the usual ones."""
 WITHOUT_EFFECT = ("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
 
 
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     settings.skip("resid_pdrop", "emb_pdrop", "learned_pos_emb", "init_device", "init_config", "embedding_fraction")
-    settings.skip("norm_type", "verbose")
+    settings.skip("norm_type", "verbose", "tokenizer_name")
     settings.refuse("no_bias", True)
     settings.refuse("expansion_ratio", 4)
     settings.refuse("logit_scale")
-    settings.rename(
-        d_model="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
-        max_seq_len="max_position_embeddings",
-    )  # fmt: skip
+    settings.rename(**USUAL)
     settings.entries["hidden_act"] = "gelu"
     attention = Settings({"model_type": "mpt", **settings.take("attn_config", {})})
     outline = layer_norm_outline(
@@ -66,3 +71,11 @@ def _read_attention(attention: Settings, heads: int) -> dict[str, object]:
     except ConfigError as error:
         raise ConfigError(f"`attn_config`: {error}") from error
     return keywords if scale is None else {**keywords, "attn_scale": scale}
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    entries = renamed(common_entries(words), USUAL)
+    del entries["intermediate_size"], entries["hidden_act"]
+    attention = {"alibi": True, "softmax_scale": words["attn_scale"]}
+    return entries | {"layer_norm_epsilon": words["norm_eps"], "no_bias": True, "attn_config": attention}

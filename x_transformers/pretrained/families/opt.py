@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, renamed
 from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
+
+USUAL = {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"}
+"""Their names of entries, and the usual ones."""
 
 
 def read(settings: Settings) -> Outline:
@@ -12,7 +16,7 @@ def read(settings: Settings) -> Outline:
     settings.refuse("do_layer_norm_before", True)
     settings.refuse("layer_norm_elementwise_affine", True)
     settings.refuse("word_embed_proj_dim", settings.need("hidden_size"))
-    settings.rename(ffn_dim="intermediate_size", activation_function="hidden_act")
+    settings.rename(**USUAL)
     settings.entries.setdefault("hidden_act", "relu")
     bias, final = settings.take("enable_bias", True), not settings.take("_remove_final_layer_norm", False)
     outline = layer_norm_outline(settings, eps="", bias=bias, tied=True, head="lm_head.weight", rotary=False)
@@ -31,3 +35,12 @@ def read(settings: Settings) -> Outline:
     )
     put_layers(outline, names)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return renamed(common_entries(words), USUAL) | {
+        "enable_bias": not words["ff_no_bias"],
+        "_remove_final_layer_norm": not words["pre_norm_has_final_norm"],
+        "word_embed_proj_dim": words["dim"],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, rotary_entries
 from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
 
 
@@ -35,3 +36,12 @@ def read(settings: Settings) -> Outline:
     )
     put_layers(outline, names)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return (
+        common_entries(words)
+        | {"num_key_value_heads": words["attn_kv_heads"], "layer_norm_eps": words["norm_eps"]}
+        | rotary_entries(words, partial="partial_rotary_factor")
+    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries, window_entries
 from x_transformers.pretrained.gated_decoder import LAYER, Details, read_gated_decoder, windows
 from x_transformers.pretrained.layouts import SWAPPED, cut
+
+DETAILS = Details(qkv_bias=False, out_bias=False)
 
 
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     settings.skip("resid_pdrop", "embd_pdrop")
-    outline = read_gated_decoder(settings, Details(qkv_bias=False, out_bias=False))
+    outline = read_gated_decoder(settings, DETAILS)
     stack = outline.stack
     depth, heads, kv_heads, width = (stack[name] for name in ("depth", "heads", "attn_kv_heads", "attn_dim_head"))
     stack |= windows(settings, depth)
@@ -22,3 +25,8 @@ def read(settings: Settings) -> Outline:
         # our values come before the gates
         outline.put(f"{feedforward}feedforward.up.weight", f"{theirs}mlp.gate_up_proj.weight", layout=SWAPPED)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return gated_entries(words, DETAILS) | window_entries(words, by_layer=False)

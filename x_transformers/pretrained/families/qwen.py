@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries, window_entries
 from x_transformers.pretrained.gated_decoder import Details, read_gated_decoder, windows
+
+QWEN2, QWEN3 = Details(qkv_bias=True, out_bias=False), Details(qk_norm="head")
 
 
 def read_qwen2(settings: Settings) -> Outline:
     """Return the outline of a Qwen 2."""
-    return _with_windows(settings, read_gated_decoder(settings, Details(qkv_bias=True, out_bias=False)))
+    return _with_windows(settings, read_gated_decoder(settings, QWEN2))
 
 
 def read_qwen3(settings: Settings) -> Outline:
     """Return the outline of a Qwen 3."""
-    return _with_windows(settings, read_gated_decoder(settings, Details(qk_norm="head")))
+    return _with_windows(settings, read_gated_decoder(settings, QWEN3))
 
 
 def _with_windows(settings: Settings, outline: Outline) -> Outline:
@@ -24,3 +27,13 @@ def _with_windows(settings: Settings, outline: Outline) -> Outline:
         settings.entries["layer_types"] = ["full_attention"] * first + ["sliding_attention"] * (depth - first)
     outline.stack |= windows(settings, depth, used=used)
     return outline
+
+
+def write_qwen2(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return gated_entries(words, QWEN2) | window_entries(words, by_layer=True, switch=True)
+
+
+def write_qwen3(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return gated_entries(words, QWEN3) | window_entries(words, by_layer=True, switch=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries, window_entries
 from x_transformers.pretrained.gated_decoder import read_gated_decoder, windows
 
 
@@ -16,3 +17,13 @@ def read(settings: Settings) -> Outline:
         outline.stack["rotary_layers"] = tuple(map(bool, rotated[:depth]))
     outline.stack |= windows(settings, depth, used=settings.take("use_sliding_window", False))
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    rotated = words.get("rotary_layers")
+    return (
+        gated_entries(words)
+        | window_entries(words, by_layer=True, switch=True)
+        | {"mlp_bias": not words["ff_no_bias"], "no_rope_layers": list(map(int, rotated or (True,) * words["depth"]))}
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, common_entries, rotary_entries, window_entries
 from x_transformers.pretrained.gated_decoder import windows
 from x_transformers.pretrained.layer_norm_decoder import Names, layer_norm_outline, put_layers
 
@@ -32,3 +33,14 @@ def read(settings: Settings) -> Outline:
     )
     put_layers(outline, names)
     return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    return (
+        common_entries(words)
+        | {"num_key_value_heads": words["attn_kv_heads"], "norm_epsilon": words["norm_eps"], "norm_type": "layer_norm"}
+        | {"mlp_type": "default", "use_bias": not words["ff_no_bias"]}
+        | rotary_entries(words)
+        | window_entries(words, by_layer=False)
+    )

@@ -1,0 +1,81 @@
+"""Page of all keywords, made from the schemas when the site is built. MkDocs imports this file, see `mkdocs.yml`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from x_transformers import Decoder, TransformerWrapper
+from x_transformers.options.schema import Schema, default_of
+
+PAGE = "all-keywords.md"
+INTRO = """# All keywords
+
+Every keyword of stacks and of `TransformerWrapper`, with its default. The link of a keyword leads to a section with an
+example, and that of a number to the paper. In Python, `print(Decoder.describe())` prints the same, and
+`Decoder.describe('rotary_xpos')` one feature.
+"""
+GROUPS = (
+    (TransformerWrapper, "", "TransformerWrapper", "Besides `num_tokens`, `max_seq_len` and `attn_layers`."),
+    (Decoder, "", "Stacks", "Of `Decoder`, `Encoder`, `CrossAttender`, `PrefixDecoder`, besides `dim`."),
+    (
+        Decoder,
+        "attn_",
+        "Attention in stacks",
+        "With `cross_attn_`, a keyword is that of cross-attention only. `Attention` has them without a prefix.",
+    ),
+    (Decoder, "ff_", "Feedforwards in stacks", "`FeedForward` has them without the prefix."),
+)
+"""Class, prefix of the keywords, heading and text."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the page."""
+    files.append(File.generated(config, PAGE, content=page(Path(config.docs_dir))))
+    return files
+
+
+def page(docs: Path) -> str:
+    """Return the page in Markdown."""
+    examples = dict(_examples(docs))
+    parts = [INTRO]
+    for owner, prefix, heading, words in GROUPS:
+        (schema,) = (each for each, own in owner.keyword_schemas if own == prefix)
+        parts += [f"## {heading}", words, _table(schema, prefix, examples)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(schema: Schema, prefix: str, examples: dict[str, str]) -> str:
+    lines = ["| keyword | default | meaning | |", "| --- | --- | --- | --- |"]
+    for feature in schema.features.values():
+        for entry in dataclasses.fields(feature.options):
+            name = prefix + entry.name
+            shown = f"[`{name}`]({examples[name]})" if name in examples else f"`{name}`"
+            default = repr(default_of(entry)).replace("|", r"\|")
+            meaning = str(entry.metadata.get("doc", "")).replace("|", r"\|")
+            lines.append(f"| {shown} | `{default}` | {meaning} | {_paper(feature.paper)} |")
+    return "\n".join(lines)
+
+
+def _paper(number: str | None) -> str:
+    if number is None or not re.fullmatch(r"\d{4}\.\d{5}", number):
+        return number or ""
+    return f"[{number}](https://arxiv.org/abs/{number})"
+
+
+def _examples(docs: Path) -> Iterator[tuple[str, str]]:
+    """Yield keywords with the last section that has a block with them; pages of single options come last."""
+    pages = sorted(docs.glob("*.md"), key=lambda path: "\nPaper" in path.read_text(encoding="utf-8"))
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        for section in reversed(re.split(r"^## ", text, flags=re.M)[1:]):
+            title, _, body = section.partition("\n")
+            anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            for block in re.findall(r"^```python\n(.*?)^```$", body, re.M | re.S):
+                for name in re.findall(r"\b(\w+) = ", block):
+                    yield name, f"{path.name}#{anchor}"
