@@ -7,6 +7,7 @@ from typing import Any
 from x_transformers.recurrences.base import Situation
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
+from x_transformers.recurrences.scan import SCAN
 
 
 def linear_cost(situation: Any, tokens: int, heads: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
@@ -40,3 +41,16 @@ def delta_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple
     c = min(chunk, tokens)
     # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
     return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)
+
+
+def scan_cost(situation: Any, tokens: int, features: int) -> tuple[str, str, int]:
+    """Return the kernel of an elementwise scan, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        features: number of states.
+    """
+    chosen, why = SCAN.choose(Situation(situation.device, situation.dtype, tokens))
+    # a chunk of 16 is doubled four times, and takes in the state
+    return chosen.name, why, features * (2 * 5 if chosen.name == "chunked" else 2)
