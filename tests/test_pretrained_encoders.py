@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", SMALL),
     "bert, untied, other activation": ("Bert", {**SMALL, "tie_word_embeddings": False, "hidden_act": "relu"}),
     "roberta": ("Roberta", {**SMALL, "type_vocab_size": 1, "pad_token_id": 1}),
+    "xlm-roberta": ("XLMRoberta", {**SMALL, "type_vocab_size": 1, "pad_token_id": 1, "num_hidden_layers": 1}),
+    "camembert": ("Camembert", {**SMALL, "type_vocab_size": 1, "pad_token_id": 1, "num_hidden_layers": 1}),
     "distilbert": ("DistilBert", DISTIL),
     "electra": ("Electra", {**SMALL, "embedding_size": 16}),
     "electra, one width": ("Electra", {**SMALL, "embedding_size": 32}),

@@ -76,10 +76,6 @@ def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | 
         raise ConfigError(f"`family` is {family!r}; the families that can be written are {', '.join(known)}.")
     words = described(model.config)
     nearest: tuple[str, dict[str, tuple[Any, Any]]] | None = None
-    origin = model.pretrained_config
-    if origin is not None:
-        # that of the folder is tried before all others
-        known.sort(key=lambda name: name != origin["model_type"])
     for name in known if family is None else [family]:
         for entries in _proposals(name, words, model.pretrained_config):
             try:
