@@ -64,6 +64,15 @@ def test_chunks_equal_single_steps(name: str, n: int, decay: float | None, from_
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("n", "decay", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_decays_of_single_features(n: int, decay: float, from_state: bool) -> None:
+    given = inputs(n, decay, from_state)
+    g = -2 * decay * torch.rand(B, H, n, DK, dtype=torch.float64)
+    arguments = [given["q"], given["k"], given["v"], g, given["state"]]
+    for one, other in zip(results(linear, arguments), results(naive.linear, arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_row_may_be_cut_anywhere(name: str) -> None:
     function, _, names = OPERATIONS[name]

@@ -15,6 +15,7 @@ from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     convolution,
     delta_rule,
+    gated_linear_attention,
     identity,
     linear_attention,
     mamba,
@@ -73,6 +74,7 @@ PAPERS = (
     mamba2.FEATURE,
     rglru.FEATURE,
     retention.FEATURE,
+    gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
