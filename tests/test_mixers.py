@@ -15,6 +15,7 @@ from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
+    "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
 }
@@ -259,7 +260,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba2", "retention", "linear")
+GRAPHS = ("gated_delta", "mamba", "linear")
 
 
 @pytest.mark.slow

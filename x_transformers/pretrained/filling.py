@@ -68,6 +68,10 @@ def _read(link: Link, shards: Shards, names: Mapping[str, str]) -> Sequence[Tens
         CheckpointError: if a tensor is missing or damaged.
         StateDictError: if a tensor has a shape of which no such weights can be made.
     """
+    if link.layout.joins:
+        whole = shards.joined([names[each] for each in link.theirs])
+        if whole is not None:
+            return [whole]
     theirs = [shards.tensor(names[each]) for each in link.theirs]
     try:
         return link.layout.read(*theirs)

@@ -17,14 +17,14 @@ class Chunks(NamedTuple):
 
     Attributes:
         b, h, n: sizes of the batch, the heads, and the row.
-        count: number Z of chunks.
+        chunks: number Z of chunks.
         size: number C of tokens of a chunk.
     """
 
     b: int
     h: int
     n: int
-    count: int
+    chunks: int
     size: int
 
     @classmethod
@@ -38,19 +38,19 @@ class Chunks(NamedTuple):
 
     def split(self, t: Tensor) -> Tensor:
         """Return `(b, h, n, ...)` as `(b h Z, C, ...)`, with zeros after the last token."""
-        missing = self.count * self.size - self.n
+        missing = self.chunks * self.size - self.n
         # padding an axis by nothing still copies it
         if torch.compiler.is_compiling() or missing:
             t = F.pad(t, (*(0, 0) * (t.ndim - 3), 0, missing))
-        return t.reshape(self.b * self.h * self.count, self.size, *t.shape[3:])
+        return t.reshape(self.b * self.h * self.chunks, self.size, *t.shape[3:])
 
     def by_row(self, t: Tensor) -> Tensor:
         """Return what each chunk has, `(b h Z, ...)`, as `(b h, Z, ...)`."""
-        return t.view(self.b * self.h, self.count, *t.shape[1:])
+        return t.view(self.b * self.h, self.chunks, *t.shape[1:])
 
     def join(self, t: Tensor) -> Tensor:
         """Return outputs of chunks `(b h Z, C, d)` as `(b, h, n, d)`."""
-        whole = t.view(self.b, self.h, self.count * self.size, t.shape[-1])
+        whole = t.view(self.b, self.h, self.chunks * self.size, t.shape[-1])
         return whole.narrow(2, 0, self.n)
 
 

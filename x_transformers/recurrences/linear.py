@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
 from x_transformers.recurrences.carry import carry
 from x_transformers.recurrences.chunks import Chunks, Decays
+
+SHORT = 16
+"""Most tokens of a chunk with a decay for each key feature."""
 
 
 def linear(
@@ -58,10 +62,41 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | 
     return chunks.join(within + q @ before.flatten(0, 1)), last.view(state.shape)
 
 
+def _chunked_by_feature(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, *, chunk: int = CHUNK
+) -> Result:
+    """Compute the same where each key feature has its own decay, `sum_d q_id k_jd e^{G_id - G_jd}` for j up to i.
+
+    The decays of all pairs are written out for each feature, so that chunks are short. Factors `q e^G` and `k e^{-G}`
+    would overflow.
+    """
+    chunks = Chunks.of(v, min(chunk, SHORT))
+    state = naive.first_state(k, v) if state is None else state
+    q, k, v, total = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(g).cumsum(dim=1)
+    later = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=v.device).triu(1).unsqueeze(-1)
+    pairs = (total.unsqueeze(2) - total.unsqueeze(1)).masked_fill(later, -torch.inf).exp()
+    scores = ((q.unsqueeze(2) * pairs) * k.unsqueeze(1)).sum(dim=-1)
+    last = total[:, -1:]
+    added, kept = (k * (last - total).exp()).mT @ v, last.exp().mT
+    before, after = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))
+    return chunks.join(scores @ v + (q * total.exp()) @ before.flatten(0, 1)), after.view(state.shape)
+
+
 def _refuses(situation: Situation) -> str | None:
     if situation.tokens == 1:
         return "one token is one step"
-    return "a decay for each key feature needs single steps" if situation.vector_decay else None
+    return "each key feature has its own decay" if situation.vector_decay else None
 
 
-LINEAR = Operation("linear recurrence", naive.linear, Kernel("chunked", _chunked, _refuses))
+def _refuses_by_feature(situation: Situation) -> str | None:
+    if situation.tokens == 1:
+        return "one token is one step"
+    return None if situation.vector_decay else "all key features have one decay"
+
+
+LINEAR = Operation(
+    "linear recurrence",
+    naive.linear,
+    Kernel("chunked", _chunked, _refuses),
+    Kernel("chunked by feature", _chunked_by_feature, _refuses_by_feature),
+)
