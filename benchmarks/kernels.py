@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.bare import BareGPT, Shape
 from benchmarks.bare_llama import BareLlama
 from benchmarks.configurations import DIM, HEADS, VOCABULARY, build, configuration
+from benchmarks.configurations import FEATURES as MEASURED
 from benchmarks.contestants import gpt2, llama, next_token_loss, of_hugging_face, our_gpt, our_llama
 from benchmarks.settings import Settings
 from x_transformers import TransformerWrapper
@@ -249,8 +250,8 @@ def count_model(name: str) -> Count:
 
 
 def feature_names() -> list[str]:
-    """Return the features of stacks that have an example, in the order of the catalog."""
-    return [feature.name for feature in FEATURES if feature.examples]
+    """Return the features of stacks that have an example, in the order of the catalog, without those of mixers."""
+    return [feature.name for feature in FEATURES if feature.examples and feature.name in MEASURED]
 
 
 def count_feature(name: str) -> Count:

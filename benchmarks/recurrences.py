@@ -57,10 +57,8 @@ def kernels(length: int, rounds: int) -> Iterator[str]:
                 {"chunked": partial(run, fast, given, grad), "naive": partial(run, slow, given, grad)}, rounds, warmup=1
             )
             what = "forward and backward" if grad else "forward"
-            yield (
-                f"{name}, {what}: {1e3 * taken['chunked']:.1f} ms, {taken['naive'] / taken['chunked']:.1f} times as fast "
-                "as single steps"
-            )
+            factor = taken["naive"] / taken["chunked"]
+            yield f"{name}, {what}: {1e3 * taken['chunked']:.1f} ms, {factor:.1f} times as fast as single steps"
 
 
 def layers(length: int, rounds: int) -> Iterator[str]:

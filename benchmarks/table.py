@@ -1,6 +1,7 @@
 """Table of options in the documentation, from the catalog and the recorded costs: `python -m benchmarks.table --write`.
 
-It also writes the figures of `benchmarks/README.md` and of the README. Without `--write`, both are printed.
+It also writes the tables of `docs/choosing-options.md` and the figures of `benchmarks/README.md` and of the README.
+Without `--write`, options and figures are printed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import choices, report
 from benchmarks.configurations import (
     DEPTH,
     DIM,
@@ -140,13 +141,16 @@ def written(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--write", action="store_true", help="write them to docs/every-option.md and benchmarks/README.md"
-    )
+    parser.add_argument("--write", action="store_true", help="write them to the pages")
     if not parser.parse_args().write:
         print(table(), report.figures(), sep="\n\n")
         return
-    pages = ((PAGE, written), (report.README, report.written), (report.FRONT, report.written_front))
+    pages = (
+        (PAGE, written),
+        (choices.PAGE, choices.written),
+        (report.README, report.written),
+        (report.FRONT, report.written_front),
+    )
     for path, new in pages:
         path.write_text(new(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -20,18 +20,17 @@ Every keyword of stacks and of `TransformerWrapper`, with its default. The link 
 example, and that of a number to the paper. In Python, `print(Decoder.describe())` prints the same, and
 `Decoder.describe('rotary_xpos')` one feature.
 """
-GROUPS = (
-    (TransformerWrapper, "", "TransformerWrapper", "Besides `num_tokens`, `max_seq_len` and `attn_layers`."),
-    (Decoder, "", "Stacks", "Of `Decoder`, `Encoder`, `CrossAttender`, `PrefixDecoder`, besides `dim`."),
-    (
-        Decoder,
-        "attn_",
+HEADINGS = {
+    (TransformerWrapper, ""): ("TransformerWrapper", "Besides `num_tokens`, `max_seq_len` and `attn_layers`."),
+    (Decoder, ""): ("Stacks", "Of `Decoder`, `Encoder`, `CrossAttender` and `PrefixDecoder`, besides `dim`."),
+    (Decoder, "attn_"): (
         "Attention in stacks",
         "With `cross_attn_`, a keyword is that of cross-attention only. `Attention` has them without a prefix.",
     ),
-    (Decoder, "ff_", "Feedforwards in stacks", "`FeedForward` has them without the prefix."),
-)
-"""Class, prefix of the keywords, heading and text."""
+    (Decoder, "ff_"): ("Feedforwards in stacks", "`FeedForward` has them without the prefix."),
+    (Decoder, "mixer_"): ("Token mixers in stacks", "Of blocks with a [token mixer](token-mixers.md)."),
+}
+"""Heading and text of each schema, by class and prefix."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -43,10 +42,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def page(docs: Path) -> str:
     """Return the page in Markdown."""
     examples = dict(_examples(docs))
-    parts = [INTRO]
-    for owner, prefix, heading, words in GROUPS:
-        (schema,) = (each for each, own in owner.keyword_schemas if own == prefix)
-        parts += [f"## {heading}", words, _table(schema, prefix, examples)]
+    parts, shown = [INTRO], set()
+    for owner in (TransformerWrapper, Decoder):
+        for schema, prefix in owner.keyword_schemas:
+            if id(schema) in shown:  # the same keywords with another prefix
+                continue
+            shown.add(id(schema))
+            heading, words = HEADINGS[owner, prefix]
+            parts += [f"## {heading}", words, _table(schema, prefix, examples)]
     return "\n\n".join(parts) + "\n"
 
 

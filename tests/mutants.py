@@ -42,6 +42,9 @@ CALLS = (
 )
 BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
+TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
+STEPS = "test_time/steps.py"
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -410,6 +413,65 @@ MUTATIONS = (
         r"if False:\1",
         "test_optimizer_options.py test_checkpoints.py",
         "checkpoints/optimizer_*.py",
+    ),
+    # keywords of pretrained models
+    Mutation(
+        "positions begin at row 0",
+        r"self\.emb\(pos \+ self\.first_row if self\.first_row else pos\)",
+        "self.emb(pos)",
+        "test_pretrained_keywords.py",
+    ),
+    Mutation("sublayers keep norms of their own", r"if index % block:", "if False:", "test_pretrained_keywords.py"),
+    Mutation(
+        "the pool reads the first token, also of padding",
+        r"if mask is None:\n            first",
+        "if True:\n            first",
+        "test_pretrained_keywords.py",
+    ),
+    Mutation(
+        "a default id is not embedded",
+        r"for name in sorted\(self\.embedded\.difference\(given\)\)",
+        "for name in ()",
+        "test_pretrained_keywords.py",
+    ),
+    Mutation(
+        "chunked losses without the changes of logits",
+        r"not model\.logit_changes\.keeps_linear",
+        "False",
+        "test_pretrained_keywords.py",
+    ),
+    Mutation(
+        "the grid of positions is cut",
+        r"if not self\.interpolate_positions or rows == columns == side:",
+        "if True:",
+        "test_pretrained_images.py",
+    # test-time training
+    Mutation("test-time steps go up", r"weights - lr \* gradient", "weights + lr * gradient", TAUGHT, STEPS),
+    Mutation("test-time decay grows", r"- lr \* self\.wd \* weights", "+ lr * self.wd * weights", TAUGHT, STEPS),
+    Mutation(
+        "test-time rows share their dropout",
+        r'randomness="different"',
+        'randomness="same"',
+        "test_test_time.py -k dropout_inside",
+    ),
+    Mutation(
+        "test-time steps read the rest of a prompt into the memory",
+        r"if last - self\.first < size:",
+        "if False:",
+        "test_test_time.py -k prompts_of_any_length",
+    ),
+    Mutation(
+        "test-time weights stay",
+        r"(?:reader\.)?adaptation\.end\(\)",
+        "pass",
+        "test_test_time.py -k 'own_weights or error or hooks'",
+        "xl_*.py",
+    ),
+    Mutation(
+        "test-time targets are the features before",
+        r"roll\(-1, dims=1\)",
+        "roll(1, dims=1)",
+        "test_test_time.py -k next_features",
     ),
 )
 

@@ -20,7 +20,13 @@ from x_transformers.training.optimizers import Muon, split_parameters
 from x_transformers.training.processes import Processes, end_process, gathered, is_sharded, joined, shard
 
 MODELS: dict[str, dict[str, Any]] = {
-    "plain": {"attn_kv_heads": 1, "rotary_pos_emb": True, "attn_qk_norm": True},
+    "plain": {
+        "attn_kv_heads": 1,
+        "rotary_pos_emb": True,
+        "attn_qk_norm": True,
+        "parallel_block": True,
+        "parallel_block_one_norm": True,
+    },
     "again": {"checkpoint_every": 1, "rel_pos_bias": True, "add_value_residual": True, "num_residual_streams": 2},
     "tied": {"weight_tie_layers": True, "checkpoint_every": 2, "depth": 3},
 }

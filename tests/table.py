@@ -53,6 +53,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_groups": 2,
         "mixer_norm_eps": 0.01,
     },
+    "mixer_inner_norm": {
+        "layer_period": "ma",
+        "mixer": "mamba",
+        "mixer_state": 3,
+        "mixer_step_rank": 2,
+        "mixer_inner_norm": ON,
+    },
+    "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
     "mixer_feature_map": {"layer_period": "ma", "mixer": "transnormer", "mixer_dim": 24, "mixer_feature_map": "elu"},
@@ -335,7 +343,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
-    "order of execution": ("weight_tie_layers", "layers_execute_order"),
+    # with blocks of three, the order of the row runs no attention of a hybrid
+    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
         "mixer",
@@ -441,6 +450,8 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer": "reads from left to right",
         "mixer_products": "reads from left to right",
         "mixer_groups": "reads from left to right",
+        "mixer_inner_norm": "reads from left to right",
+        "mixer_rank": "reads from left to right",
         "mixer_rotary": "reads from left to right",
     },
     "cross": {},

@@ -7,6 +7,7 @@ every page is in the navigation; links have targets.
 
 import importlib
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -186,6 +187,19 @@ def _leaves(nav: object) -> Iterator[str]:
     else:
         for each in nav.values() if isinstance(nav, dict) else nav:  # type: ignore[attr-defined]
             yield from _leaves(each)
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(docs/([\w-]+)\.md", README))
+    assert linked == set(PAGES)
+    assert len(README.splitlines()) <= 330
+
+
+def test_every_extra_is_described() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = PAGES["first-steps"].split("| extra |")[1].split("\n\n")[0]
+    described = re.findall(r"`([\w-]+)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:]))
+    assert sorted(described) == sorted(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -34,6 +34,13 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
     ("numbers_xval", {"BATCH": 4, "TESTED": 8}, r"named correctly: \d+%", "continued.png"),
     ("continuous_series", {"BATCH": 4, "TESTED": 8, "ROLL_OUTS": 4}, r"1 to 12 +\d\.\d{3}", "forecasts.png"),
     ("masked_text", {"LENGTH": 16, "BATCH": 2, "TESTED": 32}, r"pseudo-likelihood of held-out text: \d", "text.txt"),
+    (
+        "test_time_training",
+        {"LETTERS": 4, "SEGMENTS": 3, "BATCH": 2, "TESTED": 4},
+        r"adapted weights: \d+\.\d%, \d+\.\d%, \d+\.\d% of the ciphers correct",
+        "correct.png",
+    ),
+    ("gpt_vae_styles", {"BATCH": 4, "TESTED": 8, "GRID": (2, 2)}, r"written \d+\.\d letters away", "styles.png"),
     ("dpo_preferences", {"SAMPLES": 64, "BATCH": 4}, r"after DPO: \d+%", "preferred.png"),
 ]
 

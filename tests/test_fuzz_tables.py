@@ -26,10 +26,11 @@ NO_CONSTRUCTOR = {
     "ResidualDynamics": "one argument, a module",
 }
 MACHINERY = """
-    adopt_config after_loading describe export_reference export_reference_state_dict from_config load_state_dict
-    named_modules reference_names translate_reference
+    adopt_config after_loading derived_buffers describe export_reference export_reference_state_dict from_config
+    from_pretrained leave_meta load_state_dict named_modules push_to_hub reference_names register_derived
+    save_pretrained translate_reference
 """
-"""State dicts and configurations, whose hostile forms are in the tests of loading and of model files."""
+"""State dicts, folders and configurations, whose hostile forms are in the tests of loading and of model files."""
 NO_CALL = {
     "a contract between parts, stack and model, which calls it itself": """
         Attend.check_causality Attend.flash_attn Attend.of_parts Attend.run Attend.share_scores

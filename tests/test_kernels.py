@@ -20,7 +20,13 @@ from x_transformers.layers.catalog import FEATURES
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDS = Path(__file__).with_name("kernels.json")
 MODELS = ("bare", "ours", "bare Llama", "our Llama")
-FEATURE_NAMES = [feature.name for feature in FEATURES if feature.examples]
+OF_MIXERS = {"mixer", "layer_period"}
+FEATURE_NAMES = [
+    feature.name
+    for feature in FEATURES
+    if feature.examples and feature.group != "mixer" and feature.name not in OF_MIXERS
+]
+"""Mixers replace attention, so that a difference to a model with it says little; see `benchmarks/recurrences.py`."""
 ROUNDING = 0.05
 
 

@@ -18,18 +18,19 @@ from x_transformers.mixers.linear_attention import HedgehogMap
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.scan import scan
 
 FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu layer-mamba-jamba
-    layer-mamba-left-padding layer-mamba layer-mlstm layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rglru layer-rwkv4-channel layer-rwkv4 layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
+    layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu
+    layer-mlstm layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
+    layer-rwkv4-channel layer-rwkv4 layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
     layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans op-aaren
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-long-convolution-2d
-    op-long-convolution op-lstm op-mlstm op-mossformer-causal op-rwkv4 op-rwkv6 op-scan op-selective-scan op-slstm
+    op-long-convolution op-lstm op-mlstm op-mossformer-causal op-rwkv4 op-rwkv6 op-slstm
     op-sparse-state
 """
 LATER = set(NAMES.split())
@@ -75,6 +76,12 @@ def test_layers(name: str) -> None:
     stack = (Decoder if causal else Encoder)(dim=x.shape[-1], depth=1, only_attn=True, verbose=False, **keywords)
     mixer = stack.layers[0].mixer
     mixer.load_state_dict({key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")})
+    if "input.live" in case:
+        live = case["input.live"].bool()
+        out = mixer(x, live)[0]
+        for row, own in enumerate(live):
+            agree(out[row, own], case[f"output.{row}"][0])
+        return
     out = mixer(x, causal=causal)[0]
     agree(out, case["output"])
     if causal:
@@ -166,6 +173,26 @@ def of_products(case: Case) -> Operator:
     return at_last(delta), at_last(naive.delta), arguments  # type: ignore[return-value]
 
 
+def of_scan(case: Case) -> Operator:
+    return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
+
+
+def of_selective_scan(case: Case) -> Operator:
+    x, step, b, c, gate = (case[f"input.{name}"].mT for name in ("x", "step", "b", "c", "gate"))
+    step = F.softplus(step + case["input.step_bias"]).unsqueeze(-1)
+    arguments = [(step * x.unsqueeze(-1) * b.unsqueeze(-2)).flatten(2), (step * case["input.a"]).flatten(2), None]
+
+    def read_as_source(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Any) -> tuple[Tensor, Tensor]:
+            h, state = (t.unflatten(-1, case["input.a"].shape) for t in run(*given))
+            out = (h * c.unsqueeze(-2)).sum(dim=-1) + case["input.skip"] * x
+            return (out * F.silu(gate)).mT, state
+
+        return whole
+
+    return read_as_source(scan), read_as_source(naive.scan), arguments  # type: ignore[return-value]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -176,6 +203,8 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-gated-delta": of_delta,
     "op-vector-delta": of_delta,
     "op-delta-product": of_products,
+    "op-scan": of_scan,
+    "op-selective-scan": of_selective_scan,
 }
 
 

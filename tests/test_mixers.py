@@ -15,6 +15,7 @@ from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
+    "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
 }
@@ -259,7 +260,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba2", "retention", "linear")
+GRAPHS = ("gated_delta", "mamba", "linear")
 
 
 @pytest.mark.slow
@@ -273,6 +274,7 @@ def test_one_graph_for_prompts_of_all_lengths(name: str) -> None:
         graphs.append(len(graphs))
         return graph.forward
 
+    torch._dynamo.reset()  # graphs of all mixers are those of one function, and their number is limited
     run = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         for n in (70, 24, 40, 200, 130):

@@ -23,13 +23,32 @@ NAMES = [
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The modules of the folder of benchmarks, which is not installed."""
     monkeypatch.syspath_prepend(ROOT)
-    return {name: importlib.import_module(f"benchmarks.{name}") for name in ("configurations", "options", "table")}
+    return {
+        name: importlib.import_module(f"benchmarks.{name}")
+        for name in ("choices", "configurations", "options", "table")
+    }
 
 
 def test_the_table_is_current(benchmarks: dict[str, ModuleType]) -> None:
     table = benchmarks["table"]
     page = table.PAGE.read_text(encoding="utf-8")
     assert table.written(page) == page, "run `python -m benchmarks.table --write`"
+
+
+def test_tables_of_choices_are_current(benchmarks: dict[str, ModuleType]) -> None:
+    choices = benchmarks["choices"]
+    page = choices.PAGE.read_text(encoding="utf-8")
+    assert choices.written(page) == page, "run `python -m benchmarks.table --write`"
+    for task, (_, changes, *_) in choices.TASKS.items():
+        measured = choices.recorded()[task]["bits"]
+        assert list(measured) == [change.words for change in changes], "run `python -m benchmarks.choices`"
+        assert {change.feature for change in changes} <= {None, *NAMES}
+
+
+@pytest.mark.parametrize("task", ["language model", "encoder", "vision transformer"])
+def test_choices_train(task: str, benchmarks: dict[str, ModuleType]) -> None:
+    train, changes, *_ = benchmarks["choices"].TASKS[task]
+    assert 0 < train(changes[-1], 0, 2) < 12
 
 
 def test_every_feature_has_a_cost(benchmarks: dict[str, ModuleType]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from x_transformers import load_pretrained
 from x_transformers.errors import ConfigError
@@ -30,6 +31,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", SMALL),
     "bert, untied, other activation": ("Bert", {**SMALL, "tie_word_embeddings": False, "hidden_act": "relu"}),
     "roberta": ("Roberta", {**SMALL, "type_vocab_size": 1, "pad_token_id": 1}),
+    "xlm-roberta": ("XLMRoberta", {**SMALL, "type_vocab_size": 1, "pad_token_id": 1, "num_hidden_layers": 1}),
+    "camembert": ("Camembert", {**SMALL, "type_vocab_size": 1, "pad_token_id": 1, "num_hidden_layers": 1}),
     "distilbert": ("DistilBert", DISTIL),
     "electra": ("Electra", {**SMALL, "embedding_size": 16}),
     "electra, one width": ("Electra", {**SMALL, "embedding_size": 32}),
@@ -82,6 +85,25 @@ def test_logits(name: str, tmp_path: Path) -> None:
     ours, (ids, mask) = load_pretrained(tmp_path), ragged()
     wanted = theirs(ids.where(mask, theirs.config.pad_token_id), attention_mask=mask.long()).logits
     near(ours(ids, mask=mask)[mask], wanted[mask])
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM"])
+@torch.no_grad()
+def test_older_names_of_norms(kind: str, tmp_path: Path) -> None:
+    """Files of the first release have other names of the parameters of norms, and more heads than one."""
+    theirs = original("bert", kind)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, before in old.items():
+        tensors = {name.replace(new, before): tensor for name, tensor in tensors.items()}
+    heads = ["cls.predictions.transform.LayerNorm.beta", "cls.seq_relationship.weight"]
+    heads += ["bert.pooler.dense.bias"] if kind == "ForMaskedLM" else []
+    extra = {name: torch.zeros(2) for name in heads if name not in tensors}
+    save_file({**tensors, **extra}, tmp_path / "model.safetensors")
+    ids = torch.randint(3, 60, (2, TOKENS))
+    out = theirs(ids)
+    near(load_pretrained(tmp_path)(ids), out.pooler_output if kind == "Model" else out.logits)
 
 
 @torch.no_grad()

@@ -60,6 +60,9 @@ def test_features_and_pooled_output(name: str, tmp_path: Path) -> None:
     wanted = theirs(images)
     near(ours(images, return_embeddings=True), wanted.last_hidden_state[:, ours.num_cls_tokens :])
     near(ours(images), wanted.pooler_output)
+    if "dino" in name:
+        wide = torch.randn(2, 3, 8, 20)
+        near(ours(wide, return_embeddings=True), theirs(wide).last_hidden_state[:, 1:])
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])

@@ -90,6 +90,15 @@ def test_features_logits_and_generated_tokens(name: str, tmp_path: Path) -> None
 
 
 @torch.no_grad()
+def test_a_model_without_its_bias_of_logits(tmp_path: Path) -> None:
+    theirs = original("bart", "Model")
+    theirs.save_pretrained(tmp_path)
+    ours, source, target = load_pretrained(tmp_path), torch.randint(4, 60, (2, TOKENS)), torch.randint(4, 60, (2, 7))
+    wanted = theirs(source, decoder_input_ids=target).last_hidden_state
+    near(ours.decoder.net(target, context=ours.encoder(source), return_embeddings=True), wanted)
+
+
+@torch.no_grad()
 def test_a_class_that_is_not_read(tmp_path: Path) -> None:
     original("bart", "ForSequenceClassification").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"`architectures` = \['BartForSequenceClassification'\], whose head"):

@@ -1,5 +1,6 @@
 """Folders for transformers: what was loaded is written bit for bit, and what was trained here is served there."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -179,3 +180,22 @@ def test_gains_of_heads_that_differ(tmp_path: Path) -> None:
         norms.q_norm.gamma[1] += 0.1
     with pytest.raises(StateDictError, match=r"q_norm.gamma` cannot be written .* its heads have gains of their own"):
         model.save_pretrained(tmp_path, format="hf", family="qwen3")
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"), [("encoders", "ForMaskedLM"), ("images", "Model"), ("pairs", "ForConditionalGeneration")]
+)
+@torch.no_grad()
+def test_other_models_that_were_loaded(table: str, kind: str, tmp_path: Path) -> None:
+    """Encoders, towers of images and pairs of encoder and decoder are written as they came."""
+    module = importlib.import_module(f"test_pretrained_{table}")
+    for number, name in enumerate(module.CASES):
+        first, second = tmp_path / f"{number}a", tmp_path / f"{number}b"
+        module.original(name, kind).save_pretrained(first)
+        ours = load_pretrained(first)
+        ours.save_pretrained(second, format="hf")
+        wanted, got = tensors(first), tensors(second)
+        assert got.keys() <= wanted.keys()
+        assert all(torch.equal(each, wanted[tensor]) for tensor, each in got.items())
+        again = load_pretrained(second)
+        assert all(torch.equal(each, again.state_dict()[key]) for key, each in ours.state_dict().items())

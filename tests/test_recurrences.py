@@ -13,6 +13,7 @@ from x_transformers.recurrences.base import Kernel, Operation, Situation
 from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_uncompiled, carry_uncompiled
 from x_transformers.recurrences.delta import DELTA, delta
 from x_transformers.recurrences.linear import LINEAR, linear
+from x_transformers.recurrences.scan import SCAN, scan
 
 B, H, DK, DV, CHUNK = 2, 2, 4, 3, 16
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -63,6 +64,15 @@ def test_chunks_equal_single_steps(name: str, n: int, decay: float | None, from_
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("n", "decay", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_decays_of_single_features(n: int, decay: float, from_state: bool) -> None:
+    given = inputs(n, decay, from_state)
+    g = -2 * decay * torch.rand(B, H, n, DK, dtype=torch.float64)
+    arguments = [given["q"], given["k"], given["v"], g, given["state"]]
+    for one, other in zip(results(linear, arguments), results(naive.linear, arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_row_may_be_cut_anywhere(name: str) -> None:
     function, _, names = OPERATIONS[name]
@@ -76,6 +86,14 @@ def test_a_row_may_be_cut_anywhere(name: str) -> None:
             parts.append(out)
         torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "decay", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_doubling_equals_single_steps(n: int, decay: float, from_state: bool) -> None:
+    x, log_a = torch.randn(B, n, 5, dtype=torch.float64), -2 * decay * torch.rand(B, n, 5, dtype=torch.float64)
+    given = [x, log_a, torch.randn(B, 5, dtype=torch.float64) if from_state else None]
+    for one, other in zip(results(scan, given), results(naive.scan, given), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -132,6 +150,6 @@ def test_a_kernel_is_chosen_and_named() -> None:
     assert (chosen.name, why) == ("naive", "it needs a GPU")
     remove()
     assert operation.choose(Situation("cuda", torch.float32, 8))[0].name == "naive"
-    for each in (LINEAR, DELTA):
+    for each in (LINEAR, DELTA, SCAN):
         assert each.choose(Situation("cpu", torch.float32, 1))[0].name == "naive"
         assert each.choose(Situation("cpu", torch.float32, 0))[0].name == "chunked"

@@ -329,6 +329,21 @@ def test_autocast() -> None:
     found.backward()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["several", "muon", "episodic"])
+def test_on_a_gpu(name: str) -> None:
+    model, x = build(**copy.deepcopy(WAYS[name])), ids()
+    wanted, new = model(x).detach(), model.generate(x, 6, temperature=0.0)
+    model.cuda()
+    loss = model(x.cuda())
+    close(loss.detach().cpu(), wanted, 1e-3)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        close(model(x.cuda()).detach().cpu().float(), wanted, 0.1)
+    assert (model.generate(x.cuda(), 6, temperature=0.0).cpu() == new).float().mean() > 0.9
+
+
 def test_compiled_training_leaves_the_steps_out_of_graphs() -> None:
     model, x = build(ttt_module_paths=(DOWN,)), ids(2, 9)
     close(torch.compile(model, backend="eager")(x), model(x))
@@ -413,6 +428,16 @@ def test_loops_of_users() -> None:
         direct(model)
 
 
+def test_replicas_adapt_modules_of_their_own() -> None:
+    """`DataParallel` makes shallow copies with other submodules."""
+    model, x = build(ttt_module_paths=(DOWN,)), ids()
+    replica = model._replicate_for_data_parallel()
+    replica.net = perturb(copy.deepcopy(model.net))
+    loss = replica(x)
+    model.net.load_state_dict(replica.net.state_dict())
+    close(loss, model(x))
+
+
 # places and names
 
 
@@ -447,6 +472,23 @@ def test_names_in_state_dicts_and_round_trips() -> None:
     file.seek(0)
     close(torch.load(file, weights_only=False)(x), model(x))
     close(copy.deepcopy(model)(x), model(x))
+
+
+def test_matrices_of_low_rank_have_the_order_of_heads_of_the_reference() -> None:
+    stack = {"heads": 4, "attn_kv_heads": 2}
+    out = "attn_layers.layers.0.1.to_out"
+    model = build(stack=stack, ttt_low_rank_paths=((QUERIES, 3), (out, 2)))
+    plain = build(stack=stack)
+    for path in (QUERIES, out):
+        low = get_module_by_path(model.net, path).module
+        get_module_by_path(plain.net, path).weight.data = (low.weight_a @ low.weight_b).detach()
+    theirs, wanted = model.export_reference_state_dict(), plain.export_reference_state_dict()
+    for path in (QUERIES, out):
+        a, b = (theirs[f"net.{path}.module.weight_{factor}"] for factor in "ab")
+        close(a @ b, wanted[f"net.{path}.weight"])
+    twin = XLAutoregressiveWrapper.from_config(model.config)
+    twin.load_state_dict(theirs)
+    assert all(torch.equal(one, two) for one, two in zip(twin.parameters(), model.parameters(), strict=True))
 
 
 def test_two_wrappers_share_adapted_modules() -> None:
@@ -647,6 +689,7 @@ def test_episodic_memory_draws_only_itself() -> None:
     [
         ({"custom_layers": ("f",), "depth": None, "rotary_pos_emb": False}, "the stack has none"),
         ({"attn_value_dim_head": 4}, "in one tensor"),
+        ({"polar_pos_emb": True, "rotary_pos_emb": False}, "keys are twice as wide"),
     ],
 )
 def test_stacks_without_room_for_episodic_memory(stack: dict[str, Any], said: str) -> None:

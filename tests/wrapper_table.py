@@ -285,6 +285,26 @@ KINDS = (
         exempt={"ragged": "segments begin at the same column in every row"},
     ),
     Kind(
+        "test-time training",
+        lambda: XLAutoregressiveWrapper(
+            TransformerWrapper(
+                num_tokens=VOCAB, max_seq_len=3, max_mem_len=3, attn_layers=Decoder(**STACK, rotary_pos_emb=True)
+            ),
+            tbptt_steps=4,
+            ttt_module_paths=("attn_layers.layers.1.1.ff.2", "episodic_mems"),
+            ttt_lr=0.1,
+            episodic_mem_len=2,
+        ),
+        lambda batch: (ids(batch),),
+        generate=lambda model, x, **options: model.generate(x, 6, **options),
+        bad=(*WRONG_IDS, NOTHING, (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)")),
+        exempt={
+            "padding": "segments count by their length",
+            "ragged": "segments begin at the same column in every row",
+            "graph": "gradients are computed inside, and a graph is differentiated only once",
+        },
+    ),
+    Kind(
         "encoder and decoder",
         lambda: XTransformer(dim=16, enc_verbose=False, dec_verbose=False, **half("enc"), **half("dec")),
         lambda batch: (ids(batch), ids(batch)),

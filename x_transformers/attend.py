@@ -52,11 +52,14 @@ from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.masks.builder import causal_mask as create_causal_mask
 from x_transformers.masks.builder import causal_mask as onnx_create_causal_mask
 from x_transformers.masks.builder import spelled_out, visibility
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.state_dict import ReadsReference, rename
 from x_transformers.ops import default_device, l1norm, one_hot_straight_through, qk_l2_dist_squared, softclamp, widest
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Options, Schema
 from x_transformers.options.signatures import parameter, show_keywords
+
+__getattr__ = names_of(__name__)
 
 __all__ = [
     "Attend",

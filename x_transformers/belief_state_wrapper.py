@@ -24,10 +24,13 @@ from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, flipped, values_can_be_read
 from x_transformers.options.values import shown
+
+__getattr__ = names_of(__name__)
 
 PairWeights = Callable[[Tensor], Tensor]
 """Pairs `(pairs, 2)` of indices i and j to weights, `(pairs,)` or `(pairs, 2)` for the two directions."""

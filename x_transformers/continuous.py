@@ -26,10 +26,13 @@ from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.next_item import check_hides_future, check_predicts
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, finite_where_hidden
 from x_transformers.options.values import shown
+
+__getattr__ = names_of(__name__)
 
 __all__ = [
     "ContinuousAutoregressiveWrapper",

@@ -15,9 +15,12 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import normal_divergence
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.ops import at_least_float32, masked_mean
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
+
+__getattr__ = names_of(__name__)
 
 RESERVED: dict[str, str] = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `enc_depth` and `dec_depth`")
 

@@ -17,8 +17,11 @@ from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.losses import next_token_log_probs, reaching
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.unwrap import exchanges_gradients, unwrapped
 from x_transformers.ops import masked_mean
+
+__getattr__ = names_of(__name__)
 
 
 class DPO(SavesFolders):

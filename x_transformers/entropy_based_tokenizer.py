@@ -13,9 +13,12 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids
 from x_transformers.models.embeddings import checked_ids
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import at_least_float32
+
+__getattr__ = names_of(__name__)
 
 
 class EntropyBasedTokenizer(LoadsWhole):

@@ -27,6 +27,7 @@ from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import checked_ids, out_of_range
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.next_item import check_predicts
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import InferenceView
 from x_transformers.ops import at_least_float32
@@ -34,6 +35,8 @@ from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
 from x_transformers.options.values import shown
+
+__getattr__ = names_of(__name__)
 
 NAT = math.log(2)
 """Entropy of one fair bit."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from x_transformers.decoding.filters import FILTER_LOGITS_FN as FILTER_LOGITS_FN  # scripts import it from here
 from x_transformers.decoding.filters import top_k
 from x_transformers.decoding.generation_inputs import check_length_and_end
 from x_transformers.decoding.loop import Decoding, check_next_token_net, cut_after_end, make_reader
@@ -28,9 +29,12 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias, TiedLogits
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.norms import RMSNorm
 from x_transformers.modules.unwrap import unwrapped
+
+__getattr__ = names_of(__name__)
 
 Transition = Callable[[Tensor, Tensor], Tensor]
 """Latents `(b, n, d)` of the positions before, and the stream `(b, n, d)` that they enter, to a new stream."""

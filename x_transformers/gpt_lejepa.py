@@ -20,10 +20,13 @@ from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.internal_sequence import tokens_of
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.norms import RMSNorm
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.next_latent_wrapper import check_state_net, checked_states_input, normalized_weights
 from x_transformers.ops import at_least_float32
+
+__getattr__ = names_of(__name__)
 
 
 class Losses(NamedTuple):

@@ -19,9 +19,12 @@ from x_transformers.layers.named_stacks import Decoder, Encoder
 from x_transformers.losses import normal_divergence
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.options.schema import at_least
 from x_transformers.options.stack_groups import refuse_in_groups
+
+__getattr__ = names_of(__name__)
 
 RESERVED: dict[str, str] = dict.fromkeys(("dim", "depth"), "set `dim` for both stacks, and `depth` and `enc_depth`")
 

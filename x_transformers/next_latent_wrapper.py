@@ -19,11 +19,14 @@ from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.frozen import FrozenUse
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import at_least
+
+__getattr__ = names_of(__name__)
 
 
 class Losses(NamedTuple):

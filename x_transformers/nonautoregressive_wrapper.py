@@ -24,10 +24,13 @@ from x_transformers.forward_pass.names import passes_on
 from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32, log
 from x_transformers.options.suggestions import did_you_mean
+
+__getattr__ = names_of(__name__)
 
 Schedule = Callable[[Tensor], Tensor]
 

@@ -23,10 +23,13 @@ from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.delegate import ModelDelegate
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import evaluating
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.schema import at_least, require
+
+__getattr__ = names_of(__name__)
 
 Route = tuple[int, int]
 """Indices of two self-attentions, source and destination."""

@@ -17,8 +17,11 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
+
+__getattr__ = names_of(__name__)
 
 
 class SyntheticDataGenerator(Configured, nn.Module):

@@ -44,6 +44,7 @@ from x_transformers.models.requested_outputs import calc_entropy, calc_z_loss
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.modules import script_names
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.lora import LoRALinear
 from x_transformers.modules.norms import (
     AdaptiveLayerNorm,
@@ -59,6 +60,8 @@ from x_transformers.modules.script_names import *  # noqa: F403
 from x_transformers.ops import l2norm, log, masked_mean, max_neg_value, softclamp
 from x_transformers.ops import project_away as orthog_project
 from x_transformers.options.per_layer import layer_schedule
+
+__getattr__ = names_of(__name__)
 
 __all__ = [
     "GLU",

@@ -31,6 +31,7 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.frames import of_any_length, skipped, without_graphs
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
@@ -39,9 +40,11 @@ from x_transformers.options.values import accepts, shown
 from x_transformers.test_time.adaptation import Adaptation, InnerLoss, ordinary, with_gradients
 from x_transformers.test_time.episodic import EpisodicMemories, EpisodicMemoryWrapper
 from x_transformers.test_time.inner_losses import TTTMetaLearningTargetKLLoss, TTTNextLatentPredictionLoss
-from x_transformers.test_time.places import adapt_places, get_module_by_path, set_module_by_path
+from x_transformers.test_time.places import Pair, adapt_places, get_module_by_path, set_module_by_path
 from x_transformers.test_time.row_weights import LowRankLinear, TTTModuleWrapper
 from x_transformers.test_time.steps import Descent, newtonschulz5
+
+__getattr__ = names_of(__name__)
 
 __all__ = [
     "EpisodicMemories",
@@ -119,8 +122,8 @@ class XLAutoregressiveWrapper(SavesFolders):
         if ttt_next_latent_loss:
             ttt_custom_loss_module = TTTNextLatentPredictionLoss(dim=model.attn_layers.dim)
         self.ttt_custom_loss_module = ttt_custom_loss_module
-        loss = InnerLoss(ttt_custom_loss_module, ignore_index, model.output_is_log_prob)
-        self._adaptation = Adaptation(pairs, descent, loss)
+        names = {each: name for name, each in self.net.named_modules(remove_duplicate=False)}
+        self._descent, self._adapted = descent, tuple((names[pair.source], names[pair.target]) for pair in pairs)
 
     @property
     def max_seq_len(self) -> int:
@@ -130,7 +133,16 @@ class XLAutoregressiveWrapper(SavesFolders):
     @property
     def has_ttt(self) -> bool:
         """True if rows adapt weights at test time."""
-        return bool(self._adaptation.pairs)
+        return bool(self._adapted)
+
+    @property
+    def _adaptation(self) -> Adaptation:
+        # the modules of this object: replicas have their own
+        pairs = [Pair(*map(self.net.get_submodule, names)) for names in self._adapted]  # type: ignore[arg-type]
+        return Adaptation(pairs, self._descent, self._inner_loss(self.ttt_custom_loss_module))
+
+    def _inner_loss(self, custom: nn.Module | None) -> InnerLoss:
+        return InnerLoss(custom, self.ignore_index, unwrapped(self.net).output_is_log_prob)
 
     @checked
     def init_ttt(self, batch: int) -> None:
@@ -206,7 +218,7 @@ class XLAutoregressiveWrapper(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
-        if self._adaptation.pairs or ttt_recurrent_steps != 1:
+        if self._adapted or ttt_recurrent_steps != 1:
             # graphs cannot contain gradients, and are differentiated once
             return without_graphs(self._adapting, x, mems, dropout_mems, ttt_recurrent_steps, kwargs)
         segments = without_graphs(self._segments, x, mems=mems, dropout_mems=dropout_mems, **kwargs)
@@ -236,7 +248,9 @@ class XLAutoregressiveWrapper(SavesFolders):
             try:
                 adaptation.begin(segment.tokens.shape[0])
                 while segment is not None:
-                    each, left = self._read_and_adapt(segment, recurrent_steps, segments.is_last, differentiable)
+                    each, left = self._read_and_adapt(
+                        adaptation, segment, recurrent_steps, segments.is_last, differentiable
+                    )
                     loss = loss + each * segment.share
                     segment = segments.after(segment, left)
             finally:
@@ -245,7 +259,7 @@ class XLAutoregressiveWrapper(SavesFolders):
         return loss if differentiable else loss.detach()
 
     def _read_and_adapt(
-        self, segment: _Segment, times: int, is_last: bool, differentiable: bool
+        self, adaptation: Adaptation, segment: _Segment, times: int, is_last: bool, differentiable: bool
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Read one segment a number of times, with a step after each but the very last one.
 
@@ -256,12 +270,12 @@ class XLAutoregressiveWrapper(SavesFolders):
         given = {"return_mems": True, "return_intermediates": True, "detach_mems": segment.detach, **segment.arguments}
         logits, record = self.net(segment.tokens, **given)
         for _ in range(times - 1):
-            self._adaptation.update(logits, segment.labels, record, create_graph)
+            adaptation.update(logits, segment.labels, record, create_graph)
             logits, record = self.net(segment.tokens, **given)
         if not is_last:
-            self._adaptation.update(logits, segment.labels, record, create_graph)
+            adaptation.update(logits, segment.labels, record, create_graph)
         if segment.detach:
-            self._adaptation.detach()
+            adaptation.detach()
         each = self._segment_loss(logits, segment.labels)
         return (each if differentiable else each.detach()), record.mems
 
@@ -374,7 +388,7 @@ class XLAutoregressiveWrapper(SavesFolders):
         adaptation = None
         if self.has_ttt:
             own = self._adaptation
-            loss = InnerLoss(None if custom is None else view.of(custom), self.ignore_index, net.output_is_log_prob)
+            loss = self._inner_loss(None if custom is None else view.of(custom))
             adaptation = Adaptation(own.pairs, own.descent, loss, view.of)
         reader = _InSegments(view.of(net), arguments, mems, options.cache_kv and net.can_cache_kv, adaptation)
         decoding = Decoding(Sequences(read.tokens), reader, options.choose, net.num_tokens)

@@ -26,9 +26,12 @@ from x_transformers.losses import mean_over, reaching, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
+
+__getattr__ = names_of(__name__)
 
 Winner = Callable[..., Tensor]
 """Losses `(b, K)`, or logits `(b, K, n, v)` of prompts, and possibly the record, to a score or an index of each row."""

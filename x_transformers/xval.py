@@ -28,9 +28,12 @@ from x_transformers.losses import mean_over, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.xval import XValTransformerWrapper
+from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
+
+__getattr__ = names_of(__name__)
 
 __all__ = ["GenerateReturn", "LossBreakdown", "XValAutoregressiveWrapper", "XValTransformerWrapper"]
 

@@ -1,4 +1,4 @@
-"""Weights of single rows (test-time training): every module that may have them, in every kind of model."""
+"""Weights of single rows (test-time training), and episodic memory, in every kind of model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from catalog import EXACT, Case, call, close, name_of, one_of_each, tokens
+from catalog import EXACT, Case, call, close, name_of, one_of_each, other_inputs, tokens
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
+from x_transformers.test_time.episodic import EpisodicMemoryWrapper
 from x_transformers.test_time.places import ADAPTABLE, adapt_places
 from x_transformers.test_time.row_weights import RowWeights, TTTModuleWrapper
 
@@ -66,3 +67,23 @@ def test_rows_have_weights_of_their_own(stack: str, case: Case) -> None:
         assert gradient is not None, f"{name} is not read"
         assert not gradient[0].any(), f"{name} of one row acts on another"
         assert gradient[1].any(), name
+
+
+NO_ROOM = ("self-attentions, of which the stack has none", "of all self-attentions in one tensor", "twice as wide")
+"""Why a stack cannot have episodic memory."""
+
+
+@pytest.mark.parametrize(("stack", "case"), one_of_each("decoder"), ids=name_of)
+def test_every_self_attention_sees_episodic_memory(stack: str, case: Case) -> None:
+    model, ids = case.build(stack), tokens(2, 5)
+    try:
+        wrapped = EpisodicMemoryWrapper(model, 3)
+    except ConfigError as error:
+        if not any(words in str(error) for words in NO_ROOM):
+            raise
+        return
+    first(wrapped(ids, **other_inputs(model, ids))).square().sum().backward()
+    gradient = wrapped.episodic_mems.mem_kv.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient[1].flatten(1).any(dim=1).all(), "values of each self-attention"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -76,28 +76,59 @@ class Shards:
         Raises:
             CheckpointError: if it is missing or damaged.
         """
+        place = self._place(name)
+        found = torch.empty(place.shape, dtype=place.dtype)
+        self._read(name, place, bytes_of(found))
+        return found
+
+    def joined(self, names: Sequence[str]) -> Tensor | None:
+        """Read tensors into one, whose rows are those of the first, then those of the second, and so on.
+
+        Args:
+            names: of the tensors.
+
+        Returns:
+            The tensor; None if the dtypes or the shapes of rows differ, so that they cannot be joined.
+
+        Raises:
+            CheckpointError: if one is missing or damaged.
+        """
+        places = [self._place(name) for name in names]
+        if len({(place.dtype, place.shape[1:]) for place in places}) > 1 or not places[0].shape:
+            return None
+        rows = sum(place.shape[0] for place in places)
+        found = torch.empty((rows, *places[0].shape[1:]), dtype=places[0].dtype)
+        memory, start = bytes_of(found), 0
+        for name, place in zip(names, places, strict=True):
+            size = place.end - place.start
+            self._read(name, place, memory[start : start + size])
+            start += size
+        return found
+
+    def _place(self, name: str) -> Place:
         place = self.places.get(name)
         if place is None:
             names = ", ".join(sorted(path.name for path in self.files))
             raise CheckpointError(f"{names} of this folder contain no tensor `{name}`, which the model needs.")
-        found = torch.empty(place.shape, dtype=place.dtype)
-        file, read, data = self.files[place.path], 0, bytes_of(found)
+        return place
+
+    def _read(self, name: str, place: Place, memory: memoryview) -> None:
+        """Read a tensor into memory of its size."""
+        file = self.files[place.path]
         file.seek(place.start)
-        if found.numel():
-            read = file.readinto(data)  # type: ignore[attr-defined]
+        read = file.readinto(memory) if memory else 0  # type: ignore[attr-defined]
         if read != place.end - place.start:
             raise CheckpointError(f"{place.path} is damaged: it ends before tensor `{name}` does.")
-        if place.checksum is not None and zlib.crc32(data) != place.checksum:
+        if place.checksum is not None and zlib.crc32(memory) != place.checksum:
             raise CheckpointError(
                 f"{place.path} is damaged: the numbers of tensor `{name}` do not fit their checksum. Use another copy "
                 "of the file."
             )
-        return found
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Place], dict[str, str]]:

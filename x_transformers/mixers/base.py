@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.call import BranchOutput, Call, LayerCall
+from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
@@ -124,6 +125,7 @@ class Mixer(Configured, BranchFunction):
         """Names of the running states."""
         return tuple(self.state_shapes)
 
+    @takes_no_more
     def forward(
         self,
         x: Tensor,
@@ -132,6 +134,7 @@ class Mixer(Configured, BranchFunction):
         *,
         causal: bool = True,
         layer: LayerCall | None = None,
+        **unknown: Any,
     ) -> tuple[Tensor, State] | BranchOutput:
         """Mix tokens outside of a stack; inside of one, `layer` is the call of the sublayer.
 
@@ -149,6 +152,8 @@ class Mixer(Configured, BranchFunction):
             InputError: if the mixer has no such form.
             ShapeError: if a state does not fit.
         """
+        if unknown:
+            check_names(self, Mixer.forward, unknown)
         if layer is not None:
             return self.run(x, layer)
         self.check_causality(causal)

@@ -12,7 +12,18 @@ from typing import Any
 from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
-from x_transformers.mixers import convolution, delta_rule, identity, linear_attention, mamba2, pooling, retention
+from x_transformers.mixers import (
+    convolution,
+    delta_rule,
+    gated_linear_attention,
+    identity,
+    linear_attention,
+    mamba,
+    mamba2,
+    pooling,
+    retention,
+    rglru,
+)
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
@@ -59,8 +70,11 @@ PAPERS = (
     pooling.FEATURE,
     convolution.FEATURE,
     *delta_rule.FEATURES,
+    mamba.FEATURE,
     mamba2.FEATURE,
+    rglru.FEATURE,
     retention.FEATURE,
+    gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
@@ -149,7 +163,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
     """
-    mixer = class_of(name)
+    mixer: Any = class_of(name)
     given = {"inner_dim" if key == "dim" else key: value for key, value in keywords.items() if value is not None}
     arguments = arguments_of(mixer)
     if "heads" in arguments:

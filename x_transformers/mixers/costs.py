@@ -6,10 +6,13 @@ from typing import Any
 
 from x_transformers.recurrences.base import Situation
 from x_transformers.recurrences.delta import DELTA
-from x_transformers.recurrences.linear import LINEAR
+from x_transformers.recurrences.linear import LINEAR, SHORT
+from x_transformers.recurrences.scan import SCAN
 
 
-def linear_cost(situation: Any, tokens: int, heads: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
+def linear_cost(
+    situation: Any, tokens: int, heads: int, d: int, e: int, chunk: int, by_feature: bool = False
+) -> tuple[str, str, int]:
     """Return the kernel of a linear recurrence, the reason, and its FLOPs per token.
 
     Args:
@@ -18,10 +21,12 @@ def linear_cost(situation: Any, tokens: int, heads: int, d: int, e: int, chunk: 
         heads: number of heads.
         d, e: widths of keys and values.
         chunk: tokens that are computed at once.
+        by_feature: each key feature has its own decay.
     """
-    chosen, why = LINEAR.choose(Situation(situation.device, situation.dtype, tokens))
+    chosen, why = LINEAR.choose(Situation(situation.device, situation.dtype, tokens, by_feature))
     # the state is written and read; a chunk has all its pairs besides
-    pairs = min(chunk, tokens) * (d + e) if chosen.name == "chunked" else 0
+    size = min(chunk, tokens, SHORT if by_feature else chunk)
+    pairs = 0 if chosen.name == "naive" else size * (d + e)
     return chosen.name, why, 2 * heads * (2 * d * e + pairs)
 
 
@@ -40,3 +45,16 @@ def delta_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple
     c = min(chunk, tokens)
     # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
     return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)
+
+
+def scan_cost(situation: Any, tokens: int, features: int) -> tuple[str, str, int]:
+    """Return the kernel of an elementwise scan, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        features: number of states.
+    """
+    chosen, why = SCAN.choose(Situation(situation.device, situation.dtype, tokens))
+    # a chunk of 16 is doubled four times, and takes in the state
+    return chosen.name, why, features * (2 * 5 if chosen.name == "chunked" else 2)

@@ -166,7 +166,7 @@ class PlainLinearAttention(LinearAttention):
         denominator: divide by the sum of weights.
         norm: norm of the output.
         gate: gate the output.
-        norm_eps: of the norm.
+        norm_eps: of the norm; default 1e-6.
         chunk: tokens that are computed at once.
     """
 
@@ -180,9 +180,13 @@ class PlainLinearAttention(LinearAttention):
         denominator: bool = True,
         norm: NormName | None = None,
         gate: bool = False,
-        norm_eps: float = 1e-6,
+        norm_eps: float | None = None,
         chunk: int = CHUNK,
     ) -> None:
+        require(
+            norm is not None or norm_eps is None,
+            "`norm_eps` is of `norm`, which is None; choose one, or drop `norm_eps`.",
+        )
         super().__init__(
             dim,
             heads=heads,
@@ -193,7 +197,7 @@ class PlainLinearAttention(LinearAttention):
             norm=norm,
             gate=gate,
             bias=False,
-            norm_eps=norm_eps,
+            norm_eps=1e-6 if norm_eps is None else norm_eps,
             chunk=chunk,
         )
 

@@ -79,7 +79,8 @@ def last_live(whole: Tensor, row: Row, n: int, past: int) -> Tensor:
     else:
         place = row.live.sum(dim=-1, keepdim=True) + torch.arange(past, device=whole.device)
         last = whole.gather(1, place.unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
-    return last.to(state_dtype(whole))
+    # one that shares the memory of all inputs would keep them, and have other strides after a longer pass
+    return last.to(state_dtype(whole)).contiguous()
 
 
 class MixerNorm(nn.Module):

@@ -20,6 +20,7 @@ from x_transformers.models.options.catalog import VISION
 from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.ops import at_least_float32
 
 
 class ViTransformerWrapper(SavesFolders):
@@ -54,6 +55,7 @@ class ViTransformerWrapper(SavesFolders):
         _check_sizes(image_size, patch_size, channels, num_classes, options.patch_norm)
         dim, width = attn_layers.dim, channels * patch_size**2
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.interpolate_positions: bool = options.interpolate_positions
         self.emb_dropout, self.num_register_tokens = options.emb_dropout, options.num_register_tokens
         classes = self.num_cls_tokens = options.num_cls_tokens if options.use_cls_token else 0
         self.cls_token = nn.Parameter(torch.randn(classes, dim) * 0.02) if classes else None
@@ -80,7 +82,8 @@ class ViTransformerWrapper(SavesFolders):
 
         Args:
             img: `(b, c, h, w)`. An image smaller than `image_size` has fewer patches, whose positions are the first
-                ones of the table, row by row.
+                ones of the table, row by row. With `interpolate_positions` images have any size, and the grid of
+                positions is resized to them.
             return_embeddings: return features of the patches, `(b, patches, D)`, without class tokens.
             return_logits_and_embeddings: return logits and these features.
             condition: `(b, c)`, for adaptive norms and scales of the stack.
@@ -99,7 +102,7 @@ class ViTransformerWrapper(SavesFolders):
         classes = self.num_cls_tokens
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
-        x = x + self.pos_embedding[:, : classes + patches]
+        x = x + self._positions(img.shape[-2] // self.patch_size, img.shape[-1] // self.patch_size)
         if self.post_emb_norm is not None:
             x = self.post_emb_norm(x)
         x = F.dropout(x, self.emb_dropout, self.training)
@@ -111,6 +114,16 @@ class ViTransformerWrapper(SavesFolders):
             return features
         logits = self.mlp_head(self._summary(out, features))
         return (logits, features) if return_logits_and_embeddings else logits
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """Return the embeddings `(1, c + rows * columns, D)` of class tokens and of a grid of patches."""
+        classes, side, table = self.num_cls_tokens, self.image_size // self.patch_size, self.pos_embedding
+        if not self.interpolate_positions or rows == columns == side:
+            return table[:, : classes + rows * columns]
+        grid = rearrange(table[:, classes:], "1 (h w) d -> 1 d h w", h=side)
+        # interpolating in lower precision would move the embeddings
+        grid = F.interpolate(at_least_float32(grid), (rows, columns), mode="bicubic").to(table.dtype)
+        return torch.cat((table[:, :classes], rearrange(grid, "1 d h w -> 1 (h w) d")), dim=1)
 
     def _summary(self, out: Tensor, features: Tensor) -> Tensor:
         """Return what the head reads, of the output of the stack and the features of the patches."""
@@ -137,10 +150,12 @@ class ViTransformerWrapper(SavesFolders):
                 f"{self.channels}, height, width)."
             )
         h, w = img.shape[-2:]
-        if h % size or w % size or not h or not w or (h // size) * (w // size) > (side // size) ** 2:
+        most = None if self.interpolate_positions else (side // size) ** 2
+        if h % size or w % size or not h or not w or (most is not None and (h // size) * (w // size) > most):
             raise ShapeError(
                 f"the image is {h} x {w}; its sides must be multiples of `patch_size` = {size}, with no more patches "
-                f"than the {side} x {side} of `image_size` has. Resize it, or build the model for its size."
+                f"than the {side} x {side} of `image_size` has. Resize it, build the model for its size, or set "
+                "`interpolate_positions`."
             )
         return rearrange(img, "b c (rows p) (columns q) -> b (rows columns) (p q c)", p=size, q=size)
 

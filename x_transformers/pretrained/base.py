@@ -158,6 +158,7 @@ class Outline:
         weights: the link of each of our weights to tensors in the files, by name.
         unused: the ends of names in the files that are no weights.
         prefix: of the names; files of a model that was saved without its head lack it.
+        older: ends of names, and how older files have them.
         kind: class of the stack; or that of an encoder with a decoder, whose keywords are all in `model`.
         images: the model reads images instead of tokens.
     """
@@ -167,6 +168,7 @@ class Outline:
     weights: dict[str, Link] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     prefix: str = "model."
+    older: tuple[tuple[str, str], ...] = ()
     kind: str = "Decoder"
     images: bool = False
 

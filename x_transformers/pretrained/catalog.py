@@ -33,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     "bart": Family(bart.read),
     "bert": Family(bert.read_bert),
     "bloom": Family(bloom.read, bloom.write, "BloomForCausalLM"),
+    "camembert": Family(bert.read_roberta),
     "cohere": Family(cohere.read, cohere.write, "CohereForCausalLM"),
     "deit": Family(vit.read_deit),
     "dinov2": Family(vit.read_dinov2),
@@ -60,4 +61,5 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(starcoder.read, starcoder.write, "Starcoder2ForCausalLM"),
     "t5": Family(t5.read),
     "vit": Family(vit.read_vit),
+    "xlm-roberta": Family(bert.read_roberta),
 }

@@ -1,4 +1,4 @@
-"""What a model computes, in keywords that are the same for all models that compute the same."""
+"""Keywords of a model in one form, which is the same for all models that compute the same."""
 
 from __future__ import annotations
 

@@ -96,6 +96,7 @@ def encoder_outline(
     }
     outline = Outline(model, stack, prefix=names.prefix, kind="Encoder")
     outline.unused = ("embeddings.position_ids", *unused)
+    outline.older = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
     _put_embeddings(outline, settings, names)
     tied = settings.take("tie_word_embeddings", True)
     if has_logits:
@@ -108,7 +109,7 @@ def encoder_outline(
         outline.unused += tuple(
             f"{name}.{kind}"
             for name in (names.transform, names.transform_norm, names.head)
-            for kind in ("weight", "bias")
+            for kind in ("weight", "bias", "gamma", "beta")
         )
         outline.unused += (names.head_bias,)
     for block in range(depth):

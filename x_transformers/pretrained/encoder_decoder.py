@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from x_transformers.pretrained.base import PAIR, Outline, Settings
+from x_transformers.pretrained.base import PAIR, Outline
 from x_transformers.pretrained.layer_norm_decoder import put_both
 from x_transformers.pretrained.layouts import SAME, joined
 
@@ -14,18 +14,18 @@ ENCODER, DECODER = "encoder.", "decoder.net."
 """Prefixes of our halves."""
 
 
-def pair_outline(
-    settings: Settings, dim: int, encoder: Mapping[str, Any], decoder: Mapping[str, Any], *, shared: str
-) -> Outline:
+WITH_HEAD = "ForConditionalGeneration"
+"""End of the names of classes with logits."""
+
+
+def pair_outline(dim: int, encoder: Mapping[str, Any], decoder: Mapping[str, Any], *, shared: str) -> Outline:
     """Return the outline of an encoder and a decoder with one token table.
 
     Args:
-        settings: the configuration.
         dim: width of both halves.
         encoder, decoder: keywords of the halves, without prefix.
         shared: name of the table.
     """
-    settings.saved_class("ForConditionalGeneration")
     halves = {
         f"{half}_{name}": value for half, own in (("enc", encoder), ("dec", decoder)) for name, value in own.items()
     }

@@ -43,7 +43,7 @@ def read_links(
     if without and not new:
         raise StateDictError(f"nothing in the files is meant for {listed(without)}.")
     links = outline.links
-    names = {name: _name_in(shards, name, outline.prefix) for link in links for name in link.theirs}
+    names = {name: _name_in(shards, name, outline) for link in links for name in link.theirs}
     used = set(names.values())
     unused = [name for name in shards.places if name not in used and not name.endswith(outline.unused)]
     if unused:
@@ -68,6 +68,10 @@ def _read(link: Link, shards: Shards, names: Mapping[str, str]) -> Sequence[Tens
         CheckpointError: if a tensor is missing or damaged.
         StateDictError: if a tensor has a shape of which no such weights can be made.
     """
+    if link.layout.joins:
+        whole = shards.joined([names[each] for each in link.theirs])
+        if whole is not None:
+            return [whole]
     theirs = [shards.tensor(names[each]) for each in link.theirs]
     try:
         return link.layout.read(*theirs)
@@ -78,10 +82,15 @@ def _read(link: Link, shards: Shards, names: Mapping[str, str]) -> Sequence[Tens
         ) from error
 
 
-def _name_in(shards: Shards, name: str, prefix: str) -> str:
+def _name_in(shards: Shards, name: str, outline: Outline) -> str:
     """Return the name of a tensor in the files, which lack the prefix if they are those of a model without a head."""
-    short = name.removeprefix(prefix)
-    return short if name not in shards.places and short in shards.places else name
+    for new, old in (("", ""), *outline.older):
+        if name.endswith(new):
+            other = name.removesuffix(new) + old
+            for found in (other, other.removeprefix(outline.prefix)):
+                if found in shards.places:
+                    return found
+    return name
 
 
 def _compact(value: Tensor) -> Tensor:

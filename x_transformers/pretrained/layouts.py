@@ -19,10 +19,12 @@ class Layout:
     Attributes:
         read: from the tensors of the files to our weights.
         write: from our weights to the tensors of the files.
+        joins: reading appends the rows of the tensors to each other, which a reader of files may do without copies.
     """
 
     read: Callable[..., Sequence[Tensor]]
     write: Callable[..., Sequence[Tensor]]
+    joins: bool = False
 
     def then(self, inner: Layout) -> Layout:
         """Return the layout that reads by this one, and then by another; and writes in the opposite order."""
@@ -60,7 +62,7 @@ def pixels(channels: int, side: int) -> Layout:
 
 def joined(parts: int) -> Layout:
     """Return the layout of several maps of one input and of equal size, which are one weight of ours."""
-    return Layout(lambda *theirs: [torch.cat(theirs)], lambda ours: ours.chunk(parts))
+    return Layout(lambda *theirs: [torch.cat(theirs)], lambda ours: ours.chunk(parts), joins=True)
 
 
 def cut(*sizes: int) -> Layout:

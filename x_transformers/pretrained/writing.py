@@ -7,6 +7,7 @@ be read as another model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,16 @@ def write_hf(
     tensors: dict[str, Entry] = {}
     for link in outline.links:
         tensors |= _entries_of(link, state)
+    if _has_no_head(entries):
+        tensors = {name.removeprefix(outline.prefix): entry for name, entry in tensors.items()}
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     entries["dtype" if "dtype" in entries else "torch_dtype"] = dtype
     write_folder(folder, entries, tensors, max_shard_size, mark=False)
+
+
+def _has_no_head(entries: Mapping[str, Any]) -> bool:
+    """Return True if a configuration is that of a model without a head, whose names have no prefix: `BertModel`."""
+    return any(name.endswith("Model") and "Head" not in name for name in entries.get("architectures") or ())
 
 
 def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | None) -> tuple[dict[str, Any], Outline]:
@@ -74,6 +82,8 @@ def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | 
         known = list(dict.fromkeys((came_from, *known)))
     if family is not None and family not in known:
         raise ConfigError(f"`family` is {family!r}; the families that can be written are {', '.join(known)}.")
+    if family in (None, came_from) and (found := _as_it_came(model, state)):
+        return found
     words = described(model.config)
     nearest: tuple[str, dict[str, tuple[Any, Any]]] | None = None
     for name in known if family is None else [family]:
@@ -89,6 +99,21 @@ def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | 
             if nearest is None or len(left) < len(nearest[1]):
                 nearest = name, left
     raise ConfigError(_refusal(family, nearest))
+
+
+def _as_it_came(model: SavesFolders, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Outline] | None:
+    """Return the configuration of the folder of a model that has the options of this folder still; or else None."""
+    origin = model.pretrained_config
+    if origin is None:
+        return None
+    try:
+        outline = read_outline("the configuration", origin)
+    except (ConfigError, CheckpointError):
+        return None
+    config = config_of(outline)
+    # JSON has lists for tuples
+    same = json.loads(json.dumps(config)) == json.loads(json.dumps(model.config))
+    return (dict(origin), outline) if same and not _other_weights(config, state) else None
 
 
 def _proposals(name: str, words: Mapping[str, Any], origin: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -97,10 +97,3 @@ def tokens_of(t: Tensor) -> int:
     n = t.shape[2]
     # to read a number that is a symbol in a graph would tie the graph to its value; 1 is never a symbol
     return n if n == 1 or not torch.compiler.is_compiling() else 0
-
-
-def chunk_of(n: int, chunk: int) -> int:
-    """Return the number of tokens of a chunk for a row of n: fewer for a short row, except in graphs for any length."""
-    if torch.compiler.is_compiling():
-        return chunk
-    return min(chunk, max(16, 1 << (n - 1).bit_length()))

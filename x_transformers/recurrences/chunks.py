@@ -9,13 +9,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def split(t: Tensor, chunk: int) -> Tensor:
-    """Return `(b, h, n, ...)` as `(b, h, Z, C, ...)`, with zeros after the last token."""
-    missing = -t.shape[2] % chunk
-    # padding an axis by nothing still copies it
-    if torch.compiler.is_compiling() or missing:
-        t = F.pad(t, (*(0, 0) * (t.ndim - 3), 0, missing))
-    return t.unflatten(2, (-1, chunk))
+class Chunks(NamedTuple):
+    """Division of a row into chunks.
+
+    Batch, heads and chunks become one axis. In a graph there are always at least two chunks, since one would be
+    compiled by itself.
+
+    Attributes:
+        b, h, n: sizes of the batch, the heads, and the row.
+        chunks: number Z of chunks.
+        size: number C of tokens of a chunk.
+    """
+
+    b: int
+    h: int
+    n: int
+    chunks: int
+    size: int
+
+    @classmethod
+    def of(cls, t: Tensor, size: int) -> Chunks:
+        """Return the division of rows `(b, h, n, ...)` into chunks of this size, smaller ones for a short row."""
+        b, h, n = t.shape[:3]
+        if torch.compiler.is_compiling():
+            return cls(b, h, n, n // size + 2, size)
+        size = min(size, max(16, 1 << (n - 1).bit_length()))
+        return cls(b, h, n, -(-n // size), size)
+
+    def split(self, t: Tensor) -> Tensor:
+        """Return `(b, h, n, ...)` as `(b h Z, C, ...)`, with zeros after the last token."""
+        missing = self.chunks * self.size - self.n
+        # padding an axis by nothing still copies it
+        if torch.compiler.is_compiling() or missing:
+            t = F.pad(t, (*(0, 0) * (t.ndim - 3), 0, missing))
+        return t.reshape(self.b * self.h * self.chunks, self.size, *t.shape[3:])
+
+    def by_row(self, t: Tensor) -> Tensor:
+        """Return what each chunk has, `(b h Z, ...)`, as `(b h, Z, ...)`."""
+        return t.view(self.b * self.h, self.chunks, *t.shape[1:])
+
+    def join(self, t: Tensor) -> Tensor:
+        """Return outputs of chunks `(b h Z, C, d)` as `(b, h, n, d)`."""
+        whole = t.view(self.b, self.h, self.chunks * self.size, t.shape[-1])
+        return whole.narrow(2, 0, self.n)
 
 
 class Decays(NamedTuple):

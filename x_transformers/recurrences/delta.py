@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, chunk_of, tokens_of
+from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
 from x_transformers.recurrences.carry import carry_matrix
-from x_transformers.recurrences.chunks import Decays, split
+from x_transformers.recurrences.chunks import Chunks, Decays
 
 
 def delta(
@@ -57,16 +57,15 @@ def _chunked(
     With `M = tril_{-1}(beta (K K^T) * P)`: `[U, W] = (I + M)^{-1} [beta V, beta e^G K]`. Then `o = (Q e^G) S + (Q K^T *
     P) N`, and `S' = e^{G_C} S + (K e^{G_C - G})^T N`, which is affine in S.
     """
-    n, chunk = q.shape[2], chunk_of(q.shape[2], chunk)
+    chunks, width = Chunks.of(v, chunk), v.shape[-1]
     state = naive.first_state(k, v) if state is None else state
-    width = v.shape[-1]
-    q, k, v, beta = split(q, chunk), split(k, chunk), split(v, chunk), split(beta, chunk).unsqueeze(-1)
+    q, k, v, beta = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(beta).unsqueeze(-1)
     scores, overlaps, read, write = q @ k.mT, (k * beta) @ k.mT, k * beta, k
     if g is None:
         scores = scores.tril()
         kept: Tensor | float = 1.0
     else:
-        decays = Decays.of(split(g, chunk))
+        decays = Decays.of(chunks.split(g))
         scores, overlaps = scores * decays.pairs, overlaps * decays.pairs
         q, read, write, kept = q * decays.since_start, read * decays.since_start, k * decays.to_end, decays.whole
     solved = torch.linalg.solve_triangular(
@@ -74,9 +73,10 @@ def _chunked(
     )
     added, removed = solved[..., :width], solved[..., width:]
     identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    before, state = carry_matrix(kept * identity - write.mT @ removed, write.mT @ added, state)
-    out = q @ before + scores @ (added - removed @ before)
-    return out.flatten(2, 3)[:, :, :n], state
+    through = chunks.by_row(kept * identity - write.mT @ removed)
+    before, last = carry_matrix(through, chunks.by_row(write.mT @ added), state.flatten(0, 1))
+    before = before.flatten(0, 1)
+    return chunks.join(q @ before + scores @ (added - removed @ before)), last.view(state.shape)
 
 
 def _refuses(situation: Situation) -> str | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, chunk_of, tokens_of
+from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
 from x_transformers.recurrences.carry import carry
-from x_transformers.recurrences.chunks import Decays, split
+from x_transformers.recurrences.chunks import Chunks, Decays
+
+SHORT = 16
+"""Most tokens of a chunk with a decay for each key feature."""
 
 
 def linear(
@@ -43,25 +47,56 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | 
 
     `G` are the sums of g within the chunk, and `P_ij = e^{G_i - G_j}` for j up to i.
     """
-    n, chunk = q.shape[2], chunk_of(q.shape[2], chunk)
+    chunks = Chunks.of(v, chunk)
     state = naive.first_state(k, v) if state is None else state
-    q, k, v = (split(t, chunk) for t in (q, k, v))
+    q, k, v = (chunks.split(t) for t in (q, k, v))
     scores = q @ k.mT
     if g is None:
-        within = scores.tril() @ v
-        before, state = carry(v.new_ones(*v.shape[:3], 1, 1), k.mT @ v, state)
+        within, added = scores.tril() @ v, k.mT @ v
+        kept = added.new_ones(added.shape[0], 1, 1)
     else:
-        decays = Decays.of(split(g, chunk))
-        within = (scores * decays.pairs) @ v
-        before, state = carry(decays.whole, (k * decays.to_end).mT @ v, state)
+        decays = Decays.of(chunks.split(g))
+        within, added, kept = (scores * decays.pairs) @ v, (k * decays.to_end).mT @ v, decays.whole
         q = q * decays.since_start
-    return (within + q @ before).flatten(2, 3)[:, :, :n], state
+    before, last = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))
+    return chunks.join(within + q @ before.flatten(0, 1)), last.view(state.shape)
+
+
+def _chunked_by_feature(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, *, chunk: int = CHUNK
+) -> Result:
+    """Compute the same where each key feature has its own decay, `sum_d q_id k_jd e^{G_id - G_jd}` for j up to i.
+
+    The decays of all pairs are written out for each feature, so that chunks are short. Factors `q e^G` and `k e^{-G}`
+    would overflow.
+    """
+    chunks = Chunks.of(v, min(chunk, SHORT))
+    state = naive.first_state(k, v) if state is None else state
+    q, k, v, total = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(g).cumsum(dim=1)
+    later = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=v.device).triu(1).unsqueeze(-1)
+    pairs = (total.unsqueeze(2) - total.unsqueeze(1)).masked_fill(later, -torch.inf).exp()
+    scores = ((q.unsqueeze(2) * pairs) * k.unsqueeze(1)).sum(dim=-1)
+    last = total[:, -1:]
+    added, kept = (k * (last - total).exp()).mT @ v, last.exp().mT
+    before, after = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))
+    return chunks.join(scores @ v + (q * total.exp()) @ before.flatten(0, 1)), after.view(state.shape)
 
 
 def _refuses(situation: Situation) -> str | None:
     if situation.tokens == 1:
         return "one token is one step"
-    return "a decay for each key feature needs single steps" if situation.vector_decay else None
+    return "each key feature has its own decay" if situation.vector_decay else None
 
 
-LINEAR = Operation("linear recurrence", naive.linear, Kernel("chunked", _chunked, _refuses))
+def _refuses_by_feature(situation: Situation) -> str | None:
+    if situation.tokens == 1:
+        return "one token is one step"
+    return None if situation.vector_decay else "all key features have one decay"
+
+
+LINEAR = Operation(
+    "linear recurrence",
+    naive.linear,
+    Kernel("chunked", _chunked, _refuses),
+    Kernel("chunked by feature", _chunked_by_feature, _refuses_by_feature),
+)

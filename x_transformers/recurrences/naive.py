@@ -61,3 +61,13 @@ def decay_at(g: Tensor, t: int) -> Tensor:
 def stacked(out: list[Tensor], v: Tensor) -> Tensor:
     """Return the outputs of all tokens, `(b, h, n, dv)`."""
     return torch.stack(out, dim=2) if out else torch.empty_like(v)
+
+
+def scan(x: Tensor, log_a: Tensor, state: Tensor | None, *, chunk: int | None = None) -> Result:
+    """Compute `h_t = e^{a_t} h_{t-1} + x_t`; see `recurrences.scan`."""
+    state = x.new_zeros(x.shape[0], x.shape[-1]) if state is None else state
+    out = []
+    for t in range(x.shape[1]):
+        state = log_a[:, t].exp() * state + x[:, t]
+        out.append(state)
+    return torch.stack(out, dim=1) if out else torch.empty_like(x), state

@@ -54,7 +54,8 @@ class EpisodicMemoryWrapper(Configured, ReadsReference, ModelDelegate):
         episodic_mem_len: number of keys of each self-attention.
 
     Raises:
-        ConfigError: if the model has no self-attention, or its self-attentions have different heads.
+        ConfigError: if the model has no self-attention, or its self-attentions have different heads, or keys that are
+            wider than values.
     """
 
     def __init__(self, net: TransformerWrapper, episodic_mem_len: int) -> None:
@@ -70,6 +71,11 @@ class EpisodicMemoryWrapper(Configured, ReadsReference, ModelDelegate):
             raise ConfigError(
                 f"`episodic_mem_len` keeps keys and values of all self-attentions in one tensor; here (key/value heads,"
                 f" width of keys, width of values) are {sorted(shapes)}, and must be one, with equal widths."
+            )
+        if stack.polar_pos_emb is not None:
+            raise ConfigError(
+                "`episodic_mem_len` adds keys of the width of a head, and with `polar_pos_emb` keys are twice as wide; "
+                "use rotary positions, or leave it at 0."
             )
         ((heads, width, _),) = shapes
         weight = next(net.parameters())

@@ -17,6 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.layers.branches.shared_norm import with_their_norms
 from x_transformers.layers.layers import AttentionLayers
 
 SINCE = Version("2.7")
@@ -176,8 +177,8 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
         for number in numbers:
             number.register_post_accumulate_grad_hook(functools.partial(_average, mesh))
     for stack in stacks:
-        for branch in stack.layers:
-            fully_shard(branch, mesh=mesh, **options)
+        for branches in with_their_norms(stack.layers):
+            fully_shard(branches if len(branches) > 1 else branches[0], mesh=mesh, **options)
     # a sublayer returns its input too, which hooks turn into a view; nothing in this library changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     return fully_shard(model, mesh=mesh, **options)  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ class SharedNorm(Norm):
         self._owner: tuple[Any] = (owner,)
         self.adaptive = bool(getattr(owner.norm, "adaptive", False))
 
+    @property
+    def owner(self) -> nn.Module:
+        """The sublayer that has the norm."""
+        return self._owner[0]
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         norm = self._owner[0].norm
         return x if norm is None else apply_norm(norm, x, condition)
@@ -39,3 +44,17 @@ def share_norms(sublayers: Sequence[Any], block: int) -> None:
     for index, sublayer in enumerate(sublayers):
         if index % block:
             sublayer.norm = SharedNorm(sublayers[index - index % block])
+
+
+def with_their_norms(sublayers: Iterable[Any]) -> list[list[Any]]:
+    """Return sublayers in groups that have all of their norms, which must not be sharded apart.
+
+    Args:
+        sublayers: all of a stack.
+    """
+    groups: dict[int, list[Any]] = {}
+    for sublayer in sublayers:
+        norm = getattr(sublayer, "norm", None)
+        owner = norm.owner if isinstance(norm, SharedNorm) else sublayer
+        groups.setdefault(id(owner), []).append(sublayer)
+    return list(groups.values())

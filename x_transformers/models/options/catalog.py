@@ -92,6 +92,7 @@ VISION = Schema(
         memory.REGISTER_TOKENS,
         embedding.EMBEDDING_DROPOUT,
         embedding.PATCH_NORM,
+        embedding.INTERPOLATED_POSITIONS,
         pooling.CLASS_TOKENS,
         pooling.FIRST_TOKEN_POOL_OF_IMAGES,
     )
@@ -105,6 +106,7 @@ EVERY = Schema(
         series.IDENTITY_PROJECTIONS,
         memory.REGISTER_TOKENS,
         embedding.PATCH_NORM,
+        embedding.INTERPOLATED_POSITIONS,
     )
 )
 """Keywords of all models."""

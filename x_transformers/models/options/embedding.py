@@ -166,6 +166,20 @@ class PatchNorm(Keywords):
     patch_norm: bool = opt(True, "LayerNorms of patches before and after their map to embeddings")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InterpolatedPositions(Keywords):
+    interpolate_positions: bool = opt(
+        False, "resize the grid of positions to that of an image of another size, instead of cutting it"
+    )
+
+
+INTERPOLATED_POSITIONS = model_feature(
+    "interpolate_positions",
+    InterpolatedPositions,
+    "positions of images of any size",
+    paper="2010.11929",
+    enabled=lambda options: options.interpolate_positions,
+)
 PATCH_NORM = model_feature("patch_norm", PatchNorm, "norms around the map of patches", paper="2205.01580")
 
 

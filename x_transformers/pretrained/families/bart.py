@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
-from x_transformers.pretrained.encoder_decoder import DECODER, ENCODER, HalfNames, pair_outline, put_half
+from x_transformers.pretrained.encoder_decoder import DECODER, ENCODER, WITH_HEAD, HalfNames, pair_outline, put_half
 from x_transformers.pretrained.layer_norm_decoder import put_both
 from x_transformers.pretrained.layouts import ROW
 
@@ -17,17 +17,22 @@ FIRST_ROW = 2
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     settings.skip("dropout", "attention_dropout", "activation_dropout", "classifier_dropout", "classif_dropout")
-    settings.skip("encoder_layerdrop", "decoder_layerdrop", "init_std", "num_hidden_layers", "normalize_embedding")
-    settings.skip("early_stopping", "no_repeat_ngram_size", "num_beams", "length_penalty", "gradient_checkpointing")
+    settings.skip("encoder_layerdrop", "decoder_layerdrop", "init_std", "num_hidden_layers", "output_past")
+    settings.skip("early_stopping", "no_repeat_ngram_size", "num_beams", "length_penalty", "_num_labels", "save_step")
+    settings.skip("force_bos_token_to_be_generated")
+    settings.refuse("extra_pos_embeddings", FIRST_ROW)
+    settings.refuse("normalize_embedding", True)
     for name in ("normalize_before", "add_final_layer_norm", "add_bias_logits", "static_position_embeddings"):
         settings.refuse(name, False)
     dim = settings.need("d_model")
     settings.refuse("tie_word_embeddings", True)
     encoder, decoder = _half(settings, dim, "encoder"), _half(settings, dim, "decoder")
     encoder["emb_scale"] = dim**0.5 if settings.take("scale_embedding", False) else 1.0
-    decoder |= {"logits_bias": True, "tie_embedding": True, "tie_embedding_scale": 1.0}
-    outline = pair_outline(settings, dim, encoder, decoder, shared="model.shared.weight")
-    outline.put(f"{DECODER}to_logits.bias", "final_logits_bias", layout=ROW)
+    biased = settings.saved_class(WITH_HEAD, "Model").endswith(WITH_HEAD)
+    decoder |= {"logits_bias": biased, "tie_embedding": True, "tie_embedding_scale": 1.0}
+    outline = pair_outline(dim, encoder, decoder, shared="model.shared.weight")
+    if biased:
+        outline.put(f"{DECODER}to_logits.bias", "final_logits_bias", layout=ROW)
     outline.unused += ("lm_head.weight",)
     names = HalfNames(
         block="model.encoder.layers.{}.",

@@ -22,7 +22,7 @@ WITHOUT_EFFECT = ("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     settings.skip("resid_pdrop", "emb_pdrop", "learned_pos_emb", "init_device", "init_config", "embedding_fraction")
-    settings.skip("norm_type", "verbose")
+    settings.skip("norm_type", "verbose", "tokenizer_name")
     settings.refuse("no_bias", True)
     settings.refuse("expansion_ratio", 4)
     settings.refuse("logit_scale")

@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
-from x_transformers.pretrained.encoder_decoder import DECODER, ENCODER, HalfNames, pair_outline, put_half
+from x_transformers.pretrained.encoder_decoder import DECODER, ENCODER, WITH_HEAD, HalfNames, pair_outline, put_half
 
 
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     settings.skip("dropout_rate", "classifier_dropout", "initializer_factor", "n_positions", "output_past")
     settings.skip("dense_act_fn", "is_gated_act")
+    settings.saved_class(WITH_HEAD, "WithLMHeadModel")
     dim, depth, vocabulary = (settings.need(name) for name in ("d_model", "num_layers", "vocab_size"))
     gated, _, act = settings.take("feed_forward_proj", "relu").rpartition("-")
     # the approximation by tanh is meant
@@ -43,7 +44,7 @@ def read(settings: Settings) -> Outline:
     factor = dim**-0.5 if settings.take("scale_decoder_outputs", tied) else 1.0
     head = {"tie_embedding": True, "tie_embedding_scale": factor} if tied else {"logits_scale": factor}
     encoder, decoder = ({**half, "depth": depth} for depth in depths)
-    outline = pair_outline(settings, dim, encoder, {**decoder, **head}, shared="shared.weight")
+    outline = pair_outline(dim, encoder, {**decoder, **head}, shared="shared.weight")
     outline.unused += ("EncDecAttention.relative_attention_bias.weight", *(("lm_head.weight",) if tied else ()))
     if not tied:
         outline.put(f"{DECODER}to_logits.weight", "lm_head.weight")

@@ -14,6 +14,8 @@ from x_transformers.pretrained.layouts import SAME, STACKED, SWAPPED, pixels
 
 FEATURES, CLASSES = "Model", "ForImageClassification"
 """Ends of the names of classes that return features, and logits of the class token."""
+HEADS = ("pooler.dense", "classifier")
+"""Maps of which files may contain more than the class has."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Details:
         up, down: maps of the feedforward.
         pools: features of the class token pass a map and tanh, unless the model has classes.
         scales: names of the factors of the outputs of both sublayers.
+        interpolates: positions are those of images of any size.
     """
 
     prefix: str
@@ -36,6 +39,7 @@ class Details:
     down: str = "output.dense"
     pools: bool = True
     scales: tuple[str, ...] = ()
+    interpolates: bool = False
 
 
 def read_vit(settings: Settings) -> Outline:
@@ -64,6 +68,7 @@ def read_dinov2(settings: Settings) -> Outline:
         down="mlp.weights_out" if gated else "mlp.fc2",
         pools=False,
         scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+        interpolates=True,
     )
     outline = _read(settings, details, gated=gated)
     outline.stack |= {"use_layerscale": True}
@@ -107,12 +112,13 @@ def _read(settings: Settings, details: Details, *, gated: bool = False) -> Outli
         "channels": channels,
         "num_classes": classes if has_classes else None,
         "patch_norm": False,
+        "interpolate_positions": details.interpolates,
         "use_cls_token": True,
         "num_cls_tokens": len(details.tokens),
         "first_token_pool": pools,
     }
     outline = Outline(model, stack, prefix=details.prefix, kind="Encoder", images=True)
-    outline.unused = ("embeddings.mask_token",)
+    outline.unused = ("embeddings.mask_token", *(f"{name}.{kind}" for name in HEADS for kind in ("weight", "bias")))
     theirs = f"{details.prefix}embeddings."
     outline.put("cls_token", *(theirs + name for name in details.tokens), layout=STACKED)
     outline.put("pos_embedding", f"{theirs}position_embeddings")
