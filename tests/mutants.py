@@ -445,6 +445,7 @@ MUTATIONS = (
         r"if not self\.interpolate_positions or rows == columns == side:",
         "if True:",
         "test_pretrained_images.py",
+    ),
     # test-time training
     Mutation("test-time steps go up", r"weights - lr \* gradient", "weights + lr * gradient", TAUGHT, STEPS),
     Mutation("test-time decay grows", r"- lr \* self\.wd \* weights", "+ lr * self.wd * weights", TAUGHT, STEPS),
