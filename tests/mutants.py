@@ -473,37 +473,6 @@ MUTATIONS = (
         r"if not self\.interpolate_positions or rows == columns == side:",
         "if True:",
         "test_pretrained_images.py",
-<<<<<<< HEAD
-=======
-    ),
-    # test-time training
-    Mutation("test-time steps go up", r"weights - lr \* gradient", "weights + lr * gradient", TAUGHT, STEPS),
-    Mutation("test-time decay grows", r"- lr \* self\.wd \* weights", "+ lr * self.wd * weights", TAUGHT, STEPS),
-    Mutation(
-        "test-time rows share their dropout",
-        r'randomness="different"',
-        'randomness="same"',
-        "test_test_time.py -k dropout_inside",
-    ),
-    Mutation(
-        "test-time steps read the rest of a prompt into the memory",
-        r"if last - self\.first < size:",
-        "if False:",
-        "test_test_time.py -k prompts_of_any_length",
-    ),
-    Mutation(
-        "test-time weights stay",
-        r"(?:reader\.)?adaptation\.end\(\)",
-        "pass",
-        "test_test_time.py -k 'own_weights or error or hooks'",
-        "xl_*.py",
-    ),
-    Mutation(
-        "test-time targets are the features before",
-        r"roll\(-1, dims=1\)",
-        "roll(1, dims=1)",
-        "test_test_time.py -k next_features",
->>>>>>> versions
     ),
 )
 
