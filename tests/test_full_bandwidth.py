@@ -160,7 +160,7 @@ def test_generation_beyond_the_positions_of_the_model() -> None:
     out, ragged = model.generate(x, 20, 0.0), model.generate([x[0], x[1, :3]], 20, 0.0)
     assert torch.equal(ragged[0], out[0])
     assert torch.equal(ragged[1], model.generate(x[1, :3], 20, 0.0))
-    with pytest.raises(InputError, match="exceed `max_seq_len` = 16.* Generate less, or build the model with rotary"):
+    with pytest.raises(InputError, match=r"exceed `max_seq_len` = 16.* Generate less, or build the model with rotary"):
         build("absolute").generate(x, 11, 0.0)
     assert build("absolute").generate(x, 10, 0.0).shape == (2, 10)
 

@@ -119,8 +119,10 @@ def test_prepended_embeddings_and_outputs() -> None:
 class Reference:
     """Decoding by the text of the method: in each loop the keys of that loop's prompt, then the last loop's keys."""
 
-    def __init__(self, model: TransformerWrapper, prompt: Tensor, threshold: float | None) -> None:
-        self.model, self.threshold = model, threshold
+    def __init__(
+        self, model: TransformerWrapper, prompt: Tensor, threshold: float | None, window: int | None = None
+    ) -> None:
+        self.model, self.threshold, self.window = model, threshold, window
         x, self.prompts, self.own = model.token_emb(prompt), [], []
         for _ in range(LOOPS):
             x, record = model.attn_layers(x, return_hiddens=True)
@@ -137,6 +139,8 @@ class Reference:
                 for entry, streams in zip(cache.entries, new, strict=True):
                     for name, t in streams.items():
                         entry.grow(name, t)
+            if self.window is not None:
+                cache.crop(self.window - 1)
             x, record = self.model.attn_layers(x, cache=cache, input_not_include_cache=True, return_hiddens=True)
             newest = [{name: t[..., -1:, :] for name, t in entry.grown.items()} for entry in record.cache.entries]
             g = self.model.exit_gate(x)[0, 0, 0]
@@ -180,6 +184,21 @@ def test_rows_leave_the_loops_by_themselves(kind: str) -> None:
     assert torch.equal(ragged[1], wrapper.generate(x[1, :2], 6, **given))
     first = wrapper.generate(x, 1, cache_kv=False, **given)
     assert torch.equal(first, out[:, :1])
+
+
+@torch.no_grad()
+def test_the_window_slides_over_prompt_and_generated_tokens_of_every_loop() -> None:
+    model, x = net(), ids(1)
+    reference = Reference(model, x, 0.6, window=16)
+    wrapper = AutoregressiveWrapper(model)
+    out = wrapper.generate(x, 20, temperature=0.0, looped_exit_prob_threshold=0.6)
+    logits, wanted = reference.logits, []
+    for _ in range(20):
+        wanted.append(logits.argmax(dim=-1))
+        logits = reference.step(wanted[-1])
+    assert torch.equal(out, torch.cat(wanted, dim=-1))
+    ragged = wrapper.generate([x[0], x[0, :3]], 20, temperature=0.0, looped_exit_prob_threshold=0.6)
+    assert torch.equal(ragged[:1], out)
 
 
 def test_loops_in_half_precision_and_in_a_graph() -> None:

@@ -135,8 +135,8 @@ class UniversalPretrainWrapper(SavesFolders):
 
     Each call draws sequences of the buffer and the beginnings of others, lets the generator continue them, replaces
     some rows of the buffer by fresh noise, writes what was generated to the rows that it continues, and returns the
-    loss of the next token of a batch of the buffer. `torch.compile` leaves the generator out of its graphs, since PyTorch
-    does not trace recurrent networks.
+    loss of the next token of a batch of the buffer. `torch.compile` leaves the generator out of its graphs, since
+    PyTorch does not trace recurrent networks.
 
     Args:
         model: a causal decoder.
