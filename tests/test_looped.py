@@ -188,17 +188,17 @@ def test_rows_leave_the_loops_by_themselves(kind: str) -> None:
 
 @torch.no_grad()
 def test_the_window_slides_over_prompt_and_generated_tokens_of_every_loop() -> None:
-    model, x = net(), ids(1)
-    reference = Reference(model, x, 0.6, window=16)
-    wrapper = AutoregressiveWrapper(model)
-    out = wrapper.generate(x, 20, temperature=0.0, looped_exit_prob_threshold=0.6)
-    logits, wanted = reference.logits, []
-    for _ in range(20):
-        wanted.append(logits.argmax(dim=-1))
-        logits = reference.step(wanted[-1])
-    assert torch.equal(out, torch.cat(wanted, dim=-1))
-    ragged = wrapper.generate([x[0], x[0, :3]], 20, temperature=0.0, looped_exit_prob_threshold=0.6)
-    assert torch.equal(ragged[:1], out)
+    model, x, given = net(), ids(1), {"looped_steps": LOOPS, "return_intermediates": True}
+    out, record = AutoregressiveWrapper(model).generate(x, 20, temperature=0.0, **given)
+    held = [entry.grown["k"].shape[-2] for cache in record.cache.loops for entry in cache.entries if entry.grown]
+    assert set(held) == {16}, "prompt and generated keys are cut together"
+    reference = Reference(model, x, None, window=16)
+    for token in out[0, :-1]:
+        reference.step(token.view(1, 1))
+    newest, cache = out[:, -1:], record.cache
+    cache.crop(15)
+    got = model(newest, cache=cache, input_not_include_cache=True, **given)[0]
+    close(got, reference.step(newest))
 
 
 def test_loops_in_half_precision_and_in_a_graph() -> None:
