@@ -300,8 +300,10 @@ class DiscoverDecoder(SavesFolders):
         """
         tokens = checked_ids(tokens, self)
         mask = None if mask is None else _mask_of(tokens, mask)
-        known = mask is not None and values_can_be_read()
-        if tokens.shape[1] == 0 or (known and not bool(mask.any(dim=-1).all())):
+        empty = tokens.shape[1] == 0
+        if mask is not None and values_can_be_read():
+            empty = empty or not bool(mask.any(dim=-1).all())
+        if empty:
             raise InputError("each row needs a token to be encoded; one is empty.")
         features = self.decoder(tokens, mask=mask, return_embeddings=True)
         if isinstance(self.enc_pos, int):

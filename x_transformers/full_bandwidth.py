@@ -393,8 +393,9 @@ class FullBandwidth(SavesFolders):
         """Run the model, with feedback of an earlier pass if there is one."""
         feedback: dict[str, Any] = {}
         if record is not None:
-            hidden = {"start": kwargs.get("seq_start_pos"), "mask": kwargs.get("mask")}
-            feedback["transform_block_inputs"] = self.make_transforms(record, self.training, transition, **hidden)
+            start, mask = kwargs.get("seq_start_pos"), kwargs.get("mask")
+            transforms = self.make_transforms(record, self.training, transition, start=start, mask=mask)
+            feedback["transform_block_inputs"] = transforms
         return self.net(ids, return_intermediates=True, capture=STATES, **feedback, **kwargs)
 
     def _losses(self, outputs: Sequence[Tensor], labels: Tensor) -> list[Tensor]:

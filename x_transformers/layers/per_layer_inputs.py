@@ -138,7 +138,8 @@ def read_own_inputs(stack: LayerStack, inputs: PassInputs, valid: Tensor | None)
     assert inputs.self_attn_inputs is not None
     count = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     batch, n, dim = inputs.x.shape
-    own = [branch for branch in map(stack.layers.__getitem__, inputs.order) if branch.kind.is_self_attention]
+    sublayers = stack.sublayers
+    own = [sublayers[layer] for layer in inputs.order if sublayers[layer].kind.is_self_attention]
     for nth, given in inputs.self_attn_inputs.items():
         if not accepts(int, nth) or not 0 <= nth < count:
             raise InputError(f"`self_attn_inputs` names {nth!r}; this pass runs the self-attentions 0 to {count - 1}.")
