@@ -244,3 +244,7 @@ def test_nothing_follows_from_hidden_tokens(kind: str) -> None:
     wanted, got = (model(each, return_loss=False, mask=mask) for each in (x, other))
     close(got[mask], wanted[mask])
     assert torch.equal(model.generate(x, 5, 0.0, mask=mask), model.generate(other, 5, 0.0, mask=mask))
+    # the mask of a loss covers all tokens, or those that are read
+    ignored = x.masked_fill(~mask, -100)
+    close(model(ignored, mask=mask), model(ignored, mask=mask[:, :-1]))
+    assert model(ignored, mask=mask) != model(ignored)

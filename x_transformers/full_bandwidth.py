@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from x_transformers.decoding.filters import FILTER_LOGITS_FN as FILTER_LOGITS_FN  # scripts import it from here
 from x_transformers.decoding.filters import top_k
-from x_transformers.decoding.generation_inputs import check_length_and_end
+from x_transformers.decoding.generation_inputs import check_length_and_end, cut_arguments
 from x_transformers.decoding.loop import Decoding, check_next_token_net, cut_after_end, make_reader
 from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import read_prompts
@@ -365,7 +365,7 @@ class FullBandwidth(SavesFolders):
         shown, labels = ids.masked_fill(ids == self.ignore_index, 0), ids[:, 1:]
         if return_loss:
             check_predicts(ids)
-            shown = shown[:, :-1]
+            shown, kwargs = shown[:, :-1], cut_arguments(kwargs, 0, ids.shape[1] - 1, ids.shape[1])
         elif return_loss_breakdown:
             raise InputError("`return_loss_breakdown` needs a loss; leave `return_loss` at True.")
         outputs, record = [], None
