@@ -89,7 +89,7 @@ HOUSE = (
     ("F9", ["test_time.places"]),
     ("F9", ["test_time"]),
     ("F9", ["*"]),
-    ("F9", ["encoder_decoder", "gpt_lejepa", "gpt_vae", "up_wrapper", "xm_latent_decoder"]),
+    ("F9", ["encoder_decoder", "gpt_lejepa", "gpt_vae", "speech_transformer", "up_wrapper", "xm_latent_decoder"]),
     ("F10", ["checkpoints.plain_data", "checkpoints.random_states"]),
     ("F10", ["checkpoints.folder", "checkpoints.optimizer_checks", "checkpoints.parts"]),
     ("F10", ["checkpoints.files", "checkpoints.optimizer_states", "checkpoints.old_layout"]),

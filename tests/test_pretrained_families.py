@@ -9,6 +9,7 @@ import torch
 from test_pretrained_encoders import CASES as ENCODERS
 from test_pretrained_images import CASES as IMAGES
 from test_pretrained_pairs import CASES as PAIRS
+from test_pretrained_speech import CASES as SPEECH
 from test_pretrained_towers import CASES as TOWERS
 
 from x_transformers import AutoregressiveWrapper, load_pretrained
@@ -183,7 +184,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_every_family_is_tested() -> None:
-    cases = [*CASES.values(), *ENCODERS.values(), *PAIRS.values(), *IMAGES.values(), *TOWERS.values()]
+    cases = [*CASES.values(), *ENCODERS.values(), *PAIRS.values(), *IMAGES.values(), *SPEECH.values(), *TOWERS.values()]
     tested = {getattr(transformers, f"{case[0]}Config").model_type for case in cases}
     assert tested == FAMILIES.keys()
 

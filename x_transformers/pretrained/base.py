@@ -146,6 +146,8 @@ class Settings:
 
 PAIR = "XTransformer"
 """Class of an encoder with a decoder."""
+SPEECH = "SpeechTransformer"
+"""Class of an encoder of spectrograms with a decoder."""
 
 
 @dataclass

@@ -31,6 +31,7 @@ from x_transformers.pretrained.families import (
     starcoder,
     t5,
     vit,
+    whisper,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(starcoder.read, starcoder.write, "Starcoder2ForCausalLM"),
     "t5": Family(t5.read),
     "vit": Family(vit.read_vit),
+    "whisper": Family(whisper.read),
     "xlm-roberta": Family(bert.read_roberta),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from x_transformers.errors import CheckpointError, ConfigError
-from x_transformers.pretrained.base import PAIR, Outline, Settings
+from x_transformers.pretrained.base import PAIR, SPEECH, Outline, Settings
 from x_transformers.pretrained.catalog import FAMILIES, TOWERS
 
 
@@ -66,8 +66,8 @@ IMAGES = "ViTransformerWrapper"
 
 def config_of(outline: Outline) -> dict[str, Any]:
     """Return the configuration of the model that an outline describes."""
-    if outline.kind == PAIR:
-        return {"class": PAIR, "options": outline.model}
+    if outline.kind in (PAIR, SPEECH):
+        return {"class": outline.kind, "options": outline.model}
     model = IMAGES if outline.images else "TransformerWrapper"
     stack = {"class": outline.kind, "options": {"verbose": False, **outline.stack}}
     return {"class": model, "options": {**outline.model, "attn_layers": stack}}
