@@ -88,6 +88,9 @@ def test_configurations_and_other_widths() -> None:
     ("options", "words"),
     [
         (lambda: {"num_mels": 0}, "`num_mels` is 0"),
+        (lambda: {"encoder": decoder()}, "it must be a ContinuousTransformerWrapper"),
+        (lambda: {"decoder": 3}, "it must be a TransformerWrapper"),
+        (lambda: {"decoder": decoder(custom_layers=("a", "f"), depth=None)}, "cross"),
         (lambda: {"encoder": encoder(average_pool_embed=True)}, "drop its `average_pool_embed`"),
         (lambda: {"encoder": encoder(probabilistic=True)}, "`probabilistic`"),
         (lambda: {"encoder": encoder({"cross_attend": True})}, "drop `cross_attend`"),

@@ -19,6 +19,7 @@ from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.convolutional_front import ConvolutionalFront
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.schema import at_least
 
 
@@ -48,10 +49,10 @@ class SpeechTransformer(SavesFolders):
     ) -> None:
         super().__init__()
         at_least(1, num_mels=num_mels)
-        _check(encoder, decoder)
-        width = encoder.attn_layers.dim if encoder.dim_in is None else encoder.dim_in
+        inner = unwrapped(encoder)
+        _check(inner, unwrapped(decoder))
         self.num_mels = num_mels
-        self.front = ConvolutionalFront(num_mels, width)
+        self.front = ConvolutionalFront(num_mels, inner.attn_layers.dim if inner.dim_in is None else inner.dim_in)
         self.encoder = encoder
         self.decoder = AutoregressiveWrapper(decoder, ignore_index=ignore_index, pad_value=pad_value)
 
@@ -159,14 +160,20 @@ def _encode(
 
 def _check(encoder: ContinuousTransformerWrapper, decoder: TransformerWrapper) -> None:
     """Raise a `ConfigError` unless the decoder can attend to the encoder's outputs."""
+    for name, model, kind in (
+        ("encoder", encoder, ContinuousTransformerWrapper),
+        ("decoder", decoder, TransformerWrapper),
+    ):
+        if not isinstance(model, kind):
+            raise ConfigError(f"`{name}` is a {type(model).__name__}; it must be a {kind.__name__}.")
     if encoder.average_pool_embed or encoder.probabilistic:
         raise ConfigError(
             "the decoder attends to one output of the encoder for each pair of frames; drop its `average_pool_embed` "
             "and `probabilistic`."
         )
-    if encoder.attn_layers.cross_attend:
+    if unwrapped(encoder.attn_layers).cross_attend:
         raise ConfigError("the encoder reads spectrograms only; drop `cross_attend` of its stack.")
-    layers = decoder.attn_layers
+    layers = unwrapped(decoder.attn_layers)
     if not layers.cross_attend:
         raise ConfigError("the decoder attends to the encoder's outputs; set `cross_attend = True` in its stack.")
     needed = layers.attentions(CROSS_ATTENTION.letter)[0].dim_context
