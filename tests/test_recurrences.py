@@ -14,6 +14,7 @@ from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_u
 from x_transformers.recurrences.delta import DELTA, delta
 from x_transformers.recurrences.linear import LINEAR, linear
 from x_transformers.recurrences.scan import SCAN, scan
+from x_transformers.recurrences.stabilized import stabilized
 
 B, H, DK, DV, CHUNK = 2, 2, 4, 3, 16
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -94,6 +95,79 @@ def test_doubling_equals_single_steps(n: int, decay: float, from_state: bool) ->
     given = [x, log_a, torch.randn(B, 5, dtype=torch.float64) if from_state else None]
     for one, other in zip(results(scan, given), results(naive.scan, given), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def gated(n: int, strength: float, from_state: bool) -> list[Tensor | None]:
+    """Arguments of exponential gates of which some are large; the first tokens of the first row are not there."""
+    given = inputs(n, 1.0, from_state)
+    log_input, forget = strength * torch.randn(B, H, n, dtype=torch.float64), given["g"]
+    assert forget is not None
+    log_input[0, :, : n // 2] = -torch.inf
+    forget[0, :, : n // 2] = 0.0
+    held = torch.randn(B, H, DK, DV + 1, dtype=torch.float64) if from_state else None
+    top = torch.randn(B, H, dtype=torch.float64) if from_state else None
+    return [given["q"], given["k"], given["v"], log_input, strength * forget, held, top]
+
+
+def of_gates(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the quotient of an mLSTM and the state of sums, as the other operations."""
+
+    def whole(*given: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        *own, held, top = given
+        sums, (held, _) = function(*own, None if held is None else (held, top), **options)
+        bound = torch.maximum(sums[1].abs(), (-sums[2]).exp())
+        return sums[0] / bound, held
+
+    return whole
+
+
+@pytest.mark.parametrize(("n", "strength", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_exponential_gates_equal_single_steps(n: int, strength: float, from_state: bool) -> None:
+    given = gated(n, strength, from_state)
+    mine = list(results(of_gates(stabilized), given, chunk=CHUNK))
+    theirs = list(results(of_gates(naive.stabilized), given))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("from_state", [False, True])
+def test_exponential_gates_have_the_derivative_of_their_quotient(from_state: bool) -> None:
+    """The unit has no gradient of its own, since it cancels."""
+    given = gated(5, 1.0, from_state)
+    own = [None if t is None else t.requires_grad_(number != 6) for number, t in enumerate(given)]
+    for t in own[3:5]:
+        assert t is not None
+        t.detach()[t.detach() == -torch.inf] = -40.0
+    assert torch.autograd.gradcheck(lambda *t: of_gates(stabilized)(*t)[0], own)
+
+
+def test_exponential_gates_may_be_cut_anywhere() -> None:
+    *given, held, top = gated(37, 10.0, True)
+    function = of_gates(stabilized)
+    whole, last = function(*given, held, top, chunk=CHUNK)
+    for cut in (1, 15, 16, 18, 36):
+        state: Any = (held, top)
+        parts = []
+        for piece in (slice(0, cut), slice(cut, None)):
+            own = [None if t is None else t[:, :, piece] for t in given]
+            parts.append(function(*own, *state, chunk=CHUNK)[0])
+            _, state = stabilized(*own, state, chunk=CHUNK)  # type: ignore[arg-type]
+        torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-10, atol=1e-10)
+    assert last.isfinite().all()
+
+
+def test_exponential_gates_of_any_size() -> None:
+    """A constant in all of them cancels, in float32 far beyond what an exponential can hold."""
+    v, log_input, forget = torch.randn(B, H, 70, DV), torch.randn(B, H, 70), -torch.rand(B, H, 70)
+    ones = torch.ones(B, H, 70, 1)
+    quotients = []
+    for shift in (-1000.0, 0.0, 1000.0):
+        sums, _ = stabilized(ones, ones, v, log_input + shift, forget)
+        quotients.append(sums.numerator / sums.denominator)
+    for other in quotients[::2]:
+        torch.testing.assert_close(other, quotients[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

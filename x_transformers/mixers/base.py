@@ -53,6 +53,10 @@ class Row:
         dead = ~self.live.unsqueeze(1)
         return t.masked_fill(dead if t.ndim == 3 else dead.unsqueeze(-1), 0.0)
 
+    def close_heads(self, log_input: Tensor) -> Tensor:
+        """Set the logarithms of the input gates of dead tokens, `(b, h, n)`, to `-inf`."""
+        return log_input if self.live is None else log_input.masked_fill(~self.live.unsqueeze(1), -torch.inf)
+
     def count(self, t: Tensor) -> Tensor:
         """Return the number of live tokens, `(b, 1)`, of a tensor `(b, n, ...)`; of the dtype of states."""
         if self.live is None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
+    aaren,
     convolution,
     delta_rule,
     gated_linear_attention,
@@ -20,6 +21,7 @@ from x_transformers.mixers import (
     linear_attention,
     mamba,
     mamba2,
+    mlstm,
     pooling,
     retention,
     rglru,
@@ -73,6 +75,8 @@ PAPERS = (
     mamba.FEATURE,
     mamba2.FEATURE,
     rglru.FEATURE,
+    mlstm.FEATURE,
+    aaren.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
