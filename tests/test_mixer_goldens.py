@@ -19,7 +19,7 @@ from x_transformers.recurrences import naive
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
 from x_transformers.recurrences.scan import scan
-from x_transformers.recurrences.stabilized import stabilized
+from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
 FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
@@ -28,10 +28,10 @@ Case = dict[str, Tensor]
 NAMES = """
     layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu
     layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rwkv4-channel layer-rwkv4 layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
+    layer-rwkv4-channel layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
     layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-long-convolution-2d
-    op-long-convolution op-lstm op-mossformer-causal op-rwkv4 op-rwkv6 op-slstm
+    op-long-convolution op-lstm op-mossformer-causal op-rwkv6 op-slstm
     op-sparse-state
 """
 LATER = set(NAMES.split())
@@ -223,6 +223,15 @@ def of_one_query(case: Case) -> Operator:
     return divided(stabilized), divided(naive.stabilized), [ones, ones, v, scores, None, None]  # type: ignore[return-value]
 
 
+def of_fading_mean(case: Case) -> Operator:
+    k, v = case["input.k"], case["input.v"]
+    decay = (-case["input.decay_log"].exp()).expand_as(k)
+    state = torch.stack([case[f"input.{name}"] for name in ("num", "den", "top")], dim=1)
+    if "output.num" in case:
+        case["output.state"] = torch.stack([case[f"output.{name}"] for name in ("num", "den", "top")], dim=1)
+    return weighted_mean, naive.weighted_mean, [v, k, decay, case["input.bonus"], state]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -237,6 +246,7 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
+    "op-rwkv4": of_fading_mean,
 }
 
 

@@ -14,7 +14,7 @@ from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_u
 from x_transformers.recurrences.delta import DELTA, delta
 from x_transformers.recurrences.linear import LINEAR, linear
 from x_transformers.recurrences.scan import SCAN, scan
-from x_transformers.recurrences.stabilized import stabilized
+from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
 B, H, DK, DV, CHUNK = 2, 2, 4, 3, 16
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -168,6 +168,55 @@ def test_exponential_gates_of_any_size() -> None:
         quotients.append(sums.numerator / sums.denominator)
     for other in quotients[::2]:
         torch.testing.assert_close(other, quotients[1], rtol=1e-3, atol=1e-3)
+
+
+def fading(n: int, strength: float, from_state: bool) -> list[Tensor | None]:
+    """Arguments of weighted means; the first tokens of the first row are not there."""
+    v, log_input = torch.randn(B, n, 5, dtype=torch.float64), strength * torch.randn(B, n, 5, dtype=torch.float64)
+    forget = -strength * torch.rand(B, n, 5, dtype=torch.float64)
+    log_input[0, : n // 2], forget[0, : n // 2] = -torch.inf, 0.0
+    sums = torch.randn(B, 3, 5, dtype=torch.float64)
+    sums[:, 1] = 1 + sums[:, 1].exp()
+    return [v, log_input, forget, torch.randn(5, dtype=torch.float64), sums if from_state else None]
+
+
+@pytest.mark.parametrize(("n", "strength", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_weighted_means_equal_single_steps(n: int, strength: float, from_state: bool) -> None:
+    def sums_of(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Tensor) -> tuple[Tensor, Tensor]:
+            out, state = function(*given)
+            return out, state[:, :2]  # the unit has no gradient, and is -inf where nothing was read
+
+        return whole
+
+    given = fading(n, strength, from_state)
+    mine, theirs = (list(results(sums_of(each), given)) for each in (weighted_mean, naive.weighted_mean))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_weighted_means_are_those_of_their_definition() -> None:
+    """Written out without states: a softmax over all tokens so far, also after a cut, and its derivative."""
+    v, log_input, forget, bonus, _ = fading(21, 1.0, False)
+    assert v is not None
+    assert log_input is not None
+    assert forget is not None
+    assert bonus is not None
+    log_input = log_input.clamp(min=-40)
+    total = forget.cumsum(dim=1)
+    logits = (total.roll(1, 1).unsqueeze(2) - total.unsqueeze(1)) + log_input.unsqueeze(1)
+    later = torch.ones(21, 21, dtype=torch.bool).triu().unsqueeze(-1)
+    own = torch.diag_embed((log_input + bonus).mT).movedim(1, -1)
+    logits = torch.where(torch.eye(21, dtype=torch.bool).unsqueeze(-1), own, logits.masked_fill(later, -torch.inf))
+    whole = torch.einsum("bijd,bjd->bid", logits.softmax(dim=2), v)
+    for cut in (0, 1, 9, 20):
+        first, state = weighted_mean(v[:, :cut], log_input[:, :cut], forget[:, :cut], bonus)
+        second, _ = weighted_mean(v[:, cut:], log_input[:, cut:], forget[:, cut:], bonus, state)
+        torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=1e-10, atol=1e-10)
+    short = [t[:, :5].clone().requires_grad_() for t in (v, log_input, forget)]
+    assert torch.autograd.gradcheck(lambda *t: weighted_mean(*t)[0], (*short, bonus.requires_grad_()))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

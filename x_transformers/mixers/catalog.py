@@ -25,6 +25,7 @@ from x_transformers.mixers import (
     pooling,
     retention,
     rglru,
+    rwkv4,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
@@ -77,6 +78,7 @@ PAPERS = (
     rglru.FEATURE,
     mlstm.FEATURE,
     aaren.FEATURE,
+    rwkv4.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,

@@ -2,8 +2,8 @@
 
 `S_t = e^{f_t} S_{t-1} + e^{i_t} k_t v_t^T` overflows, since i may be any number. With `m_t = max(f_t + m_{t-1}, i_t)`,
 the sums `e^{-m_t} S_t` are a recurrence with decays `f_t + m_{t-1} - m_t` and weights `e^{i_t - m_t}`, neither of which
-is above 1, so that the kernels of `linear` compute it. m cancels in a quotient of two such sums: it has no gradient,
-and its rounding has no effect.
+is above 1, so that the kernels of `linear` and `scan` compute it. m cancels in a quotient of two such sums: it has no
+gradient, and its rounding has no effect.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from x_transformers.ops import at_least_float32
 from x_transformers.recurrences.base import CHUNK, full_precision
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.scan import scan
 
 Held = tuple[Tensor, Tensor]
 """Sums after the last token, and the logarithm m of their unit, which is `-inf` before the first token."""
@@ -69,6 +70,42 @@ def stabilized(
         key = at_least_float32(k) * gates.write.unsqueeze(-1)
         out, held = linear(q, key, F.pad(v, (0, 1), value=1.0), gates.decay, held, chunk=chunk)
     return Sums(out[..., :-1], out[..., -1:], gates.top.unsqueeze(-1)), (held, gates.last)
+
+
+def weighted_mean(
+    v: Tensor, log_input: Tensor, log_forget: Tensor, bonus: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute weighted means of all tokens so far, each feature by itself, with another weight for the newest one.
+
+    `o_t = (a_{t-1} + e^{u + i_t} v_t) / (d_{t-1} + e^{u + i_t})`, with `a_t = e^{f_t} a_{t-1} + e^{i_t} v_t`, and
+    d likewise with 1. A token with `f = 0` and `i = -inf` changes nothing.
+
+    Args:
+        v: values `(b, n, d)`.
+        log_input: logarithms i of the weights, `(b, n, d)`; any number, or `-inf`.
+        log_forget: logarithms f of the decays, at most 0, `(b, n, d)`.
+        bonus: u, `(d,)`.
+        state: `(b, 3, d)` before the first token: a, d, and the logarithm of their unit. None for nothing.
+
+    Returns:
+        `(b, n, d)`, 0 where nothing has been read, and the state after the last token, at least in float32.
+    """
+    v, log_input, bonus = (at_least_float32(t) for t in (v, log_input, bonus))
+    b, n, d = v.shape
+    start = None if state is None else state[:, 2]
+    gates = Gates.of(log_input, log_forget, start, dim=1)
+    held = v.new_zeros(b, 2 * d) if state is None else state[:, :2].flatten(1).to(v.dtype)
+    added = torch.cat((gates.write * v, gates.write), dim=-1)
+    sums, last = scan(added, torch.cat((gates.decay, gates.decay), dim=-1), held)
+    earlier = torch.cat((held.unsqueeze(1), sums), dim=1).narrow(1, 0, n).unflatten(-1, (2, d))
+    own = log_input + bonus
+    unit = torch.maximum(gates.before, own.detach())
+    unit = unit.masked_fill(unit == -torch.inf, 0.0)
+    kept, newest = (gates.before - unit).exp(), (own - unit).exp()
+    numerator, denominator = kept * earlier[:, :, 0] + newest * v, kept * earlier[:, :, 1] + newest
+    # the largest weight is 1, so that a smaller sum is that of nothing
+    out = numerator / denominator.clamp(min=0.5)
+    return out, torch.cat((last.unflatten(-1, (2, d)), gates.last.unsqueeze(1)), dim=1)
 
 
 class Gates(NamedTuple):
