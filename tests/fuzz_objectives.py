@@ -124,7 +124,7 @@ CALLS: dict[str, Call] = {
     "XLAutoregressiveWrapper.init_ttt": Call(lambda: adapting().init_ttt, lambda: {"batch": 2}),
     "XLAutoregressiveWrapper.update_ttt": Call(
         lambda: adapting().update_ttt,
-        lambda: {"logits": features(2, LENGTH, VOCABULARY).requires_grad_(), "chunk_labels": ids()},
+        lambda: {"logits": features(2, LENGTH, VOCABULARY).requires_grad_(), "chunk_labels": ids(2, LENGTH)},
         ("intermediates",),
     ),
     "LatentAutoregressive": Call(

@@ -351,7 +351,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "mixer",
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
         "rotary_xpos polar_pos_emb attn_latent_rope_subheads alibi_pos_bias alibi_num_heads rel_pos_kwargs "
-        "rel_pos_bias dynamic_pos_bias dynamic_pos_bias_norm",
+        "rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
     ),
     "values by layer": (" ".join(("par_ratio", *HYBRIDS)), "rotary_layers"),
     "rotated positions": (

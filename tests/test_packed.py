@@ -27,6 +27,7 @@ from x_transformers.attention.base import Memo, Needs, Visibility
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.masks.builder import spelled_out
+from x_transformers.mixers.catalog import MIXERS
 from x_transformers.x_transformers import CoPE
 
 LENGTHS = (4, 1, 6, 3)
@@ -39,7 +40,7 @@ WORDS = """
     polar memory_kv zero_kv hybrid qkv_views residual_keywords shift_tokens mv_split_residual context_dropout
     memory_tokens interspersed_memory_tokens recurrent_memory average_pool class_tokens attention_pool
 """
-APART = frozenset(WORDS.split())
+APART = frozenset(WORDS.split()) | {"mixer", "layer_period", "mixer_parts", *MIXERS}
 """Features of which at least the first example is refused together with packing."""
 
 
@@ -71,7 +72,7 @@ def pair(case: Case, stack: str) -> tuple[TransformerWrapper, TransformerWrapper
 def test_documents_are_what_each_is_alone(stack: str, case: Case) -> None:
     """With every option, or the two are refused in words; towards a context, too."""
     if case.features and case.features[0].name in APART:
-        with pytest.raises(ConfigError, match=r"flash_pack_seq|alternatives of one choice"):
+        with pytest.raises(ConfigError, match=r"flash_pack_seq|packed rows|alternatives of one choice"):
             case.build(stack, **PACKED, cross_attn_flash_pack_seq=True)
         return
     packed, plain = pair(case, stack)
