@@ -69,9 +69,12 @@ def test_chunks_equal_single_steps(name: str, n: int, decay: float | None, from_
 def test_decays_of_single_features(n: int, decay: float, from_state: bool) -> None:
     given = inputs(n, decay, from_state)
     g = -2 * decay * torch.rand(B, H, n, DK, dtype=torch.float64)
-    arguments = [given["q"], given["k"], given["v"], g, given["state"]]
-    for one, other in zip(results(linear, arguments), results(naive.linear, arguments), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    given["g"] = g
+    for function, definition, names in OPERATIONS.values():
+        arguments = [given[each] for each in names]
+        for one, other in zip(results(function, arguments), results(definition, arguments), strict=True):
+            assert torch.isfinite(one).all()
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
