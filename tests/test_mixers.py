@@ -276,7 +276,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4")
 
 
 @pytest.mark.slow
