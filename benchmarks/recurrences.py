@@ -21,12 +21,25 @@ from x_transformers.mixers.catalog import MIXERS
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.stabilized import stabilized
 
 DIM, HEADS = 256, 4
+
+
+def sums_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a form of an operation with exponential gates whose results are those of the other operations."""
+
+    def numerator_and_state(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        sums, (held, _) = function(*given)
+        return sums[0], held
+
+    return numerator_and_state
+
 
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (linear, naive.linear),
     "delta": (delta, naive.delta),
+    "stabilized": (sums_of(stabilized), sums_of(naive.stabilized)),
 }
 
 
@@ -36,7 +49,8 @@ def arguments(name: str, length: int, grad: bool) -> list[Tensor | None]:
     q, k, v = (torch.randn(1, HEADS, length, width) for _ in range(3))
     k = k / k.norm(dim=-1, keepdim=True)
     beta, g = torch.rand(1, HEADS, length), -0.1 * torch.rand(1, HEADS, length)
-    given = [q, k, v, *((beta,) if name == "delta" else ()), g]
+    # the delta rule has its beta there, and exponential gates have theirs
+    given = [q, k, v, *(() if name == "linear" else (beta,)), g]
     return [t.requires_grad_(grad) for t in given]
 
 

@@ -38,6 +38,7 @@ HOUSE = (
     ("F2", ["recurrences.base"]),
     ("F2", ["recurrences.naive", "recurrences.carry", "recurrences.chunks"]),
     ("F2", ["recurrences"]),
+    ("F2", ["recurrences.stabilized"]),
     ("F3", ["attention.qk.decay", "attention.qk.rotation"]),
     ("F3", ["attention"]),
     ("F3", ["attention.qk.rotary", "attention.backends.flex"]),

@@ -19,6 +19,7 @@ from x_transformers.recurrences import naive
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
 from x_transformers.recurrences.scan import scan
+from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
 FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
@@ -26,11 +27,11 @@ Case = dict[str, Tensor]
 
 NAMES = """
     layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu
-    layer-mlstm layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rwkv4-channel layer-rwkv4 layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
-    layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans op-aaren
+    layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
+    layer-rwkv4-channel layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
+    layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-long-convolution-2d
-    op-long-convolution op-lstm op-mlstm op-mossformer-causal op-rwkv4 op-rwkv6 op-slstm
+    op-long-convolution op-lstm op-mossformer-causal op-rwkv6 op-slstm
     op-sparse-state
 """
 LATER = set(NAMES.split())
@@ -193,6 +194,44 @@ def of_selective_scan(case: Case) -> Operator:
     return read_as_source(scan), read_as_source(naive.scan), arguments  # type: ignore[return-value]
 
 
+def of_exponential_gates(case: Case) -> Operator:
+    q, k, v, i, f = (case[f"input.{name}"] for name in "qkvif")
+
+    def divided(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Any) -> tuple[Tensor, Tensor]:
+            (numerator, denominator, top), (held, _) = run(*given)
+            return numerator / (torch.maximum(denominator.abs(), (-top).exp()) + 1e-6), held
+
+        return whole
+
+    arguments = [q, k * k.shape[-1] ** -0.5, v, i, F.logsigmoid(f), None]
+    return divided(stabilized), divided(naive.stabilized), arguments  # type: ignore[return-value]
+
+
+def of_one_query(case: Case) -> Operator:
+    k, v = case["input.k"], case["input.v"]
+    scores = (k @ case["input.q"].unsqueeze(-1)).squeeze(-1) * k.shape[-1] ** -0.5
+
+    def divided(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Any) -> tuple[Tensor, Tensor]:
+            (numerator, denominator, _), (held, _) = run(*given)
+            return numerator / denominator, held
+
+        return whole
+
+    ones = torch.ones_like(v[..., :1])
+    return divided(stabilized), divided(naive.stabilized), [ones, ones, v, scores, None, None]  # type: ignore[return-value]
+
+
+def of_fading_mean(case: Case) -> Operator:
+    k, v = case["input.k"], case["input.v"]
+    decay = (-case["input.decay_log"].exp()).expand_as(k)
+    state = torch.stack([case[f"input.{name}"] for name in ("num", "den", "top")], dim=1)
+    if "output.num" in case:
+        case["output.state"] = torch.stack([case[f"output.{name}"] for name in ("num", "den", "top")], dim=1)
+    return weighted_mean, naive.weighted_mean, [v, k, decay, case["input.bonus"], state]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -205,6 +244,9 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-delta-product": of_products,
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
+    "op-mlstm": of_exponential_gates,
+    "op-aaren": of_one_query,
+    "op-rwkv4": of_fading_mean,
 }
 
 

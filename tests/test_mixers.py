@@ -171,6 +171,22 @@ def test_keywords_are_arguments() -> None:
     assert set().union(*map(keywords_of, MIXERS)) == owned
 
 
+def test_first_values_depend_on_the_layer() -> None:
+    """Those of RWKV-4: with depth, decays differ more between channels, and shifts less between features."""
+    stack = Decoder(dim=16, depth=3, heads=2, layer_period="mam", mixer="rwkv4", mixer_dim=24, only_attn=True)
+    first, last = (stack.layers[number].mixer for number in (0, 2))
+    feature, channel = torch.arange(16) / 16, torch.arange(24) / 23
+    torch.testing.assert_close(first.mix_k.data, feature)
+    torch.testing.assert_close(first.mix_r.data, feature**0.5)
+    torch.testing.assert_close(first.decay_log.data, -5 + 8 * channel**0.7)
+    torch.testing.assert_close(last.mix_k.data, feature**0.5)
+    torch.testing.assert_close(last.mix_v.data, feature**0.5 + 0.3)
+    torch.testing.assert_close(last.decay_log.data, -5 + 8 * channel**2)
+    both = Encoder(dim=16, depth=2, mixer="rwkv4", mixer_bidirectional=True, only_attn=True).layers[1].mixer
+    torch.testing.assert_close(both.backward.mix_v.data, both.mix_v.data)
+    assert both.mix_v[0].item() == pytest.approx(0.3)
+
+
 # refusals
 
 
@@ -260,7 +276,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4")
 
 
 @pytest.mark.slow

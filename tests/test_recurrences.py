@@ -14,6 +14,7 @@ from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_u
 from x_transformers.recurrences.delta import DELTA, delta
 from x_transformers.recurrences.linear import LINEAR, linear
 from x_transformers.recurrences.scan import SCAN, scan
+from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
 B, H, DK, DV, CHUNK = 2, 2, 4, 3, 16
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -68,9 +69,12 @@ def test_chunks_equal_single_steps(name: str, n: int, decay: float | None, from_
 def test_decays_of_single_features(n: int, decay: float, from_state: bool) -> None:
     given = inputs(n, decay, from_state)
     g = -2 * decay * torch.rand(B, H, n, DK, dtype=torch.float64)
-    arguments = [given["q"], given["k"], given["v"], g, given["state"]]
-    for one, other in zip(results(linear, arguments), results(naive.linear, arguments), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    given["g"] = g
+    for function, definition, names in OPERATIONS.values():
+        arguments = [given[each] for each in names]
+        for one, other in zip(results(function, arguments), results(definition, arguments), strict=True):
+            assert torch.isfinite(one).all()
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -94,6 +98,128 @@ def test_doubling_equals_single_steps(n: int, decay: float, from_state: bool) ->
     given = [x, log_a, torch.randn(B, 5, dtype=torch.float64) if from_state else None]
     for one, other in zip(results(scan, given), results(naive.scan, given), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def gated(n: int, strength: float, from_state: bool) -> list[Tensor | None]:
+    """Arguments of exponential gates of which some are large; the first tokens of the first row are not there."""
+    given = inputs(n, 1.0, from_state)
+    log_input, forget = strength * torch.randn(B, H, n, dtype=torch.float64), given["g"]
+    assert forget is not None
+    log_input[0, :, : n // 2] = -torch.inf
+    forget[0, :, : n // 2] = 0.0
+    held = torch.randn(B, H, DK, DV + 1, dtype=torch.float64) if from_state else None
+    top = torch.randn(B, H, dtype=torch.float64) if from_state else None
+    return [given["q"], given["k"], given["v"], log_input, strength * forget, held, top]
+
+
+def of_gates(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the quotient of an mLSTM and the state of sums, as the other operations."""
+
+    def whole(*given: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        *own, held, top = given
+        sums, (held, _) = function(*own, None if held is None else (held, top), **options)
+        bound = torch.maximum(sums[1].abs(), (-sums[2]).exp())
+        return sums[0] / bound, held
+
+    return whole
+
+
+@pytest.mark.parametrize(("n", "strength", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_exponential_gates_equal_single_steps(n: int, strength: float, from_state: bool) -> None:
+    given = gated(n, strength, from_state)
+    mine = list(results(of_gates(stabilized), given, chunk=CHUNK))
+    theirs = list(results(of_gates(naive.stabilized), given))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("from_state", [False, True])
+def test_exponential_gates_have_the_derivative_of_their_quotient(from_state: bool) -> None:
+    """The unit has no gradient of its own, since it cancels."""
+    given = gated(5, 1.0, from_state)
+    own = [None if t is None else t.requires_grad_(number != 6) for number, t in enumerate(given)]
+    for t in own[3:5]:
+        assert t is not None
+        t.detach()[t.detach() == -torch.inf] = -40.0
+    assert torch.autograd.gradcheck(lambda *t: of_gates(stabilized)(*t)[0], own)
+
+
+def test_exponential_gates_may_be_cut_anywhere() -> None:
+    *given, held, top = gated(37, 10.0, True)
+    function = of_gates(stabilized)
+    whole, last = function(*given, held, top, chunk=CHUNK)
+    for cut in (1, 15, 16, 18, 36):
+        state: Any = (held, top)
+        parts = []
+        for piece in (slice(0, cut), slice(cut, None)):
+            own = [None if t is None else t[:, :, piece] for t in given]
+            parts.append(function(*own, *state, chunk=CHUNK)[0])
+            _, state = stabilized(*own, state, chunk=CHUNK)  # type: ignore[arg-type]
+        torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-10, atol=1e-10)
+    assert last.isfinite().all()
+
+
+def test_exponential_gates_of_any_size() -> None:
+    """A constant in all of them cancels, in float32 far beyond what an exponential can hold."""
+    v, log_input, forget = torch.randn(B, H, 70, DV), torch.randn(B, H, 70), -torch.rand(B, H, 70)
+    ones = torch.ones(B, H, 70, 1)
+    quotients = []
+    for shift in (-1000.0, 0.0, 1000.0):
+        sums, _ = stabilized(ones, ones, v, log_input + shift, forget)
+        quotients.append(sums.numerator / sums.denominator)
+    for other in quotients[::2]:
+        torch.testing.assert_close(other, quotients[1], rtol=1e-3, atol=1e-3)
+
+
+def fading(n: int, strength: float, from_state: bool) -> list[Tensor | None]:
+    """Arguments of weighted means; the first tokens of the first row are not there."""
+    v, log_input = torch.randn(B, n, 5, dtype=torch.float64), strength * torch.randn(B, n, 5, dtype=torch.float64)
+    forget = -strength * torch.rand(B, n, 5, dtype=torch.float64)
+    log_input[0, : n // 2], forget[0, : n // 2] = -torch.inf, 0.0
+    sums = torch.randn(B, 3, 5, dtype=torch.float64)
+    sums[:, 1] = 1 + sums[:, 1].exp()
+    return [v, log_input, forget, torch.randn(5, dtype=torch.float64), sums if from_state else None]
+
+
+@pytest.mark.parametrize(("n", "strength", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_weighted_means_equal_single_steps(n: int, strength: float, from_state: bool) -> None:
+    def sums_of(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def whole(*given: Tensor) -> tuple[Tensor, Tensor]:
+            out, state = function(*given)
+            return out, state[:, :2]  # the unit has no gradient, and is -inf where nothing was read
+
+        return whole
+
+    given = fading(n, strength, from_state)
+    mine, theirs = (list(results(sums_of(each), given)) for each in (weighted_mean, naive.weighted_mean))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_weighted_means_are_those_of_their_definition() -> None:
+    """Written out without states: a softmax over all tokens so far, also after a cut, and its derivative."""
+    v, log_input, forget, bonus, _ = fading(21, 1.0, False)
+    assert v is not None
+    assert log_input is not None
+    assert forget is not None
+    assert bonus is not None
+    log_input = log_input.clamp(min=-40)
+    total = forget.cumsum(dim=1)
+    logits = (total.roll(1, 1).unsqueeze(2) - total.unsqueeze(1)) + log_input.unsqueeze(1)
+    later = torch.ones(21, 21, dtype=torch.bool).triu().unsqueeze(-1)
+    own = torch.diag_embed((log_input + bonus).mT).movedim(1, -1)
+    logits = torch.where(torch.eye(21, dtype=torch.bool).unsqueeze(-1), own, logits.masked_fill(later, -torch.inf))
+    whole = torch.einsum("bijd,bjd->bid", logits.softmax(dim=2), v)
+    for cut in (0, 1, 9, 20):
+        first, state = weighted_mean(v[:, :cut], log_input[:, :cut], forget[:, :cut], bonus)
+        second, _ = weighted_mean(v[:, cut:], log_input[:, cut:], forget[:, cut:], bonus, state)
+        torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=1e-10, atol=1e-10)
+    short = [t[:, :5].clone().requires_grad_() for t in (v, log_input, forget)]
+    assert torch.autograd.gradcheck(lambda *t: weighted_mean(*t)[0], (*short, bonus.requires_grad_()))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -31,18 +31,20 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
     """Build sublayer `index` of a stack, with its residual connection, norms and scales."""
     layer, options, dim = plan.layers[index], plan.options, stack.dim
     hides_future = stack.causal or stack.looks_back
+    number = sum(each.kind is layer.kind for each in plan.layers[:index])
     context = SublayerContext(
         dim=dim,
         index=index,
         kind=layer.kind,
         causal=stack.causal,
         options=options,
-        first=layer.kind not in [each.kind for each in plan.layers[:index]],
+        first=number == 0,
         views=residual_views(options, layer.kind),
         norm=norm,
     )
     keywords = {**layer.keywords, **output_keywords(options, index // plan.sequence.block + 1)}
     fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=context.first)
+    fn.begin_at(number, len(plan.of(layer.kind.letter)))
     where, halved = norm_places(options), layer.kind.is_feedforward and options["macaron"].macaron
     skip, shift = (
         _each(value, index) for value in (options["layer_dropout"].layer_dropout, options["shift_tokens"].shift_tokens)

@@ -53,6 +53,14 @@ class Row:
         dead = ~self.live.unsqueeze(1)
         return t.masked_fill(dead if t.ndim == 3 else dead.unsqueeze(-1), 0.0)
 
+    def close(self, log_input: Tensor) -> Tensor:
+        """Set the logarithms of the input gates of dead tokens, `(b, n, d)`, to `-inf`."""
+        return log_input if self.live is None else log_input.masked_fill(~self.live.unsqueeze(-1), -torch.inf)
+
+    def close_heads(self, log_input: Tensor) -> Tensor:
+        """Set the logarithms of the input gates of dead tokens, `(b, h, n)`, to `-inf`."""
+        return log_input if self.live is None else log_input.masked_fill(~self.live.unsqueeze(1), -torch.inf)
+
     def count(self, t: Tensor) -> Tensor:
         """Return the number of live tokens, `(b, 1)`, of a tensor `(b, n, ...)`; of the dtype of states."""
         if self.live is None:
@@ -119,6 +127,10 @@ class Mixer(Configured, BranchFunction):
         return "", "", 0
 
     # what a stack calls
+
+    def begin_at(self, number: int, count: int) -> None:
+        if self.backward is not None:
+            self.backward.begin_at(number, count)
 
     @property
     def state_names(self) -> tuple[str, ...]:  # type: ignore[override]

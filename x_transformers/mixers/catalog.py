@@ -13,6 +13,7 @@ from torch import nn
 
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
+    aaren,
     convolution,
     delta_rule,
     gated_linear_attention,
@@ -20,9 +21,11 @@ from x_transformers.mixers import (
     linear_attention,
     mamba,
     mamba2,
+    mlstm,
     pooling,
     retention,
     rglru,
+    rwkv4,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
@@ -73,6 +76,9 @@ PAPERS = (
     mamba.FEATURE,
     mamba2.FEATURE,
     rglru.FEATURE,
+    mlstm.FEATURE,
+    aaren.FEATURE,
+    rwkv4.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from x_transformers.recurrences.base import Situation
+from x_transformers.recurrences.base import SHORT, Situation
 from x_transformers.recurrences.delta import DELTA
-from x_transformers.recurrences.linear import LINEAR, SHORT
+from x_transformers.recurrences.linear import LINEAR
 from x_transformers.recurrences.scan import SCAN
 
 
@@ -30,7 +30,9 @@ def linear_cost(
     return chosen.name, why, 2 * heads * (2 * d * e + pairs)
 
 
-def delta_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
+def delta_cost(
+    situation: Any, tokens: int, d: int, e: int, chunk: int, by_feature: bool = False
+) -> tuple[str, str, int]:
     """Return the kernel of a delta rule, the reason, and the FLOPs of one write of one head.
 
     Args:
@@ -38,11 +40,12 @@ def delta_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple
         tokens: their number.
         d, e: widths of keys and values.
         chunk: tokens that are computed at once.
+        by_feature: each key feature has its own decay.
     """
-    chosen, why = DELTA.choose(Situation(situation.device, situation.dtype, tokens))
-    if chosen.name != "chunked":
+    chosen, why = DELTA.choose(Situation(situation.device, situation.dtype, tokens, by_feature))
+    if chosen.name == "naive":
         return chosen.name, why, 2 * 3 * d * e
-    c = min(chunk, tokens)
+    c = min(chunk, tokens, SHORT if by_feature else chunk)
     # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
     return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)
 

@@ -14,7 +14,8 @@ from x_transformers.mixers.parts import MixerNorm
 from x_transformers.mixers.read_out import gated_heads
 from x_transformers.ops import at_least_float32, split_heads
 from x_transformers.options.schema import Feature, at_least, opt, positive
-from x_transformers.recurrences.linear import SHORT, linear
+from x_transformers.recurrences.base import SHORT
+from x_transformers.recurrences.linear import linear
 
 
 class GatedLinearAttention(Mixer):

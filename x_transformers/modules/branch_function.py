@@ -53,6 +53,14 @@ class BranchFunction(nn.Module):
         """
         raise NotImplementedError
 
+    def begin_at(self, number: int, count: int) -> None:
+        """Set first values that depend on the place in a stack.
+
+        Args:
+            number: of the sublayer among those of its kind, from 0.
+            count: number of sublayers of the kind.
+        """
+
     def cache_streams(self, rotations: Sequence[Any] = ()) -> dict[str, Shape]:
         """Return the streams that grow with the sequence, as `{name: (heads, width)}`.
 

@@ -14,6 +14,9 @@ from x_transformers.ops import at_least_float32
 CHUNK = 64
 """Tokens of a chunk: longer ones cost more arithmetic, shorter ones more steps one after the other."""
 
+SHORT = 16
+"""Most tokens of a chunk with a decay for each key feature."""
+
 Result = tuple[Tensor, Tensor]
 """Output `(b, h, n, dv)` of each token, and the state `(b, h, dk, dv)` after the last one."""
 

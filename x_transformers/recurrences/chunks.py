@@ -85,3 +85,17 @@ class Decays(NamedTuple):
             (last - total).exp().unsqueeze(-1),
             last.exp().unsqueeze(-1),
         )
+
+
+def pairs_by_feature(total: Tensor) -> Tensor:
+    """Return the decays from token j to token i at or after it, else 0, where each feature has its own.
+
+    Args:
+        total: `(..., C, d)` sums of the logarithms up to each token.
+
+    Returns:
+        `(..., C, C, d)`.
+    """
+    n = total.shape[-2]
+    later = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1).unsqueeze(-1)
+    return (total.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(later, -torch.inf).exp()

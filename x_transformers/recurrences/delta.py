@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
+from x_transformers.recurrences.base import CHUNK, SHORT, Kernel, Operation, Result, Situation, tokens_of
 from x_transformers.recurrences.carry import carry_matrix
-from x_transformers.recurrences.chunks import Chunks, Decays
+from x_transformers.recurrences.chunks import Chunks, Decays, pairs_by_feature
 
 
 def delta(
@@ -57,7 +57,7 @@ def _chunked(
     With `M = tril_{-1}(beta (K K^T) * P)`: `[U, W] = (I + M)^{-1} [beta V, beta e^G K]`. Then `o = (Q e^G) S + (Q K^T *
     P) N`, and `S' = e^{G_C} S + (K e^{G_C - G})^T N`, which is affine in S.
     """
-    chunks, width = Chunks.of(v, chunk), v.shape[-1]
+    chunks = Chunks.of(v, chunk)
     state = naive.first_state(k, v) if state is None else state
     q, k, v, beta = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(beta).unsqueeze(-1)
     scores, overlaps, read, write = q @ k.mT, (k * beta) @ k.mT, k * beta, k
@@ -68,11 +68,63 @@ def _chunked(
         decays = Decays.of(chunks.split(g))
         scores, overlaps = scores * decays.pairs, overlaps * decays.pairs
         q, read, write, kept = q * decays.since_start, read * decays.since_start, k * decays.to_end, decays.whole
+    return _solved(chunks, scores, overlaps, q, read, write, v * beta, kept, state)
+
+
+def _chunked_by_feature(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    *,
+    chunk: int = CHUNK,
+) -> Result:
+    """Compute the same where each key feature has its own decay, which scores and overlaps have within their sums.
+
+    The decays of all pairs are written out for each feature, so that chunks are short.
+    """
+    chunks = Chunks.of(v, min(chunk, SHORT))
+    state = naive.first_state(k, v) if state is None else state
+    q, k, v, beta = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(beta).unsqueeze(-1)
+    total = chunks.split(g).cumsum(dim=1)
+    read, since_start, last = k * beta, total.exp(), total[:, -1:]
+    decayed = pairs_by_feature(total) * k.unsqueeze(1)
+    scores, overlaps = (decayed @ torch.stack((q, read), dim=-1)).unbind(dim=-1)
+    write, kept = k * (last - total).exp(), last.exp().mT
+    return _solved(chunks, scores, overlaps, q * since_start, read * since_start, write, v * beta, kept, state)
+
+
+def _solved(
+    chunks: Chunks,
+    scores: Tensor,
+    overlaps: Tensor,
+    q: Tensor,
+    read: Tensor,
+    write: Tensor,
+    v: Tensor,
+    kept: Tensor | float,
+    state: Tensor,
+) -> Result:
+    """Solve for the writes of every chunk, carry the state, and read it.
+
+    Args:
+        chunks: the division of rows; the other arguments have its chunks as first axis.
+        scores: `(..., C, C)` of queries and earlier writes, 0 for later ones.
+        overlaps: `(..., C, C)` of keys and earlier writes, times beta.
+        q, read: `(..., C, dk)` queries, and keys times beta, decayed since the start of the chunk.
+        write: `(..., C, dk)` keys decayed to the end of the chunk.
+        v: `(..., C, dv)` values times beta.
+        kept: `(..., 1|dk, 1)` decay of the whole chunk.
+        state: `(b, h, dk, dv)` before the first chunk.
+    """
+    width = v.shape[-1]
     solved = torch.linalg.solve_triangular(
-        overlaps.tril(-1), torch.cat((v * beta, read), dim=-1), upper=False, unitriangular=True
+        overlaps.tril(-1), torch.cat((v, read), dim=-1), upper=False, unitriangular=True
     )
     added, removed = solved[..., :width], solved[..., width:]
-    identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     through = chunks.by_row(kept * identity - write.mT @ removed)
     before, last = carry_matrix(through, chunks.by_row(write.mT @ added), state.flatten(0, 1))
     before = before.flatten(0, 1)
@@ -82,7 +134,18 @@ def _chunked(
 def _refuses(situation: Situation) -> str | None:
     if situation.tokens == 1:
         return "one token is one step"
-    return "a decay for each key feature needs single steps" if situation.vector_decay else None
+    return "each key feature has its own decay" if situation.vector_decay else None
 
 
-DELTA = Operation("delta rule", naive.delta, Kernel("chunked", _chunked, _refuses))
+def _refuses_by_feature(situation: Situation) -> str | None:
+    if situation.tokens == 1:
+        return "one token is one step"
+    return None if situation.vector_decay else "all key features have one decay"
+
+
+DELTA = Operation(
+    "delta rule",
+    naive.delta,
+    Kernel("chunked", _chunked, _refuses),
+    Kernel("chunked by feature", _chunked_by_feature, _refuses_by_feature),
+)

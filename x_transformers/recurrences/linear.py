@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, Kernel, Operation, Result, Situation, tokens_of
+from x_transformers.recurrences.base import CHUNK, SHORT, Kernel, Operation, Result, Situation, tokens_of
 from x_transformers.recurrences.carry import carry
-from x_transformers.recurrences.chunks import Chunks, Decays
-
-SHORT = 16
-"""Most tokens of a chunk with a decay for each key feature."""
+from x_transformers.recurrences.chunks import Chunks, Decays, pairs_by_feature
 
 
 def linear(
@@ -73,9 +69,7 @@ def _chunked_by_feature(
     chunks = Chunks.of(v, min(chunk, SHORT))
     state = naive.first_state(k, v) if state is None else state
     q, k, v, total = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(g).cumsum(dim=1)
-    later = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=v.device).triu(1).unsqueeze(-1)
-    pairs = (total.unsqueeze(2) - total.unsqueeze(1)).masked_fill(later, -torch.inf).exp()
-    scores = ((q.unsqueeze(2) * pairs) * k.unsqueeze(1)).sum(dim=-1)
+    scores = ((q.unsqueeze(2) * pairs_by_feature(total)) * k.unsqueeze(1)).sum(dim=-1)
     last = total[:, -1:]
     added, kept = (k * (last - total).exp()).mT @ v, last.exp().mT
     before, after = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.recurrences.base import Result
@@ -71,3 +72,57 @@ def scan(x: Tensor, log_a: Tensor, state: Tensor | None, *, chunk: int | None = 
         state = log_a[:, t].exp() * state + x[:, t]
         out.append(state)
     return torch.stack(out, dim=1) if out else torch.empty_like(x), state
+
+
+def stabilized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_input: Tensor,
+    log_forget: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    *,
+    chunk: int | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Compute `S_t = e^{f_t + m_{t-1} - m_t} S_{t-1} + e^{i_t - m_t} k_t v_t^T`, with `m_t = max(f_t + m_{t-1}, i_t)`;
+    see `recurrences.stabilized`.
+    """
+    v = F.pad(v, (0, 1), value=1.0)
+    held, top = (first_state(k, v), log_input.new_full(log_input.shape[:2], -torch.inf)) if state is None else state
+    top = top.detach()
+    out, tops = [], []
+    for t in range(q.shape[2]):
+        forget = torch.zeros_like(top) if log_forget is None else log_forget[:, :, t]
+        kept, written = forget + top, log_input[:, :, t]
+        top = torch.maximum(kept, written).detach()
+        unit = top.masked_fill(top == -torch.inf, 0.0)
+        key = k[:, :, t] * (written - unit).exp().unsqueeze(-1)
+        held = (kept - unit).exp()[..., None, None] * held + key.unsqueeze(-1) * v[:, :, t, None, :]
+        out.append((q[:, :, t, None, :] @ held).squeeze(2))
+        tops.append(unit.unsqueeze(-1))
+    sums, units = stacked(out, v), stacked(tops, v[..., :1])
+    return (sums[..., :-1], sums[..., -1:], units), (held, top)
+
+
+def weighted_mean(
+    v: Tensor, log_input: Tensor, log_forget: Tensor, bonus: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `o_t = (a_{t-1} + e^{u + i_t} v_t) / (d_{t-1} + e^{u + i_t})`; `a_t = e^{f_t} a_{t-1} + e^{i_t} v_t`, and
+    d is the same with 1; see `recurrences.stabilized`.
+    """
+    b, n, d = v.shape
+    nothing = torch.cat((v.new_zeros(b, 2, d), v.new_full((b, 1, d), -torch.inf)), dim=1)
+    numerator, denominator, top = (nothing if state is None else state).unbind(dim=1)
+    top, out = top.detach(), []
+    for t in range(n):
+        own, kept, written = bonus + log_input[:, t], log_forget[:, t] + top, log_input[:, t]
+        unit = torch.maximum(top, own).detach()
+        unit = unit.masked_fill(unit == -torch.inf, 0.0)
+        old, new = (top - unit).exp(), (own - unit).exp()
+        whole = old * denominator + new
+        out.append((old * numerator + new * v[:, t]) / whole.masked_fill(whole == 0, 1.0))
+        top = torch.maximum(kept, written).detach()
+        unit = top.masked_fill(top == -torch.inf, 0.0)
+        old, new = (kept - unit).exp(), (written - unit).exp()
+        numerator, denominator = old * numerator + new * v[:, t], old * denominator + new
+    return torch.stack(out, dim=1) if out else torch.empty_like(v), torch.stack((numerator, denominator, top), dim=1)
