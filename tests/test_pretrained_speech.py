@@ -78,6 +78,20 @@ def test_features_logits_and_generated_tokens(name: str, tmp_path: Path) -> None
 
 
 @torch.no_grad()
+def test_a_trained_model_is_written_again(tmp_path: Path) -> None:
+    original("whisper").save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    for parameter in ours.parameters():
+        # biases of keys as well, which their models do not have
+        parameter += 0.1 * torch.randn_like(parameter)
+    ours.save_pretrained(tmp_path / "ours", format="hf")
+    again = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    audio, target = torch.randn(2, 5, 24), torch.randint(4, 60, (2, 7))
+    wanted = again(audio, decoder_input_ids=target).logits
+    near(ours.decoder.net(target, context=ours.encode(audio)[0]), wanted)
+
+
+@torch.no_grad()
 def test_a_folder_of_a_model_without_its_head(tmp_path: Path) -> None:
     theirs = original("whisper", "Model")
     theirs.save_pretrained(tmp_path / "theirs")

@@ -129,6 +129,16 @@ def test_a_folder_with_a_pair(family: str, tmp_path: Path) -> None:
     embedding = at_end(ids, text(ids)) if family == "CLIP" else text(ids, logits_to_keep=1).squeeze(1)
     for got, want in ((vision(images), wanted.image_embeds), (embedding, wanted.text_embeds)):
         near(got / got.norm(dim=-1, keepdim=True), want)
+    # each is written as a model of its own
+    kinds = (
+        ("VisionModelWithProjection", "TextModelWithProjection") if family == "CLIP" else ("VisionModel", "TextModel")
+    )
+    for model, kind, argument in zip((vision, text), kinds, (images, ids), strict=True):
+        model.save_pretrained(tmp_path / kind, format="hf")
+        again = getattr(transformers, f"{family}{kind}").from_pretrained(tmp_path / kind).eval()(argument)
+        name = ("image_embeds" if model is vision else "text_embeds") if family == "CLIP" else "pooler_output"
+        near(getattr(again, name), vision(images) if model is vision else embedding)
+        assert torch.equal(load_pretrained(tmp_path / kind)(argument), model(argument))
     for given, words in (
         ({}, "choose one by `tower` = 'vision' or 'text'"),
         ({"tower": "audio"}, "is 'audio'; choose"),

@@ -164,6 +164,7 @@ class Outline:
         kind: class of the stack; or that of an encoder with a decoder, whose keywords are all in `model`.
         images: the model reads images instead of tokens.
         others: beginnings of the names of another model in the same files.
+        entries: configuration of the model by itself; None for that of the folder.
     """
 
     model: dict[str, Any]
@@ -175,6 +176,7 @@ class Outline:
     kind: str = "Decoder"
     images: bool = False
     others: tuple[str, ...] = ()
+    entries: Mapping[str, Any] | None = None
 
     def put(self, ours: str | tuple[str, ...], *theirs: str, layout: Layout = SAME) -> None:
         """Link weights of ours with tensors in the files.

@@ -55,14 +55,21 @@ FIRST_AXIS = Layout(lambda theirs: [theirs.unsqueeze(0)], lambda ours: [ours.squ
 """A tensor of ours that has one more axis of size 1 in front."""
 
 
+def _with_zeros(weight: Tensor) -> list[Tensor]:
+    return [weight, weight.new_zeros(weight.shape[0])]
+
+
 def _without_bias(weight: Tensor, bias: Tensor) -> list[Tensor]:
     if bias.any():
         raise StateDictError("its bias is not zero, and models of this family have none")
     return [weight]
 
 
-BIAS_OF_ZEROS = Layout(lambda theirs: [theirs, theirs.new_zeros(theirs.shape[0])], _without_bias)
+BIAS_OF_ZEROS = Layout(_with_zeros, _without_bias)
 """A linear map without a bias, for one of ours that has a bias."""
+
+KEYS_WITHOUT_BIAS = Layout(_with_zeros, lambda weight, bias: [weight])
+"""The same for keys, whose bias adds one number to all scores of a query, which no softmax notices."""
 
 
 def pixels(channels: int, side: int) -> Layout:

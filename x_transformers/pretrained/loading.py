@@ -136,5 +136,5 @@ def _load_other(
             raise StateDictError(f"the weights in {path} do not fit: {error}") from error
     state |= new_values(changed, model, state, device)
     assign(path, model, state, device)
-    model.pretrained_config = dict(entries)
+    model.pretrained_config = dict(entries if outline.entries is None else outline.entries)
     return model.eval()

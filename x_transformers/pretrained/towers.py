@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from x_transformers.errors import ConfigError
@@ -39,20 +39,32 @@ def with_defaults(settings: Settings, defaults: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def tower_of(settings: Settings, tower: str, defaults: Mapping[str, Any], **more: Any) -> Settings:
-    """Return the configuration of one tower of a pair.
+def of_pair(
+    settings: Settings,
+    tower: str,
+    defaults: Mapping[str, Any],
+    read: Callable[[Settings], Outline],
+    *,
+    kind: str,
+    others: tuple[str, ...],
+    **more: Any,
+) -> Outline:
+    """Return the outline of one tower of a pair.
 
     Args:
         settings: of the pair; everything in it is read.
         tower: "vision" or "text".
-        defaults: of the tower.
+        defaults: of its configuration.
+        read: from its configuration to the outline.
+        kind: class of the tower by itself.
+        others: beginnings of the names of the rest of the pair.
         more: entries of the pair that replace those of the tower.
 
     Raises:
-        ConfigError: if the configuration of the tower is no dictionary.
+        ConfigError: if the configuration of the tower is no dictionary, or it cannot be expressed.
     """
     settings.skip("text_config", "vision_config", "text_config_dict", "vision_config_dict")
-    settings.skip("logit_scale_init_value", "initializer_factor", "projection_dim")
+    settings.skip("logit_scale_init_value", "initializer_factor")
     found = dict(defaults)
     # older files have a second one, which replaces the first with its defaults
     for name, base in ((f"{tower}_config", {}), (f"{tower}_config_dict", defaults)):
@@ -60,10 +72,11 @@ def tower_of(settings: Settings, tower: str, defaults: Mapping[str, Any], **more
         if not isinstance(given, Mapping):
             raise ConfigError(f"`{name}` is {shown(given)}; it must be a dictionary with the entries of the tower.")
         found |= {**base, **given} if given else {}
-    found |= {"model_type": f"{settings.family}_{tower}_model", **more}
-    # the class is that of the pair
-    found.pop("architectures", None)
-    return Settings(found)
+    own = Settings({**found, "architectures": [kind], "model_type": f"{settings.family}_{tower}_model", **more})
+    outline = read(own)
+    own.finish()
+    outline.others, outline.entries = others, own.entries
+    return outline
 
 
 def image_tower(settings: Settings, *, class_token: bool) -> Outline:

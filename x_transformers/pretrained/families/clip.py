@@ -9,9 +9,9 @@ from x_transformers.pretrained.towers import (
     TEXT,
     VISION,
     image_tower,
+    of_pair,
     put_projection,
     text_tower,
-    tower_of,
     with_defaults,
 )
 
@@ -46,46 +46,34 @@ PROJECTED = "ModelWithProjection"
 def read_vision(settings: Settings) -> Outline:
     """Return the outline of an encoder of images."""
     projected = settings.saved_class("CLIPVisionModel", f"CLIPVision{PROJECTED}").endswith(PROJECTED)
-    return _vision(with_defaults(settings, OF_VISION), projected)
-
-
-def read_text(settings: Settings) -> Outline:
-    """Return the outline of an encoder of texts."""
-    projected = settings.saved_class("CLIPTextModel", f"CLIPText{PROJECTED}").endswith(PROJECTED)
-    return _text(with_defaults(settings, OF_TEXT), projected)
-
-
-def vision_of_pair(settings: Settings) -> Outline:
-    """Return the outline of the encoder of images of a pair."""
-    settings.saved_class("CLIPModel")
-    tower = tower_of(settings, "vision", OF_VISION, projection_dim=settings.take("projection_dim", 512))
-    outline = _vision(tower, projected=True)
-    tower.finish()
-    outline.others = (TEXT, "text_projection.", "logit_scale")
-    return outline
-
-
-def text_of_pair(settings: Settings) -> Outline:
-    """Return the outline of the encoder of texts of a pair."""
-    settings.saved_class("CLIPModel")
-    tower = tower_of(settings, "text", OF_TEXT, projection_dim=settings.take("projection_dim", 512))
-    outline = _text(tower, projected=True)
-    tower.finish()
-    outline.others = (VISION, "visual_projection.", "logit_scale")
-    return outline
-
-
-def _vision(settings: Settings, projected: bool) -> Outline:
-    outline, width = image_tower(settings, class_token=True), settings.need("projection_dim")
+    outline, width = image_tower(with_defaults(settings, OF_VISION), class_token=True), settings.need("projection_dim")
     if projected:
         outline.model["num_classes"] = width
         put_projection(outline, "mlp_head", "visual_projection")
     return outline
 
 
-def _text(settings: Settings, projected: bool) -> Outline:
-    outline, width = text_tower(settings, causal=True), settings.need("projection_dim")
+def read_text(settings: Settings) -> Outline:
+    """Return the outline of an encoder of texts."""
+    projected = settings.saved_class("CLIPTextModel", f"CLIPText{PROJECTED}").endswith(PROJECTED)
+    outline, width = text_tower(with_defaults(settings, OF_TEXT), causal=True), settings.need("projection_dim")
     outline.model |= {"logits_dim": width} if projected else {"return_only_embed": True}
     if projected:
         outline.put("to_logits.weight", "text_projection.weight")
     return outline
+
+
+def vision_of_pair(settings: Settings) -> Outline:
+    """Return the outline of the encoder of images of a pair."""
+    settings.saved_class("CLIPModel")
+    kind, others = f"CLIPVision{PROJECTED}", (TEXT, "text_projection.", "logit_scale")
+    width = settings.take("projection_dim", 512)
+    return of_pair(settings, "vision", OF_VISION, read_vision, kind=kind, others=others, projection_dim=width)
+
+
+def text_of_pair(settings: Settings) -> Outline:
+    """Return the outline of the encoder of texts of a pair."""
+    settings.saved_class("CLIPModel")
+    kind, others = f"CLIPText{PROJECTED}", (VISION, "visual_projection.", "logit_scale")
+    width = settings.take("projection_dim", 512)
+    return of_pair(settings, "text", OF_TEXT, read_text, kind=kind, others=others, projection_dim=width)

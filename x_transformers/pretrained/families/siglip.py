@@ -7,7 +7,7 @@ from typing import Any
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.layer_norm_decoder import put_both
 from x_transformers.pretrained.layouts import ROW, cut
-from x_transformers.pretrained.towers import TEXT, VISION, image_tower, text_tower, tower_of, with_defaults
+from x_transformers.pretrained.towers import TEXT, VISION, image_tower, of_pair, text_tower, with_defaults
 
 OF_BOTH: dict[str, Any] = {
     "hidden_size": 768,
@@ -31,37 +31,7 @@ OF_TEXT: dict[str, Any] = {**OF_BOTH, "vocab_size": 32000, "max_position_embeddi
 def read_vision(settings: Settings) -> Outline:
     """Return the outline of an encoder of images."""
     settings.saved_class("SiglipVisionModel")
-    return _vision(with_defaults(settings, OF_VISION))
-
-
-def read_text(settings: Settings) -> Outline:
-    """Return the outline of an encoder of texts."""
-    settings.saved_class("SiglipTextModel")
-    return _text(with_defaults(settings, OF_TEXT))
-
-
-def vision_of_pair(settings: Settings) -> Outline:
-    """Return the outline of the encoder of images of a pair."""
-    settings.saved_class("SiglipModel")
-    tower = tower_of(settings, "vision", OF_VISION)
-    outline = _vision(tower)
-    tower.finish()
-    outline.others = (TEXT, "logit_scale", "logit_bias")
-    return outline
-
-
-def text_of_pair(settings: Settings) -> Outline:
-    """Return the outline of the encoder of texts of a pair."""
-    settings.saved_class("SiglipModel")
-    tower = tower_of(settings, "text", OF_TEXT)
-    outline = _text(tower)
-    tower.finish()
-    outline.others = (VISION, "logit_scale", "logit_bias")
-    return outline
-
-
-def _vision(settings: Settings) -> Outline:
-    outline = image_tower(settings, class_token=False)
+    outline = image_tower(with_defaults(settings, OF_VISION), class_token=False)
     if not settings.need("vision_use_head"):
         return outline
     stack, theirs, ours = outline.stack, f"{VISION}head.", "map_pool."
@@ -83,8 +53,24 @@ def _vision(settings: Settings) -> Outline:
     return outline
 
 
-def _text(settings: Settings) -> Outline:
-    outline = text_tower(settings, causal=False)
+def read_text(settings: Settings) -> Outline:
+    """Return the outline of an encoder of texts."""
+    settings.saved_class("SiglipTextModel")
+    outline = text_tower(with_defaults(settings, OF_TEXT), causal=False)
     outline.model |= {"logits_dim": settings.take("projection_size", outline.stack["dim"]), "logits_bias": True}
     put_both(outline, "to_logits", f"{TEXT}head")
     return outline
+
+
+def vision_of_pair(settings: Settings) -> Outline:
+    """Return the outline of the encoder of images of a pair."""
+    settings.saved_class("SiglipModel")
+    others = (TEXT, "logit_scale", "logit_bias")
+    return of_pair(settings, "vision", OF_VISION, read_vision, kind="SiglipVisionModel", others=others)
+
+
+def text_of_pair(settings: Settings) -> Outline:
+    """Return the outline of the encoder of texts of a pair."""
+    settings.saved_class("SiglipModel")
+    others = (VISION, "logit_scale", "logit_bias")
+    return of_pair(settings, "text", OF_TEXT, read_text, kind="SiglipTextModel", others=others)

@@ -8,7 +8,7 @@ from typing import Any
 from x_transformers.pretrained.base import SPEECH, Outline, Settings, activation, multiple
 from x_transformers.pretrained.encoder_decoder import DECODER, ENCODER, WITH_HEAD, HalfNames, put_half
 from x_transformers.pretrained.layer_norm_decoder import put_both
-from x_transformers.pretrained.layouts import BIAS_OF_ZEROS
+from x_transformers.pretrained.layouts import KEYS_WITHOUT_BIAS
 
 MAPS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -94,7 +94,7 @@ def _put_blocks(outline: Outline, settings: Settings) -> None:
         norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
     )
     put_half(outline, DECODER, settings.need("decoder_layers"), names)
-    # their keys have no bias, which no softmax would notice
+    # their keys have no bias
     for bias in [name for name in outline.weights if name.endswith("projections.k.bias")]:
         weight = bias.removesuffix("bias") + "weight"
-        outline.put((weight, bias), *outline.weights[weight].theirs, layout=BIAS_OF_ZEROS)
+        outline.put((weight, bias), *outline.weights[weight].theirs, layout=KEYS_WITHOUT_BIAS)
