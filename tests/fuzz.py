@@ -41,6 +41,7 @@ from x_transformers import (
     NonAutoregressiveWrapper,
     PrefixDecoder,
     RMSNorm,
+    SpeechTransformer,
     TransformerBlock,
     TransformerWrapper,
     ViTransformerWrapper,
@@ -114,6 +115,16 @@ CONSTRUCTORS: dict[str, Build] = {
         lambda: {"num_tokens": {"a": 9, "b": 5}, "max_seq_len": LENGTH, "attn_layers": decoder()},
     ),
     "NeoMLP": (NeoMLP, lambda: {"dim_in": 3, "dim_hidden": 4, "dim_out": 2, "dim_model": 16, "depth": 1}),
+    "SpeechTransformer": (
+        SpeechTransformer,
+        lambda: {
+            "num_mels": 5,
+            "encoder": ContinuousTransformerWrapper(max_seq_len=LENGTH, attn_layers=encoder()),
+            "decoder": TransformerWrapper(
+                **MODEL, attn_layers=Decoder(dim=16, depth=1, heads=2, cross_attend=True, verbose=False)
+            ),
+        },
+    ),
     "XTransformer": (
         XTransformer,
         lambda: {
@@ -361,6 +372,14 @@ CALLS: dict[str, Call] = {
     "EntropyBasedTokenizer": Call(
         of_method(lambda: EntropyBasedTokenizer(net(), entropy_threshold=1.0), "forward"),
         lambda: {"seq": ids(), "lens": torch.tensor([6, 4]), "return_segmented_seq": False},
+    ),
+    "SpeechTransformer": Call(
+        of_method(lambda: SpeechTransformer(**CONSTRUCTORS["SpeechTransformer"][1]()), "forward"),
+        lambda: {"audio": features(2, 5, 7), "tgt": ids(), "lens": torch.tensor([7, 4])},
+    ),
+    "SpeechTransformer.encode": Call(
+        of_method(lambda: SpeechTransformer(**CONSTRUCTORS["SpeechTransformer"][1]()), "encode"),
+        lambda: {"audio": features(2, 5, 7), "lens": torch.tensor([7, 4])},
     ),
     "XTransformer": Call(
         of_method(lambda: XTransformer(**CONSTRUCTORS["XTransformer"][1]()), "forward"),

@@ -22,6 +22,7 @@ from x_transformers import (
     Encoder,
     FeedForward,
     NonAutoregressiveWrapper,
+    SpeechTransformer,
     TransformerBlock,
     XLAutoregressiveWrapper,
     XTransformer,
@@ -117,6 +118,11 @@ CALLS: dict[str, Call] = {
         lambda: XLAutoregressiveWrapper(net(max_mem_len=8)).eval().generate,
         lambda: {"start_tokens": ids()[:, :3], "seq_len": 2},
         ("eos_token", "temperature", "filter_logits_fn", "filter_kwargs", "mems", "cache_kv"),
+    ),
+    "SpeechTransformer.generate": Call(
+        lambda: SpeechTransformer(**fuzz.CONSTRUCTORS["SpeechTransformer"][1]()).eval().generate,
+        lambda: {"audio": features(2, 5, 7), "seq_out_start": ids()[:, :1], "seq_len": 2, "lens": torch.tensor([7, 4])},
+        ("temperature", "eos_token", "filter_logits_fn"),
     ),
     "XTransformer.generate": Call(
         lambda: XTransformer(**fuzz.CONSTRUCTORS["XTransformer"][1]()).eval().generate,

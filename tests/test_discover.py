@@ -92,6 +92,15 @@ def test_fitting_explains_encodings() -> None:
     assert (tpr(tokens, roles, mask) - targets).square().mean() < 0.01
 
 
+def test_encodings_and_states_are_graphs() -> None:
+    model, (tokens, lengths) = build(), padded()
+    tpr = perturb(TPREncoder(dim=DIM, num_fillers=FILLERS, num_roles=8))
+    roles = role_ids_for_tokens(tokens, lengths, "left_to_right", max_seq_len=8, num_fillers=FILLERS)
+    for each, given in ((model, (tokens,)), (model, (tokens, tokens)), (tpr, (tokens, roles, tokens != PAD))):
+        torch.compiler.reset()
+        close(torch.compile(each, backend="eager", fullgraph=True)(*given), each(*given))
+
+
 @torch.no_grad()
 def test_padded_rows_are_rows_alone() -> None:
     model, (tokens, lengths) = build(), padded()
@@ -126,6 +135,10 @@ def test_decoding_takes_the_most_likely_tokens() -> None:
             assert set(row[row.index(end) + 1 :]) <= {PAD}
     assert ended[0, :2].tolist() == written[0, :2].tolist()
     assert torch.equal(model.decode(encodings, eos_id=BOS, max_len=3)[:, 0], written[:, 0])
+    # all rows end before the last step, and not at the first one
+    row, place = next((r, p) for r in range(3) for p in range(1, 4) if written[r, p] not in written[r, :p])
+    alone = model.decode(encodings[row : row + 1], eos_id=int(written[row, place]))[0]
+    assert alone.tolist() == [*written[row, : place + 1].tolist(), *[PAD] * (7 - place)]
 
 
 @torch.no_grad()

@@ -140,6 +140,51 @@ def test_generation(kind: str, pairs: str) -> None:
     assert not ended[0, 2:].any()
 
 
+@torch.no_grad()
+def test_rows_end_at_their_own_steps() -> None:
+    model, x = build(), ids(4)[:, :4]
+    torch.manual_seed(0)
+    out = model.generate(x, 8, 5.0)
+    end = int(out[0, 2])
+    torch.manual_seed(0)
+    ended = model.generate(x, 8, 5.0, eos_token=end)
+    rows = [row[: row.index(end) + 1] if end in row else row for row in out.tolist()]
+    longest = max(map(len, rows))
+    assert ended.tolist() == [row + [0] * (longest - len(row)) for row in rows]
+    assert len({len(row) for row in rows}) > 1
+
+
+@torch.no_grad()
+def test_generation_beyond_the_positions_of_the_model() -> None:
+    model, x = build("rotary"), ids()
+    out, ragged = model.generate(x, 20, 0.0), model.generate([x[0], x[1, :3]], 20, 0.0)
+    assert torch.equal(ragged[0], out[0])
+    assert torch.equal(ragged[1], model.generate(x[1, :3], 20, 0.0))
+    with pytest.raises(InputError, match=r"exceed `max_seq_len` = 16.* Generate less, or build the model with rotary"):
+        build("absolute").generate(x, 11, 0.0)
+    assert build("absolute").generate(x, 10, 0.0).shape == (2, 10)
+
+
+@torch.no_grad()
+def test_every_pass_over_a_prompt_has_the_arguments_of_the_caller() -> None:
+    layers = Decoder(
+        dim=DIM, depth=2, heads=2, attn_dim_head=8, verbose=False, depth_scale_residual=True, cross_attend=True
+    )
+    tied = {"tie_embedding": True, "post_emb_norm": True}
+    model = perturb(
+        FullBandwidth(TransformerWrapper(num_tokens=VOCAB, max_seq_len=16, attn_layers=layers, **tied))
+    ).eval()
+    x, context, mask = ids(), torch.randn(2, 3, DIM), torch.ones(2, N, dtype=torch.bool)
+    mask[0, 2] = False
+    first = model.generate(x, 1, 0.0, context=context, mask=mask)
+    logits = model(x, return_loss=False, context=context, mask=mask)
+    assert torch.equal(first[:, 0], logits[:, -1].argmax(dim=-1))
+    other = x.clone()
+    other[0, 2] = (x[0, 2] + 1) % VOCAB
+    out = model.generate(x, 6, 0.0, context=context, mask=mask)
+    assert torch.equal(out, model.generate(other, 6, 0.0, context=context, mask=mask)), "a hidden token was read"
+
+
 def test_transitions_by_route_and_by_call() -> None:
     own = torch.nn.Bilinear(DIM, DIM, DIM)
     model = FullBandwidth(
@@ -174,13 +219,28 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
     [
         ({"tie_embedding": False}, "`tie_embedding = True`"),
         ({"post_emb_norm": False}, "`post_emb_norm = True`"),
+        ({"emb_dim": 8}, "`tie_embedding` needs embeddings of the stack's width 16"),
         ({"num_memory_tokens": 1, "memory_tokens_interspersed_every": 2}, "between tokens"),
     ],
 )
 def test_models_without_feedback(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         FullBandwidth(net(**options))
-    with pytest.raises(InputError, match="cannot be given to passes with feedback"):
-        build()(ids(), prepend_embeds=torch.zeros(2, 1, DIM))
+    for call in (build(), lambda x, **given: build().generate(x, 2, **given)):
+        with pytest.raises(InputError, match="cannot be given to passes with feedback"):
+            call(ids(), prepend_embeds=torch.zeros(2, 1, DIM))
     with pytest.raises(InputError, match="new, untrained weights"):
         build()(ids(), transition=str)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "memory tokens", "residual streams"])
+@torch.no_grad()
+def test_nothing_follows_from_hidden_tokens(kind: str) -> None:
+    """Neither in a mask of any form, nor after the last prompt token."""
+    model, x = build(kind, recirc_pairs="dense"), ids()
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[0, :2], mask[1, 3], mask[1, -1] = False, False, False
+    other = torch.where(mask, x, (x + 1) % VOCAB)
+    wanted, got = (model(each, return_loss=False, mask=mask) for each in (x, other))
+    close(got[mask], wanted[mask])
+    assert torch.equal(model.generate(x, 5, 0.0, mask=mask), model.generate(other, 5, 0.0, mask=mask))

@@ -53,7 +53,7 @@ NO_CALL = {
     "arguments and checks of another method in the tables": """
         Attention.qk_clip_ AttentionLayers.attn_qk_clip_ AttentionLayers.explain AttentionLayers.static_cache
         AutoregressiveWrapper.stream ContinuousAutoregressiveWrapper.stream FreeTransformer.encode_to_latents
-        Recirculation.learn_parameters TPREncoder.fit XLAutoregressiveWrapper.stream
+        Recirculation.learn_parameters SpeechTransformer.stream TPREncoder.fit XLAutoregressiveWrapper.stream
         XMLatentDecoder.generate_with_candidate_latents XTransformer.stream XValAutoregressiveWrapper.stream
         DiscoverDecoder.surgery
     """,

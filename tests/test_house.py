@@ -47,7 +47,7 @@ NAMES = """
     __init__ __main__ attend autoregressive_wrapper belief_state_wrapper continuous continuous_autoencoder dpo
     discover_wrapper encoder_decoder entropy_based_tokenizer errors free_transformer full_bandwidth gpt_lejepa gpt_vae
     losses multi_input neo_mlp next_latent_wrapper nonautoregressive_wrapper notices ops plots recirculation
-    up_wrapper x_transformers xm_latent_decoder xl_autoregressive_wrapper xval
+    speech_transformer up_wrapper x_transformers xm_latent_decoder xl_autoregressive_wrapper xval
 """
 ROOT_MODULES = frozenset(NAMES.split())
 """Modules that users import by these names; everything else has a folder."""

@@ -23,6 +23,8 @@ NETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "memory tokens": ({}, {"num_memory_tokens": 2}),
     "memory tokens between": ({}, {"num_memory_tokens": 2, "memory_tokens_interspersed_every": 3}),
     "residual streams": ({"num_residual_streams": 2}, {}),
+    "mix of layers": ({"integrate_layers": True}, {}),
+    "two residuals": ({"resi_dual": True}, {}),
 }
 EVERY_NET = pytest.mark.parametrize("kind", NETS)
 
@@ -159,8 +161,19 @@ def test_custom_parts() -> None:
         loss_type=MSECosineSimLoss(0.5),
     )
     assert model(ids(), return_loss_breakdown=True)[1].next_latent > 0
-    prepended = torch.randn(3, 2, DIM)
-    assert model(ids(), prepend_embeds=prepended).isfinite()
+
+
+@torch.no_grad()
+def test_prepended_embeddings_are_no_tokens() -> None:
+    """Hidden ones change nothing; others change the states, and their number not."""
+    for wrapper in (NextLatentWrapper, LatentAutoregressive):
+        model, x, embeds = perturb(wrapper(net(), dim=DIM, num_rollouts=2)).eval(), ids(), torch.randn(3, 2, DIM)
+        losses = []
+        for given in ({}, {"prepend_mask": torch.zeros(3, 2, dtype=torch.bool)}, {"prepend_mask": None}):
+            torch.manual_seed(0)
+            losses.append(model(x, **({"prepend_embeds": embeds, **given} if given else {})))
+        close(losses[1], losses[0])
+        assert (losses[2] - losses[0]).abs() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -202,10 +215,12 @@ def test_the_latent_loss_by_hand(kind: str, objective: str) -> None:
     log_probs = model.net.logits_of(features[:, :-1]).log_softmax(dim=-1)
     close(parts.ce, mean(-log_probs.gather(-1, shown[:, 1:, None])[..., 0], valid))
     low = features
-    if model.hidden is not None and kind in ("plain", "tied", "mixture of softmaxes", "sigsoftmax"):
-        low = record.hiddens[model.hidden]
+    if model.hidden is not None and kind in ("residual streams", "two residuals"):
+        low = record.memory_inputs[model.hidden]
+    elif model.hidden is not None and kind == "memory tokens between":
+        low = torch.cat([t[:, 2:] for t in record.hiddens[model.hidden].split(5, dim=1)], dim=1)
     elif model.hidden is not None:
-        low = model._hidden_state(record, N, {})
+        low = record.hiddens[model.hidden][:, -N:]  # memory tokens come first
     assert low.shape == features.shape
     squares = [torch.tensor(0.0), torch.tensor(0.0)]
     for index, predictor in enumerate((model.to_next_embed_pred, model.to_next_embed_no_action_pred)):

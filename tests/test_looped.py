@@ -119,8 +119,10 @@ def test_prepended_embeddings_and_outputs() -> None:
 class Reference:
     """Decoding by the text of the method: in each loop the keys of that loop's prompt, then the last loop's keys."""
 
-    def __init__(self, model: TransformerWrapper, prompt: Tensor, threshold: float | None) -> None:
-        self.model, self.threshold = model, threshold
+    def __init__(
+        self, model: TransformerWrapper, prompt: Tensor, threshold: float | None, window: int | None = None
+    ) -> None:
+        self.model, self.threshold, self.window = model, threshold, window
         x, self.prompts, self.own = model.token_emb(prompt), [], []
         for _ in range(LOOPS):
             x, record = model.attn_layers(x, return_hiddens=True)
@@ -137,6 +139,8 @@ class Reference:
                 for entry, streams in zip(cache.entries, new, strict=True):
                     for name, t in streams.items():
                         entry.grow(name, t)
+            if self.window is not None:
+                cache.crop(self.window - 1)
             x, record = self.model.attn_layers(x, cache=cache, input_not_include_cache=True, return_hiddens=True)
             newest = [{name: t[..., -1:, :] for name, t in entry.grown.items()} for entry in record.cache.entries]
             g = self.model.exit_gate(x)[0, 0, 0]
@@ -180,6 +184,21 @@ def test_rows_leave_the_loops_by_themselves(kind: str) -> None:
     assert torch.equal(ragged[1], wrapper.generate(x[1, :2], 6, **given))
     first = wrapper.generate(x, 1, cache_kv=False, **given)
     assert torch.equal(first, out[:, :1])
+
+
+@torch.no_grad()
+def test_the_window_slides_over_prompt_and_generated_tokens_of_every_loop() -> None:
+    model, x, given = net(), ids(1), {"looped_steps": LOOPS, "return_intermediates": True}
+    out, record = AutoregressiveWrapper(model).generate(x, 20, temperature=0.0, **given)
+    held = [entry.grown["k"].shape[-2] for cache in record.cache.loops for entry in cache.entries if entry.grown]
+    assert set(held) == {16}, "prompt and generated keys are cut together"
+    reference = Reference(model, x, None, window=16)
+    for token in out[0, :-1]:
+        reference.step(token.view(1, 1))
+    newest, cache = out[:, -1:], record.cache
+    cache.crop(15)
+    got = model(newest, cache=cache, input_not_include_cache=True, **given)[0]
+    close(got, reference.step(newest))
 
 
 def test_loops_in_half_precision_and_in_a_graph() -> None:

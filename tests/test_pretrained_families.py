@@ -9,6 +9,8 @@ import torch
 from test_pretrained_encoders import CASES as ENCODERS
 from test_pretrained_images import CASES as IMAGES
 from test_pretrained_pairs import CASES as PAIRS
+from test_pretrained_speech import CASES as SPEECH
+from test_pretrained_towers import CASES as TOWERS
 
 from x_transformers import AutoregressiveWrapper, load_pretrained
 from x_transformers.pretrained.catalog import FAMILIES
@@ -182,8 +184,8 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_every_family_is_tested() -> None:
-    cases = [*CASES.values(), *ENCODERS.values(), *PAIRS.values(), *IMAGES.values()]
-    tested = {getattr(transformers, f"{family}Config").model_type for family, _ in cases}
+    cases = [*CASES.values(), *ENCODERS.values(), *PAIRS.values(), *IMAGES.values(), *SPEECH.values(), *TOWERS.values()]
+    tested = {getattr(transformers, f"{case[0]}Config").model_type for case in cases}
     assert tested == FAMILIES.keys()
 
 

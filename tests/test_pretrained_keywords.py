@@ -14,7 +14,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, StateDict
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.models.chunked_loss import linear_head
 from x_transformers.models.embeddings import TokenEmbedding
-from x_transformers.pretrained.layouts import ROW, STACKED, by_group, pixels
+from x_transformers.pretrained.layouts import BIAS_OF_ZEROS, FIRST_AXIS, ROW, STACKED, by_group, pixels
 
 STACK: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8, "verbose": False}
 MODEL: dict[str, Any] = {"num_tokens": 11, "max_seq_len": 0}
@@ -272,6 +272,8 @@ LAYOUTS = {
     "pixels": (pixels(3, 4), [(16, 3, 4, 4)]),
     "stacked": (STACKED, [(1, 1, 6), (1, 1, 6)]),
     "one row": (ROW, [(1, 6)]),
+    "first axis": (FIRST_AXIS, [(5, 6)]),
+    "bias of zeros": (BIAS_OF_ZEROS, [(5, 6)]),
 }
 
 

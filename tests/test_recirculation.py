@@ -55,6 +55,29 @@ def test_without_mixing_nothing_changes(kind: str) -> None:
 
 @EVERY_NET
 @torch.no_grad()
+def test_prepended_embeddings_and_padding_are_at_the_same_places_in_both_passes(kind: str) -> None:
+    model, x, embeds = net(kind), ids(), torch.randn(2, 3, DIM)
+    recirculation = Recirculation(model, (2, 1), (1, 0), alpha=0.0)
+    hidden = torch.tensor([[True] * 3, [False, True, True]])
+    for given in ({}, {"excise_prepend_embeds": True}, {"prepend_mask": hidden}):
+        got, wanted = (each(x, prepend_embeds=embeds, **given) for each in (recirculation, model))
+        assert got.shape == wanted.shape
+        close(got[:, -N:], wanted[:, -N:])
+    start = torch.tensor([3, 0])
+    got, wanted = recirculation(x, seq_start_pos=start), model(x, seq_start_pos=start)
+    close(got[0, 3:], wanted[0, 3:])
+    close(got[1], wanted[1])
+
+
+@torch.no_grad()
+def test_layers_that_run_several_times_are_changed_at_one_place() -> None:
+    model, x = net("rotary"), ids()
+    for given in ({"repeat_blocks": ((0, 2),)}, {"layers_execute_order": (0, 1, 0, 1, 2, 3, 4, 5)}):
+        close(Recirculation(model, (2, 1), (1, 0), alpha=0.0)(x, **given), model(x, **given))
+
+
+@EVERY_NET
+@torch.no_grad()
 def test_generation_with_and_without_a_cache(kind: str) -> None:
     wrapper, x = AutoregressiveWrapper(Recirculation(net(kind), 2, 0, alpha=0.5, ramp_steps=2)), ids()[:, :4]
     out = wrapper.generate(x, 5, temperature=0.0)

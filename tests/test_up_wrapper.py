@@ -104,6 +104,34 @@ def test_sizes_that_do_not_fit(options: dict[str, Any], words: str) -> None:
         UniversalPretrainWrapper(model(), **{**SIZES, **options})
 
 
+def test_copies_have_a_buffer_and_a_generator_of_their_own() -> None:
+    torch.manual_seed(0)
+    wrapper = UniversalPretrainWrapper(model(), **SIZES)
+    before = copy.deepcopy(wrapper.state_dict())
+    for dtype in (torch.bfloat16, torch.float64):
+        copied = copy.deepcopy(wrapper).to(dtype)
+        loss = copied()
+        assert loss.isfinite()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in copied.model.parameters())
+        assert copied.data_generator.embed.weight.dtype is dtype
+        assert copied.synth_data_buffer.dtype is torch.long, "ids are not rounded"
+    assert all(torch.equal(t, before[name]) for name, t in wrapper.state_dict().items())
+
+
+def test_compiled_training_leaves_the_recurrent_network_out_of_graphs() -> None:
+    wrapper = UniversalPretrainWrapper(model(), **SIZES)
+    copied = copy.deepcopy(wrapper)
+    compiled = torch.compile(copied, backend="eager")
+    for seed in range(2):
+        losses = []
+        for each in (wrapper, compiled):
+            torch.manual_seed(seed)
+            losses.append(each())
+        torch.testing.assert_close(*losses)
+    assert torch.equal(copied.buffer, wrapper.buffer)
+
+
 def test_a_run_continues_from_its_state() -> None:
     torch.manual_seed(0)
     wrapper, other = (UniversalPretrainWrapper(model(), **SIZES) for _ in range(2))

@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"num_classes": 5},
     "features": {},
     "registers": {"num_classes": 5, "num_register_tokens": 3, "post_emb_norm": True},
+    "pool": {"num_classes": 5, "num_register_tokens": 1, "map_pool": True, "map_pool_mult": 1.5},
     "grey": {"num_classes": 1, "channels": 1},
 }
 EACH = pytest.mark.parametrize("options", OPTIONS)
@@ -39,7 +40,7 @@ def test_outputs(options: str) -> None:
     assert features.shape == (2, 9, 16)
     logits = model(img)
     assert logits.shape == (2, OPTIONS[options].get("num_classes", 16))
-    close(logits, model.mlp_head(features.mean(dim=1)))
+    close(logits, model.mlp_head(features.mean(dim=1) if model.map_pool is None else model.map_pool(features)))
     for got, wanted in zip(model(img, return_logits_and_embeddings=True), (logits, features), strict=True):
         close(got, wanted)
     with pytest.raises(InputError, match="request two outputs"):
@@ -72,7 +73,8 @@ def test_every_parameter_learns(options: str) -> None:
     out = model(images(model).double())
     (out * torch.randn_like(out)).sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad.abs().max() > 1e-9, name
+        # the same number for all keys changes no softmax
+        assert name == "map_pool.attention.projections.k.bias" or parameter.grad.abs().max() > 1e-9, name
 
 
 @EACH
@@ -96,6 +98,20 @@ def test_half_precision_and_conditions() -> None:
     img = images(adaptive)
     one, two = (adaptive(img, condition=torch.full((2, 6), value)) for value in (0.0, 1.0))
     assert (one - two).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_pool_by_attention() -> None:
+    pool = build(map_pool=True, map_pool_activation="relu", map_pool_eps=0.1).map_pool
+    assert pool is not None
+    y, maps = torch.randn(2, 9, 16), pool.attention.projections
+    q, k, v = (
+        map_(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        for map_, x in zip((maps.q, maps.k, maps.v), (pool.query.expand(2, 1, -1), y, y), strict=True)
+    )
+    z = pool.attention.out(((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    normed = torch.layer_norm(z, (16,), pool.norm.gain(), pool.norm.bias, 0.1)
+    close(pool(y), (z + pool.feedforward.down(pool.feedforward.up(normed).relu()))[:, 0])
 
 
 def test_dropout_is_for_training() -> None:
@@ -131,6 +147,9 @@ def test_what_is_no_image_is_named(img: torch.Tensor) -> None:
         ({"emb_dropout": 1.5}, "`emb_dropout` is 1.5"),
         ({"stack": Decoder}, "`attn_layers` is a Decoder"),
         ({"layers": {"cross_attend": True}}, "without cross-attention"),
+        ({"map_pool": True, "use_cls_token": True}, "drop one of them"),
+        ({"map_pool": True, "map_pool_mult": 0.0}, "`map_pool_mult` is 0.0"),
+        ({"map_pool": True, "map_pool_eps": -1.0}, "`map_pool_eps` is -1.0"),
         ({"num_clases": 3}, "Did you mean `num_classes`"),
     ],
 )

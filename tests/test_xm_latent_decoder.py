@@ -137,6 +137,18 @@ def test_generation_from_latents() -> None:
     assert torch.equal(by_slot, out)
 
 
+@torch.no_grad()
+def test_latents_stay_in_the_window() -> None:
+    """Tokens are cut beyond `max_seq_len`, and latent vectors never."""
+    model, x, latents = build(), ids(2), torch.randn(2, SLOTS, WIDTH)
+    out = model.generate(x, 14, latents=latents, temperature=0.0, cache_kv=False)
+    text, given = torch.cat((x, out), dim=1), {"prepend_embeds": model._embedded(latents)}
+    for place in range(14):
+        seen = text[:, : N + place][:, -16:]
+        logits = model.net(seen, excise_prepend_embeds=True, **given)
+        assert torch.equal(logits[:, -1].argmax(dim=-1), out[:, place])
+
+
 def test_candidates_are_chosen_before_generation() -> None:
     model, x = build(), ids(2)[:, :4]
 

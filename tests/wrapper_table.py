@@ -24,6 +24,7 @@ from x_transformers import (
     MultiInputTransformerWrapper,
     NeoMLP,
     NonAutoregressiveWrapper,
+    SpeechTransformer,
     TransformerWrapper,
     ViTransformerWrapper,
     XLAutoregressiveWrapper,
@@ -116,6 +117,20 @@ def encoded_loss(model: Any, src: Tensor, tgt: Tensor) -> Tensor:
     return mean_cross_entropy(model.decoder.net(tgt, context=features), tgt)
 
 
+def speech() -> SpeechTransformer:
+    encoder = ContinuousTransformerWrapper(max_seq_len=N, attn_layers=Encoder(**STACK))
+    decoder = Decoder(**STACK, cross_attend=True)
+    return SpeechTransformer(
+        num_mels=WIDTH,
+        encoder=encoder,
+        decoder=TransformerWrapper(num_tokens=VOCAB, max_seq_len=LONGEST, attn_layers=decoder),
+    )
+
+
+def speech_loss(model: Any, audio: Tensor, tgt: Tensor) -> Tensor:
+    return mean_cross_entropy(model.decoder.net(tgt, context=model.encoder(model.front(audio))), tgt)
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """A wrapper, and how to call it.
@@ -178,6 +193,11 @@ def encoded_padded(src: Tensor, tgt: Tensor) -> tuple[tuple[Any, ...], dict[str,
     return (F.pad(src, (0, EXTRA), value=1), F.pad(tgt, (0, EXTRA), value=-100)), {"mask": mask}
 
 
+def speech_padded(audio: Tensor, tgt: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    lens = torch.full((len(audio),), audio.shape[-1])
+    return (F.pad(audio, (0, EXTRA), value=1.0), F.pad(tgt, (0, EXTRA), value=-100)), {"lens": lens}
+
+
 def numbers_padded(x: Tensor, numbers: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = torch.arange(x.shape[1] + EXTRA).expand(len(x), -1) < x.shape[1]
     return (F.pad(x, (0, EXTRA), value=NUMERIC), F.pad(numbers, (0, EXTRA), value=9.0)), {"mask": mask}
@@ -213,6 +233,11 @@ def ragged_numbers(model: Any, rows: list[tuple[Any, ...]]) -> Tensor:
 def ragged_targets(model: Any, rows: list[tuple[Any, ...]]) -> Tensor:
     src = torch.cat([src[:, :3] for src, _ in rows])
     return model.generate(src, [tgt[0] for _, tgt in rows], 5, temperature=0.0)
+
+
+def ragged_texts(model: Any, rows: list[tuple[Any, ...]]) -> Tensor:
+    audio = torch.cat([audio for audio, _ in rows])
+    return model.generate(audio, [tgt[0] for _, tgt in rows], 5, temperature=0.0)
 
 
 def weighted(*weights: str | float) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -261,6 +286,7 @@ WRONG_IDS = (
 TOO_LONG = (only(ZEROS[:, :1].expand(-1, LONGEST + 1)), {}, "17 tokens were given.*`max_seq_len` = 16")
 NOTHING = (only(ZEROS[:, :0]), {}, r"shape \(2, 0\), in which there is nothing to predict")
 MASK = torch.ones(2, N - 3, dtype=torch.bool)
+SOUND = torch.zeros(2, WIDTH, 11)
 VECTORS, FRAMES = torch.zeros(2, N, WIDTH), torch.zeros(2, N, WIDTH + 1)
 
 KINDS = (
@@ -318,6 +344,20 @@ KINDS = (
         ),
         padded=encoded_padded,
         ragged=ragged_targets,
+    ),
+    Kind(
+        "speech",
+        speech,
+        lambda batch: (torch.randn(batch, WIDTH, 11), ids(batch)),
+        speech_loss,
+        lambda model, audio, tgt, **options: model.generate(audio, tgt[:, :2], 6, **options),
+        (
+            *((lambda x=x: (SOUND, x()[0]), given, words) for x, given, words in (*WRONG_IDS, TOO_LONG, NOTHING)),
+            (only(SOUND.mT, ZEROS), {}, r"`audio` has shape \(2, 11, 5\)"),
+            (only(SOUND, ZEROS), {"lens": torch.ones(3).long()}, r"`lens` has shape \(3,\)"),
+        ),
+        padded=speech_padded,
+        ragged=ragged_texts,
     ),
     Kind(
         "continuous",

@@ -30,6 +30,7 @@ from x_transformers.ops import default_device
 from x_transformers.options.per_layer import layer_schedule
 from x_transformers.pretrained import writing as _writing  # noqa: F401  # enters the format "hf"
 from x_transformers.pretrained.loading import load_pretrained
+from x_transformers.speech_transformer import SpeechTransformer
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xval import XValAutoregressiveWrapper
 
@@ -56,6 +57,7 @@ __all__ = [
     "NonAutoregressiveWrapper",
     "PrefixDecoder",
     "RMSNorm",
+    "SpeechTransformer",
     "TransformerBlock",
     "TransformerWrapper",
     "ViTransformerWrapper",

@@ -251,7 +251,7 @@ class BeliefStateWrapper(SavesFolders):
         with torch.inference_mode(), view:
             other = own._other_state(read, suffix, decode_backwards)
             net = unwrapped(own.backward_decoder if decode_backwards else own.forward_decoder)
-            growing = lambda first, last: {"return_embeddings": True}  # noqa: E731
+            growing = lambda first, last, others: {"return_embeddings": True}  # noqa: E731
             reader = make_reader(net, read, seq_len, options, growing=growing)
             paired = _Paired(reader, own.text_head, other, backwards=decode_backwards)
             decoding = Decoding(Sequences(read.tokens, read.start), paired, options.choose, self.num_tokens)

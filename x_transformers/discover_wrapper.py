@@ -17,6 +17,7 @@ from x_transformers.models.embeddings import checked_ids, whole_numbers
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 from x_transformers.modules.unwrap import unwrapped
+from x_transformers.ops import values_can_be_read
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 
@@ -160,7 +161,7 @@ class TPREncoder(Configured, nn.Module):
         if mask is not None:
             fillers, roles = fillers.masked_fill(~mask, 0), roles.masked_fill(~mask, 0)
         for name, ids, table in (("tokens", fillers, self.filler_emb), ("role_ids", roles, self.role_emb)):
-            if ids.numel() and bool(((ids < 0) | (ids >= table.num_embeddings)).any()):
+            if values_can_be_read() and bool(((ids < 0) | (ids >= table.num_embeddings)).any()):
                 raise TokenRangeError(f"`{name}` must be ids from 0 to {table.num_embeddings - 1}.")
         f, r = self.filler_emb(fillers), self.role_emb(roles)
         if mask is not None:
@@ -299,7 +300,8 @@ class DiscoverDecoder(SavesFolders):
         """
         tokens = checked_ids(tokens, self)
         mask = None if mask is None else _mask_of(tokens, mask)
-        if tokens.shape[1] == 0 or (mask is not None and not bool(mask.any(dim=-1).all())):
+        known = mask is not None and values_can_be_read()
+        if tokens.shape[1] == 0 or (known and not bool(mask.any(dim=-1).all())):
             raise InputError("each row needs a token to be encoded; one is empty.")
         features = self.decoder(tokens, mask=mask, return_embeddings=True)
         if isinstance(self.enc_pos, int):

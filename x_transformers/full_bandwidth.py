@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.decoding.filters import FILTER_LOGITS_FN as FILTER_LOGITS_FN  # scripts import it from here
@@ -19,7 +20,7 @@ from x_transformers.decoding.prompts import read_prompts
 from x_transformers.decoding.step import Branching, Sequences
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.folders.saved import SavesFolders
-from x_transformers.forward_pass.arguments import checked
+from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
@@ -291,6 +292,7 @@ class FullBandwidth(SavesFolders):
         override_transition: Transition | None = None,
         generate: bool = False,
         start: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> dict[int, Callable[[Tensor], Tensor]]:
         """Return what a pass does to the input of each block that a route ends in, by its number.
 
@@ -300,6 +302,7 @@ class FullBandwidth(SavesFolders):
             override_transition: instead of those of all routes.
             generate: the pass is over a token that follows those of the pass before, instead of the same tokens.
             start: `(b,)` number of padding tokens on the left, of which the first token of a row reads nothing.
+            mask: `(b, n)` visible tokens, with `generate` those so far; what follows a hidden one reads nothing.
         """
         routes: dict[int, list[tuple[Tensor, Transition]]] = {}
         assert intermediates.last_layer_hiddens is not None
@@ -311,8 +314,11 @@ class FullBandwidth(SavesFolders):
                 latents = latents + uniform_like(latents, -self.jitter_noise_delta, self.jitter_noise_delta)
             transition = override_transition or self.transitions[f"{source}->{to}"]
             routes.setdefault(to, []).append((latents, transition))
-        fuse = fuse_last_latent if generate else functools.partial(_fuse_behind, start)
-        return {to: functools.partial(_fuse_all, fuse, into) for to, into in routes.items()}
+        if generate:
+            before = None if mask is None else read_mask(mask, "mask")[:, -2:-1]
+            return {to: functools.partial(_fuse_all, fuse_last_latent, before, into) for to, into in routes.items()}
+        before = _seen_before(start, mask, count)
+        return {to: functools.partial(_fuse_all, shift_and_fuse_latents, before, into) for to, into in routes.items()}
 
     # training
 
@@ -387,8 +393,8 @@ class FullBandwidth(SavesFolders):
         """Run the model, with feedback of an earlier pass if there is one."""
         feedback: dict[str, Any] = {}
         if record is not None:
-            start = kwargs.get("seq_start_pos")
-            feedback["transform_block_inputs"] = self.make_transforms(record, self.training, transition, start=start)
+            hidden = {"start": kwargs.get("seq_start_pos"), "mask": kwargs.get("mask")}
+            feedback["transform_block_inputs"] = self.make_transforms(record, self.training, transition, **hidden)
         return self.net(ids, return_intermediates=True, capture=STATES, **feedback, **kwargs)
 
     def _losses(self, outputs: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
@@ -452,6 +458,7 @@ class FullBandwidth(SavesFolders):
         passes = self.temporal_parallel_passes if temporal_parallel_passes is None else temporal_parallel_passes
         _check_passes(passes, InputError)
         _check_transition(transition)
+        _check_arguments(kwargs)
         net = unwrapped(self.net)
         if not net.can_cache_kv:
             raise InputError("each token is read once, with the keys of those before it, and `net` cannot cache keys.")
@@ -460,6 +467,7 @@ class FullBandwidth(SavesFolders):
             temperature=temperature, filter_logits_fn=filter_logits_fn, filter_kwargs=filter_kwargs, arguments=kwargs
         )
         read = read_prompts(as_prompts(prompts, self, "`prompts`"), None, 0, net.num_tokens)
+        _check_room(net, read.tokens.shape[1] + max(seq_len, 1) - 1)
         view = InferenceView(self)
         with torch.inference_mode(), view:
             own = view.of(self)
@@ -494,19 +502,19 @@ class _Feedback:
         self.model, self.sequences, self.passes = model, sequences, passes
         self.transition, self.fuses, self.step = transition, fuses, 0
 
-    def __call__(self, first: int, last: int) -> dict[str, Any]:
-        """Return the arguments of a pass over tokens `first` to `last`."""
+    def __call__(self, first: int, last: int, others: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a pass over tokens `first` to `last`, which has others too."""
         before, start = self.reader.record, self.sequences.start_after(first)
         if before is None:
             tokens = self.sequences.tokens()[:, first:last]
-            given = {} if start is None else {"seq_start_pos": start}
+            given = dict(others) if start is None else {**others, "seq_start_pos": start}
             for _ in range(self.passes - 1):
                 _, before = self.model._pass(tokens, before, self.transition, given)
-            transforms = self._transforms(before, generate=False, start=start)
+            transforms = self._transforms(before, generate=False, start=start, mask=others.get("mask"))
         else:
             fuses = self.fuses and (self.should_fuse is None or self.should_fuse(self.step))
             self.step += 1
-            transforms = self._transforms(before if fuses else None, generate=True)
+            transforms = self._transforms(before if fuses else None, generate=True, mask=others.get("mask"))
         return {"capture": STATES, **transforms}
 
     def _transforms(self, record: LayerIntermediates | None, **given: Any) -> dict[str, Any]:
@@ -516,23 +524,26 @@ class _Feedback:
         return {"transform_block_inputs": transforms}
 
 
-def _fuse_behind(start: Tensor | None, latents: Tensor, stream: Tensor, transition: Transition) -> Tensor:
-    """Fuse the latents into the tokens after them; the first token of a row has nothing before it but padding."""
-    fused = shift_and_fuse_latents(latents, stream, transition)
-    if start is None:
-        return fused
-    start = start.repeat_interleave(stream.shape[0] // max(start.shape[0], 1))  # of each residual stream
-    first = torch.arange(stream.shape[1], device=stream.device) <= start.unsqueeze(-1)
-    return torch.where(first.unsqueeze(-1), stream, fused)
+def _seen_before(start: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
+    """Return `(b, count)` True where a token follows one that is visible, or None if padding is unknown."""
+    seen = None if mask is None else F.pad(read_mask(mask, "mask")[:, :-1], (1, 0), value=False)
+    if start is not None:
+        after = torch.arange(count, device=start.device) > start.unsqueeze(-1)
+        seen = after if seen is None else seen & after
+    return seen
 
 
 def _fuse_all(
-    fuse: Callable[[Tensor, Tensor, Transition], Tensor], routes: Sequence[tuple[Tensor, Transition]], stream: Tensor
+    fuse: Callable[[Tensor, Tensor, Transition], Tensor],
+    before: Tensor | None,
+    routes: Sequence[tuple[Tensor, Transition]],
+    stream: Tensor,
 ) -> Tensor:
     """Fuse the latents of all routes to a block into its input, in order.
 
     Args:
         fuse: of latents, stream and transition.
+        before: `(b, n)` True for tokens whose predecessor is visible; others are left as they are. None for all.
         routes: latents `(b, n, d)` of tokens, and transitions.
         stream: `(b * s, columns, d)`, of which the last columns are the tokens.
     """
@@ -542,7 +553,11 @@ def _fuse_all(
         # a token that is new has the latent before it; otherwise both are the same tokens
         count = stream.shape[1] if fuse is fuse_last_latent else latents.shape[1]
         front, tokens = stream[:, : stream.shape[1] - count], stream[:, stream.shape[1] - count :]
-        stream = torch.cat((front, fuse(latents, tokens, transition)), dim=1)
+        fused = fuse(latents, tokens, transition)
+        if before is not None:
+            seen = before.repeat_interleave(fused.shape[0] // max(before.shape[0], 1), dim=0)  # of each residual stream
+            fused = torch.where(seen.unsqueeze(-1), fused, tokens)
+        stream = torch.cat((front, fused), dim=1)
     return stream
 
 
@@ -594,12 +609,25 @@ def _check_transition(transition: Any) -> None:
         )
 
 
-def _checked_ids(token_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    ids = token_ids.long()
+def _check_arguments(kwargs: Mapping[str, Any]) -> None:
     taken = ("cache", "capture", "transform_token_embeds", "transform_block_inputs", "logits_to_keep", "prepend_embeds")
     for name in kwargs:
         if name.startswith("return_") or name in taken:
             raise InputError(f"`{name}` cannot be given to passes with feedback; call the net itself.")
+
+
+def _check_room(net: TransformerWrapper, total: int) -> None:
+    most = net.max_seq_len
+    if 0 < most < total and not net.can_cache_kv_outside_max_seq_len:
+        raise InputError(
+            f"{total} tokens (prompt and generated) exceed `max_seq_len` = {most}, and there are no absolute positions "
+            "beyond. Generate less, or build the model with rotary positions."
+        )
+
+
+def _checked_ids(token_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    ids = token_ids.long()
+    _check_arguments(kwargs)
     if ids.shape[1] == 0:
         raise ShapeError(f"`token_ids` has shape {tuple(ids.shape)}; there is no token to read.")
     return ids

@@ -172,11 +172,14 @@ class LatentAutoregressive(SavesFolders):
         return (total, Losses(ce, l2, l2_no_action, sigreg)) if return_loss_breakdown else total
 
     def _hidden_state(self, record: LayerIntermediates, n: int, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return `(b, n, d)` the input of the chosen self-attention, with residual streams merged."""
-        assert record.memory_inputs is not None and self.hidden is not None  # noqa: PT018
+        """Return `(b, n, d)` the stream at the chosen self-attention; of several, what it reads of them."""
+        assert record.hiddens is not None and record.memory_inputs is not None and self.hidden is not None  # noqa: PT018
+        state, read = record.hiddens[self.hidden], record.memory_inputs[self.hidden]
+        if state.shape[0] != read.shape[-3]:  # streams are rows there
+            state = read if read.ndim == 3 else read[0]
         prepended = kwargs.get("prepend_embeds")
         leading = 0 if prepended is None else prepended.shape[1]
-        return tokens_of(record.memory_inputs[self.hidden], unwrapped(self.net).layout, n, leading)
+        return tokens_of(state, unwrapped(self.net).layout, n, leading)
 
     def _rollouts(self, low: Tensor, features: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Return the errors of both predictors; 0 for one that is not used.

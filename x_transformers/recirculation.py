@@ -138,7 +138,7 @@ class Recirculation(SavesFolders, ModelDelegate):
 
         Args:
             route: its number.
-            z_source, z_dest: `(b, 1, d)` states.
+            z_source, z_dest: `(..., b, 1, d)` states.
             step: number of tokens before this one, one for all rows or `(b, 1, 1)`.
         """
         if self.learned_mixers is not None:
@@ -153,15 +153,18 @@ class Recirculation(SavesFolders, ModelDelegate):
         """Return the inputs of the destinations.
 
         Args:
-            hiddens: `(b, columns, d)` input of each self-attention, of which the last column is the token.
+            hiddens: `(b, columns, d)` input of each self-attention, of which the last column is the token;
+                `(3, b, columns, d)` if queries, keys and values have inputs of their own.
             step: as in `mix_coefficients`.
 
         Returns:
-            Index of the destination to `(b, 1, d)`.
+            Index of the destination to `(b, 1, d)` or `(3, b, 1, d)`.
         """
         inputs = {}
         for route, (source, dest) in enumerate(self.routes):
-            z_source, z_dest = hiddens[source][:, -1:], hiddens[dest][:, -1:]
+            z_source, z_dest = hiddens[source][..., -1:, :], hiddens[dest][..., -1:, :]
+            if z_source.ndim > z_dest.ndim:
+                z_source = z_source[0]  # that of queries, which gates and shifts read too
             alpha, beta = self.mix_coefficients(route, z_source, z_dest, step)
             inputs[dest] = alpha * norm_matched(z_source, z_dest) + beta * z_dest
         return inputs
@@ -193,7 +196,8 @@ class Recirculation(SavesFolders, ModelDelegate):
             "return_intermediates": True,
         }
         out, record = self.net(x, cache=cache, capture=Capture(hiddens=True), **given)
-        inputs = self.mix(record.hiddens, step)
+        # what the norms read: in some stacks this is not the stream itself, but made of it
+        inputs = self.mix(record.memory_inputs, step)
         _, record = self.net(x, cache=cache, capture=Capture(), self_attn_inputs=inputs, **given)
         return out, record
 

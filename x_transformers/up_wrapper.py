@@ -18,6 +18,7 @@ from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.conveniences import names_of
+from x_transformers.ops import values_can_be_read
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
 
@@ -108,7 +109,8 @@ class SyntheticDataGenerator(Configured, nn.Module):
             shapes = [tuple(part.shape) for part in given]
             raise ShapeError(f"`seed` and `condition` have the shapes {shapes}; each row must have an id.")
         prefix = torch.cat(given, dim=-1).long()
-        if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < self.num_tokens:
+        known = values_can_be_read() and prefix.numel() > 0
+        if known and not 0 <= int(prefix.min()) <= int(prefix.max()) < self.num_tokens:
             raise TokenRangeError(f"`seed` and `condition` must hold ids from 0 to {self.num_tokens - 1}.")
         tokens, state = [prefix], None
         for _ in range(length):
@@ -133,7 +135,8 @@ class UniversalPretrainWrapper(SavesFolders):
 
     Each call draws sequences of the buffer and the beginnings of others, lets the generator continue them, replaces
     some rows of the buffer by fresh noise, writes what was generated to the rows that it continues, and returns the
-    loss of the next token of a batch of the buffer.
+    loss of the next token of a batch of the buffer. `torch.compile` leaves the generator out of its graphs, since
+    PyTorch does not trace recurrent networks.
 
     Args:
         model: a causal decoder.

@@ -220,7 +220,7 @@ class XValAutoregressiveWrapper(SavesFolders):
             read,
             seq_len,
             options,
-            growing=lambda first, last: {"x_num": numbers.tokens()[:, first:last]},
+            growing=lambda first, last, others: {"x_num": numbers.tokens()[:, first:last]},
         )
         return (
             _Numbered(Sequences(read.tokens, read.start), numbers, reader, options.choose, net.num_tokens),

@@ -47,6 +47,9 @@ _ROW_AXIS = {
 EmbedIds = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]]
 """Name -> ids, or a function of the tokens; each of the ids may be such a function, too."""
 
+Growing = Callable[[int, int, Mapping[str, Any]], dict[str, Any]]
+"""First and last item of a pass, and its other arguments, to further ones."""
+
 
 class Arguments:
     """Keyword arguments of a net's passes.
@@ -60,7 +63,8 @@ class Arguments:
         width: columns of the caller's prompts.
         final: total number of tokens that will be read.
         align: moves a mask `(b, width)` as the prompts were moved, or None if they were not.
-        growing: `(first, last)` to the arguments over these items, of what grows next to the sequence.
+        growing: `(first, last, others)` to further arguments over these items, of what grows next to the sequence, from
+            the other arguments of the pass.
 
     Attributes:
         constant: arguments that are the same in each pass.
@@ -76,7 +80,7 @@ class Arguments:
         width: int,
         final: int,
         align: Callable[[Tensor], Tensor] | None = None,
-        growing: Callable[[int, int], dict[str, Any]] | None = None,
+        growing: Growing | None = None,
     ) -> None:
         _check_names(kwargs)
         self.constant = {name: value for name, value in kwargs.items() if value is not None}
@@ -123,12 +127,12 @@ class Arguments:
             # the positions of each head become a bias, which needs those of all keys
             begin = first if _is_by_head(t) else length - new
             arguments[name] = t.narrow(_token_axis(t), begin, length - begin).contiguous()
-        if self.growing is not None:
-            arguments |= self.growing(length - new, length)
         if self.embed_ids:
             given = self.embed_ids if isinstance(self.embed_ids, Mapping) else self.embed_ids(tokens())
             ids = {name: t if isinstance(t, Tensor) else t(tokens()) for name, t in given.items()}
             arguments["embed_ids"] = {name: t[:, length - new : length].contiguous() for name, t in ids.items()}
+        if self.growing is not None:
+            arguments |= self.growing(length - new, length, arguments)
         return arguments
 
     def widen(self, times: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from x_transformers.decoding.caches import first_cache, window_of
 from x_transformers.decoding.compiled import CompiledReading
 from x_transformers.decoding.filters import contrastive_decode_fn
-from x_transformers.decoding.generation_inputs import Arguments
+from x_transformers.decoding.generation_inputs import Arguments, Growing
 from x_transformers.decoding.options import GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.recorded import RecordedStep, Recorder
@@ -130,7 +130,7 @@ def make_reader(
     *,
     compiled: CompiledReading | None = None,
     recorder: Recorder | None = None,
-    growing: Callable[[int, int], dict[str, Any]] | None = None,
+    growing: Growing | None = None,
 ) -> Branching:
     """Return a reader of the prompts and of what follows them.
 

@@ -356,7 +356,8 @@ class LayerCall:
         carry: values from earlier sublayers.
         condition: `(b, 1|n, c)` input of adaptive norms and scales.
         injection: `(b, 1|n, D)` added to the sublayer's input, before its norm.
-        own_input: `(b, k, D)` that the last k tokens read instead of the stream, before the norm.
+        own_input: `(b, k, D)` that the last k tokens read instead of the stream, before the norm; `(3, b, k, D)` for
+            three views.
         deep_embed: `(b, n, D)` factor of a feedforward's output.
         additional: keys `(b, g', A, d)` and values `(b, g', A, e)` before the others, which are used as they are.
         additional_mask: `(b, A)` bool, True for those that are seen.

@@ -117,6 +117,11 @@ class Branch(NumberedParts, ReadsReference):
         fn = self._modules[self.kind.module_name]
         return fn if isinstance(fn, BranchFunction) else declarations_of(fn)  # type: ignore[arg-type]
 
+    @property
+    def views(self) -> int:
+        """Number of inputs of the function: 3 if queries, keys and values each read their own, else 1."""
+        return self.residual.views if self.reader is None else self.reader.views
+
     def forward(self, stream: Tensor, layer: LayerCall) -> SublayerOutput:
         """Run the sublayer.
 

@@ -278,7 +278,7 @@ class AttentionLayers(SavesFolders, LayerStack):
             capture: what to record; default everything with `return_hiddens` and without a cache.
             pairs: computes a further `attn_mask` from queries and keys.
             self_attn_inputs: for the n-th executed self-attention, counted from 0, `(b, k, D)` that its last k tokens
-                read, before the norm; the stream itself stays as it is.
+                read, before the norm; the stream itself stays as it is. `(3, b, k, D)` for separate views.
 
         Returns:
             `(b, n, D)`, and the intermediates with `return_hiddens` or `return_gumbel_log_probs`.

@@ -138,16 +138,20 @@ def read_own_inputs(stack: LayerStack, inputs: PassInputs, valid: Tensor | None)
     assert inputs.self_attn_inputs is not None
     count = stack.sequence.count(SELF_ATTENTION.letter, inputs.order)
     batch, n, dim = inputs.x.shape
+    own = [branch for branch in map(stack.layers.__getitem__, inputs.order) if branch.kind.is_self_attention]
     for nth, given in inputs.self_attn_inputs.items():
         if not accepts(int, nth) or not 0 <= nth < count:
             raise InputError(f"`self_attn_inputs` names {nth!r}; this pass runs the self-attentions 0 to {count - 1}.")
-        if given.ndim != 3 or given.shape[0] != batch or given.shape[1] > n or given.shape[2] != dim:
+        *views, rows, k, width = (-1, -1, *given.shape) if given.ndim < 3 else given.shape
+        several = own[nth].views
+        if views not in ([], [several]) or rows != batch or k > n or width != dim:
+            or_views = f", or ({several}, {batch}, k, {dim}) for its views" if several > 1 else ""
             raise ShapeError(
-                f"`self_attn_inputs[{nth}]` has shape {tuple(given.shape)}; it must be ({batch}, k, {dim}), k at "
-                f"most {n}."
+                f"`self_attn_inputs[{nth}]` has shape {tuple(given.shape)}; it must be ({batch}, k, {dim}){or_views}, "
+                f"k at most {n}."
             )
     if valid is not None:
         inputs.self_attn_inputs = {
-            nth: finite_where_hidden(given, valid[:, valid.shape[-1] - given.shape[1] :])
+            nth: finite_where_hidden(given, valid[:, valid.shape[-1] - given.shape[-2] :])
             for nth, given in inputs.self_attn_inputs.items()
         }

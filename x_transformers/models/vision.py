@@ -15,7 +15,8 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import build_embedding_norm
 from x_transformers.models.heads import FirstTokenPool
-from x_transformers.models.options.base import check_size
+from x_transformers.models.map_pool import MapPool
+from x_transformers.models.options.base import ModelOptions, check_size
 from x_transformers.models.options.catalog import VISION
 from x_transformers.models.options.reading import read_options, show_options
 from x_transformers.modules.norms import LayerNorm
@@ -32,7 +33,7 @@ class ViTransformerWrapper(SavesFolders):
         attn_layers: the stack, bidirectional.
         channels: of the images.
         num_classes: width of the head; None: a pass returns the features that it would read: those of the class token
-            (`(b, c, D)` of several), or the mean of the patches' features.
+            (`(b, c, D)` of several), what `map_pool` returns, or the mean of the patches' features.
         keywords: see below.
 
     Raises:
@@ -65,6 +66,7 @@ class ViTransformerWrapper(SavesFolders):
         norms = (LayerNorm(width), LayerNorm(dim)) if options.patch_norm else (nn.Identity(), nn.Identity())
         self.patch_to_embedding = nn.Sequential(norms[0], nn.Linear(width, dim), norms[1])
         self.first_token_pool = FirstTokenPool(dim) if options.first_token_pool else None
+        self.map_pool = _build_map_pool(options, attn_layers)
         self.post_emb_norm = build_embedding_norm(options, dim)
         self.attn_layers = attn_layers
         self.mlp_head = nn.Identity() if num_classes is None else nn.Linear(dim, num_classes)
@@ -129,15 +131,18 @@ class ViTransformerWrapper(SavesFolders):
         """Return what the head reads, of the output of the stack and the features of the patches."""
         if self.first_token_pool is not None:
             return self.first_token_pool(out)
+        if self.map_pool is not None:
+            return self.map_pool(features)
         if self.num_cls_tokens == 0:
             return features.mean(dim=1)
         return out[:, 0] if self.num_cls_tokens == 1 else out[:, : self.num_cls_tokens]
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
-        if self.cls_token is not None or not isinstance(self.patch_to_embedding[0], LayerNorm):
+        without_norm = not isinstance(self.patch_to_embedding[0], LayerNorm)
+        if self.cls_token is not None or self.map_pool is not None or without_norm:
             raise StateDictError(
-                "the reference has neither `use_cls_token` of images nor `patch_norm = False`; a model with one cannot "
-                "be exported."
+                "the reference has neither `use_cls_token` of images nor `map_pool` nor `patch_norm = False`; a model "
+                "with one cannot be exported."
             )
         super().export_reference(state, prefix)
 
@@ -169,6 +174,20 @@ def _check_stack(layers: Any) -> None:
         )
     if layers.packed:
         raise ConfigError("an image is one document, and its mean would be of many; drop `attn_flash_pack_seq`.")
+
+
+def _build_map_pool(options: ModelOptions, layers: AttentionLayers) -> MapPool | None:
+    """Build what pools the patches by attention, or return None if the options request none."""
+    if not options.map_pool:
+        return None
+    return MapPool(
+        layers.dim,
+        layers.attn_heads,
+        layers.attn_dim_head,
+        options.map_pool_mult,
+        options.map_pool_activation,
+        options.map_pool_eps,
+    )
 
 
 def _check_sizes(image: int, patch: int, channels: int, classes: int | None, norm: bool) -> None:

@@ -146,6 +146,8 @@ class Settings:
 
 PAIR = "XTransformer"
 """Class of an encoder with a decoder."""
+SPEECH = "SpeechTransformer"
+"""Class of an encoder of spectrograms with a decoder."""
 
 
 @dataclass
@@ -161,6 +163,7 @@ class Outline:
         older: ends of names, and how older files have them.
         kind: class of the stack; or that of an encoder with a decoder, whose keywords are all in `model`.
         images: the model reads images instead of tokens.
+        others: beginnings of the names of another model in the same files.
     """
 
     model: dict[str, Any]
@@ -171,6 +174,7 @@ class Outline:
     older: tuple[tuple[str, str], ...] = ()
     kind: str = "Decoder"
     images: bool = False
+    others: tuple[str, ...] = ()
 
     def put(self, ours: str | tuple[str, ...], *theirs: str, layout: Layout = SAME) -> None:
         """Link weights of ours with tensors in the files.

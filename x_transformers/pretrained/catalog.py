@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from x_transformers.pretrained.base import Family
+from collections.abc import Callable, Mapping
+
+from x_transformers.pretrained.base import Family, Outline, Settings
 from x_transformers.pretrained.families import (
     bart,
     bert,
     bloom,
+    clip,
     cohere,
     distilbert,
     falcon,
@@ -23,10 +26,12 @@ from x_transformers.pretrained.families import (
     phi,
     phi3,
     qwen,
+    siglip,
     smollm,
     starcoder,
     t5,
     vit,
+    whisper,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -34,6 +39,8 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(bert.read_bert),
     "bloom": Family(bloom.read, bloom.write, "BloomForCausalLM"),
     "camembert": Family(bert.read_roberta),
+    "clip_text_model": Family(clip.read_text),
+    "clip_vision_model": Family(clip.read_vision),
     "cohere": Family(cohere.read, cohere.write, "CohereForCausalLM"),
     "deit": Family(vit.read_deit),
     "dinov2": Family(vit.read_dinov2),
@@ -57,9 +64,18 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(qwen.read_qwen2, qwen.write_qwen2, "Qwen2ForCausalLM"),
     "qwen3": Family(qwen.read_qwen3, qwen.write_qwen3, "Qwen3ForCausalLM"),
     "roberta": Family(bert.read_roberta),
+    "siglip_text_model": Family(siglip.read_text),
+    "siglip_vision_model": Family(siglip.read_vision),
     "smollm3": Family(smollm.read, smollm.write, "SmolLM3ForCausalLM"),
     "starcoder2": Family(starcoder.read, starcoder.write, "Starcoder2ForCausalLM"),
     "t5": Family(t5.read),
     "vit": Family(vit.read_vit),
+    "whisper": Family(whisper.read),
     "xlm-roberta": Family(bert.read_roberta),
 }
+
+TOWERS: dict[str, Mapping[str, Callable[[Settings], Outline]]] = {
+    "clip": {"vision": clip.vision_of_pair, "text": clip.text_of_pair},
+    "siglip": {"vision": siglip.vision_of_pair, "text": siglip.text_of_pair},
+}
+"""Families whose files contain two models, of which one is loaded by its name."""

@@ -46,6 +46,7 @@ def read_links(
     names = {name: _name_in(shards, name, outline) for link in links for name in link.theirs}
     used = set(names.values())
     unused = [name for name in shards.places if name not in used and not name.endswith(outline.unused)]
+    unused = [name for name in unused if not name.startswith(outline.others)]
     if unused:
         raise StateDictError(f"the files contain {listed(unused)}, which models of this family do not have.")
     state: dict[str, Tensor] = {}

@@ -51,6 +51,19 @@ STACKED = Layout(lambda *theirs: [torch.cat(theirs).flatten(0, -2)], lambda ours
 ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
 """A vector that is stored as a matrix of one row."""
 
+FIRST_AXIS = Layout(lambda theirs: [theirs.unsqueeze(0)], lambda ours: [ours.squeeze(0)])
+"""A tensor of ours that has one more axis of size 1 in front."""
+
+
+def _without_bias(weight: Tensor, bias: Tensor) -> list[Tensor]:
+    if bias.any():
+        raise StateDictError("its bias is not zero, and models of this family have none")
+    return [weight]
+
+
+BIAS_OF_ZEROS = Layout(lambda theirs: [theirs, theirs.new_zeros(theirs.shape[0])], _without_bias)
+"""A linear map without a bias, for one of ours that has a bias."""
+
 
 def pixels(channels: int, side: int) -> Layout:
     """Return the layout of a convolution `(D, c, p, p)` of patches, which is a linear map of `p * p * c` numbers."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from x_transformers.errors import StateDictError
+from x_transformers.errors import ConfigError, StateDictError
 from x_transformers.folders.building import check_counts, share
 from x_transformers.folders.config_file import is_own, upgraded
 from x_transformers.folders.hub import local_folder
@@ -27,6 +27,7 @@ from x_transformers.pretrained.reference import load_reference
 def load_pretrained(
     folder: str | PathLike[str],
     *,
+    tower: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -46,6 +47,7 @@ def load_pretrained(
         folder: contains `config.json`, and `model.safetensors` or several files with their index. Or the id of a
             repository of the Hugging Face hub, "owner/name". Or a file with a state dict of the reference, as
             `torch.save` writes it; `overrides` are then the keywords of the model.
+        tower: "vision" or "text", for a folder with two models, as that of a CLIP.
         device: of the model.
         dtype: of the weights; default that of the files; of a folder of transformers, that of the token embeddings.
         revision: branch, tag or commit of the repository.
@@ -62,23 +64,31 @@ def load_pretrained(
 
     Raises:
         CheckpointError: if a file is missing or damaged.
-        ConfigError: if the family is unknown, or the configuration requests what this version cannot express.
+        ConfigError: if the family is unknown, `tower` is not among the models of the folder, or the configuration
+            requests what this version cannot express.
         StateDictError: if the weights do not fit the configuration.
         InputError: if `dtype` is no floating type.
     """
     target = check_target(device, dtype)
     if Path(folder).is_file():
+        _check_single(folder, tower)
         return load_reference(Path(folder), target, dtype, overrides)
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     path = local_folder(folder, revision, **options)
     entries = read_json(path / CONFIG)
     if is_own(entries):
+        _check_single(folder, tower)
         about = upgraded(path / CONFIG, entries)
         return (
             _load_own(path, about, overrides, target, dtype) if overrides else load_own(path, about, {}, target, dtype)
         )
-    outline = read_outline(path / CONFIG, entries)
+    outline = read_outline(path / CONFIG, entries, tower)
     return _load_other(path, outline, entries, overrides, target, dtype)
+
+
+def _check_single(folder: str | PathLike[str], tower: str | None) -> None:
+    if tower is not None:
+        raise ConfigError(f"`tower` is {tower!r}, but {folder} contains a single model; drop it.")
 
 
 def _load_own(

@@ -209,8 +209,7 @@ def _read_at_once(net: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         if isinstance(each, DepthReader):
             yield each, "a part of a depth reader, which reads all layers at once"
         elif isinstance(each, Branch):
-            views = each.residual.views if each.reader is None else each.reader.views
-            if views > 1 and each.norm is not None:
+            if each.views > 1 and each.norm is not None:
                 yield each.norm, "which reads separate inputs of queries, keys and values at once"
         elif isinstance(each, LayerStack) and each.rel_pos is not None:
             yield each.rel_pos, "a part of a bias of positions, which reads no tokens"

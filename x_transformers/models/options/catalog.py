@@ -95,6 +95,7 @@ VISION = Schema(
         embedding.INTERPOLATED_POSITIONS,
         pooling.CLASS_TOKENS,
         pooling.FIRST_TOKEN_POOL_OF_IMAGES,
+        pooling.MAP_POOL,
     )
 )
 
@@ -107,6 +108,7 @@ EVERY = Schema(
         memory.REGISTER_TOKENS,
         embedding.PATCH_NORM,
         embedding.INTERPOLATED_POSITIONS,
+        pooling.MAP_POOL,
     )
 )
 """Keywords of all models."""

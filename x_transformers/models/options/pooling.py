@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from x_transformers.feedforward.activations import ActivationName
 from x_transformers.models.options.base import Keywords, model_feature
-from x_transformers.options.schema import Rule, at_least, opt
+from x_transformers.options.schema import Rule, at_least, opt, positive
 
 MANY_TO_ONE = "one output for many tokens"
 
@@ -95,3 +96,31 @@ FIRST_TOKEN_POOL_OF_IMAGES = replace(
     ),
 )
 """The first token of an image is a class token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiheadAttentionPooling(Keywords):
+    map_pool: bool = opt(
+        False, "the head reads z + FF(LayerNorm(z)), of the attention z of a learned query to the patches' features"
+    )
+    map_pool_mult: float = opt(4.0, "inner width of the pool's feedforward, as a multiple of `dim`")
+    map_pool_activation: ActivationName = opt("gelu", "activation of the pool's feedforward")
+    map_pool_eps: float = opt(1e-5, "epsilon of the pool's norm, added to the variance")
+
+    def __post_init__(self) -> None:
+        positive(map_pool_mult=self.map_pool_mult, map_pool_eps=self.map_pool_eps)
+
+
+MAP_POOL = model_feature(
+    "map_pool",
+    MultiheadAttentionPooling,
+    "a learned query that attends to the patches' features, with a feedforward",
+    paper="2106.04560",
+    enabled=lambda options: options.map_pool,
+    refuses=(
+        Rule(
+            when=lambda options: options.on("class_tokens"),
+            why="`map_pool` and `use_cls_token` are both what the head reads; drop one of them.",
+        ),
+    ),
+)
