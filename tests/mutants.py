@@ -44,6 +44,7 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
+GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
 
 
 @dataclass(frozen=True)
@@ -473,6 +474,21 @@ MUTATIONS = (
         r"if not self\.interpolate_positions or rows == columns == side:",
         "if True:",
         "test_pretrained_images.py",
+    ),
+    # recurrences with exponential gates
+    Mutation("exponential gates of dead tokens", r"unsqueeze\((-?1)\), -torch\.inf\)", r"unsqueeze(\1), 0.0)", GATES),
+    Mutation("exponential gates without a bonus", r"own = log_input \+ bonus", "own = log_input", GATES),
+    Mutation(
+        "exponential gates read what they write", r"sums\), dim=1\)\.narrow\(1, 0,", "sums), dim=1).narrow(1, 1,", GATES
+    ),
+    Mutation(
+        "exponential gates forget their unit", r"last = units\.select\(dim, n\)", "last = units.select(dim, 0)", GATES
+    ),
+    Mutation(
+        "first values of the first layer",
+        r"fn\.begin_at\(number, ",
+        "fn.begin_at(0, ",
+        "test_mixers.py -k first_values",
     ),
 )
 

@@ -79,7 +79,7 @@ class Operation:
         for kernel in self.kernels:
             why_not = kernel.refuses(situation)
             if why_not is None:
-                return kernel, "; ".join(refused) or "the fastest that can run"
+                return kernel, "; ".join(dict.fromkeys(refused)) or "the fastest that can run"
             refused.append(why_not)
         raise AssertionError("the naive kernel refuses nothing")
 
