@@ -35,7 +35,8 @@ NO_CALL = {
     "a contract between parts, stack and model, which calls it itself": """
         Attend.check_causality Attend.flash_attn Attend.of_parts Attend.run Attend.share_scores
         Attention.check_causality Attention.explain Attention.parts Attention.prepare Attention.run
-        Attention.share_scores BranchFunction.begin_at BranchFunction.cache_streams BranchFunction.check_causality BranchFunction.explain
+        Attention.share_scores BranchFunction.begin_at BranchFunction.cache_streams BranchFunction.check_causality
+        BranchFunction.explain
         CallAdapter.layer_call CallAdapter.run_call DPO.train FeedForward.prepare FeedForward.run
         FullBandwidth.make_transforms HeadProjection.cache_streams HeadProjection.change_output
         HeadProjection.extend_keys HeadProjection.project_heads LayerStack.attentions LayerStack.branches
