@@ -301,6 +301,22 @@ KINDS = (
         ragged=ragged_ids(temperature=0.0),
     ),
     Kind(
+        "looped",
+        lambda: AutoregressiveWrapper(
+            TransformerWrapper(
+                num_tokens=VOCAB,
+                max_seq_len=LONGEST,
+                looped=True,
+                max_looped_steps=3,
+                attn_layers=Decoder(**STACK, rotary_pos_emb=True, pre_and_post_norm=True),
+            )
+        ),
+        lambda batch: (ids(batch),),
+        bad=(*WRONG_IDS, NOTHING, (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)")),
+        padded=ignored,
+        ragged=ragged_ids(temperature=0.0),
+    ),
+    Kind(
         "xl",
         lambda: XLAutoregressiveWrapper(tokens(max_mem_len=LONGEST)),
         lambda batch: (ids(batch),),
