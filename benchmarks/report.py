@@ -19,9 +19,11 @@ FRONT_START, FRONT_END = "<!-- speed: made by `python -m benchmarks.table --writ
 FRONT_CASES = {
     "training": ("training", "eager"),
     "prefill": ("prefill", "eager"),
-    "decoding one row": ("decoding", "eager, batch 1"),
+    "decoding one row with a static cache": ("decoding", "eager, batch 1"),
     "decoding 64 rows": ("decoding", "eager, batch 64"),
     "training a Llama": ("limits", "eager, training"),
+    "training a compiled Llama": ("limits", "compiled, training"),
+    "decoding one row of a Llama": ("limits", "eager, decoding at batch 1"),
 }
 """What the sentence says, and where the figures are."""
 FAMILIES = (("ours", "bare", "GPT-2"), ("our Llama", "bare Llama", "Llama"))
@@ -145,21 +147,21 @@ def written(readme: str) -> str:
 
 
 def sentences(folder: Path = FOLDER) -> str:
-    """Return the generated part of the project's README, including its marks: what is compared with both others."""
+    """Return the generated part of the project's README, including its marks: ratios to bare PyTorch and to others."""
     lines = []
     for sections in recorded(folder).values():
         found = []
         for words, (section, case) in FRONT_CASES.items():
             speeds = sections[section]["figures"].get(case, {}) if section in sections else {}
             for own, bare, other in FAMILIES:
-                if {own, bare, other} <= speeds.keys():
-                    ratios = f"{speeds[own] / speeds[bare]:.2f} and {speeds[own] / speeds[other]:.2f}"
-                    found.append(f"{words} {ratios}")
+                if {own, bare} <= speeds.keys():
+                    against = [speeds[own] / speeds[each] for each in (bare, other) if each in speeds]
+                    found.append(f"{words} {' and '.join(f'{ratio:.2f}' for ratio in against)}")
         if found:
             on = next(iter(sections.values()))["on"]
             place = f"{on['processor']}, {on['threads']} threads" if on["device"] == "cpu" else on["device"]
             lines.append(f"- {place}, {on['dtype']}: {'; '.join(found)}.")
-    first = "Tokens per second relative to bare PyTorch, and to Hugging Face's transformers, in eager mode:"
+    first = "Tokens per second relative to bare PyTorch and, as the second figure, to Hugging Face's transformers:"
     return "\n".join((FRONT_START, first, "", *lines, FRONT_END))
 
 
