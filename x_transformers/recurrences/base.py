@@ -51,6 +51,25 @@ class Kernel(NamedTuple):
     refuses: Callable[[Situation], str | None]
 
 
+def needs_several_tokens(situation: Situation) -> str | None:
+    """Refuse a single token, which is one step for every kernel."""
+    return "one token is one step" if situation.tokens == 1 else None
+
+
+def needs_one_decay(situation: Situation) -> str | None:
+    """Refuse a single token, and decays of each key feature."""
+    if situation.vector_decay:
+        return needs_several_tokens(situation) or "each key feature has its own decay"
+    return needs_several_tokens(situation)
+
+
+def needs_decays_by_feature(situation: Situation) -> str | None:
+    """Refuse a single token, and one decay for all key features."""
+    if situation.vector_decay:
+        return needs_several_tokens(situation)
+    return needs_several_tokens(situation) or "all key features have one decay"
+
+
 class Operation:
     """A recurrence, computed by the first of its kernels that can run.
 

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, SHORT, Kernel, Operation, Result, Situation, tokens_of
+from x_transformers.recurrences.base import (
+    CHUNK,
+    SHORT,
+    Kernel,
+    Operation,
+    Result,
+    Situation,
+    needs_decays_by_feature,
+    needs_one_decay,
+    tokens_of,
+)
 from x_transformers.recurrences.carry import carry_matrix
 from x_transformers.recurrences.chunks import Chunks, Decays, pairs_by_feature
 
@@ -131,21 +141,9 @@ def _solved(
     return chunks.join(q @ before + scores @ (added - removed @ before)), last.view(state.shape)
 
 
-def _refuses(situation: Situation) -> str | None:
-    if situation.tokens == 1:
-        return "one token is one step"
-    return "each key feature has its own decay" if situation.vector_decay else None
-
-
-def _refuses_by_feature(situation: Situation) -> str | None:
-    if situation.tokens == 1:
-        return "one token is one step"
-    return None if situation.vector_decay else "all key features have one decay"
-
-
 DELTA = Operation(
     "delta rule",
     naive.delta,
-    Kernel("chunked", _chunked, _refuses),
-    Kernel("chunked by feature", _chunked_by_feature, _refuses_by_feature),
+    Kernel("chunked", _chunked, needs_one_decay),
+    Kernel("chunked by feature", _chunked_by_feature, needs_decays_by_feature),
 )

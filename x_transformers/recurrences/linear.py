@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import CHUNK, SHORT, Kernel, Operation, Result, Situation, tokens_of
+from x_transformers.recurrences.base import (
+    CHUNK,
+    SHORT,
+    Kernel,
+    Operation,
+    Result,
+    Situation,
+    needs_decays_by_feature,
+    needs_one_decay,
+    tokens_of,
+)
 from x_transformers.recurrences.carry import carry
 from x_transformers.recurrences.chunks import Chunks, Decays, pairs_by_feature
 
@@ -76,21 +86,9 @@ def _chunked_by_feature(
     return chunks.join(scores @ v + (q * total.exp()) @ before.flatten(0, 1)), after.view(state.shape)
 
 
-def _refuses(situation: Situation) -> str | None:
-    if situation.tokens == 1:
-        return "one token is one step"
-    return "each key feature has its own decay" if situation.vector_decay else None
-
-
-def _refuses_by_feature(situation: Situation) -> str | None:
-    if situation.tokens == 1:
-        return "one token is one step"
-    return None if situation.vector_decay else "all key features have one decay"
-
-
 LINEAR = Operation(
     "linear recurrence",
     naive.linear,
-    Kernel("chunked", _chunked, _refuses),
-    Kernel("chunked by feature", _chunked_by_feature, _refuses_by_feature),
+    Kernel("chunked", _chunked, needs_one_decay),
+    Kernel("chunked by feature", _chunked_by_feature, needs_decays_by_feature),
 )

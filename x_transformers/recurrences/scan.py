@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.recurrences import naive
-from x_transformers.recurrences.base import Kernel, Operation, Result, Situation
+from x_transformers.recurrences.base import Kernel, Operation, Result, Situation, needs_several_tokens
 from x_transformers.recurrences.carry import carry
 from x_transformers.recurrences.chunks import Chunks
 
@@ -54,8 +54,4 @@ def _chunked(x: Tensor, log_a: Tensor, state: Tensor | None, *, chunk: int = CHU
     return chunks.join(out).squeeze(1), last.squeeze(-1)
 
 
-def _refuses(situation: Situation) -> str | None:
-    return "one token is one step" if situation.tokens == 1 else None
-
-
-SCAN = Operation("elementwise scan", naive.scan, Kernel("chunked", _chunked, _refuses))
+SCAN = Operation("elementwise scan", naive.scan, Kernel("chunked", _chunked, needs_several_tokens))
