@@ -140,6 +140,18 @@ def test_generation(kind: str, pairs: str) -> None:
     assert not ended[0, 2:].any()
 
 
+@pytest.mark.parametrize("kind", NETS)
+@torch.no_grad()
+def test_cached_steps_are_as_many_passes_as_there_are_tokens(kind: str) -> None:
+    """The feedback of a pass reaches one token further, so that so many passes without a cache are exact."""
+    model, x = build(kind), ids()[:, :1]
+    out = model.generate(x, 6, 0.0)
+    whole = torch.cat((x, out), dim=1)
+    for t in range(6):
+        logits = model(whole[:, : t + 1], return_loss=False, temporal_parallel_passes=t + 2)
+        assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
+
+
 @torch.no_grad()
 def test_rows_end_at_their_own_steps() -> None:
     model, x = build(), ids(4)[:, :4]
