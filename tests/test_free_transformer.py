@@ -11,6 +11,7 @@ from torch import Tensor
 
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.free_transformer import NAT, BinaryMapper, FreeTransformer
+from x_transformers.notices import OptionWarning, report_by
 
 VOCAB, N, BITS = 12, 8, 3
 SIZES: dict[str, Any] = {
@@ -145,3 +146,12 @@ def test_refusals() -> None:
     with pytest.raises(InputError, match="the longest prompt has 8 tokens"):
         model.generate(x, 7)
     assert math.isclose(NAT, math.log(2))
+
+
+def test_a_width_of_latents_is_reported_to_have_no_effect() -> None:
+    report_by("warnings")
+    try:
+        with pytest.warns(OptionWarning, match="`dim_latent` has no effect"):
+            build(dim_latent=8)
+    finally:
+        report_by("loguru")

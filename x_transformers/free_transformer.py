@@ -30,6 +30,7 @@ from x_transformers.models.next_item import check_predicts
 from x_transformers.modules.conveniences import names_of
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import InferenceView
+from x_transformers.notices import warn
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import at_least
@@ -188,6 +189,8 @@ class FreeTransformer(SavesFolders):
     ) -> None:
         super().__init__()
         at_least(1, num_tokens=num_tokens, dim=dim, dim_latent=dim_latent)
+        if dim_latent is not None:
+            warn("FreeTransformer: `dim_latent` has no effect, since a code has a vector of width `dim`; drop it.")
         if dec_head_depth < 0 or dec_tail_depth < 1:
             raise ConfigError(
                 f"`dec_head_depth` is {dec_head_depth} and `dec_tail_depth` {dec_tail_depth}; they must be at least 0 "
