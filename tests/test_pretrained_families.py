@@ -9,6 +9,7 @@ import torch
 from test_pretrained_encoders import CASES as ENCODERS
 from test_pretrained_images import CASES as IMAGES
 from test_pretrained_pairs import CASES as PAIRS
+from test_pretrained_recurrent import CASES as RECURRENT
 from test_pretrained_speech import CASES as SPEECH
 from test_pretrained_towers import CASES as TOWERS
 
@@ -162,6 +163,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3", {**SMALL, "num_hidden_layers": 4}),
     "olmo2": ("Olmo2", SMALL),
+    **RECURRENT,
 }
 
 

@@ -5,6 +5,7 @@ A new paper is one new file and one line here. The arguments of a mixer's constr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,13 @@ def keywords_of(name: str) -> set[str]:
     found = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)} | OF_ALL
     found |= OF_OUTPUT_MAPS if mixer.has_output_map else set()
     return found | (OF_GAINS if mixer.has_gains else set())
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return the values of keywords that a mixer has by itself; None for those that follow from widths."""
+    mixer = class_of(name)
+    parameters = inspect.signature(mixer.__init__).parameters
+    return {"dim" if each == "inner_dim" else each: parameters[each].default for each in arguments_of(mixer)}
 
 
 class MixerSchema(Schema):

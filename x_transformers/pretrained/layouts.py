@@ -48,6 +48,9 @@ def _swapped(whole: Tensor) -> Tensor:
 STACKED = Layout(lambda *theirs: [torch.cat(theirs).flatten(0, -2)], lambda ours: list(ours[:, None, None]))
 """Vectors `(1, 1, D)` that are rows of one matrix."""
 
+TAPS = Layout(lambda theirs: [theirs.squeeze(1)], lambda ours: [ours.unsqueeze(1)])
+"""A convolution `(channels, 1, taps)` of each channel by itself."""
+
 ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
 """A vector that is stored as a matrix of one row."""
 

@@ -1,0 +1,18 @@
+"""Families with recurrent layers, whose cases `test_pretrained_families.py` and `test_pretrained_writing.py` run."""
+
+from typing import Any
+
+SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("Mamba", SIZES),
+    "mamba, other sizes": (
+        "Mamba",
+        {**SIZES, "state_size": 5, "expand": 3, "conv_kernel": 3, "time_step_rank": 4, "tie_word_embeddings": False},
+    ),
+    "mamba2": ("Mamba2", {**SIZES, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 6, "chunk_size": 4}),
+    "mamba2, tied, one group": (
+        "Mamba2",
+        {**SIZES, "num_heads": 4, "head_dim": 16, "n_groups": 1, "conv_kernel": 2, "tie_word_embeddings": True},
+    ),
+}
