@@ -3,6 +3,14 @@
 from typing import Any
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+HYBRID: dict[str, Any] = {
+    **SIZES,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts": 1,
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", SIZES),
@@ -14,5 +22,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2, tied, one group": (
         "Mamba2",
         {**SIZES, "num_heads": 4, "head_dim": 16, "n_groups": 1, "conv_kernel": 2, "tie_word_embeddings": True},
+    ),
+    "jamba": ("Jamba", {**HYBRID, "num_hidden_layers": 5, "attn_layer_period": 3, "attn_layer_offset": 1}),
+    "jamba, other sizes": (
+        "Jamba",
+        {
+            **HYBRID,
+            "num_hidden_layers": 3,
+            "attn_layer_offset": 2,
+            "mamba_d_state": 5,
+            "mamba_d_conv": 2,
+            "mamba_expand": 1,
+            "mamba_dt_rank": 3,
+            "tie_word_embeddings": True,
+        },
     ),
 }

@@ -10,9 +10,6 @@ from x_transformers.pretrained.layouts import TAPS, cut
 LAYER = "attn_layers.layers."
 """Prefix of our sublayers."""
 
-NORMS_OF_MAMBA = {"step_norm": "dt_layernorm", "b_norm": "b_layernorm", "c_norm": "c_layernorm"}
-"""Our norms of steps, writes and reads, and theirs."""
-
 
 def recurrent_outline(settings: Settings, *, eps: str, tied: bool, stack: dict[str, Any]) -> Outline:
     """Return the outline of a decoder without attention and positions, with the links of embeddings and logits.

@@ -61,7 +61,8 @@ def _read_common(settings: Settings) -> tuple[int, int]:
     """Read what both have in common, and return the width of the model and of the state spaces."""
     settings.skip(
         "residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor",
-        "time_step_init_scheme", "fused_add_norm", "pad_vocab_size_multiple", "ssm_cfg", "d_model", "d_inner", "n_layer",
+        "time_step_init_scheme", "fused_add_norm", "pad_vocab_size_multiple", "ssm_cfg", "d_model", "d_inner",
+        "n_layer",
     )  # fmt: skip
     refuse_biases(settings, "use_bias", "use_conv_bias")
     settings.refuse("hidden_act", "silu", "swish")
