@@ -11,6 +11,15 @@ HYBRID: dict[str, Any] = {
     "max_position_embeddings": 64,
     "num_experts": 1,
 }
+GRIFFIN: dict[str, Any] = {
+    **SIZES,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+}
+
+UNPADDED = {"recurrent_gemma", "rwkv", "xlstm"}
+"""Families whose models read padding as tokens in transformers, so that only rows without padding are compared."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", SIZES),
@@ -35,6 +44,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_expand": 1,
             "mamba_dt_rank": 3,
             "tie_word_embeddings": True,
+        },
+    ),
+    "recurrent gemma": ("RecurrentGemma", {**GRIFFIN, "num_hidden_layers": 4, "attention_window_size": 6}),
+    "recurrent gemma, other sizes": (
+        "RecurrentGemma",
+        {
+            **GRIFFIN,
+            "lru_width": 48,
+            "conv1d_width": 2,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "block_types": ["attention", "recurrent"],
+            "logits_soft_cap": 5.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0},
         },
     ),
 }
