@@ -60,4 +60,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0},
         },
     ),
+    # its cache in transformers needs keys and values whose width is a multiple of 64
+    "xlstm": ("xLSTM", {**SIZES, "hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0}),
+    "xlstm, other sizes": (
+        "xLSTM",
+        {
+            **SIZES,
+            "hidden_size": 128,
+            "num_hidden_layers": 1,
+            "num_heads": 2,
+            "qk_dim_factor": 1.0,
+            "v_dim_factor": 0.5,
+            "gate_soft_cap": 3.0,
+            "output_logit_soft_cap": 5.0,
+            "ffn_round_up_to_multiple_of": 10,
+        },
+    ),
 }

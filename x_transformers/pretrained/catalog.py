@@ -35,6 +35,7 @@ from x_transformers.pretrained.families import (
     t5,
     vit,
     whisper,
+    xlstm,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(vit.read_vit),
     "whisper": Family(whisper.read),
     "xlm-roberta": Family(bert.read_roberta),
+    "xlstm": Family(xlstm.read, xlstm.write, "xLSTMForCausalLM"),
 }
 
 TOWERS: dict[str, Mapping[str, Callable[[Settings], Outline]]] = {
