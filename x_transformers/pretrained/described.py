@@ -97,7 +97,11 @@ def _of_layer(layer: LayerPlan, heads: int) -> dict[str, Any]:
     name, owner = layer.keywords[layer.kind.chosen_by], layer.kind.schema.owner
     given = {keyword: getattr(layer.options[owner[keyword].name], keyword) for keyword in sorted(keywords_of(name))}
     own = defaults_of(name) | {keyword: value for keyword, value in given.items() if value is not None}
-    return own | ({"heads": heads} if "heads" in given and given["heads"] is None else {})
+    if "heads" in given and given["heads"] is None:
+        own["heads"] = heads
+    if "key_heads" in own and own["key_heads"] is None:
+        own["key_heads"] = own["heads"]
+    return own
 
 
 def _joined(each: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Any]:

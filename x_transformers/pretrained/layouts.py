@@ -97,6 +97,24 @@ def cut(*sizes: int) -> Layout:
     return Layout(lambda theirs: theirs.split(sizes), lambda *ours: [torch.cat(ours)])
 
 
+def by_part(parts: int, *sizes: int) -> Layout:
+    """Return the layout of one map to several outputs, each of which has equal parts that the file has side by side.
+
+    Args:
+        parts: number of parts, such as heads, whose rows follow each other in the file.
+        sizes: rows of each output in one part.
+    """
+
+    def read(theirs: Tensor) -> list[Tensor]:
+        return [each.flatten(0, 1) for each in theirs.unflatten(0, (parts, sum(sizes))).split(sizes, dim=1)]
+
+    def write(*ours: Tensor) -> list[Tensor]:
+        cuts = [each.unflatten(0, (parts, size)) for each, size in zip(ours, sizes, strict=True)]
+        return [torch.cat(cuts, dim=1).flatten(0, 1)]
+
+    return Layout(read, write)
+
+
 def by_group(heads: int, kv_heads: int) -> Layout:
     """Return the layout of one map whose rows are the queries that share a key, their key, their value, and so on.
 

@@ -26,9 +26,7 @@ def read(settings: Settings) -> Outline:
     settings.rename(embedding_dim="hidden_size", num_blocks="num_hidden_layers")
     dim, heads = settings.need("hidden_size"), settings.take("num_heads", 8)
     keys, values = (int(dim * settings.take(*each)) for each in (("qk_dim_factor", 0.5), ("v_dim_factor", 1.0)))
-    inner = rounded_up(
-        dim * settings.take("ffn_proj_factor", 2.667), settings.take("ffn_round_up_to_multiple_of", 64)
-    )
+    inner = rounded_up(dim * settings.take("ffn_proj_factor", 2.667), settings.take("ffn_round_up_to_multiple_of", 64))
     eps = settings.take("norm_eps", 1e-6)
     stack = {
         "heads": heads,
