@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_state": 4,
         "mixer_groups": 2,
         "mixer_norm_eps": 0.01,
+        "mixer_norm_unit_offset": False,
     },
     "mixer_inner_norm": {
         "layer_period": "ma",
