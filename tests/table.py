@@ -81,6 +81,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_output_proj_depth": 2,
     },
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
+    "mixer_filter_len": {
+        "layer_period": "ma",
+        "mixer": "hyena",
+        "mixer_order": 3,
+        "mixer_filter_len": 128,
+        "mixer_filter_dim": 8,
+        "mixer_filter_bands": 2,
+        "mixer_filter_frequency": 4.0,
+    },
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
     "parallel_block": {"parallel_block": ON},
@@ -270,6 +279,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
+    "ff_rwkv": {"ff_rwkv": ON},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -511,6 +521,10 @@ REFUSED: dict[str, str] = {
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "ff_rwkv": (
+        "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
+        "ff_activation ff_custom_activation ff_post_act_ln"
+    ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
         "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "

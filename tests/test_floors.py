@@ -49,6 +49,7 @@ HOUSE = (
     ("F5", ["attention.catalog", "feedforward.activations", "feedforward.glu"]),
     ("F5", ["attention.build"]),
     ("F5", ["attention.attention", "feedforward"]),
+    ("F5", ["feedforward.catalog"]),
     ("F5", ["mixers.base"]),
     ("F5", ["mixers.parts", "mixers.grid", "mixers.read_out", "mixers.costs"]),
     ("F5", ["mixers"]),

@@ -1,4 +1,4 @@
-"""Families with recurrent layers; `test_pretrained_families.py` and `test_pretrained_writing.py` run the cases too."""
+"""Families with recurrent layers; `test_pretrained_families.py` and `test_pretrained_writing.py` run their cases."""
 
 import json
 import os

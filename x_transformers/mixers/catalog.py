@@ -18,6 +18,7 @@ from x_transformers.mixers import (
     convolution,
     delta_rule,
     gated_linear_attention,
+    hyena,
     identity,
     linear_attention,
     mamba,
@@ -85,6 +86,7 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
+    hyena.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -192,7 +194,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
     own = {key: value for key, value in given.items() if key in arguments}
     built = mixer(dim, **own)
-    if both:
+    if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
     for each in (built, built.backward):
         if each is not None:
@@ -230,15 +232,15 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
     require(
         mixer.has_causal_form or not causal,
         f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
-        "or take conv.",
+        "or take hyena.",
     )
     require(
         causal or both or mixer.has_whole_form,
         f'`mixer = "{name}"` reads from left to right; set `bidirectional = True`, which adds a second one from right '
-        "to left, or take linear, conv or pooling.",
+        "to left, or take linear, hyena, conv or pooling.",
     )
     require(
-        not both or not mixer.has_whole_form,
+        not both or not mixer.has_whole_form or "bidirectional" in arguments_of(mixer),
         f'`mixer = "{name}"` looks both ways by itself; drop `bidirectional`.',
     )
 

@@ -1,4 +1,4 @@
-"""Qwen3-Next (2025) with dense feedforwards: Gated DeltaNet (2412.06464) and gated attention (2505.06708) in turn."""
+"""Qwen3-Next (2025) with dense feedforwards: Gated DeltaNet (2412.06464) and gated attention (2505.06708)."""
 
 from __future__ import annotations
 
