@@ -94,6 +94,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0},
         },
     ),
+    "rwkv": ("Rwkv", {**SIZES, "num_hidden_layers": 3}),
+    "rwkv, other sizes": (
+        "Rwkv",
+        {**SIZES, "intermediate_size": 40, "rescale_every": 1, "tie_word_embeddings": True},
+    ),
     # its cache in transformers needs keys and values whose width is a multiple of 64
     "xlstm": ("xLSTM", {**SIZES, "hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0}),
     "xlstm, other sizes": (
@@ -147,6 +152,7 @@ def configure(folder: Path, **entries: Any) -> None:
         ("mamba2", {"time_step_limit": [0.0, 1.0]}, r"`time_step_limit` = \[0.0, 1.0\], which this version cannot"),
         ("mamba2", {"num_heads": 4}, "`num_heads` = 4, which this version cannot express; allowed are 8"),
         ("xlstm", {"use_bias": True}, "`use_bias` = True, which this version cannot express"),
+        ("rwkv", {"layer_norm_epsilon": 0.1}, "`layer_norm_epsilon` = 0.1, which this version cannot express"),
     ],
 )
 def test_what_is_refused(name: str, entries: dict[str, Any], words: str, tmp_path: Path) -> None:
