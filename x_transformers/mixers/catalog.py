@@ -68,7 +68,13 @@ SHARED = Feature(
     exempt={"export": "the reference has no mixers"},
     examples=(
         {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dropout": 0.1, "mixer_zero_init_output": True},
-        {"mixer": "gated_delta", "mixer_conv": 2, "mixer_gate": False, "mixer_output_proj_depth": 2},
+        {
+            "mixer": "gated_delta",
+            "mixer_conv": 2,
+            "mixer_gate": False,
+            "mixer_output_proj_depth": 2,
+            "mixer_norm_unit_offset": False,
+        },
     ),
 )
 
