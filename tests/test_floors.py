@@ -25,7 +25,7 @@ HOUSE = (
     ("F1", ["options.schema", "modules.state_dict", "modules.second_names", "modules.inference"]),
     ("F1", ["options"]),
     ("F1", ["checkpoints.durable", "checkpoints.tensor_files"]),
-    ("F1", ["folders.building", "folders.config_file", "folders.hub"]),
+    ("F1", ["folders.building", "folders.config_file", "folders.file_memory", "folders.hub"]),
     ("F1", ["folders.shards"]),
     ("F1", ["folders.writing"]),
     ("F1", ["folders.own"]),
