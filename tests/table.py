@@ -45,6 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_chunk": 4,
         "mixer_dropout": 0.1,
     },
+    "mixer_vector_decay": {
+        "layer_period": "ma",
+        "mixer": "gated_delta",
+        "mixer_dim_key": 4,
+        "mixer_vector_decay": ON,
+        "mixer_rank": 3,
+    },
     "mixer_groups": {
         "layer_period": "ma",
         "mixer": "mamba2",
@@ -461,6 +468,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "memory_tokens_interspersed_every": "needs a causal stack",
         "mixer": "reads from left to right",
         "mixer_products": "reads from left to right",
+        "mixer_vector_decay": "reads from left to right",
         "mixer_groups": "reads from left to right",
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
