@@ -80,6 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_output_proj_depth": 2,
     },
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
+    "mixer_shift": {"layer_period": "am", "mixer": "h3", "mixer_head": 2, "mixer_state": 4, "mixer_shift": 3},
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -464,6 +465,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_rank": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
+        "mixer_shift": "reads from left to right",
     },
     "cross": {},
 }

@@ -29,7 +29,7 @@ LESS_CLOSE = {"layer-hyena": 5e-5}
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-lmu
+    layer-activator layer-atlas-muon layer-fsmn layer-lmu
     layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
     layer-rwkv4-channel layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
     layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans

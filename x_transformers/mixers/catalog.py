@@ -17,6 +17,7 @@ from x_transformers.mixers import (
     convolution,
     delta_rule,
     gated_linear_attention,
+    h3,
     hyena,
     identity,
     linear_attention,
@@ -84,6 +85,7 @@ PAPERS = (
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
+    h3.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
