@@ -150,7 +150,8 @@ def mixer_of(stack: Callable[..., Any], **keywords: Any) -> Mixer:
 def test_filters_of_later_tokens() -> None:
     """In both directions a filter is one of distances; with `bidirectional` later tokens have another one."""
     x = draw(2, 9, 16)
-    for keywords, count in (({}, 1), ({"mixer_bidirectional": True}, 2)):
+    both: dict[str, Any] = {"mixer_bidirectional": True}
+    for keywords, count in (({}, 1), (both, 2)):
         mixer: Any = mixer_of(Encoder, **HYENA, **keywords)
         assert sum("filter" in name and name.endswith(".frequency") for name in mixer.state_dict()) == count
         own = mixer.filter(9)[0, 0]

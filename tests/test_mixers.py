@@ -97,6 +97,19 @@ def test_states_of_another_shape_are_refused(name: str) -> None:
             mixer(x, state=wrong)
 
 
+@EACH
+def test_states_have_names_of_their_own(name: str) -> None:
+    """Within a sublayer those of its mixer, of the token shift, and of the residual connection differ."""
+    common = {"dim": 16, "depth": 1, "heads": 4, "mixer": name, "shift_tokens": 1, **SIZES.get(name, {})}
+    for residual in ({}, {"num_residual_streams": 2}, {"gate_residual": True}, {"resi_dual": True}):
+        branch = Decoder(**common, **residual).layers[0]
+        assert len(set(branch.running)) == len(branch.running)
+    with torch.no_grad():
+        model, x = perturbed(Decoder(**common)), torch.randn(2, 5, 16)
+        whole, (_, record) = model(x), model(x[:, :3], return_hiddens=True)
+        close(model(x[:, 3:], cache=record, input_not_include_cache=True), whole[:, 3:])
+
+
 def test_the_other_direction() -> None:
     """A second mixer reads each row from its last live token to the first."""
     encoder = perturbed(

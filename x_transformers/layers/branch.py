@@ -102,7 +102,7 @@ class Branch(NumberedParts, ReadsReference):
         shift, residual, fn = self.shift, self.residual, self.fn
         self.replaced = convention_of(self[1])
         """How to call a module that is no branch function of this library; None for a branch function."""
-        shifted = ("shift",) if shift is not None and shift.causal else ()
+        shifted = ("shifted_tokens",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
         """Names of the running states that this sublayer keeps in causal passes."""
         self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())

@@ -105,8 +105,7 @@ class H3(Mixer):
                 after = after + times(held, system.power(count).unsqueeze(2))
         if n == 1:
             assert after is not None
-            real, imaginary = times(after, out_of).unbind(-2)
-            return 2 * real.sum(dim=-1, keepdim=True), after
+            return 2 * times(after, out_of)[..., 0, :].sum(dim=-1, keepdim=True), after
         y = long_convolution(z, system.read(times(into, out_of), n))
         if held is not None:
             y = y + system.read(times(held, out_of), n, first=1)
