@@ -140,6 +140,25 @@ def test_whole_rows(name: str) -> None:
     assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in ("identity", "pooling", "conv")
 
 
+@pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
+@torch.no_grad()
+def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
+    more = {"mixer_inner_norm": True} if name == "mamba" else {}
+    plain, whole = built(name, **more), built(name, mixer_norm_unit_offset=False, **more)
+    state, x = plain.state_dict(), torch.randn(2, 12, 16, dtype=torch.float64)
+    gains = [key for key in state if key.endswith("gamma")]
+    assert gains
+    whole.load_state_dict(state | {key: state[key] + 1 for key in gains})
+    close(whole(x)[0], plain(x)[0])
+    again = Decoder(dim=16, depth=1, heads=4, mixer=name, mixer_norm_unit_offset=False, **SIZES.get(name, {}), **more)
+    assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
+
+
+def test_gains_of_norms_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match="`mixer_norm_unit_offset` is of the gains of norms, of which this mamba"):
+        built("mamba", mixer_norm_unit_offset=False)
+
+
 # which layers
 
 

@@ -88,6 +88,7 @@ class Mixer(Configured, BranchFunction):
     Attributes:
         has_causal_form: it can read from left to right, and keep a state.
         has_whole_form: it can read a whole row in both directions.
+        has_gains: it may contain norms with gains, each a `MixerGain`.
         state_shapes: shapes of the running states without the batch. They are complete after any pass.
         backward: a second mixer of this class that reads from right to left (`mixer_bidirectional`), or None.
         dropout: probability of dropout on the output.
@@ -96,6 +97,7 @@ class Mixer(Configured, BranchFunction):
     has_causal_form: ClassVar[bool] = True
     has_whole_form: ClassVar[bool] = False
     has_output_map: ClassVar[bool] = True
+    has_gains: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = True
     name: ClassVar[str]
 

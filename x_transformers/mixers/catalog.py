@@ -5,6 +5,7 @@ A new paper is one new file and one line here. The arguments of a mixer's constr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from x_transformers.mixers import (
     rwkv4,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.mixers.parts import MixerGain
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
 
@@ -46,6 +48,7 @@ class SharedOptions:
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
+    norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
     grid: tuple[int, int] | None = opt(None, "height and width of the images that tokens are of")
     dropout: float = opt(0.0, "dropout on the output")
@@ -97,6 +100,9 @@ OF_ALL = {"bidirectional", "dropout"}
 OF_OUTPUT_MAPS = {"zero_init_output", "output_proj_depth"}
 """Keywords of mixers whose last part is a linear map."""
 
+OF_GAINS = {"norm_unit_offset"}
+"""Keywords of mixers that contain norms with gains."""
+
 
 def class_of(name: str) -> type[Mixer]:
     """Return the class of a mixer.
@@ -113,8 +119,16 @@ def class_of(name: str) -> type[Mixer]:
 def keywords_of(name: str) -> set[str]:
     """Return the keywords that a mixer reads, without prefix."""
     mixer = class_of(name)
-    arguments = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)}
-    return arguments | OF_ALL | (OF_OUTPUT_MAPS if mixer.has_output_map else set())
+    found = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)} | OF_ALL
+    found |= OF_OUTPUT_MAPS if mixer.has_output_map else set()
+    return found | (OF_GAINS if mixer.has_gains else set())
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return the values of keywords that a mixer has by itself; None for those that follow from widths."""
+    mixer = class_of(name)
+    parameters = inspect.signature(mixer.__init__).parameters
+    return {"dim" if each == "inner_dim" else each: parameters[each].default for each in arguments_of(mixer)}
 
 
 class MixerSchema(Schema):
@@ -187,8 +201,25 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))
+            if not given.get("norm_unit_offset", True):
+                drop_unit_offsets(each)
     built.dropout = given.get("dropout", 0.0)
     return built
+
+
+def drop_unit_offsets(mixer: Mixer) -> None:
+    """Store the gains of the norms of a mixer as they are.
+
+    Raises:
+        ConfigError: if a mixer that may have such norms has none.
+    """
+    norms = [module for module in mixer.modules() if isinstance(module, MixerGain)]
+    require(
+        bool(norms) or not mixer.has_gains,
+        f"`norm_unit_offset` is of the gains of norms, of which this {mixer.name} has none; drop it.",
+    )
+    for norm in norms:
+        norm.drop_unit_offset()
 
 
 def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool) -> None:
