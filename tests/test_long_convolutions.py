@@ -21,6 +21,7 @@ from x_transformers.recurrences.convolution import (
     long_convolution_2d,
 )
 from x_transformers.recurrences.diagonal import DiagonalSystem, times
+from x_transformers.recurrences.matrix_powers import matrix_powers
 
 HYENA = {"mixer": "hyena", "mixer_filter_len": 24, "mixer_filter_dim": 8, "mixer_filter_bands": 3}
 
@@ -106,6 +107,15 @@ def test_sizes_of_transforms() -> None:
     assert LONG_CONVOLUTION.kernels[-1].name == "naive"
 
 
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+def test_powers_of_matrices_equal_single_steps(n: int) -> None:
+    a, v = draw(4, 4) / 4, draw(3, 4)
+    each = [v]
+    for _ in range(1, n):
+        each.append(each[-1] @ a.mT)
+    torch.testing.assert_close(matrix_powers(a, v, n), torch.stack(each, dim=1))
+
+
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 150])
 def test_diagonal_systems_equal_single_steps(n: int) -> None:
     """What they answer to inputs and to a state, and the state that is left; also their factors."""
@@ -132,7 +142,13 @@ def test_diagonal_systems_equal_single_steps(n: int) -> None:
     torch.testing.assert_close(as_complex(left), x)
 
 
-@pytest.mark.parametrize("keywords", [{"mixer": "h3", "mixer_head": 2, "mixer_state": 6, "mixer_shift": 5}])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"mixer": "h3", "mixer_head": 2, "mixer_state": 6, "mixer_shift": 5},
+        {"mixer": "lmu", "mixer_channels": 3, "mixer_window": 30},
+    ],
+)
 @torch.no_grad()
 def test_pieces_longer_than_a_chunk(keywords: dict[str, Any]) -> None:
     mixer, x = mixer_of(Decoder, **keywords), draw(2, 160, 16)
