@@ -88,6 +88,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_output_proj_depth": 2,
     },
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
+    "mixer_shift": {"layer_period": "am", "mixer": "h3", "mixer_head": 2, "mixer_state": 4, "mixer_shift": 3},
+    "mixer_channels": {"layer_period": "am", "mixer": "lmu", "mixer_channels": 3, "mixer_state": 5, "mixer_window": 4},
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -474,6 +476,8 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_rank": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
+        "mixer_shift": "reads from left to right",
+        "mixer_channels": "reads from left to right",
     },
     "cross": {},
 }

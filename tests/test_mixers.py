@@ -19,6 +19,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
+    "h3": {"mixer_state": 4, "mixer_shift": 3},
+    "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
@@ -100,6 +102,19 @@ def test_states_of_another_shape_are_refused(name: str) -> None:
     for wrong in ({key: value[:1] for key, value in state.items()}, {}):
         with pytest.raises(ShapeError, match=rf"of `{name}` .*as an earlier pass of this model left it"):
             mixer(x, state=wrong)
+
+
+@EACH
+def test_states_have_names_of_their_own(name: str) -> None:
+    """Within a sublayer those of its mixer, of the token shift, and of the residual connection differ."""
+    common = {"dim": 16, "depth": 1, "heads": 4, "mixer": name, "shift_tokens": 1, **SIZES.get(name, {})}
+    for residual in ({}, {"num_residual_streams": 2}, {"gate_residual": True}, {"resi_dual": True}):
+        branch = Decoder(**common, **residual).layers[0]
+        assert len(set(branch.running)) == len(branch.running)
+    with torch.no_grad():
+        model, x = perturbed(Decoder(**common)), torch.randn(2, 5, 16)
+        whole, (_, record) = model(x), model(x[:, :3], return_hiddens=True)
+        close(model(x[:, 3:], cache=record, input_not_include_cache=True), whole[:, 3:])
 
 
 def test_the_other_direction() -> None:
@@ -316,7 +331,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu")
 
 
 @pytest.mark.slow

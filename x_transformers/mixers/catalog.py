@@ -18,9 +18,11 @@ from x_transformers.mixers import (
     convolution,
     delta_rule,
     gated_linear_attention,
+    h3,
     hyena,
     identity,
     linear_attention,
+    lmu,
     mamba,
     mamba2,
     mlstm,
@@ -45,7 +47,7 @@ class SharedOptions:
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
     chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
     gate: bool | None = opt(None, "gate the output")
-    window: int | None = opt(None, "tokens of the window of a pooling")
+    window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
@@ -93,6 +95,8 @@ PAPERS = (
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
+    h3.FEATURE,
+    lmu.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -254,7 +258,7 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
 def begin_output(mixer: Mixer, zero: bool, depth: int | None) -> None:
     """Initialize the output map of a mixer, if it has one and one of the two is given."""
     last = getattr(mixer, "to_out", None)
-    if not isinstance(last, nn.Linear):
+    if not (mixer.has_output_map and isinstance(last, nn.Linear)):
         return
     if zero:
         for parameter in last.parameters():
