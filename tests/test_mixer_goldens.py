@@ -29,7 +29,7 @@ NAMES = """
     layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu
     layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
     layer-rwkv4-channel layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
-    layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans
+    layer-slab layer-spectral
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-long-convolution-2d
     op-long-convolution op-lstm op-mossformer-causal op-rwkv6 op-slstm
     op-sparse-state

@@ -18,6 +18,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
+    "titans": {"mixer_chunk": 4},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
@@ -276,7 +277,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "titans")
 
 
 @pytest.mark.slow

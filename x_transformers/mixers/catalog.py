@@ -21,6 +21,7 @@ from x_transformers.mixers import (
     linear_attention,
     mamba,
     mamba2,
+    memories,
     mlstm,
     pooling,
     retention,
@@ -40,7 +41,9 @@ class SharedOptions:
     expand: float | None = opt(None, "inner width over that of the model")
     state: int | None = opt(None, "states of each inner channel")
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
-    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    chunk: int | None = opt(
+        None, "tokens that a recurrence computes at once; changes rounding only, but for titans and atlas"
+    )
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
@@ -82,6 +85,7 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
+    *memories.FEATURES,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
