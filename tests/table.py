@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_state": 4,
         "mixer_groups": 2,
         "mixer_norm_eps": 0.01,
+        "mixer_norm_unit_offset": False,
     },
     "mixer_inner_norm": {
         "layer_period": "ma",
@@ -97,6 +98,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_loss_scale": 0.2,
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
+    },
+    "mixer_filter_len": {
+        "layer_period": "ma",
+        "mixer": "hyena",
+        "mixer_order": 3,
+        "mixer_filter_len": 128,
+        "mixer_filter_dim": 8,
+        "mixer_filter_bands": 2,
+        "mixer_filter_frequency": 4.0,
     },
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
@@ -287,6 +297,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
+    "ff_rwkv": {"ff_rwkv": ON},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -530,6 +541,10 @@ REFUSED: dict[str, str] = {
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "ff_rwkv": (
+        "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
+        "ff_activation ff_custom_activation ff_post_act_ln"
+    ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
         "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from x_transformers import Decoder
 from x_transformers.errors import ConfigError
-from x_transformers.mixers.memories import Titans
+from x_transformers.mixers.titans import Titans
 from x_transformers.recurrences.memory import Held, Rates, memorize
 from x_transformers.recurrences.memory_rule import Memory, Rule, gradients, normalized, orthogonalized
 

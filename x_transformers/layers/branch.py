@@ -102,9 +102,10 @@ class Branch(NumberedParts, ReadsReference):
         shift, residual, fn = self.shift, self.residual, self.fn
         self.replaced = convention_of(self[1])
         """How to call a module that is no branch function of this library; None for a branch function."""
-        shifted = ("shift",) if shift is not None and shift.causal else ()
+        shifted = ("token_shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
         """Names of the running states that this sublayer keeps in causal passes."""
+        assert len({*self.running}) == len(self.running), "two parts of a sublayer have states of one name"
         self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
         self.changes_output = not (self.scale is self.output_norm is None and self.output_scale == 1)

@@ -1,4 +1,4 @@
-"""Titans (2501.00663) and ATLAS (2505.23735): memories that are small networks and learn while they read."""
+"""Memories that are small networks and learn while they read, of Titans and of ATLAS."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import Faults
-from x_transformers.mixers.base import Mixer, Row, State, divided, shows_fields_of
+from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import memory_cost
 from x_transformers.mixers.parts import rms, unit
 from x_transformers.ops import at_least_float32, merge_heads, split_heads
 from x_transformers.options.checked import check_arguments
-from x_transformers.options.schema import Feature, at_least, opt, positive, require
-from x_transformers.recurrences.base import CHUNK
+from x_transformers.options.schema import at_least, positive, require
 from x_transformers.recurrences.memory import Held, Rates, memorize
 from x_transformers.recurrences.memory_rule import Rule
 
@@ -269,93 +268,3 @@ class HeadGain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `(b, h, n, dim)`."""
         return x * (1 + self.gamma.unsqueeze(1))
-
-
-@shows_fields_of(Learning)
-class Titans(LearningMemory):
-    """Memory of Titans: gradient descent with momentum and decay; see `LearningMemory` for the equations.
-
-    Args:
-        dim: width of the model.
-        heads: number of heads.
-        dim_key, dim_value: widths of a head; default `dim / heads`.
-        qk_norm: "unit", "rms" or "none".
-        gate: gate the output.
-        norm_eps: of norms.
-        chunk: tokens whose gradients are taken at once.
-        learning: fields of `Learning`.
-    """
-
-    name = "titans"
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        dim_key: int | None = None,
-        dim_value: int | None = None,
-        qk_norm: Length | None = None,
-        gate: bool | None = None,
-        norm_eps: float = 1e-6,
-        chunk: int = CHUNK,
-        **learning: Any,
-    ) -> None:
-        super().__init__(
-            dim,
-            Learning.of(Titans, learning),
-            heads=heads,
-            dim_key=dim_key,
-            dim_value=dim_value,
-            qk_norm=qk_norm,
-            gate=gate,
-            norm_eps=norm_eps,
-            chunk=chunk,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TitansOptions:
-    memory_depth: int | None = opt(None, "layers of a memory that learns: 1 or 2")
-    memory_expand: float | None = opt(None, "hidden width of a memory of two layers, over that of its keys")
-    memory_residual: bool | None = opt(None, "add the key to the normalized answer of a memory")
-    memory_read: Read | None = opt(None, "whether tokens read a memory before or after they write to it")
-    rate: Place | None = opt(None, "the learning rate of a memory inside or outside of its momentum")
-    loss_scale: float | None = opt(None, "factor of the loss that a memory learns by")
-    qk_norm: Length | None = opt(None, "norm of queries and keys of a memory")
-    muon_steps: int | None = opt(None, "steps that make each update of a memory orthogonal; 0 for none")
-
-
-EXEMPT = {"export": "the reference has no mixers"}
-
-FEATURES = (
-    Feature(
-        name="titans",
-        group="mixer",
-        slot="mixer",
-        options=TitansOptions,
-        build=Titans,
-        summary="memory that learns by gradient descent while it reads",
-        paper="2501.00663",
-        exempt=EXEMPT,
-        examples=(
-            {"mixer": "titans", "mixer_chunk": 4},
-            {
-                "mixer": "titans",
-                "mixer_chunk": 4,
-                "mixer_memory_depth": 2,
-                "mixer_memory_residual": True,
-                "mixer_heads": 2,
-                "layer_period": "ma",
-            },
-            {
-                "mixer": "titans",
-                "mixer_chunk": 3,
-                "mixer_rate": "outside",
-                "mixer_memory_read": "before",
-                "mixer_qk_norm": "unit",
-                "mixer_dim_value": 3,
-                "mixer_gate": True,
-            },
-        ),
-    ),
-)
