@@ -90,6 +90,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
     "mixer_shift": {"layer_period": "am", "mixer": "h3", "mixer_head": 2, "mixer_state": 4, "mixer_shift": 3},
     "mixer_channels": {"layer_period": "am", "mixer": "lmu", "mixer_channels": 3, "mixer_state": 5, "mixer_window": 4},
+    "mixer_memory_depth": {
+        "layer_period": "ma",
+        "mixer": "titans",
+        "mixer_chunk": 4,
+        "mixer_memory_depth": 2,
+        "mixer_memory_expand": 1.5,
+        "mixer_memory_residual": ON,
+    },
+    "mixer_memory_read": {
+        "layer_period": "am",
+        "mixer": "titans",
+        "mixer_chunk": 3,
+        "mixer_memory_read": "before",
+        "mixer_rate": "outside",
+        "mixer_loss_scale": 0.2,
+        "mixer_qk_norm": "unit",
+        "mixer_muon_steps": 2,
+    },
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -478,6 +496,8 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_rotary": "reads from left to right",
         "mixer_shift": "reads from left to right",
         "mixer_channels": "reads from left to right",
+        "mixer_memory_depth": "reads from left to right",
+        "mixer_memory_read": "reads from left to right",
     },
     "cross": {},
 }

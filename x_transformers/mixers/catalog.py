@@ -30,6 +30,7 @@ from x_transformers.mixers import (
     retention,
     rglru,
     rwkv4,
+    titans,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.mixers.parts import MixerGain
@@ -45,7 +46,9 @@ class SharedOptions:
     expand: float | None = opt(None, "inner width over that of the model")
     state: int | None = opt(None, "states of each inner channel")
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
-    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    chunk: int | None = opt(
+        None, "tokens that a recurrence computes at once; changes rounding only, but for titans and atlas"
+    )
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
@@ -93,6 +96,7 @@ PAPERS = (
     rwkv4.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    titans.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
     h3.FEATURE,
