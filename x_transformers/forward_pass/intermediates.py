@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import CachedStreams, read_cached, set_length, write_cached
 from x_transformers.errors import InputError
+from x_transformers.routing.base import RoutingRecord
 
 
 class _CachedStreams:
@@ -168,6 +169,9 @@ class LayerIntermediates:
         last_layer_hiddens: the stream after the last layer.
         initial_embeds: the embedded tokens that entered the stack.
         memory_tokens: the output at the memory tokens.
+        routing: one record per executed router, in order.
+        aux_losses: the auxiliary losses by name, without their weights, each the mean over the sublayers that have it.
+        aux_loss: what they add to a training loss: the sum over the names of the mean of weight times loss.
         attn_z_loss: z-loss of the logits of attention.
         logit_entropies: entropies of the predicted distributions.
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
@@ -194,6 +198,9 @@ class LayerIntermediates:
     last_layer_hiddens: Tensor | None = None
     initial_embeds: Tensor | None = None
     memory_tokens: Tensor | None = None
+    routing: list[RoutingRecord] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
     attn_z_loss: Tensor | None = None
     logit_entropies: Any = None
     attn_pooled_tokens: Tensor | None = None

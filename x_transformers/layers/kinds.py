@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from x_transformers.attention import catalog as attention
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward import feedforward
+from x_transformers.feedforward import experts
+from x_transformers.feedforward.experts import Experts
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.mixers import catalog as mixers
 from x_transformers.mixers.base import Mixer
@@ -139,9 +140,12 @@ def _for_stack(fn: Attention, options: Options, *, shares_scores: bool, hides_fu
 
 def build_feedforward(
     dim: int, keywords: dict[str, Any], options: Options, *, causal: bool, hides_future: bool, first: bool
-) -> FeedForward:
-    """Build a feedforward."""
-    return FeedForward(dim, **keywords)
+) -> FeedForward | Experts:
+    """Build a feedforward, or a mixture of them."""
+    if keywords.get("experts") is not None:
+        return Experts(dim, **keywords)
+    # of a list of layers some may have experts, for which the other keywords are meant
+    return FeedForward(dim, **{name: value for name, value in keywords.items() if name not in experts.OWN})
 
 
 def build_mixer(
@@ -205,7 +209,7 @@ FEEDFORWARD = BranchKind(
     words="feedforward",
     label="feedforward",
     module_name="feedforward",
-    schema=feedforward.SCHEMA,
+    schema=experts.SCHEMA,
     prefix="ff_",
     build=build_feedforward,
     is_feedforward=True,

@@ -88,7 +88,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     if kv is not None or (inputs.return_hiddens and causal and stack.can_cache_kv and inputs.documents is None):
         kv = begin_cache(stack, inputs, kv)
     capture = NO_CAPTURE if inputs.capture is None else inputs.capture
-    if inputs.return_gumbel_log_probs or (inputs.return_hiddens and inputs.capture is None):
+    asks = inputs.return_gumbel_log_probs or inputs.return_aux_loss
+    if asks or (inputs.return_hiddens and inputs.capture is None):
         capture = requested(stack, inputs)
     hides = not (inputs.mask is inputs.self_attn_kv_mask is inputs.seq_start_pos is inputs.places is None)
     if kv is inputs.pos is inputs.documents is None and not hides:
@@ -231,7 +232,11 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             recorder.add_states(layer.states, branch.running)
         if output.record is not None:
             output.record.layer_index = step.layer
-            recorder.records.append(output.record)
+            if kind.is_feedforward:
+                output.record.step = step.number
+                recorder.routing.append(output.record)
+            else:
+                recorder.records.append(output.record)
         if recorder.keeps_states:
             recorder.add(step, x, output)
         x, carry = output.stream, output.carry
