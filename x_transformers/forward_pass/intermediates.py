@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -12,6 +12,7 @@ from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import CachedStreams, read_cached, set_length, write_cached
 from x_transformers.errors import InputError
 from x_transformers.routing.base import RoutingRecord
+from x_transformers.routing.losses import sum_of_losses
 
 
 class _CachedStreams:
@@ -213,6 +214,14 @@ class LayerIntermediates:
     cache: KVCache | None = None
     cache_length: _CacheLength = _CacheLength()
     given_length: int = field(default=0, init=False)
+
+    def include_routing(self, earlier: Sequence[LayerIntermediates]) -> None:
+        """Include the routing of earlier passes of the same model, so that losses are means over all of them."""
+        if self.routing is None:
+            return
+        self.routing = [each for record in (*earlier, self) for each in record.routing or ()]
+        if self.aux_loss is not None:
+            self.aux_losses, self.aux_loss = sum_of_losses(self.routing, self.aux_loss)
 
     def __copy__(self) -> LayerIntermediates:
         """Return a shallow copy; changes of its attention records and cache do not change the original's."""

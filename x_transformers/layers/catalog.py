@@ -11,7 +11,7 @@ from x_transformers.attention.qk import polar, rotary
 from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
-from x_transformers.feedforward import experts
+from x_transformers.feedforward import catalog as feedforward
 from x_transformers.layers import checkpointing, conditioning, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
@@ -58,7 +58,7 @@ STACK_FEATURES = (
 
 STACK = Schema(STACK_FEATURES)
 ATTENTION = attention.SCHEMA
-FEEDFORWARD = experts.SCHEMA
+FEEDFORWARD = feedforward.SCHEMA
 
 KEYWORDS = ((STACK, ""), *((kind.schema, kind.prefix) for kind in KINDS.values()))
 """The keywords of a stack: its own, and those of each kind of sublayer with their prefix."""

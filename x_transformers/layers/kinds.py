@@ -13,9 +13,7 @@ from typing import Any, Protocol
 from x_transformers.attention import catalog as attention
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward import experts
-from x_transformers.feedforward.experts import Experts
-from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.feedforward import catalog as feedforward
 from x_transformers.mixers import catalog as mixers
 from x_transformers.mixers.base import Mixer
 from x_transformers.modules.branch_function import BranchFunction
@@ -56,7 +54,7 @@ class BranchKind:
         is_self_attention: it attends to the tokens themselves: the stack gives it keys, positions, recurrent memory
             and the caller's mask, and the position parts of the stack act inside it.
         is_cross_attention: it attends to the context.
-        is_feedforward: it does not mix tokens, and its output may be scaled by deep embeddings.
+        is_feedforward: it does not attend, and its output may be scaled by deep embeddings.
         inherits: letter of the kind whose keywords it takes too, unless it is given its own.
         enabled_by: what brings such sublayers into a stack, for kinds that are not there by default.
         set_by_stack: keywords that the stack itself sets, and the option to use instead.
@@ -140,12 +138,9 @@ def _for_stack(fn: Attention, options: Options, *, shares_scores: bool, hides_fu
 
 def build_feedforward(
     dim: int, keywords: dict[str, Any], options: Options, *, causal: bool, hides_future: bool, first: bool
-) -> FeedForward | Experts:
-    """Build a feedforward, or a mixture of them."""
-    if keywords.get("experts") is not None:
-        return Experts(dim, **keywords)
-    # of a list of layers some may have experts, for which the other keywords are meant
-    return FeedForward(dim, **{name: value for name, value in keywords.items() if name not in experts.OWN})
+) -> BranchFunction:
+    """Build a feedforward."""
+    return feedforward.build(dim, keywords)
 
 
 def build_mixer(
@@ -209,7 +204,7 @@ FEEDFORWARD = BranchKind(
     words="feedforward",
     label="feedforward",
     module_name="feedforward",
-    schema=experts.SCHEMA,
+    schema=feedforward.SCHEMA,
     prefix="ff_",
     build=build_feedforward,
     is_feedforward=True,

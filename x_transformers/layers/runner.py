@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,13 +231,14 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             output = compiled(branch, x, layer)
         if branch.running:
             recorder.add_states(layer.states, branch.running)
-        if output.record is not None:
-            output.record.layer_index = step.layer
+        record: Any = output.record
+        if record is not None:
+            record.layer_index = step.layer
             if kind.is_feedforward:
-                output.record.step = step.number
-                recorder.routing.append(output.record)
+                record.step = step.number
+                recorder.routing.append(record)
             else:
-                recorder.records.append(output.record)
+                recorder.records.append(record)
         if recorder.keeps_states:
             recorder.add(step, x, output)
         x, carry = output.stream, output.carry

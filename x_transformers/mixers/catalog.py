@@ -5,6 +5,7 @@ A new paper is one new file and one line here. The arguments of a mixer's constr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from x_transformers.mixers import (
     convolution,
     delta_rule,
     gated_linear_attention,
+    hyena,
     identity,
     linear_attention,
     mamba,
@@ -28,6 +30,7 @@ from x_transformers.mixers import (
     rwkv4,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.mixers.parts import MixerGain
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
 
@@ -44,6 +47,7 @@ class SharedOptions:
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
+    norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
     grid: tuple[int, int] | None = opt(None, "height and width of the images that tokens are of")
     dropout: float = opt(0.0, "dropout on the output")
@@ -82,6 +86,7 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     *linear_attention.FEATURES,
+    hyena.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -92,6 +97,9 @@ OF_ALL = {"bidirectional", "dropout"}
 
 OF_OUTPUT_MAPS = {"zero_init_output", "output_proj_depth"}
 """Keywords of mixers whose last part is a linear map."""
+
+OF_GAINS = {"norm_unit_offset"}
+"""Keywords of mixers that contain norms with gains."""
 
 
 def class_of(name: str) -> type[Mixer]:
@@ -109,8 +117,16 @@ def class_of(name: str) -> type[Mixer]:
 def keywords_of(name: str) -> set[str]:
     """Return the keywords that a mixer reads, without prefix."""
     mixer = class_of(name)
-    arguments = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)}
-    return arguments | OF_ALL | (OF_OUTPUT_MAPS if mixer.has_output_map else set())
+    found = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)} | OF_ALL
+    found |= OF_OUTPUT_MAPS if mixer.has_output_map else set()
+    return found | (OF_GAINS if mixer.has_gains else set())
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return the values of keywords that a mixer has by itself; None for those that follow from widths."""
+    mixer = class_of(name)
+    parameters = inspect.signature(mixer.__init__).parameters
+    return {"dim" if each == "inner_dim" else each: parameters[each].default for each in arguments_of(mixer)}
 
 
 class MixerSchema(Schema):
@@ -178,13 +194,30 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
     own = {key: value for key, value in given.items() if key in arguments}
     built = mixer(dim, **own)
-    if both:
+    if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))
+            if not given.get("norm_unit_offset", True):
+                drop_unit_offsets(each)
     built.dropout = given.get("dropout", 0.0)
     return built
+
+
+def drop_unit_offsets(mixer: Mixer) -> None:
+    """Store the gains of the norms of a mixer as they are.
+
+    Raises:
+        ConfigError: if a mixer that may have such norms has none.
+    """
+    norms = [module for module in mixer.modules() if isinstance(module, MixerGain)]
+    require(
+        bool(norms) or not mixer.has_gains,
+        f"`norm_unit_offset` is of the gains of norms, of which this {mixer.name} has none; drop it.",
+    )
+    for norm in norms:
+        norm.drop_unit_offset()
 
 
 def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool) -> None:
@@ -199,15 +232,15 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
     require(
         mixer.has_causal_form or not causal,
         f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
-        "or take conv.",
+        "or take hyena.",
     )
     require(
         causal or both or mixer.has_whole_form,
         f'`mixer = "{name}"` reads from left to right; set `bidirectional = True`, which adds a second one from right '
-        "to left, or take linear, conv or pooling.",
+        "to left, or take linear, hyena, conv or pooling.",
     )
     require(
-        not both or not mixer.has_whole_form,
+        not both or not mixer.has_whole_form or "bidirectional" in arguments_of(mixer),
         f'`mixer = "{name}"` looks both ways by itself; drop `bidirectional`.',
     )
 

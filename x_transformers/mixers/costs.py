@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from x_transformers.recurrences.base import SHORT, Situation
+from x_transformers.recurrences.convolution import LONG_CONVOLUTION, fast_size
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
 from x_transformers.recurrences.scan import SCAN
@@ -61,3 +63,20 @@ def scan_cost(situation: Any, tokens: int, features: int) -> tuple[str, str, int
     chosen, why = SCAN.choose(Situation(situation.device, situation.dtype, tokens))
     # a chunk of 16 is doubled four times, and takes in the state
     return chosen.name, why, features * (2 * 5 if chosen.name == "chunked" else 2)
+
+
+def long_convolution_cost(situation: Any, tokens: int, channels: int, lags: int) -> tuple[str, str, int]:
+    """Return the kernel of a long convolution, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        channels: number of channels, each with a filter.
+        lags: most lags of a filter.
+    """
+    chosen, why = LONG_CONVOLUTION.choose(Situation(situation.device, situation.dtype, tokens))
+    if chosen.name == "naive":
+        return chosen.name, why, 2 * lags * channels
+    # transforms of the inputs and of the outputs, of 2.5 N log2 N operations each for real numbers, and their product
+    size = fast_size(tokens + min(tokens, lags) - 1)
+    return chosen.name, why, channels * round(5 * size * math.log2(size) + 3 * size) // tokens

@@ -41,6 +41,7 @@ class DeltaRule(Mixer):
         decays: the decay g is learned; else there is none.
     """
 
+    has_gains = True
     decays: ClassVar[bool] = False
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a router decides about tokens, and what a pass records of it."""
+"""Choice of experts for tokens, and the record of it in a pass."""
 
 from __future__ import annotations
 
