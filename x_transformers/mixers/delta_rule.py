@@ -95,6 +95,7 @@ class DeltaRule(Mixer):
         decays_by_feature: each key feature has a decay of its own.
     """
 
+    has_gains = True
     decays_by_feature = False
 
     def __init__(self, dim: int, given: DeltaArguments, dim_key: int, dim_value: int) -> None:

@@ -36,6 +36,7 @@ class GatedLinearAttention(Mixer):
     """
 
     name = "gla"
+    has_gains = True
 
     def __init__(
         self,
