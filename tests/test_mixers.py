@@ -12,6 +12,7 @@ from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.mixers.base import Mixer
 from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
+from x_transformers.mixers.parts import MixerGain
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
@@ -34,6 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
 """Forms of mixers that compute something else than their defaults."""
 
 EACH = pytest.mark.parametrize("name", [*MIXERS, *FORMS])
+LAYERNORM = {"mixer_norm": "layernorm"}
 LIVE = torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9, [1] * 7 + [0] * 5, [0, 1, 1, 0] * 3, [0] * 12], dtype=torch.bool)
 """All tokens, left padding, right padding, holes, and a row of which nothing is live."""
 
@@ -151,7 +153,7 @@ def test_whole_rows(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
 @torch.no_grad()
 def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
-    more = {"mixer_inner_norm": True} if name == "mamba" else {}
+    more = {"mamba": {"mixer_inner_norm": True}, "linear": LAYERNORM, "transnormer": LAYERNORM}.get(name, {})
     plain, whole = built(name, **more), built(name, mixer_norm_unit_offset=False, **more)
     state, x = plain.state_dict(), torch.randn(2, 12, 16, dtype=torch.float64)
     gains = [key for key in state if key.endswith("gamma")]
@@ -160,6 +162,12 @@ def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     close(whole(x)[0], plain(x)[0])
     again = Decoder(dim=16, depth=1, heads=4, mixer=name, mixer_norm_unit_offset=False, **SIZES.get(name, {}), **more)
     assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
+
+
+@EACH
+def test_mixers_that_contain_gains_say_so(name: str) -> None:
+    found = any(isinstance(module, MixerGain) for module in built(name).modules())
+    assert class_of(name).has_gains or not found
 
 
 def test_gains_of_norms_that_are_not_there() -> None:
