@@ -1,8 +1,8 @@
 """Speed of recurrences and of layers that have them: `python -m benchmarks.recurrences [--length 2048] [--rounds 5]`.
 
 Compares each chunked kernel with its definition, one step for each token, forward and with gradients, and training
-steps of one layer of every causal mixer with one of self-attention. All contestants run in turn, round after round; times are
-medians.
+steps of one layer of every causal mixer with one of self-attention. All contestants run in turn, round after round;
+times are medians.
 """
 
 from __future__ import annotations
