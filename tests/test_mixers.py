@@ -18,6 +18,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
+    "titans": {"mixer_chunk": 4},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
@@ -27,14 +28,20 @@ SIZES: dict[str, dict[str, Any]] = {
 LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}}
 """Keywords that long rows need."""
 
+FORMS: dict[str, dict[str, Any]] = {
+    "decays of features": {"mixer": "gated_delta", "mixer_vector_decay": True, "mixer_dim_key": 4, "mixer_rank": 3},
+}
+"""Forms of mixers that compute something else than their defaults."""
+
 CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
-EACH = pytest.mark.parametrize("name", CAUSAL)
+EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
 LIVE = torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9, [1] * 7 + [0] * 5, [0, 1, 1, 0] * 3, [0] * 12], dtype=torch.bool)
 """All tokens, left padding, right padding, holes, and a row of which nothing is live."""
 
 
 def built(name: str, **more: Any) -> Mixer:
-    keywords = {"dim": 16, "depth": 1, "heads": 4, "only_attn": True, "mixer": name, **SIZES.get(name, {}), **more}
+    keywords = {"dim": 16, "depth": 1, "heads": 4, "only_attn": True, "mixer": name, **SIZES.get(name, {})}
+    keywords |= {**FORMS.get(name, {}), **more}
     return perturbed(Decoder(**keywords).double()).layers[0].mixer
 
 
@@ -99,7 +106,7 @@ def test_states_of_another_shape_are_refused(name: str) -> None:
             mixer(x, state=wrong)
 
 
-@EACH
+@pytest.mark.parametrize("name", CAUSAL)
 def test_states_have_names_of_their_own(name: str) -> None:
     """Within a sublayer those of its mixer, of the token shift, and of the residual connection differ."""
     common = {"dim": 16, "depth": 1, "heads": 4, "mixer": name, "shift_tokens": 1, **SIZES.get(name, {})}
@@ -226,6 +233,16 @@ def test_first_values_depend_on_the_layer() -> None:
     assert both.mix_v[0].item() == pytest.approx(0.3)
 
 
+def test_decays_of_features() -> None:
+    """Each key feature has its own step, and its head's rate."""
+    mixer: Any = built("decays of features")
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    step = x @ mixer.to_decay[0].weight.mT @ mixer.to_decay[1].weight.mT + mixer.decay_bias
+    for head in range(4):
+        own = step[..., 4 * head : 4 * head + 4]
+        close(mixer.log_decay(x)[:, head], -mixer.decay_log[head].exp() * torch.nn.functional.softplus(own))
+
+
 # refusals
 
 
@@ -254,6 +271,7 @@ def test_first_values_depend_on_the_layer() -> None:
         (Decoder, {"mixer": "rwkv99"}, "`mixer` is 'rwkv99'; it must be one of identity, pooling, conv, delta"),
         (Decoder, {"mixer": "linear", "weight_tie_layers": True, "layer_period": "ma"}, "repeats one block, but"),
         (Decoder, {"mixer": "pooling", "mixer_grid": (2, 2)}, "`mixer_grid` is of images, whose tokens have no order"),
+        (Decoder, {"mixer": "gated_delta", "mixer_rank": 3}, "set `mixer_vector_decay = True`, or drop it"),
         (Decoder, {"mixer": "mamba2", "mixer_head": 7}, "is 32, which 7 does not divide; choose a multiple."),
         (Decoder, {"mixer": "retention", "mixer_dim_key": 3}, "pairs of features rotate, so that it must be even"),
         (
@@ -315,7 +333,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans")
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from x_transformers.mixers import (
     rglru,
     rwkv4,
     spectral,
+    titans,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.mixers.parts import MixerGain
@@ -46,7 +47,9 @@ class SharedOptions:
     expand: float | None = opt(None, "inner width over that of the model")
     state: int | None = opt(None, "states of each inner channel")
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
-    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    chunk: int | None = opt(
+        None, "tokens that a recurrence computes at once; changes rounding only, but for titans and atlas"
+    )
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
@@ -71,7 +74,13 @@ SHARED = Feature(
     exempt={"export": "the reference has no mixers"},
     examples=(
         {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dropout": 0.1, "mixer_zero_init_output": True},
-        {"mixer": "gated_delta", "mixer_conv": 2, "mixer_gate": False, "mixer_output_proj_depth": 2},
+        {
+            "mixer": "gated_delta",
+            "mixer_conv": 2,
+            "mixer_gate": False,
+            "mixer_output_proj_depth": 2,
+            "mixer_norm_unit_offset": False,
+        },
     ),
 )
 
@@ -88,6 +97,7 @@ PAPERS = (
     rwkv4.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    titans.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
     h3.FEATURE,

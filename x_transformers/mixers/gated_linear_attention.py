@@ -78,7 +78,7 @@ class GatedLinearAttention(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedLinearAttentionOptions:
-    rank: int | None = opt(None, "rank of the map to decays")
+    rank: int | None = opt(None, "rank of the map to decays of key features")
     gate_scale: float | None = opt(None, "what logarithms of decays are divided by")
 
 
