@@ -30,7 +30,7 @@ Case = dict[str, Tensor]
 
 NAMES = """
     layer-activator layer-atlas-muon layer-fsmn layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow layer-slab layer-spectral
+    layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow layer-slab
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
     op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
 """
