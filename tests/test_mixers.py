@@ -19,6 +19,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
@@ -300,7 +301,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "titans")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "titans", "atlas")
 
 
 @pytest.mark.slow
