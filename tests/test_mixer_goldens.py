@@ -29,10 +29,8 @@ LESS_CLOSE = {"layer-hyena": 5e-5}
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-lmu
-    layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
-    layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans
+    layer-activator layer-atlas-muon layer-fsmn layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
+    layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow layer-slab
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
     op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
 """
@@ -291,3 +289,10 @@ def test_filters_of_hyena() -> None:
     mixer.load_state_dict({key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")})
     agree(mixer.filter(19)[0], case["output.filters"], LESS_CLOSE["layer-hyena"])
     agree(mixer.filter.positions, case["output.positions"])
+
+
+def test_matrices_of_legendre_memories() -> None:
+    case, metadata = read("layer-lmu")
+    memory = Decoder(dim=16, depth=1, verbose=False, **json.loads(metadata["keywords"])).layers[0].mixer.memory
+    agree(memory.a, case["output.memory_a"])
+    agree(memory.b.unsqueeze(-1), case["output.memory_b"])

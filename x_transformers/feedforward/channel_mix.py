@@ -156,6 +156,7 @@ OTHER_NETWORKS = {
     "activation": "the other activation",
     "ff_softclamp": "the soft bounds",
     "post_act_ln": "`post_act_ln`",
+    "experts": "`experts`",
 }
 """Features of the feedforward that it does not have, and words for them."""
 

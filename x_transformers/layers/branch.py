@@ -27,6 +27,7 @@ from x_transformers.layers.residuals.base import ResidualConnection
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.norms import Norm, apply_norm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
+from x_transformers.routing.base import RoutingRecord
 
 
 class SublayerOutput(NamedTuple):
@@ -36,14 +37,14 @@ class SublayerOutput(NamedTuple):
         stream: the residual stream after it.
         branch_input: the input that the residual connection read from the stream.
         memory_input: the source of keys and values, before the norm: the next segment's recurrent memory.
-        record: the record of an attention, if one was requested.
+        record: the record of an attention or of a router, if one was requested.
         carry: values for later sublayers.
     """
 
     stream: Tensor
     branch_input: Tensor
     memory_input: Tensor
-    record: Intermediates | None
+    record: Intermediates | RoutingRecord | None
     carry: Carry
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
+Built = TypeVar("Built")
 State = dict[str, Tensor]
 """Running states by name, `(b, ...)`; None before the first token."""
 
@@ -275,6 +276,20 @@ def arguments_of(mixer: type[Mixer]) -> list[str]:
     """Return the names of the arguments of a mixer, besides the width of the model."""
     names = list(inspect.signature(mixer.__init__).parameters)
     return [name for name in names if name not in ("self", "dim")]
+
+
+def shows_fields_of(options: type[Any]) -> Callable[[type[Built]], type[Built]]:
+    """Return a decorator of mixers: names the fields of a dataclass that their constructors take by `**`."""
+
+    def shown_by(mixer: type[Built]) -> type[Built]:
+        first, *given = inspect.signature(mixer.__init__).parameters.values()
+        own = [each for each in given if each.kind is not each.VAR_KEYWORD]
+        own += inspect.signature(options).parameters.values()
+        mixer.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        mixer.__init__.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]
+        return mixer
+
+    return shown_by
 
 
 def divided(width: int, parts: int, words: str) -> int:

@@ -18,9 +18,11 @@ from x_transformers.mixers import (
     convolution,
     delta_rule,
     gated_linear_attention,
+    h3,
     hyena,
     identity,
     linear_attention,
+    lmu,
     mamba,
     mamba2,
     mlstm,
@@ -28,6 +30,8 @@ from x_transformers.mixers import (
     retention,
     rglru,
     rwkv4,
+    spectral,
+    titans,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.mixers.parts import MixerGain
@@ -43,9 +47,11 @@ class SharedOptions:
     expand: float | None = opt(None, "inner width over that of the model")
     state: int | None = opt(None, "states of each inner channel")
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
-    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    chunk: int | None = opt(
+        None, "tokens that a recurrence computes at once; changes rounding only, but for titans and atlas"
+    )
     gate: bool | None = opt(None, "gate the output")
-    window: int | None = opt(None, "tokens of the window of a pooling")
+    window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
@@ -91,8 +97,12 @@ PAPERS = (
     rwkv4.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    titans.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
+    h3.FEATURE,
+    lmu.FEATURE,
+    spectral.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -231,14 +241,14 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
     name = mixer.name
     require(not (causal and both), "`bidirectional` would let a token see the future; drop it, or use an Encoder.")
     require(
-        not (causal and grid),
-        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
-        "Encoder.",
-    )
-    require(
         mixer.has_causal_form or not causal,
         f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
         "or take hyena.",
+    )
+    require(
+        not (causal and grid),
+        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
+        "Encoder.",
     )
     require(
         causal or both or mixer.has_whole_form,
@@ -254,7 +264,7 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
 def begin_output(mixer: Mixer, zero: bool, depth: int | None) -> None:
     """Initialize the output map of a mixer, if it has one and one of the two is given."""
     last = getattr(mixer, "to_out", None)
-    if not isinstance(last, nn.Linear):
+    if not (mixer.has_output_map and isinstance(last, nn.Linear)):
         return
     if zero:
         for parameter in last.parameters():

@@ -83,6 +83,35 @@ def last_live(whole: Tensor, row: Row, n: int, past: int) -> Tensor:
     return last.to(state_dtype(whole)).contiguous()
 
 
+def joined(x: Tensor, past: Tensor | None, places: int) -> Tensor:
+    """Return inputs after those of the past, `(b, places + n, c)`, of which there are none before the first token.
+
+    Args:
+        x: `(b, c, n)`.
+        past: `(b, c, places)`, or None.
+        places: number of places of the past.
+    """
+    return (F.pad(x, (places, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=-1)).mT
+
+
+def moved(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """Move the tokens of each row to the right, with zeros where none is.
+
+    Args:
+        x: `(b, ..., n)`.
+        places: `(b, 1)`, by how many.
+        length: number of tokens of the result.
+
+    Returns:
+        `(b, ..., length)`.
+    """
+    n = x.shape[-1]
+    index = torch.arange(length, device=x.device) - places
+    shape = (x.shape[0], *(1 for _ in x.shape[1:-1]), length)
+    inside = ((index >= 0) & (index < n)).view(shape)
+    return x.gather(-1, index.clamp(0, n - 1).view(shape).expand(*x.shape[:-1], length)) * inside
+
+
 class MixerGain(nn.Module):
     """Abstract base class of norms with a gain, which is `1 + gamma`, or `gamma` without `unit_offset`.
 
