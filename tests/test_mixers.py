@@ -12,6 +12,7 @@ from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.mixers.base import Mixer
 from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
+from x_transformers.mixers.parts import MixerGain
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
@@ -20,6 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gated_delta": {"mixer_chunk": 4},
     "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
@@ -34,7 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Forms of mixers that compute something else than their defaults."""
 
-EACH = pytest.mark.parametrize("name", [*MIXERS, *FORMS])
+CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
+EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
+LAYERNORM = {"mixer_norm": "layernorm"}
 LIVE = torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9, [1] * 7 + [0] * 5, [0, 1, 1, 0] * 3, [0] * 12], dtype=torch.bool)
 """All tokens, left padding, right padding, holes, and a row of which nothing is live."""
 
@@ -97,7 +101,7 @@ def test_large_inputs_of_long_rows_stay_finite(name: str) -> None:
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "identity"])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "identity"])
 def test_states_of_another_shape_are_refused(name: str) -> None:
     mixer, x = built(name), torch.randn(2, 3, 16, dtype=torch.float64)
     _, state = mixer(x)
@@ -106,7 +110,7 @@ def test_states_of_another_shape_are_refused(name: str) -> None:
             mixer(x, state=wrong)
 
 
-@EACH
+@pytest.mark.parametrize("name", CAUSAL)
 def test_states_have_names_of_their_own(name: str) -> None:
     """Within a sublayer those of its mixer, of the token shift, and of the residual connection differ."""
     common = {"dim": 16, "depth": 1, "heads": 4, "mixer": name, "shift_tokens": 1, **SIZES.get(name, {})}
@@ -135,7 +139,7 @@ def test_the_other_direction() -> None:
         close(both[row, live], (forth + back.flip(1))[0])
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_whole_form])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_whole_form])
 @torch.no_grad()
 def test_whole_rows(name: str) -> None:
     """In an Encoder rows with padding equal rows by themselves, and tokens read later ones."""
@@ -152,7 +156,7 @@ def test_whole_rows(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
 @torch.no_grad()
 def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
-    more = {"mixer_inner_norm": True} if name == "mamba" else {}
+    more = {"mamba": {"mixer_inner_norm": True}, "linear": LAYERNORM, "transnormer": LAYERNORM}.get(name, {})
     plain, whole = built(name, **more), built(name, mixer_norm_unit_offset=False, **more)
     state, x = plain.state_dict(), torch.randn(2, 12, 16, dtype=torch.float64)
     gains = [key for key in state if key.endswith("gamma")]
@@ -161,6 +165,12 @@ def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     close(whole(x)[0], plain(x)[0])
     again = Decoder(dim=16, depth=1, heads=4, mixer=name, mixer_norm_unit_offset=False, **SIZES.get(name, {}), **more)
     assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_mixers_that_contain_gains_say_so(name: str) -> None:
+    found = any(isinstance(module, MixerGain) for module in built(name).modules())
+    assert class_of(name).has_gains or not found
 
 
 def test_gains_of_norms_that_are_not_there() -> None:
@@ -333,7 +343,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans", "atlas")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    atlas,
     convolution,
     delta_rule,
     gated_linear_attention,
@@ -31,6 +32,7 @@ from x_transformers.mixers import (
     rglru,
     rwkv4,
     rwkv7,
+    spectral,
     titans,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
@@ -99,10 +101,12 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     titans.FEATURE,
+    atlas.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
     h3.FEATURE,
     lmu.FEATURE,
+    spectral.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -244,14 +248,14 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
     name = mixer.name
     require(not (causal and both), "`bidirectional` would let a token see the future; drop it, or use an Encoder.")
     require(
-        not (causal and grid),
-        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
-        "Encoder.",
-    )
-    require(
         mixer.has_causal_form or not causal,
         f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
         "or take hyena.",
+    )
+    require(
+        not (causal and grid),
+        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
+        "Encoder.",
     )
     require(
         causal or both or mixer.has_whole_form,
