@@ -19,6 +19,7 @@ from x_transformers.recurrences import naive
 from x_transformers.recurrences.convolution import long_convolution, long_convolution_2d
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.loop import loop
 from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
@@ -32,8 +33,7 @@ Case = dict[str, Tensor]
 NAMES = """
     layer-activator layer-fsmn layer-mossformer-rotary layer-mossformer layer-prepbn
     layer-shallow-causal layer-shallow layer-slab
-    op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
-    op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
+    op-log-linear-16 op-log-linear-19 op-mossformer-causal op-rwkv6 op-sparse-state
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
@@ -207,6 +207,21 @@ def of_rank_one(case: Case) -> Operator:
     return rank_one, naive.rank_one, [q, *(case[f"input.{name}"] for name in names)]
 
 
+def of_cell(case: Case) -> Operator:
+    """Inputs with their biases; that of the candidate of a GRU is a bias only."""
+    name, x = CELL_OF[case["input.x"].shape[2], case["output"].shape[2]], case["input.x"]
+    x = F.pad(x, (0, 0, 0, 0, case["input.bias"].shape[0] - x.shape[2], 0)) + case["input.bias"]
+
+    def twin(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        return naive.loop(*given, cell=name)  # type: ignore[arg-type]
+
+    return lambda *given: loop(name, *given), twin, [x, case["input.recurrent"], None, None]
+
+
+CELL_OF = {(1, 1): "elman", (3, 1): "gru", (4, 2): "lstm", (4, 4): "slstm"}
+"""Networks by the numbers of their gates and states."""
+
+
 def of_scan(case: Case) -> Operator:
     return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
 
@@ -288,6 +303,7 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-vector-delta": of_delta,
     "op-delta-product": of_products,
     "op-diagonal-plus-rank-one": of_rank_one,
+    **dict.fromkeys(("op-elman", "op-gru", "op-lstm", "op-slstm"), of_cell),
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,

@@ -343,7 +343,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans", "atlas")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "rwkv7", "slstm", "hyena", "h3", "lmu", "titans", "atlas")
 
 
 @pytest.mark.slow
