@@ -38,19 +38,23 @@ def sums_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (linear, naive.linear),
+    "linear by feature": (linear, naive.linear),
     "delta": (delta, naive.delta),
+    "delta by feature": (delta, naive.delta),
     "stabilized": (sums_of(stabilized), sums_of(naive.stabilized)),
 }
 
 
 def arguments(name: str, length: int, grad: bool) -> list[Tensor | None]:
-    """Return the arguments of an operation for one row, with a decay for each head."""
+    """Return the arguments of an operation for one row, with a decay for each head, or for each key feature."""
     width = DIM // HEADS
     q, k, v = (torch.randn(1, HEADS, length, width) for _ in range(3))
     k = k / k.norm(dim=-1, keepdim=True)
     beta, g = torch.rand(1, HEADS, length), -0.1 * torch.rand(1, HEADS, length)
+    if name.endswith("by feature"):
+        g = -0.1 * torch.rand(1, HEADS, length, width)
     # the delta rule has its beta there, and exponential gates have theirs
-    given = [q, k, v, *(() if name == "linear" else (beta,)), g]
+    given = [q, k, v, *(() if name.startswith("linear") else (beta,)), g]
     return [t.requires_grad_(grad) for t in given]
 
 

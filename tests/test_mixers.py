@@ -12,6 +12,7 @@ from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.mixers.base import Mixer
 from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
+from x_transformers.mixers.parts import MixerGain
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
@@ -19,6 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
     "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
@@ -40,6 +42,7 @@ NEAR = ("identity", "pooling", "conv", "fsmn")
 
 CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
 EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
+LAYERNORM = {"mixer_norm": "layernorm"}
 LIVE = torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9, [1] * 7 + [0] * 5, [0, 1, 1, 0] * 3, [0] * 12], dtype=torch.bool)
 """All tokens, left padding, right padding, holes, and a row of which nothing is live."""
 
@@ -157,7 +160,7 @@ def test_whole_rows(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
 @torch.no_grad()
 def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
-    more = {"mixer_inner_norm": True} if name == "mamba" else {}
+    more = {"mamba": {"mixer_inner_norm": True}, "linear": LAYERNORM, "transnormer": LAYERNORM}.get(name, {})
     plain, whole = built(name, **more), built(name, mixer_norm_unit_offset=False, **more)
     state, x = plain.state_dict(), torch.randn(2, 12, 16, dtype=torch.float64)
     gains = [key for key in state if key.endswith("gamma")]
@@ -166,6 +169,12 @@ def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     close(whole(x)[0], plain(x)[0])
     again = Decoder(dim=16, depth=1, heads=4, mixer=name, mixer_norm_unit_offset=False, **SIZES.get(name, {}), **more)
     assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
+
+
+@EACH
+def test_mixers_that_contain_gains_say_so(name: str) -> None:
+    found = any(isinstance(module, MixerGain) for module in built(name).modules())
+    assert class_of(name).has_gains or not found
 
 
 def test_gains_of_norms_that_are_not_there() -> None:
@@ -338,7 +347,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "mossformer", "titans")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "mossformer", "titans", "atlas")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ class GatedLinearAttention(Mixer):
         rank: of the map to the decays.
         gate_scale: what logarithms of decays are divided by; a larger one remembers longer.
         norm_eps: of the norm.
-        chunk: tokens that are computed at once; more than 16 are computed 16 at a time.
+        chunk: tokens that are computed at once; more than 32 are computed 32 at a time.
     """
 
     name = "gla"
