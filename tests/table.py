@@ -109,6 +109,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
     },
+    "mixer_group": {
+        "layer_period": "am",
+        "mixer": "mossformer",
+        "mixer_group": 3,
+        "mixer_dim_key": 4,
+        "mixer_rotary_dim": 2,
+        "mixer_conv": 3,
+    },
+    "mixer_taps": {"layer_period": "ma", "mixer": "fsmn", "mixer_taps": 3},
     "mixer_omega_window": {
         "layer_period": "ma",
         "mixer": "atlas",

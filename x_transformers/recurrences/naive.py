@@ -171,3 +171,18 @@ def long_convolution_2d(x: Tensor, taps: Tensor) -> Tensor:
         for s in range(min(width, taps.shape[-1])):
             out[..., r:, s:] += taps[..., r : r + 1, s : s + 1] * x[..., : height - r, : width - s]
     return out
+
+
+def grouped(
+    near: Tensor, far: Tensor, near_keys: Tensor, far_keys: Tensor, values: Tensor, size: int, causal: bool
+) -> Tensor:
+    """Compute attention in two ranges; see `recurrences.groups`."""
+    out, n = [], values.shape[1]
+    for t in range(n):
+        first = t // size * size
+        last = t + 1 if causal else min(first + size, n)
+        weights = F.relu(near[:, t : t + 1] @ near_keys[:, first:last].mT / size).square()
+        read, length = (first, size) if causal else (n, n)
+        distant = far[:, t : t + 1] @ far_keys[:, :read].mT / length
+        out.append(weights @ values[:, first:last] + distant @ values[:, :read])
+    return torch.cat(out, dim=1) if out else torch.empty_like(values)
