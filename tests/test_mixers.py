@@ -166,7 +166,7 @@ def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
 
 
-@EACH
+@pytest.mark.parametrize("name", CAUSAL)
 def test_mixers_that_contain_gains_say_so(name: str) -> None:
     found = any(isinstance(module, MixerGain) for module in built(name).modules())
     assert class_of(name).has_gains or not found
