@@ -87,8 +87,8 @@ def _checked(fn: nn.Module, experts: int) -> FeedForward:
         )
     if fn.norm is not None or isinstance(fn.activation, SoLU):
         raise ConfigError(
-            "`ff_post_act_ln` and `ff_solu` normalize over all hidden units of a feedforward, which no expert sees; such "
-            "a model cannot be cut."
+            "`ff_post_act_ln` and `ff_solu` normalize over all hidden units of a feedforward, which no expert sees; "
+            "such a model cannot be cut."
         )
     return fn
 

@@ -108,10 +108,12 @@ def loop(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor
     """Apply the maps to the rows of one expert after the other."""
     out, start = x.new_empty(x.shape[0], weight.shape[1]), 0
     for expert, end in enumerate(ends.tolist()):
-        if end > start and bias is None:
-            torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
-        elif end > start:
-            torch.addmm(bias[expert], x[start:end], weight[expert].t(), out=out[start:end])
+        if end > start:
+            rows, matrix, into = x[start:end], weight[expert].t(), out[start:end]
+            if bias is None:
+                torch.mm(rows, matrix, out=into)
+            else:
+                torch.addmm(bias[expert], rows, matrix, out=into)
         start = end
     return out
 
