@@ -208,6 +208,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
     # scores and weights
     "attn_max_attend_past": {"attn_max_attend_past": 4},
+    "attn_max_attend_future": {"attn_max_attend_future": 3},
     "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
     "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
     "attn_post_talking_heads": {"attn_post_talking_heads": ON},
@@ -438,9 +439,10 @@ ELSEWHERE = {
 }
 """Keywords of a causal decoder without a row, and why."""
 
+NO_FUTURE = "causal attention sees no future"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {},
+    "decoder": {"attn_max_attend_future": NO_FUTURE},
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -456,7 +458,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
     },
-    "cross": {},
+    "cross": {"attn_max_attend_future": NO_FUTURE},
 }
 """Rows that a kind of stack refuses by themselves, and why."""
 
