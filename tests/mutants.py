@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a shift forgets the cached tokens",
-        r'layer\.states\.get\("shift"\)',
+        r'layer\.states\.get\("token_shift"\)',
         "None",
         DECODING,
         "layers/branches/*.py",

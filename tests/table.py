@@ -45,6 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_chunk": 4,
         "mixer_dropout": 0.1,
     },
+    "mixer_vector_decay": {
+        "layer_period": "ma",
+        "mixer": "gated_delta",
+        "mixer_dim_key": 4,
+        "mixer_vector_decay": ON,
+        "mixer_rank": 3,
+    },
     "mixer_groups": {
         "layer_period": "ma",
         "mixer": "mamba2",
@@ -52,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_state": 4,
         "mixer_groups": 2,
         "mixer_norm_eps": 0.01,
+        "mixer_norm_unit_offset": False,
     },
     "mixer_inner_norm": {
         "layer_period": "ma",
@@ -80,6 +88,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_output_proj_depth": 2,
     },
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
+    "mixer_shift": {"layer_period": "am", "mixer": "h3", "mixer_head": 2, "mixer_state": 4, "mixer_shift": 3},
+    "mixer_channels": {"layer_period": "am", "mixer": "lmu", "mixer_channels": 3, "mixer_state": 5, "mixer_window": 4},
+    "mixer_memory_depth": {
+        "layer_period": "ma",
+        "mixer": "titans",
+        "mixer_chunk": 4,
+        "mixer_memory_depth": 2,
+        "mixer_memory_expand": 1.5,
+        "mixer_memory_residual": ON,
+    },
+    "mixer_memory_read": {
+        "layer_period": "am",
+        "mixer": "titans",
+        "mixer_chunk": 3,
+        "mixer_memory_read": "before",
+        "mixer_rate": "outside",
+        "mixer_loss_scale": 0.2,
+        "mixer_qk_norm": "unit",
+        "mixer_muon_steps": 2,
+    },
+    "mixer_filter_len": {
+        "layer_period": "ma",
+        "mixer": "hyena",
+        "mixer_order": 3,
+        "mixer_filter_len": 128,
+        "mixer_filter_dim": 8,
+        "mixer_filter_bands": 2,
+        "mixer_filter_frequency": 4.0,
+    },
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
     "parallel_block": {"parallel_block": ON},
@@ -270,6 +307,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
+    "ff_rwkv": {"ff_rwkv": ON},
+    # experts
+    "ff_experts": {"ff_experts": 4, "ff_experts_topk": 2},
+    "ff_shared_mult": {"ff_experts": 4, "ff_shared_mult": 0.5, "ff_shared_gate": ON},
+    "ff_router": {
+        "ff_experts": 4,
+        "ff_router": "sigmoid",
+        "ff_router_bias": ON,
+        "ff_router_scale": 2.0,
+        "ff_router_normalize": False,
+    },
+    "ff_router_keys": {"ff_experts": 4, "ff_router": "keys"},
+    "ff_router_groups": {
+        "ff_experts": 6,
+        "ff_router_groups": 3,
+        "ff_router_groups_topk": 2,
+        "ff_balance_bias": ON,
+    },
+    "ff_expert_dropout": {"ff_experts": 4, "ff_experts_topk": 2, "ff_expert_dropout": 0.2},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -418,6 +474,10 @@ ELSEWHERE = {
     "max_seq_len": "every model of the tests has one",
     "attn_layers": "every model of the tests has one",
     "return_only_embed": "a model without logits cannot generate; `tests/test_units.py`",
+    "ff_balance_loss_weight": "of a loss that training adds; `tests/properties/test_aux_losses.py`",
+    "ff_balance_loss_per_row": "of `ff_balance_loss_weight`",
+    "ff_router_z_loss_weight": "of a loss that training adds; `tests/properties/test_aux_losses.py`",
+    "ff_router_entropy_weight": "of a loss that training adds; `tests/test_experts.py`",
     "attn_z_loss_weight": "of a loss that a pass returns on request; `tests/test_units.py`",
     "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
     "token_emb": "a module instead of the table; `tests/test_units.py`",
@@ -452,11 +512,16 @@ NOT_IN: dict[str, dict[str, str]] = {
         "memory_tokens_interspersed_every": "needs a causal stack",
         "mixer": "reads from left to right",
         "mixer_products": "reads from left to right",
+        "mixer_vector_decay": "reads from left to right",
         "mixer_groups": "reads from left to right",
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
+        "mixer_shift": "reads from left to right",
+        "mixer_channels": "reads from left to right",
+        "mixer_memory_depth": "reads from left to right",
+        "mixer_memory_read": "reads from left to right",
     },
     "cross": {"attn_max_attend_future": NO_FUTURE},
 }
@@ -512,6 +577,11 @@ REFUSED: dict[str, str] = {
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "ff_rwkv": (
+        "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
+        "ff_activation ff_custom_activation ff_post_act_ln "
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+    ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
         "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "

@@ -2,16 +2,23 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import re
 import shutil
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import ModuleType
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import torch
+
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.checkpoints.files import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,3 +208,42 @@ def test_the_command_line(
     shown = " ".join("".join(capsys.readouterr()).split())
     for each in words:
         assert each in shown
+
+
+@pytest.mark.parametrize("example", ["serve"], indirect=True)
+def test_a_server_continues_texts_and_refuses_requests_in_words(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example.Handler, "log_message", lambda *_: None)
+    decoder = Decoder(dim=16, depth=1, heads=2, rotary_pos_emb=True)
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=256, max_seq_len=32, attn_layers=decoder)).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    with example.Server(tmp_path / "model.safetensors", ("127.0.0.1", 0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+
+        def ask(**request: object) -> tuple[int, str]:
+            try:
+                with urlopen(address, data=json.dumps(request).encode()) as answer:
+                    return answer.status, answer.read().decode()
+            except HTTPError as error:
+                return error.code, error.read().decode()
+
+        greedy = {"length": 6, "temperature": 0.0}
+        status, body = ask(prompts=["def ", "x"], **greedy)
+        rows = model.generate([list(b"def "), list(b"x")], 6, temperature=0.0)
+        assert status == 200
+        assert json.loads(body)["texts"] == [bytes(row.tolist()).decode(errors="replace") for row in rows]
+
+        status, body = ask(prompts=["def "], stream=True, **greedy)
+        assert (status, body) == (200, "def " + bytes(rows[0].tolist()).decode(errors="replace"))
+
+        for refused, words in (
+            ({"prompts": []}, "list of texts"),
+            ({"prompts": [""], "stream": True}, "list of texts"),
+            ({"prompts": ["a"], "length": "x"}, "a whole number"),
+        ):
+            status, body = ask(**refused)
+            assert status == 400
+            assert words in json.loads(body)["error"]
+        server.shutdown()

@@ -16,6 +16,7 @@ from x_transformers.errors import ConfigError
 from x_transformers.mixers.catalog import MIXERS
 from x_transformers.mixers.linear_attention import HedgehogMap
 from x_transformers.recurrences import naive
+from x_transformers.recurrences.convolution import long_convolution, long_convolution_2d
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
 from x_transformers.recurrences.scan import scan
@@ -23,21 +24,23 @@ from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
 FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
+LESS_CLOSE = {"layer-hyena": 5e-5}
+"""Sines of sines enlarge the rounding of positions."""
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-atlas-muon layer-fsmn layer-h3-1 layer-h3-4 layer-hyena layer-lmu
-    layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rwkv4-channel layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow
-    layer-slab layer-spectral layer-titans-deep layer-titans-residual layer-titans
-    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-long-convolution-2d
-    op-long-convolution op-lstm op-mossformer-causal op-rwkv6 op-slstm
-    op-sparse-state
+    layer-activator layer-atlas-muon layer-fsmn layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
+    layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow layer-slab
+    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
+    op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
 
-LAYERS = sorted(path.stem for path in FOLDER.glob("layer-*.safetensors") if path.stem not in LATER)
+FEEDFORWARDS = {"layer-rwkv4-channel"}
+"""Cases in `tests/test_channel_mix.py`."""
+
+LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - FEEDFORWARDS)
 
 
 def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, dict[str, str]]:
@@ -54,7 +57,7 @@ def agree(mine: Tensor, theirs: Tensor, close: float = CLOSE) -> None:
 
 
 def test_every_case_is_tested_or_later() -> None:
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | set(LAYERS) | set(OPERATORS)
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | FEEDFORWARDS | set(LAYERS) | set(OPERATORS)
 
 
 def test_what_is_later_is_refused() -> None:
@@ -83,15 +86,15 @@ def test_layers(name: str) -> None:
         for row, own in enumerate(live):
             agree(out[row, own], case[f"output.{row}"][0])
         return
-    out = mixer(x, causal=causal)[0]
-    agree(out, case["output"])
+    out, close = mixer(x, causal=causal)[0], LESS_CLOSE.get(name, CLOSE)
+    agree(out, case["output"], close)
     if causal:
         n = x.shape[1]
         state, parts = None, []
         for piece in (slice(0, 5), slice(5, 6), slice(6, n)):
             y, state = mixer(x[:, piece], state=state)
             parts.append(y)
-        agree(torch.cat(parts, dim=1), case["output"])
+        agree(torch.cat(parts, dim=1), case["output"], close)
 
 
 # Operators: each returns the function and its arguments, as the spec of the case has them.
@@ -232,6 +235,18 @@ def of_fading_mean(case: Case) -> Operator:
     return weighted_mean, naive.weighted_mean, [v, k, decay, case["input.bonus"], state]
 
 
+def of_convolution(case: Case) -> Operator:
+    """Convolutions have no state of their own: the past that they read is that of the caller."""
+
+    def read(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda *given: (run(*given), torch.zeros(0))
+
+    arguments = [case["input.x"], case["input.filter"]]
+    if "input.skip" in case:
+        return read(long_convolution), read(naive.long_convolution), [*arguments, case["input.skip"]]
+    return read(long_convolution_2d), read(naive.long_convolution_2d), arguments  # type: ignore[return-value]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -247,6 +262,8 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
     "op-rwkv4": of_fading_mean,
+    "op-long-convolution": of_convolution,
+    "op-long-convolution-2d": of_convolution,
 }
 
 
@@ -262,4 +279,20 @@ def test_operators(name: str) -> None:
     case, _ = read(name, torch.float64)
     function, twin, arguments = OPERATORS[name](case)
     for mine, theirs in zip(function(*arguments), twin(*arguments), strict=True):
-        agree(mine, theirs, EXACT)
+        if mine.numel():
+            agree(mine, theirs, EXACT)
+
+
+def test_filters_of_hyena() -> None:
+    case, metadata = read("layer-hyena")
+    mixer = Decoder(dim=16, depth=1, only_attn=True, verbose=False, **json.loads(metadata["keywords"])).layers[0].mixer
+    mixer.load_state_dict({key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")})
+    agree(mixer.filter(19)[0], case["output.filters"], LESS_CLOSE["layer-hyena"])
+    agree(mixer.filter.positions, case["output.positions"])
+
+
+def test_matrices_of_legendre_memories() -> None:
+    case, metadata = read("layer-lmu")
+    memory = Decoder(dim=16, depth=1, verbose=False, **json.loads(metadata["keywords"])).layers[0].mixer.memory
+    agree(memory.a, case["output.memory_a"])
+    agree(memory.b.unsqueeze(-1), case["output.memory_b"])

@@ -27,7 +27,7 @@ from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.losses import mean_over, plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.chunked_loss import chunked_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_hides_future, check_predicts
@@ -179,7 +179,8 @@ class AutoregressiveWrapper(SavesFolders):
         model = unwrapped(self.net)
         if model.looped and not return_outputs:
             kwargs.setdefault("capture", Capture())
-        out = self.net(
+        out, aux = run_with_aux_loss(
+            self.net,
             shown,
             prepend_embeds=prepend_embeds,
             return_intermediates=return_outputs or model.looped,
@@ -207,6 +208,7 @@ class AutoregressiveWrapper(SavesFolders):
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
+        loss = plus_aux_loss(loss, aux)
         loss = reaching(loss, model.attn_pool, model.to_next_embed_pred if predicted is None else None, model.exit_gate)
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 

@@ -228,12 +228,16 @@ class Capture:
         memories: the source of the next segment's recurrent memory.
         on_demand: scores are computed when somebody reads them, so that a pass whose caller needs only the cache runs
             the fastest kernel and has no memory for all pairs. A compiled graph records them at once.
+        losses: auxiliary losses, and the loads of experts.
+        routing: choices of all routers, token by token.
     """
 
     scores: bool = False
     hiddens: bool = False
     memories: bool = False
     on_demand: bool = False
+    losses: bool = False
+    routing: bool = False
 
 
 @dataclass(eq=False)
@@ -453,7 +457,8 @@ class BranchOutput(NamedTuple):
 
     Attributes:
         out: `(b, n, D)` the output, to be added to the residual stream.
-        record: the `Intermediates` of an attention, if scores or a cache were requested.
+        record: the `Intermediates` of an attention, if scores or a cache were requested; the `RoutingRecord` of
+            experts, if losses or choices were.
         carry: values for later sublayers.
     """
 

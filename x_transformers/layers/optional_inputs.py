@@ -79,8 +79,11 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     """
     capture = inputs.capture
     if capture is None:
-        scores = inputs.return_hiddens and inputs.cache is None and stack.may_show_scores()
-        capture = Capture(scores=scores, hiddens=inputs.return_hiddens, on_demand=scores)
+        whole = inputs.return_hiddens and inputs.cache is None
+        scores = whole and stack.may_show_scores()
+        capture = Capture(scores, inputs.return_hiddens, on_demand=scores, losses=whole, routing=whole)
+    if inputs.return_aux_loss and not capture.losses:
+        capture = replace(capture, losses=True)
     if inputs.return_gumbel_log_probs:
         if not stack.may_show_scores():
             raise InputError("log-probabilities need scores, but `attn_flash = True` keeps none; leave it at None.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     if kv is not None or (inputs.return_hiddens and causal and stack.can_cache_kv and inputs.documents is None):
         kv = begin_cache(stack, inputs, kv)
     capture = NO_CAPTURE if inputs.capture is None else inputs.capture
-    if inputs.return_gumbel_log_probs or (inputs.return_hiddens and inputs.capture is None):
+    asks = inputs.return_gumbel_log_probs or inputs.return_aux_loss
+    if asks or (inputs.return_hiddens and inputs.capture is None):
         capture = requested(stack, inputs)
     hides = not (inputs.mask is inputs.self_attn_kv_mask is inputs.seq_start_pos is inputs.places is None)
     if kv is inputs.pos is inputs.documents is None and not hides:
@@ -229,9 +231,14 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             output = compiled(branch, x, layer)
         if branch.running:
             recorder.add_states(layer.states, branch.running)
-        if output.record is not None:
-            output.record.layer_index = step.layer
-            recorder.records.append(output.record)
+        record: Any = output.record
+        if record is not None:
+            record.layer_index = step.layer
+            if kind.is_feedforward:
+                record.step = step.number
+                recorder.routing.append(record)
+            else:
+                recorder.records.append(record)
         if recorder.keeps_states:
             recorder.add(step, x, output)
         x, carry = output.stream, output.carry

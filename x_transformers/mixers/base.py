@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
+Built = TypeVar("Built")
 State = dict[str, Tensor]
 """Running states by name, `(b, ...)`; None before the first token."""
 
@@ -29,10 +30,12 @@ class Row:
     Attributes:
         live: `(b, n)` bool, a prefix of ones in each row; None: all are live.
         causal: a token must not read later ones.
+        keeps_state: the state after these tokens will be read. Where it is no by-product, it may be left out otherwise.
     """
 
     live: Tensor | None
     causal: bool
+    keeps_state: bool = True
 
     def silence(self, t: Tensor) -> Tensor:
         """Set the features of dead tokens to zero.
@@ -86,6 +89,7 @@ class Mixer(Configured, BranchFunction):
     Attributes:
         has_causal_form: it can read from left to right, and keep a state.
         has_whole_form: it can read a whole row in both directions.
+        has_gains: it may contain norms with gains, each a `MixerGain`.
         state_shapes: shapes of the running states without the batch. They are complete after any pass.
         backward: a second mixer of this class that reads from right to left (`mixer_bidirectional`), or None.
         dropout: probability of dropout on the output.
@@ -94,6 +98,7 @@ class Mixer(Configured, BranchFunction):
     has_causal_form: ClassVar[bool] = True
     has_whole_form: ClassVar[bool] = False
     has_output_map: ClassVar[bool] = True
+    has_gains: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = True
     name: ClassVar[str]
 
@@ -113,7 +118,8 @@ class Mixer(Configured, BranchFunction):
             state: what earlier passes left; None before the first token, and in passes that are not causal.
 
         Returns:
-            `(b, n, D)` and the new states. Those of passes that are not causal are ignored.
+            `(b, n, D)` and the new states. Those of passes that are not causal are ignored, and so are those that
+            the row does not keep.
         """
         raise NotImplementedError
 
@@ -170,7 +176,7 @@ class Mixer(Configured, BranchFunction):
             return self.run(x, layer)
         self.check_causality(causal)
         self._check_state(state, x)
-        return self._mix_rows(x, mask, None if state is None else dict(state), causal)
+        return self._mix_rows(x, mask, None if state is None else dict(state), causal, causal)
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
         call, states, state = layer.call, layer.states, None
@@ -180,23 +186,26 @@ class Mixer(Configured, BranchFunction):
             held = {name: states.get(name) for name in self.state_shapes}
             state = {name: t for name, t in held.items() if t is not None} or None
             self._check_state(state, x)
-        out, state = self._mix_rows(x, call.token_mask, state, call.causal)
-        if states is not None and call.causal:
+        keeps_state = states is not None and call.causal
+        out, state = self._mix_rows(x, call.token_mask, state, call.causal, keeps_state)
+        if states is not None and keeps_state:
             for name, value in state.items():
                 states.put(name, value)
         return BranchOutput(out, None, layer.carry)
 
-    def _mix_rows(self, x: Tensor, mask: Tensor | None, state: State | None, causal: bool) -> tuple[Tensor, State]:
+    def _mix_rows(
+        self, x: Tensor, mask: Tensor | None, state: State | None, causal: bool, keeps_state: bool
+    ) -> tuple[Tensor, State]:
         """Move live tokens to the front of each row, mix, and move them back."""
         if mask is None or x.shape[1] == 1:
-            row = Row(mask, causal)
+            row = Row(mask, causal, keeps_state)
             out, state = self._both_directions(x, row, state)
             out = row.silence(out)
         else:
             # a stable sort keeps the order of tokens
             order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
             index = order.unsqueeze(-1).expand_as(x)
-            row = Row(mask.gather(1, order), causal)
+            row = Row(mask.gather(1, order), causal, keeps_state)
             mixed, state = self._both_directions(x.gather(1, index), row, state)
             mixed = row.silence(mixed)
             out = torch.zeros_like(mixed).scatter(1, index, mixed)
@@ -267,6 +276,20 @@ def arguments_of(mixer: type[Mixer]) -> list[str]:
     """Return the names of the arguments of a mixer, besides the width of the model."""
     names = list(inspect.signature(mixer.__init__).parameters)
     return [name for name in names if name not in ("self", "dim")]
+
+
+def shows_fields_of(options: type[Any]) -> Callable[[type[Built]], type[Built]]:
+    """Return a decorator of mixers: names the fields of a dataclass that their constructors take by `**`."""
+
+    def shown_by(mixer: type[Built]) -> type[Built]:
+        first, *given = inspect.signature(mixer.__init__).parameters.values()
+        own = [each for each in given if each.kind is not each.VAR_KEYWORD]
+        own += inspect.signature(options).parameters.values()
+        mixer.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        mixer.__init__.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]
+        return mixer
+
+    return shown_by
 
 
 def divided(width: int, parts: int, words: str) -> int:

@@ -37,6 +37,7 @@ class Mamba2(Mixer):
     """
 
     name = "mamba2"
+    has_gains = True
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State
 from x_transformers.mixers.costs import linear_cost
+from x_transformers.mixers.parts import MixerGain
 from x_transformers.ops import at_least_float32, merge_heads, softclamp, split_heads
 from x_transformers.options.schema import Feature, at_least, opt, positive
 from x_transformers.recurrences.base import CHUNK
@@ -36,6 +37,7 @@ class MLSTM(Mixer):
     """
 
     name = "mlstm"
+    has_gains = True
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class MLSTM(Mixer):
         return linear_cost(situation, tokens, self.heads, self.dim_key, self.dim_value + 1, self.chunk)
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(MixerGain):
     """LayerNorm of each head by itself, with a gain `1 + gamma` and without a bias.
 
     Args:
@@ -100,14 +102,14 @@ class HeadNorm(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.heads, self.eps = heads, eps
-        self.gamma = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(b, n, dim)`, at least in float32."""
         heads = at_least_float32(x).unflatten(-1, (self.heads, -1))
-        return F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2) * (1 + self.gamma)
+        unit = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
+        return unit * (1 + self.gamma if self.unit_offset else self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,54 @@ def last_live(whole: Tensor, row: Row, n: int, past: int) -> Tensor:
     return last.to(state_dtype(whole)).contiguous()
 
 
-class MixerNorm(nn.Module):
+def joined(x: Tensor, past: Tensor | None, places: int) -> Tensor:
+    """Return inputs after those of the past, `(b, places + n, c)`, of which there are none before the first token.
+
+    Args:
+        x: `(b, c, n)`.
+        past: `(b, c, places)`, or None.
+        places: number of places of the past.
+    """
+    return (F.pad(x, (places, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=-1)).mT
+
+
+def moved(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """Move the tokens of each row to the right, with zeros where none is.
+
+    Args:
+        x: `(b, ..., n)`.
+        places: `(b, 1)`, by how many.
+        length: number of tokens of the result.
+
+    Returns:
+        `(b, ..., length)`.
+    """
+    n = x.shape[-1]
+    index = torch.arange(length, device=x.device) - places
+    shape = (x.shape[0], *(1 for _ in x.shape[1:-1]), length)
+    inside = ((index >= 0) & (index < n)).view(shape)
+    return x.gather(-1, index.clamp(0, n - 1).view(shape).expand(*x.shape[:-1], length)) * inside
+
+
+class MixerGain(nn.Module):
+    """Abstract base class of norms with a gain, which is `1 + gamma`, or `gamma` without `unit_offset`.
+
+    Args:
+        dim: number of features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma, self.unit_offset = nn.Parameter(torch.zeros(dim)), True
+
+    @torch.no_grad()
+    def drop_unit_offset(self) -> None:
+        """Store the gain itself from now on."""
+        self.gamma += 1
+        self.unit_offset = False
+
+
+class MixerNorm(MixerGain):
     """RMSNorm over the last axis, in equal parts: `x / sqrt(mean(x^2) + eps) * (1 + gamma)`.
 
     Args:
@@ -93,13 +140,12 @@ class MixerNorm(nn.Module):
     """
 
     def __init__(self, dim: int, eps: float, parts: int = 1) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.eps, self.parts = eps, parts
-        self.gamma = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(..., dim)`, at least in float32."""
-        return rms(x, self.eps, self.parts) * (1 + self.gamma)
+        return rms(x, self.eps, self.parts) * (1 + self.gamma if self.unit_offset else self.gamma)
 
 
 def rms(x: Tensor, eps: float, parts: int = 1) -> Tensor:

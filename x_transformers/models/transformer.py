@@ -39,7 +39,7 @@ from x_transformers.models.heads import (
     each_head,
     next_embedding_head,
 )
-from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
+from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own, z_loss_weight
 from x_transformers.models.options.base import ModelOptions, check_size
 from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.models.options.reading import read_options, show_options
@@ -184,6 +184,7 @@ class TransformerWrapper(Model):
         *,
         logits_to_keep: int | None = None,
         capture: Capture | None = None,
+        return_aux_loss: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -210,6 +211,7 @@ class TransformerWrapper(Model):
             transform_block_inputs: of the stack; that of block 1 is applied to the token embeddings, unless
                 `transform_token_embeds` is given.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
+            return_aux_loss: return the intermediates too, with `aux_loss`, the losses of experts.
             seq_start_pos: `(b,)` number of tokens of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
             token_emb_kwargs, to_logits_kwargs: passed to modules that were given as `token_emb` and `to_logits`.
@@ -233,10 +235,7 @@ class TransformerWrapper(Model):
         """
         flags = return_embeddings, return_intermediates, return_embeddings_and_intermediates, excise_prepend_embeds
         check_own(flags, transform_token_embeds, token_emb_kwargs, to_logits_kwargs)
-        if not return_attn_z_loss:
-            attn_z_loss_weight = None
-        elif attn_z_loss_weight is None:
-            attn_z_loss_weight = self.attn_z_loss_weight
+        attn_z_loss_weight = z_loss_weight(self.attn_z_loss_weight, return_attn_z_loss, attn_z_loss_weight)
         if input_not_include_cache is None:
             input_not_include_cache = self.input_not_include_cache
         inputs = ModelInputs(
@@ -265,6 +264,7 @@ class TransformerWrapper(Model):
             return_mems=return_mems,
             return_attn=return_attn,
             z_loss_weight=attn_z_loss_weight,
+            return_aux_loss=return_aux_loss,
             capture=capture,
             logits_to_keep=logits_to_keep,
         )

@@ -18,7 +18,9 @@ from x_transformers.pretrained.families import (
     gpt_neox,
     gptj,
     granite,
+    jamba,
     llama,
+    mamba,
     mistral,
     mpt,
     olmo,
@@ -26,12 +28,16 @@ from x_transformers.pretrained.families import (
     phi,
     phi3,
     qwen,
+    qwen3_next,
+    recurrent_gemma,
+    rwkv,
     siglip,
     smollm,
     starcoder,
     t5,
     vit,
     whisper,
+    xlstm,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -54,7 +60,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(gpt_neox.read, gpt_neox.write, "GPTNeoXForCausalLM"),
     "gptj": Family(gptj.read, gptj.write, "GPTJForCausalLM"),
     "granite": Family(granite.read, granite.write, "GraniteForCausalLM"),
+    "jamba": Family(jamba.read, jamba.write, "JambaForCausalLM"),
     "llama": Family(llama.read, llama.write, "LlamaForCausalLM"),
+    "mamba": Family(mamba.read_mamba, mamba.write_mamba, "MambaForCausalLM"),
+    "mamba2": Family(mamba.read_mamba2, mamba.write_mamba2, "Mamba2ForCausalLM"),
     "mistral": Family(mistral.read, mistral.write, "MistralForCausalLM"),
     "mpt": Family(mpt.read, mpt.write, "MptForCausalLM"),
     "olmo2": Family(olmo.read, olmo.write, "Olmo2ForCausalLM"),
@@ -63,7 +72,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(phi3.read, phi3.write, "Phi3ForCausalLM"),
     "qwen2": Family(qwen.read_qwen2, qwen.write_qwen2, "Qwen2ForCausalLM"),
     "qwen3": Family(qwen.read_qwen3, qwen.write_qwen3, "Qwen3ForCausalLM"),
+    "qwen3_next": Family(qwen3_next.read, qwen3_next.write, "Qwen3NextForCausalLM"),
+    "recurrent_gemma": Family(recurrent_gemma.read, recurrent_gemma.write, "RecurrentGemmaForCausalLM"),
     "roberta": Family(bert.read_roberta),
+    "rwkv": Family(rwkv.read, rwkv.write, "RwkvForCausalLM"),
     "siglip_text_model": Family(siglip.read_text),
     "siglip_vision_model": Family(siglip.read_vision),
     "smollm3": Family(smollm.read, smollm.write, "SmolLM3ForCausalLM"),
@@ -72,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(vit.read_vit),
     "whisper": Family(whisper.read),
     "xlm-roberta": Family(bert.read_roberta),
+    "xlstm": Family(xlstm.read, xlstm.write, "xLSTMForCausalLM"),
 }
 
 TOWERS: dict[str, Mapping[str, Callable[[Settings], Outline]]] = {

@@ -126,3 +126,25 @@ def weighted_mean(
         old, new = (kept - unit).exp(), (written - unit).exp()
         numerator, denominator = old * numerator + new * v[:, t], old * denominator + new
     return torch.stack(out, dim=1) if out else torch.empty_like(v), torch.stack((numerator, denominator, top), dim=1)
+
+
+def long_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None, past: Tensor | None = None) -> Tensor:
+    """Compute `y_t = sum_{j < L} w_j x_{t - j} + skip x_t`; see `recurrences.convolution`."""
+    whole = x if past is None else torch.cat((past, x), dim=-1)
+    n, before, turned = x.shape[-1], whole.shape[-1] - x.shape[-1], taps.flip(-1)
+    out = []
+    for t in range(before, before + n):
+        read = min(t + 1, taps.shape[-1])
+        out.append((whole[..., t + 1 - read : t + 1] * turned[..., taps.shape[-1] - read :]).sum(dim=-1))
+    y = torch.stack(out, dim=-1) if out else (whole * taps[..., :1])[..., before:]
+    return y if skip is None else y + skip.unsqueeze(-1) * x
+
+
+def long_convolution_2d(x: Tensor, taps: Tensor) -> Tensor:
+    """Compute `y_{i, j} = sum_{r <= i, s <= j} w_{i - r, j - s} x_{r, s}`; see `recurrences.convolution`."""
+    height, width = x.shape[-2:]
+    out = torch.zeros_like(x * taps[..., :1, :1])
+    for r in range(min(height, taps.shape[-2])):
+        for s in range(min(width, taps.shape[-1])):
+            out[..., r:, s:] += taps[..., r : r + 1, s : s + 1] * x[..., : height - r, : width - s]
+    return out
