@@ -108,6 +108,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
     },
+    "mixer_omega_window": {
+        "layer_period": "ma",
+        "mixer": "atlas",
+        "mixer_chunk": 4,
+        "mixer_omega_window": 3,
+        "mixer_feature_degree": 3,
+        "mixer_muon_steps": 1,
+    },
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -523,6 +531,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_channels": "reads from left to right",
         "mixer_memory_depth": "reads from left to right",
         "mixer_memory_read": "reads from left to right",
+        "mixer_omega_window": "reads from left to right",
     },
     "cross": {"attn_max_attend_future": NO_FUTURE},
 }

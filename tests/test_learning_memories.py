@@ -12,6 +12,7 @@ from torch import Tensor
 
 from x_transformers import Decoder
 from x_transformers.errors import ConfigError
+from x_transformers.mixers.learning_memory import mean_square
 from x_transformers.mixers.titans import Titans
 from x_transformers.recurrences.memory import Held, Rates, memorize
 from x_transformers.recurrences.memory_rule import Memory, Rule, gradients, normalized, orthogonalized
@@ -153,12 +154,13 @@ def test_second_derivatives_of_what_is_recomputed() -> None:
             "`mixer_memory_residual` adds keys of width 4 to values of width 3; give `mixer_dim_key` and",
         ),
         ({"mixer_rate": "beside"}, "`mixer_rate`"),
+        ({"mixer": "atlas", "mixer_omega_window": 0}, "`mixer_omega_window` is 0"),
         ({"mixer_heads": 3}, "the width of the model is 16, which 3 does not divide"),
     ],
 )
 def test_refusals(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        Decoder(dim=16, depth=1, heads=4, mixer="titans", **options)
+        Decoder(**{"dim": 16, "depth": 1, "heads": 4, "mixer": "titans", **options})
     assert words in str(error.value)
 
 
@@ -184,3 +186,12 @@ def test_the_size_of_a_chunk_is_a_part_of_the_definition() -> None:
         outputs.append(stack(torch.linspace(-1, 1, 2 * 12 * 16).view(2, 12, 16)))
     torch.testing.assert_close(outputs[0][:, 0], outputs[1][:, 0])
     assert (outputs[0] - outputs[1])[:, 2:].abs().max() > 1e-4
+
+
+def test_typical_length_of_polynomials() -> None:
+    """The default scale of the loss depends on it: of one, two and three powers."""
+    z = torch.randn(1_000_000, dtype=torch.float64)
+    for degree in (1, 2, 3):
+        power = torch.stack([z**n for n in range(1, degree + 1)]).sum(dim=0)
+        assert mean_square(degree) == pytest.approx(power.square().mean().item(), rel=0.05)
+    assert [mean_square(degree) for degree in (1, 2, 3)] == [1, 4, 25]

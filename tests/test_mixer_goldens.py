@@ -29,8 +29,8 @@ LESS_CLOSE = {"layer-hyena": 5e-5}
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-atlas-muon layer-fsmn layer-mossformer-rotary layer-mossformer layer-omega layer-prepbn
-    layer-rwkv7-0 layer-rwkv7-1 layer-shallow-causal layer-shallow layer-slab
+    layer-activator layer-fsmn layer-mossformer-rotary layer-mossformer layer-prepbn layer-rwkv7-0 layer-rwkv7-1
+    layer-shallow-causal layer-shallow layer-slab
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
     op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
 """
@@ -39,6 +39,12 @@ LATER = set(NAMES.split())
 
 FEEDFORWARDS = {"layer-rwkv4-channel"}
 """Cases in `tests/test_channel_mix.py`."""
+
+OMITTED: dict[str, dict[str, Any]] = {
+    "layer-omega": {"mixer_muon_steps": 0},
+    "layer-atlas-muon": {"mixer_omega_window": 1, "mixer_feature_degree": 1},
+}
+"""Options that a case does without, and its keywords do not name."""
 
 LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - FEEDFORWARDS)
 
@@ -74,7 +80,7 @@ def test_what_is_later_is_refused() -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str) -> None:
     case, metadata = read(name)
-    keywords: dict[str, Any] = json.loads(metadata["keywords"])
+    keywords: dict[str, Any] = json.loads(metadata["keywords"]) | OMITTED.get(name, {})
     causal = keywords.pop("causal", "mixer_grid" not in keywords)
     x = case["input.x"]
     stack = (Decoder if causal else Encoder)(dim=x.shape[-1], depth=1, only_attn=True, verbose=False, **keywords)
@@ -95,6 +101,23 @@ def test_layers(name: str) -> None:
             y, state = mixer(x[:, piece], state=state)
             parts.append(y)
         agree(torch.cat(parts, dim=1), case["output"], close)
+
+
+@pytest.mark.parametrize("name", ["layer-titans", "layer-omega"])
+@torch.no_grad()
+def test_memories(name: str) -> None:
+    """The memory after the last token, and the rule whose chunks are single tokens."""
+    case, metadata = read(name)
+    keywords = json.loads(metadata["keywords"]) | OMITTED.get(name, {})
+    weights = {key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")}
+    for chunk in (keywords["mixer_chunk"], 1):
+        own = keywords | {"mixer_chunk": chunk}
+        mixer = Decoder(dim=16, depth=1, only_attn=True, verbose=False, **own).layers[0].mixer
+        mixer.load_state_dict(weights)
+        out, state = mixer(case["input.x"])
+        agree(out, case["output" if chunk > 1 else "output.online"])
+        if chunk > 1:
+            agree(state["memory"].unflatten(-1, (8, 8)).flatten(0, 1).mT, case["output.memory"])
 
 
 # Operators: each returns the function and its arguments, as the spec of the case has them.

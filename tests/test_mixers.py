@@ -20,6 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
@@ -165,7 +166,7 @@ def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
 
 
-@EACH
+@pytest.mark.parametrize("name", CAUSAL)
 def test_mixers_that_contain_gains_say_so(name: str) -> None:
     found = any(isinstance(module, MixerGain) for module in built(name).modules())
     assert class_of(name).has_gains or not found
@@ -341,7 +342,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans", "atlas")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    atlas,
     convolution,
     delta_rule,
     gated_linear_attention,
@@ -98,6 +99,7 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     titans.FEATURE,
+    atlas.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
     h3.FEATURE,

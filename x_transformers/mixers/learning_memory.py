@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -35,7 +36,8 @@ class Learning:
         memory_residual: `LN(M(k)) (1 + gamma) + k` instead of `M(k)`, with gamma a part of the memory.
         memory_read: whether tokens read "before" or "after" they write.
         rate: "inside" or "outside" of the momentum.
-        loss_scale: s; default 1/2 for keys of unit length, else `1 / (2 dim_key)`.
+        loss_scale: s; by default, a step at the rate 1 makes up for the whole error of a key of typical length, and is
+            a mean over the window.
         muon_steps: steps of Newton and Schulz that make each update orthogonal; 0 for none.
 
     Attributes:
@@ -79,7 +81,8 @@ class Learning:
             f"`memory_residual` adds keys of width {dim_key} to values of width {dim_value}; give `dim_key` and "
             "`dim_value` the same value.",
         )
-        scale = 0.5 if unit_keys else 0.5 / dim_key
+        length = largest_length(self.feature_degree) if unit_keys else dim_key * mean_square(self.feature_degree)
+        scale = 0.5 / (length * self.omega_window)
         return Rule(
             dim_key,
             dim_value,
@@ -91,6 +94,18 @@ class Learning:
             muon_steps=self.muon_steps,
             loss_scale=scale if self.loss_scale is None else self.loss_scale,
         )
+
+
+def mean_square(degree: int) -> float:
+    """Return the mean of `(z + z^2 + ... + z^degree)^2` over a normal distribution."""
+    powers = range(1, degree + 1)
+    # the mean of z^(2 n) is (2 n - 1)!!, that of odd powers is 0
+    return sum(math.prod(range(1, i + j, 2)) for i in powers for j in powers if (i + j) % 2 == 0)
+
+
+def largest_length(degree: int) -> float:
+    """Return a bound of `|k + k^2 + ... + k^degree|^2` for vectors k of unit length."""
+    return float(degree**2)
 
 
 class LearningMemory(Mixer):
