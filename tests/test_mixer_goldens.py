@@ -18,6 +18,7 @@ from x_transformers.mixers.linear_attention import HedgehogMap
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.convolution import long_convolution, long_convolution_2d
 from x_transformers.recurrences.delta import delta
+from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
 from x_transformers.recurrences.loop import loop
 from x_transformers.recurrences.rank_one import rank_one
@@ -28,12 +29,14 @@ FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
 LESS_CLOSE = {"layer-hyena": 5e-5}
 """Sines of sines enlarge the rounding of positions."""
+BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn"}
+"""Cases of passes over whole rows that are not of grids."""
+
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-fsmn layer-mossformer-rotary layer-mossformer layer-prepbn
-    layer-shallow-causal layer-shallow layer-slab
-    op-log-linear-16 op-log-linear-19 op-mossformer-causal op-rwkv6 op-sparse-state
+    layer-activator layer-prepbn layer-shallow-causal layer-shallow layer-slab op-log-linear-16
+    op-log-linear-19 op-rwkv6 op-sparse-state
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
@@ -82,7 +85,7 @@ def test_what_is_later_is_refused() -> None:
 def test_layers(name: str) -> None:
     case, metadata = read(name)
     keywords: dict[str, Any] = json.loads(metadata["keywords"]) | OMITTED.get(name, {})
-    causal = keywords.pop("causal", "mixer_grid" not in keywords)
+    causal = keywords.pop("causal", name not in BOTH_WAYS and "mixer_grid" not in keywords)
     x = case["input.x"]
     stack = (Decoder if causal else Encoder)(dim=x.shape[-1], depth=1, only_attn=True, verbose=False, **keywords)
     mixer = stack.layers[0].mixer
@@ -292,6 +295,21 @@ def of_convolution(case: Case) -> Operator:
     return read(long_convolution_2d), read(naive.long_convolution_2d), arguments  # type: ignore[return-value]
 
 
+def of_groups(case: Case) -> Operator:
+    size = int(read("op-mossformer-causal")[1]["group"])
+    features = [case[f"input.{name}"] for name in ("q_near", "q_far", "k_near", "k_far")]
+    values = torch.cat((case["input.v"], case["input.u"]), dim=-1)
+    case["output"] = torch.cat((case["output.v"], case["output.u"]), dim=-1)
+
+    def whole(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return left_to_right(Grouped(*given), size, None, None)[0], torch.zeros(0)
+
+    def twin(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return naive.grouped(*given, size, causal=True), torch.zeros(0)
+
+    return whole, twin, [*features, values]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -309,6 +327,7 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
     "op-rwkv4": of_fading_mean,
+    "op-mossformer-causal": of_groups,
     "op-long-convolution": of_convolution,
     "op-long-convolution-2d": of_convolution,
 }

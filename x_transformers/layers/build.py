@@ -58,7 +58,7 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         fn,
         _one(options, "residual", context) or plain_residual(context),
         reader=_one(options, "reader", context),
-        norm=norm(dim) if where.before else None,
+        norm=norm(dim) if where.before and (index > 0 or where.first) else None,
         shift=TokenShift(shift, dim, hides_future) if shift else None,
         output_norm=norm(dim) if where.output else None,
         stream_norm=norm(dim) if where.after else None,

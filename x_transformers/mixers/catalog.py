@@ -27,6 +27,7 @@ from x_transformers.mixers import (
     mamba,
     mamba2,
     mlstm,
+    mossformer,
     pooling,
     recurrent_networks,
     retention,
@@ -109,6 +110,7 @@ PAPERS = (
     h3.FEATURE,
     lmu.FEATURE,
     spectral.FEATURE,
+    *mossformer.FEATURES,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 

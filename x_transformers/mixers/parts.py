@@ -203,6 +203,26 @@ class LowRank(nn.ModuleList):
         return out if self.bias is None else out + self.bias
 
 
+class MixerLayerNorm(MixerGain):
+    """LayerNorm with a gain and a bias: `(x - mean) / sqrt(var + eps) * (1 + gamma) + beta`.
+
+    Args:
+        dim: number of features.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(dim)
+        self.eps = eps
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(..., dim)`, at least in float32."""
+        x = at_least_float32(x)
+        gain = 1 + self.gamma if self.unit_offset else self.gamma
+        return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), self.beta.to(x.dtype), self.eps)
+
+
 def rms(x: Tensor, eps: float, parts: int = 1) -> Tensor:
     """Divide the last axis, or equal parts of it, by its root mean square, at least in float32."""
     x = at_least_float32(x)
@@ -228,3 +248,10 @@ def first_step_bias(count: int, least: float = 0.001, most: float = 0.1) -> Tens
     """Return biases whose softplus is log-uniform between two steps, which is where time steps begin."""
     step = torch.empty(count).uniform_(math.log(least), math.log(most)).exp().clamp(min=1e-4)
     return step + torch.log(-torch.expm1(-step))
+
+
+def rotate_pairs(t: Tensor, angles: Tensor) -> Tensor:
+    """Rotate pairs of neighboring features `(..., d)` by angles `(..., d / 2)`, of leading axes that broadcast."""
+    cos, sin = angles.cos(), angles.sin()
+    x, y = t[..., 0::2], t[..., 1::2]
+    return torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)

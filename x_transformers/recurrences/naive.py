@@ -174,6 +174,21 @@ def long_convolution_2d(x: Tensor, taps: Tensor) -> Tensor:
     return out
 
 
+def grouped(
+    near: Tensor, far: Tensor, near_keys: Tensor, far_keys: Tensor, values: Tensor, size: int, causal: bool
+) -> Tensor:
+    """Compute attention in two ranges; see `recurrences.groups`."""
+    out, n = [], values.shape[1]
+    for t in range(n):
+        first = t // size * size
+        last = t + 1 if causal else min(first + size, n)
+        weights = F.relu(near[:, t : t + 1] @ near_keys[:, first:last].mT / size).square()
+        read, length = (first, size) if causal else (n, n)
+        distant = far[:, t : t + 1] @ far_keys[:, :read].mT / length
+        out.append(weights @ values[:, first:last] + distant @ values[:, :read])
+    return torch.cat(out, dim=1) if out else torch.empty_like(values)
+
+
 def loop(x: Tensor, recurrent: Tensor, state: Tensor | None, live: Tensor | None, *, cell: str) -> Result:
     """Compute `s_t = step(x_t, R y_{t-1}, s_{t-1})`, where tokens that are not live keep the state; see
     `recurrences.loop`.
