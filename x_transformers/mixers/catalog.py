@@ -34,6 +34,7 @@ from x_transformers.mixers import (
     rglru,
     rwkv4,
     rwkv7,
+    sparse_state,
     spectral,
     titans,
 )
@@ -103,6 +104,7 @@ PAPERS = (
     rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    sparse_state.FEATURE,
     titans.FEATURE,
     atlas.FEATURE,
     *linear_attention.FEATURES,
