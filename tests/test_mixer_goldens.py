@@ -33,7 +33,7 @@ BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn", "layer
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-prepbn layer-rwkv7-0 layer-rwkv7-1 layer-slab
+    layer-prepbn layer-rwkv7-0 layer-rwkv7-1
     op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
     op-rwkv6 op-slstm op-sparse-state
 """

@@ -34,6 +34,7 @@ from x_transformers.mixers import (
     rglru,
     rwkv4,
     shallow,
+    slab,
     spectral,
     titans,
 )
@@ -111,6 +112,7 @@ PAPERS = (
     *mossformer.FEATURES,
     activator.FEATURE,
     shallow.FEATURE,
+    slab.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
