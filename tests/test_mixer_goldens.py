@@ -20,6 +20,7 @@ from x_transformers.recurrences.convolution import long_convolution, long_convol
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
@@ -33,15 +34,13 @@ BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn", "layer
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-prepbn layer-rwkv7-0 layer-rwkv7-1
-    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
-    op-rwkv6 op-slstm op-sparse-state
+    layer-prepbn op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm op-rwkv6 op-slstm op-sparse-state
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
 
-FEEDFORWARDS = {"layer-rwkv4-channel"}
-"""Cases in `tests/test_channel_mix.py`."""
+ELSEWHERE = {"layer-rwkv4-channel", "layer-rwkv7-1"}
+"""Cases in `tests/test_channel_mix.py` and `tests/test_rwkv7.py`."""
 
 OMITTED: dict[str, dict[str, Any]] = {
     "layer-omega": {"mixer_muon_steps": 0},
@@ -49,7 +48,7 @@ OMITTED: dict[str, dict[str, Any]] = {
 }
 """Options that a case does without, and its keywords do not name."""
 
-LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - FEEDFORWARDS)
+LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - ELSEWHERE)
 
 
 def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, dict[str, str]]:
@@ -66,7 +65,7 @@ def agree(mine: Tensor, theirs: Tensor, close: float = CLOSE) -> None:
 
 
 def test_every_case_is_tested_or_later() -> None:
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | FEEDFORWARDS | set(LAYERS) | set(OPERATORS)
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | ELSEWHERE | set(LAYERS) | set(OPERATORS)
 
 
 def test_what_is_later_is_refused() -> None:
@@ -203,6 +202,12 @@ def of_products(case: Case) -> Operator:
     return at_last(delta), at_last(naive.delta), arguments  # type: ignore[return-value]
 
 
+def of_rank_one(case: Case) -> Operator:
+    q = case["input.q"] * case["input.q"].shape[-1] ** -0.5
+    names = ("k", "v", "a", "b", "log_decay", "state")
+    return rank_one, naive.rank_one, [q, *(case[f"input.{name}"] for name in names)]
+
+
 def of_scan(case: Case) -> Operator:
     return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
 
@@ -298,6 +303,7 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-gated-delta": of_delta,
     "op-vector-delta": of_delta,
     "op-delta-product": of_products,
+    "op-diagonal-plus-rank-one": of_rank_one,
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,

@@ -19,6 +19,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
+    "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
     "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
@@ -129,20 +130,26 @@ def test_states_have_names_of_their_own(name: str) -> None:
         close(model(x[:, 3:], cache=record, input_not_include_cache=True), whole[:, 3:])
 
 
-def test_the_other_direction() -> None:
-    """A second mixer reads each row from its last live token to the first."""
-    encoder = perturbed(
-        Encoder(dim=16, depth=1, heads=4, only_attn=True, mixer="retention", mixer_bidirectional=True).double()
-    )
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not class_of(name).has_whole_form])
+def test_the_other_direction(name: str) -> None:
+    """A second mixer, of its own weights, reads each row from its last live token to the first."""
+    common = {"dim": 16, "heads": 4, "only_attn": True, "mixer": name, "mixer_bidirectional": True, "verbose": False}
+    encoder = perturbed(Encoder(depth=1, **common, **SIZES.get(name, {})).double())
     mixer = encoder.layers[0].mixer
-    assert any(key.startswith("backward.to_q") for key in mixer.state_dict())
+    assert {key for key in mixer.state_dict() if key.startswith("backward.")} == {
+        f"backward.{key}" for key in mixer.state_dict() if not key.startswith("backward.")
+    }
     x = torch.randn(len(LIVE), 12, 16, dtype=torch.float64)
     both, _ = mixer(x, LIVE, causal=False)
+    assert both.isfinite().all()
     for row, live in enumerate(LIVE):
         own = x[row : row + 1, live]
         forth, _ = mixer(own)
         back, _ = mixer.backward(own.flip(1))
         close(both[row, live], (forth + back.flip(1))[0])
+    both.square().sum().backward()
+    without = [key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
 
 
 @pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_whole_form])

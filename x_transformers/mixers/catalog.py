@@ -33,6 +33,7 @@ from x_transformers.mixers import (
     retention,
     rglru,
     rwkv4,
+    rwkv7,
     shallow,
     slab,
     spectral,
@@ -100,6 +101,7 @@ PAPERS = (
     mlstm.FEATURE,
     aaren.FEATURE,
     rwkv4.FEATURE,
+    rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     titans.FEATURE,
@@ -198,7 +200,7 @@ class MixerOptions(Options):
 SCHEMA = MixerSchema((SHARED, *PAPERS))
 
 
-def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool) -> Mixer:
+def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool, first: bool) -> Mixer:
     """Build a mixer.
 
     Args:
@@ -207,6 +209,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
         keywords: those that were given, without prefix; None is the mixer's own default.
         heads: default number of heads.
         causal: no token may see later ones.
+        first: no earlier layer of the stack has this mixer.
 
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
@@ -224,6 +227,8 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     built = mixer(dim, **own)
     if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
+    if not first:
+        built.follow()
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,60 @@ class MixerNorm(MixerGain):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(..., dim)`, at least in float32."""
         return rms(x, self.eps, self.parts) * (1 + self.gamma if self.unit_offset else self.gamma)
+
+
+class HeadNorm(MixerGain):
+    """LayerNorm of each head by itself, with a gain `1 + gamma` of each feature.
+
+    Args:
+        dim: number of features, of all heads.
+        heads: number of heads.
+        eps: added to the variance.
+        bias: add a bias, `beta`.
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float, bias: bool = False) -> None:
+        super().__init__(dim)
+        self.heads, self.eps = heads, eps
+        self.beta = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(b, n, dim)`, at least in float32."""
+        heads = at_least_float32(x).unflatten(-1, (self.heads, -1))
+        unit = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
+        out = unit * (1 + self.gamma if self.unit_offset else self.gamma)
+        return out if self.beta is None else out + self.beta
+
+
+class LowRank(nn.ModuleList):
+    """Map of low rank with a bias: `W1 f(W0 x) + bias`.
+
+    Args:
+        dim: width of the input.
+        rank: width in between.
+        dim_out: width of the output.
+        between: the function f; None for none.
+        bias: first value of the bias, `(dim_out,)`; None for no bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        dim_out: int,
+        between: Callable[[Tensor], Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__((nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim_out, bias=False)))
+        self.between = between
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., dim)` to `(..., dim_out)`."""
+        into, out_of = self
+        hidden = into(x)
+        out = out_of(hidden if self.between is None else self.between(hidden))
+        return out if self.bias is None else out + self.bias
 
 
 class MixerLayerNorm(MixerGain):

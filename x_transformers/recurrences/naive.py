@@ -48,6 +48,29 @@ def delta(
     return stacked(out, v), state
 
 
+def rank_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    *,
+    chunk: int | None = None,
+) -> Result:
+    """Compute `S_t = diag(e^{g_t}) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T`, and `o_t = S_t^T q_t`; see
+    `recurrences.rank_one`.
+    """
+    state = first_state(k, v) if state is None else state
+    out = []
+    for t in range(q.shape[2]):
+        read = a[:, :, t, None, :] @ state
+        state = decay_at(g, t) * state + b[:, :, t, :, None] * read + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None, :] @ state).squeeze(2))
+    return stacked(out, v), state
+
+
 def first_state(k: Tensor, v: Tensor) -> Tensor:
     """Return the state before the first token, zeros `(b, h, dk, dv)`."""
     return v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
