@@ -290,7 +290,8 @@ class Mixer(Configured, BranchFunction):
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         backend, why, flops = self.kernel(situation, surroundings.get("seq_len", 1))
-        return BranchCost(backend, why, super().explain(situation).flops + flops)
+        directions = 1 if self.backward is None else 2
+        return BranchCost(backend, why, super().explain(situation).flops + directions * flops)
 
 
 def turn_around(x: Tensor, row: Row) -> Tensor:

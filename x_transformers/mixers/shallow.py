@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.mixers.base import Mixer, Row, State, state_dtype
 from x_transformers.mixers.parts import MixerLayerNorm, moved
+from x_transformers.modules.branch_function import BranchCost
 from x_transformers.options.schema import Feature, at_least, opt
 
 
@@ -68,6 +70,11 @@ class Shallow(Mixer):
         # what `_check_end` does not see must not have an output that looks like others
         out = out.masked_fill(place >= self.length, torch.nan)
         return out, {"shallow": held.to(state_dtype(x)), "count": before + count}
+
+    def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
+        cost = super().explain(situation, **surroundings)
+        # in both directions the maps are those of a row, not of each token
+        return cost if self.has_causal_form else cost._replace(flops=cost.flops // self.length)
 
     def _map(self, rows: Tensor) -> Tensor:
         hidden = self.to_hidden(self.norm_in(rows).to(rows.dtype))

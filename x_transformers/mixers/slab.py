@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,12 @@ class Slab(Mixer):
             out = merge_heads(q @ (k.mT @ own) / (weight + SMALLEST)).to(x.dtype)
         image = self.conv(self.grid.image(v).unflatten(1, (self.heads, -1)).flatten(0, 1))
         return self.to_out(out + self.grid.row(image.unflatten(0, (-1, self.heads)).flatten(1, 2))), {}
+
+    def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
+        places, dim = self.k_position.shape
+        width, height, _ = self.conv.weight.shape
+        # the positions look like a linear map, but are added
+        return "linear", "", dim * (4 * width + 2 * height**2 + 1 - 2 * places)
 
 
 class HeadConvolution(nn.Module):
