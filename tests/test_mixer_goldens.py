@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from x_transformers.recurrences import naive
 from x_transformers.recurrences.convolution import long_convolution, long_convolution_2d
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.log_linear import log_linear
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
@@ -31,7 +33,7 @@ Case = dict[str, Tensor]
 NAMES = """
     layer-activator layer-fsmn layer-mossformer-rotary layer-mossformer layer-prepbn layer-rwkv7-0 layer-rwkv7-1
     layer-shallow-causal layer-shallow layer-slab
-    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
+    op-diagonal-plus-rank-one op-elman op-gru op-lstm
     op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
 """
 LATER = set(NAMES.split())
@@ -270,6 +272,22 @@ def of_convolution(case: Case) -> Operator:
     return read(long_convolution_2d), read(naive.long_convolution_2d), arguments  # type: ignore[return-value]
 
 
+def of_levels(case: Case) -> Operator:
+    q, k, v, g, levels = (case[f"input.{name}"] for name in ("q", "k", "v", "log_decay", "levels"))
+
+    def definition(*given: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one token after the other."""
+        state, parts = None, []
+        for t in range(q.shape[2]):
+            before = torch.full((q.shape[0], 1), float(t)) if t else None
+            out, state = log_linear(*(each[:, :, t : t + 1] for each in given), state, before)
+            parts.append(out)
+        assert state is not None
+        return torch.cat(parts, dim=2), state
+
+    return partial(log_linear, chunk=4), definition, [q, k, v, g, levels]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -285,6 +303,8 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
     "op-rwkv4": of_fading_mean,
+    "op-log-linear-16": of_levels,
+    "op-log-linear-19": of_levels,
     "op-long-convolution": of_convolution,
     "op-long-convolution-2d": of_convolution,
 }
