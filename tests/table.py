@@ -110,6 +110,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
     },
+    "mixer_len": {
+        "layer_period": "am",
+        "mixer": "log_linear",
+        "mixer_head": 8,
+        "mixer_state": 4,
+        "mixer_len": 16,
+        "mixer_chunk": 4,
+    },
     "mixer_group": {
         "layer_period": "am",
         "mixer": "mossformer",
@@ -546,6 +554,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_memory_depth": "reads from left to right",
         "mixer_memory_read": "reads from left to right",
         "mixer_omega_window": "reads from left to right",
+        "mixer_len": "reads from left to right",
     },
     "cross": {"attn_max_attend_future": NO_FUTURE},
 }

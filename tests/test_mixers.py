@@ -21,6 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gated_delta": {"mixer_chunk": 4},
     "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "log_linear": {"mixer_head": 8, "mixer_state": 4, "mixer_len": 8, "mixer_chunk": 4},
     "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
@@ -370,6 +371,7 @@ GRAPHS = (
     "mossformer",
     "titans",
     "atlas",
+    "log_linear",
 )
 
 
