@@ -45,6 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_chunk": 4,
         "mixer_dropout": 0.1,
     },
+    "mixer_vector_decay": {
+        "layer_period": "ma",
+        "mixer": "gated_delta",
+        "mixer_dim_key": 4,
+        "mixer_vector_decay": ON,
+        "mixer_rank": 3,
+    },
     "mixer_groups": {
         "layer_period": "ma",
         "mixer": "mamba2",
@@ -62,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_inner_norm": ON,
     },
     "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
+    "mixer_head": {"layer_period": "ma", "mixer": "rwkv7", "mixer_head": 8, "mixer_rank": 4},
     "mixer_gate_cap": {"layer_period": "ma", "mixer": "mlstm", "mixer_gate_cap": 4.0, "mixer_cell_eps": 0.1},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
@@ -81,6 +89,43 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_output_proj_depth": 2,
     },
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
+    "mixer_shift": {"layer_period": "am", "mixer": "h3", "mixer_head": 2, "mixer_state": 4, "mixer_shift": 3},
+    "mixer_channels": {"layer_period": "am", "mixer": "lmu", "mixer_channels": 3, "mixer_state": 5, "mixer_window": 4},
+    "mixer_memory_depth": {
+        "layer_period": "ma",
+        "mixer": "titans",
+        "mixer_chunk": 4,
+        "mixer_memory_depth": 2,
+        "mixer_memory_expand": 1.5,
+        "mixer_memory_residual": ON,
+    },
+    "mixer_memory_read": {
+        "layer_period": "am",
+        "mixer": "titans",
+        "mixer_chunk": 3,
+        "mixer_memory_read": "before",
+        "mixer_rate": "outside",
+        "mixer_loss_scale": 0.2,
+        "mixer_qk_norm": "unit",
+        "mixer_muon_steps": 2,
+    },
+    "mixer_group": {
+        "layer_period": "am",
+        "mixer": "mossformer",
+        "mixer_group": 3,
+        "mixer_dim_key": 4,
+        "mixer_rotary_dim": 2,
+        "mixer_conv": 3,
+    },
+    "mixer_taps": {"layer_period": "ma", "mixer": "fsmn", "mixer_taps": 3},
+    "mixer_omega_window": {
+        "layer_period": "ma",
+        "mixer": "atlas",
+        "mixer_chunk": 4,
+        "mixer_omega_window": 3,
+        "mixer_feature_degree": 3,
+        "mixer_muon_steps": 1,
+    },
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -112,6 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "pre_norm": {"pre_norm": False},
     "pre_norm_has_final_norm": {"pre_norm_has_final_norm": False},
+    "pre_norm_has_first_norm": {"pre_norm_has_first_norm": False},
     "pre_and_post_norm": {"pre_and_post_norm": ON},
     "sandwich_norm": {"sandwich_norm": ON},
     "branch_norm": {"branch_norm": ON},
@@ -218,6 +264,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
     # scores and weights
     "attn_max_attend_past": {"attn_max_attend_past": 4},
+    "attn_max_attend_future": {"attn_max_attend_future": 3},
     "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
     "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
     "attn_post_talking_heads": {"attn_post_talking_heads": ON},
@@ -471,9 +518,10 @@ ELSEWHERE = {
 }
 """Keywords of a causal decoder without a row, and why."""
 
+NO_FUTURE = "causal attention sees no future"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {},
+    "decoder": {"attn_max_attend_future": NO_FUTURE},
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -483,13 +531,20 @@ NOT_IN: dict[str, dict[str, str]] = {
         "memory_tokens_interspersed_every": "needs a causal stack",
         "mixer": "reads from left to right",
         "mixer_products": "reads from left to right",
+        "mixer_vector_decay": "reads from left to right",
         "mixer_groups": "reads from left to right",
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
+        "mixer_head": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
+        "mixer_shift": "reads from left to right",
+        "mixer_channels": "reads from left to right",
+        "mixer_memory_depth": "reads from left to right",
+        "mixer_memory_read": "reads from left to right",
+        "mixer_omega_window": "reads from left to right",
     },
-    "cross": {},
+    "cross": {"attn_max_attend_future": NO_FUTURE},
 }
 """Rows that a kind of stack refuses by themselves, and why."""
 
@@ -557,6 +612,7 @@ REFUSED: dict[str, str] = {
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
     "pre_norm_has_final_norm": "resi_dual",
+    "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
     "branch_norm": "gated_multi_residual use_dynamic_tanh",
     "norm_eps": "use_dynamic_tanh use_derf",

@@ -20,6 +20,8 @@ from x_transformers.recurrences.convolution import (
     long_convolution,
     long_convolution_2d,
 )
+from x_transformers.recurrences.diagonal import DiagonalSystem, times
+from x_transformers.recurrences.matrix_powers import matrix_powers
 
 HYENA = {"mixer": "hyena", "mixer_filter_len": 24, "mixer_filter_dim": 8, "mixer_filter_bands": 3}
 
@@ -105,6 +107,55 @@ def test_sizes_of_transforms() -> None:
     assert LONG_CONVOLUTION.kernels[-1].name == "naive"
 
 
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+def test_powers_of_matrices_equal_single_steps(n: int) -> None:
+    a, v = draw(4, 4) / 4, draw(3, 4)
+    each = [v]
+    for _ in range(1, n):
+        each.append(each[-1] @ a.mT)
+    torch.testing.assert_close(matrix_powers(a, v, n), torch.stack(each, dim=1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 150])
+def test_diagonal_systems_equal_single_steps(n: int) -> None:
+    """What they answer to inputs and to a state, and the state that is left; also their factors."""
+    heads, each, states = 2, 3, 4
+    rate, frequency, step = draw(heads, states).exp(), 3 * draw(heads, states), draw(heads).exp() / 10
+    system, into = DiagonalSystem.bilinear(rate, frequency, step)
+    half = torch.complex(-rate, frequency) * step.unsqueeze(-1) / 2
+    torch.testing.assert_close(torch.view_as_complex(into.mT.contiguous()), step.unsqueeze(-1) / (1 - half))
+    factor = (1 + half) / (1 - half)
+    out_of, held, z = draw(heads, 1, 2, states), draw(5, heads, each, 2, states), draw(5, heads, each, n)
+
+    def as_complex(pairs: Tensor) -> Tensor:
+        return torch.view_as_complex(pairs.mT.contiguous())
+
+    x, y = as_complex(held), []
+    for t in range(n):
+        x = factor.unsqueeze(1) * x + as_complex(into).unsqueeze(1) * z[..., t, None]
+        y.append(2 * (as_complex(out_of) * x).sum(dim=-1).real)
+    into = into.unsqueeze(1)
+    mine = long_convolution(z, system.read(times(into, out_of), n)) + system.read(times(held, out_of), n, first=1)
+    torch.testing.assert_close(mine, torch.stack(y, dim=-1))
+    count = torch.full((5, 1), n)
+    left = times(system.write(z), into) + times(held, system.power(count).unsqueeze(2))
+    torch.testing.assert_close(as_complex(left), x)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"mixer": "h3", "mixer_head": 2, "mixer_state": 6, "mixer_shift": 5},
+        {"mixer": "lmu", "mixer_channels": 3, "mixer_window": 30},
+    ],
+)
+@torch.no_grad()
+def test_pieces_longer_than_a_chunk(keywords: dict[str, Any]) -> None:
+    mixer, x = mixer_of(Decoder, **keywords), draw(2, 160, 16)
+    close(read_in_pieces(mixer, x, (70, 1, 89)), mixer(x)[0])
+    close(read_in_pieces(mixer, x, (1,) * 160), mixer(x)[0])
+
+
 # Hyena
 
 
@@ -115,7 +166,8 @@ def mixer_of(stack: Callable[..., Any], **keywords: Any) -> Mixer:
 def test_filters_of_later_tokens() -> None:
     """In both directions a filter is one of distances; with `bidirectional` later tokens have another one."""
     x = draw(2, 9, 16)
-    for keywords, count in (({}, 1), ({"mixer_bidirectional": True}, 2)):
+    both: dict[str, Any] = {"mixer_bidirectional": True}
+    for keywords, count in (({}, 1), (both, 2)):
         mixer: Any = mixer_of(Encoder, **HYENA, **keywords)
         assert sum("filter" in name and name.endswith(".frequency") for name in mixer.state_dict()) == count
         own = mixer.filter(9)[0, 0]

@@ -12,26 +12,45 @@ from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.mixers.base import Mixer
 from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
+from x_transformers.mixers.parts import MixerGain
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
     "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
+    "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
+    "titans": {"mixer_chunk": 4},
+    "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
+    "h3": {"mixer_state": 4, "mixer_shift": 3},
+    "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
+    "fsmn": {"mixer_taps": 3, "mixer_conv": 3},
+    "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
 LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}}
 """Keywords that long rows need."""
 
-EACH = pytest.mark.parametrize("name", MIXERS)
+FORMS: dict[str, dict[str, Any]] = {
+    "decays of features": {"mixer": "gated_delta", "mixer_vector_decay": True, "mixer_dim_key": 4, "mixer_rank": 3},
+}
+"""Forms of mixers that compute something else than their defaults."""
+
+NEAR = ("identity", "pooling", "conv", "fsmn")
+"""Mixers that read neighbors only."""
+
+CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
+EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
+LAYERNORM = {"mixer_norm": "layernorm"}
 LIVE = torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9, [1] * 7 + [0] * 5, [0, 1, 1, 0] * 3, [0] * 12], dtype=torch.bool)
 """All tokens, left padding, right padding, holes, and a row of which nothing is live."""
 
 
 def built(name: str, **more: Any) -> Mixer:
-    keywords = {"dim": 16, "depth": 1, "heads": 4, "only_attn": True, "mixer": name, **SIZES.get(name, {}), **more}
+    keywords = {"dim": 16, "depth": 1, "heads": 4, "only_attn": True, "mixer": name, **SIZES.get(name, {})}
+    keywords |= {**FORMS.get(name, {}), **more}
     return perturbed(Decoder(**keywords).double()).layers[0].mixer
 
 
@@ -87,13 +106,26 @@ def test_large_inputs_of_long_rows_stay_finite(name: str) -> None:
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "identity"])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "identity"])
 def test_states_of_another_shape_are_refused(name: str) -> None:
     mixer, x = built(name), torch.randn(2, 3, 16, dtype=torch.float64)
     _, state = mixer(x)
     for wrong in ({key: value[:1] for key, value in state.items()}, {}):
         with pytest.raises(ShapeError, match=rf"of `{name}` .*as an earlier pass of this model left it"):
             mixer(x, state=wrong)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_states_have_names_of_their_own(name: str) -> None:
+    """Within a sublayer those of its mixer, of the token shift, and of the residual connection differ."""
+    common = {"dim": 16, "depth": 1, "heads": 4, "mixer": name, "shift_tokens": 1, **SIZES.get(name, {})}
+    for residual in ({}, {"num_residual_streams": 2}, {"gate_residual": True}, {"resi_dual": True}):
+        branch = Decoder(**common, **residual).layers[0]
+        assert len(set(branch.running)) == len(branch.running)
+    with torch.no_grad():
+        model, x = perturbed(Decoder(**common)), torch.randn(2, 5, 16)
+        whole, (_, record) = model(x), model(x[:, :3], return_hiddens=True)
+        close(model(x[:, 3:], cache=record, input_not_include_cache=True), whole[:, 3:])
 
 
 def test_the_other_direction() -> None:
@@ -112,7 +144,7 @@ def test_the_other_direction() -> None:
         close(both[row, live], (forth + back.flip(1))[0])
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_whole_form])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_whole_form])
 @torch.no_grad()
 def test_whole_rows(name: str) -> None:
     """In an Encoder rows with padding equal rows by themselves, and tokens read later ones."""
@@ -123,13 +155,13 @@ def test_whole_rows(name: str) -> None:
         close(out[row, live], model(x[row : row + 1, live])[0])
     changed = x.clone()
     changed[:, -1] = torch.randn(16)
-    assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in ("identity", "pooling", "conv")
+    assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in NEAR
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
 @torch.no_grad()
 def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
-    more = {"mixer_inner_norm": True} if name == "mamba" else {}
+    more = {"mamba": {"mixer_inner_norm": True}, "linear": LAYERNORM, "transnormer": LAYERNORM}.get(name, {})
     plain, whole = built(name, **more), built(name, mixer_norm_unit_offset=False, **more)
     state, x = plain.state_dict(), torch.randn(2, 12, 16, dtype=torch.float64)
     gains = [key for key in state if key.endswith("gamma")]
@@ -138,6 +170,12 @@ def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     close(whole(x)[0], plain(x)[0])
     again = Decoder(dim=16, depth=1, heads=4, mixer=name, mixer_norm_unit_offset=False, **SIZES.get(name, {}), **more)
     assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_mixers_that_contain_gains_say_so(name: str) -> None:
+    found = any(isinstance(module, MixerGain) for module in built(name).modules())
+    assert class_of(name).has_gains or not found
 
 
 def test_gains_of_norms_that_are_not_there() -> None:
@@ -210,6 +248,16 @@ def test_first_values_depend_on_the_layer() -> None:
     assert both.mix_v[0].item() == pytest.approx(0.3)
 
 
+def test_decays_of_features() -> None:
+    """Each key feature has its own step, and its head's rate."""
+    mixer: Any = built("decays of features")
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    step = x @ mixer.to_decay[0].weight.mT @ mixer.to_decay[1].weight.mT + mixer.decay_bias
+    for head in range(4):
+        own = step[..., 4 * head : 4 * head + 4]
+        close(mixer.log_decay(x)[:, head], -mixer.decay_log[head].exp() * torch.nn.functional.softplus(own))
+
+
 # refusals
 
 
@@ -238,6 +286,7 @@ def test_first_values_depend_on_the_layer() -> None:
         (Decoder, {"mixer": "rwkv99"}, "`mixer` is 'rwkv99'; it must be one of identity, pooling, conv, delta"),
         (Decoder, {"mixer": "linear", "weight_tie_layers": True, "layer_period": "ma"}, "repeats one block, but"),
         (Decoder, {"mixer": "pooling", "mixer_grid": (2, 2)}, "`mixer_grid` is of images, whose tokens have no order"),
+        (Decoder, {"mixer": "gated_delta", "mixer_rank": 3}, "set `mixer_vector_decay = True`, or drop it"),
         (Decoder, {"mixer": "mamba2", "mixer_head": 7}, "is 32, which 7 does not divide; choose a multiple."),
         (Decoder, {"mixer": "retention", "mixer_dim_key": 3}, "pairs of features rotate, so that it must be even"),
         (
@@ -299,7 +348,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "mossformer", "titans", "atlas")
 
 
 @pytest.mark.slow

@@ -15,19 +15,26 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    atlas,
     convolution,
     delta_rule,
     gated_linear_attention,
+    h3,
     hyena,
     identity,
     linear_attention,
+    lmu,
     mamba,
     mamba2,
     mlstm,
+    mossformer,
     pooling,
     retention,
     rglru,
     rwkv4,
+    rwkv7,
+    spectral,
+    titans,
 )
 from x_transformers.mixers.base import Mixer, arguments_of
 from x_transformers.mixers.parts import MixerGain
@@ -43,9 +50,11 @@ class SharedOptions:
     expand: float | None = opt(None, "inner width over that of the model")
     state: int | None = opt(None, "states of each inner channel")
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
-    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    chunk: int | None = opt(
+        None, "tokens that a recurrence computes at once; changes rounding only, but for titans and atlas"
+    )
     gate: bool | None = opt(None, "gate the output")
-    window: int | None = opt(None, "tokens of the window of a pooling")
+    window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
@@ -68,7 +77,13 @@ SHARED = Feature(
     exempt={"export": "the reference has no mixers"},
     examples=(
         {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dropout": 0.1, "mixer_zero_init_output": True},
-        {"mixer": "gated_delta", "mixer_conv": 2, "mixer_gate": False, "mixer_output_proj_depth": 2},
+        {
+            "mixer": "gated_delta",
+            "mixer_conv": 2,
+            "mixer_gate": False,
+            "mixer_output_proj_depth": 2,
+            "mixer_norm_unit_offset": False,
+        },
     ),
 )
 
@@ -83,10 +98,17 @@ PAPERS = (
     mlstm.FEATURE,
     aaren.FEATURE,
     rwkv4.FEATURE,
+    rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    titans.FEATURE,
+    atlas.FEATURE,
     *linear_attention.FEATURES,
     hyena.FEATURE,
+    h3.FEATURE,
+    lmu.FEATURE,
+    spectral.FEATURE,
+    *mossformer.FEATURES,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -172,7 +194,7 @@ class MixerOptions(Options):
 SCHEMA = MixerSchema((SHARED, *PAPERS))
 
 
-def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool) -> Mixer:
+def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool, first: bool) -> Mixer:
     """Build a mixer.
 
     Args:
@@ -181,6 +203,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
         keywords: those that were given, without prefix; None is the mixer's own default.
         heads: default number of heads.
         causal: no token may see later ones.
+        first: no earlier layer of the stack has this mixer.
 
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
@@ -196,6 +219,8 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     built = mixer(dim, **own)
     if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
+    if not first:
+        built.follow()
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))
@@ -225,14 +250,14 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
     name = mixer.name
     require(not (causal and both), "`bidirectional` would let a token see the future; drop it, or use an Encoder.")
     require(
-        not (causal and grid),
-        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
-        "Encoder.",
-    )
-    require(
         mixer.has_causal_form or not causal,
         f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
         "or take hyena.",
+    )
+    require(
+        not (causal and grid),
+        "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
+        "Encoder.",
     )
     require(
         causal or both or mixer.has_whole_form,
@@ -248,7 +273,7 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
 def begin_output(mixer: Mixer, zero: bool, depth: int | None) -> None:
     """Initialize the output map of a mixer, if it has one and one of the two is given."""
     last = getattr(mixer, "to_out", None)
-    if not isinstance(last, nn.Linear):
+    if not (mixer.has_output_map and isinstance(last, nn.Linear)):
         return
     if zero:
         for parameter in last.parameters():

@@ -9,6 +9,9 @@ from x_transformers.recurrences.base import SHORT, Situation
 from x_transformers.recurrences.convolution import LONG_CONVOLUTION, fast_size
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
+from x_transformers.recurrences.memory import MEMORY
+from x_transformers.recurrences.memory_rule import Rule
+from x_transformers.recurrences.rank_one import RANK_ONE
 from x_transformers.recurrences.scan import SCAN
 
 
@@ -50,6 +53,45 @@ def delta_cost(
     c = min(chunk, tokens, SHORT if by_feature else chunk)
     # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
     return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)
+
+
+def memory_cost(situation: Any, tokens: int, heads: int, rule: Rule) -> tuple[str, str, int]:
+    """Return the kernel of a memory that learns, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        heads: number of heads.
+        rule: shape of the memory, and how it learns.
+    """
+    chosen, why = MEMORY.choose(Situation(situation.device, situation.dtype, tokens))
+    c = min(rule.chunk, tokens)
+    # the answer and its gradient; two memories are read and written
+    flops = (2 * len(rule.matrices) - 1 + 4) * sum(rows * columns for rows, columns in rule.matrices)
+    if chosen.name != "naive":
+        # shares of all pairs, and what these have in common
+        flops += c * c + sum(c * (rows + columns) for rows, columns in rule.matrices)
+    for rows, columns in rule.matrices if rule.muon_steps else ():
+        low, high = min(rows, columns), max(rows, columns)
+        flops += rule.muon_steps * low * low * (2 * high + low) + 2 * c * rows * columns
+    return chosen.name, why, 2 * heads * flops
+
+
+def rank_one_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
+    """Return the kernel of a recurrence that is diagonal plus rank one, the reason, and its FLOPs per token and head.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        d, e: widths of keys and values.
+        chunk: tokens that are computed at once.
+    """
+    chosen, why = RANK_ONE.choose(Situation(situation.device, situation.dtype, tokens, vector_decay=True))
+    if chosen.name == "naive":
+        return chosen.name, why, 2 * 4 * d * e
+    c = min(chunk, tokens, SHORT)
+    # four scores, the solve, what is read, and the matrix that takes the state through a chunk
+    return chosen.name, why, 2 * (4 * c * d + c * (d + e) // 2 + 3 * c * e + 4 * d * e + d * d + d * d * e // c)
 
 
 def scan_cost(situation: Any, tokens: int, features: int) -> tuple[str, str, int]:

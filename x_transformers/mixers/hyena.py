@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.mixers.base import Mixer, Row, State
 from x_transformers.mixers.costs import long_convolution_cost
-from x_transformers.mixers.parts import ShortConvolution, last_live
+from x_transformers.mixers.parts import ShortConvolution, joined, last_live
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import PreparesForInference, plain_map
 from x_transformers.ops import at_least_float32
@@ -177,17 +177,6 @@ class Hyena(Mixer):
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
         channels = (self.order - 1) * self.skip.shape[1]
         return long_convolution_cost(situation, tokens, channels, self.length)
-
-
-def joined(x: Tensor, past: Tensor | None, places: int) -> Tensor:
-    """Return inputs after those of the past, `(b, places + n, c)`, of which there are none before the first token.
-
-    Args:
-        x: `(b, c, n)`.
-        past: `(b, c, places)`, or None.
-        places: number of places of the past.
-    """
-    return (F.pad(x, (places, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=-1)).mT
 
 
 @dataclass(frozen=True, kw_only=True)

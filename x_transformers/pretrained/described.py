@@ -26,8 +26,8 @@ TRAINING = """
 IN_OTHER_WORDS = """
     attn_one_kv_head attn_project_out attn_value_dim_head cross_attend custom_layers depth disable_abs_pos_emb emb_dim
     ff_custom_activation ff_dim_out ff_glu_no_bias ff_mult ff_no_bias ff_relu_squared ff_shared_mult ff_solu ff_swish
-    layer_period layers_execute_order macaron max_seq_len mixer_dim mixer_dim_key mixer_dim_value mixer_expand mixer_step_rank
-    num_tokens only_attn only_cross par_ratio sandwich_coef use_abs_pos_emb weight_tie_layers
+    layer_period layers_execute_order macaron max_seq_len mixer_dim mixer_dim_key mixer_dim_value mixer_expand
+    mixer_step_rank num_tokens only_attn only_cross par_ratio sandwich_coef use_abs_pos_emb weight_tie_layers
 """
 """Keywords that are in `layers`, in another keyword, or in the names and shapes of the weights."""
 

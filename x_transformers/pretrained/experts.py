@@ -132,10 +132,19 @@ def every_block(settings: Settings, names: ExpertNames, *, normalize: bool, shar
     )
 
 
-def some_blocks(settings: Settings, names: ExpertNames, *, shared: int = 0) -> ExpertBlocks:
-    """Return blocks of which every `decoder_sparse_step`-th has experts, apart from `mlp_only_layers`."""
+def some_blocks(
+    settings: Settings, names: ExpertNames, *, count: int, topk: int, normalize: bool = False, shared: int = 0
+) -> ExpertBlocks:
+    """Return blocks of which every `decoder_sparse_step`-th has experts, apart from `mlp_only_layers`.
+
+    Args:
+        settings: the configuration.
+        names: of the tensors.
+        count, topk, normalize: values of entries that are missing.
+        shared: width of the shared feedforward.
+    """
     settings.rename(num_local_experts="num_experts")
-    count, step = settings.need("num_experts"), settings.take("decoder_sparse_step", 1)
+    count, step = settings.take("num_experts", count), settings.take("decoder_sparse_step", 1)
     dense = settings.take("mlp_only_layers", ())
     sparse = [
         block not in dense and count > 0 and (block + 1) % step == 0
@@ -143,9 +152,10 @@ def some_blocks(settings: Settings, names: ExpertNames, *, shared: int = 0) -> E
     ]
     return ExpertBlocks(
         count,
-        settings.need("num_experts_per_tok"),
-        settings.need("moe_intermediate_size"),
-        settings.take("norm_topk_prob", False),
+        settings.take("num_experts_per_tok", topk),
+        # without experts nothing has this width
+        settings.need("moe_intermediate_size") if any(sparse) else settings.take("moe_intermediate_size", 0),
+        settings.take("norm_topk_prob", normalize),
         tuple(sparse),
         shared,
         settings.take("router_aux_loss_coef", 0.0),
@@ -170,6 +180,15 @@ def inner_widths(words: Mapping[str, Any]) -> tuple[int, int]:
     return inner, other
 
 
+def one_of(value: Any) -> Any:
+    """Return the value of the layers with experts, of a keyword with one value or one for each layer.
+
+    Raises a `ValueError` if they have several.
+    """
+    (found,) = {each for each in (value if isinstance(value, tuple) else (value,)) if each is not None}
+    return found
+
+
 def expert_entries(words: Mapping[str, Any], *, count: str = "num_experts") -> dict[str, Any]:
     """Return the entries of numbers of experts.
 
@@ -177,15 +196,13 @@ def expert_entries(words: Mapping[str, Any], *, count: str = "num_experts") -> d
         words: keywords of a model.
         count: the entry with the number of experts.
     """
+    topk, weight = one_of(words["ff_experts_topk"]), one_of(words.get("ff_balance_loss_weight") or 0.0)
+    return {count: one_of(words["ff_experts"]), "num_experts_per_tok": topk, "router_aux_loss_coef": weight / topk}
 
-    def one(value: Any) -> Any:
-        """Return the value of the layers with experts."""
-        (found,) = {each for each in (value if isinstance(value, tuple) else (value,)) if each is not None}
-        return found
 
-    topk = one(words["ff_experts_topk"])
-    weight = one(words.get("ff_balance_loss_weight") or 0.0)
-    return {count: one(words["ff_experts"]), "num_experts_per_tok": topk, "router_aux_loss_coef": weight / topk}
+def shared_entries(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of the width of the shared feedforward."""
+    return {"shared_expert_intermediate_size": int(words["dim"] * one_of(words["ff_shared_mult"]))}
 
 
 def sparse_entries(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,12 +210,10 @@ def sparse_entries(words: Mapping[str, Any]) -> dict[str, Any]:
     experts = words["ff_experts"]
     inner, dense = inner_widths(words)
     by_block = experts if isinstance(experts, tuple) else ()
-    normalize = words["ff_router_normalize"]
-    (normalized,) = {each for each in (normalize if isinstance(normalize, tuple) else (normalize,)) if each is not None}
     return {
         "moe_intermediate_size": inner,
         "intermediate_size": dense,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [block for block, each in enumerate(by_block) if each is None],
-        "norm_topk_prob": normalized,
+        "norm_topk_prob": one_of(words["ff_router_normalize"]),
     }

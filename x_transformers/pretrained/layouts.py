@@ -51,6 +51,9 @@ STACKED = Layout(lambda *theirs: [torch.cat(theirs).flatten(0, -2)], lambda ours
 TAPS = Layout(lambda theirs: [theirs.squeeze(1)], lambda ours: [ours.unsqueeze(1)])
 """A convolution `(channels, 1, taps)` of each channel by itself."""
 
+FLAT = Layout(lambda theirs: [theirs.flatten()], lambda ours: [ours[None, None]])
+"""A vector that is stored as `(1, 1, D)`."""
+
 ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
 """A vector that is stored as a matrix of one row."""
 

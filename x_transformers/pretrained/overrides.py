@@ -124,8 +124,9 @@ def new_values(
     """
     # what follows from options needs no second model
     leave_meta(model, device)
-    values = {name: t for name, t in model.state_dict().items() if name not in state and not t.is_meta}
-    missing = [name for name in model.state_dict() if name not in state and name not in values]
+    left = {name: t for name, t in model.state_dict().items() if name not in state}
+    values = {name: t for name, t in left.items() if not t.is_meta}
+    missing = [name for name in left if name not in values]
     changing = [keyword for keyword, value in changed.given.items() if changes_function(keyword, value)]
     if missing:
         with torch.device(device):

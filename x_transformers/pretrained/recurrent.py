@@ -11,7 +11,15 @@ LAYER = "attn_layers.layers."
 """Prefix of our sublayers."""
 
 
-def recurrent_outline(settings: Settings, *, eps: str, tied: bool, stack: dict[str, Any]) -> Outline:
+def recurrent_outline(
+    settings: Settings,
+    *,
+    eps: str,
+    tied: bool,
+    stack: dict[str, Any],
+    prefix: str = "backbone.",
+    head: str = "lm_head.weight",
+) -> Outline:
     """Return the outline of a decoder without attention and positions, with the links of embeddings and logits.
 
     Args:
@@ -19,6 +27,8 @@ def recurrent_outline(settings: Settings, *, eps: str, tied: bool, stack: dict[s
         eps: the entry with the epsilon of the norms.
         tied: logits come from the token table unless the configuration says otherwise.
         stack: further keywords of the stack.
+        prefix: of the names of all tensors but that of the logits.
+        head: name of the map to logits.
     """
     tied = settings.take("tie_word_embeddings", tied)
     # a state has no longest row
@@ -38,10 +48,10 @@ def recurrent_outline(settings: Settings, *, eps: str, tied: bool, stack: dict[s
         "norm_add_unit_offset": False,
         **stack,
     }
-    outline = Outline(model, stack, unused=("lm_head.weight",) if tied else (), prefix="backbone.")
-    outline.put("token_emb.emb.weight", "backbone.embeddings.weight")
+    outline = Outline(model, stack, unused=(head,) if tied else (), prefix=prefix)
+    outline.put("token_emb.emb.weight", f"{prefix}embeddings.weight")
     if not tied:
-        outline.put("to_logits.weight", "lm_head.weight")
+        outline.put("to_logits.weight", head)
     return outline
 
 

@@ -14,7 +14,7 @@ from x_transformers.ops import at_least_float32
 CHUNK = 64
 """Tokens of a chunk: longer ones cost more arithmetic, shorter ones more steps one after the other."""
 
-SHORT = 16
+SHORT = 32
 """Most tokens of a chunk with a decay for each key feature."""
 
 Result = tuple[Tensor, Tensor]

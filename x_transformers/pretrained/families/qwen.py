@@ -5,11 +5,9 @@ Both have models with experts.
 
 from __future__ import annotations
 
-from typing import Any
-
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.entries import Entries, Words, gated_entries, window_entries
-from x_transformers.pretrained.experts import ExpertNames, expert_entries, some_blocks, sparse_entries
+from x_transformers.pretrained.experts import ExpertNames, expert_entries, shared_entries, some_blocks, sparse_entries
 from x_transformers.pretrained.gated_decoder import Details, read_gated_decoder, windows
 
 QWEN2, QWEN3 = Details(qkv_bias=True, out_bias=False), Details(qk_norm="head")
@@ -31,13 +29,14 @@ SHARED = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert
 def read_qwen2_moe(settings: Settings) -> Outline:
     """Return the outline of a Qwen 2 with experts."""
     details = Details(qkv_bias=settings.take("qkv_bias", True), out_bias=False)
-    experts = some_blocks(settings, SHARED, shared=settings.need("shared_expert_intermediate_size"))
+    shared = settings.need("shared_expert_intermediate_size")
+    experts = some_blocks(settings, SHARED, count=60, topk=4, shared=shared)
     return _with_windows(settings, read_gated_decoder(settings, details, experts=experts))
 
 
 def read_qwen3_moe(settings: Settings) -> Outline:
     """Return the outline of a Qwen 3 with experts."""
-    experts = some_blocks(settings, ExpertNames())
+    experts = some_blocks(settings, ExpertNames(), count=128, topk=8)
     return _with_windows(settings, read_gated_decoder(settings, QWEN3, experts=experts))
 
 
@@ -63,20 +62,12 @@ def write_qwen3(words: Words) -> Entries:
 
 def write_qwen2_moe(words: Words) -> Entries:
     """Return the entries of a configuration that may describe a model."""
-    (shared,) = {each for each in _values(words["ff_shared_mult"]) if each}
-    own = {
-        "qkv_bias": bool(words.get("attn_qkv_bias")),
-        "shared_expert_intermediate_size": int(words["dim"] * shared),
-    }
+    own = {"qkv_bias": bool(words.get("attn_qkv_bias"))}
     entries = gated_entries({**words, "ff_mult": 1}, QWEN2) | window_entries(words, by_layer=True, switch=True)
-    return entries | expert_entries(words) | sparse_entries(words) | own
+    return entries | expert_entries(words) | sparse_entries(words) | shared_entries(words) | own
 
 
 def write_qwen3_moe(words: Words) -> Entries:
     """Return the entries of a configuration that may describe a model."""
     entries = gated_entries({**words, "ff_mult": 1}, QWEN3) | window_entries(words, by_layer=False, switch=True)
     return entries | expert_entries(words) | sparse_entries(words)
-
-
-def _values(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
