@@ -114,7 +114,7 @@ HOUSE = (
     ("F10", ["checkpoints"]),
     ("F10", ["pretrained.layouts"]),
     ("F10", ["pretrained.base"]),
-    ("F10", ["pretrained.rotary", "pretrained.alibi"]),
+    ("F10", ["pretrained.rotary", "pretrained.alibi", "pretrained.experts"]),
     ("F10", ["pretrained.gated_decoder", "pretrained.layer_norm_decoder", "pretrained.recurrent"]),
     ("F10", ["pretrained.encoder", "pretrained.encoder_decoder", "pretrained.towers"]),
     ("F10", ["pretrained.entries", "pretrained.described"]),
