@@ -105,8 +105,9 @@ def begin(
     if options.prompt_lookup is not None:
         drafter = Lookup(options.prompt_lookup)
     else:
-        assert options.draft_model is not None
-        draft = same_vocabulary(options.draft_model, vocabulary, "`draft_model`")
+        draft = options.draft_model if options.draft_layers is None else net.shallow(options.draft_layers)
+        assert draft is not None
+        draft = same_vocabulary(draft, vocabulary, "`draft_model`")
         drafter = ModelDrafter(make_reader(view.of(draft), prompts, seq_len, others), policy, vocabulary)
     readers = [expert, *(reader for reader, _ in contrasted)]
     speculation = Speculation(decoding, readers, drafter, policy, options.guesses)
