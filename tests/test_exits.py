@@ -259,8 +259,9 @@ def test_guesses_keep_the_distribution() -> None:
     assert (shares[0] - shares[1]).abs().max() < 0.03
 
 
-def test_memories_of_all_blocks_serve_the_first_ones() -> None:
-    model = model_of(max_mem_len=8)
+@pytest.mark.parametrize("options", [{}, {"shift_tokens": 1}], ids=str)
+def test_memories_of_all_blocks_serve_the_first_ones(options: dict[str, Any]) -> None:
+    model = model_of(max_mem_len=8, **options)
     past, x = tokens(2, 6), tokens(2, 5)
     mems = model(past, return_mems=True)[1]
     wrapper = AutoregressiveWrapper(model)

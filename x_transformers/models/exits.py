@@ -12,6 +12,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, InputError, StateDictError
 from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.modules.norms import Norm
@@ -207,6 +208,26 @@ def first_blocks(model: Given, count: int) -> Given:
         for block in [name for name in norms if int(name) >= count]:
             del view.exit_norms[block]
     return view
+
+
+def arguments_of_first_blocks(model: HasExits, view: HasExits, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a pass of the first blocks, without the memories of the other ones.
+
+    Args:
+        model: with all blocks.
+        view: with the first ones; see `first_blocks`.
+        arguments: of a pass of the model.
+    """
+    given, whole, part = dict(arguments), unwrapped(model.attn_layers), view.attn_layers
+    letter = SELF_ATTENTION.letter
+    every, kept = (stack.sequence.count(letter, stack.sequence.order) for stack in (whole, part))
+    if given.get("mems") is not None:
+        # memories of the self-attentions, then running states
+        states = sum(len(part.sublayers[index].running) for index in part.sequence.order)
+        given["mems"] = [*given["mems"][:kept], *given["mems"][every : every + states]]
+    if given.get("mem_masks") is not None:
+        given["mem_masks"] = given["mem_masks"][:kept]
+    return given
 
 
 def _sharing(module: Shared) -> Shared:
