@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_inner_norm": ON,
     },
     "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
+    "mixer_head": {"layer_period": "ma", "mixer": "rwkv7", "mixer_head": 8, "mixer_rank": 4},
     "mixer_gate_cap": {"layer_period": "ma", "mixer": "mlstm", "mixer_gate_cap": 4.0, "mixer_cell_eps": 0.1},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
@@ -108,6 +109,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
     },
+    "mixer_group": {
+        "layer_period": "am",
+        "mixer": "mossformer",
+        "mixer_group": 3,
+        "mixer_dim_key": 4,
+        "mixer_rotary_dim": 2,
+        "mixer_conv": 3,
+    },
+    "mixer_taps": {"layer_period": "ma", "mixer": "fsmn", "mixer_taps": 3},
     "mixer_omega_window": {
         "layer_period": "ma",
         "mixer": "atlas",
@@ -147,6 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "pre_norm": {"pre_norm": False},
     "pre_norm_has_final_norm": {"pre_norm_has_final_norm": False},
+    "pre_norm_has_first_norm": {"pre_norm_has_first_norm": False},
     "pre_and_post_norm": {"pre_and_post_norm": ON},
     "sandwich_norm": {"sandwich_norm": ON},
     "branch_norm": {"branch_norm": ON},
@@ -253,6 +264,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
     # scores and weights
     "attn_max_attend_past": {"attn_max_attend_past": 4},
+    "attn_max_attend_future": {"attn_max_attend_future": 3},
     "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
     "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
     "attn_post_talking_heads": {"attn_post_talking_heads": ON},
@@ -508,9 +520,10 @@ ELSEWHERE = {
 }
 """Keywords of a causal decoder without a row, and why."""
 
+NO_FUTURE = "causal attention sees no future"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {},
+    "decoder": {"attn_max_attend_future": NO_FUTURE},
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -524,6 +537,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_groups": "reads from left to right",
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
+        "mixer_head": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
         "mixer_shift": "reads from left to right",
@@ -532,7 +546,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_memory_read": "reads from left to right",
         "mixer_omega_window": "reads from left to right",
     },
-    "cross": {},
+    "cross": {"attn_max_attend_future": NO_FUTURE},
 }
 """Rows that a kind of stack refuses by themselves, and why."""
 
@@ -600,6 +614,7 @@ REFUSED: dict[str, str] = {
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
     "pre_norm_has_final_norm": "resi_dual",
+    "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
     "branch_norm": "gated_multi_residual use_dynamic_tanh",
     "norm_eps": "use_dynamic_tanh use_derf",

@@ -38,7 +38,10 @@ HOUSE = (
     ("F2", ["forward_pass.intermediates"]),
     ("F2", ["masks.builder", "modules.branch_function"]),
     ("F2", ["recurrences.base"]),
-    ("F2", ["recurrences.naive", "recurrences.carry", "recurrences.chunks", "recurrences.memory_rule"]),
+    (
+        "F2",
+        ["recurrences.naive", "recurrences.carry", "recurrences.chunks", "recurrences.memory_rule", "recurrences.walk"],
+    ),
     ("F2", ["recurrences"]),
     ("F2", ["recurrences.stabilized"]),
     ("F3", ["attention.qk.decay", "attention.qk.rotation"]),

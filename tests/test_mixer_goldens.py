@@ -18,7 +18,9 @@ from x_transformers.mixers.linear_attention import HedgehogMap
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.convolution import long_convolution, long_convolution_2d
 from x_transformers.recurrences.delta import delta
+from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
@@ -26,19 +28,20 @@ FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
 LESS_CLOSE = {"layer-hyena": 5e-5}
 """Sines of sines enlarge the rounding of positions."""
+BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn"}
+"""Cases of passes over whole rows that are not of grids."""
+
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-fsmn layer-mossformer-rotary layer-mossformer layer-prepbn layer-rwkv7-0 layer-rwkv7-1
-    layer-shallow-causal layer-shallow layer-slab
-    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
-    op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
+    layer-activator layer-prepbn layer-shallow-causal layer-shallow layer-slab op-elman op-gru op-log-linear-16
+    op-log-linear-19 op-lstm op-rwkv6 op-slstm op-sparse-state
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
 
-FEEDFORWARDS = {"layer-rwkv4-channel"}
-"""Cases in `tests/test_channel_mix.py`."""
+ELSEWHERE = {"layer-rwkv4-channel", "layer-rwkv7-1"}
+"""Cases in `tests/test_channel_mix.py` and `tests/test_rwkv7.py`."""
 
 OMITTED: dict[str, dict[str, Any]] = {
     "layer-omega": {"mixer_muon_steps": 0},
@@ -46,7 +49,7 @@ OMITTED: dict[str, dict[str, Any]] = {
 }
 """Options that a case does without, and its keywords do not name."""
 
-LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - FEEDFORWARDS)
+LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - ELSEWHERE)
 
 
 def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, dict[str, str]]:
@@ -63,7 +66,7 @@ def agree(mine: Tensor, theirs: Tensor, close: float = CLOSE) -> None:
 
 
 def test_every_case_is_tested_or_later() -> None:
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | FEEDFORWARDS | set(LAYERS) | set(OPERATORS)
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | ELSEWHERE | set(LAYERS) | set(OPERATORS)
 
 
 def test_what_is_later_is_refused() -> None:
@@ -81,7 +84,7 @@ def test_what_is_later_is_refused() -> None:
 def test_layers(name: str) -> None:
     case, metadata = read(name)
     keywords: dict[str, Any] = json.loads(metadata["keywords"]) | OMITTED.get(name, {})
-    causal = keywords.pop("causal", "mixer_grid" not in keywords)
+    causal = keywords.pop("causal", name not in BOTH_WAYS and "mixer_grid" not in keywords)
     x = case["input.x"]
     stack = (Decoder if causal else Encoder)(dim=x.shape[-1], depth=1, only_attn=True, verbose=False, **keywords)
     mixer = stack.layers[0].mixer
@@ -200,6 +203,12 @@ def of_products(case: Case) -> Operator:
     return at_last(delta), at_last(naive.delta), arguments  # type: ignore[return-value]
 
 
+def of_rank_one(case: Case) -> Operator:
+    q = case["input.q"] * case["input.q"].shape[-1] ** -0.5
+    names = ("k", "v", "a", "b", "log_decay", "state")
+    return rank_one, naive.rank_one, [q, *(case[f"input.{name}"] for name in names)]
+
+
 def of_scan(case: Case) -> Operator:
     return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
 
@@ -270,6 +279,21 @@ def of_convolution(case: Case) -> Operator:
     return read(long_convolution_2d), read(naive.long_convolution_2d), arguments  # type: ignore[return-value]
 
 
+def of_groups(case: Case) -> Operator:
+    size = int(read("op-mossformer-causal")[1]["group"])
+    features = [case[f"input.{name}"] for name in ("q_near", "q_far", "k_near", "k_far")]
+    values = torch.cat((case["input.v"], case["input.u"]), dim=-1)
+    case["output"] = torch.cat((case["output.v"], case["output.u"]), dim=-1)
+
+    def whole(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return left_to_right(Grouped(*given), size, None, None)[0], torch.zeros(0)
+
+    def twin(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return naive.grouped(*given, size, causal=True), torch.zeros(0)
+
+    return whole, twin, [*features, values]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -280,11 +304,13 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-gated-delta": of_delta,
     "op-vector-delta": of_delta,
     "op-delta-product": of_products,
+    "op-diagonal-plus-rank-one": of_rank_one,
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
     "op-rwkv4": of_fading_mean,
+    "op-mossformer-causal": of_groups,
     "op-long-convolution": of_convolution,
     "op-long-convolution-2d": of_convolution,
 }

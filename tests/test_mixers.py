@@ -19,10 +19,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
+    "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
     "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
+    "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
+    "fsmn": {"mixer_taps": 3, "mixer_conv": 3},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
@@ -34,6 +37,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "decays of features": {"mixer": "gated_delta", "mixer_vector_decay": True, "mixer_dim_key": 4, "mixer_rank": 3},
 }
 """Forms of mixers that compute something else than their defaults."""
+
+NEAR = ("identity", "pooling", "conv", "fsmn")
+"""Mixers that read neighbors only."""
 
 CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
 EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
@@ -149,7 +155,7 @@ def test_whole_rows(name: str) -> None:
         close(out[row, live], model(x[row : row + 1, live])[0])
     changed = x.clone()
     changed[:, -1] = torch.randn(16)
-    assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in ("identity", "pooling", "conv")
+    assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in NEAR
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
@@ -342,7 +348,7 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "titans", "atlas")
+GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "mossformer", "titans", "atlas")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from catalog import BASE, CASES, Case, call, close, name_of, tokens
 from promises import LENGTH, arguments
 from torch import Tensor, fx
 from torch.nn.attention import flex_attention as kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from x_transformers import TransformerWrapper
@@ -57,6 +58,7 @@ def hidings() -> dict[str, MaskSpec]:
     order, slots = (q, row(12)), (q[None], row(12)[None])
     padded = row(12) >= torch.tensor([[0], [5], [12]])
     shifted = (row(12) - torch.tensor([[0], [5], [12]])).clamp(min=0)
+    holes = padded & (torch.rand(3, 12) > 0.6)
     owners = torch.tensor([0] * 5 + [1] + [2] * 6)
     pairs = torch.rand(3, 4, 12, 12) > 0.5
     shown = torch.tensor([[True, False], [False, False], [True, True]])
@@ -70,6 +72,13 @@ def hidings() -> dict[str, MaskSpec]:
         "a step": MaskSpec(1, 18, order=(torch.tensor([13]), k)),
         "window": MaskSpec(12, 12, order=order, slots=slots, window=3),
         "both sides": MaskSpec(12, 12, slots=slots, window=0),
+        "ahead": MaskSpec(12, 12, slots=slots, ahead=2),
+        "both ways": MaskSpec(12, 12, slots=slots, window=3, ahead=1),
+        "both ways and causal": MaskSpec(12, 12, order=order, slots=slots, window=3, ahead=1),
+        "padding and ahead": MaskSpec(12, 12, slots=(shifted, shifted), ahead=2, token_mask=padded),
+        "padding both ways": MaskSpec(12, 12, slots=(shifted, shifted), window=1, ahead=1, token_mask=holes),
+        "holes": MaskSpec(12, 12, slots=slots, window=1, ahead=0, token_mask=holes),
+        "prefix both ways": MaskSpec(12, 12, slots=slots, window=2, ahead=1, token_mask=padded, prefix=2),
         "padding": MaskSpec(12, 12, order=order, token_mask=padded),
         "padding and window": MaskSpec(12, 12, order=order, slots=(shifted, shifted), window=3, token_mask=padded),
         "context": MaskSpec(12, 18, token_mask=torch.rand(3, 18) > 0.5),
@@ -94,6 +103,15 @@ def tiles(t: Tensor, side: int, value: bool) -> Tensor:
     return t.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).transpose(-2, -3)
 
 
+class TensorsAsIndices(TorchFunctionMode):
+    """Refuses numbers next to tensors as indices, as the kernels of PyTorch 2.9 do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            assert len({isinstance(index, Tensor) for index in args[1]}) == 1, "a number and a tensor"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", hidings())
 def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
     """The function is the mask; no block is left out that has a pair, and none taken for whole that is not."""
@@ -101,7 +119,8 @@ def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
     blocks, seen = build(hiding, torch.device("cpu")), hiding.mask()
     seen = seen.expand(-1, -1, hiding.queries, -1)
     b, h, q, k = torch.meshgrid(*map(torch.arange, seen.shape), indexing="ij")
-    assert torch.equal(blocks.mask_mod(b, h, q, k).expand(seen.shape), seen)
+    with TensorsAsIndices():
+        assert torch.equal(blocks.mask_mod(b, h, q, k).expand(seen.shape), seen)
     parts = tiles(seen, 4, False)
     some, every = parts.flatten(-2).any(dim=-1), parts.flatten(-2).all(dim=-1)
     full = chosen(blocks.full_kv_num_blocks, blocks.full_kv_indices)
@@ -110,7 +129,8 @@ def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
     assert not (full & ~every).any()
     assert not (some & ~(full | partial)).any()
     assert blocks.shape[-2:] == (hiding.queries, hiding.prefix + hiding.keys)
-    if name in ("causal", "memories", "a step", "window", "context", "pairs of all", "documents", "prefix alone"):
+    exactly = ("window", "ahead", "both ways", "context", "pairs of all", "documents", "prefix alone")
+    if name in ("causal", "memories", "a step", *exactly):
         exact = kernel.create_block_mask(blocks.mask_mod, *seen.shape, device="cpu", BLOCK_SIZE=4)
         assert torch.equal(exact.to_dense(), blocks.to_dense().expand_as(exact.to_dense())), "more blocks than needed"
         assert torch.equal(chosen(exact.full_kv_num_blocks, exact.full_kv_indices), full.expand_as(every))
@@ -130,7 +150,8 @@ def test_queries_that_see_nothing(name: str) -> None:
     hiding = hidings()[name]
     fully_masked = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
     assert torch.equal(hiding.fully_masked().expand(fully_masked.shape), fully_masked)
-    if name in ("window", "both sides", "padding and window"):
+    windows = ("ahead", "both ways", "both ways and causal", "padding and ahead", "padding both ways", "holes")
+    if name in ("window", "both sides", "padding and window", *windows):
         hiding = hiding._replace(sorted=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MaskSpec, "mask", refuse)
@@ -173,13 +194,18 @@ def span(n: int, token_mask: Tensor | None = None) -> Span:
 
 
 def causal(n: int, window: int | None = None, token_mask: Tensor | None = None) -> Visibility:
+    return seen(n, True, window, None, token_mask)
+
+
+def seen(n: int, causal: bool, window: int | None, ahead: int | None, token_mask: Tensor | None = None) -> Visibility:
     tokens = span(n, token_mask)
     return visibility(
-        Call(tokens, tokens, True, capture=Capture(), memo=Memo()),
+        Call(tokens, tokens, causal, capture=Capture(), memo=Memo()),
         tokens,
-        causal=True,
+        causal=causal,
         own=True,
         window=window,
+        ahead=ahead,
         prefix=0,
     )
 
@@ -247,6 +273,14 @@ def test_layers_share_their_blocks(monkeypatch: pytest.MonkeyPatch, unfused: Non
     assert len(built) == 2, "what no tensor decides is made once"
 
 
+def checked(score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Tensor) -> Tensor:
+        with TensorsAsIndices():
+            return score_mod(*args)
+
+    return run
+
+
 WAYS = ("plain", "both_masks", "left_padding", "packed", "attn_mask", "attn_bias", "memories", "prepended")
 SLOTS = ("score", "mask", "keys", "sink", "metric")
 MET = [case for case in CASES if case.features and case.features[0].slot in SLOTS]
@@ -254,8 +288,10 @@ MET = [case for case in CASES if case.features and case.features[0].slot in SLOT
 
 @pytest.mark.parametrize("case", [*MET, BASE], ids=name_of)
 @torch.no_grad()
-def test_ways_to_call(case: Case, small_blocks: None, unfused: None) -> None:
+def test_ways_to_call(case: Case, small_blocks: None, unfused: None, monkeypatch: pytest.MonkeyPatch) -> None:
     explicit, ours = twins(case)
+    make = flex._score_mod
+    monkeypatch.setattr(flex, "_score_mod", lambda *of: None if make(*of) is None else checked(make(*of)))
     ids, ways = tokens(2, LENGTH), arguments(explicit, 2, LENGTH, rows=2)
     for way in WAYS:
         close(call(ours, ids, **ways[way]), call(explicit, ids, **ways[way]))
@@ -397,20 +433,25 @@ def test_windows_compare_places() -> None:
     graphs = Reads()
     run = torch.compile(kernel.flex_attention, backend=graphs)
     q, k, v = torch.randn(3, 1, 2, 300, 16)
-    for window in (None, 5, 130, 200, None):
-        hiding = causal(300, window).hiding
+    rows: list[tuple[bool, int | None, int | None]] = [(True, width, None) for width in (None, 5, 130, 200, None)]
+    rows += [(False, 5, 5), (False, 130, 20), (False, None, 7), (False, 200, None)]
+    for is_causal, window, ahead in rows:
+        hiding = seen(300, is_causal, window, ahead).hiding
         assert hiding is not None
         blocks = block_mask(hiding, q)
         b, h, i, j = torch.meshgrid(*map(torch.arange, (1, 1, 300, 300)), indexing="ij")
         assert torch.equal(blocks.mask_mod(b, h, i, j), hiding.mask())
         captured = [cell.cell_contents for cell in blocks.mask_mod.__closure__ or ()]
-        assert [each.numel() for each in captured] == [1] * (window is not None)
+        assert [each.numel() for each in captured] == [2] * (not is_causal or window is not None)
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hiding.mask())
         close(run(q, k, v, block_mask=blocks), wanted)
-    assert graphs.graphs == 2
+    assert graphs.graphs == 3
     visited = block_mask(causal(4096, 512).hiding, q)  # type: ignore[arg-type]
     counts = visited.kv_num_blocks + visited.full_kv_num_blocks
     assert int(counts.max()) == 5, "a query block of 128 sees 512 places before it"
+    visited = block_mask(seen(4096, False, 256, 128).hiding, q)  # type: ignore[arg-type]
+    counts = visited.kv_num_blocks + visited.full_kv_num_blocks
+    assert int(counts.max()) == 4, "and 256 before it, 128 after it"
 
 
 @torch.no_grad()

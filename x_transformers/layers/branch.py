@@ -217,6 +217,8 @@ class Branch(NumberedParts, ReadsReference):
             raise StateDictError(f"the reference has no {self.kind.words}; a model with it cannot be exported.")
         if self.norm is None and self.output_norm is not None:
             raise StateDictError("the reference has no `branch_norm`; a model with it cannot be exported.")
+        if self.norm is None and self.stream_norm is None:
+            raise StateDictError("the reference has a norm before every sublayer; this model cannot be exported.")
         of_stack, *of_function = self.output_scales
         outer = "fn." if of_stack != 1 else ""
         wrappers = (self.scale is not None) + (self.shift is not None) + len(of_function)

@@ -27,10 +27,12 @@ from x_transformers.mixers import (
     mamba,
     mamba2,
     mlstm,
+    mossformer,
     pooling,
     retention,
     rglru,
     rwkv4,
+    rwkv7,
     spectral,
     titans,
 )
@@ -96,6 +98,7 @@ PAPERS = (
     mlstm.FEATURE,
     aaren.FEATURE,
     rwkv4.FEATURE,
+    rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     titans.FEATURE,
@@ -105,6 +108,7 @@ PAPERS = (
     h3.FEATURE,
     lmu.FEATURE,
     spectral.FEATURE,
+    *mossformer.FEATURES,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -190,7 +194,7 @@ class MixerOptions(Options):
 SCHEMA = MixerSchema((SHARED, *PAPERS))
 
 
-def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool) -> Mixer:
+def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool, first: bool) -> Mixer:
     """Build a mixer.
 
     Args:
@@ -199,6 +203,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
         keywords: those that were given, without prefix; None is the mixer's own default.
         heads: default number of heads.
         causal: no token may see later ones.
+        first: no earlier layer of the stack has this mixer.
 
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
@@ -214,6 +219,8 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     built = mixer(dim, **own)
     if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
+    if not first:
+        built.follow()
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))

@@ -11,6 +11,7 @@ from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
 from x_transformers.recurrences.memory import MEMORY
 from x_transformers.recurrences.memory_rule import Rule
+from x_transformers.recurrences.rank_one import RANK_ONE
 from x_transformers.recurrences.scan import SCAN
 
 
@@ -74,6 +75,23 @@ def memory_cost(situation: Any, tokens: int, heads: int, rule: Rule) -> tuple[st
         low, high = min(rows, columns), max(rows, columns)
         flops += rule.muon_steps * low * low * (2 * high + low) + 2 * c * rows * columns
     return chosen.name, why, 2 * heads * flops
+
+
+def rank_one_cost(situation: Any, tokens: int, d: int, e: int, chunk: int) -> tuple[str, str, int]:
+    """Return the kernel of a recurrence that is diagonal plus rank one, the reason, and its FLOPs per token and head.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        d, e: widths of keys and values.
+        chunk: tokens that are computed at once.
+    """
+    chosen, why = RANK_ONE.choose(Situation(situation.device, situation.dtype, tokens, vector_decay=True))
+    if chosen.name == "naive":
+        return chosen.name, why, 2 * 4 * d * e
+    c = min(chunk, tokens, SHORT)
+    # four scores, the solve, what is read, and the matrix that takes the state through a chunk
+    return chosen.name, why, 2 * (4 * c * d + c * (d + e) // 2 + 3 * c * e + 4 * d * e + d * d + d * d * e // c)
 
 
 def scan_cost(situation: Any, tokens: int, features: int) -> tuple[str, str, int]:

@@ -48,6 +48,29 @@ def delta(
     return stacked(out, v), state
 
 
+def rank_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    *,
+    chunk: int | None = None,
+) -> Result:
+    """Compute `S_t = diag(e^{g_t}) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T`, and `o_t = S_t^T q_t`; see
+    `recurrences.rank_one`.
+    """
+    state = first_state(k, v) if state is None else state
+    out = []
+    for t in range(q.shape[2]):
+        read = a[:, :, t, None, :] @ state
+        state = decay_at(g, t) * state + b[:, :, t, :, None] * read + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None, :] @ state).squeeze(2))
+    return stacked(out, v), state
+
+
 def first_state(k: Tensor, v: Tensor) -> Tensor:
     """Return the state before the first token, zeros `(b, h, dk, dv)`."""
     return v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
@@ -148,3 +171,18 @@ def long_convolution_2d(x: Tensor, taps: Tensor) -> Tensor:
         for s in range(min(width, taps.shape[-1])):
             out[..., r:, s:] += taps[..., r : r + 1, s : s + 1] * x[..., : height - r, : width - s]
     return out
+
+
+def grouped(
+    near: Tensor, far: Tensor, near_keys: Tensor, far_keys: Tensor, values: Tensor, size: int, causal: bool
+) -> Tensor:
+    """Compute attention in two ranges; see `recurrences.groups`."""
+    out, n = [], values.shape[1]
+    for t in range(n):
+        first = t // size * size
+        last = t + 1 if causal else min(first + size, n)
+        weights = F.relu(near[:, t : t + 1] @ near_keys[:, first:last].mT / size).square()
+        read, length = (first, size) if causal else (n, n)
+        distant = far[:, t : t + 1] @ far_keys[:, :read].mT / length
+        out.append(weights @ values[:, first:last] + distant @ values[:, :read])
+    return torch.cat(out, dim=1) if out else torch.empty_like(values)
