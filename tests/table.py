@@ -523,6 +523,8 @@ ELSEWHERE = {
     "dim_pooled_tokens": "of `attn_pool`",
     "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "train_max_recycle_steps": "of `recycling`",
+    "exit_layers": "predictions that a pass returns on request; `tests/properties/test_first_blocks.py`",
+    "exit_norms": "of `exit_layers`",
     "looped": "caches of generated tokens are those of the loop that they left; `tests/test_looped.py`",
     "max_looped_steps": "of `looped`",
 }

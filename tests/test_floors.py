@@ -90,7 +90,7 @@ HOUSE = (
     ("F7", ["models.options.catalog"]),
     ("F7", ["models.options.reading"]),
     ("F7", ["models.internal_sequence", "models.requested_outputs"]),
-    ("F7", ["models.repeated"]),
+    ("F7", ["models.repeated", "models.exits"]),
     ("F7", ["models.base"]),
     ("F7", ["models"]),
     ("F7", ["models.transformer", "models.vision"]),
