@@ -21,8 +21,8 @@ from x_transformers.recurrences.convolution import long_convolution, long_convol
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
-from x_transformers.recurrences.loop import loop
 from x_transformers.recurrences.log_linear import log_linear
+from x_transformers.recurrences.loop import loop
 from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean

@@ -9,8 +9,8 @@ from x_transformers.recurrences.base import SHORT, Situation
 from x_transformers.recurrences.convolution import LONG_CONVOLUTION, fast_size
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
-from x_transformers.recurrences.loop import LOOP
 from x_transformers.recurrences.log_linear import LOG_LINEAR
+from x_transformers.recurrences.loop import LOOP
 from x_transformers.recurrences.memory import MEMORY
 from x_transformers.recurrences.memory_rule import Rule
 from x_transformers.recurrences.rank_one import RANK_ONE
