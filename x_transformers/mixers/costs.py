@@ -9,6 +9,7 @@ from x_transformers.recurrences.base import SHORT, Situation
 from x_transformers.recurrences.convolution import LONG_CONVOLUTION, fast_size
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
+from x_transformers.recurrences.log_linear import LOG_LINEAR
 from x_transformers.recurrences.loop import LOOP
 from x_transformers.recurrences.memory import MEMORY
 from x_transformers.recurrences.memory_rule import Rule
@@ -54,6 +55,25 @@ def delta_cost(
     c = min(chunk, tokens, SHORT if by_feature else chunk)
     # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
     return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)
+
+
+def log_linear_cost(
+    situation: Any, tokens: int, heads: int, d: int, e: int, levels: int, chunk: int
+) -> tuple[str, str, int]:
+    """Return the kernel of a log-linear recurrence, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        heads: number of heads.
+        d, e: widths of keys and values.
+        levels: number of levels.
+        chunk: tokens that are computed at once.
+    """
+    chosen, why = LOG_LINEAR.choose(Situation(situation.device, situation.dtype, tokens))
+    # every level is written and read; a chunk has all its pairs besides
+    pairs = 0 if chosen.name == "naive" else min(chunk, tokens) * (d + e)
+    return chosen.name, why, 2 * heads * (2 * levels * d * e + pairs)
 
 
 def memory_cost(situation: Any, tokens: int, heads: int, rule: Rule) -> tuple[str, str, int]:
