@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import ConfigError, InputError
+from x_transformers.errors import ConfigError
 from x_transformers.mixers.base import Mixer, Row, State, state_dtype
-from x_transformers.mixers.parts import MixerLayerNorm, moved
+from x_transformers.mixers.parts import MixerLayerNorm, check_length, moved
 from x_transformers.modules.branch_function import BranchCost
 from x_transformers.options.schema import Feature, at_least, opt
 
@@ -52,14 +52,12 @@ class Shallow(Mixer):
 
     def mix(self, x: Tensor, row: Row, state: State | None) -> tuple[Tensor, State]:
         n, live = x.shape[1], row.silence(x)
-        if n > self.length:
-            raise InputError(self._too_long(n))
+        count = row.count(x)
+        before = torch.zeros_like(count) if state is None else state["count"]
+        check_length(self.name, self.length, before, count, n)
         if not row.causal:
             whole = F.pad(live, (0, 0, 0, self.length - n)).flatten(1)
             return self._map(whole).unflatten(-1, (self.length, self.dim))[:, :n], {}
-        count = row.count(x)
-        before = torch.zeros_like(count) if state is None else state["count"]
-        self._check_end(before, count, n)
         if state is None:
             held = F.pad(live, (0, 0, 0, self.length - n))
         else:
@@ -67,7 +65,7 @@ class Shallow(Mixer):
         place = (before.long() + torch.arange(n, device=x.device)).unsqueeze(-1)
         seen = torch.arange(self.length, device=x.device) <= place
         out = self._map((held.unsqueeze(1) * seen.unsqueeze(-1)).flatten(2))
-        # what `_check_end` does not see must not have an output that looks like others
+        # what the check does not see must not have an output that looks like others
         out = out.masked_fill(place >= self.length, torch.nan)
         return out, {"shallow": held.to(state_dtype(x)), "count": before + count}
 
@@ -79,17 +77,6 @@ class Shallow(Mixer):
     def _map(self, rows: Tensor) -> Tensor:
         hidden = self.to_hidden(self.norm_in(rows).to(rows.dtype))
         return self.to_out(self.norm(F.leaky_relu(hidden)).to(rows.dtype))
-
-    def _check_end(self, before: Tensor, count: Tensor, n: int) -> None:
-        """Check the number of tokens so far, but not at every step, which would wait for a GPU."""
-        if torch.compiler.is_compiling() or n == 1:
-            return
-        most = int((before + count).max()) if count.numel() else 0
-        if most > self.length:
-            raise InputError(self._too_long(most))
-
-    def _too_long(self, tokens: int) -> str:
-        return f'`mixer = "{self.name}"` was made for {self.length} tokens (`mixer_len`); this row has {tokens}.'
 
 
 @dataclass(frozen=True, kw_only=True)
