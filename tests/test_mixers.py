@@ -26,12 +26,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "h3": {"mixer_state": 4, "mixer_shift": 3},
     "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
     "fsmn": {"mixer_taps": 3, "mixer_conv": 3},
+    "random": {"mixer_len": 48},
     "shallow": {"mixer_len": 48, "mixer_hidden": 6},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
-LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}}
+LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}, "random": {"mixer_len": 4096}}
 """Keywords that long rows need."""
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -30,6 +30,7 @@ from x_transformers.mixers import (
     mlstm,
     mossformer,
     pooling,
+    random_mixing,
     retention,
     rglru,
     rwkv4,
@@ -115,6 +116,7 @@ PAPERS = (
     activator.FEATURE,
     shallow.FEATURE,
     slab.FEATURE,
+    random_mixing.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
