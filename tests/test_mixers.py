@@ -21,6 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gated_delta": {"mixer_chunk": 4},
     "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "log_linear": {"mixer_head": 8, "mixer_state": 4, "mixer_len": 8, "mixer_chunk": 4},
     "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
@@ -357,7 +358,22 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "mossformer", "titans", "atlas")
+GRAPHS = (
+    "gated_delta",
+    "mamba",
+    "linear",
+    "mlstm",
+    "rwkv4",
+    "rwkv7",
+    "slstm",
+    "hyena",
+    "h3",
+    "lmu",
+    "mossformer",
+    "titans",
+    "atlas",
+    "log_linear",
+)
 
 
 @pytest.mark.slow

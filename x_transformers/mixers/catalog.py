@@ -25,12 +25,14 @@ from x_transformers.mixers import (
     identity,
     linear_attention,
     lmu,
+    log_linear,
     mamba,
     mamba2,
     mlstm,
     mossformer,
     pooling,
     random_mixing,
+    recurrent_networks,
     retention,
     rglru,
     rwkv4,
@@ -59,6 +61,7 @@ class SharedOptions:
     )
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
+    len: int | None = opt(None, "tokens that a mixer is made for: places of a table, or distances with own levels")
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
@@ -100,11 +103,13 @@ PAPERS = (
     mamba2.FEATURE,
     rglru.FEATURE,
     mlstm.FEATURE,
+    *recurrent_networks.FEATURES,
     aaren.FEATURE,
     rwkv4.FEATURE,
     rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    log_linear.FEATURE,
     titans.FEATURE,
     atlas.FEATURE,
     *linear_attention.FEATURES,

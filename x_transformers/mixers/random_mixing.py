@@ -49,10 +49,11 @@ class RandomMixing(KeepsFloat32, Mixer):
         keys = torch.arange(end, device=x.device)
         hidden = (keys > place.unsqueeze(-1)) if row.causal else (keys >= placed.filled).unsqueeze(-2)
         with full_precision(x.device.type):
-            logits = at_least_float32(self.logits)[place.clamp(max=end - 1)]
+            held = at_least_float32(placed.held)
+            logits = self.logits.to(held.dtype)[place.clamp(max=end - 1)]
             # finite, since a row may have no token at all
             weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(dim=-1)
-            out = (weights @ at_least_float32(placed.held)).to(x.dtype)
+            out = (weights @ held).to(x.dtype)
         return self.table.silence_others(out, place), placed.state if row.causal else {}
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
