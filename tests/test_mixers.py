@@ -349,49 +349,6 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = (
-    "gated_delta",
-    "mamba",
-    "linear",
-    "mlstm",
-    "rwkv4",
-    "hyena",
-    "h3",
-    "lmu",
-    "mossformer",
-    "titans",
-    "atlas",
-    "log_linear",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GRAPHS)
-def test_one_graph_for_prompts_of_all_lengths(name: str) -> None:
-    """The first length, any length, and a step: three graphs, whatever the number of chunks."""
-    model = built(name, **LONG.get(name, {})).float()
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(len(graphs))
-        return graph.forward
-
-    torch._dynamo.reset()  # graphs of all mixers are those of one function, and their number is limited
-    run = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for n in (70, 24, 40, 200, 130):
-            x = torch.randn(2, n, 16)
-            close(run(x)[0], model(x)[0])
-        assert len(graphs) == 2
-        state = model(torch.randn(2, 9, 16))[1]
-        for _ in range(3):
-            x = torch.randn(2, 1, 16)
-            out, new = run(x, state=state)
-            close(out, model(x, state=state)[0])
-            state = new
-    assert len(graphs) == 3
-
-
 def test_a_hybrid_learns_and_generates() -> None:
     """The steps of a static cache equal a pass, with prompts of different lengths."""
     model = TransformerWrapper(
