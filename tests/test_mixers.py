@@ -6,7 +6,6 @@ import pytest
 import torch
 from catalog import close, perturbed
 from loguru import logger
-from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
