@@ -15,6 +15,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    activator,
     atlas,
     convolution,
     delta_rule,
@@ -30,14 +31,17 @@ from x_transformers.mixers import (
     mlstm,
     mossformer,
     pooling,
+    recurrent_networks,
     retention,
     rglru,
     rwkv4,
     rwkv7,
+    shallow,
+    slab,
     spectral,
     titans,
 )
-from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.mixers.base import Mixer, arguments_of, depends_on_causality
 from x_transformers.mixers.parts import MixerGain
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
@@ -97,6 +101,7 @@ PAPERS = (
     mamba2.FEATURE,
     rglru.FEATURE,
     mlstm.FEATURE,
+    *recurrent_networks.FEATURES,
     aaren.FEATURE,
     rwkv4.FEATURE,
     rwkv7.FEATURE,
@@ -111,6 +116,9 @@ PAPERS = (
     lmu.FEATURE,
     spectral.FEATURE,
     *mossformer.FEATURES,
+    activator.FEATURE,
+    shallow.FEATURE,
+    slab.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -218,6 +226,8 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     both = bool(given.get("bidirectional"))
     check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
     own = {key: value for key, value in given.items() if key in arguments}
+    if depends_on_causality(mixer):
+        own["causal"] = causal
     built = mixer(dim, **own)
     if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)

@@ -10,6 +10,7 @@ from x_transformers.recurrences.convolution import LONG_CONVOLUTION, fast_size
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
 from x_transformers.recurrences.log_linear import LOG_LINEAR
+from x_transformers.recurrences.loop import LOOP
 from x_transformers.recurrences.memory import MEMORY
 from x_transformers.recurrences.memory_rule import Rule
 from x_transformers.recurrences.rank_one import RANK_ONE
@@ -142,3 +143,15 @@ def long_convolution_cost(situation: Any, tokens: int, channels: int, lags: int)
     # transforms of the inputs and of the outputs, of 2.5 N log2 N operations each for real numbers, and their product
     size = fast_size(tokens + min(tokens, lags) - 1)
     return chosen.name, why, channels * round(5 * size * math.log2(size) + 3 * size) // tokens
+
+
+def loop_cost(situation: Any, tokens: int, weights: int) -> tuple[str, str, int]:
+    """Return the kernel of a recurrent network, the reason, and the FLOPs per token of its recurrent weights.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        weights: number of recurrent weights.
+    """
+    chosen, why = LOOP.choose(Situation(situation.device, situation.dtype, tokens))
+    return chosen.name, why, 2 * weights
