@@ -70,6 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
     "mixer_head": {"layer_period": "ma", "mixer": "rwkv7", "mixer_head": 8, "mixer_rank": 4},
+    "mixer_heads": {"layer_period": "ma", "mixer": "slstm", "mixer_heads": 2, "mixer_dim": 24},
     "mixer_gate_cap": {"layer_period": "ma", "mixer": "mlstm", "mixer_gate_cap": 4.0, "mixer_cell_eps": 0.1},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
@@ -109,6 +110,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
     },
+    "mixer_len": {
+        "layer_period": "am",
+        "mixer": "log_linear",
+        "mixer_head": 8,
+        "mixer_state": 4,
+        "mixer_len": 16,
+        "mixer_chunk": 4,
+    },
     "mixer_group": {
         "layer_period": "am",
         "mixer": "mossformer",
@@ -126,6 +135,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_feature_degree": 3,
         "mixer_muon_steps": 1,
     },
+    "mixer_hidden": {"layer_period": "ma", "mixer": "shallow", "mixer_len": 64, "mixer_hidden": 8},
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -538,6 +548,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
         "mixer_head": "reads from left to right",
+        "mixer_heads": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
         "mixer_shift": "reads from left to right",
@@ -545,6 +556,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_memory_depth": "reads from left to right",
         "mixer_memory_read": "reads from left to right",
         "mixer_omega_window": "reads from left to right",
+        "mixer_len": "reads from left to right",
     },
     "cross": {"attn_max_attend_future": NO_FUTURE},
 }

@@ -211,8 +211,63 @@ def test_experts_of_a_choice_by_hand() -> None:
     agree(out.detach().unflatten(0, (2, 7)), case["output.y"])
 
 
+def mixtral(case: Case) -> TransformerWrapper:
+    """Return the model of two blocks."""
+    layers = Decoder(
+        dim=16,
+        depth=2,
+        heads=4,
+        attn_dim_head=4,
+        attn_kv_heads=2,
+        rotary_pos_emb=True,
+        rotary_interleaved=False,
+        rotary_emb_dim=4,
+        rotary_base=1e6,
+        use_rmsnorm=True,
+        norm_eps=1e-5,
+        norm_add_unit_offset=False,
+        ff_experts=4,
+        ff_mult=1.5,
+        verbose=False,
+        **{f"ff_{name}": value for name, value in GATED.items()},
+    )
+    model = TransformerWrapper(num_tokens=32, max_seq_len=16, use_abs_pos_emb=False, attn_layers=layers)
+    names = {"token_emb.emb.weight": "embed_tokens", "attn_layers.final_norm.gamma": "norm"}
+    state = {ours: case[f"state.model.{theirs}.weight"] for ours, theirs in names.items()}
+    state["to_logits.weight"] = case["state.lm_head.weight"]
+    for block in range(2):
+        theirs, mixing, routed = f"state.model.layers.{block}.", 2 * block, 2 * block + 1
+        each = {f"{mixing}.attention.projections.{name}": f"self_attn.{name}_proj" for name in "qkv"}
+        each |= {f"{mixing}.attention.out": "self_attn.o_proj", f"{routed}.feedforward.router": "mlp.gate"}
+        state |= {f"attn_layers.layers.{ours}.weight": case[f"{theirs}{name}.weight"] for ours, name in each.items()}
+        for sublayer, name in ((mixing, "input_layernorm"), (routed, "post_attention_layernorm")):
+            state[f"attn_layers.layers.{sublayer}.norm.gamma"] = case[f"{theirs}{name}.weight"]
+        stacks = f"attn_layers.layers.{routed}.feedforward."
+        state[f"{stacks}up"] = swapped(case[f"{theirs}mlp.experts.gate_up_proj"])
+        state[f"{stacks}down"] = case[f"{theirs}mlp.experts.down_proj"]
+    model.load_state_dict(state)
+    return model
+
+
+def test_a_model_and_its_losses() -> None:
+    """Their loss has no factor 1 / k, and pools the tokens of both layers; ours has one product for each layer."""
+    case = read("mixtral-model")
+    model, ids, mask = mixtral(case), case["input.ids"], case["input.mask"].bool()
+    agree(model(ids).detach(), case["output.logits_without_mask"])
+    logits, record = model(ids, mask=mask, return_aux_loss=True)
+    agree(logits.detach()[mask], case["output.logits"][mask])
+    theirs = []
+    for block, routing in enumerate(record.routing):
+        given = case[f"output.router_logits.{block}"][mask.flatten()].softmax(dim=-1)
+        shares = torch.zeros_like(given).scatter(1, given.topk(2).indices, 1.0)
+        theirs.append((shares, given))
+        agree(2 * routing.losses["balance"].value.detach(), 4 * (shares.mean(dim=0) * given.mean(dim=0)).sum())
+    shares, given = (torch.cat(each) for each in zip(*theirs, strict=True))
+    agree(4 * (shares.mean(dim=0) * given.mean(dim=0)).sum(), case["output.aux_loss"])
+
+
 def test_every_file_is_read() -> None:
-    others = {"gptoss-block", "sigma-moe", "switch-router"}
+    others = {"gptoss-block", "sigma-moe", "switch-router", "mixtral-model"}
     emerging = {f"emergent-moe-{form}" for form in ("gate", "inter-abs", "order")}
     assert {path.stem for path in FOLDER.glob("*.safetensors")} == set(BLOCKS) | others | emerging
 
