@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 
@@ -34,6 +35,7 @@ from x_transformers.attention.backends.base import Situation
 from x_transformers.errors import ConfigError
 from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.options.schema import Feature
+from x_transformers.options.values import accepts
 
 PAGE = Path(__file__).parents[1] / "docs" / "every-option.md"
 START, END = "<!-- options: made by `python -m benchmarks.table --write` -->", "<!-- end of the options -->"
@@ -70,6 +72,8 @@ def _switches(feature: Feature, keyword: str, value: object) -> bool:
     default = feature.options()
     if name is None or feature.enabled(default):
         return True
+    if isinstance(value, tuple) and not accepts(get_type_hints(feature.options)[name], value):
+        value = value[-1]  # one value for each layer
     try:
         return feature.enabled(dataclasses.replace(default, **{name: value}))
     except ConfigError:  # the keyword needs others

@@ -43,6 +43,7 @@ GALLERY = (
     "token-mixers",
     "memory",
     "feedforwards",
+    "experts",
     "norms",
     "residual-streams",
     "order-of-layers",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from x_transformers.mixers.linear_attention import HedgehogMap
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.convolution import long_convolution, long_convolution_2d
 from x_transformers.recurrences.delta import delta
+from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.log_linear import log_linear
+from x_transformers.recurrences.loop import loop
+from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
@@ -26,19 +31,19 @@ FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
 LESS_CLOSE = {"layer-hyena": 5e-5}
 """Sines of sines enlarge the rounding of positions."""
+BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn", "layer-shallow"}
+"""Cases of passes over whole rows that are not of grids."""
+
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-fsmn layer-mossformer-rotary layer-mossformer layer-prepbn layer-rwkv7-0 layer-rwkv7-1
-    layer-shallow-causal layer-shallow layer-slab
-    op-diagonal-plus-rank-one op-elman op-gru op-log-linear-16 op-log-linear-19 op-lstm
-    op-mossformer-causal op-rwkv6 op-slstm op-sparse-state
+    layer-prepbn op-rwkv6 op-sparse-state
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
 
-FEEDFORWARDS = {"layer-rwkv4-channel"}
-"""Cases in `tests/test_channel_mix.py`."""
+ELSEWHERE = {"layer-rwkv4-channel", "layer-rwkv7-1"}
+"""Cases in `tests/test_channel_mix.py` and `tests/test_rwkv7.py`."""
 
 OMITTED: dict[str, dict[str, Any]] = {
     "layer-omega": {"mixer_muon_steps": 0},
@@ -46,7 +51,7 @@ OMITTED: dict[str, dict[str, Any]] = {
 }
 """Options that a case does without, and its keywords do not name."""
 
-LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - FEEDFORWARDS)
+LAYERS = sorted({path.stem for path in FOLDER.glob("layer-*.safetensors")} - LATER - ELSEWHERE)
 
 
 def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, dict[str, str]]:
@@ -63,7 +68,7 @@ def agree(mine: Tensor, theirs: Tensor, close: float = CLOSE) -> None:
 
 
 def test_every_case_is_tested_or_later() -> None:
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | FEEDFORWARDS | set(LAYERS) | set(OPERATORS)
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == LATER | ELSEWHERE | set(LAYERS) | set(OPERATORS)
 
 
 def test_what_is_later_is_refused() -> None:
@@ -81,16 +86,16 @@ def test_what_is_later_is_refused() -> None:
 def test_layers(name: str) -> None:
     case, metadata = read(name)
     keywords: dict[str, Any] = json.loads(metadata["keywords"]) | OMITTED.get(name, {})
-    causal = keywords.pop("causal", "mixer_grid" not in keywords)
+    causal = keywords.pop("causal", name not in BOTH_WAYS and "mixer_grid" not in keywords)
     x = case["input.x"]
     stack = (Decoder if causal else Encoder)(dim=x.shape[-1], depth=1, only_attn=True, verbose=False, **keywords)
     mixer = stack.layers[0].mixer
     mixer.load_state_dict({key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")})
     if "input.live" in case:
         live = case["input.live"].bool()
-        out = mixer(x, live)[0]
+        out = mixer(x, live, causal=causal)[0]
         for row, own in enumerate(live):
-            agree(out[row, own], case[f"output.{row}"][0])
+            agree(out[row, own], case[f"output.{row}"][0] if f"output.{row}" in case else case["output"][row, own])
         return
     out, close = mixer(x, causal=causal)[0], LESS_CLOSE.get(name, CLOSE)
     agree(out, case["output"], close)
@@ -200,6 +205,27 @@ def of_products(case: Case) -> Operator:
     return at_last(delta), at_last(naive.delta), arguments  # type: ignore[return-value]
 
 
+def of_rank_one(case: Case) -> Operator:
+    q = case["input.q"] * case["input.q"].shape[-1] ** -0.5
+    names = ("k", "v", "a", "b", "log_decay", "state")
+    return rank_one, naive.rank_one, [q, *(case[f"input.{name}"] for name in names)]
+
+
+def of_cell(case: Case) -> Operator:
+    """Inputs with their biases; that of the candidate of a GRU is a bias only."""
+    name, x = CELL_OF[case["input.x"].shape[2], case["output"].shape[2]], case["input.x"]
+    x = F.pad(x, (0, 0, 0, 0, case["input.bias"].shape[0] - x.shape[2], 0)) + case["input.bias"]
+
+    def twin(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        return naive.loop(*given, cell=name)  # type: ignore[arg-type]
+
+    return lambda *given: loop(name, *given), twin, [x, case["input.recurrent"], None, None]
+
+
+CELL_OF = {(1, 1): "elman", (3, 1): "gru", (4, 2): "lstm", (4, 4): "slstm"}
+"""Networks by the numbers of their gates and states."""
+
+
 def of_scan(case: Case) -> Operator:
     return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
 
@@ -270,6 +296,37 @@ def of_convolution(case: Case) -> Operator:
     return read(long_convolution_2d), read(naive.long_convolution_2d), arguments  # type: ignore[return-value]
 
 
+def of_levels(case: Case) -> Operator:
+    q, k, v, g, levels = (case[f"input.{name}"] for name in ("q", "k", "v", "log_decay", "levels"))
+
+    def definition(*given: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one token after the other."""
+        state, parts = None, []
+        for t in range(q.shape[2]):
+            before = torch.full((q.shape[0], 1), float(t)) if t else None
+            out, state = log_linear(*(each[:, :, t : t + 1] for each in given), state, before)
+            parts.append(out)
+        assert state is not None
+        return torch.cat(parts, dim=2), state
+
+    return partial(log_linear, chunk=4), definition, [q, k, v, g, levels]
+
+
+def of_groups(case: Case) -> Operator:
+    size = int(read("op-mossformer-causal")[1]["group"])
+    features = [case[f"input.{name}"] for name in ("q_near", "q_far", "k_near", "k_far")]
+    values = torch.cat((case["input.v"], case["input.u"]), dim=-1)
+    case["output"] = torch.cat((case["output.v"], case["output.u"]), dim=-1)
+
+    def whole(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return left_to_right(Grouped(*given), size, None, None)[0], torch.zeros(0)
+
+    def twin(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return naive.grouped(*given, size, causal=True), torch.zeros(0)
+
+    return whole, twin, [*features, values]
+
+
 OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-scalar-decay": of_decay,
     "op-vector-decay": of_decay,
@@ -280,11 +337,16 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-gated-delta": of_delta,
     "op-vector-delta": of_delta,
     "op-delta-product": of_products,
+    "op-diagonal-plus-rank-one": of_rank_one,
+    **dict.fromkeys(("op-elman", "op-gru", "op-lstm", "op-slstm"), of_cell),
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
     "op-rwkv4": of_fading_mean,
+    "op-log-linear-16": of_levels,
+    "op-log-linear-19": of_levels,
+    "op-mossformer-causal": of_groups,
     "op-long-convolution": of_convolution,
     "op-long-convolution-2d": of_convolution,
 }

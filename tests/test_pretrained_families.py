@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_pretrained_encoders import CASES as ENCODERS
+from test_pretrained_experts import CASES as EXPERTS
 from test_pretrained_images import CASES as IMAGES
 from test_pretrained_pairs import CASES as PAIRS
 from test_pretrained_recurrent import CASES as RECURRENT
@@ -165,6 +166,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {**SMALL, "num_hidden_layers": 4}),
     "olmo2": ("Olmo2", SMALL),
     **RECURRENT,
+    **EXPERTS,
 }
 
 

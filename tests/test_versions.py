@@ -11,12 +11,14 @@ import torch
 import versions
 from catalog import BASE, tokens
 from packaging.requirements import Requirement
+from torch import Tensor
 
 from x_transformers.attention.backends import flex, varlen
 from x_transformers.attention.backends.base import Situation
 from x_transformers.attention.base import Needs
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers import checkpointing
+from x_transformers.modules.hand_written import is_exporting
 from x_transformers.training import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,26 @@ def test_graphs_contain_what_old_compilers_read() -> None:
 )
 def test_the_reader_finds_each(code: str) -> None:
     assert any(old_compilers_refuse(node) is not None for node in ast.walk(ast.parse(code)))
+
+
+# what versions say about themselves
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "_is_exporting_flag"), reason="PyTorch 2.6 does not say that it exports"
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_and_graphs_differ(strict: bool) -> None:
+    """A graph that were taken for an exported program would miss what is fast in graphs only."""
+
+    class Told(torch.nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return t + 1 if is_exporting(unknown=True) else t - 1
+
+    t = torch.zeros(2)
+    assert torch.compile(Told(), backend="eager", fullgraph=True)(t).tolist() == [-1, -1]
+    assert torch.export.export(Told(), (t,), strict=strict).module()(t).tolist() == [1, 1]
+    assert not is_exporting(unknown=True)
 
 
 # version gates, with the version patched

@@ -246,13 +246,17 @@ def mix_heads(t: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("oh,bhij->boij", weight.flatten(1).to(t.dtype), t)
 
 
-def by_row(t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that reads `t`, `(1|b, n)`, at tensors of row and column indices; all rows share one."""
-    # kernels count all rows of the batch, and an axis of size 1 has no row but the first
-    if t.shape[0] > 1:
-        return lambda b, column: t[b, column]
-    (shared,) = t
-    return lambda b, column: shared[column]
+def by_index(t: Tensor) -> Callable[..., Tensor]:
+    """Return the function `(*indices) -> t[indices]` of one tensor per axis, which takes any index of a broadcast axis.
+
+    Args:
+        t: `(1|b, n)`, `(1|b, 1|h, i, j)` and the like; the last axis is no broadcast one.
+    """
+    # Kernels do not broadcast: they pass their own row and head, which an axis of size 1 does not have. The number 0
+    # would do as an index of it, but FlexAttention of PyTorch 2.9 takes none next to tensors.
+    kept = [axis for axis, size in enumerate(t.shape[:-1]) if size > 1]
+    t = t.squeeze(tuple(axis for axis in range(t.ndim - 1) if axis not in kept))
+    return lambda *indices: t[(*[indices[axis] for axis in kept], indices[-1])]
 
 
 def flipped(t: Tensor) -> Tensor:

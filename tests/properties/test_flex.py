@@ -9,6 +9,7 @@ from catalog import BASE, CASES, Case, call, close, name_of, tokens
 from promises import LENGTH, arguments
 from torch import Tensor, fx
 from torch.nn.attention import flex_attention as kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from x_transformers import TransformerWrapper
@@ -102,6 +103,15 @@ def tiles(t: Tensor, side: int, value: bool) -> Tensor:
     return t.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).transpose(-2, -3)
 
 
+class TensorsAsIndices(TorchFunctionMode):
+    """Refuses numbers next to tensors as indices, as the kernels of PyTorch 2.9 do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            assert len({isinstance(index, Tensor) for index in args[1]}) == 1, "a number and a tensor"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", hidings())
 def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
     """The function is the mask; no block is left out that has a pair, and none taken for whole that is not."""
@@ -109,7 +119,8 @@ def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
     blocks, seen = build(hiding, torch.device("cpu")), hiding.mask()
     seen = seen.expand(-1, -1, hiding.queries, -1)
     b, h, q, k = torch.meshgrid(*map(torch.arange, seen.shape), indexing="ij")
-    assert torch.equal(blocks.mask_mod(b, h, q, k).expand(seen.shape), seen)
+    with TensorsAsIndices():
+        assert torch.equal(blocks.mask_mod(b, h, q, k).expand(seen.shape), seen)
     parts = tiles(seen, 4, False)
     some, every = parts.flatten(-2).any(dim=-1), parts.flatten(-2).all(dim=-1)
     full = chosen(blocks.full_kv_num_blocks, blocks.full_kv_indices)
@@ -262,6 +273,14 @@ def test_layers_share_their_blocks(monkeypatch: pytest.MonkeyPatch, unfused: Non
     assert len(built) == 2, "what no tensor decides is made once"
 
 
+def checked(score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Tensor) -> Tensor:
+        with TensorsAsIndices():
+            return score_mod(*args)
+
+    return run
+
+
 WAYS = ("plain", "both_masks", "left_padding", "packed", "attn_mask", "attn_bias", "memories", "prepended")
 SLOTS = ("score", "mask", "keys", "sink", "metric")
 MET = [case for case in CASES if case.features and case.features[0].slot in SLOTS]
@@ -269,8 +288,10 @@ MET = [case for case in CASES if case.features and case.features[0].slot in SLOT
 
 @pytest.mark.parametrize("case", [*MET, BASE], ids=name_of)
 @torch.no_grad()
-def test_ways_to_call(case: Case, small_blocks: None, unfused: None) -> None:
+def test_ways_to_call(case: Case, small_blocks: None, unfused: None, monkeypatch: pytest.MonkeyPatch) -> None:
     explicit, ours = twins(case)
+    make = flex._score_mod
+    monkeypatch.setattr(flex, "_score_mod", lambda *of: None if make(*of) is None else checked(make(*of)))
     ids, ways = tokens(2, LENGTH), arguments(explicit, 2, LENGTH, rows=2)
     for way in WAYS:
         close(call(ours, ids, **ways[way]), call(explicit, ids, **ways[way]))

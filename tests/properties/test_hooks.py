@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from x_transformers import Attention, FeedForward, TransformerWrapper
 from x_transformers.layers.branch import Branch
+from x_transformers.training import processes
 
 LENGTH = 7
 
@@ -145,3 +146,25 @@ def test_fully_shard_acts_on_attentions(mesh: DeviceMesh, stack: str, case: Case
         assert (got is None) == (wanted is None)
         if got is not None and wanted is not None:
             close(got.full_tensor() if isinstance(got, DTensor) else got, wanted)
+
+
+@pytest.mark.skipif(not processes.ON_CPU, reason=f"`shard` on a CPU needs PyTorch {processes.SINCE}")
+def test_shared_layers_gather_again(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer runs again after its gradient from a later place is there, when PyTorch before 2.11 gathers nothing."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_state
+
+    gather = _fsdp_state.FSDPState._pre_forward
+
+    def gather_as_before(self: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        in_backward = self._training_state == _fsdp_common.TrainingState.PRE_BACKWARD
+        return (args, kwargs) if in_backward else gather(self, module, args, kwargs)
+
+    monkeypatch.setattr(_fsdp_state.FSDPState, "_pre_forward", gather_as_before)
+    monkeypatch.setattr(processes, "GATHERS_AGAIN", False)
+    model, ids = BASE.build(weight_tie_layers=True, checkpoint_every=2, depth=3), tokens(2, LENGTH)
+    wanted = trained(model, lambda model: call(model, ids))
+    found = trained(processes.shard(model, mesh), lambda model: call(model, ids))
+    for got, expected in zip(found, wanted, strict=True):
+        assert got is not None
+        assert expected is not None
+        close(got.full_tensor() if isinstance(got, DTensor) else got, expected)

@@ -14,7 +14,7 @@ from x_transformers.cache import Shape
 from x_transformers.forward_pass.call import LayerCall, Memo, Span
 from x_transformers.masks.visibility import Visibility
 from x_transformers.modules.state_dict import LoadsWhole
-from x_transformers.ops import reorder_heads
+from x_transformers.ops import by_index, reorder_heads
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -210,13 +210,8 @@ class BoundScore:
 
 def look_up(table: Tensor) -> ScoreFunction:
     """Return a score function that adds `table`, `(1|b, 1|h, i, j)`."""
-    # a kernel does not broadcast: it passes its own row and head, which an axis of size 1 does not have
-    rows, heads = table.shape[0] > 1, table.shape[1] > 1
-
-    def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + table[b if rows else 0, h if heads else 0, q, k]
-
-    return at
+    bias = by_index(table)
+    return lambda score, b, h, q, k: score + bias(b, h, q, k)
 
 
 class Stage:

@@ -261,8 +261,7 @@ def _apply_maps(rows: Tensor, weight: Tensor, bias: Tensor | None, dispatch: Dis
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    out = grouped_product(rows, weight, dispatch.ends)
-    return out if bias is None else out + F.embedding(dispatch.experts, bias)
+    return grouped_product(rows, weight, bias, dispatch.ends, dispatch.experts)
 
 
 show_keywords(Experts, [(SCHEMA, "")], [parameter("dim", positional=True)])

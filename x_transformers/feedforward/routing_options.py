@@ -100,6 +100,11 @@ class ExpertOptions:
             balance = 0.0 if self.balance_bias or self.router == "keys" else BALANCE
         return LossWeights(balance, self.balance_loss_per_row, self.router_z_loss_weight, self.router_entropy_weight)
 
+    @property
+    def normalizes(self) -> bool:
+        """True if the weights of the chosen experts are divided by their sum."""
+        return self.experts_topk > 1 if self.router_normalize is None else self.router_normalize
+
     def build_router(self, dim: int) -> Router | KeyRouter:
         """Build the router of tokens of a width."""
         assert self.experts is not None
@@ -110,7 +115,7 @@ class ExpertOptions:
             self.experts,
             self.experts_topk,
             self.router,
-            normalize=self.experts_topk > 1 if self.router_normalize is None else self.router_normalize,
+            normalize=self.normalizes,
             scale=self.router_scale,
             bias=self.router_bias,
             groups=self.router_groups,

@@ -291,7 +291,8 @@ class Carry:
     a layer twice.
 
     Attributes:
-        values: by kind, the values `(b, g, j, e)` of the first executed attention.
+        values: by kind, the values `(b, g, j, e)` of the first executed attention; by their own names, what the first
+            layer of a token mixer leaves.
         scores: by kind, the logits `(b, h, i, P + j)` of the latest attention, 0 where a key is hidden, and P, the
             number of keys before the tokens that are no tokens.
         history: `(b, n, D)` branch inputs of all sublayers executed so far.

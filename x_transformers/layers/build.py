@@ -43,7 +43,11 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         norm=norm,
     )
     keywords = {**layer.keywords, **output_keywords(options, index // plan.sequence.block + 1)}
-    fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=context.first)
+    choice = layer.kind.chosen_by
+    alike = [each for each in plan.layers[:index] if each.kind is layer.kind]
+    if choice is not None:
+        alike = [each for each in alike if each.keywords[choice] == layer.keywords[choice]]
+    fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=not alike)
     fn.begin_at(number, len(plan.of(layer.kind.letter)))
     where, halved = norm_places(options), layer.kind.is_feedforward and options["macaron"].macaron
     skip, shift = (

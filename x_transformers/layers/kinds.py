@@ -34,7 +34,7 @@ class BuildBranchFunction(Protocol):
             options: the options of the stack.
             causal: the stack is causal.
             hides_future: tokens do not see later ones, by causality or by a mask.
-            first: no earlier sublayer is of this kind.
+            first: no earlier sublayer is of this kind, and runs the same function if layers choose (`chosen_by`).
         """
         ...
 
@@ -152,7 +152,7 @@ def build_mixer(
             "`m` layers see one way or both, and a PrefixDecoder needs both at once; use attention there."
         )
     own = dict(keywords)
-    return mixers.build(dim, own.pop("mixer"), own, heads=options["structure"].heads, causal=causal)
+    return mixers.build(dim, own.pop("mixer"), own, heads=options["structure"].heads, causal=causal, first=first)
 
 
 SELF_ATTENTION = BranchKind(

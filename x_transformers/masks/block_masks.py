@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.masks.visibility import MaskSpec
-from x_transformers.ops import by_row, pad_left
+from x_transformers.ops import by_index, pad_left
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -193,7 +193,7 @@ def _at_most(of_k: Tensor, of_q: Tensor) -> BlockPart:
     Some pair of a block may be allowed if its least key is at most its largest query, and every pair is if its largest
     key is at most its least query.
     """
-    key, query = by_row(of_k), by_row(of_q)
+    key, query = by_index(of_k), by_index(of_q)
     (first_k, last_k), (first_q, last_q) = _bounds(of_k), _bounds(of_q)
     return BlockPart(
         lambda b, h, q, k: key(b, k) <= query(b, q),
@@ -222,19 +222,18 @@ def _padding(hiding: MaskSpec) -> BlockPart:
         token_mask = shown.new_ones(1, hiding.keys) if token_mask is None else token_mask
         rows = max(token_mask.shape[0], shown.shape[0])
         token_mask = torch.cat((shown.expand(rows, -1), token_mask.expand(rows, -1)), dim=-1)
-    key, (least, most) = by_row(token_mask), _bounds(token_mask)
+    key, (least, most) = by_index(token_mask), _bounds(token_mask)
     return BlockPart(lambda b, h, q, k: key(b, k), most[:, None, None], least[:, None, None])
 
 
 def _given(seen: Tensor) -> BlockPart:
     """Allow the pairs of a mask `(1|b, 1|h, 1|i, P + j)`."""
-    rows, heads, queries = (size > 1 for size in seen.shape[:3])
     least, most = _bounds(seen)
     # bounds over the keys of a block first, then, with the axes exchanged, over its queries
-    if queries:
+    if seen.shape[2] > 1:
         (least, _), (_, most) = (_bounds(t.mT) for t in (least, most))
         least, most = least.mT, most.mT
-    return BlockPart(lambda b, h, q, k: seen[b if rows else 0, h if heads else 0, q if queries else 0, k], most, least)
+    return BlockPart(by_index(seen), most, least)
 
 
 def _in_front(of_k: Tensor, prefix: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    activator,
     atlas,
     convolution,
     delta_rule,
@@ -24,17 +25,23 @@ from x_transformers.mixers import (
     identity,
     linear_attention,
     lmu,
+    log_linear,
     mamba,
     mamba2,
     mlstm,
+    mossformer,
     pooling,
+    recurrent_networks,
     retention,
     rglru,
     rwkv4,
+    rwkv7,
+    shallow,
+    slab,
     spectral,
     titans,
 )
-from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.mixers.base import Mixer, arguments_of, depends_on_causality
 from x_transformers.mixers.parts import MixerGain
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
@@ -94,10 +101,13 @@ PAPERS = (
     mamba2.FEATURE,
     rglru.FEATURE,
     mlstm.FEATURE,
+    *recurrent_networks.FEATURES,
     aaren.FEATURE,
     rwkv4.FEATURE,
+    rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    log_linear.FEATURE,
     titans.FEATURE,
     atlas.FEATURE,
     *linear_attention.FEATURES,
@@ -105,6 +115,10 @@ PAPERS = (
     h3.FEATURE,
     lmu.FEATURE,
     spectral.FEATURE,
+    *mossformer.FEATURES,
+    activator.FEATURE,
+    shallow.FEATURE,
+    slab.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -190,7 +204,7 @@ class MixerOptions(Options):
 SCHEMA = MixerSchema((SHARED, *PAPERS))
 
 
-def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool) -> Mixer:
+def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool, first: bool) -> Mixer:
     """Build a mixer.
 
     Args:
@@ -199,6 +213,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
         keywords: those that were given, without prefix; None is the mixer's own default.
         heads: default number of heads.
         causal: no token may see later ones.
+        first: no earlier layer of the stack has this mixer.
 
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
@@ -211,9 +226,13 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     both = bool(given.get("bidirectional"))
     check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
     own = {key: value for key, value in given.items() if key in arguments}
+    if depends_on_causality(mixer):
+        own["causal"] = causal
     built = mixer(dim, **own)
     if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
+    if not first:
+        built.follow()
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))

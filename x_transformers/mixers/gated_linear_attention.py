@@ -78,7 +78,7 @@ class GatedLinearAttention(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedLinearAttentionOptions:
-    rank: int | None = opt(None, "rank of the map to decays of key features")
+    rank: int | None = opt(None, "rank of the maps to decays of key features, and of other maps of low rank")
     gate_scale: float | None = opt(None, "what logarithms of decays are divided by")
 
 

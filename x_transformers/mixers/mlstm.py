@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State
 from x_transformers.mixers.costs import linear_cost
-from x_transformers.mixers.parts import MixerGain
+from x_transformers.mixers.parts import HeadNorm
 from x_transformers.ops import at_least_float32, merge_heads, softclamp, split_heads
 from x_transformers.options.schema import Feature, at_least, opt, positive
 from x_transformers.recurrences.base import CHUNK
@@ -90,26 +90,6 @@ class MLSTM(Mixer):
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
         return linear_cost(situation, tokens, self.heads, self.dim_key, self.dim_value + 1, self.chunk)
-
-
-class HeadNorm(MixerGain):
-    """LayerNorm of each head by itself, with a gain `1 + gamma` and without a bias.
-
-    Args:
-        dim: number of features, of all heads.
-        heads: number of heads.
-        eps: added to the variance.
-    """
-
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__(dim)
-        self.heads, self.eps = heads, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `(b, n, dim)`, at least in float32."""
-        heads = at_least_float32(x).unflatten(-1, (self.heads, -1))
-        unit = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
-        return unit * (1 + self.gamma if self.unit_offset else self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)

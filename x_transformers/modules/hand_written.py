@@ -24,6 +24,17 @@ def needs_operations() -> bool:
     return forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
 
 
+def is_exporting(*, unknown: bool = False) -> bool:
+    """Return True inside of `torch.export`: programs serve every length, and have no operators of this library.
+
+    Args:
+        unknown: the result in a graph of PyTorch 2.6, which does not say what it is for.
+    """
+    # `torch.compiler.is_exporting()` is true in every graph of PyTorch 2.7 to 2.12
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return unknown and torch.compiler.is_compiling() if flag is None else flag
+
+
 def needs_formula(*gradients: Tensor | None) -> bool:
     """Return True if a backward pass should differentiate the plain operations.
 

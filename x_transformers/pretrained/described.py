@@ -16,6 +16,7 @@ from x_transformers.options.schema import Options
 TRAINING = """
     attn_attend_sdp_kwargs attn_dropout attn_flash attn_onnxable attn_output_proj_depth attn_sublayer_dropout
     attn_z_loss_weight attn_zero_init_output checkpoint_every emb_dropout emb_frac_gradient ff_dropout
+    ff_balance_loss_per_row ff_balance_loss_weight ff_expert_dropout ff_router_entropy_weight ff_router_z_loss_weight
     ff_output_proj_depth ff_sublayer_dropout ff_zero_init_output input_not_include_cache layer_dropout max_mem_len
     mixer_chunk mixer_dropout mixer_output_proj_depth mixer_zero_init_output shift_mem_down verbose
     zero_init_branch_output
@@ -24,9 +25,9 @@ TRAINING = """
 
 IN_OTHER_WORDS = """
     attn_one_kv_head attn_project_out attn_value_dim_head cross_attend custom_layers depth disable_abs_pos_emb emb_dim
-    ff_custom_activation ff_dim_out ff_glu_no_bias ff_mult ff_no_bias ff_relu_squared ff_solu ff_swish layer_period
-    layers_execute_order macaron max_seq_len mixer_dim mixer_dim_key mixer_dim_value mixer_expand mixer_step_rank
-    num_tokens only_attn only_cross par_ratio sandwich_coef use_abs_pos_emb weight_tie_layers
+    ff_custom_activation ff_dim_out ff_glu_no_bias ff_mult ff_no_bias ff_relu_squared ff_shared_mult ff_solu ff_swish
+    layer_period layers_execute_order macaron max_seq_len mixer_dim mixer_dim_key mixer_dim_value mixer_expand
+    mixer_step_rank num_tokens only_attn only_cross par_ratio sandwich_coef use_abs_pos_emb weight_tie_layers
 """
 """Keywords that are in `layers`, in another keyword, or in the names and shapes of the weights."""
 
@@ -130,6 +131,9 @@ def _resolved(words: dict[str, Any], plan: StackPlan) -> dict[str, Any]:
     }
     needed = {"norm_eps", "tie_embedding_scale", *(("attn_kv_heads", "attn_scale") if attends else ())} | words.keys()
     words |= {name: value for name, value in defaults.items() if words.get(name) is None and name in needed}
+    if "ff_experts" in words:
+        normalized = (layer.options["experts"] for layer in plan.of("f") if layer.options.on("experts"))
+        words["ff_router_normalize"] = _one_of(tuple(each.normalizes for each in normalized))
     words["ff_activation"] = _one_of(tuple(map(_activation, plan.of("f"))))
     scale = words.get("attn_scale")
     if isinstance(scale, tuple):

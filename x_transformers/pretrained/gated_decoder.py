@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
+from x_transformers.pretrained.experts import ExpertBlocks
 from x_transformers.pretrained.layouts import gains, joined
 from x_transformers.pretrained.rotary import rotary_keywords
 
@@ -70,7 +71,12 @@ def shortest_period(letters: str) -> str:
 
 
 def read_gated_decoder(
-    settings: Settings, details: Details = Details(), hybrid: Hybrid = Hybrid(), *, tied: bool = False
+    settings: Settings,
+    details: Details = Details(),
+    hybrid: Hybrid = Hybrid(),
+    *,
+    experts: ExpertBlocks | None = None,
+    tied: bool = False,
 ) -> Outline:
     """Return the outline of a decoder.
 
@@ -78,6 +84,7 @@ def read_gated_decoder(
         settings: the configuration.
         details: what is particular to the family.
         hybrid: which blocks have a token mixer.
+        experts: which blocks have experts; None: none.
         tied: logits come from the token table unless the configuration says otherwise.
     """
     dim, heads, depth = (settings.need(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
@@ -107,6 +114,8 @@ def read_gated_decoder(
         **(rotary_keywords(settings, dim_head) if details.rotary else {}),
         **hybrid.words(),
     }
+    if experts is not None:
+        stack |= experts.words(dim, stack["ff_mult"])
     if before and after:
         stack["sandwich_norm"] = True
     elif after:
@@ -139,7 +148,10 @@ def read_gated_decoder(
             hybrid.put(outline, f"{mixing}mixer.", theirs)
         else:
             _put_attention(outline, f"{mixing}attention.", f"{theirs}{details.attention}.", details, heads, kv_heads)
-        _put_feedforward(outline, f"{feedforward}feedforward.", f"{theirs}{details.feedforward}.")
+        if experts is not None and experts.sparse[block]:
+            experts.put(outline, f"{feedforward}feedforward.", theirs)
+        else:
+            _put_feedforward(outline, f"{feedforward}feedforward.", f"{theirs}{details.feedforward}.")
     return outline
 
 

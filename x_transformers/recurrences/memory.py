@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.modules.hand_written import by_formula, needs_formula, needs_operations
 from x_transformers.recurrences.base import Kernel, Operation, Situation, needs_several_tokens, tokens_of
 from x_transformers.recurrences.chunks import Decays
 from x_transformers.recurrences.memory_rule import (
@@ -24,6 +23,7 @@ from x_transformers.recurrences.memory_rule import (
     normalized,
     orthogonalized,
 )
+from x_transformers.recurrences.walk import STEPS, walk
 
 SCALARS = 6
 """Numbers of a token besides query, key and value: those of `Rates`, and whether it is live."""
@@ -188,23 +188,23 @@ class Shares(NamedTuple):
         return self.memory * first + self.momentum * momentum + (left * self.gradient.mT).mT @ right
 
 
-def _learn_chunk(tokens: Tensor, start: Tensor, reference: Tensor, offset: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+def _learn_chunk(tokens: Tensor, state: Tensor, numbers: list[float]) -> tuple[Tensor, Tensor]:
     """Compute a chunk: all gradients at once, and what each token reads, without a memory for each token.
 
     Args:
         tokens: `(b, h, C, 2 dk + dv + SCALARS)` query, key, value and numbers of each token.
-        start: `(b, h, 2 size + (window - 1) gradient_size)` memory, momentum and recent gradients.
-        reference: `(b, h, size)` memory at which gradients are taken.
-        offset: `(b, 1)` tokens of the chunk that earlier passes read; live ones begin after these.
-        rule: shape of the memory, and how it learns.
+        state: `(b, h, s)` the fields of `Held` before the chunk.
+        numbers: the fields of the `Rule`.
 
     Returns:
-        `(b, h, C, dv)`, and the same as `start` after the chunk.
+        `(b, h, C, dv)`, and the state after the chunk.
     """
-    d, e, size = rule.dim_key, rule.dim_value, rule.size
+    rule = Rule.of(numbers)
+    d, e = rule.dim_key, rule.dim_value
     q, k, v, scalars = tokens.split((d, d, e, SCALARS), dim=-1)
     push, write, log_momentum, log_keep, weight, alive = scalars.unbind(dim=-1)
-    flat, fast, recent = start.split((size, size, (rule.window - 1) * rule.gradient_size), dim=-1)
+    flat, reference, fast, recent, before = state.split(_widths(rule), dim=-1)
+    offset = before[:, 0].remainder(rule.chunk)
     memory, momentum = Memory.of(flat, rule), Memory.of(fast, rule)
     found = gradients(rule, Memory.of(reference, rule), k, v).times(weight.unsqueeze(-1))
     kept, faded = Decays.of(log_keep), Decays.of(log_momentum)
@@ -232,8 +232,18 @@ def _learn_chunk(tokens: Tensor, start: Tensor, reference: Tensor, offset: Tenso
         triple = memory.gain, momentum.gain, found.gain
         gains, gain = read.of_vector(*triple), shares.last().of_vector(*triple)
         fast_gain = momentums.last().of_vector(*triple)
-    after = torch.cat((Memory(matrices, gain).flat(), Memory(fasts, fast_gain).flat(), recent), dim=-1)
-    return normalized(rule, x, q, gains), after
+    flat, before = Memory(matrices, gain).flat(), before + alive.sum(dim=-1, keepdim=True)
+    # the next gradients are those of the memory before their chunk, and this one may be over
+    over = (alive[..., -1:] > 0) & (before.remainder(rule.chunk) == 0)
+    reference = torch.where(over, flat, reference)
+    return normalized(rule, x, q, gains), torch.cat(
+        (flat, reference, Memory(fasts, fast_gain).flat(), recent, before), dim=-1
+    )
+
+
+def _widths(rule: Rule) -> tuple[int, ...]:
+    """Return the widths of the fields of `Held`, flat."""
+    return rule.size, rule.size, rule.size, (rule.window - 1) * rule.gradient_size, 1
 
 
 def _orthogonal(
@@ -279,170 +289,26 @@ def _last_gradients(known: Tensor, alive: Tensor, offset: Tensor, rule: Rule) ->
     return known.gather(2, place.long()[:, None, :, None].expand(-1, known.shape[1], -1, known.shape[-1]))
 
 
-def _walk(tokens: Tensor, start: Tensor, reference: Tensor, phase: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Compute one chunk after the other.
-
-    Args:
-        tokens: `(b, h, n, ...)`, the last chunk may be shorter; see `_learn_chunk`, also for the others.
-        start: memory, momentum and recent gradients before the first token.
-        reference: memory at which gradients of the first chunk are taken.
-        phase: `(b, 1)` tokens of the first chunk that earlier passes read.
-        rule: shape of the memory, and how it learns.
-
-    Returns:
-        `(b, h, n, dv)`, and the same as `start` before each chunk and after the last one, `(b, h, Z + 1, ...)`.
-    """
-    out, borders = [], [start]
-    for chunk in tokens.split(rule.chunk, dim=2):
-        read, start = _learn_chunk(chunk, start, reference, phase, rule)
-        out.append(read)
-        borders.append(start)
-        reference, phase = start[..., : rule.size], torch.zeros_like(phase)
-    return torch.cat(out, dim=2), torch.stack(borders, dim=2)
-
-
-@torch.library.custom_op("x_transformers::memorize_chunks", mutates_args=())
-def memorize_chunks(
-    tokens: Tensor, start: Tensor, reference: Tensor, phase: Tensor, rule: list[int], loss_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Compute `_walk` as one operation, for graphs that serve any number of chunks."""
-    return _walk(tokens, start, reference, phase, _rule_of(rule, loss_scale))
-
-
-@memorize_chunks.register_fake
-def _(
-    tokens: Tensor, start: Tensor, reference: Tensor, phase: Tensor, rule: list[int], loss_scale: float
-) -> tuple[Tensor, Tensor]:
-    own = _rule_of(rule, loss_scale)
-    b, h, n, _ = tokens.shape
-    return tokens.new_empty(b, h, n, own.dim_value), tokens.new_empty(
-        b, h, (n + own.chunk - 1) // own.chunk + 1, start.shape[-1]
-    )
-
-
-def _rule_of(numbers: list[int], loss_scale: float) -> Rule:
-    """Return the rule that an operation was given as numbers."""
-    dim_key, dim_value, hidden, residual, reads_before, chunk, window, muon_steps = numbers
-    return Rule(dim_key, dim_value, hidden, bool(residual), bool(reads_before), chunk, window, muon_steps, loss_scale)
-
-
-@torch.library.custom_op("x_transformers::memorize_gradient", mutates_args=())
-def memorize_gradient(
-    tokens: Tensor,
-    borders: Tensor,
-    reference: Tensor,
-    phase: Tensor,
-    of_out: Tensor,
-    of_borders: Tensor,
-    rule: list[int],
-    loss_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of tokens, start and reference, and recompute each chunk for it."""
-    own = _rule_of(rule, loss_scale)
-    nothing, of_tokens, of_state = torch.zeros_like(phase), [], of_borders[:, :, -1]
-
-    def of_later(chunk: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return _learn_chunk(chunk, state, state[..., : own.size], nothing, own)
-
-    def of_first(chunk: Tensor, state: Tensor, taken_at: Tensor) -> tuple[Tensor, Tensor]:
-        return _learn_chunk(chunk, state, taken_at, phase, own)
-
-    chunks = list(zip(tokens.split(own.chunk, dim=2), of_out.split(own.chunk, dim=2), strict=True))
-    for z in range(len(chunks) - 1, 0, -1):
-        chunk, up = chunks[z]
-        pull: Any = torch.func.vjp(of_later, chunk, borders[:, :, z])[1]  # autograd does not record within an operation
-        of_chunk, of_state = pull((up, of_state))
-        of_tokens.append(of_chunk)
-        of_state = of_state + of_borders[:, :, z]
-    chunk, up = chunks[0]
-    pull = torch.func.vjp(of_first, chunk, borders[:, :, 0], reference)[1]
-    of_chunk, of_state, of_reference = pull((up, of_state))
-    whole = torch.cat([of_chunk, *of_tokens[::-1]], dim=2)
-    return whole, of_state + of_borders[:, :, 0], of_reference.contiguous()
-
-
-@memorize_gradient.register_fake
-def _(
-    tokens: Tensor,
-    borders: Tensor,
-    reference: Tensor,
-    phase: Tensor,
-    of_out: Tensor,
-    of_borders: Tensor,
-    rule: list[int],
-    loss_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    b, h, _, width = borders.shape
-    return torch.empty_like(tokens), tokens.new_empty(b, h, width), torch.empty_like(reference)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tokens, start, reference, phase, ctx.rule, ctx.loss_scale = inputs
-    ctx.save_for_backward(tokens, start, output[1], reference, phase)
-
-
-def _backward(ctx: Any, of_out: Tensor, of_borders: Tensor) -> tuple[Tensor | None, ...]:
-    tokens, start, borders, reference, phase = ctx.saved_tensors
-    if needs_formula(of_out, of_borders):
-        own = _rule_of(ctx.rule, ctx.loss_scale)
-
-        def formula(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return _walk(inputs[0], inputs[1], inputs[2], phase, own)
-
-        found = by_formula(formula, (tokens, start, reference), (of_out, of_borders))
-    else:
-        found = memorize_gradient(tokens, borders, reference, phase, of_out, of_borders, ctx.rule, ctx.loss_scale)
-    return (*found, None, None, None)
-
-
-memorize_chunks.register_autograd(_backward, setup_context=_save)
-
-
 def _chunked(q: Tensor, k: Tensor, v: Tensor, *given: Tensor, rule: Rule, fresh: bool) -> Any:
     """Compute one chunk after the other."""
     scalars, held = given[:6], Held(*given[6:])
-    if q.shape[2] == 0 and not torch.compiler.is_compiling():
-        return _steps(q, k, v, *given, rule=rule, fresh=fresh)
     tokens = torch.cat((q, k, v, torch.stack(scalars, dim=-1)), dim=-1)
-    phase = held.before.remainder(rule.chunk)
-    if not fresh:
-        tokens = _moved(tokens, phase, rule.chunk)
-    start = torch.cat((held.memory, held.momentum, held.recent.flatten(-2)), dim=-1)
-    written_out = rule.muon_steps > 0  # the backward pass would keep the memories of all tokens
-    if torch.compiler.is_compiling() or (written_out and not needs_operations()):
-        numbers = [int(each) for each in rule[:-1]]
-        out, borders = memorize_chunks(tokens, start, held.reference, phase, numbers, rule.loss_scale)
-    else:
-        out, borders = _walk(tokens, start, held.reference, phase, rule)
-    if not fresh:
-        back = (torch.arange(q.shape[2], device=q.device) + phase.long())[:, None, :, None]
-        out = out.gather(2, back.expand(-1, q.shape[1], -1, out.shape[-1]))
-    live = scalars[-1][:, 0].sum(dim=-1, keepdim=True)
-    # gradients of the next token are taken at the memory before its chunk, if that is not the first chunk again
-    chunk = (phase + live).div(rule.chunk, rounding_mode="floor").long()[:, None, :, None]
-    at = borders[..., : rule.size].gather(2, chunk.expand(-1, q.shape[1], 1, rule.size)).squeeze(2)
-    reference = torch.where(chunk.squeeze(-1) == 0, held.reference, at)
-    memory, momentum, recent = borders[:, :, -1].split((rule.size, rule.size, start.shape[-1] - 2 * rule.size), dim=-1)
-    return out, Held(memory, reference, momentum, recent.view(held.recent.shape), held.before + live)
+    before = held.before.unsqueeze(1).expand(-1, q.shape[1], -1)
+    state = torch.cat((held.memory, held.reference, held.momentum, held.recent.flatten(-2), before), dim=-1)
+    out, state = walk(
+        "memory",
+        tokens,
+        state,
+        held.before,
+        fresh=fresh,
+        chunk=rule.chunk,
+        width=rule.dim_value,
+        numbers=[float(each) for each in rule],
+        recompute=rule.muon_steps > 0,  # memories of all tokens are written out
+    )
+    memory, reference, momentum, recent, before = state.split(_widths(rule), dim=-1)
+    return out, Held(memory, reference, momentum, recent.reshape(held.recent.shape), before[:, 0])
 
 
-def _moved(tokens: Tensor, phase: Tensor, chunk: int) -> Tensor:
-    """Move the tokens of each row to the right, by as many as its first chunk already has.
-
-    Args:
-        tokens: `(b, h, n, d)`.
-        phase: `(b, 1)`, less than `chunk`.
-        chunk: tokens of a chunk.
-
-    Returns:
-        `(b, h, n + chunk - 1, d)`. What is no token has zeros everywhere: it adds nothing, and keeps everything.
-    """
-    n = tokens.shape[2]
-    place = torch.arange(n + chunk - 1, device=tokens.device) - phase.long()
-    inside = (place >= 0) & (place < n)
-    index = place.clamp(min=0).clamp(max=n - 1)[:, None, :, None]
-    moved = tokens.gather(2, index.expand(-1, tokens.shape[1], -1, tokens.shape[-1]))
-    return moved.masked_fill(~inside[:, None, :, None], 0.0)
-
-
+STEPS["memory"] = _learn_chunk
 MEMORY: Operation = Operation("memory", _steps, Kernel("chunked", _chunked, needs_several_tokens))

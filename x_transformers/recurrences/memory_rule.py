@@ -40,6 +40,13 @@ class Rule(NamedTuple):
     muon_steps: int = 0
     loss_scale: float = 0.5
 
+    @classmethod
+    def of(cls, numbers: list[float]) -> Rule:
+        """Return the rule whose fields, in their order, are these numbers."""
+        *whole, loss_scale = numbers
+        key, value, hidden, residual, reads_before, chunk, window, muon_steps = map(int, whole)
+        return cls(key, value, hidden, bool(residual), bool(reads_before), chunk, window, muon_steps, loss_scale)
+
     @property
     def matrices(self) -> list[tuple[int, int]]:
         """Shapes of the matrices, input first."""

@@ -66,7 +66,9 @@ def sum_copies(copies: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
         ordered = copies[dispatch.inverse]
     else:
         ordered = TakeCopies.apply(copies, dispatch.inverse, dispatch.order, 1)
-    return (ordered.unflatten(0, weights.shape).to(weights.dtype) * weights.unsqueeze(-1)).sum(dim=1)
+    with torch.autocast(copies.device.type, enabled=False):
+        ordered = ordered.unflatten(0, weights.shape).to(weights.dtype)
+        return torch.bmm(weights.unsqueeze(1), ordered).squeeze(1)
 
 
 class TakeCopies(torch.autograd.Function):

@@ -65,41 +65,55 @@ def choose_product(
     return Product("grouped_mm", "widths and dtype fit")
 
 
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Return `(R, O)`, the product of each row of `x` with the matrix of its expert.
+def grouped_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, experts: Tensor | None = None
+) -> Tensor:
+    """Return `(R, O)`, for each row of `x` the map of its expert, `W[e] x + b[e]`.
 
     Args:
         x: `(R, I)` rows, those of expert 0 first.
         weight: `(E, O, I)` matrices.
+        bias: `(E, O)`, or None.
         ends: `(E,)` int32; the rows of expert e are `ends[e - 1]` to `ends[e]`, and the last end is R.
+        experts: `(R,)` the expert of each row; computed if it is not given.
     """
     compiled = torch.compiler.is_compiling()
     if not compiled and needs_operations():
-        return naive_product(x, weight, ends)
+        return naive_product(x, weight, bias, ends)
     widths = (weight.shape[1], weight.shape[2])
-    if choose_product(x.device, x.dtype, weight.shape[0], widths, compiled=compiled).name == "grouped_mm":
-        return KERNEL(x, weight.transpose(-2, -1), offs=ends)
-    out: Tensor = looped_operator(x, weight, ends)
-    return out
+    if choose_product(x.device, x.dtype, weight.shape[0], widths, compiled=compiled).name != "grouped_mm":
+        out: Tensor = looped_operator(x, weight, bias, ends)
+        return out
+    out = KERNEL(x, weight.transpose(-2, -1), offs=ends)
+    if bias is None:
+        return out
+    if experts is None:
+        experts = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device, dtype=ends.dtype), right=True)
+    return out + F.embedding(experts, bias)
 
 
-def naive_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply all rows with all matrices, and keep for each row the product with that of its expert."""
+def naive_product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """Apply all maps to all rows, and keep for each row that of its expert."""
     rows = torch.arange(x.shape[0], device=x.device)
     starts = F.pad(ends[:-1], (1, 0))
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    for matrix, start, end in zip(weight.unbind(0), starts.unbind(0), ends.unbind(0), strict=True):
+    for expert, (start, end) in enumerate(zip(starts.unbind(0), ends.unbind(0), strict=True)):
         own = ((rows >= start) & (rows < end)).unsqueeze(-1)
-        out = out + (x * own) @ matrix.T
+        mapped = F.linear(x, weight[expert], None if bias is None else bias[expert])
+        out = out + torch.where(own, mapped, 0.0)
     return out
 
 
-def loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply the rows of one expert after the other."""
+def loop(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """Apply the maps to the rows of one expert after the other."""
     out, start = x.new_empty(x.shape[0], weight.shape[1]), 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
+            rows, matrix, into = x[start:end], weight[expert].t(), out[start:end]
+            if bias is None:
+                torch.mm(rows, matrix, out=into)
+            else:
+                torch.addmm(bias[expert], rows, matrix, out=into)
         start = end
     return out
 
@@ -116,13 +130,22 @@ def loop_outer(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-# The loop is one operator, since the number of rows of an expert is a number that no graph may read.
+def loop_sum(gradient: Tensor, ends: Tensor) -> Tensor:
+    """Return `(E, O)`, for each expert the sum of its rows, which is 0 if there is none."""
+    out, start = gradient.new_empty(ends.shape[0], gradient.shape[1]), 0
+    for expert, end in enumerate(ends.tolist()):
+        torch.sum(gradient[start:end], dim=0, out=out[expert])
+        start = end
+    return out
+
+
+# The loops are operators, since the number of rows of an expert is a number that no graph may read.
 
 
 @torch.library.custom_op("x_transformers::grouped_product", mutates_args=())
-def looped_operator(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Return `loop(x, weight, ends)`."""
-    return loop(x, weight, ends)
+def looped_operator(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """Return `loop(x, weight, bias, ends)`."""
+    return loop(x, weight, bias, ends)
 
 
 @torch.library.custom_op("x_transformers::grouped_outer", mutates_args=())
@@ -131,8 +154,14 @@ def outer_operator(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return loop_outer(gradient, x, ends)
 
 
+@torch.library.custom_op("x_transformers::grouped_sum", mutates_args=())
+def sum_operator(gradient: Tensor, ends: Tensor) -> Tensor:
+    """Return `loop_sum(gradient, ends)`."""
+    return loop_sum(gradient, ends)
+
+
 @looped_operator.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -141,19 +170,41 @@ def _(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], gradient.shape[1], x.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@sum_operator.register_fake
+def _(gradient: Tensor, ends: Tensor) -> Tensor:
+    return gradient.new_empty(ends.shape[0], gradient.shape[1])
 
 
-def _product_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+    x, weight, bias, ends = inputs
+    ctx.save_for_backward(x, weight, ends)
+    ctx.biased = bias is not None
+
+
+def _product_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     x, weight, ends = ctx.saved_tensors
-    return looped_operator(gradient, weight.transpose(-2, -1), ends), outer_operator(gradient, x, ends), None
+    wanted = ctx.needs_input_grad
+    of_x = looped_operator(gradient, weight.transpose(-2, -1), None, ends) if wanted[0] else None
+    of_weight = outer_operator(gradient, x, ends) if wanted[1] else None
+    return of_x, of_weight, sum_operator(gradient, ends) if ctx.biased and wanted[2] else None, None
+
+
+def _save_all(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
 def _outer_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     up, x, ends = ctx.saved_tensors
-    return looped_operator(x, gradient, ends), looped_operator(up, gradient.transpose(-2, -1), ends), None
+    of_up = looped_operator(x, gradient, None, ends)
+    return of_up, looped_operator(up, gradient.transpose(-2, -1), None, ends), None
+
+
+def _sum_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    rows, ends = ctx.saved_tensors
+    experts = torch.searchsorted(ends, torch.arange(rows.shape[0], device=ends.device, dtype=ends.dtype), right=True)
+    return gradient.index_select(0, experts), None
 
 
 looped_operator.register_autograd(_product_gradients, setup_context=_save)
-outer_operator.register_autograd(_outer_gradients, setup_context=_save)
+outer_operator.register_autograd(_outer_gradients, setup_context=_save_all)
+sum_operator.register_autograd(_sum_gradients, setup_context=_save_all)

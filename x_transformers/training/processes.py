@@ -25,6 +25,9 @@ SINCE = Version("2.7")
 
 ON_CPU = Version(Version(torch.__version__).base_version) >= SINCE
 
+GATHERS_AGAIN = Version(Version(torch.__version__).base_version) >= Version("2.11")
+"""Shards are gathered for a sublayer that runs again after a part of its gradient is there: see `_gather_again`."""
+
 Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
 
@@ -179,9 +182,22 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
     for stack in stacks:
         for branches in with_their_norms(stack.layers):
             fully_shard(branches if len(branches) > 1 else branches[0], mesh=mesh, **options)
+            for branch in () if GATHERS_AGAIN else branches:
+                branch.register_forward_pre_hook(_gather_again)
     # a sublayer returns its input too, which hooks turn into a view; nothing in this library changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     return fully_shard(model, mesh=mesh, **options)  # type: ignore[return-value]
+
+
+@torch.compiler.disable
+def _gather_again(branch: Any, _: Any) -> None:
+    """Gather the parameters of a sublayer, if they are not.
+
+    `fully_shard` does so before each run, except in the backward pass, once the gradient of an output is there: then
+    they are gathered, unless an earlier PyTorch than 2.11 has freed them since. That is so where layers share their
+    weights, and the first of them runs again after the last has its gradient.
+    """
+    branch.unshard()
 
 
 def _over_mesh(tensor: Tensor, mesh: Any, communicate: Callable[[Tensor, Any], Any]) -> None:

@@ -14,8 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from x_transformers.attention.backends.base import AttentionOutput, Backend, Request, Situation, additive_bias
 from x_transformers.attention.base import Needs
 from x_transformers.errors import ConfigError
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+from x_transformers.modules.hand_written import is_exporting
 
 KERNELS = {
     "enable_flash": SDPBackend.FLASH_ATTENTION,
@@ -74,7 +73,7 @@ class SDPA(Backend):
         if out.requires_grad and not request.dropout and not torch.compiler.is_compiling():
             options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
             out = SecondDerivatives.apply(functools.partial(_plain, options), out, q, k, v, mask)
-        if mask is not None and mask.requires_grad and _is_exporting():
+        if mask is not None and mask.requires_grad and is_exporting():
             # Exported, a learned mask takes a kernel whose output has another layout than its decomposition, which
             # other runtimes execute; a copy has the same.
             out = out.clone(memory_format=torch.contiguous_format)

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.modules.hand_written import by_formula, needs_formula, needs_operations
+from x_transformers.modules.hand_written import by_formula, is_exporting, needs_formula, needs_operations
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class RotationTable:
@@ -75,7 +73,7 @@ def rotate(t: Tensor, table: RotationTable, sign: int = 1) -> Tensor:
     if torch.compiler.is_compiling():
         # Compiled for a CPU, the loop over adjacent pairs loads numbers one by one instead of as vectors, which takes
         # four times as long. Exported programs have to do without operators of this library.
-        if t.device.type != "cpu" or t.shape[-2] == 1 or table.halves or t.shape[-1] % 2 or _is_exporting():
+        if t.device.type != "cpu" or t.shape[-2] == 1 or table.halves or t.shape[-1] % 2 or is_exporting():
             return _formula(t, table, sign)
         return rotate_uncompiled(t, table.cos, table.sin if sign > 0 else -table.sin)
     if table.cos.requires_grad or needs_operations():

@@ -16,7 +16,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, StateDict
 from x_transformers.forward_pass.call import Span
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.ops import by_row
+from x_transformers.ops import by_index
 from x_transformers.options.schema import Feature, at_least, opt
 
 
@@ -98,7 +98,7 @@ class AlibiPositionalBias(KeepsFloat32, ReadsReference, DistanceBias):
             if keys is query and query.contiguous:
                 # distances are differences of indices; reading two positions for each score takes a kernel longer
                 return lambda score, b, h, q, k: score - (q - k).abs() * slopes[h]
-            of_q, of_k = by_row(query.pos), by_row(keys.pos)
+            of_q, of_k = by_index(query.pos), by_index(keys.pos)
 
             def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return score - (of_q(b, q) - of_k(b, k)).abs() * slopes[h]

@@ -12,12 +12,10 @@ from torch import Tensor
 from x_transformers.attention.base import BoundScore, NearBias, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.errors import UnknownKeywordError
 from x_transformers.forward_pass.call import Span
+from x_transformers.modules.hand_written import is_exporting
 from x_transformers.options.suggestions import did_you_mean
 
 Bias = TypeVar("Bias", bound="DistanceBias")
-
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-"""An exported program serves every length. PyTorch 2.6 does not say that it exports."""
 
 
 class DistanceBias(ScoreMod):
@@ -67,8 +65,10 @@ class DistanceBias(ScoreMod):
         # i consecutive queries and j consecutive keys have only i + j - 1 distances, so that the function is evaluated
         # once per distance and looked up once per pair
         consecutive, reach = query.contiguous and keys.contiguous, self.shared_from
-        # among its own tokens, a query's distance to a key is the number of places between them
-        near = consecutive and keys is query and reach is not None and not _is_exporting() and reach < keys.length
+        # among its own tokens, a query's distance to a key is the number of places between them; an exported program
+        # serves every length
+        own = consecutive and keys is query and not is_exporting(unknown=True)
+        near = own and reach is not None and reach < keys.length
         return BoundScore(
             needs=self.needs,
             stage=self.stage,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from x_transformers.attention.base import AttentionShape, BoundScore, Needs, ScoreFunction, ScoreMod, Stage, Tiles
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall
-from x_transformers.ops import at_least_float32, by_row, split_heads
+from x_transformers.ops import at_least_float32, by_index, split_heads
 from x_transformers.options.schema import Feature, Rule, at_least, opt, require
 
 
@@ -62,7 +62,7 @@ class RelativeProjPositionalBias(ScoreMod):
 
         def make_at() -> ScoreFunction:
             by_distance = self._by_distance(weights, self.bank)
-            of_q, of_k = by_row(call.query.pos), by_row(layer.keys.pos)
+            of_q, of_k = by_index(call.query.pos), by_index(layer.keys.pos)
             last = torch.full((1,), by_distance.shape[-1] - 1, device=x.device)
 
             def at(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

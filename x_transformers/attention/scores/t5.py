@@ -13,7 +13,7 @@ from x_transformers.attention.base import BoundScore, ScoreFunction
 from x_transformers.attention.scores.base import DistanceBias, build_bias
 from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import Span
-from x_transformers.ops import by_row
+from x_transformers.ops import by_index
 from x_transformers.options.schema import Feature, at_least, opt, positive
 
 
@@ -104,7 +104,7 @@ class RelativePositionBias(DistanceBias):
 
     def _at_any_distance(self, query: Span, keys: Span) -> ScoreFunction:
         """Return the pointwise form for any positions, which reads a table of distances up to the last bucket."""
-        of_q, of_k = by_row(query.pos), by_row(keys.pos)
+        of_q, of_k = by_index(query.pos), by_index(keys.pos)
         # all farther distances have the bias of the farthest in the table, so the index is clamped
         farthest = torch.full((1,), self.max_distance, device=query.pos.device)
         table = self.bias(torch.arange(-self.max_distance, self.max_distance + 1, device=query.pos.device)[None])

@@ -9,7 +9,11 @@ from x_transformers.pretrained.gated_decoder import read_gated_decoder
 
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
-    outline = read_gated_decoder(settings)
+    return read_factors(settings, read_gated_decoder(settings))
+
+
+def read_factors(settings: Settings, outline: Outline) -> Outline:
+    """Return the outline with the factors of the configuration."""
     outline.model["emb_scale"] = settings.take("embedding_multiplier", 1.0)
     outline.model["logits_scale"] = 1 / settings.take("logits_scaling", 1.0)
     outline.stack["attn_scale"] = settings.take("attention_multiplier", 1.0)
@@ -19,8 +23,12 @@ def read(settings: Settings) -> Outline:
 
 def write(words: Words) -> Entries:
     """Return the entries of a configuration that may describe a model."""
+    return factor_entries(words) | {"mlp_bias": not words["ff_no_bias"]}
+
+
+def factor_entries(words: Words) -> Entries:
+    """Return the entries of sizes and factors."""
     return gated_entries(words) | {
-        "mlp_bias": not words["ff_no_bias"],
         "embedding_multiplier": words.get("emb_scale", 1.0),
         "logits_scaling": whole(1 / words.get("logits_scale", 1.0)),
         "attention_multiplier": words["attn_scale"],

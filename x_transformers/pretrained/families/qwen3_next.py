@@ -1,12 +1,13 @@
-"""Qwen3-Next (2025) with dense feedforwards: Gated DeltaNet (2412.06464) and gated attention (2505.06708)."""
+"""Qwen3-Next (2025): Gated DeltaNet (2412.06464), gated attention (2505.06708), and experts in most blocks."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from x_transformers.errors import ConfigError
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.entries import Entries, Words, gated_entries, rotary_entries
+from x_transformers.pretrained.experts import expert_entries, shared_entries, some_blocks, sparse_entries
+from x_transformers.pretrained.families.qwen import SHARED
 from x_transformers.pretrained.gated_decoder import LAYER, Details, Hybrid, read_gated_decoder
 from x_transformers.pretrained.layouts import TAPS, by_part, cut
 
@@ -28,7 +29,8 @@ SIZES = {
 def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     depth = settings.need("num_hidden_layers")
-    _refuse_experts(settings, depth)
+    shared = settings.take("shared_expert_intermediate_size", 512)
+    experts = some_blocks(settings, SHARED, count=512, topk=10, normalize=True, shared=shared)
     settings.refuse("attention_bias", False)
     settings.entries.setdefault("partial_rotary_factor", 0.25)
     settings.entries.setdefault("head_dim", 256)
@@ -44,7 +46,8 @@ def read(settings: Settings) -> Outline:
         "mixer_norm_unit_offset": False,
     }
     letters = "".join(KINDS[kind] for kind in types[:depth])
-    outline = read_gated_decoder(settings, DETAILS, Hybrid(letters, keywords, partial(put_delta_net, sizes=sizes)))
+    hybrid = Hybrid(letters, keywords, partial(put_delta_net, sizes=sizes))
+    outline = read_gated_decoder(settings, DETAILS, hybrid, experts=experts)
     # tokens that are predicted after the next one
     outline.others = ("mtp.",)
     stack = outline.stack
@@ -55,24 +58,6 @@ def read(settings: Settings) -> Outline:
         maps = (f"{ours}projections.q.weight", f"{ours}values.value_gates.input.weight")
         outline.put(maps, f"model.layers.{block}.self_attn.q_proj.weight", layout=layout)
     return outline
-
-
-def _refuse_experts(settings: Settings, depth: int) -> None:
-    """Refuse layers with several experts.
-
-    Raises:
-        ConfigError: if there are some.
-    """
-    settings.skip("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
-    settings.skip("router_aux_loss_coef")
-    count, step = settings.take("num_experts", 512), settings.take("decoder_sparse_step", 1)
-    dense = settings.take("mlp_only_layers", [])
-    sparse = [layer for layer in range(depth) if layer not in dense and (layer + 1) % step == 0]
-    if count > 0 and sparse:
-        raise ConfigError(
-            f"this Qwen3-Next has `num_experts` = {count} in {len(sparse)} of its {depth} layers, and layers with "
-            "experts cannot be read by this version; models can whose `mlp_only_layers` are all layers."
-        )
 
 
 def put_delta_net(outline: Outline, ours: str, theirs: str, *, sizes: dict[str, int]) -> None:
@@ -115,5 +100,8 @@ def write(words: Words) -> Entries:
     }
     sizes = {name: computed.get(ours) if words[ours] is None else words[ours] for ours, name in SIZES.items()}
     rotary = rotary_entries(words, partial="partial_rotary_factor")
-    entries = {"layer_types": types, "mlp_only_layers": list(range(len(types))), **sizes}
-    return gated_entries(words, DETAILS) | rotary | entries
+    own = {"layer_types": types, "mlp_only_layers": list(range(len(types))), **sizes}
+    if "ff_experts" in words:
+        own |= expert_entries(words) | sparse_entries(words) | shared_entries(words)
+        words = {**words, "ff_mult": 1}
+    return gated_entries(words, DETAILS) | rotary | own

@@ -1,0 +1,28 @@
+"""Mixtral (2401.04088): Mistral with experts."""
+
+from __future__ import annotations
+
+from x_transformers.pretrained.base import Outline, Settings
+from x_transformers.pretrained.entries import Entries, Words, gated_entries, window_entries
+from x_transformers.pretrained.experts import ExpertNames, every_block, expert_entries
+from x_transformers.pretrained.families.mistral import DETAILS
+from x_transformers.pretrained.gated_decoder import read_gated_decoder, windows
+
+NAMES = ExpertNames(
+    "block_sparse_moe.gate.weight", "block_sparse_moe.experts.", ("w3.weight", "w1.weight", "w2.weight")
+)
+
+
+def read(settings: Settings) -> Outline:
+    """Return the outline of a model."""
+    settings.skip("router_jitter_noise")
+    experts = every_block(settings, NAMES, normalize=True)
+    outline = read_gated_decoder(settings, DETAILS, experts=experts)
+    outline.stack |= windows(settings, outline.stack["depth"])
+    return outline
+
+
+def write(words: Words) -> Entries:
+    """Return the entries of a configuration that may describe a model."""
+    numbers = expert_entries(words, count="num_local_experts")
+    return gated_entries(words, DETAILS) | window_entries(words, by_layer=False) | numbers
