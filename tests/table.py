@@ -135,7 +135,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_feature_degree": 3,
         "mixer_muon_steps": 1,
     },
-    "mixer_len": {"layer_period": "ma", "mixer": "shallow", "mixer_len": 64, "mixer_hidden": 8},
+    "mixer_hidden": {"layer_period": "ma", "mixer": "shallow", "mixer_len": 64, "mixer_hidden": 8},
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",

@@ -13,7 +13,7 @@ from x_transformers.mixers.base import Row, State
 from x_transformers.mixers.costs import log_linear_cost
 from x_transformers.mixers.state_space import StateSpace
 from x_transformers.ops import at_least_float32
-from x_transformers.options.schema import Feature, at_least, opt, require
+from x_transformers.options.schema import Feature, at_least, require
 from x_transformers.recurrences.log_linear import CHUNK, log_linear
 
 
@@ -88,7 +88,7 @@ class LogLinear(StateSpace):
 
 @dataclass(frozen=True, kw_only=True)
 class LogLinearOptions:
-    len: int | None = opt(None, "tokens whose distances have levels of their own in a log_linear")
+    pass
 
 
 FEATURE = Feature(

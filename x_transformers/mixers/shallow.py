@@ -94,7 +94,6 @@ class Shallow(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class ShallowOptions:
-    len: int | None = opt(None, "most tokens of a row, for mixers that have a table of them: `max_seq_len`")
     hidden: int | None = opt(None, "hidden width of a feedforward of all tokens")
 
 
