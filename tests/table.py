@@ -250,6 +250,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # queries, keys and the kernel
     "attn_dim_head": {"attn_dim_head": 16},
     "attn_scale": {"attn_scale": 0.2},
+    "attn_qkv_clip": {"attn_qkv_clip": 0.5},
     "attn_value_dim_head": {"attn_value_dim_head": 12},
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},

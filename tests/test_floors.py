@@ -58,7 +58,7 @@ HOUSE = (
     ("F5", ["feedforward.catalog"]),
     ("F5", ["mixers.base"]),
     ("F5", ["mixers.parts", "mixers.grid", "mixers.read_out", "mixers.costs"]),
-    ("F5", ["mixers.learning_memory", "mixers.state_space"]),
+    ("F5", ["mixers.learning_memory", "mixers.state_space", "mixers.token_table"]),
     ("F5", ["mixers"]),
     ("F5", ["mixers.catalog"]),
     ("F6", ["layers.kinds"]),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from catalog import close, perturbed
 from loguru import logger
-from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -357,51 +356,6 @@ def test_the_kernel_is_named() -> None:
     assert rows[0].flops > 2 * sum(p.numel() for p in stack.layers[0].mixer.parameters() if p.ndim == 2)
     assert "chunked (the fastest that can run)" in str(stack.explain(seq_len=512))
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
-
-
-GRAPHS = (
-    "gated_delta",
-    "mamba",
-    "linear",
-    "mlstm",
-    "rwkv4",
-    "rwkv7",
-    "slstm",
-    "hyena",
-    "h3",
-    "lmu",
-    "mossformer",
-    "titans",
-    "atlas",
-    "log_linear",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GRAPHS)
-def test_one_graph_for_prompts_of_all_lengths(name: str) -> None:
-    """The first length, any length, and a step: three graphs, whatever the number of chunks."""
-    model = built(name, **LONG.get(name, {})).float()
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(len(graphs))
-        return graph.forward
-
-    torch._dynamo.reset()  # graphs of all mixers are those of one function, and their number is limited
-    run = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for n in (70, 24, 40, 200, 130):
-            x = torch.randn(2, n, 16)
-            close(run(x)[0], model(x)[0])
-        assert len(graphs) == 2
-        state = model(torch.randn(2, 9, 16))[1]
-        for _ in range(3):
-            x = torch.randn(2, 1, 16)
-            out, new = run(x, state=state)
-            close(out, model(x, state=state)[0])
-            state = new
-    assert len(graphs) == 3
 
 
 def test_a_hybrid_learns_and_generates() -> None:

@@ -63,8 +63,7 @@ class SharedOptions:
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     len: int | None = opt(
-        None,
-        "most tokens of a row in a shallow or random, `max_seq_len`; tokens with levels of their own in a log_linear",
+        None, "most tokens of a row in a shallow or random, `max_seq_len`; tokens with own levels in a log_linear"
     )
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.errors import InputError
 from x_transformers.mixers.base import Row, state_dtype
 from x_transformers.ops import at_least_float32
 
@@ -112,26 +111,6 @@ def moved(x: Tensor, places: Tensor, length: int) -> Tensor:
     shape = (x.shape[0], *(1 for _ in x.shape[1:-1]), length)
     inside = ((index >= 0) & (index < n)).view(shape)
     return x.gather(-1, index.clamp(0, n - 1).view(shape).expand(*x.shape[:-1], length)) * inside
-
-
-def check_length(mixer: str, length: int, before: Tensor, count: Tensor, n: int) -> None:
-    """Check the number of tokens of rows, but not at every step, which would wait for a GPU.
-
-    Args:
-        mixer: its name.
-        length: most tokens of a row.
-        before: `(b, 1)` live tokens of earlier passes.
-        count: `(b, 1)` live tokens of this pass.
-        n: tokens of this pass.
-
-    Raises:
-        InputError: if there are more.
-    """
-    most = n
-    if n <= length and not torch.compiler.is_compiling() and n > 1 and count.numel():
-        most = int((before + count).max())
-    if most > length:
-        raise InputError(f'`mixer = "{mixer}"` was made for {length} tokens (`mixer_len`); this row has {most}.')
 
 
 class MixerGain(nn.Module):

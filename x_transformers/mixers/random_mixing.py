@@ -1,85 +1,68 @@
-"""Random mixing, a baseline of MetaFormer (2210.13452): means of tokens with weights that are drawn once."""
+"""Fixed random weights between places, a baseline of MetaFormer (2210.13452)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from x_transformers.errors import ConfigError
-from x_transformers.mixers.base import Mixer, Row, State, state_dtype
-from x_transformers.mixers.parts import check_length, moved
+from x_transformers.mixers.base import Mixer, Row, State
+from x_transformers.mixers.token_table import TokenTable
 from x_transformers.modules.float32_buffers import KeepsFloat32
-from x_transformers.options.schema import Feature, at_least
+from x_transformers.ops import at_least_float32
+from x_transformers.options.schema import Feature
+from x_transformers.recurrences.base import full_precision
 
 
 class RandomMixing(KeepsFloat32, Mixer):
-    """Mean of tokens with weights `softmax(logits_t)`, by their numbers in a row: `logits` are normal and not trained.
+    """Mean of the tokens of a row with weights that are drawn once: `y_t = sum_s softmax_s(P_ts) x_s`.
 
-    Causal: the softmax is over the token and those before it. The logits are in state dicts.
+    P is a buffer, which is saved with the weights and never trained. Causal: over `s <= t`.
 
     Args:
         dim: width of the model.
-        len: most tokens L of a row.
+        len: number of places, and the most tokens of a row.
     """
 
     name = "random"
     has_whole_form = True
     has_output_map = False
+    logits: Tensor
 
     def __init__(self, dim: int, len: int | None = None) -> None:
         super().__init__()
-        if len is None:
-            raise ConfigError(
-                f'`mixer = "{self.name}"` needs `len`, the most tokens of a row; give it `max_seq_len` of the model.'
-            )
-        at_least(1, len=len)
-        self.length, self.seed = len, int(torch.randint(2**31, (), device="cpu"))
+        self.table = TokenTable.of(self.name, len)
+        self.seed = int(torch.randint(2**62, (), device="cpu"))
         self.register_derived(persistent=True)
-        self.state_shapes |= {"random": (len, dim), "count": (1,)}
+        self.state_shapes |= self.table.state_shapes(dim)
 
     def derived_buffers(self) -> dict[str, Tensor]:
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        logits = torch.randn(self.length, self.length, generator=generator, device="cpu", dtype=torch.float32)
-        return {"logits": logits.to(torch.empty(0).device)}
+        own = torch.Generator("cpu").manual_seed(self.seed)
+        logits = torch.randn(self.table.length, self.table.length, generator=own, device="cpu", dtype=torch.float32)
+        return {"logits": logits.to(torch.get_default_device())}
 
     def mix(self, x: Tensor, row: Row, state: State | None) -> tuple[Tensor, State]:
-        n, live = x.shape[1], row.silence(x)
-        count = row.count(x)
-        before = torch.zeros_like(count) if state is None else state["count"]
-        check_length(self.name, self.length, before, count, n)
-        logits = self.get_buffer("logits")
-        if state is not None:
-            held = state["random"].to(x.dtype) + moved(live.mT, before.long(), self.length).mT
-            place = before.long() + torch.arange(n, device=x.device)
-            seen = torch.arange(self.length, device=x.device) <= place.unsqueeze(-1)
-            out = mean(F.embedding(place.clamp(max=self.length - 1), logits), seen, held)
-            # what the check does not see must not have an output that looks like others
-            out = out.masked_fill((place >= self.length).unsqueeze(-1), torch.nan)
-            return out, {"random": held.to(state_dtype(x)), "count": before + count}
-        if row.causal:
-            seen: Tensor | None = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        else:
-            seen = None if row.live is None else row.live.unsqueeze(1)
-        out = mean(logits[:n, :n], seen, live)
-        if not row.causal or not row.keeps_state:
-            return out, {}
-        return out, {"random": F.pad(live, (0, 0, 0, self.length - n)).to(state_dtype(x)), "count": count}
+        placed = self.table.filled_by(x, row, state)
+        place, end = placed.place, self.table.length
+        keys = torch.arange(end, device=x.device)
+        hidden = (keys > place.unsqueeze(-1)) if row.causal else (keys >= placed.filled).unsqueeze(-2)
+        with full_precision(x.device.type):
+            held = at_least_float32(placed.held)
+            logits = self.logits.to(held.dtype)[place.clamp(max=end - 1)]
+            # finite, since a row may have no token at all
+            weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(dim=-1)
+            out = (weights @ held).to(x.dtype)
+        return self.table.silence_others(out, place), placed.state if row.causal else {}
 
-
-def mean(logits: Tensor, seen: Tensor | None, x: Tensor) -> Tensor:
-    """Return the means of `x (b, j, D)` with weights `softmax(logits)` of those that are seen, `(1|b, i, j)`."""
-    logits = logits.to(state_dtype(x))
-    if seen is not None:
-        # not -inf: a row without a live token has finite outputs, which nobody reads
-        logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-    return logits.softmax(dim=-1).to(x.dtype) @ x
+    def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
+        length, dim = self.state_shapes[self.name]
+        return "", "", 2 * length * dim
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomOptions:
+class RandomMixingOptions:
     pass
 
 
@@ -87,13 +70,10 @@ FEATURE = Feature(
     name="random",
     group="mixer",
     slot="mixer",
-    options=RandomOptions,
+    options=RandomMixingOptions,
     build=RandomMixing,
-    summary="means of tokens with random weights that are not trained",
+    summary="fixed random weights between tokens, as a baseline",
     paper="2210.13452",
     exempt={"export": "the reference has no mixers"},
-    examples=(
-        {"mixer": "random", "mixer_len": 64},
-        {"mixer": "random", "layer_period": "ma", "mixer_len": 48},
-    ),
+    examples=({"mixer": "random", "mixer_len": 48}, {"mixer": "random", "layer_period": "mma", "mixer_len": 64}),
 )
