@@ -43,7 +43,7 @@ HOUSE = (
         ["recurrences.naive", "recurrences.carry", "recurrences.chunks", "recurrences.memory_rule", "recurrences.walk"],
     ),
     ("F2", ["recurrences"]),
-    ("F2", ["recurrences.stabilized"]),
+    ("F2", ["recurrences.stabilized", "recurrences.partitions"]),
     ("F3", ["attention.qk.decay", "attention.qk.rotation"]),
     ("F3", ["attention"]),
     ("F3", ["attention.qk.rotary", "attention.backends.flex"]),

@@ -39,6 +39,7 @@ from x_transformers.mixers import (
     rwkv7,
     shallow,
     slab,
+    sparse_state,
     spectral,
     titans,
 )
@@ -99,6 +100,7 @@ SHARED = Feature(
 PAPERS = (
     identity.FEATURE,
     pooling.FEATURE,
+    random_mixing.FEATURE,
     convolution.FEATURE,
     *delta_rule.FEATURES,
     mamba.FEATURE,
@@ -112,6 +114,7 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     log_linear.FEATURE,
+    sparse_state.FEATURE,
     titans.FEATURE,
     atlas.FEATURE,
     *linear_attention.FEATURES,
@@ -123,7 +126,6 @@ PAPERS = (
     activator.FEATURE,
     shallow.FEATURE,
     slab.FEATURE,
-    random_mixing.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
