@@ -70,6 +70,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
     "mixer_head": {"layer_period": "ma", "mixer": "rwkv7", "mixer_head": 8, "mixer_rank": 4},
+    "mixer_heads": {"layer_period": "ma", "mixer": "slstm", "mixer_heads": 2, "mixer_dim": 24},
+    "mixer_partitions": {"layer_period": "ma", "mixer": "sparse_state", "mixer_partitions": 3, "mixer_top": 2},
     "mixer_gate_cap": {"layer_period": "ma", "mixer": "mlstm", "mixer_gate_cap": 4.0, "mixer_cell_eps": 0.1},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
@@ -109,6 +111,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_qk_norm": "unit",
         "mixer_muon_steps": 2,
     },
+    "mixer_len": {
+        "layer_period": "am",
+        "mixer": "log_linear",
+        "mixer_head": 8,
+        "mixer_state": 4,
+        "mixer_len": 16,
+        "mixer_chunk": 4,
+    },
     "mixer_group": {
         "layer_period": "am",
         "mixer": "mossformer",
@@ -126,6 +136,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_feature_degree": 3,
         "mixer_muon_steps": 1,
     },
+    "mixer_hidden": {"layer_period": "ma", "mixer": "shallow", "mixer_len": 64, "mixer_hidden": 8},
     "mixer_filter_len": {
         "layer_period": "ma",
         "mixer": "hyena",
@@ -239,6 +250,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # queries, keys and the kernel
     "attn_dim_head": {"attn_dim_head": 16},
     "attn_scale": {"attn_scale": 0.2},
+    "attn_qkv_clip": {"attn_qkv_clip": 0.5},
     "attn_value_dim_head": {"attn_value_dim_head": 12},
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
@@ -476,6 +488,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 ELSEWHERE = {
     "mixer_bidirectional": "of stacks that see both ways; `tests/test_mixers.py`",
+    "mixer_balance_loss_weight": "of a loss that training adds; `tests/test_sparse_state.py`",
     "mixer_grid": "images, in stacks that see both ways; `tests/test_mixers.py`",
     "dim": "every model of the tests has one",
     "cross_attend": "the third kind of stack: `--stack cross`",
@@ -513,6 +526,8 @@ ELSEWHERE = {
     "dim_pooled_tokens": "of `attn_pool`",
     "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "train_max_recycle_steps": "of `recycling`",
+    "exit_layers": "predictions that a pass returns on request; `tests/properties/test_first_blocks.py`",
+    "exit_norms": "of `exit_layers`",
     "looped": "caches of generated tokens are those of the loop that they left; `tests/test_looped.py`",
     "max_looped_steps": "of `looped`",
 }
@@ -536,6 +551,8 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
         "mixer_head": "reads from left to right",
+        "mixer_heads": "reads from left to right",
+        "mixer_partitions": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
         "mixer_shift": "reads from left to right",
@@ -543,6 +560,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_memory_depth": "reads from left to right",
         "mixer_memory_read": "reads from left to right",
         "mixer_omega_window": "reads from left to right",
+        "mixer_len": "reads from left to right",
     },
     "cross": {"attn_max_attend_future": NO_FUTURE},
 }

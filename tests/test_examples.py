@@ -47,6 +47,12 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
         r"adapted weights: \d+\.\d%, \d+\.\d%, \d+\.\d% of the ciphers correct",
         "correct.png",
     ),
+    (
+        "recall_hybrid",
+        {"SHOWN": 8, "PAIRS": (2, 4), "BATCH": 2, "TESTED": 4},
+        r"Gated DeltaNet, one attention in four: \d+\.\d%, \d+\.\d% recalled out of \(2, 4\) pairs",
+        "recalled.png",
+    ),
     ("gpt_vae_styles", {"BATCH": 4, "TESTED": 8, "GRID": (2, 2)}, r"written \d+\.\d letters away", "styles.png"),
     ("dpo_preferences", {"SAMPLES": 64, "BATCH": 4}, r"after DPO: \d+%", "preferred.png"),
 ]
@@ -169,6 +175,17 @@ def test_bits_by_position_average_to_the_loss(example: ModuleType, memory: int) 
     with torch.no_grad():
         bits = float(model(rows)) / math.log(2)
     assert float(example.bits_by_place(model, rows).mean()) == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize("example", ["recall_hybrid"], indirect=True)
+def test_values_to_recall_are_those_of_keys_that_were_there(example: ModuleType) -> None:
+    ids, values = example.make_rows(20, 8)
+    for row, wanted in zip(ids.unflatten(1, (-1, 2)).tolist(), values.tolist(), strict=True):
+        held: dict[int, int] = {}
+        for (key, value), each in zip(row, wanted, strict=True):
+            assert each == held.get(key, example.NEW)
+            held[key] = value - example.KEYS
+        assert len(held) == 8
 
 
 @pytest.mark.parametrize("example", ["dpo_preferences"], indirect=True)

@@ -207,3 +207,26 @@ def read_in_pieces(mixer: Mixer, x: Tensor, cuts: tuple[int, ...]) -> Tensor:
 def test_a_filter_needs_its_length() -> None:
     with pytest.raises(ConfigError, match='`mixer = "hyena"` needs `mixer_filter_len`, the most tokens of a row; give'):
         Decoder(dim=16, depth=1, mixer="hyena")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "whole", "step"),
+    [
+        (HYENA, "fourier transform", "naive"),
+        ({"mixer": "h3"}, "fourier transform", "recurrence"),
+        ({"mixer": "lmu"}, "fourier transform", "recurrence"),
+    ],
+)
+def test_kernels_are_named_and_counted(keywords: dict[str, Any], whole: str, step: str) -> None:
+    stack = Decoder(dim=16, depth=1, only_attn=True, verbose=False, **keywords)
+    mixer = stack.layers[0].mixer
+    maps = 2 * sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
+    costs = []
+    for tokens, name in ((24, whole), (1, step)):
+        (row,) = stack.explain(seq_len=tokens).rows
+        assert row.backend == name
+        assert row.flops > maps
+        costs.append(row.flops)
+    both = Encoder(dim=16, depth=1, only_attn=True, verbose=False, mixer="h3", mixer_bidirectional=True)
+    (row,) = both.explain(seq_len=24).rows
+    assert keywords["mixer"] != "h3" or row.flops == 2 * costs[0]

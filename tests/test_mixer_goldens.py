@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from x_transformers.recurrences.convolution import long_convolution, long_convol
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.log_linear import log_linear
+from x_transformers.recurrences.loop import loop
+from x_transformers.recurrences.partitions import Reads, partitioned
 from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
@@ -28,14 +32,13 @@ FOLDER = Path(__file__).with_name("golden") / "mixers"
 CLOSE, EXACT = 2e-5, 1e-10
 LESS_CLOSE = {"layer-hyena": 5e-5}
 """Sines of sines enlarge the rounding of positions."""
-BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn"}
+BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn", "layer-shallow"}
 """Cases of passes over whole rows that are not of grids."""
 
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-activator layer-prepbn layer-shallow-causal layer-shallow layer-slab op-elman op-gru op-log-linear-16
-    op-log-linear-19 op-lstm op-rwkv6 op-slstm op-sparse-state
+    layer-prepbn op-rwkv6
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
@@ -91,9 +94,9 @@ def test_layers(name: str) -> None:
     mixer.load_state_dict({key.removeprefix("state."): t for key, t in case.items() if key.startswith("state.")})
     if "input.live" in case:
         live = case["input.live"].bool()
-        out = mixer(x, live)[0]
+        out = mixer(x, live, causal=causal)[0]
         for row, own in enumerate(live):
-            agree(out[row, own], case[f"output.{row}"][0])
+            agree(out[row, own], case[f"output.{row}"][0] if f"output.{row}" in case else case["output"][row, own])
         return
     out, close = mixer(x, causal=causal)[0], LESS_CLOSE.get(name, CLOSE)
     agree(out, case["output"], close)
@@ -209,6 +212,48 @@ def of_rank_one(case: Case) -> Operator:
     return rank_one, naive.rank_one, [q, *(case[f"input.{name}"] for name in names)]
 
 
+def of_cell(case: Case) -> Operator:
+    """Inputs with their biases; that of the candidate of a GRU is a bias only."""
+    name, x = CELL_OF[case["input.x"].shape[2], case["output"].shape[2]], case["input.x"]
+    x = F.pad(x, (0, 0, 0, 0, case["input.bias"].shape[0] - x.shape[2], 0)) + case["input.bias"]
+
+    def twin(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        return naive.loop(*given, cell=name)  # type: ignore[arg-type]
+
+    return lambda *given: loop(name, *given), twin, [x, case["input.recurrent"], None, None]
+
+
+CELL_OF = {(1, 1): "elman", (3, 1): "gru", (4, 2): "lstm", (4, 4): "slstm"}
+"""Networks by the numbers of their gates and states."""
+
+
+def of_partitions(case: Case) -> Operator:
+    def reads(suffix: str) -> list[Tensor]:
+        q, k, g = (case[f"input.{name}{suffix}"] for name in ("q", "k", "log_decay"))
+        return [q * q.shape[-1] ** -0.5, k, g]
+
+    def whole(q: Tensor, k: Tensor, g: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return partitioned(Reads(q, k, g), Reads(*given[:3]), *given[3:], 2)
+
+    def one_by_one(q: Tensor, k: Tensor, g: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """The shared recurrence and each partition by itself, where tokens that do not choose it are left out."""
+        own_q, own_k, own_g, v, shares = given
+        out, state = naive.linear(q, k, v, g, None)
+        states, least = [state], shares.topk(2, dim=-1).values[..., -1:]
+        for number in range(shares.shape[-1]):
+            for_one = out.new_zeros(out.shape), out.new_zeros(state.shape)
+            for b, row in enumerate(shares[..., number] >= least[..., 0]):
+                e = shares[b : b + 1, row, number][:, None, :, None]
+                mine = (t[b : b + 1, :, row] for t in (own_q, own_k, v, own_g))
+                q_, k_, v_, g_ = mine
+                for_one[0][b, :, row], for_one[1][b] = (t[0] for t in naive.linear(q_ * e, k_ * e, v_, g_, None))
+            out = out + for_one[0]
+            states.append(for_one[1])
+        return out, torch.cat(states, dim=1)
+
+    return whole, one_by_one, [*reads(""), *reads("_sparse"), case["input.v"], case["input.route"].softmax(dim=-1)]  # type: ignore[return-value]
+
+
 def of_scan(case: Case) -> Operator:
     return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
 
@@ -279,6 +324,22 @@ def of_convolution(case: Case) -> Operator:
     return read(long_convolution_2d), read(naive.long_convolution_2d), arguments  # type: ignore[return-value]
 
 
+def of_levels(case: Case) -> Operator:
+    q, k, v, g, levels = (case[f"input.{name}"] for name in ("q", "k", "v", "log_decay", "levels"))
+
+    def definition(*given: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one token after the other."""
+        state, parts = None, []
+        for t in range(q.shape[2]):
+            before = torch.full((q.shape[0], 1), float(t)) if t else None
+            out, state = log_linear(*(each[:, :, t : t + 1] for each in given), state, before)
+            parts.append(out)
+        assert state is not None
+        return torch.cat(parts, dim=2), state
+
+    return partial(log_linear, chunk=4), definition, [q, k, v, g, levels]
+
+
 def of_groups(case: Case) -> Operator:
     size = int(read("op-mossformer-causal")[1]["group"])
     features = [case[f"input.{name}"] for name in ("q_near", "q_far", "k_near", "k_far")]
@@ -305,11 +366,15 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-vector-delta": of_delta,
     "op-delta-product": of_products,
     "op-diagonal-plus-rank-one": of_rank_one,
+    **dict.fromkeys(("op-elman", "op-gru", "op-lstm", "op-slstm"), of_cell),
+    "op-sparse-state": of_partitions,
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,
     "op-aaren": of_one_query,
     "op-rwkv4": of_fading_mean,
+    "op-log-linear-16": of_levels,
+    "op-log-linear-19": of_levels,
     "op-mossformer-causal": of_groups,
     "op-long-convolution": of_convolution,
     "op-long-convolution-2d": of_convolution,

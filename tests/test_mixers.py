@@ -6,7 +6,6 @@ import pytest
 import torch
 from catalog import close, perturbed
 from loguru import logger
-from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -21,16 +20,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "gated_delta": {"mixer_chunk": 4},
     "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "sparse_state": {"mixer_rank": 3, "mixer_chunk": 4},
+    "log_linear": {"mixer_head": 8, "mixer_state": 4, "mixer_len": 8, "mixer_chunk": 4},
     "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
     "h3": {"mixer_state": 4, "mixer_shift": 3},
     "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
     "fsmn": {"mixer_taps": 3, "mixer_conv": 3},
+    "shallow": {"mixer_len": 48, "mixer_hidden": 6},
+    "random": {"mixer_len": 48},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
-LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}}
+LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}, "random": {"mixer_len": 4096}}
 """Keywords that long rows need."""
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -38,8 +41,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """Forms of mixers that compute something else than their defaults."""
 
-NEAR = ("identity", "pooling", "conv", "fsmn")
-"""Mixers that read neighbors only."""
+NEAR = ("identity", "activator", "pooling", "conv", "fsmn")
+"""Mixers that read no other tokens than neighbors."""
 
 CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
 EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
@@ -69,7 +72,7 @@ def test_rows_are_read_as_if_nothing_else_were_there(name: str) -> None:
         for piece, live in zip(x.split(cuts, dim=1), LIVE.split(cuts, dim=1), strict=True):
             out, state = mixer(piece, live, state)
             assert out.isfinite().all()
-            assert not out[~live].any() or name == "identity"
+            assert not out[~live].any()
             parts.append(out)
         whole = torch.cat(parts, dim=1)
         for row, (out, left) in enumerate(alone):
@@ -95,7 +98,8 @@ def test_states_are_complete_from_the_first_token_on(name: str) -> None:
 @torch.no_grad()
 def test_large_inputs_of_long_rows_stay_finite(name: str) -> None:
     mixer = built(name, **LONG.get(name, {})).float()
-    x = 30 * torch.randn(1, 4096, 16).sign()
+    # each token of a causal `shallow` is a pass over the whole row
+    x = 30 * torch.randn(1, 48 if name == "shallow" else 4096, 16).sign()
     out, state = mixer.bfloat16()(x.bfloat16())
     assert out.isfinite().all()
     assert all(value.isfinite().all() for value in state.values())
@@ -106,7 +110,7 @@ def test_large_inputs_of_long_rows_stay_finite(name: str) -> None:
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "identity"])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if built(name).state_shapes])
 def test_states_of_another_shape_are_refused(name: str) -> None:
     mixer, x = built(name), torch.randn(2, 3, 16, dtype=torch.float64)
     _, state = mixer(x)
@@ -128,20 +132,26 @@ def test_states_have_names_of_their_own(name: str) -> None:
         close(model(x[:, 3:], cache=record, input_not_include_cache=True), whole[:, 3:])
 
 
-def test_the_other_direction() -> None:
-    """A second mixer reads each row from its last live token to the first."""
-    encoder = perturbed(
-        Encoder(dim=16, depth=1, heads=4, only_attn=True, mixer="retention", mixer_bidirectional=True).double()
-    )
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not class_of(name).has_whole_form])
+def test_the_other_direction(name: str) -> None:
+    """A second mixer, of its own weights, reads each row from its last live token to the first."""
+    common = {"dim": 16, "heads": 4, "only_attn": True, "mixer": name, "mixer_bidirectional": True, "verbose": False}
+    encoder = perturbed(Encoder(depth=1, **common, **SIZES.get(name, {})).double())
     mixer = encoder.layers[0].mixer
-    assert any(key.startswith("backward.to_q") for key in mixer.state_dict())
+    assert {key for key in mixer.state_dict() if key.startswith("backward.")} == {
+        f"backward.{key}" for key in mixer.state_dict() if not key.startswith("backward.")
+    }
     x = torch.randn(len(LIVE), 12, 16, dtype=torch.float64)
     both, _ = mixer(x, LIVE, causal=False)
+    assert both.isfinite().all()
     for row, live in enumerate(LIVE):
         own = x[row : row + 1, live]
         forth, _ = mixer(own)
         back, _ = mixer.backward(own.flip(1))
         close(both[row, live], (forth + back.flip(1))[0])
+    both.square().sum().backward()
+    without = [key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
 
 
 @pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_whole_form])
@@ -158,7 +168,7 @@ def test_whole_rows(name: str) -> None:
     assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in NEAR
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_gains])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_gains])
 @torch.no_grad()
 def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
     more = {"mamba": {"mixer_inner_norm": True}, "linear": LAYERNORM, "transnormer": LAYERNORM}.get(name, {})
@@ -348,36 +358,6 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4", "hyena", "h3", "lmu", "mossformer", "titans", "atlas")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GRAPHS)
-def test_one_graph_for_prompts_of_all_lengths(name: str) -> None:
-    """The first length, any length, and a step: three graphs, whatever the number of chunks."""
-    model = built(name, **LONG.get(name, {})).float()
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(len(graphs))
-        return graph.forward
-
-    torch._dynamo.reset()  # graphs of all mixers are those of one function, and their number is limited
-    run = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for n in (70, 24, 40, 200, 130):
-            x = torch.randn(2, n, 16)
-            close(run(x)[0], model(x)[0])
-        assert len(graphs) == 2
-        state = model(torch.randn(2, 9, 16))[1]
-        for _ in range(3):
-            x = torch.randn(2, 1, 16)
-            out, new = run(x, state=state)
-            close(out, model(x, state=state)[0])
-            state = new
-    assert len(graphs) == 3
-
-
 def test_a_hybrid_learns_and_generates() -> None:
     """The steps of a static cache equal a pass, with prompts of different lengths."""
     model = TransformerWrapper(
@@ -403,3 +383,41 @@ def test_a_hybrid_learns_and_generates() -> None:
     steps = torch.cat(parts, dim=1)
     close(steps[0], whole[0])
     close(steps[1, 4:], whole[1, 4:])
+
+
+@pytest.mark.parametrize("name", ["shallow", "random"])
+@torch.no_grad()
+def test_a_table_of_tokens_ends(name: str) -> None:
+    """Passes that go beyond it are refused; a single step, which nobody looks at, is not a number."""
+    mixer, x = built(name, mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
+    words = rf'`mixer = "{name}"` was made for 8 tokens \(`mixer_len`\); this row has 9\.'
+    with pytest.raises(InputError, match=words):
+        mixer(x)
+    _, state = mixer(x[:, :6])
+    with pytest.raises(InputError, match=words):
+        mixer(x[:, 6:], state=state)
+    _, state = mixer(x[:, 6:8], state=state)
+    assert mixer(x[:, 8:], state=state)[0].isnan().all()
+    with pytest.raises(ConfigError, match=f'`mixer = "{name}"` needs `mixer_len`, the most tokens of a row'):
+        Decoder(dim=16, depth=1, mixer=name)
+
+
+def test_random_weights() -> None:
+    """A softmax over the tokens so far, or over all, of logits that are saved and stay in float32."""
+    mixer: Any = built("random", mixer_len=8)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    logits = mixer.state_dict()["logits"]
+    assert mixer.bfloat16().logits.dtype is torch.float32
+    for t in range(6):
+        close(mixer(x)[0][:, t], torch.einsum("j,bjd->bd", logits[t, : t + 1].double().softmax(dim=-1), x[:, : t + 1]))
+    close(mixer(x, causal=False)[0], logits[:6, :6].double().softmax(dim=-1) @ x)
+    assert not torch.equal(built("random", mixer_len=8).state_dict()["logits"], logits)
+
+
+def test_the_maps_of_shallow_have_one_direction() -> None:
+    mixer, x = built("shallow", mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"`shallow` reads from left to right; drop `causal = False`."):
+        mixer(x[:, :8], causal=False)
+    whole = Encoder(dim=16, depth=1, mixer="shallow", mixer_len=8)
+    with pytest.raises(InputError, match="`shallow` reads the whole row at once, so that a token would see the future"):
+        whole(torch.randn(2, 8, 16), causal=True)

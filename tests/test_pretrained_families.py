@@ -142,6 +142,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mpt",
         {**MPT, "d_model": 24, "n_heads": 3, "attn_config": {"softmax_scale": 0.2}},
     ),
+    "mpt, bounded": ("Mpt", {**MPT, "attn_config": {"clip_qkv": 0.5}}),
     "bloom": ("Bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "bloom, six heads": ("Bloom", {"vocab_size": 60, "hidden_size": 48, "n_layer": 1, "n_head": 6}),
     "opt": ("OPT", OPT),

@@ -99,3 +99,14 @@ def test_refusals(name: str) -> None:
 
 def test_a_row_of_tokens_is_a_grid_of_one_line() -> None:
     assert Encoder(dim=16, depth=1, mixer="spectral", mixer_grid=(1, 9))(torch.randn(2, 9, 16)).shape == (2, 9, 16)
+
+
+@EACH
+def test_operations_are_counted(name: str) -> None:
+    """Those of maps, and those between tokens, which are more for more tokens only in the logarithm."""
+    small, large = (
+        Encoder(dim=16, depth=1, only_attn=True, mixer=name, mixer_grid=grid, verbose=False).explain(seq_len=64).rows[0]
+        for grid in ((2, 2), (8, 8))
+    )
+    maps = 4 * 2 * 16 * 16 if name == "slab" else 0
+    assert maps < small.flops <= large.flops < 4 * small.flops

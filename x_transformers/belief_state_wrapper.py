@@ -148,7 +148,7 @@ class BeliefStateWrapper(SavesFolders):
     def _reaching(self, loss: Tensor, *further: nn.Module) -> Tensor:
         """Return the loss with gradients for what it does not read: the decoders' own heads, a distance not drawn."""
         nets = [unwrapped(net) for net in (self.forward_decoder, self.backward_decoder)]
-        names = ("to_logits", "logit_changes", "mixture", "to_next_embed_pred", "attn_pool")
+        names = ("to_logits", "logit_changes", "mixture", "to_next_embed_pred", "attn_pool", "exit_norms")
         heads = [getattr(net, name) for net in nets for name in names]
         return reaching(loss, *heads, self.to_distance_cond, self.to_distance_logits, *further)
 

@@ -356,7 +356,7 @@ class DiscoverDecoder(SavesFolders):
         shown = F.pad(targets[:, :-1], (1, 0), value=self.bos_id)
         logits, last = _pair(self._after(encodings, shown, **given))
         model = unwrapped(self.decoder)
-        logits = reaching(logits, model.attn_pool, model.to_next_embed_pred)
+        logits = reaching(logits, model.attn_pool, model.to_next_embed_pred, model.exit_norms)
         if record is None or last is None:
             return logits
         last.include_routing([record])

@@ -123,7 +123,7 @@ class DPO(SavesFolders):
         preferred_gain, other_gain = gain.chunk(2)
         loss = plus_aux_loss(-F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean(), aux)
         model = unwrapped(self.policy_model)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, model.exit_norms)
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Return ids that the model can read, and `(b, n - 1)` bool, the predicted tokens of the response."""

@@ -420,7 +420,7 @@ class FullBandwidth(SavesFolders):
             mean = (weights * later).sum() / weights.sum().clamp(min=1e-8)
             total = total + self.feedback_pass_weight * mean
         model = unwrapped(self.net)
-        return reaching(total, model.attn_pool, model.to_next_embed_pred, self.transitions)
+        return reaching(total, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.transitions)
 
     # generation
 

@@ -260,7 +260,7 @@ class NextLatentWrapper(SavesFolders):
         if self.sigreg_loss_weight > 0:
             sigreg = sigreg_loss(h[:, :-1], valid=valid, **self.sigreg_loss_kwargs)
             total = total + sigreg * self.sigreg_loss_weight
-        total = reaching(total, model.attn_pool, model.to_next_embed_pred, self.dynamics_model)
+        total = reaching(total, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.dynamics_model)
         return (total, Losses(ce, next_latent, kl, sigreg)) if return_loss_breakdown else total
 
     def _rollouts(self, h: Tensor, embeds: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -264,7 +264,8 @@ class NonAutoregressiveWrapper(SavesFolders):
                 return Losses(critic_loss, None, critic_loss)
         # what the loss does not read, such as the learned vector where the model has read its own features
         loss = plus_aux_loss(self._generator_loss(logits, x, masked, t), aux)
-        loss = reaching(loss, self.null_embed, unwrapped(self.net).to_next_embed_pred)
+        net = unwrapped(self.net)
+        loss = reaching(loss, self.null_embed, net.to_next_embed_pred, net.exit_norms)
         if critic_loss is None:
             return Losses(loss, loss, None)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)

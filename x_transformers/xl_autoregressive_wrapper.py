@@ -303,7 +303,7 @@ class XLAutoregressiveWrapper(SavesFolders):
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return the loss with gradients for the heads that it does not read."""
         model = unwrapped(self.net)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred, self.ttt_custom_loss_module)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.ttt_custom_loss_module)
 
     def _segment_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         normalized = unwrapped(self.net).output_is_log_prob

@@ -229,7 +229,7 @@ class XMLatentDecoder(SavesFolders):
 
     def _reaching(self, loss: Tensor) -> Tensor:
         model = unwrapped(self.net)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred, self.latent_proj)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.latent_proj)
 
     def _token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         given: Any = {"ignore_index": self.ignore_index, "log_probs": unwrapped(self.net).output_is_log_prob}

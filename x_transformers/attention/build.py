@@ -127,6 +127,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             dim_head=shape.dim_head,
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
+            clip=parsed["qkv_clip"].qkv_clip,
         )
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.cache import CacheHeader, Entry, KVCache
@@ -90,6 +90,7 @@ class PassInputs:
     pairs: Callable[[Span, Span], Tensor] | None
     self_attn_inputs: Mapping[int, Tensor] | None
     return_aux_loss: bool
+    exits: Mapping[int, nn.Module | None] | None
     # filled in by `begin_pass`
     order: tuple[int, ...] = field(default=(), init=False)
     attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
@@ -129,6 +130,7 @@ class Recorder:
         self.blocks: list[Tensor] = []
         self.records: list[Intermediates] = []
         self.routing: list[RoutingRecord] = []
+        self.exits: dict[int, Tensor] = {}
 
     def add(self, step: Step, stream: Tensor, output: SublayerOutput) -> None:
         """Record the stream before a sublayer, and its output."""
@@ -175,6 +177,7 @@ class Recorder:
         copied.streams, copied.blocks = list(self.streams), list(self.blocks)
         copied.inputs, copied.memory_inputs = list(self.inputs), list(self.memory_inputs)
         copied.states, copied.records, copied.routing = list(self.states), list(self.records), list(self.routing)
+        copied.exits = dict(self.exits)
         return copied
 
 

@@ -290,7 +290,8 @@ class Mixer(Configured, BranchFunction):
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         backend, why, flops = self.kernel(situation, surroundings.get("seq_len", 1))
-        return BranchCost(backend, why, super().explain(situation).flops + flops)
+        directions = 1 if self.backward is None else 2
+        return BranchCost(backend, why, super().explain(situation).flops + directions * flops)
 
 
 def turn_around(x: Tensor, row: Row) -> Tensor:
@@ -305,9 +306,14 @@ def turn_around(x: Tensor, row: Row) -> Tensor:
 
 
 def arguments_of(mixer: type[Mixer]) -> list[str]:
-    """Return the names of the arguments of a mixer, besides the width of the model."""
+    """Return the names of the arguments that are keywords: neither the width nor the causality of a stack."""
     names = list(inspect.signature(mixer.__init__).parameters)
-    return [name for name in names if name not in ("self", "dim")]
+    return [name for name in names if name not in ("self", "dim", "causal")]
+
+
+def depends_on_causality(mixer: type[Mixer]) -> bool:
+    """Return True if a mixer is made for one of the two forms."""
+    return "causal" in inspect.signature(mixer.__init__).parameters
 
 
 def shows_fields_of(options: type[Any]) -> Callable[[type[Built]], type[Built]]:

@@ -15,6 +15,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    activator,
     atlas,
     convolution,
     delta_rule,
@@ -24,19 +25,25 @@ from x_transformers.mixers import (
     identity,
     linear_attention,
     lmu,
+    log_linear,
     mamba,
     mamba2,
     mlstm,
     mossformer,
     pooling,
+    random_mixing,
+    recurrent_networks,
     retention,
     rglru,
     rwkv4,
     rwkv7,
+    shallow,
+    slab,
+    sparse_state,
     spectral,
     titans,
 )
-from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.mixers.base import Mixer, arguments_of, depends_on_causality
 from x_transformers.mixers.parts import MixerGain
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
@@ -55,6 +62,9 @@ class SharedOptions:
     )
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
+    len: int | None = opt(
+        None, "most tokens of a row in a shallow or random, `max_seq_len`; tokens with own levels in a log_linear"
+    )
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
@@ -90,17 +100,21 @@ SHARED = Feature(
 PAPERS = (
     identity.FEATURE,
     pooling.FEATURE,
+    random_mixing.FEATURE,
     convolution.FEATURE,
     *delta_rule.FEATURES,
     mamba.FEATURE,
     mamba2.FEATURE,
     rglru.FEATURE,
     mlstm.FEATURE,
+    *recurrent_networks.FEATURES,
     aaren.FEATURE,
     rwkv4.FEATURE,
     rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    log_linear.FEATURE,
+    sparse_state.FEATURE,
     titans.FEATURE,
     atlas.FEATURE,
     *linear_attention.FEATURES,
@@ -109,6 +123,9 @@ PAPERS = (
     lmu.FEATURE,
     spectral.FEATURE,
     *mossformer.FEATURES,
+    activator.FEATURE,
+    shallow.FEATURE,
+    slab.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -216,6 +233,8 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     both = bool(given.get("bidirectional"))
     check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
     own = {key: value for key, value in given.items() if key in arguments}
+    if depends_on_causality(mixer):
+        own["causal"] = causal
     built = mixer(dim, **own)
     if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)

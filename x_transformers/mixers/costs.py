@@ -9,6 +9,8 @@ from x_transformers.recurrences.base import SHORT, Situation
 from x_transformers.recurrences.convolution import LONG_CONVOLUTION, fast_size
 from x_transformers.recurrences.delta import DELTA
 from x_transformers.recurrences.linear import LINEAR
+from x_transformers.recurrences.log_linear import LOG_LINEAR
+from x_transformers.recurrences.loop import LOOP
 from x_transformers.recurrences.memory import MEMORY
 from x_transformers.recurrences.memory_rule import Rule
 from x_transformers.recurrences.rank_one import RANK_ONE
@@ -53,6 +55,25 @@ def delta_cost(
     c = min(chunk, tokens, SHORT if by_feature else chunk)
     # scores and overlaps, the solve, what is read, and the matrix that takes the state through a chunk
     return chosen.name, why, 2 * (2 * c * d + c * (d + e) // 2 + c * e + 3 * d * e + d * d + d * d * e // c)
+
+
+def log_linear_cost(
+    situation: Any, tokens: int, heads: int, d: int, e: int, levels: int, chunk: int
+) -> tuple[str, str, int]:
+    """Return the kernel of a log-linear recurrence, the reason, and its FLOPs per token.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        heads: number of heads.
+        d, e: widths of keys and values.
+        levels: number of levels.
+        chunk: tokens that are computed at once.
+    """
+    chosen, why = LOG_LINEAR.choose(Situation(situation.device, situation.dtype, tokens))
+    # every level is written and read; a chunk has all its pairs besides
+    pairs = 0 if chosen.name == "naive" else min(chunk, tokens) * (d + e)
+    return chosen.name, why, 2 * heads * (2 * levels * d * e + pairs)
 
 
 def memory_cost(situation: Any, tokens: int, heads: int, rule: Rule) -> tuple[str, str, int]:
@@ -122,3 +143,15 @@ def long_convolution_cost(situation: Any, tokens: int, channels: int, lags: int)
     # transforms of the inputs and of the outputs, of 2.5 N log2 N operations each for real numbers, and their product
     size = fast_size(tokens + min(tokens, lags) - 1)
     return chosen.name, why, channels * round(5 * size * math.log2(size) + 3 * size) // tokens
+
+
+def loop_cost(situation: Any, tokens: int, weights: int) -> tuple[str, str, int]:
+    """Return the kernel of a recurrent network, the reason, and the FLOPs per token of its recurrent weights.
+
+    Args:
+        situation: device and dtype.
+        tokens: their number.
+        weights: number of recurrent weights.
+    """
+    chosen, why = LOOP.choose(Situation(situation.device, situation.dtype, tokens))
+    return chosen.name, why, 2 * weights

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from x_transformers.errors import Faults
 from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import memory_cost
-from x_transformers.mixers.parts import rms, unit
+from x_transformers.mixers.parts import MixerGain, MixerNorm, rms, unit
 from x_transformers.ops import at_least_float32, merge_heads, split_heads
 from x_transformers.options.checked import check_arguments
 from x_transformers.options.schema import at_least, positive, require
@@ -134,6 +134,8 @@ class LearningMemory(Mixer):
         chunk: tokens whose gradients are taken at once.
     """
 
+    has_gains = True
+
     def __init__(
         self,
         dim: int,
@@ -159,8 +161,8 @@ class LearningMemory(Mixer):
         self.qk_norm = ("rms" if outside else "none") if qk_norm is None else qk_norm
         self.rule = learning.rule(dim_key, dim_value, chunk, unit_keys=self.qk_norm == "unit")
         # what is written and what is read have gains of their own where the rate is inside
-        self.norm_in = InputNorm(dim, norm_eps) if outside else None
-        self.norm_write, self.norm_read = (None if outside else InputNorm(dim, norm_eps) for _ in range(2))
+        self.norm_in = MixerNorm(dim, norm_eps) if outside else None
+        self.norm_write, self.norm_read = (None if outside else MixerNorm(dim, norm_eps) for _ in range(2))
         self.to_q, self.to_k = (nn.Linear(dim, heads * dim_key, bias=False) for _ in range(2))
         self.to_v = nn.Linear(dim, heads * dim_value, bias=False)
         normed = self.qk_norm != "none"
@@ -200,11 +202,11 @@ class LearningMemory(Mixer):
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is written and what is read, `(b, n, D)`."""
         if self.norm_in is not None:
-            x = self.norm_in(x)
-            return x, x
+            own = self.norm_in(x).to(x.dtype)
+            return own, own
         assert self.norm_write is not None
         assert self.norm_read is not None
-        return self.norm_write(x), self.norm_read(x)
+        return self.norm_write(x).to(x.dtype), self.norm_read(x).to(x.dtype)
 
     def _features(self, t: Tensor, gain: HeadGain | None) -> Tensor:
         """Return queries or keys `(b, h, n, dk)`: `t + t^2 + ...`, after their norm."""
@@ -250,26 +252,8 @@ class LearningMemory(Mixer):
         return memory_cost(situation, tokens, self.heads, self.rule)
 
 
-class InputNorm(nn.Module):
-    """RMSNorm of the input, `x / sqrt(mean(x^2) + eps) * (1 + gamma)`, in the dtype of the input.
-
-    Args:
-        dim: number of features.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.gamma = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `(..., dim)`."""
-        return (rms(x, self.eps) * (1 + self.gamma)).to(x.dtype)
-
-
-class HeadGain(nn.Module):
-    """Gain `1 + gamma` of each head's features.
+class HeadGain(MixerGain):
+    """Gain of the features of each head, `(heads, dim)`.
 
     Args:
         heads: number of heads.
@@ -277,9 +261,10 @@ class HeadGain(nn.Module):
     """
 
     def __init__(self, heads: int, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(heads, dim))
+        super().__init__(heads * dim)
+        self.gamma = nn.Parameter(self.gamma.data.view(heads, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `(b, h, n, dim)`."""
-        return x * (1 + self.gamma.unsqueeze(1))
+        gain = self.gamma.unsqueeze(1)
+        return x * (1 + gain if self.unit_offset else gain)

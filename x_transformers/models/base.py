@@ -325,8 +325,8 @@ class Model(SavesFolders, TrainsExperts):
         run = self.attn_layers if around is None else around(self.attn_layers, span)
         if kv is None and not inputs.needs_record:
             found = run(x, **arguments)
-            features, record = found if inputs.return_aux_loss else (found, None)
-            return (features if sequence is None else sequence.without_memory(features)), record, embeds
+            features, record = found if type(found) is tuple else (found, None)
+            return (features if sequence is None else sequence.without_memory(features, record)), record, embeds
         features, record = run(
             x,
             cache=kv,
@@ -344,7 +344,7 @@ class Model(SavesFolders, TrainsExperts):
         if inputs.z_loss_weight is not None:
             record.attn_z_loss = z_loss(record.attn_intermediates or [], inputs.z_loss_weight)
         if sequence is not None:
-            features = sequence.without_memory(features)
+            features = sequence.without_memory(features, record)
         record.initial_embeds, record.last_layer_hiddens = embeds, features[:, self.num_cls_tokens :]
         return features, record, embeds
 

@@ -55,6 +55,7 @@ class ModelInputs:
     return_attn: bool = False
     z_loss_weight: float | None = None
     return_aux_loss: bool = False
+    return_exits: bool | Sequence[int] = False
     capture: Capture | None = None
     logits_to_keep: int | None = None
 

@@ -133,7 +133,7 @@ def new_values(
             built = changed.build().state_dict()
         dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         new = {name: cast(built[name].detach(), device, dtype) for name in missing}
-        start_neutral(new, changed.given.keys() - set(changing))
+        start_neutral(new, changed.given.keys() - set(changing), state)
         values |= new
     if changing:
         added = f" New parameters: {listed(missing)}." if missing else ""

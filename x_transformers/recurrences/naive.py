@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.recurrences.base import Result
+from x_transformers.recurrences.cells import CELLS
 
 
 def linear(
@@ -186,3 +187,25 @@ def grouped(
         distant = far[:, t : t + 1] @ far_keys[:, :read].mT / length
         out.append(weights @ values[:, first:last] + distant @ values[:, :read])
     return torch.cat(out, dim=1) if out else torch.empty_like(values)
+
+
+def loop(x: Tensor, recurrent: Tensor, state: Tensor | None, live: Tensor | None, *, cell: str) -> Result:
+    """Compute `s_t = step(x_t, R y_{t-1}, s_{t-1})`, where tokens that are not live keep the state; see
+    `recurrences.loop`.
+    """
+    step, weights, states = CELLS[cell].step, recurrent.permute(2, 0, 1, 3), []
+    state = (first_cell_state(x, cell) if state is None else state).permute(1, 2, 0, 3)
+    for t in range(x.shape[1]):
+        new = step(x[:, t].permute(1, 2, 0, 3), state[0] @ weights, state)
+        state = new if live is None else torch.where(live[:, t, None] > 0, new, state)
+        states.append(state)
+    last = state.permute(2, 0, 1, 3).contiguous()
+    out = torch.stack(states).permute(3, 0, 1, 2, 4) if states else x.new_empty(x.shape[0], 0, *last.shape[1:])
+    return out, last
+
+
+def first_cell_state(x: Tensor, cell: str) -> Tensor:
+    """Return the state before the first token, `(b, s, h, w)`, for inputs `(b, n, G, h, w)`."""
+    b, _, _, h, w = x.shape
+    start = CELLS[cell].start
+    return torch.stack([x.new_full((b, h, w), value) for value in start], dim=1)
