@@ -83,7 +83,7 @@ def _switches(feature: Feature, keyword: str, value: object) -> bool:
 def kernels(model: TransformerWrapper, situation: Situation) -> set[str]:
     """Return the names of the backends that the model's attentions use in training on long rows."""
     rows = model.attn_layers.explain(situation.device, situation.dtype, situation.grad, LONG).rows
-    return {row.backend for row in rows if row.backend}
+    return {row.backend for row in rows if row.backend and row.name.endswith("attention")}
 
 
 def fused(case: Configuration) -> str:

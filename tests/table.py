@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
     "mixer_head": {"layer_period": "ma", "mixer": "rwkv7", "mixer_head": 8, "mixer_rank": 4},
     "mixer_heads": {"layer_period": "ma", "mixer": "slstm", "mixer_heads": 2, "mixer_dim": 24},
+    "mixer_partitions": {"layer_period": "ma", "mixer": "sparse_state", "mixer_partitions": 3, "mixer_top": 2},
     "mixer_gate_cap": {"layer_period": "ma", "mixer": "mlstm", "mixer_gate_cap": 4.0, "mixer_cell_eps": 0.1},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
@@ -487,6 +488,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 ELSEWHERE = {
     "mixer_bidirectional": "of stacks that see both ways; `tests/test_mixers.py`",
+    "mixer_balance_loss_weight": "of a loss that training adds; `tests/test_sparse_state.py`",
     "mixer_grid": "images, in stacks that see both ways; `tests/test_mixers.py`",
     "dim": "every model of the tests has one",
     "cross_attend": "the third kind of stack: `--stack cross`",
@@ -550,6 +552,7 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_rank": "reads from left to right",
         "mixer_head": "reads from left to right",
         "mixer_heads": "reads from left to right",
+        "mixer_partitions": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
         "mixer_shift": "reads from left to right",

@@ -127,9 +127,9 @@ def test_norms_of_exits_begin_as_the_final_norm_of_loaded_weights(
     model = load_pretrained(tmp_path, exit_layers=(1, 4), exit_norms=True)
     assert model.exit_norms is not None
     assert list(model.exit_norms) == ["1"]
-    for mine, final in zip(
-        model.exit_norms["1"].parameters(), llama[0].attn_layers.final_norm.parameters(), strict=True
-    ):
+    final_norm = llama[0].attn_layers.final_norm
+    assert final_norm is not None
+    for mine, final in zip(model.exit_norms["1"].parameters(), final_norm.parameters(), strict=True):
         assert mine is not final
         assert torch.equal(mine, final)
 
@@ -164,6 +164,7 @@ def test_exits_take_turns() -> None:
     for step, used in ((0, {1, 3}), (1, {2}), (2, {1, 3})):
         model.zero_grad()
         read: list[tuple[int, ...]] = []
+        assert model.to_logits is not None
         handle = model.to_logits.register_forward_hook(lambda *args, read=read: read.append(tuple(args[2].shape)))
         wrapper(x, exit_step=step).backward()
         handle.remove()

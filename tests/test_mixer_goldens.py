@@ -23,6 +23,7 @@ from x_transformers.recurrences.groups import Grouped, left_to_right
 from x_transformers.recurrences.linear import linear
 from x_transformers.recurrences.log_linear import log_linear
 from x_transformers.recurrences.loop import loop
+from x_transformers.recurrences.partitions import Reads, partitioned
 from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.scan import scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
@@ -37,7 +38,7 @@ BOTH_WAYS = {"layer-mossformer", "layer-mossformer-rotary", "layer-fsmn", "layer
 Case = dict[str, Tensor]
 
 NAMES = """
-    layer-prepbn op-rwkv6 op-sparse-state
+    layer-prepbn op-rwkv6
 """
 LATER = set(NAMES.split())
 """Cases of mixers and kernels that are not built yet."""
@@ -226,6 +227,33 @@ CELL_OF = {(1, 1): "elman", (3, 1): "gru", (4, 2): "lstm", (4, 4): "slstm"}
 """Networks by the numbers of their gates and states."""
 
 
+def of_partitions(case: Case) -> Operator:
+    def reads(suffix: str) -> list[Tensor]:
+        q, k, g = (case[f"input.{name}{suffix}"] for name in ("q", "k", "log_decay"))
+        return [q * q.shape[-1] ** -0.5, k, g]
+
+    def whole(q: Tensor, k: Tensor, g: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return partitioned(Reads(q, k, g), Reads(*given[:3]), *given[3:], 2)
+
+    def one_by_one(q: Tensor, k: Tensor, g: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """The shared recurrence and each partition by itself, where tokens that do not choose it are left out."""
+        own_q, own_k, own_g, v, shares = given
+        out, state = naive.linear(q, k, v, g, None)
+        states, least = [state], shares.topk(2, dim=-1).values[..., -1:]
+        for number in range(shares.shape[-1]):
+            for_one = out.new_zeros(out.shape), out.new_zeros(state.shape)
+            for b, row in enumerate(shares[..., number] >= least[..., 0]):
+                e = shares[b : b + 1, row, number][:, None, :, None]
+                mine = (t[b : b + 1, :, row] for t in (own_q, own_k, v, own_g))
+                q_, k_, v_, g_ = mine
+                for_one[0][b, :, row], for_one[1][b] = (t[0] for t in naive.linear(q_ * e, k_ * e, v_, g_, None))
+            out = out + for_one[0]
+            states.append(for_one[1])
+        return out, torch.cat(states, dim=1)
+
+    return whole, one_by_one, [*reads(""), *reads("_sparse"), case["input.v"], case["input.route"].softmax(dim=-1)]  # type: ignore[return-value]
+
+
 def of_scan(case: Case) -> Operator:
     return scan, naive.scan, [case["input.x"], case["input.log_a"], case["input.state"]]
 
@@ -339,6 +367,7 @@ OPERATORS: dict[str, Callable[[Case], Operator]] = {
     "op-delta-product": of_products,
     "op-diagonal-plus-rank-one": of_rank_one,
     **dict.fromkeys(("op-elman", "op-gru", "op-lstm", "op-slstm"), of_cell),
+    "op-sparse-state": of_partitions,
     "op-scan": of_scan,
     "op-selective-scan": of_selective_scan,
     "op-mlstm": of_exponential_gates,

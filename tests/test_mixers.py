@@ -6,7 +6,6 @@ import pytest
 import torch
 from catalog import close, perturbed
 from loguru import logger
-from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
@@ -21,6 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gated_delta": {"mixer_chunk": 4},
     "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
     "titans": {"mixer_chunk": 4},
+    "sparse_state": {"mixer_rank": 3, "mixer_chunk": 4},
     "log_linear": {"mixer_head": 8, "mixer_state": 4, "mixer_len": 8, "mixer_chunk": 4},
     "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
     "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
@@ -28,11 +28,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
     "fsmn": {"mixer_taps": 3, "mixer_conv": 3},
     "shallow": {"mixer_len": 48, "mixer_hidden": 6},
+    "random": {"mixer_len": 48},
     "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
-LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}}
+LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}, "random": {"mixer_len": 4096}}
 """Keywords that long rows need."""
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -357,51 +358,6 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = (
-    "gated_delta",
-    "mamba",
-    "linear",
-    "mlstm",
-    "rwkv4",
-    "rwkv7",
-    "slstm",
-    "hyena",
-    "h3",
-    "lmu",
-    "mossformer",
-    "titans",
-    "atlas",
-    "log_linear",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GRAPHS)
-def test_one_graph_for_prompts_of_all_lengths(name: str) -> None:
-    """The first length, any length, and a step: three graphs, whatever the number of chunks."""
-    model = built(name, **LONG.get(name, {})).float()
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(len(graphs))
-        return graph.forward
-
-    torch._dynamo.reset()  # graphs of all mixers are those of one function, and their number is limited
-    run = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for n in (70, 24, 40, 200, 130):
-            x = torch.randn(2, n, 16)
-            close(run(x)[0], model(x)[0])
-        assert len(graphs) == 2
-        state = model(torch.randn(2, 9, 16))[1]
-        for _ in range(3):
-            x = torch.randn(2, 1, 16)
-            out, new = run(x, state=state)
-            close(out, model(x, state=state)[0])
-            state = new
-    assert len(graphs) == 3
-
-
 def test_a_hybrid_learns_and_generates() -> None:
     """The steps of a static cache equal a pass, with prompts of different lengths."""
     model = TransformerWrapper(
@@ -429,11 +385,12 @@ def test_a_hybrid_learns_and_generates() -> None:
     close(steps[1, 4:], whole[1, 4:])
 
 
+@pytest.mark.parametrize("name", ["shallow", "random"])
 @torch.no_grad()
-def test_a_table_of_tokens_ends() -> None:
+def test_a_table_of_tokens_ends(name: str) -> None:
     """Passes that go beyond it are refused; a single step, which nobody looks at, is not a number."""
-    mixer, x = built("shallow", mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
-    words = r'`mixer = "shallow"` was made for 8 tokens \(`mixer_len`\); this row has 9\.'
+    mixer, x = built(name, mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
+    words = rf'`mixer = "{name}"` was made for 8 tokens \(`mixer_len`\); this row has 9\.'
     with pytest.raises(InputError, match=words):
         mixer(x)
     _, state = mixer(x[:, :6])
@@ -441,8 +398,24 @@ def test_a_table_of_tokens_ends() -> None:
         mixer(x[:, 6:], state=state)
     _, state = mixer(x[:, 6:8], state=state)
     assert mixer(x[:, 8:], state=state)[0].isnan().all()
-    with pytest.raises(ConfigError, match='`mixer = "shallow"` needs `mixer_len`, the most tokens of a row'):
-        Decoder(dim=16, depth=1, mixer="shallow")
+    with pytest.raises(ConfigError, match=f'`mixer = "{name}"` needs `mixer_len`, the most tokens of a row'):
+        Decoder(dim=16, depth=1, mixer=name)
+
+
+def test_random_weights() -> None:
+    """A softmax over the tokens so far, or over all, of logits that are saved and stay in float32."""
+    mixer: Any = built("random", mixer_len=8)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    logits = mixer.state_dict()["logits"]
+    assert mixer.bfloat16().logits.dtype is torch.float32
+    for t in range(6):
+        close(mixer(x)[0][:, t], torch.einsum("j,bjd->bd", logits[t, : t + 1].double().softmax(dim=-1), x[:, : t + 1]))
+    close(mixer(x, causal=False)[0], logits[:6, :6].double().softmax(dim=-1) @ x)
+    assert not torch.equal(built("random", mixer_len=8).state_dict()["logits"], logits)
+
+
+def test_the_maps_of_shallow_have_one_direction() -> None:
+    mixer, x = built("shallow", mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
     with pytest.raises(InputError, match=r"`shallow` reads from left to right; drop `causal = False`."):
         mixer(x[:, :8], causal=False)
     whole = Encoder(dim=16, depth=1, mixer="shallow", mixer_len=8)

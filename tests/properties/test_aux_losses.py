@@ -13,6 +13,7 @@ from torch import Tensor
 from wrapper_table import KINDS, Kind, run, scalar
 
 from x_transformers import Decoder, TransformerWrapper
+from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 
 EXPERTS = {"ff_experts": 3, "ff_mult": 1, "ff_router_z_loss_weight": 0.1}
@@ -155,6 +156,20 @@ def test_padded_rows_have_the_losses_of_rows_by_themselves() -> None:
     _, both = model(ids, mask=mask, return_aux_loss=True)
     each = [model(ids[row : row + 1, :length], return_aux_loss=True)[1].aux_loss for row, length in ((0, 9), (1, 6))]
     close(both.aux_loss, torch.stack(each).mean())
+
+
+def test_what_is_recorded_can_be_chosen() -> None:
+    model, ids = model_of(), tokens(2, 9)
+    _, record = model(ids, return_aux_loss=True)
+    assert all(each.experts is None for each in record.routing)
+    _, chosen = model(ids, return_aux_loss=True, capture=Capture(routing=True))
+    assert all(each.experts is not None for each in chosen.routing)
+    close(record.aux_loss, chosen.aux_loss)
+    _, both = model(ids, return_aux_loss=True, return_mems=True)
+    assert both.mems is not None
+    close(record.aux_loss, both.aux_loss)
+    _, plain = model(ids, return_intermediates=True, capture=Capture())
+    assert plain.routing is plain.aux_loss is None
 
 
 def test_memory_tokens_count() -> None:

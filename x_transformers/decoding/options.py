@@ -198,7 +198,7 @@ CHECKED_ELSEWHERE = ("eos_token", "arguments", "amateur_model", "draft_model", "
 """Fields that are checked, with words of their own, where they are used."""
 
 DRAFTERS = ("draft_model", "draft_layers", "prompt_lookup")
-"""What guesses tokens: one of them at most."""
+"""Options that guess tokens, of which at most one is given."""
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(GenerationOptions)}
 

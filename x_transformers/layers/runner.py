@@ -235,7 +235,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         record: Any = output.record
         if record is not None:
             record.layer_index = step.layer
-            if kind.is_feedforward:
+            if not kind.is_attention:
                 record.step = step.number
                 recorder.routing.append(record)
             else:

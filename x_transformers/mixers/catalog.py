@@ -31,6 +31,7 @@ from x_transformers.mixers import (
     mlstm,
     mossformer,
     pooling,
+    random_mixing,
     recurrent_networks,
     retention,
     rglru,
@@ -38,6 +39,7 @@ from x_transformers.mixers import (
     rwkv7,
     shallow,
     slab,
+    sparse_state,
     spectral,
     titans,
 )
@@ -61,7 +63,7 @@ class SharedOptions:
     gate: bool | None = opt(None, "gate the output")
     window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
     len: int | None = opt(
-        None, "most tokens of a row in a shallow, `max_seq_len`; tokens with levels of their own in a log_linear"
+        None, "most tokens of a row in a shallow or random, `max_seq_len`; tokens with own levels in a log_linear"
     )
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
     norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
@@ -98,6 +100,7 @@ SHARED = Feature(
 PAPERS = (
     identity.FEATURE,
     pooling.FEATURE,
+    random_mixing.FEATURE,
     convolution.FEATURE,
     *delta_rule.FEATURES,
     mamba.FEATURE,
@@ -111,6 +114,7 @@ PAPERS = (
     retention.FEATURE,
     gated_linear_attention.FEATURE,
     log_linear.FEATURE,
+    sparse_state.FEATURE,
     titans.FEATURE,
     atlas.FEATURE,
     *linear_attention.FEATURES,

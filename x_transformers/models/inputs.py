@@ -79,6 +79,7 @@ class ModelInputs:
             or self.return_attn
             or self.return_logit_entropies
             or self.z_loss_weight is not None
+            or (self.return_aux_loss and self.capture is not None)
         )
         if self.capture is not None and not needed:
             raise InputError(

@@ -54,6 +54,10 @@ class ExpertNames:
     shared_gate: str = ""
 
 
+GATED_SHARED = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
+"""Those of Qwen."""
+
+
 @dataclass(frozen=True)
 class ExpertBlocks:
     """Which blocks of a decoder have experts, and how many.

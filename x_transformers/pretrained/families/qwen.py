@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.entries import Entries, Words, gated_entries, window_entries
-from x_transformers.pretrained.experts import ExpertNames, expert_entries, shared_entries, some_blocks, sparse_entries
+from x_transformers.pretrained.experts import (
+    GATED_SHARED,
+    ExpertNames,
+    expert_entries,
+    shared_entries,
+    some_blocks,
+    sparse_entries,
+)
 from x_transformers.pretrained.gated_decoder import Details, read_gated_decoder, windows
 
 QWEN2, QWEN3 = Details(qkv_bias=True, out_bias=False), Details(qk_norm="head")
@@ -23,14 +30,11 @@ def read_qwen3(settings: Settings) -> Outline:
     return _with_windows(settings, read_gated_decoder(settings, QWEN3))
 
 
-SHARED = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
-
-
 def read_qwen2_moe(settings: Settings) -> Outline:
     """Return the outline of a Qwen 2 with experts."""
     details = Details(qkv_bias=settings.take("qkv_bias", True), out_bias=False)
     shared = settings.need("shared_expert_intermediate_size")
-    experts = some_blocks(settings, SHARED, count=60, topk=4, shared=shared)
+    experts = some_blocks(settings, GATED_SHARED, count=60, topk=4, shared=shared)
     return _with_windows(settings, read_gated_decoder(settings, details, experts=experts))
 
 

@@ -6,8 +6,7 @@ from functools import partial
 
 from x_transformers.pretrained.base import Outline, Settings
 from x_transformers.pretrained.entries import Entries, Words, gated_entries, rotary_entries
-from x_transformers.pretrained.experts import expert_entries, shared_entries, some_blocks, sparse_entries
-from x_transformers.pretrained.families.qwen import SHARED
+from x_transformers.pretrained.experts import GATED_SHARED, expert_entries, shared_entries, some_blocks, sparse_entries
 from x_transformers.pretrained.gated_decoder import LAYER, Details, Hybrid, read_gated_decoder
 from x_transformers.pretrained.layouts import TAPS, by_part, cut
 
@@ -30,7 +29,7 @@ def read(settings: Settings) -> Outline:
     """Return the outline of a model."""
     depth = settings.need("num_hidden_layers")
     shared = settings.take("shared_expert_intermediate_size", 512)
-    experts = some_blocks(settings, SHARED, count=512, topk=10, normalize=True, shared=shared)
+    experts = some_blocks(settings, GATED_SHARED, count=512, topk=10, normalize=True, shared=shared)
     settings.refuse("attention_bias", False)
     settings.entries.setdefault("partial_rotary_factor", 0.25)
     settings.entries.setdefault("head_dim", 256)
