@@ -103,7 +103,7 @@ class TransformerWrapper(Model):
         further: Mapping[str, int] = options.embed_num_tokens or {}
         self.embeds = nn.ModuleDict({f"{name}_embed": nn.Embedding(size, width) for name, size in further.items()})
         self.embed_default_id: int | None = options.embed_default_id
-        self.embedded = frozenset(further)
+        self.embedded = tuple(sorted(further))
         self.post_emb_norm = build_embedding_norm(options, width)
         self.init_()
 
@@ -338,11 +338,12 @@ class TransformerWrapper(Model):
     def _add_further_embeddings(self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> Tensor:
         """Add the embeddings of further ids to those of the tokens."""
         given, default = inputs.embed_ids or {}, self.embed_default_id
-        if set(given) != self.embedded and (default is None or not set(given) < self.embedded):
-            raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(self.embedded)}.")
+        missing = [name for name in self.embedded if name not in given]
+        if len(given) + len(missing) > len(self.embedded) or (missing and default is None):
+            raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {[*self.embedded]}.")
         for name, ids in given.items():
             embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
-        for name in sorted(self.embedded.difference(given)):
+        for name in missing:
             embeds = embeds + self.embeds[f"{name}_embed"](embeds.new_full((1, 1), default, dtype=torch.long))
         return embeds
 
