@@ -145,7 +145,7 @@ def test_checkpoints_in_graphs(fullgraph: bool, monkeypatch: pytest.MonkeyPatch)
 def test_sharding_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "ON_CPU", False)
     monkeypatch.setattr(processes, "joins", lambda: True)
-    with pytest.raises(ConfigError, match=r"`shard` on a CPU needs PyTorch 2\.7, and this is .*`torch\.nn\.parallel"):
+    with pytest.raises(ConfigError, match=r"`shard` on a CPU needs PyTorch 2\.9, and this is .*`torch\.nn\.parallel"):
         processes.shard(BASE.build(depth=1))
 
 
