@@ -543,6 +543,43 @@ MUTATIONS = (
         "fn.begin_at(0, ",
         "test_mixers.py -k first_values",
     ),
+    # recurrences
+    Mutation(
+        "a recurrence decays by the other half of a chunk",
+        r"late \* of_first",
+        "late * of_second",
+        "test_recurrences.py -k single_features",
+        "recurrences/chunks.py",
+    ),
+    Mutation(
+        "a recurrent network reads dead tokens",
+        r"\(live > 0\)",
+        "(live > -1)",
+        "test_recurrent_networks.py",
+        "recurrences/loop.py",
+    ),
+    Mutation(
+        "recurrent networks lose their weights' gradient between stretches",
+        r"of_recurrent \+=",
+        "of_recurrent =",
+        "test_recurrent_networks.py -k recomputed",
+        "recurrences/loop.py",
+    ),
+    Mutation("RWKV-7 mixes no values", r"\(first - v\)", "0 * (first - v)", "test_rwkv7.py", "mixers/rwkv7.py"),
+    Mutation(
+        "channel mixing reads hidden tokens",
+        r"if mask is not None:",
+        "if False:",
+        "test_channel_mix.py",
+        "feedforward/channel_mix.py",
+    ),
+    Mutation(
+        "partitions of states are not weighted",
+        r"\(shares \* chosen\)",
+        "chosen",
+        "test_mixer_goldens.py -k sparse",
+        "recurrences/partitions.py",
+    ),
 )
 
 
