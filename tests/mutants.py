@@ -47,6 +47,11 @@ STEPS = "test_time/steps.py"
 EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
 
+CONVOLUTIONS = (
+    "test_long_convolutions.py test_mixers.py -k '(h3 or lmu or hyena) and (rows_are or pieces) or filters or equal'"
+)
+GROUPS = "test_grouped_attention.py"
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -522,6 +527,51 @@ MUTATIONS = (
         r"self\.gamma \+= 1\n",
         "pass\n",
         "test_mixers.py -k gains",
+    ),
+    # long convolutions, and mixers on them
+    Mutation(
+        "a long filter counts its own token twice",
+        r"\[\.\.\., 1:\], \(1, 0\)",
+        "[..., :-1], (0, 1)",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    Mutation(
+        "long convolutions wrap around",
+        r"size = fast_size\(n \+ taps\.shape\[-1\] - 1\)",
+        "size = fast_size(n)",
+        CONVOLUTIONS,
+        "recurrences/*.py",
+    ),
+    Mutation("a state is read at its own token", r"n, first=1\)", "n)", CONVOLUTIONS, "mixers/*.py"),
+    Mutation(
+        "dead tokens decay a state space",
+        r"system\.power\(count\)",
+        "system.power(torch.full_like(count, n))",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    Mutation(
+        "a Legendre memory of dead tokens",
+        r"index = row\.count\(m\[:, 0, 0\]\)",
+        "index = torch.full_like(row.count(m[:, 0, 0]), n)",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    # attention in groups
+    Mutation(
+        "a group reads its later tokens",
+        r"_near\(groups, size\)\.tril\(\)",
+        "_near(groups, size)",
+        GROUPS,
+        "recurrences/*.py",
+    ),
+    Mutation(
+        "groups begin again in each pass",
+        r"phase = before\.long\(\)\.remainder\(size\)",
+        "phase = torch.zeros_like(before.long())",
+        GROUPS,
+        "mixers/*.py",
     ),
     # recurrences with exponential gates
     Mutation(
