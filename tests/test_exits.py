@@ -214,6 +214,7 @@ def test_a_shallow_model_is_a_view() -> None:
     close(copy.deepcopy(model.shallow(2))(x), model(x, return_exits=True)[1][2])
     with pytest.raises(ConfigError, match="no configuration of its own"):
         _ = view.config
+    assert AutoregressiveWrapper(view).config["options"]["net"] == {"$object": "net"}
 
 
 @pytest.mark.parametrize(
