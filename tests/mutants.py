@@ -573,6 +573,37 @@ MUTATIONS = (
         GROUPS,
         "mixers/*.py",
     ),
+    # memories that learn, and levels of a binary counter
+    Mutation(
+        "memories whose chunks never end",
+        r"reference = torch\.where\(over, flat, reference\)",
+        "pass",
+        "test_learning_memories.py -k single_steps",
+    ),
+    Mutation(
+        "memories that read after they write",
+        r"read = shares\.before\(\) if rule\.reads_before else shares",
+        "read = shares",
+        "test_learning_memories.py -k single_steps",
+    ),
+    Mutation(
+        "memories that forget recent gradients",
+        r"torch\.where\(place < past, place, place \+ offset\)",
+        "place",
+        "test_learning_memories.py -k single_steps",
+    ),
+    Mutation(
+        "tokens moved by another phase",
+        r"before\.remainder\(chunk\)\.long\(\)",
+        "before.remainder(chunk).long() * 0",
+        "test_log_linear.py test_learning_memories.py -k 'pieces or single_steps'",
+    ),
+    Mutation(
+        "levels that are not merged",
+        r"into = torch\.maximum\(every, level\)\.unsqueeze\(1\)",
+        "into = every.expand_as(torch.maximum(every, level)).unsqueeze(1)",
+        "test_log_linear.py -k 'pieces or pair'",
+    ),
     # recurrences with exponential gates
     Mutation(
         "exponential gates of dead tokens",
