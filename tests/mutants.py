@@ -44,6 +44,7 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
+EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
 
 
@@ -76,6 +77,29 @@ MUTATIONS = (
     Mutation("names that an inner method takes", r"names \| \(further - ", "names - (further - ", "test_call_names.py"),
     Mutation("names of wrappers stay", r'outer \+= f"\{name\}\."', "break", "test_wrapped_names.py"),
     Mutation("the name of the model in a wrapper", r"plain = missing \+ ", 'plain = "" + ', "test_wrapped_names.py"),
+    # experts
+    Mutation(
+        "the bias changes weights",
+        r"weights = scores\.gather",
+        "weights = (scores + (self.score_bias if self.balances else 0)).gather",
+        EXPERTS,
+    ),
+    Mutation("loads are not centered", r"bias -= bias\.mean\(\)", "pass", EXPERTS),
+    Mutation(
+        "biases move away from equal loads", r"\(load\.mean\(\) - load\)\.sign", "(load - load.mean()).sign", EXPERTS
+    ),
+    Mutation(
+        "dead tokens count in loads",
+        r"return t\.sum\(dim=\(0, 1\)\) / max",
+        "return t.sum(dim=1).mean(0) / max",
+        EXPERTS,
+    ),
+    Mutation("padding counts in losses", r"kept = t\.masked_fill\(~live\.unsqueeze\(-1\), 0\.0\)", "kept = t", AUX),
+    Mutation("a group is its best expert only", r"topk\(2, dim=-1\)", "topk(1, dim=-1)", EXPERTS),
+    Mutation("losses are added over layers", r"(loss\.weight for loss in losses\]\))\.mean\(\)", r"\1.sum()", AUX),
+    Mutation("losses in evaluation", r"if not \(model\.training and ", "if not (", AUX),
+    Mutation("dropped experts although too few are left", r"dropped & \(left >= topk\)", "dropped", EXPERTS),
+    Mutation("biases of all experts are added", r"fn\.down\.bias\.detach\(\) / topk", "fn.down.bias.detach()", EXPERTS),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),
@@ -475,7 +499,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a default id is not embedded",
-        r"for name in sorted\(self\.embedded\.difference\(given\)\)",
+        r"for name in missing",
         "for name in ()",
         "test_pretrained_keywords.py",
     ),
@@ -516,7 +540,12 @@ MUTATIONS = (
         "test_mixers.py -k gains",
     ),
     # recurrences with exponential gates
-    Mutation("exponential gates of dead tokens", r"unsqueeze\((-?1)\), -torch\.inf\)", r"unsqueeze(\1), 0.0)", GATES),
+    Mutation(
+        "exponential gates of dead tokens",
+        r"(?<=dead|live)\.unsqueeze\((-?1)\), -torch\.inf\)",
+        r".unsqueeze(\1), 0.0)",
+        GATES,
+    ),
     Mutation("exponential gates without a bonus", r"own = log_input \+ bonus", "own = log_input", GATES),
     Mutation(
         "exponential gates read what they write", r"sums\), dim=1\)\.narrow\(1, 0,", "sums), dim=1).narrow(1, 1,", GATES
