@@ -216,6 +216,22 @@ MUTATIONS = (
         DECODING,
         "layers/branches/*.py",
     ),
+    # early exits
+    Mutation("an exit is one block late", r"step\.block \+ 1 in exits", "step.block in exits", "test_exits.py"),
+    Mutation(
+        "exits have no norm of their own",
+        r"norm = stack\.final_norm if norm is None else norm",
+        "norm = stack.final_norm",
+        "test_exits.py",
+    ),
+    Mutation("exits do not take turns", r"\(i \+ \(step or 0\)\) % self\.every", "i % self.every", "test_exits.py"),
+    Mutation(
+        "the end of the exits is scaled",
+        r"(weight \* scale for weight in before\), last)",
+        r"\1 * scale",
+        "test_exits.py",
+    ),
+    Mutation("all blocks guess instead of an exit", r"first_blocks\(self, exit_layer\)", "self", "test_exits.py"),
     # memories
     Mutation(
         "memories are shifted up",
