@@ -55,6 +55,12 @@ def old_compilers_refuse(node: ast.AST) -> str | None:
             return "the items of a `__dict__`; name the attributes"
         case ast.Call(func=ast.Name(id="check_kinds"), args=[ast.Attribute(attr="__dict__"), *_]):
             return "the items of a `__dict__`; call `check_attributes`"
+        case ast.Compare(
+            ops=[ast.Lt() | ast.LtE()], left=ast.Call(func=ast.Name("set")), comparators=[ast.Attribute()]
+        ):
+            return "a set compared to an attribute; look up each element"
+        case ast.Call(func=ast.Attribute(attr="difference")):
+            return "a difference of sets; look up each element"
     return None
 
 
@@ -80,6 +86,8 @@ def test_graphs_contain_what_old_compilers_read() -> None:
         "isinstance(x, int | str)",
         "if a in b.values(): pass",
         "x = dict(self.__dict__.items())",
+        "if set(given) < self.names: pass",
+        "x = sorted(self.names.difference(given))",
     ],
 )
 def test_the_reader_finds_each(code: str) -> None:
@@ -137,7 +145,7 @@ def test_checkpoints_in_graphs(fullgraph: bool, monkeypatch: pytest.MonkeyPatch)
 def test_sharding_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "ON_CPU", False)
     monkeypatch.setattr(processes, "joins", lambda: True)
-    with pytest.raises(ConfigError, match=r"`shard` on a CPU needs PyTorch 2\.7, and this is .*`torch\.nn\.parallel"):
+    with pytest.raises(ConfigError, match=r"`shard` on a CPU needs PyTorch 2\.9, and this is .*`torch\.nn\.parallel"):
         processes.shard(BASE.build(depth=1))
 
 

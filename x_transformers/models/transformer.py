@@ -105,7 +105,7 @@ class TransformerWrapper(HasExits, Model):
         further: Mapping[str, int] = options.embed_num_tokens or {}
         self.embeds = nn.ModuleDict({f"{name}_embed": nn.Embedding(size, width) for name, size in further.items()})
         self.embed_default_id: int | None = options.embed_default_id
-        self.embedded = frozenset(further)
+        self.embedded = tuple(sorted(further))
         self.post_emb_norm = build_embedding_norm(options, width)
         self.init_()
 
@@ -473,11 +473,12 @@ def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
 def _add_further_embeddings(model: TransformerWrapper, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> Tensor:
     """Add the embeddings of further ids to those of the tokens."""
     given, default = inputs.embed_ids or {}, model.embed_default_id
-    if set(given) != model.embedded and (default is None or not set(given) < model.embedded):
-        raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {sorted(model.embedded)}.")
+    missing = [name for name in model.embedded if name not in given]
+    if len(given) + len(missing) > len(model.embedded) or (missing and default is None):
+        raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {[*model.embedded]}.")
     for name, ids in given.items():
         embeds = embeds + _further(model.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
-    for name in sorted(model.embedded.difference(given)):
+    for name in missing:
         embeds = embeds + model.embeds[f"{name}_embed"](embeds.new_full((1, 1), default, dtype=torch.long))
     return embeds
 

@@ -20,8 +20,8 @@ from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.branches.shared_norm import with_their_norms
 from x_transformers.layers.layers import AttentionLayers
 
-SINCE = Version("2.7")
-"""First version of PyTorch that shards models on a CPU."""
+SINCE = Version("2.9")
+"""First version of PyTorch whose gradients of shards on a CPU are means over processes; 2.7 and 2.8 return sums."""
 
 ON_CPU = Version(Version(torch.__version__).base_version) >= SINCE
 
