@@ -33,6 +33,9 @@ CHUNKS = (4, 3, 1, 2)
 SEEN = 1e-4
 """Least difference of outputs that have to differ."""
 
+SEVERAL = 4
+"""Number of tokens that are tried at a place."""
+
 
 def another(ids: Tensor) -> Tensor:
     """Tokens that differ from the given ones everywhere."""
@@ -225,12 +228,17 @@ def is_causal(trial: Trial) -> None:
     n = LENGTH
     ids = trial.ids[:1].expand(n, n)
     future = torch.arange(n) >= torch.arange(n)[:, None]
-    other = call(trial.model, torch.where(future, another(ids), ids), [0] * n)
     one = trial.alone[0].expand(n, -1, -1)
-    close(other[~future], one[~future])
-    moved = (other - one).abs().amax(dim=-1).diagonal()
-    # of many options together little may be left of one token, but in float64 rounding is far less
-    assert (moved > SEEN**2).all(), "the token at t changes nothing at t, so that this test cannot notice anything"
+    moved = torch.zeros(n)
+    # where an elementwise norm saturates, some tokens change nothing at all, and others do
+    for _ in range(SEVERAL):
+        other = call(trial.model, torch.where(future, another(ids), ids), [0] * n)
+        close(other[~future], one[~future])
+        moved = torch.maximum(moved, (other - one).abs().amax(dim=-1).diagonal().to(moved.dtype))
+        # of many options together little may be left of one token, but in float64 rounding is far less
+        if (moved > SEEN**2).all():
+            return
+    raise AssertionError("no token at t changes anything at t, so that this test cannot notice anything")
 
 
 @torch.no_grad()
