@@ -40,12 +40,18 @@ CALLS = (
     "test_caller_inputs.py test_fuzz.py properties/test_inputs.py test_fuzz_catalog.py "
     "-k 'not constructors and not encoder and not options'"
 )
+AHEAD = "properties/test_windows_of_encoders.py -k 'windows_end or window0-keywords0'"
 BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
 EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
+
+CONVOLUTIONS = (
+    "test_long_convolutions.py test_mixers.py -k '(h3 or lmu or hyena) and (rows_are or pieces) or filters or equal'"
+)
+GROUPS = "test_grouped_attention.py"
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,41 @@ MUTATIONS = (
         CAUSAL,
     ),
     Mutation(
+        "a window ends one token early",
+        r"distance >= -self\.ahead",
+        "distance > -self.ahead",
+        AHEAD,
+        "masks/*.py",
+    ),
+    Mutation(
+        "blocks of keys end before the window",
+        r"self\.diagonal \+ self\.ahead, 1\)",
+        "self.diagonal + self.ahead - 1, 1)",
+        AHEAD,
+        "masks/*.py",
+    ),
+    Mutation(
+        "a norm before the first sublayer",
+        r" and \(index > 0 or where\.first\)",
+        "",
+        "test_pretrained_keywords.py -k 'first_sublayer'",
+        "layers/build.py",
+    ),
+    Mutation(
+        "values without a bound",
+        r"q, k, raw = projections\.clipped\(q, k, raw\)",
+        "q, k = projections.clipped(q, k)",
+        "test_pretrained_keywords.py -k 'bounded'",
+        "attention/heads.py",
+    ),
+    Mutation(
+        "the page that two pieces of files share",
+        r"over = 0 if end == size else",
+        "over = 0 if end else",
+        "test_mapped_weights.py",
+        "folders/*.py",
+    ),
+    Mutation(
         "padding is seen",
         r"token_mask = self\.token_mask\[:, None, None, columns\]",
         r"token_mask = torch.ones_like(self.token_mask[:, None, None, columns])",
@@ -211,6 +252,22 @@ MUTATIONS = (
         DECODING,
         "layers/branches/*.py",
     ),
+    # early exits
+    Mutation("an exit is one block late", r"step\.block \+ 1 in exits", "step.block in exits", "test_exits.py"),
+    Mutation(
+        "exits have no norm of their own",
+        r"norm = stack\.final_norm if norm is None else norm",
+        "norm = stack.final_norm",
+        "test_exits.py",
+    ),
+    Mutation("exits do not take turns", r"\(i \+ \(step or 0\)\) % self\.every", "i % self.every", "test_exits.py"),
+    Mutation(
+        "the end of the exits is scaled",
+        r"(weight \* scale for weight in before\), last)",
+        r"\1 * scale",
+        "test_exits.py",
+    ),
+    Mutation("all blocks guess instead of an exit", r"first_blocks\(self, exit_layer\)", "self", "test_exits.py"),
     # memories
     Mutation(
         "memories are shifted up",
@@ -523,6 +580,51 @@ MUTATIONS = (
         "pass\n",
         "test_mixers.py -k gains",
     ),
+    # long convolutions, and mixers on them
+    Mutation(
+        "a long filter counts its own token twice",
+        r"\[\.\.\., 1:\], \(1, 0\)",
+        "[..., :-1], (0, 1)",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    Mutation(
+        "long convolutions wrap around",
+        r"size = fast_size\(n \+ taps\.shape\[-1\] - 1\)",
+        "size = fast_size(n)",
+        CONVOLUTIONS,
+        "recurrences/*.py",
+    ),
+    Mutation("a state is read at its own token", r"n, first=1\)", "n)", CONVOLUTIONS, "mixers/*.py"),
+    Mutation(
+        "dead tokens decay a state space",
+        r"system\.power\(count\)",
+        "system.power(torch.full_like(count, n))",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    Mutation(
+        "a Legendre memory of dead tokens",
+        r"index = row\.count\(m\[:, 0, 0\]\)",
+        "index = torch.full_like(row.count(m[:, 0, 0]), n)",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    # attention in groups
+    Mutation(
+        "a group reads its later tokens",
+        r"_near\(groups, size\)\.tril\(\)",
+        "_near(groups, size)",
+        GROUPS,
+        "recurrences/*.py",
+    ),
+    Mutation(
+        "groups begin again in each pass",
+        r"phase = before\.long\(\)\.remainder\(size\)",
+        "phase = torch.zeros_like(before.long())",
+        GROUPS,
+        "mixers/*.py",
+    ),
     # memories that learn, and levels of a binary counter
     Mutation(
         "memories whose chunks never end",
@@ -573,6 +675,43 @@ MUTATIONS = (
         r"fn\.begin_at\(number, ",
         "fn.begin_at(0, ",
         "test_mixers.py -k first_values",
+    ),
+    # recurrences
+    Mutation(
+        "a recurrence decays by the other half of a chunk",
+        r"late \* of_first",
+        "late * of_second",
+        "test_recurrences.py -k single_features",
+        "recurrences/chunks.py",
+    ),
+    Mutation(
+        "a recurrent network reads dead tokens",
+        r"\(live > 0\)",
+        "(live > -1)",
+        "test_recurrent_networks.py",
+        "recurrences/loop.py",
+    ),
+    Mutation(
+        "recurrent networks lose their weights' gradient between stretches",
+        r"of_recurrent \+=",
+        "of_recurrent =",
+        "test_recurrent_networks.py -k recomputed",
+        "recurrences/loop.py",
+    ),
+    Mutation("RWKV-7 mixes no values", r"\(first - v\)", "0 * (first - v)", "test_rwkv7.py", "mixers/rwkv7.py"),
+    Mutation(
+        "channel mixing reads hidden tokens",
+        r"if mask is not None:",
+        "if False:",
+        "test_channel_mix.py",
+        "feedforward/channel_mix.py",
+    ),
+    Mutation(
+        "partitions of states are not weighted",
+        r"\(shares \* chosen\)",
+        "chosen",
+        "test_mixer_goldens.py -k sparse",
+        "recurrences/partitions.py",
     ),
 )
 

@@ -238,13 +238,15 @@ def _by_place(config: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str
     """Return the objects that a configuration needs by their places.
 
     Raises:
-        ConfigError: if one is missing or not needed, or if one name is that of several objects.
+        ConfigError: if one is missing or not needed, or if one name is that of several objects. An
+            `UnknownKeywordError` if one is not needed.
     """
     places = dict(_objects_in(config, ""))
     count = Counter(places.values())
     faults = Faults()
     for name in objects:
         if name not in places and name not in count:
+            faults.unknown = True
             faults.add(f"the config names no object `{name}`; it needs {', '.join(sorted(count)) or 'none'}.")
     faults.raise_if_any("from_config")
     found = {
