@@ -180,7 +180,9 @@ def test_the_size_of_a_chunk_is_a_part_of_the_definition() -> None:
     state = {}
     outputs = []
     for chunk in (1, 8):
-        stack = perturbed(Decoder(dim=16, depth=1, heads=2, only_attn=True, mixer="titans", mixer_chunk=chunk))
+        stack = perturbed(
+            Decoder(dim=16, depth=1, heads=2, only_attn=True, mixer="titans", mixer_chunk=chunk, mixer_loss_scale=0.5)
+        )
         state = state or stack.state_dict()
         stack.load_state_dict(state)
         outputs.append(stack(torch.linspace(-1, 1, 2 * 12 * 16).view(2, 12, 16)))

@@ -48,7 +48,9 @@ ELSEWHERE = {"layer-rwkv4-channel", "layer-rwkv7-1"}
 
 OMITTED: dict[str, dict[str, Any]] = {
     "layer-omega": {"mixer_muon_steps": 0},
-    "layer-atlas-muon": {"mixer_omega_window": 1, "mixer_feature_degree": 1},
+    "layer-titans-deep": {"mixer_qk_norm": "none"},
+    "layer-titans-residual": {"mixer_qk_norm": "none"},
+    "layer-atlas-muon": {"mixer_omega_window": 1, "mixer_feature_degree": 1, "mixer_qk_norm": "none"},
 }
 """Options that a case does without, and its keywords do not name."""
 

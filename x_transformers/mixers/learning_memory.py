@@ -36,8 +36,8 @@ class Learning:
         memory_residual: `LN(M(k)) (1 + gamma) + k` instead of `M(k)`, with gamma a part of the memory.
         memory_read: whether tokens read "before" or "after" they write.
         rate: "inside" or "outside" of the momentum.
-        loss_scale: s; by default, a step at the rate 1 makes up for the whole error of a key of typical length, and is
-            a mean over the window.
+        loss_scale: s; by default, the steps of a chunk, all of them at the rate 1 and for one key of typical length,
+            together make up for its whole error, since more would diverge; over a window they are means.
         muon_steps: steps of Newton and Schulz that make each update orthogonal; 0 for none.
 
     Attributes:
@@ -82,7 +82,7 @@ class Learning:
             "`dim_value` the same value.",
         )
         length = largest_length(self.feature_degree) if unit_keys else dim_key * mean_square(self.feature_degree)
-        scale = 0.5 / (length * self.omega_window)
+        scale = 0.5 / (length * self.omega_window * chunk)
         return Rule(
             dim_key,
             dim_value,
@@ -128,7 +128,7 @@ class LearningMemory(Mixer):
         dim_key: width of queries and keys of a head; default `dim / heads`.
         dim_value: width of values of a head; default `dim / heads`.
         qk_norm: divide queries and keys by their length ("unit"), their root mean square ("rms") or not at all
-            ("none"); default "rms" with the rate outside, else "none".
+            ("none"), which long keys may make diverge; default "rms" with the rate outside, else "unit".
         gate: gate the output of each head; default with the rate inside.
         norm_eps: added to mean squares.
         chunk: tokens whose gradients are taken at once.
@@ -158,7 +158,7 @@ class LearningMemory(Mixer):
         outside = learning.rate == "outside"
         self.heads, self.norm_eps, self.outside = heads, norm_eps, outside
         self.feature_degree = learning.feature_degree
-        self.qk_norm = ("rms" if outside else "none") if qk_norm is None else qk_norm
+        self.qk_norm = ("rms" if outside else "unit") if qk_norm is None else qk_norm
         self.rule = learning.rule(dim_key, dim_value, chunk, unit_keys=self.qk_norm == "unit")
         # what is written and what is read have gains of their own where the rate is inside
         self.norm_in = MixerNorm(dim, norm_eps) if outside else None
@@ -174,9 +174,7 @@ class LearningMemory(Mixer):
         self.to_out = nn.Linear(heads * dim_value, dim, bias=False)
         # at first thousands of tokens are kept: a memory of two layers that has faded learns no more
         nn.init.constant_(decay.bias, 8.0 if outside else -8.0)
-        with torch.no_grad():
-            # all tokens of a chunk step from one memory: together about as far as one of them at a rate of a half
-            self.to_rate.bias.copy_(torch.full((heads,), 0.5 / chunk).logit())
+        nn.init.zeros_(self.to_rate.bias)
         self.memory = nn.ParameterDict()
         if self.rule.hidden:
             for number, shape in enumerate(self.rule.matrices):
