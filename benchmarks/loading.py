@@ -3,9 +3,9 @@
     python -m benchmarks.loading load              # 1.1 billion parameters in bfloat16, 2.2 GB in a temporary folder
     python -m benchmarks.loading decode            # 0.5 billion parameters, bfloat16 and float32
 
-Each loading runs in a process of its own, in turn, round after round; the files are in the page cache. transformers
-maps the files, so that they are read when weights are used for the first time; ours reads them at once, and they may
-change afterwards. The time until a sum over all weights was computed is therefore printed as well. Memory is the peak
+Each loading runs in a process of its own, in turn, round after round; the files are in the page cache. Both map the
+files, so that they are read when weights are used for the first time; the time until a sum over all weights was
+computed is therefore printed as well. Memory is the peak
 of the process minus what it had before the call, divided by the size of the weights. Decoding also compares with a bare
 Llama of the same shape (`bare_llama.py`) and prints which share of the memory's rate the weights were read at.
 """

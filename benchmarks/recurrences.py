@@ -1,8 +1,8 @@
 """Speed of recurrences and of layers that have them: `python -m benchmarks.recurrences [--length 2048] [--rounds 5]`.
 
 Compares each chunked kernel with its definition, one step for each token, forward and with gradients, and training
-steps of one layer of every mixer with one of self-attention. All contestants run in turn, round after round; times are
-medians.
+steps of one layer of every causal mixer with one of self-attention. All contestants run in turn, round after round;
+times are medians.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import side_by_side
 from x_transformers import Decoder
-from x_transformers.mixers.catalog import MIXERS
+from x_transformers.mixers.catalog import MIXERS, class_of
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
@@ -38,19 +38,23 @@ def sums_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (linear, naive.linear),
+    "linear by feature": (linear, naive.linear),
     "delta": (delta, naive.delta),
+    "delta by feature": (delta, naive.delta),
     "stabilized": (sums_of(stabilized), sums_of(naive.stabilized)),
 }
 
 
 def arguments(name: str, length: int, grad: bool) -> list[Tensor | None]:
-    """Return the arguments of an operation for one row, with a decay for each head."""
+    """Return the arguments of an operation for one row, with a decay for each head, or for each key feature."""
     width = DIM // HEADS
     q, k, v = (torch.randn(1, HEADS, length, width) for _ in range(3))
     k = k / k.norm(dim=-1, keepdim=True)
     beta, g = torch.rand(1, HEADS, length), -0.1 * torch.rand(1, HEADS, length)
+    if name.endswith("by feature"):
+        g = -0.1 * torch.rand(1, HEADS, length, width)
     # the delta rule has its beta there, and exponential gates have theirs
-    given = [q, k, v, *(() if name == "linear" else (beta,)), g]
+    given = [q, k, v, *(() if name.startswith("linear") else (beta,)), g]
     return [t.requires_grad_(grad) for t in given]
 
 
@@ -79,7 +83,12 @@ def layers(length: int, rounds: int) -> Iterator[str]:
     """Yield a line for a training step of a layer of each mixer."""
     common = {"dim": DIM, "depth": 1, "heads": HEADS, "attn_dim_head": DIM // HEADS, "only_attn": True}
     x = torch.randn(1, length, DIM)
-    stacks = {name: Decoder(**common, mixer=name, verbose=False) for name in MIXERS}
+    sizes = {"hyena": {"mixer_filter_len": length}}
+    stacks = {
+        name: Decoder(**common, mixer=name, verbose=False, **sizes.get(name, {}))
+        for name in MIXERS
+        if class_of(name).has_causal_form
+    }
     taken = side_by_side(
         {name: partial(step, stack, x) for name, stack in {"attention": Decoder(**common), **stacks}.items()},
         rounds,

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 
@@ -32,12 +33,19 @@ from benchmarks.options import recorded
 from x_transformers import TransformerWrapper
 from x_transformers.attention.backends.base import Situation
 from x_transformers.errors import ConfigError
+from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.options.schema import Feature
+from x_transformers.options.values import accepts
 
 PAGE = Path(__file__).parents[1] / "docs" / "every-option.md"
 START, END = "<!-- options: made by `python -m benchmarks.table --write` -->", "<!-- end of the options -->"
 GROUPS = {"attn": "Attention", "ff": "Feedforward", "stack": "Stack", "model": "Model"}
 HEADING = "| keyword | what it does | paper | fused | speed |\n| --- | --- | --- | --- | ---: |"
+SHORT_HEADING = "| keyword | what it does | paper |\n| --- | --- | --- |"
+WITHOUT_COST = (
+    "With these, a model returns something else or runs more than once, so that there is no decoder to compare it\n"
+    "with. `print(TransformerWrapper.describe())` lists the defaults."
+)
 CUDA = Situation("cuda", torch.bfloat16, grad=True)
 CPU = Situation("cpu", torch.float32, grad=True)
 LONG = 1024
@@ -64,6 +72,8 @@ def _switches(feature: Feature, keyword: str, value: object) -> bool:
     default = feature.options()
     if name is None or feature.enabled(default):
         return True
+    if isinstance(value, tuple) and not accepts(get_type_hints(feature.options)[name], value):
+        value = value[-1]  # one value for each layer
     try:
         return feature.enabled(dataclasses.replace(default, **{name: value}))
     except ConfigError:  # the keyword needs others
@@ -73,7 +83,7 @@ def _switches(feature: Feature, keyword: str, value: object) -> bool:
 def kernels(model: TransformerWrapper, situation: Situation) -> set[str]:
     """Return the names of the backends that the model's attentions use in training on long rows."""
     rows = model.attn_layers.explain(situation.device, situation.dtype, situation.grad, LONG).rows
-    return {row.backend for row in rows if row.backend}
+    return {row.backend for row in rows if row.backend and row.name.endswith("attention")}
 
 
 def fused(case: Configuration) -> str:
@@ -124,6 +134,14 @@ def provenance() -> Iterator[str]:
             yield f"On {where}: {firsts}."
 
 
+def without_cost() -> Iterator[str]:
+    """Yield the table rows of keywords of `TransformerWrapper` that change the outputs or the number of passes."""
+    for feature in TRANSFORMER.features.values():
+        if not feature.examples:
+            keyword = dataclasses.fields(feature.options)[0].name
+            yield f"| `{keyword}` | {feature.summary} | {paper(feature.paper)} |".replace("|  |", "| |")
+
+
 def table() -> str:
     """Return the generated part of the page, including its marks."""
     cost = {name: value for each in recorded() for name, value in each["costs"].items()}
@@ -131,6 +149,7 @@ def table() -> str:
     for group, title in GROUPS.items():
         rows = [row(name, cost.get(name)) for name, feature in FEATURES.items() if feature.group == group]
         blocks += [f"## {title}", "\n".join((HEADING, *rows))]
+    blocks += ["## Outputs and passes of a model", WITHOUT_COST, "\n".join((SHORT_HEADING, *without_cost()))]
     return "\n\n".join((*blocks, END))
 
 

@@ -27,7 +27,10 @@ HEADINGS = {
         "Attention in stacks",
         "With `cross_attn_`, a keyword is that of cross-attention only. `Attention` has them without a prefix.",
     ),
-    (Decoder, "ff_"): ("Feedforwards in stacks", "`FeedForward` has them without the prefix."),
+    (Decoder, "ff_"): (
+        "Feedforwards in stacks",
+        "`FeedForward` has them without the prefix, apart from those of [experts](experts.md).",
+    ),
     (Decoder, "mixer_"): ("Token mixers in stacks", "Of blocks with a [token mixer](token-mixers.md)."),
 }
 """Heading and text of each schema, by class and prefix."""

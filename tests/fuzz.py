@@ -390,6 +390,7 @@ CALLS: dict[str, Call] = {
     "KVCache.rollback": Call(lambda: deep_cache().cache.rollback, lambda: {"count": 1}),
     "KVCache.repeat": Call(lambda: deep_cache().cache.repeat, lambda: {"times": 2}),
     "KVCache.reorder": Call(lambda: deep_cache().cache.reorder, lambda: {"rows": torch.tensor([1, 0])}),
+    "shallow": Call(lambda: net(lambda: Decoder(**{**STACK, "depth": 2})).shallow, lambda: {"exit_layer": 1}),
     "static_cache": Call(lambda: net().static_cache, lambda: {"batch": 2, "max_len": 8}, ("prepended", "step")),
 }
 

@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a shift forgets the cached tokens",
-        r'layer\.states\.get\("shift"\)',
+        r'layer\.states\.get\("token_shift"\)',
         "None",
         DECODING,
         "layers/branches/*.py",
@@ -474,6 +474,30 @@ MUTATIONS = (
         r"if not self\.interpolate_positions or rows == columns == side:",
         "if True:",
         "test_pretrained_images.py",
+    ),
+    Mutation(
+        "a window that does not count the token itself",
+        r'"attention_window_size", 2048\) - 1',
+        '"attention_window_size", 2048)',
+        "test_pretrained_families.py -k recurrent",
+    ),
+    Mutation(
+        "an embedding scale that is not rounded",
+        r"torch\.tensor\(dim\*\*0\.5, dtype=torch\.bfloat16\)\.item\(\)",
+        "dim**0.5",
+        "test_pretrained_families.py -k recurrent",
+    ),
+    Mutation(
+        "rows of parts in another order",
+        r"unflatten\(0, \(parts, sum\(sizes\)\)\)\.split\(sizes, dim=1\)",
+        "unflatten(0, (sum(sizes), parts)).mT.split(sizes, dim=1)",
+        "test_pretrained_families.py -k 'qwen3 and next'",
+    ),
+    Mutation(
+        "gains of mixers without their offset begin at 0",
+        r"self\.gamma \+= 1\n",
+        "pass\n",
+        "test_mixers.py -k gains",
     ),
     # recurrences with exponential gates
     Mutation("exponential gates of dead tokens", r"unsqueeze\((-?1)\), -torch\.inf\)", r"unsqueeze(\1), 0.0)", GATES),

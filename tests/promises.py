@@ -140,6 +140,14 @@ def decodes_ragged(model: TransformerWrapper, *, static: bool) -> None:
         close(together[row : row + 1, n - length :], call(model, ids[row : row + 1, n - length :], [row]))
 
 
+def every_output(model: TransformerWrapper, ids: Tensor, **given: Any) -> Tensor:
+    """Run one pass; the output, stacked with those of exits, if there are any."""
+    if not model.exit_layers:
+        return call(model, ids, **given)
+    out, exits = call(model, ids, **given, return_exits=True)
+    return torch.stack((out, *exits.values()))
+
+
 def learns(model: TransformerWrapper, without: Iterable[re.Pattern[str]] = ()) -> None:
     """Every parameter gets a finite gradient that is not zero, except those named, whose gradient is zero.
 
@@ -166,7 +174,7 @@ def gradients(model: TransformerWrapper, **given: Any) -> Iterator[tuple[str, Te
 
     In a combination some may be zero by right: a gain before a norm, a bias of all keys before a softmax.
     """
-    out = call(model, tokens(3, LENGTH), **given)
+    out = every_output(model, tokens(3, LENGTH), **given)
     (out * torch.randn_like(out)).sum().backward()
     for name, parameter in running(model):
         assert parameter.grad is not None, f"{name} has no gradient"

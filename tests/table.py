@@ -45,6 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_chunk": 4,
         "mixer_dropout": 0.1,
     },
+    "mixer_vector_decay": {
+        "layer_period": "ma",
+        "mixer": "gated_delta",
+        "mixer_dim_key": 4,
+        "mixer_vector_decay": ON,
+        "mixer_rank": 3,
+    },
     "mixer_groups": {
         "layer_period": "ma",
         "mixer": "mamba2",
@@ -52,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_state": 4,
         "mixer_groups": 2,
         "mixer_norm_eps": 0.01,
+        "mixer_norm_unit_offset": False,
     },
     "mixer_inner_norm": {
         "layer_period": "ma",
@@ -61,6 +69,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_inner_norm": ON,
     },
     "mixer_rank": {"layer_period": "ma", "mixer": "gla", "mixer_rank": 2, "mixer_gate_scale": 4.0},
+    "mixer_head": {"layer_period": "ma", "mixer": "rwkv7", "mixer_head": 8, "mixer_rank": 4},
+    "mixer_heads": {"layer_period": "ma", "mixer": "slstm", "mixer_heads": 2, "mixer_dim": 24},
+    "mixer_partitions": {"layer_period": "ma", "mixer": "sparse_state", "mixer_partitions": 3, "mixer_top": 2},
     "mixer_gate_cap": {"layer_period": "ma", "mixer": "mlstm", "mixer_gate_cap": 4.0, "mixer_cell_eps": 0.1},
     "mixer_rotary": {"layer_period": "am", "mixer": "retention", "mixer_rotary": False},
     "mixer_map_per_head": {"layer_period": "ma", "mixer": "hedgehog", "mixer_map_per_head": ON},
@@ -80,6 +91,61 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mixer_output_proj_depth": 2,
     },
     "mixer_window": {"layer_period": "am", "mixer": "pooling", "mixer_window": 4},
+    "mixer_shift": {"layer_period": "am", "mixer": "h3", "mixer_head": 2, "mixer_state": 4, "mixer_shift": 3},
+    "mixer_channels": {"layer_period": "am", "mixer": "lmu", "mixer_channels": 3, "mixer_state": 5, "mixer_window": 4},
+    "mixer_memory_depth": {
+        "layer_period": "ma",
+        "mixer": "titans",
+        "mixer_chunk": 4,
+        "mixer_memory_depth": 2,
+        "mixer_memory_expand": 1.5,
+        "mixer_memory_residual": ON,
+    },
+    "mixer_memory_read": {
+        "layer_period": "am",
+        "mixer": "titans",
+        "mixer_chunk": 3,
+        "mixer_memory_read": "before",
+        "mixer_rate": "outside",
+        "mixer_loss_scale": 0.2,
+        "mixer_qk_norm": "unit",
+        "mixer_muon_steps": 2,
+    },
+    "mixer_len": {
+        "layer_period": "am",
+        "mixer": "log_linear",
+        "mixer_head": 8,
+        "mixer_state": 4,
+        "mixer_len": 16,
+        "mixer_chunk": 4,
+    },
+    "mixer_group": {
+        "layer_period": "am",
+        "mixer": "mossformer",
+        "mixer_group": 3,
+        "mixer_dim_key": 4,
+        "mixer_rotary_dim": 2,
+        "mixer_conv": 3,
+    },
+    "mixer_taps": {"layer_period": "ma", "mixer": "fsmn", "mixer_taps": 3},
+    "mixer_omega_window": {
+        "layer_period": "ma",
+        "mixer": "atlas",
+        "mixer_chunk": 4,
+        "mixer_omega_window": 3,
+        "mixer_feature_degree": 3,
+        "mixer_muon_steps": 1,
+    },
+    "mixer_hidden": {"layer_period": "ma", "mixer": "shallow", "mixer_len": 64, "mixer_hidden": 8},
+    "mixer_filter_len": {
+        "layer_period": "ma",
+        "mixer": "hyena",
+        "mixer_order": 3,
+        "mixer_filter_len": 128,
+        "mixer_filter_dim": 8,
+        "mixer_filter_bands": 2,
+        "mixer_filter_frequency": 4.0,
+    },
     "sandwich_coef": {"sandwich_coef": 1},
     "par_ratio": {"par_ratio": 2},
     "parallel_block": {"parallel_block": ON},
@@ -102,6 +168,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "pre_norm": {"pre_norm": False},
     "pre_norm_has_final_norm": {"pre_norm_has_final_norm": False},
+    "pre_norm_has_first_norm": {"pre_norm_has_first_norm": False},
     "pre_and_post_norm": {"pre_and_post_norm": ON},
     "sandwich_norm": {"sandwich_norm": ON},
     "branch_norm": {"branch_norm": ON},
@@ -183,6 +250,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # queries, keys and the kernel
     "attn_dim_head": {"attn_dim_head": 16},
     "attn_scale": {"attn_scale": 0.2},
+    "attn_qkv_clip": {"attn_qkv_clip": 0.5},
     "attn_value_dim_head": {"attn_value_dim_head": 12},
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
@@ -208,6 +276,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
     # scores and weights
     "attn_max_attend_past": {"attn_max_attend_past": 4},
+    "attn_max_attend_future": {"attn_max_attend_future": 3},
     "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
     "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
     "attn_post_talking_heads": {"attn_post_talking_heads": ON},
@@ -269,6 +338,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
+    "ff_rwkv": {"ff_rwkv": ON},
+    # experts
+    "ff_experts": {"ff_experts": 4, "ff_experts_topk": 2},
+    "ff_shared_mult": {"ff_experts": 4, "ff_shared_mult": 0.5, "ff_shared_gate": ON},
+    "ff_router": {
+        "ff_experts": 4,
+        "ff_router": "sigmoid",
+        "ff_router_bias": ON,
+        "ff_router_scale": 2.0,
+        "ff_router_normalize": False,
+    },
+    "ff_router_keys": {"ff_experts": 4, "ff_router": "keys"},
+    "ff_router_groups": {
+        "ff_experts": 6,
+        "ff_router_groups": 3,
+        "ff_router_groups_topk": 2,
+        "ff_balance_bias": ON,
+    },
+    "ff_expert_dropout": {"ff_experts": 4, "ff_experts_topk": 2, "ff_expert_dropout": 0.2},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -400,6 +488,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 ELSEWHERE = {
     "mixer_bidirectional": "of stacks that see both ways; `tests/test_mixers.py`",
+    "mixer_balance_loss_weight": "of a loss that training adds; `tests/test_sparse_state.py`",
     "mixer_grid": "images, in stacks that see both ways; `tests/test_mixers.py`",
     "dim": "every model of the tests has one",
     "cross_attend": "the third kind of stack: `--stack cross`",
@@ -417,6 +506,10 @@ ELSEWHERE = {
     "max_seq_len": "every model of the tests has one",
     "attn_layers": "every model of the tests has one",
     "return_only_embed": "a model without logits cannot generate; `tests/test_units.py`",
+    "ff_balance_loss_weight": "of a loss that training adds; `tests/properties/test_aux_losses.py`",
+    "ff_balance_loss_per_row": "of `ff_balance_loss_weight`",
+    "ff_router_z_loss_weight": "of a loss that training adds; `tests/properties/test_aux_losses.py`",
+    "ff_router_entropy_weight": "of a loss that training adds; `tests/test_experts.py`",
     "attn_z_loss_weight": "of a loss that a pass returns on request; `tests/test_units.py`",
     "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
     "token_emb": "a module instead of the table; `tests/test_units.py`",
@@ -433,14 +526,17 @@ ELSEWHERE = {
     "dim_pooled_tokens": "of `attn_pool`",
     "recycling": "reads its own output of the whole sequence, which no cache can have; `tests/test_outputs.py`",
     "train_max_recycle_steps": "of `recycling`",
+    "exit_layers": "predictions that a pass returns on request; `tests/properties/test_first_blocks.py`",
+    "exit_norms": "of `exit_layers`",
     "looped": "caches of generated tokens are those of the loop that they left; `tests/test_looped.py`",
     "max_looped_steps": "of `looped`",
 }
 """Keywords of a causal decoder without a row, and why."""
 
+NO_FUTURE = "causal attention sees no future"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {},
+    "decoder": {"attn_max_attend_future": NO_FUTURE},
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -450,13 +546,23 @@ NOT_IN: dict[str, dict[str, str]] = {
         "memory_tokens_interspersed_every": "needs a causal stack",
         "mixer": "reads from left to right",
         "mixer_products": "reads from left to right",
+        "mixer_vector_decay": "reads from left to right",
         "mixer_groups": "reads from left to right",
         "mixer_inner_norm": "reads from left to right",
         "mixer_rank": "reads from left to right",
+        "mixer_head": "reads from left to right",
+        "mixer_heads": "reads from left to right",
+        "mixer_partitions": "reads from left to right",
         "mixer_gate_cap": "reads from left to right",
         "mixer_rotary": "reads from left to right",
+        "mixer_shift": "reads from left to right",
+        "mixer_channels": "reads from left to right",
+        "mixer_memory_depth": "reads from left to right",
+        "mixer_memory_read": "reads from left to right",
+        "mixer_omega_window": "reads from left to right",
+        "mixer_len": "reads from left to right",
     },
-    "cross": {},
+    "cross": {"attn_max_attend_future": NO_FUTURE},
 }
 """Rows that a kind of stack refuses by themselves, and why."""
 
@@ -510,6 +616,11 @@ REFUSED: dict[str, str] = {
         "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
+    "ff_rwkv": (
+        "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
+        "ff_activation ff_custom_activation ff_post_act_ln "
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+    ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
         "rotary_layers polar_pos_emb alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
@@ -519,6 +630,7 @@ REFUSED: dict[str, str] = {
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
     "pre_norm_has_final_norm": "resi_dual",
+    "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
     "branch_norm": "gated_multi_residual use_dynamic_tanh",
     "norm_eps": "use_dynamic_tanh use_derf",

@@ -375,7 +375,10 @@ def test_keywords_that_a_stack_sets_or_cannot_have() -> None:
         ({"attn_qkv_receive_diff_residuals": True}, "use `qkv_receive_diff_residuals`"),
         ({"cross_attn_causal": True}, "depends on how many tokens follow; drop it"),
         ({"cross_attn_qkv_receive_diff_residuals": True}, "inputs besides the context"),
-        ({"cross_attn_max_attend_past": 2}, "`cross_attn_max_attend_past` limits how far back"),
+        (
+            {"cross_attn_max_attend_past": 2},
+            "`cross_attn_max_attend_past` and `cross_attn_max_attend_future` limit how far",
+        ),
         ({"cross_attn_use_rel_proj_pos_bias": True}, "`cross_attn_use_rel_proj_pos_bias` needs distances"),
         ({"rotary_emb_dim": 9}, "`rotary_emb_dim` is 9; heads have `attn_dim_head` = 8"),
         ({"sandwich_coef": 1}, "no cross-attention is among the layers"),

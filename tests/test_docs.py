@@ -43,6 +43,7 @@ GALLERY = (
     "token-mixers",
     "memory",
     "feedforwards",
+    "experts",
     "norms",
     "residual-streams",
     "order-of-layers",
@@ -59,7 +60,6 @@ WITHOUT_PAPER = {
     "Query-dependent position bias",
     "A zero key",
     "Custom attention functions",
-    "Soft-clamped feedforwards",
     "Custom layer orders",
     "Deep embeddings",
     "Compiling block by block",
@@ -75,8 +75,6 @@ WITHOUT_PAPER = {
 """Sections of ideas that nobody published, or that nobody could find."""
 
 CITED_OTHERWISE = {
-    "value_gates": "2505.06708",  # the broader study of gates after attention
-    "ff_softclamp": None,
     "inverted_attention": "Inverted-Attention Transformers",
 }
 """Papers that a section cites instead of the one of its feature."""

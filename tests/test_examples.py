@@ -2,16 +2,23 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import re
 import shutil
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import ModuleType
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import torch
+
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers.checkpoints.files import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +46,12 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
         {"LETTERS": 4, "SEGMENTS": 3, "BATCH": 2, "TESTED": 4},
         r"adapted weights: \d+\.\d%, \d+\.\d%, \d+\.\d% of the ciphers correct",
         "correct.png",
+    ),
+    (
+        "recall_hybrid",
+        {"SHOWN": 8, "PAIRS": (2, 4), "BATCH": 2, "TESTED": 4},
+        r"Gated DeltaNet, one attention in four: \d+\.\d%, \d+\.\d% recalled out of \(2, 4\) pairs",
+        "recalled.png",
     ),
     ("gpt_vae_styles", {"BATCH": 4, "TESTED": 8, "GRID": (2, 2)}, r"written \d+\.\d letters away", "styles.png"),
     ("dpo_preferences", {"SAMPLES": 64, "BATCH": 4}, r"after DPO: \d+%", "preferred.png"),
@@ -164,6 +177,17 @@ def test_bits_by_position_average_to_the_loss(example: ModuleType, memory: int) 
     assert float(example.bits_by_place(model, rows).mean()) == pytest.approx(bits, rel=1e-5)
 
 
+@pytest.mark.parametrize("example", ["recall_hybrid"], indirect=True)
+def test_values_to_recall_are_those_of_keys_that_were_there(example: ModuleType) -> None:
+    ids, values = example.make_rows(20, 8)
+    for row, wanted in zip(ids.unflatten(1, (-1, 2)).tolist(), values.tolist(), strict=True):
+        held: dict[int, int] = {}
+        for (key, value), each in zip(row, wanted, strict=True):
+            assert each == held.get(key, example.NEW)
+            held[key] = value - example.KEYS
+        assert len(held) == 8
+
+
 @pytest.mark.parametrize("example", ["dpo_preferences"], indirect=True)
 def test_judge_prefers_words_joined_by_an_underscore(example: ModuleType) -> None:
     def ids(name: str) -> list[int]:
@@ -201,3 +225,42 @@ def test_the_command_line(
     shown = " ".join("".join(capsys.readouterr()).split())
     for each in words:
         assert each in shown
+
+
+@pytest.mark.parametrize("example", ["serve"], indirect=True)
+def test_a_server_continues_texts_and_refuses_requests_in_words(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example.Handler, "log_message", lambda *_: None)
+    decoder = Decoder(dim=16, depth=1, heads=2, rotary_pos_emb=True)
+    model = AutoregressiveWrapper(TransformerWrapper(num_tokens=256, max_seq_len=32, attn_layers=decoder)).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    with example.Server(tmp_path / "model.safetensors", ("127.0.0.1", 0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+
+        def ask(**request: object) -> tuple[int, str]:
+            try:
+                with urlopen(address, data=json.dumps(request).encode()) as answer:
+                    return answer.status, answer.read().decode()
+            except HTTPError as error:
+                return error.code, error.read().decode()
+
+        greedy = {"length": 6, "temperature": 0.0}
+        status, body = ask(prompts=["def ", "x"], **greedy)
+        rows = model.generate([list(b"def "), list(b"x")], 6, temperature=0.0)
+        assert status == 200
+        assert json.loads(body)["texts"] == [bytes(row.tolist()).decode(errors="replace") for row in rows]
+
+        status, body = ask(prompts=["def "], stream=True, **greedy)
+        assert (status, body) == (200, "def " + bytes(rows[0].tolist()).decode(errors="replace"))
+
+        for refused, words in (
+            ({"prompts": []}, "list of texts"),
+            ({"prompts": [""], "stream": True}, "list of texts"),
+            ({"prompts": ["a"], "length": "x"}, "a whole number"),
+        ):
+            status, body = ask(**refused)
+            assert status == 400
+            assert words in json.loads(body)["error"]
+        server.shutdown()

@@ -266,10 +266,10 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(options)
             return types.SimpleNamespace(repo_id=repo_id)
 
-        def upload_folder(self, folder_path: Path, repo_id: str, commit_message: str) -> str:
+        def upload_folder(self, folder_path: Path, repo_id: str, commit_message: str) -> Any:
             Path(folder_path).rename(stored)
             Path(folder_path).mkdir()
-            return f"https://hub/{repo_id}"
+            return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}")
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
         calls.append({"repo_id": repo_id, **options})

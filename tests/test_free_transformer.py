@@ -73,7 +73,7 @@ def test_the_loss_by_hand(options: dict[str, Any]) -> None:
     model, x = build(kl_loss_threshold=0.0, kl_loss_weight=0.5, **options), ids()
     torch.manual_seed(0)
     total, (loss, information) = model(x, return_all_losses=True)
-    embeds = model._read(x[:, :-1])
+    embeds, _ = model._read(x[:, :-1])
     torch.manual_seed(0)
     codes = model.encode_to_latents(embeds)
     close(loss, F.cross_entropy(logits(model, x[:, :-1], codes).flatten(0, 1), x[:, 1:].flatten()))

@@ -21,6 +21,7 @@ LONG_SIGNATURES = frozenset(
     {
         "Attention.forward",
         "AttentionLayers.forward",
+        "AutoregressiveWrapper.__init__",
         "AutoregressiveWrapper.beam_search",
         "AutoregressiveWrapper.generate",
         "ContinuousTransformerAutoencoder.__init__",

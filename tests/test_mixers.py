@@ -6,28 +6,54 @@ import pytest
 import torch
 from catalog import close, perturbed
 from loguru import logger
-from torch import Tensor
 
 from x_transformers import Decoder, Encoder, PrefixDecoder, TransformerWrapper
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.mixers.base import Mixer
 from x_transformers.mixers.catalog import MIXERS, class_of, keywords_of
+from x_transformers.mixers.parts import MixerGain
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer_head": 8, "mixer_state": 4},
     "mamba": {"mixer_state": 4},
     "delta": {"mixer_chunk": 4},
     "gated_delta": {"mixer_chunk": 4},
+    "rwkv7": {"mixer_head": 8, "mixer_rank": 3, "mixer_chunk": 4},
+    "titans": {"mixer_chunk": 4},
+    "sparse_state": {"mixer_rank": 3, "mixer_chunk": 4},
+    "log_linear": {"mixer_head": 8, "mixer_state": 4, "mixer_len": 8, "mixer_chunk": 4},
+    "atlas": {"mixer_chunk": 4, "mixer_omega_window": 6},
+    "hyena": {"mixer_filter_len": 48, "mixer_filter_dim": 8, "mixer_filter_bands": 3},
+    "h3": {"mixer_state": 4, "mixer_shift": 3},
+    "mossformer": {"mixer_group": 3, "mixer_dim_key": 4, "mixer_conv": 3},
+    "fsmn": {"mixer_taps": 3, "mixer_conv": 3},
+    "shallow": {"mixer_len": 48, "mixer_hidden": 6},
+    "random": {"mixer_len": 48},
+    "lmu": {"mixer_state": 5, "mixer_window": 8, "mixer_channels": 2},
 }
 """Keywords that tiny models need, and small chunks where a state goes through several."""
 
-EACH = pytest.mark.parametrize("name", MIXERS)
+LONG: dict[str, dict[str, Any]] = {"hyena": {"mixer_filter_len": 4096}, "random": {"mixer_len": 4096}}
+"""Keywords that long rows need."""
+
+FORMS: dict[str, dict[str, Any]] = {
+    "decays of features": {"mixer": "gated_delta", "mixer_vector_decay": True, "mixer_dim_key": 4, "mixer_rank": 3},
+}
+"""Forms of mixers that compute something else than their defaults."""
+
+NEAR = ("identity", "activator", "pooling", "conv", "fsmn")
+"""Mixers that read no other tokens than neighbors."""
+
+CAUSAL = [name for name in MIXERS if class_of(name).has_causal_form]
+EACH = pytest.mark.parametrize("name", [*CAUSAL, *FORMS])
+LAYERNORM = {"mixer_norm": "layernorm"}
 LIVE = torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9, [1] * 7 + [0] * 5, [0, 1, 1, 0] * 3, [0] * 12], dtype=torch.bool)
 """All tokens, left padding, right padding, holes, and a row of which nothing is live."""
 
 
 def built(name: str, **more: Any) -> Mixer:
-    keywords = {"dim": 16, "depth": 1, "heads": 4, "only_attn": True, "mixer": name, **SIZES.get(name, {}), **more}
+    keywords = {"dim": 16, "depth": 1, "heads": 4, "only_attn": True, "mixer": name, **SIZES.get(name, {})}
+    keywords |= {**FORMS.get(name, {}), **more}
     return perturbed(Decoder(**keywords).double()).layers[0].mixer
 
 
@@ -46,7 +72,7 @@ def test_rows_are_read_as_if_nothing_else_were_there(name: str) -> None:
         for piece, live in zip(x.split(cuts, dim=1), LIVE.split(cuts, dim=1), strict=True):
             out, state = mixer(piece, live, state)
             assert out.isfinite().all()
-            assert not out[~live].any() or name == "identity"
+            assert not out[~live].any()
             parts.append(out)
         whole = torch.cat(parts, dim=1)
         for row, (out, left) in enumerate(alone):
@@ -71,8 +97,9 @@ def test_states_are_complete_from_the_first_token_on(name: str) -> None:
 @EACH
 @torch.no_grad()
 def test_large_inputs_of_long_rows_stay_finite(name: str) -> None:
-    mixer = built(name).float()
-    x = 30 * torch.randn(1, 4096, 16).sign()
+    mixer = built(name, **LONG.get(name, {})).float()
+    # each token of a causal `shallow` is a pass over the whole row
+    x = 30 * torch.randn(1, 48 if name == "shallow" else 4096, 16).sign()
     out, state = mixer.bfloat16()(x.bfloat16())
     assert out.isfinite().all()
     assert all(value.isfinite().all() for value in state.values())
@@ -83,7 +110,7 @@ def test_large_inputs_of_long_rows_stay_finite(name: str) -> None:
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "identity"])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if built(name).state_shapes])
 def test_states_of_another_shape_are_refused(name: str) -> None:
     mixer, x = built(name), torch.randn(2, 3, 16, dtype=torch.float64)
     _, state = mixer(x)
@@ -92,34 +119,78 @@ def test_states_of_another_shape_are_refused(name: str) -> None:
             mixer(x, state=wrong)
 
 
-def test_the_other_direction() -> None:
-    """A second mixer reads each row from its last live token to the first."""
-    encoder = perturbed(
-        Encoder(dim=16, depth=1, heads=4, only_attn=True, mixer="retention", mixer_bidirectional=True).double()
-    )
+@pytest.mark.parametrize("name", CAUSAL)
+def test_states_have_names_of_their_own(name: str) -> None:
+    """Within a sublayer those of its mixer, of the token shift, and of the residual connection differ."""
+    common = {"dim": 16, "depth": 1, "heads": 4, "mixer": name, "shift_tokens": 1, **SIZES.get(name, {})}
+    for residual in ({}, {"num_residual_streams": 2}, {"gate_residual": True}, {"resi_dual": True}):
+        branch = Decoder(**common, **residual).layers[0]
+        assert len(set(branch.running)) == len(branch.running)
+    with torch.no_grad():
+        model, x = perturbed(Decoder(**common)), torch.randn(2, 5, 16)
+        whole, (_, record) = model(x), model(x[:, :3], return_hiddens=True)
+        close(model(x[:, 3:], cache=record, input_not_include_cache=True), whole[:, 3:])
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not class_of(name).has_whole_form])
+def test_the_other_direction(name: str) -> None:
+    """A second mixer, of its own weights, reads each row from its last live token to the first."""
+    common = {"dim": 16, "heads": 4, "only_attn": True, "mixer": name, "mixer_bidirectional": True, "verbose": False}
+    encoder = perturbed(Encoder(depth=1, **common, **SIZES.get(name, {})).double())
     mixer = encoder.layers[0].mixer
-    assert any(key.startswith("backward.to_q") for key in mixer.state_dict())
+    assert {key for key in mixer.state_dict() if key.startswith("backward.")} == {
+        f"backward.{key}" for key in mixer.state_dict() if not key.startswith("backward.")
+    }
     x = torch.randn(len(LIVE), 12, 16, dtype=torch.float64)
     both, _ = mixer(x, LIVE, causal=False)
+    assert both.isfinite().all()
     for row, live in enumerate(LIVE):
         own = x[row : row + 1, live]
         forth, _ = mixer(own)
         back, _ = mixer.backward(own.flip(1))
         close(both[row, live], (forth + back.flip(1))[0])
+    both.square().sum().backward()
+    without = [key for key, p in mixer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if class_of(name).has_whole_form])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_whole_form])
 @torch.no_grad()
 def test_whole_rows(name: str) -> None:
     """In an Encoder rows with padding equal rows by themselves, and tokens read later ones."""
-    model = perturbed(Encoder(dim=16, depth=2, heads=4, mixer=name, verbose=False).double())
+    model = perturbed(Encoder(dim=16, depth=2, heads=4, mixer=name, verbose=False, **SIZES.get(name, {})).double())
     x = torch.randn(len(LIVE), 12, 16, dtype=torch.float64)
     out = model(x, mask=LIVE)
     for row, live in enumerate(LIVE[:-1]):
         close(out[row, live], model(x[row : row + 1, live])[0])
     changed = x.clone()
     changed[:, -1] = torch.randn(16)
-    assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in ("identity", "pooling", "conv")
+    assert (model(changed) - model(x))[:, 0].abs().max() > 1e-6 or name in NEAR
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if class_of(name).has_gains])
+@torch.no_grad()
+def test_gains_are_stored_with_or_without_their_offset(name: str) -> None:
+    more = {"mamba": {"mixer_inner_norm": True}, "linear": LAYERNORM, "transnormer": LAYERNORM}.get(name, {})
+    plain, whole = built(name, **more), built(name, mixer_norm_unit_offset=False, **more)
+    state, x = plain.state_dict(), torch.randn(2, 12, 16, dtype=torch.float64)
+    gains = [key for key in state if key.endswith("gamma")]
+    assert gains
+    whole.load_state_dict(state | {key: state[key] + 1 for key in gains})
+    close(whole(x)[0], plain(x)[0])
+    again = Decoder(dim=16, depth=1, heads=4, mixer=name, mixer_norm_unit_offset=False, **SIZES.get(name, {}), **more)
+    assert all((again.layers[0].mixer.state_dict()[key] == 1).all() for key in gains)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_mixers_that_contain_gains_say_so(name: str) -> None:
+    found = any(isinstance(module, MixerGain) for module in built(name).modules())
+    assert class_of(name).has_gains or not found
+
+
+def test_gains_of_norms_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match="`mixer_norm_unit_offset` is of the gains of norms, of which this mamba"):
+        built("mamba", mixer_norm_unit_offset=False)
 
 
 # which layers
@@ -187,6 +258,16 @@ def test_first_values_depend_on_the_layer() -> None:
     assert both.mix_v[0].item() == pytest.approx(0.3)
 
 
+def test_decays_of_features() -> None:
+    """Each key feature has its own step, and its head's rate."""
+    mixer: Any = built("decays of features")
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    step = x @ mixer.to_decay[0].weight.mT @ mixer.to_decay[1].weight.mT + mixer.decay_bias
+    for head in range(4):
+        own = step[..., 4 * head : 4 * head + 4]
+        close(mixer.log_decay(x)[:, head], -mixer.decay_log[head].exp() * torch.nn.functional.softplus(own))
+
+
 # refusals
 
 
@@ -215,6 +296,7 @@ def test_first_values_depend_on_the_layer() -> None:
         (Decoder, {"mixer": "rwkv99"}, "`mixer` is 'rwkv99'; it must be one of identity, pooling, conv, delta"),
         (Decoder, {"mixer": "linear", "weight_tie_layers": True, "layer_period": "ma"}, "repeats one block, but"),
         (Decoder, {"mixer": "pooling", "mixer_grid": (2, 2)}, "`mixer_grid` is of images, whose tokens have no order"),
+        (Decoder, {"mixer": "gated_delta", "mixer_rank": 3}, "set `mixer_vector_decay = True`, or drop it"),
         (Decoder, {"mixer": "mamba2", "mixer_head": 7}, "is 32, which 7 does not divide; choose a multiple."),
         (Decoder, {"mixer": "retention", "mixer_dim_key": 3}, "pairs of features rotate, so that it must be even"),
         (
@@ -276,36 +358,6 @@ def test_the_kernel_is_named() -> None:
     assert "naive (one token is one step)" in str(stack.explain(seq_len=1))
 
 
-GRAPHS = ("gated_delta", "mamba", "linear", "mlstm", "rwkv4")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GRAPHS)
-def test_one_graph_for_prompts_of_all_lengths(name: str) -> None:
-    """The first length, any length, and a step: three graphs, whatever the number of chunks."""
-    model = built(name).float()
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(len(graphs))
-        return graph.forward
-
-    torch._dynamo.reset()  # graphs of all mixers are those of one function, and their number is limited
-    run = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for n in (70, 24, 40, 200, 130):
-            x = torch.randn(2, n, 16)
-            close(run(x)[0], model(x)[0])
-        assert len(graphs) == 2
-        state = model(torch.randn(2, 9, 16))[1]
-        for _ in range(3):
-            x = torch.randn(2, 1, 16)
-            out, new = run(x, state=state)
-            close(out, model(x, state=state)[0])
-            state = new
-    assert len(graphs) == 3
-
-
 def test_a_hybrid_learns_and_generates() -> None:
     """The steps of a static cache equal a pass, with prompts of different lengths."""
     model = TransformerWrapper(
@@ -331,3 +383,41 @@ def test_a_hybrid_learns_and_generates() -> None:
     steps = torch.cat(parts, dim=1)
     close(steps[0], whole[0])
     close(steps[1, 4:], whole[1, 4:])
+
+
+@pytest.mark.parametrize("name", ["shallow", "random"])
+@torch.no_grad()
+def test_a_table_of_tokens_ends(name: str) -> None:
+    """Passes that go beyond it are refused; a single step, which nobody looks at, is not a number."""
+    mixer, x = built(name, mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
+    words = rf'`mixer = "{name}"` was made for 8 tokens \(`mixer_len`\); this row has 9\.'
+    with pytest.raises(InputError, match=words):
+        mixer(x)
+    _, state = mixer(x[:, :6])
+    with pytest.raises(InputError, match=words):
+        mixer(x[:, 6:], state=state)
+    _, state = mixer(x[:, 6:8], state=state)
+    assert mixer(x[:, 8:], state=state)[0].isnan().all()
+    with pytest.raises(ConfigError, match=f'`mixer = "{name}"` needs `mixer_len`, the most tokens of a row'):
+        Decoder(dim=16, depth=1, mixer=name)
+
+
+def test_random_weights() -> None:
+    """A softmax over the tokens so far, or over all, of logits that are saved and stay in float32."""
+    mixer: Any = built("random", mixer_len=8)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    logits = mixer.state_dict()["logits"]
+    assert mixer.bfloat16().logits.dtype is torch.float32
+    for t in range(6):
+        close(mixer(x)[0][:, t], torch.einsum("j,bjd->bd", logits[t, : t + 1].double().softmax(dim=-1), x[:, : t + 1]))
+    close(mixer(x, causal=False)[0], logits[:6, :6].double().softmax(dim=-1) @ x)
+    assert not torch.equal(built("random", mixer_len=8).state_dict()["logits"], logits)
+
+
+def test_the_maps_of_shallow_have_one_direction() -> None:
+    mixer, x = built("shallow", mixer_len=8), torch.randn(2, 9, 16, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"`shallow` reads from left to right; drop `causal = False`."):
+        mixer(x[:, :8], causal=False)
+    whole = Encoder(dim=16, depth=1, mixer="shallow", mixer_len=8)
+    with pytest.raises(InputError, match="`shallow` reads the whole row at once, so that a token would see the future"):
+        whole(torch.randn(2, 8, 16), causal=True)

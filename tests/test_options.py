@@ -198,7 +198,7 @@ def test_a_schedule_is_a_tuple() -> None:
     assert [branch.attention.dropout for branch in layers.branches("a")] == [0.0, 0.5]
     with pytest.raises(ConfigError, match="at least 2"):
         layer_schedule(0.0, 1.0, 1)
-    with pytest.raises(ConfigError, match="'cosine', 'linear'"):
+    with pytest.raises(ConfigError, match="'cosine', 'exp2', 'linear'"):
         layer_schedule(0.0, 1.0, 3, "wave")
 
 

@@ -38,9 +38,9 @@ SMALL = {"dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8, "verbose": False
 
 WORDS = """
     polar memory_kv zero_kv hybrid qkv_views residual_keywords shift_tokens mv_split_residual context_dropout
-    memory_tokens interspersed_memory_tokens recurrent_memory average_pool class_tokens attention_pool
+    rwkv_channel_mix memory_tokens interspersed_memory_tokens recurrent_memory average_pool class_tokens attention_pool
 """
-APART = frozenset(WORDS.split()) | {"mixer", "layer_period", "mixer_parts", *MIXERS}
+APART = frozenset(WORDS.split()) | {"mixer", "layer_period", "mixer_parts", *(MIXERS.keys() - {"activator"})}
 """Features of which at least the first example is refused together with packing."""
 
 

@@ -125,7 +125,7 @@ def test_overrides_that_do_not_fit(folder: Path, overrides: dict[str, Any], erro
 @pytest.mark.parametrize(
     ("entries", "error", "words"),
     [
-        ({"model_type": "mamba"}, ConfigError, "the type 'mamba', which is not among .* gpt2, .* llama"),
+        ({"model_type": "reformer"}, ConfigError, "the type 'reformer', which is not among .* gpt2, .* llama"),
         ({"hidden_act": "xielu"}, ConfigError, "the activation 'xielu', which this version does not know"),
         ({"quantization_config": {"bits": 4}}, ConfigError, "entries that .* not know: `quantization_config` = "),
         ({"rope_scaling": {"rope_type": "new", "factor": 2.0}}, ConfigError, "`rope_type` must be one of"),

@@ -1,5 +1,6 @@
 """Encoders of transformers, tiny and random: loaded from a folder, they have the same features and logits."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 DISTIL = {"vocab_size": 60, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 24}
+MODERN = {**SMALL, "local_attention": 6, "num_hidden_layers": 4}
+"""Layers 1 and 2 have a window."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", SMALL),
     "bert, untied, other activation": ("Bert", {**SMALL, "tie_word_embeddings": False, "hidden_act": "relu"}),
@@ -36,6 +39,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("DistilBert", DISTIL),
     "electra": ("Electra", {**SMALL, "embedding_size": 16}),
     "electra, one width": ("Electra", {**SMALL, "embedding_size": 32}),
+    "modernbert": ("ModernBert", MODERN),
+    "modernbert, all biases, untied": (
+        "ModernBert",
+        {
+            **MODERN,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "classifier_bias": True,
+            "decoder_bias": False,
+            "tie_word_embeddings": False,
+            "classifier_activation": "silu",
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
 }
 
 
@@ -104,6 +122,27 @@ def test_older_names_of_norms(kind: str, tmp_path: Path) -> None:
     ids = torch.randint(3, 60, (2, TOKENS))
     out = theirs(ids)
     near(load_pretrained(tmp_path)(ids), out.pooler_output if kind == "Model" else out.logits)
+
+
+@torch.no_grad()
+def test_first_configurations_of_modernbert(tmp_path: Path) -> None:
+    """They name a period and two bases instead of each layer; rows are also padded on the left."""
+    theirs = original("modernbert", "ForMaskedLM")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    entries = json.loads(path.read_text())
+    rotations = entries.pop("rope_parameters")
+    assert entries.pop("layer_types") == ["full_attention", *["sliding_attention"] * 2, "full_attention"]
+    entries["global_attn_every_n_layers"] = 3
+    entries["global_rope_theta"] = rotations["full_attention"]["rope_theta"]
+    entries["local_rope_theta"] = rotations["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps({**entries, "position_embedding_type": "absolute", "layer_norm_eps": 1e-5}))
+    ours, ids, start = load_pretrained(tmp_path), torch.randint(3, 60, (2, 20)), torch.tensor([0, 7])
+    mask = torch.arange(20) >= start[:, None]
+    wanted = theirs(ids, attention_mask=mask.long()).logits
+    near(ours(ids, seq_start_pos=start)[mask], wanted[mask])
+    ours.save_pretrained(tmp_path / "again", format="hf")
+    near(transformers.ModernBertForMaskedLM.from_pretrained(tmp_path / "again").eval()(ids).logits, theirs(ids).logits)
 
 
 @torch.no_grad()

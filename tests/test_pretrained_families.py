@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from test_pretrained_encoders import CASES as ENCODERS
+from test_pretrained_experts import CASES as EXPERTS
 from test_pretrained_images import CASES as IMAGES
 from test_pretrained_pairs import CASES as PAIRS
+from test_pretrained_recurrent import CASES as RECURRENT
+from test_pretrained_recurrent import UNPADDED
 from test_pretrained_speech import CASES as SPEECH
 from test_pretrained_towers import CASES as TOWERS
 
@@ -139,6 +142,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mpt",
         {**MPT, "d_model": 24, "n_heads": 3, "attn_config": {"softmax_scale": 0.2}},
     ),
+    "mpt, bounded": ("Mpt", {**MPT, "attn_config": {"clip_qkv": 0.5}}),
     "bloom": ("Bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "bloom, six heads": ("Bloom", {"vocab_size": 60, "hidden_size": 48, "n_layer": 1, "n_head": 6}),
     "opt": ("OPT", OPT),
@@ -162,6 +166,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3", {**SMALL, "num_hidden_layers": 4}),
     "olmo2": ("Olmo2", SMALL),
+    **RECURRENT,
+    **EXPERTS,
 }
 
 
@@ -203,12 +209,19 @@ def test_logits_and_generated_tokens(name: str, tmp_path: Path) -> None:
     valid = torch.arange(TOKENS) >= start[:, None]
     ids, mask = ids.masked_fill(~valid, 0), valid.long()
     pos = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    near(ours(ids, seq_start_pos=start)[valid], theirs(ids, attention_mask=mask, position_ids=pos).logits[valid])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    if theirs.config.model_type in UNPADDED:
+        rows = [ids[row : row + 1, first:] for row, first in enumerate(start)]
+        logits = torch.cat([theirs(row).logits[0] for row in rows])
+        wanted = [theirs.generate(row, **options)[0, row.shape[1] :].tolist() for row in rows]
+    else:
+        logits = theirs(ids, attention_mask=mask, position_ids=pos).logits[valid]
+        wanted = theirs.generate(ids, attention_mask=mask, **options)[:, TOKENS:].tolist()
+    near(ours(ids, seq_start_pos=start)[valid], logits)
 
-    wanted = theirs.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
     prompts = torch.stack((ids[0], ids[1].roll(-4)))
     got = AutoregressiveWrapper(ours).generate(prompts, NEW, temperature=0.0, prompt_lens=TOKENS - start)
-    assert got.tolist() == wanted[:, TOKENS:].tolist()
+    assert got.tolist() == wanted
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])

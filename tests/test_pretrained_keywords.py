@@ -67,6 +67,27 @@ def test_norm_on_the_branch_only() -> None:
 
 
 @torch.no_grad()
+def test_no_norm_before_the_first_sublayer() -> None:
+    """`x + f_1(x)`, and norms before all other sublayers and after the last one."""
+    layers, x = stack(pre_norm_has_first_norm=False), torch.randn(2, 5, 16)
+    one, two = layers.sublayers
+    wanted = x + one.attention(x)
+    wanted = wanted + two.feedforward(two.norm(wanted))
+    close(layers(x), layers.final_norm(wanted))
+    with pytest.raises(StateDictError, match="the reference has a norm before every sublayer"):
+        layers.export_reference_state_dict()
+    for more, words in (
+        ({"pre_norm": False}, "leaves out the first of the norms before sublayers, and there are none"),
+        ({"branch_norm": True}, "leaves out the first of the norms before sublayers, and there are none"),
+        ({"resi_dual": True}, "`resi_dual` places norms by itself; drop .* `pre_norm_has_first_norm`"),
+        ({"gated_multi_residual": True, "num_residual_streams": 2}, "drop .* `pre_norm_has_first_norm`"),
+        ({"parallel_block": True, "parallel_block_one_norm": True}, "drop `pre_norm_has_first_norm`"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            stack(pre_norm_has_first_norm=False, **more)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("macaron", [False, True])
 def test_parallel_blocks(macaron: bool) -> None:
     """`x + f_1(norm_1(x)) + f_2(norm_2(x)) + ...` for each block."""

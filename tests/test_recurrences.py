@@ -13,6 +13,7 @@ from x_transformers.recurrences.base import Kernel, Operation, Situation
 from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_uncompiled, carry_uncompiled
 from x_transformers.recurrences.delta import DELTA, delta
 from x_transformers.recurrences.linear import LINEAR, linear
+from x_transformers.recurrences.rank_one import RANK_ONE, rank_one
 from x_transformers.recurrences.scan import SCAN, scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
 
@@ -72,9 +73,37 @@ def test_decays_of_single_features(n: int, decay: float, from_state: bool) -> No
     given["g"] = g
     for function, definition, names in OPERATIONS.values():
         arguments = [given[each] for each in names]
-        for one, other in zip(results(function, arguments), results(definition, arguments), strict=True):
+        # chunks of 16, the largest power of two that is no larger
+        for one, other in zip(results(function, arguments, chunk=24), results(definition, arguments), strict=True):
             assert torch.isfinite(one).all()
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "decay", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_rank_one_equals_single_steps(n: int, decay: float, from_state: bool) -> None:
+    given = inputs(n, decay, from_state)
+    k = given["k"]
+    assert k is not None
+    g, rate = -2 * decay * torch.rand(B, H, n, DK, dtype=torch.float64), torch.rand(B, H, n, DK, dtype=torch.float64)
+    arguments = [given["q"], torch.randn_like(k), given["v"], -k, k * rate, g, given["state"]]
+    mine, theirs = list(results(rank_one, arguments, chunk=24)), list(results(naive.rank_one, arguments))
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_rank_one_contains_the_delta_rule() -> None:
+    q, k, v, beta, g, state = inputs(37, 1.0, True).values()
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert beta is not None
+    assert g is not None
+    b, decay = beta.unsqueeze(-1) * k, g.unsqueeze(-1).expand_as(k)
+    mine = rank_one(q, b, v, k * decay.exp(), -b, decay, state)
+    for one, other in zip(mine, delta(q, k, v, beta, g, state), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -276,6 +305,6 @@ def test_a_kernel_is_chosen_and_named() -> None:
     assert (chosen.name, why) == ("naive", "it needs a GPU")
     remove()
     assert operation.choose(Situation("cuda", torch.float32, 8))[0].name == "naive"
-    for each in (LINEAR, DELTA, SCAN):
+    for each in (LINEAR, DELTA, RANK_ONE, SCAN):
         assert each.choose(Situation("cpu", torch.float32, 1))[0].name == "naive"
         assert each.choose(Situation("cpu", torch.float32, 0))[0].name == "chunked"

@@ -236,6 +236,22 @@ def test_a_window_by_hand(flash: bool | None) -> None:
         same(attention(x), attention.to_out(weights @ v))
 
 
+@pytest.mark.parametrize("past", [None, 0, 2])
+@pytest.mark.parametrize("future", [0, 1, 9])
+def test_a_window_both_ways_by_hand(past: int | None, future: int) -> None:
+    """A query sees `past` tokens before it and `future` tokens after it."""
+    distance = torch.arange(5)[:, None] - torch.arange(5)
+    seen = (distance <= (9 if past is None else past)) & (distance >= -future)
+    x = torch.randn(1, 5, 4)
+    for flash in (None, False):
+        attention = Attention(
+            4, heads=1, dim_head=4, max_attend_past=past, max_attend_future=future, flash=flash, project_out=True
+        )
+        q, k, v = (to(x) for to in (attention.to_q, attention.to_k, attention.to_v))
+        weights = ((q @ k.mT) / 2).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        same(attention(x), attention.to_out(weights @ v))
+
+
 def test_a_zero_key_and_a_sink_join_the_softmax() -> None:
     """Both add a term to the denominator: exp(0), and exp of a learned logit."""
     x = torch.randn(1, 3, 4)

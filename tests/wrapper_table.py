@@ -45,6 +45,8 @@ from x_transformers.xm_latent_decoder import XMLatentDecoder
 VOCAB, LONGEST, WIDTH, N = 12, 16, 5, 8
 STACK = {"dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "verbose": False}
 HALVES = {"dim": 16, "heads": 2, "attn_dim_head": 8, "verbose": False}
+MORE: dict[str, Any] = {}
+"""Further keywords of every stack, for tests that fill it."""
 NUMERIC = 3
 
 
@@ -72,7 +74,7 @@ def continuous() -> ContinuousTransformerWrapper:
 
 
 def half(name: str) -> dict[str, Any]:
-    options = {"num_tokens": VOCAB, "max_seq_len": LONGEST, "depth": 1, "heads": 2, "attn_dim_head": 8}
+    options = {"num_tokens": VOCAB, "max_seq_len": LONGEST, "depth": 1, "heads": 2, "attn_dim_head": 8, **MORE}
     return {f"{name}_{key}": value for key, value in options.items()}
 
 
@@ -404,6 +406,7 @@ KINDS = (
             max_seq_len=LONGEST,
             heads=2,
             attn_dim_head=8,
+            **MORE,
         ),
         lambda batch: (torch.randn(batch, N, WIDTH),),
         reconstruction_loss,

@@ -212,7 +212,7 @@ class Attend(Configured, ReadsReference):
                 causal=causal,
                 scale=scale,
                 dropout=dropout,
-                window=None,
+                window=(None, None),
                 backends=BackendChoice(flash=flash, kernels=sdp_kwargs, packed=flash_pack_seq),
                 packed=flash_pack_seq,
             )
@@ -239,17 +239,17 @@ class Attend(Configured, ReadsReference):
         causal: bool,
         scale: float | None,
         dropout: float,
-        window: int | None,
+        window: tuple[int | None, int | None],
         backends: BackendChoice,
         packed: bool,
     ) -> None:
         """Set everything that a pass reads.
 
         `switches` are the keywords that switched on the parts, each with its part; `causal` is for attention to a
-        context and for calls that do not override it; `window` is the number of earlier slots that a query sees.
+        context and for calls that do not override it; `window` has the numbers of slots before and after a query.
         """
         self.slots, self.causal, self.scale, self.dropout = slots, causal, scale, dropout
-        self.window, self.packed, self.backends = window, packed, backends
+        (self.window, self.ahead), self.packed, self.backends = window, packed, backends
         self.leaves_scores = False
         self._answer: tuple[Any, Any] = (None, None)
         self.residual = ResidualScores()
@@ -337,6 +337,7 @@ class Attend(Configured, ReadsReference):
             causal=causal,
             own=own,
             window=self.window,
+            ahead=self.ahead,
             prefix=prefix,
             shown=shown,
             documents=layer.documents,
@@ -395,7 +396,7 @@ class Attend(Configured, ReadsReference):
             return self.backends.for_request(request, needs)
         q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
         learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
+        skips = hiding is not None and (hiding.order is not None or hiding.slots is not None)
         # all that `for_request` reads, except in a graph: with something left out, a later call could get a kernel that
         # cannot host it
         mode = learns, skips, torch._C._are_functorch_transforms_active(), forward_ad._current_level

@@ -27,9 +27,11 @@ from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.losses import mean_over, plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.chunked_loss import chunked_losses
 from x_transformers.models.embeddings import checked_ids
+from x_transformers.models.exit_losses import ExitLosses, ExitWeights, exit_losses
+from x_transformers.models.exits import up_to_exit
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.repeated import looped_loss
 from x_transformers.models.transformer import TransformerWrapper
@@ -75,6 +77,11 @@ class AutoregressiveWrapper(SavesFolders):
         looped_loss_threshold_exit: improvement that a further loop of a looped model should bring.
         looped_loss_slope: how sharply its gates distinguish improvements.
         looped_exit_loss_weight: weight of the loss of the gates; see `looped_loss`.
+        exit_loss_weights: weights of the losses of a model with `exit_layers`, normalized to a sum of 1: after block e
+            "equal" is 1, "linear" e and "sum" e (e + 1) / 2; or a number for each exit and for the end of the model.
+        exit_loss_scale: factor of the weights of all exits but the end.
+        exit_loss_every: number of steps in which each exit takes part once; exit i, counted from 0, does so if
+            `(i + exit_step) % exit_loss_every == 0`. The end always takes part.
 
     Raises:
         ConfigError: if the model has several heads or none, or an option is out of range or without effect.
@@ -93,6 +100,9 @@ class AutoregressiveWrapper(SavesFolders):
         looped_exit_loss_weight: float = 1.0,
         *,
         loss_chunk_size: int | None = None,
+        exit_loss_weights: ExitWeights = "sum",
+        exit_loss_scale: float = 1.0,
+        exit_loss_every: int = 1,
     ) -> None:
         super().__init__()
         model = check_next_token_net(net)
@@ -112,7 +122,7 @@ class AutoregressiveWrapper(SavesFolders):
             looped_loss_slope=(looped_loss_slope, 50),
             looped_exit_loss_weight=(looped_exit_loss_weight, 1.0),
         )
-        self.net = net
+        self.net, self.exit_losses = net, ExitLosses.of(model, exit_loss_weights, exit_loss_scale, exit_loss_every)
         self.ignore_index, self.pad_value = ignore_index, pad_value
         self.mask_prob, self.add_attn_z_loss = mask_prob, add_attn_z_loss
         self.next_embed_loss_weight = next_embed_loss_weight if model.add_continuous_pred_head else 0.0
@@ -139,18 +149,22 @@ class AutoregressiveWrapper(SavesFolders):
         return_outputs: bool = False,
         prepend_embeds: Tensor | None = None,
         lens: Tensor | None = None,
+        *,
+        exit_step: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute the mean over all valid targets of `-log p(x[t + 1] | x[..t])`.
 
         A model that predicts embeddings adds the mean of `|pred[t] - embedding[t + 1]|` over the same places and all
-        features, times its weight.
+        features, times its weight. In training, the loss of a model with exits is the weighted mean over these; in
+        evaluation, that of the end of the model.
 
         Args:
             x: `(b, n)` ids; `ignore_index` where a token is neither shown nor predicted.
             return_outputs: also return `(logits, intermediates)`, logits `(b, n - 1, v)`.
             prepend_embeds: `(b, p, E)` embeddings before the tokens; nothing is predicted at their places.
             lens: `(b,)` number of valid tokens of each row, from the left.
+            exit_step: number of the training step, for `exit_loss_every`.
             kwargs: of the model's pass.
 
         Returns:
@@ -177,21 +191,26 @@ class AutoregressiveWrapper(SavesFolders):
             given = kwargs.get("self_attn_kv_mask")
             kwargs["self_attn_kv_mask"] = kept if given is None else kept & given.bool()
         model = unwrapped(self.net)
+        shares = self.exit_losses.shares(exit_step) if self.exit_losses is not None and model.training else {}
+        blocks = tuple(shares)[:-1]
         if model.looped and not return_outputs:
             kwargs.setdefault("capture", Capture())
-        out = self.net(
+        out, aux = run_with_aux_loss(
+            self.net,
             shown,
             prepend_embeds=prepend_embeds,
             return_intermediates=return_outputs or model.looped,
             return_attn_z_loss=self.add_attn_z_loss,
             return_next_embed_pred=self.next_embed_loss_weight > 0,
             return_embeddings=chunked or (model.looped and not return_outputs),
+            return_exits=blocks,
             **kwargs,
         )
         logits, record = out if return_outputs or self.add_attn_z_loss or model.looped else (out, None)
         predicted = embeds = None
         if self.next_embed_loss_weight > 0:
             logits, (predicted, embeds) = logits
+        logits, exits = logits if blocks else (logits, {})
 
         p = 0 if prepend_embeds is None else prepend_embeds.shape[1]
         # labels move to the logits of the token before them; prepended places and the last one have none
@@ -200,14 +219,17 @@ class AutoregressiveWrapper(SavesFolders):
             assert record is not None
             loss = self._looped_loss(record, labels[:, p:], kwargs.get("to_logits_kwargs"))
         else:
-            each = self._token_losses(logits, labels, kwargs.get("to_logits_kwargs"))
+            losses_of = functools.partial(self._token_losses, labels=labels, arguments=kwargs.get("to_logits_kwargs"))
+            each = exit_losses(losses_of, shares, exits, logits) if blocks else losses_of(logits)
             loss = mean_over(each, labels != self.ignore_index)
         if predicted is not None and embeds is not None:
             loss = loss + self._embedding_error(predicted, embeds, labels) * self.next_embed_loss_weight
         if self.add_attn_z_loss:
             assert record is not None
             loss = loss + record.attn_z_loss
-        loss = reaching(loss, model.attn_pool, model.to_next_embed_pred if predicted is None else None, model.exit_gate)
+        loss = plus_aux_loss(loss, aux)
+        loss = reaching(loss, model.to_next_embed_pred if predicted is None else None)
+        loss = reaching(loss, model.attn_pool, model.exit_gate, model.exit_norms)
         return (loss, (logits[:, p:-1], record)) if return_outputs else loss
 
     def _drop_keys(self, x: Tensor) -> Tensor:
@@ -255,7 +277,7 @@ class AutoregressiveWrapper(SavesFolders):
     @takes_options(
         "eos_token temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
         "contrastive_decode_kwargs cache_kv return_intermediates * cache compile compile_prefill progress "
-        "filter_before_temperature draft_model draft_tokens prompt_lookup"
+        "filter_before_temperature draft_model draft_tokens prompt_lookup draft_layers exit_layer"
     )
     @passes_on("net")
     def generate(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Any:
@@ -292,7 +314,7 @@ class AutoregressiveWrapper(SavesFolders):
     @takes_options(
         "eos_token * temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
         "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
-        "draft_tokens prompt_lookup"
+        "draft_tokens prompt_lookup draft_layers exit_layer"
     )
     @passes_on("net")
     def stream(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
@@ -315,7 +337,8 @@ class AutoregressiveWrapper(SavesFolders):
         return streamed(steps, in_shape(generation.prompts.lead), generation.view)
 
     def _begin(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Generation:
-        net, amateurs, draft = unwrapped(self.net), options.amateur_model, options.draft_model
+        net = up_to_exit(unwrapped(self.net), options.exit_layer)
+        amateurs, draft = options.amateur_model, options.draft_model
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         options = replace(options, amateur_model=_nets(amateurs), draft_model=None if draft is None else _net(draft))
         read = self._read(prompts, options)
@@ -324,7 +347,7 @@ class AutoregressiveWrapper(SavesFolders):
 
     @takes_options(
         "beams return_beams_and_scores eos_token temperature stochastic prompt_lens filter_logits_fn "
-        "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature",
+        "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature exit_layer",
         filter_logits_fn=unchanged,
     )
     @passes_on("net")
@@ -349,7 +372,7 @@ class AutoregressiveWrapper(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
-        net = unwrapped(self.net)
+        net = up_to_exit(unwrapped(self.net), options.exit_layer)
         check_length_and_end(seq_len, options.eos_token, net.num_tokens)
         read = self._read(prompts, options)
         tokens, scores = search(net, read, seq_len, options, self.pad_value)

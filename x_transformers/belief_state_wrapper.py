@@ -20,7 +20,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
-from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.losses import mean_over, plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
@@ -126,10 +126,10 @@ class BeliefStateWrapper(SavesFolders):
         check_predicts(seq)
         lens = _lengths(lens, seq)
         seq = seq.long().masked_fill(torch.arange(seq.shape[1], device=seq.device) >= lens.unsqueeze(-1), 0)
-        f, g = self._states(seq, lens)
+        f, g, aux = self._states(seq, lens)
         pairs = self._pairs(seq.shape[1], seq.device)
         if len(pairs) == 0:
-            return self._reaching((f.sum() + g.sum()) * 0.0, self.text_head)
+            return self._reaching(plus_aux_loss((f.sum() + g.sum()) * 0.0, *aux), self.text_head)
         i, j = pairs.unbind(dim=-1)
         # j = L is valid: that state has read the end and no token
         valid = j <= lens.unsqueeze(-1)
@@ -139,8 +139,8 @@ class BeliefStateWrapper(SavesFolders):
         # the distance is either an input or a target
         if self.to_distance_cond is not None and bool(torch.rand(()) < self.cond_on_distance_prob):
             conditioned = states * self.to_distance_cond(distance.to(states.dtype))
-            return self._reaching(self._text_loss(conditioned, labels, valid, weights))
-        loss = self._text_loss(states, labels, valid, weights)
+            return self._reaching(plus_aux_loss(self._text_loss(conditioned, labels, valid, weights), *aux))
+        loss = plus_aux_loss(self._text_loss(states, labels, valid, weights), *aux)
         if self.to_distance_logits is not None:
             loss = loss + self._distance_loss(states, distance, valid) * self.pred_distance_loss_weight
         return self._reaching(loss)
@@ -148,20 +148,24 @@ class BeliefStateWrapper(SavesFolders):
     def _reaching(self, loss: Tensor, *further: nn.Module) -> Tensor:
         """Return the loss with gradients for what it does not read: the decoders' own heads, a distance not drawn."""
         nets = [unwrapped(net) for net in (self.forward_decoder, self.backward_decoder)]
-        names = ("to_logits", "logit_changes", "mixture", "to_next_embed_pred", "attn_pool")
+        names = ("to_logits", "logit_changes", "mixture", "to_next_embed_pred", "attn_pool", "exit_norms")
         heads = [getattr(net, name) for net in nets for name in names]
         return reaching(loss, *heads, self.to_distance_cond, self.to_distance_logits, *further)
 
-    def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `f (b, n, d)` and `g (b, n + 1, d)`, whose values after a row's length are arbitrary."""
-        f = self.forward_decoder(seq, return_embeddings=True)
+    def _states(self, seq: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+        """Return `f (b, n, d)` and `g (b, n + 1, d)`, whose values after a row's length are arbitrary, and the
+        auxiliary losses of both models.
+        """
+        f, of_forward = run_with_aux_loss(self.forward_decoder, seq, return_embeddings=True)
         places = torch.arange(seq.shape[1] + 1, device=seq.device)
         # each row is reversed in itself, so that the end comes before its last token
         reversed_seq = seq.gather(1, (lens.unsqueeze(-1) - 1 - places[:-1]).clamp(min=0))
-        read = self.backward_decoder(reversed_seq, prepend_embeds=self._end(len(seq)), return_embeddings=True)
+        given = {"prepend_embeds": self._end(len(seq)), "return_embeddings": True}
+        read, of_backward = run_with_aux_loss(self.backward_decoder, reversed_seq, **given)
         # `g_j` has read the end and then L - j tokens, so that it is output L - j of the reversed pass
         order = (lens.unsqueeze(-1) - places).clamp(min=0)
-        return f, read.gather(1, order.unsqueeze(-1).expand(-1, -1, read.shape[-1]))
+        g = read.gather(1, order.unsqueeze(-1).expand(-1, -1, read.shape[-1]))
+        return f, g, (of_forward, of_backward)
 
     def _end(self, batch: int) -> Tensor:
         """Return `(b, 1, E)` the embedding that the backward model reads first."""

@@ -23,7 +23,7 @@ from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Vectors, as_vectors
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over
+from x_transformers.losses import mean_aux_loss, mean_over, plus_aux_loss, run_with_aux_loss
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.modules.conveniences import names_of
@@ -146,8 +146,8 @@ class ContinuousAutoregressiveWrapper(SavesFolders):
         x = _finite(x, kwargs)
         if kwargs.get("lens") is not None:
             kwargs = {**kwargs, "lens": None, "mask": _before(kwargs["lens"], x)}
-        predicted = self.net(x[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
-        return self._mean(self._losses(predicted, x[:, 1:]), counted)
+        predicted, aux = run_with_aux_loss(self.net, x[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
+        return plus_aux_loss(self._mean(self._losses(predicted, x[:, 1:]), counted), aux)
 
     @checked
     @passes_on("net")
@@ -196,23 +196,28 @@ class ContinuousAutoregressiveWrapper(SavesFolders):
         if mask is not None:
             counted = counted & mask.gather(1, places) & mask.gather(1, places - 1)
             mask = torch.cat((align_right(mask, cut, False)[:, -history.shape[1] :], mask.gather(1, places)), dim=1)
-        losses = self._losses(self._roll_out(history, start, mask, rollout_steps, kwargs), targets)
-        return mean_over(losses.mean(dim=-1), counted)
+        predicted, aux = self._roll_out(history, start, mask, rollout_steps, kwargs)
+        return plus_aux_loss(mean_over(self._losses(predicted, targets).mean(dim=-1), counted), aux)
 
     def _roll_out(
         self, history: Tensor, start: Tensor, mask: Tensor | None, steps: int, kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        """Return `steps` predictions, `([2,] b, steps, D)`; the mask covers histories and predictions."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `steps` predictions, `([2,] b, steps, D)`, and the mean of the auxiliary losses of their passes.
+
+        The mask covers histories and predictions.
+        """
         predictions: list[Tensor] = []
+        losses: list[Tensor | None] = []
         cache: Any = KVCache() if unwrapped(self.net).can_cache_kv else None
         new, width = history, history.shape[1]
         for step in range(steps):
             if mask is not None:
                 kwargs = {**kwargs, "mask": mask[:, : width + step]}
             if cache is None:
-                out = self.net(history, seq_start_pos=start, **kwargs)
+                out, aux = run_with_aux_loss(self.net, history, seq_start_pos=start, **kwargs)
             else:
-                out, cache = self.net(
+                (out, cache), aux = run_with_aux_loss(
+                    self.net,
                     new,
                     seq_start_pos=start,
                     cache=cache,
@@ -220,6 +225,7 @@ class ContinuousAutoregressiveWrapper(SavesFolders):
                     return_intermediates=True,
                     **kwargs,
                 )
+            losses.append(aux)
             predictions.append(out[..., -1:, :])
             new = predictions[-1]
             if self.probabilistic:
@@ -228,7 +234,7 @@ class ContinuousAutoregressiveWrapper(SavesFolders):
                 new = mean + variance.sqrt() * torch.randn_like(mean)
             new = new.to(history.dtype)
             history = torch.cat((history, new), dim=1) if cache is None else history
-        return torch.cat(predictions, dim=-2)
+        return torch.cat(predictions, dim=-2), mean_aux_loss(losses)
 
     def _losses(self, predicted: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each element, `(b, n, D)`."""

@@ -13,7 +13,7 @@ from x_transformers.errors import ConfigError, ShapeError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.layers.named_stacks import Decoder, Encoder
-from x_transformers.losses import normal_divergence
+from x_transformers.losses import normal_divergence, plus_aux_loss, run_with_aux_loss
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.modules.conveniences import names_of
 from x_transformers.ops import at_least_float32, masked_mean
@@ -200,9 +200,14 @@ class ContinuousTransformerAutoencoder(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
-        features = self.encoder(seq, lens=lens)
-        latents, loss = self.bottleneck(features, return_unreduced_loss=return_unreduced_loss)
+        latents, loss, _ = self._encode(seq, lens, return_unreduced_loss)
         return (latents, loss) if return_aux_loss else latents
+
+    def _encode(self, seq: Tensor, lens: Tensor | None, unreduced: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return latent vectors, the loss of the bottleneck, and that of experts in the encoder."""
+        features, aux = run_with_aux_loss(self.encoder, seq, lens=lens)
+        latents, loss = self.bottleneck(features, return_unreduced_loss=unreduced)
+        return latents, loss, aux
 
     @checked
     def forward(
@@ -229,20 +234,21 @@ class ContinuousTransformerAutoencoder(SavesFolders):
         """
         if seq.ndim == 3 and seq.shape[1] == 0:
             raise ShapeError(f"`seq` has shape {tuple(seq.shape)}; reconstruction needs at least one vector.")
-        latents, aux_loss = self.encode(seq, lens, return_aux_loss=True, return_unreduced_loss=return_unreduced_loss)
+        latents, aux_loss, of_encoder = self._encode(seq, lens, return_unreduced_loss)
         valid = None if lens is None else torch.arange(seq.shape[1], device=seq.device) < lens.unsqueeze(-1)
-        predicted = self._decode(latents, seq[:, :-1], None if valid is None else valid[:, :-1])
+        predicted, of_decoder = self._decode(latents, seq[:, :-1], None if valid is None else valid[:, :-1])
         errors = LOSSES[self.loss_type](at_least_float32(predicted), at_least_float32(seq), reduction="none").mean(-1)
         if return_unreduced_loss:
             error = masked_mean(errors, valid)
         else:
             error = masked_mean(errors.flatten(), None if valid is None else valid.flatten(), dim=0)
         aux_loss = torch.zeros_like(error) if aux_loss is None else aux_loss
-        total = error + aux_loss
+        total = plus_aux_loss(error + aux_loss, of_encoder, of_decoder)
         return (total, (error, aux_loss)) if return_all_losses else total
 
-    def _decode(self, latents: Tensor, seq: Tensor, mask: Tensor | None) -> Tensor:
-        """Return predictions `(b, 1 + n, dim_input)` of the vectors after the latent vector and after each of `seq`.
+    def _decode(self, latents: Tensor, seq: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return predictions `(b, 1 + n, dim_input)` of the vectors after the latent vector and after each of `seq`,
+        and the loss of experts.
 
         Rows whose latent vector is dropped see neither its slot nor what is embedded there.
         """
@@ -251,7 +257,7 @@ class ContinuousTransformerAutoencoder(SavesFolders):
         if self.training and self.latents_dropout_prob > 0:
             seen = F.dropout(latents.new_ones(len(latents), 1), self.latents_dropout_prob) != 0
             slot = slot.masked_fill(~seen.unsqueeze(-1), 0.0)
-        return self.decoder(seq, mask=mask, prepend_embeds=slot, prepend_mask=seen)
+        return run_with_aux_loss(self.decoder, seq, mask=mask, prepend_embeds=slot, prepend_mask=seen)
 
 
 def _bottleneck(

@@ -12,6 +12,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError, TokenRang
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_counts, checked, read_mask
 from x_transformers.forward_pass.arrays import Ids
+from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.losses import reaching
 from x_transformers.models.embeddings import checked_ids, whole_numbers
 from x_transformers.models.transformer import TransformerWrapper
@@ -299,13 +300,25 @@ class DiscoverDecoder(SavesFolders):
             InputError: if a row has no token, or none at `enc_pos`.
         """
         tokens = checked_ids(tokens, self)
+        return self._encode(tokens, self._checked(tokens, mask))[0]
+
+    def _checked(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return the mask as bool; raise an `InputError` if a row has no token."""
         mask = None if mask is None else _mask_of(tokens, mask)
         empty = tokens.shape[1] == 0
         if mask is not None and values_can_be_read():
             empty = empty or not bool(mask.any(dim=-1).all())
         if empty:
             raise InputError("each row needs a token to be encoded; one is empty.")
-        features = self.decoder(tokens, mask=mask, return_embeddings=True)
+        return mask
+
+    def _encode(self, tokens: Tensor, mask: Tensor | None, **given: Any) -> tuple[Tensor, LayerIntermediates | None]:
+        """Return encodings of checked tokens, and the record of the pass, if `given` requests it."""
+        features, record = _pair(self.decoder(tokens, mask=mask, return_embeddings=True, **given))
+        return self._encoding(features, tokens, mask), record
+
+    def _encoding(self, features: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the feature of each row that is its encoding."""
         if isinstance(self.enc_pos, int):
             if self.enc_pos >= tokens.shape[1]:
                 raise InputError(f"`enc_pos` is {self.enc_pos}; the rows have {tokens.shape[1]} tokens.")
@@ -316,35 +329,42 @@ class DiscoverDecoder(SavesFolders):
         return features[torch.arange(len(tokens), device=tokens.device), last]
 
     @checked
-    def forward(self, tokens: Ids, targets: Ids | None = None) -> Tensor:
+    def forward(self, tokens: Ids, targets: Ids | None = None, *, return_aux_loss: bool = False) -> Any:
         """Return encodings, or the logits of targets that are written from them.
 
         Args:
             tokens: `(b, n)` ids, `pad_id` after the end of a row.
             targets: `(b, m)` ids.
+            return_aux_loss: also return the intermediates, with `aux_loss`, the losses of experts in all passes.
 
         Returns:
             `(b, dim)` encodings; or logits `(b, m, v)` of the targets, each after the encoding, `bos_id` and the
-            targets before it.
+            targets before it. With `return_aux_loss` a pair of it and the intermediates of the last pass.
 
         Raises:
             InputError: with what was given and what is needed.
         """
         tokens = checked_ids(tokens, self)
-        encodings = self.encode(tokens, tokens != self.pad_id)
+        mask = self._checked(tokens, tokens != self.pad_id)
+        given = {"return_aux_loss": True} if return_aux_loss else {}
+        encodings, record = self._encode(tokens, mask, **given)
         if targets is None:
-            return encodings
+            return encodings if record is None else (encodings, record)
         targets = checked_ids(targets, self).long()
         if len(targets) != len(tokens):
             raise ShapeError(f"`targets` has {len(targets)} rows and `tokens` {len(tokens)}; they must be equal.")
         shown = F.pad(targets[:, :-1], (1, 0), value=self.bos_id)
-        logits = self._after(encodings, shown)
+        logits, last = _pair(self._after(encodings, shown, **given))
         model = unwrapped(self.decoder)
-        return reaching(logits, model.attn_pool, model.to_next_embed_pred)
+        logits = reaching(logits, model.attn_pool, model.to_next_embed_pred, model.exit_norms)
+        if record is None or last is None:
+            return logits
+        last.include_routing([record])
+        return logits, last
 
-    def _after(self, encodings: Tensor, tokens: Tensor) -> Tensor:
+    def _after(self, encodings: Tensor, tokens: Tensor, **given: Any) -> Any:
         """Return logits `(b, n, v)` of what follows an encoding and tokens."""
-        return self.decoder(tokens, prepend_embeds=encodings.unsqueeze(1), excise_prepend_embeds=True)
+        return self.decoder(tokens, prepend_embeds=encodings.unsqueeze(1), excise_prepend_embeds=True, **given)
 
     @torch.no_grad()
     @checked
@@ -430,6 +450,11 @@ class DiscoverDecoder(SavesFolders):
         with view:
             encodings = own.encode(tokens, mask)
         return self.decode(encodings + tpr.readout(new) - tpr.readout(old), mask.sum(dim=-1))
+
+
+def _pair(out: Any) -> tuple[Tensor, LayerIntermediates | None]:
+    """Return the output of a pass, and its record, or None."""
+    return out if isinstance(out, tuple) else (out, None)
 
 
 def _mask_of(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids
-from x_transformers.losses import next_token_log_probs, reaching
+from x_transformers.losses import next_token_log_probs, plus_aux_loss, reaching, run_with_aux_loss
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.conveniences import names_of
@@ -117,12 +117,13 @@ class DPO(SavesFolders):
         sequences = torch.cat((preferred, other))
         with torch.no_grad():
             self.ref_model.eval()
-            reference = _score(self.ref_model, sequences, counted)
-        gain = _score(self.policy_model, sequences, counted) - reference
+            reference, _ = _score(self.ref_model, sequences, counted)
+        score, aux = _score(self.policy_model, sequences, counted)
+        gain = score - reference
         preferred_gain, other_gain = gain.chunk(2)
-        loss = -F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean()
+        loss = plus_aux_loss(-F.logsigmoid(self.beta * (preferred_gain - other_gain)).mean(), aux)
         model = unwrapped(self.policy_model)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, model.exit_norms)
 
     def _prepare(self, seq: Tensor, prompt: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Return ids that the model can read, and `(b, n - 1)` bool, the predicted tokens of the response."""
@@ -166,8 +167,9 @@ def log_prob_from_model_and_seq(model: TransformerWrapper, seq: Tensor) -> Tenso
     return next_token_log_probs(model(seq[:, :-1]), seq[:, 1:])
 
 
-def _score(model: TransformerWrapper, seq: Tensor, counted: Tensor) -> Tensor:
-    """Return `(b,)` the mean log-probability of the tokens that count."""
-    log_probs = log_prob_from_model_and_seq(model, seq)
+def _score(model: TransformerWrapper, seq: Tensor, counted: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return `(b,)` the mean log-probability of the tokens that count, and the auxiliary loss, if there is one."""
+    logits, aux = run_with_aux_loss(model, seq[:, :-1])
+    log_probs = next_token_log_probs(logits, seq[:, 1:])
     # padding may have a log-probability of minus infinity, and its product with a mask of 0 would be NaN
-    return masked_mean(log_probs.masked_fill(~counted, 0.0), counted)
+    return masked_mean(log_probs.masked_fill(~counted, 0.0), counted), aux

@@ -18,6 +18,7 @@ from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.branches.dropout import drop_context
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
+from x_transformers.losses import plus_aux_loss, run_with_aux_loss
 from x_transformers.models.embeddings import SharedTokenEmbedding, TokenEmbedding
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
@@ -101,10 +102,10 @@ class XTransformer(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
-        context, mask = _encode(self.encoder, src, mask, attn_mask, src_prepend_embeds)
+        context, mask, aux = _encode(self.encoder, src, mask, attn_mask, src_prepend_embeds)
         if self.training and self.cross_attn_tokens_dropout > 0:
             context, mask, _ = drop_context(context, mask, self.cross_attn_tokens_dropout)
-        return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
+        return plus_aux_loss(self.decoder(tgt, context=context, context_mask=mask, **kwargs), aux)
 
     @checked
     @passes_on("decoder.generate", but=("context", "context_mask"))
@@ -135,7 +136,7 @@ class XTransformer(SavesFolders):
         """
         view = InferenceView(self.encoder)
         with torch.no_grad(), view:
-            context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
+            context, mask, _ = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.generate(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
     @checked
@@ -161,7 +162,7 @@ class XTransformer(SavesFolders):
         """
         view = InferenceView(self.encoder)
         with torch.no_grad(), view:
-            context, mask = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
+            context, mask, _ = _encode(view.of(self.encoder), seq_in, mask, attn_mask, src_prepend_embeds)
         return self.decoder.stream(seq_out_start, seq_len, context=context, context_mask=mask, **kwargs)
 
     @property
@@ -201,12 +202,13 @@ def _encode(
     mask: Tensor | None,
     attn_mask: Tensor | None,
     prepend_embeds: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return features of prepended embeddings and source, and their mask."""
-    features = encoder(src, mask=mask, attn_mask=attn_mask, prepend_embeds=prepend_embeds, return_embeddings=True)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return features of prepended embeddings and source, their mask, and the auxiliary loss, if there is one."""
+    given = {"mask": mask, "attn_mask": attn_mask, "prepend_embeds": prepend_embeds, "return_embeddings": True}
+    features, aux = run_with_aux_loss(encoder, src, **given)
     if mask is not None:
         mask = pad_left(mask.bool(), 0 if prepend_embeds is None else prepend_embeds.shape[1], True)
-    return features, mask
+    return features, mask, aux
 
 
 def _split_options(given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

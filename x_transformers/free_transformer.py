@@ -23,7 +23,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import Decoder, Encoder
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import mean_aux_loss, mean_over, plus_aux_loss, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids, out_of_range
 from x_transformers.models.heads import LinearNoBias
 from x_transformers.models.next_item import check_predicts
@@ -245,6 +245,13 @@ class FreeTransformer(SavesFolders):
         Returns:
             One-hot codes, `(b, n, codes)` or `(b, 1, codes)`; or a pair of them and the loss, a scalar.
         """
+        latents, loss, _ = self._encode(decoder_head_embeds, mask, return_kl_loss, per_token_latents)
+        return (latents, loss) if return_kl_loss else latents
+
+    def _encode(
+        self, decoder_head_embeds: Tensor, mask: Tensor | None, information: bool, per_token_latents: bool | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return codes, their information if it is requested, and the auxiliary loss, if there is one."""
         each = self.per_token_latents if per_token_latents is None else per_token_latents
         batch, n, _ = decoder_head_embeds.shape
         queries = self.query_token_for_latents.expand(batch, n if each else 1, -1)
@@ -252,9 +259,10 @@ class FreeTransformer(SavesFolders):
         if each:
             places = torch.arange(n, device=decoder_head_embeds.device)
             pos = {"pos": places, "context_pos": places}
-        features = self.encoder(queries, context=decoder_head_embeds, context_mask=mask, **pos)
-        latents, loss = self.binary_mapper(self.to_latent_bit_logits(features), calc_aux_loss=return_kl_loss)
-        return (latents, loss) if return_kl_loss else latents
+        given = {"context": decoder_head_embeds, "context_mask": mask, **pos}
+        features, aux = run_with_aux_loss(self.encoder, queries, **given)
+        latents, loss = self.binary_mapper(self.to_latent_bit_logits(features), calc_aux_loss=information)
+        return latents, loss, aux
 
     @checked
     def forward(self, seq: Ids, seq_for_latents: Ids | None = None, return_all_losses: bool = False) -> Any:
@@ -275,31 +283,33 @@ class FreeTransformer(SavesFolders):
         seq = checked_ids(seq, self)
         check_predicts(seq)
         tokens, labels = seq[:, :-1], seq[:, 1:]
-        embeds, valid = self._read(tokens), tokens != self.pad_id
+        (embeds, of_head), valid = self._read(tokens), tokens != self.pad_id
         source, mask, each = embeds, valid, self.per_token_latents
         if seq_for_latents is not None:
             other = checked_ids(seq_for_latents, self)
             if len(other) != len(seq):
                 raise ShapeError(f"`seq_for_latents` has {len(other)} rows and `seq` {len(seq)}; they must be equal.")
-            source, mask, each = self._read(other), other != self.pad_id, False
-        latents, information = self.encode_to_latents(source, mask, return_kl_loss=True, per_token_latents=each)
+            (source, of_other), mask, each = self._read(other), other != self.pad_id, False
+            of_head = mean_aux_loss([of_head, of_other])
+        latents, information, of_encoder = self._encode(source, mask, True, each)
         latents = F.dropout(latents, self.latent_dropout_prob, self.training)
         condition = self.from_latent_to_condition(latents).expand(-1, embeds.shape[1], -1)
-        logits = self.token_unembed(self.decoder_tail(embeds, self_attn_kv_residuals=condition))
+        features, of_tail = run_with_aux_loss(self.decoder_tail, embeds, self_attn_kv_residuals=condition)
+        logits = self.token_unembed(features)
         # labels in 64 bits, which hold any `pad_id`
         losses = token_losses(logits, labels.long(), ignore_index=self.pad_id)
         loss = mean_over(losses, labels != self.pad_id)
-        total = loss + information * self.kl_loss_weight
+        total = plus_aux_loss(loss + information * self.kl_loss_weight, of_head, of_encoder, of_tail)
         return (total, (loss, information)) if return_all_losses else total
 
-    def _read(self, ids: Tensor) -> Tensor:
-        """Return what the lower half of the decoder makes of ids: `(b, n, dim)`."""
+    def _read(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the lower half of the decoder makes of ids, `(b, n, dim)`, and its auxiliary loss."""
         ids = ids.masked_fill(ids == self.pad_id, 0).long()
         try:
             embeds = self.token_emb(ids)
         except IndexError as error:
             raise out_of_range(ids, self.num_tokens) from error
-        return embeds if self.decoder_head is None else self.decoder_head(embeds)
+        return (embeds, None) if self.decoder_head is None else run_with_aux_loss(self.decoder_head, embeds)
 
     @checked
     def generate(

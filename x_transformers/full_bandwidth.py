@@ -25,7 +25,7 @@ from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.losses import mean_aux_loss, mean_over, plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.heads import LinearNoBias, TiedLogits
 from x_transformers.models.next_item import check_predicts
@@ -368,10 +368,11 @@ class FullBandwidth(SavesFolders):
             shown, kwargs = shown[:, :-1], cut_arguments(kwargs, 0, ids.shape[1] - 1, ids.shape[1])
         elif return_loss_breakdown:
             raise InputError("`return_loss_breakdown` needs a loss; leave `return_loss` at True.")
-        outputs, record = [], None
+        outputs, record, parts = [], None, []
         for _ in range(passes):
-            logits, record = self._pass(shown, record, transition, kwargs)
+            (logits, record), aux = self._pass(shown, record, transition, kwargs)
             outputs.append(logits)
+            parts.append(aux)
         fields: dict[str, Any] = {"logits": outputs[-1]}
         if return_loss:
             losses = self._losses(outputs, labels)
@@ -380,7 +381,8 @@ class FullBandwidth(SavesFolders):
             )
             decay = self.dynamic_loss_decay if dynamic_loss_decay is None else dynamic_loss_decay
             threshold = self.dynamic_loss_threshold if dynamic_loss_threshold is None else dynamic_loss_threshold
-            fields = {"loss": self._total(losses, (decay, threshold) if dynamic else None)}
+            total = self._total(losses, (decay, threshold) if dynamic else None)
+            fields = {"loss": plus_aux_loss(total, mean_aux_loss(parts))}
             if return_loss_breakdown or return_all:
                 fields["loss_breakdown"] = LossBreakdown(losses[0], losses[1:], losses)
         if return_all_pass_logits or return_all:
@@ -389,14 +391,15 @@ class FullBandwidth(SavesFolders):
 
     def _pass(
         self, ids: Tensor, record: LayerIntermediates | None, transition: Transition | None, kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, LayerIntermediates]:
-        """Run the model, with feedback of an earlier pass if there is one."""
+    ) -> tuple[tuple[Tensor, LayerIntermediates], Tensor | None]:
+        """Run the model, with feedback of an earlier pass if there is one, and return its auxiliary loss, too."""
         feedback: dict[str, Any] = {}
         if record is not None:
             start, mask = kwargs.get("seq_start_pos"), kwargs.get("mask")
             transforms = self.make_transforms(record, self.training, transition, start=start, mask=mask)
             feedback["transform_block_inputs"] = transforms
-        return self.net(ids, return_intermediates=True, capture=STATES, **feedback, **kwargs)
+        given = {"return_intermediates": True, "capture": STATES, **feedback, **kwargs}
+        return run_with_aux_loss(self.net, ids, **given)
 
     def _losses(self, outputs: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
         """Return the loss of each pass; those with feedback do not count the first position, which has none."""
@@ -417,7 +420,7 @@ class FullBandwidth(SavesFolders):
             mean = (weights * later).sum() / weights.sum().clamp(min=1e-8)
             total = total + self.feedback_pass_weight * mean
         model = unwrapped(self.net)
-        return reaching(total, model.attn_pool, model.to_next_embed_pred, self.transitions)
+        return reaching(total, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.transitions)
 
     # generation
 
@@ -510,7 +513,7 @@ class _Feedback:
             tokens = self.sequences.tokens()[:, first:last]
             given = dict(others) if start is None else {**others, "seq_start_pos": start}
             for _ in range(self.passes - 1):
-                _, before = self.model._pass(tokens, before, self.transition, given)
+                (_, before), _ = self.model._pass(tokens, before, self.transition, given)
             transforms = self._transforms(before, generate=False, start=start, mask=others.get("mask"))
         else:
             fuses = self.fuses and (self.should_fuse is None or self.should_fuse(self.step))

@@ -16,7 +16,15 @@ from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.call import Capture
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token_losses
+from x_transformers.losses import (
+    ahead,
+    mean_over,
+    plus_aux_loss,
+    reaching,
+    run_with_aux_loss,
+    sigreg_loss,
+    token_losses,
+)
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.internal_sequence import tokens_of
 from x_transformers.models.transformer import TransformerWrapper
@@ -145,7 +153,8 @@ class LatentAutoregressive(SavesFolders):
         model, x = unwrapped(self.net), checked_states_input(checked_ids(x, self), 1, kwargs)
         ids, labels = x.masked_fill(x == self.ignore_index, self.pad_value), x[:, 1:]
         valid = labels != self.ignore_index
-        features, record = self.net(
+        (features, record), aux = run_with_aux_loss(
+            self.net,
             ids,
             return_embeddings_and_intermediates=True,
             excise_prepend_embeds=True,
@@ -165,6 +174,7 @@ class LatentAutoregressive(SavesFolders):
                 sigreg = (sigreg + sigreg_loss(low[:, :-1], valid=valid, **self.sigreg_loss_kwargs)) / 2
         share = self.sigreg_loss_weight
         total = ce + (1 - share) * self.l2_loss_weight * (l2 + l2_no_action) + share * sigreg
+        total = plus_aux_loss(total, aux)
         # without these three nothing has a gradient with respect to the upper layers
         features_learn = share > 0 or self.frac_gradient > 0 or not self.detach_target
         parts = (model.attn_pool, model.to_next_embed_pred) if features_learn else (model,)

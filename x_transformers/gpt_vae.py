@@ -16,7 +16,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_ids, as_prompts
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.named_stacks import Decoder, Encoder
-from x_transformers.losses import normal_divergence
+from x_transformers.losses import normal_divergence, plus_aux_loss, run_with_aux_loss
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.conveniences import names_of
@@ -131,12 +131,17 @@ class GPTVAE(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
+        latents, parameters, _ = self._encode(seq)
+        return (latents, parameters) if return_mean_log_var else latents
+
+    def _encode(self, seq: Ids) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Return latent vectors, mean and logarithm of the variance, and the auxiliary loss, if there is one."""
         seq = checked_ids(seq, self)
         valid = seq != self.pad_id
-        features = self.encoder(seq.masked_fill(~valid, 0), mask=valid)
+        features, aux = run_with_aux_loss(self.encoder, seq.masked_fill(~valid, 0), mask=valid)
         mean, log_variance = self.to_latent_mean_log_variance(features).chunk(2, dim=-1)
         latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        return (latents, (mean, log_variance)) if return_mean_log_var else latents
+        return latents, (mean, log_variance), aux
 
     @checked
     def forward(self, seq: Ids, seq_for_latents: Ids | None = None, return_all_losses: bool = False) -> Any:
@@ -155,7 +160,7 @@ class GPTVAE(SavesFolders):
         """
         seq = checked_ids(seq, self)
         source = seq if seq_for_latents is None else seq_for_latents
-        latents, (mean, log_variance) = self.encode_to_latents(source, return_mean_log_var=True)
+        latents, (mean, log_variance), aux = self._encode(source)
         if len(latents) != len(seq):
             raise ShapeError(f"`seq_for_latents` has {len(latents)} rows and `seq` {len(seq)}; they must be equal.")
         # a row whose slot is hidden has the positions, and the loss, of a row without one
@@ -165,7 +170,7 @@ class GPTVAE(SavesFolders):
         slot = self.from_latent_to_prepend_token(latents).unsqueeze(1)
         loss = self.ar_wrapped_decoder(seq, prepend_embeds=slot, prepend_mask=seen)
         divergence = normal_divergence(mean, log_variance, self.vae_kl_div_floor).mean()
-        total = loss + divergence * self.vae_kl_loss_weight
+        total = plus_aux_loss(loss + divergence * self.vae_kl_loss_weight, aux)
         return (total, (loss, divergence)) if return_all_losses else total
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from x_transformers.errors import ConfigError, TokenRangeError
+from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 
 
@@ -131,6 +132,63 @@ def reaching(loss: Tensor, *parts: nn.Module | nn.Parameter | None) -> Tensor:
                 # a sum of no numbers, which is zero even if the parameter is not finite
                 loss = loss + parameter.flatten()[:0].sum().to(loss.dtype)
     return loss
+
+
+def run_with_aux_loss(net: nn.Module, *arguments: Any, **keywords: Any) -> tuple[Any, Tensor | None]:
+    """Run one pass of a training loss, and return its output and the auxiliary loss, which the loss has to contain.
+
+    Every objective runs its models through this function. In evaluation there is no auxiliary loss, so that losses of
+    models with and without experts can be compared.
+
+    Args:
+        net: a model or a stack, perhaps inside of what PyTorch puts around it. A module of the caller's has no
+            auxiliary loss.
+        arguments: of the pass.
+        keywords: of the pass.
+
+    Returns:
+        What the pass returns, and a scalar, or None if there is nothing to add; see `plus_aux_loss`.
+    """
+    model = unwrapped(net)
+    if not (model.training and getattr(model, "has_aux_loss", False)):
+        return net(*arguments, **keywords), None
+    out, record = net(*arguments, return_aux_loss=True, **keywords)
+    if any(keywords.get(name) for name in _WITH_RECORD):
+        out = (out, record)
+    elif keywords.get("return_mems"):
+        out = (out, record.mems)
+    return out, record.aux_loss
+
+
+_WITH_RECORD = (
+    "return_intermediates",
+    "return_embeddings_and_intermediates",
+    "return_attn_z_loss",
+    "return_logit_entropies",
+    "return_hiddens",
+)
+"""Arguments with which a pass returns its record anyway."""
+
+
+def plus_aux_loss(loss: Any, *parts: Tensor | None) -> Any:
+    """Return a loss plus the auxiliary losses of its passes, of different models; see `run_with_aux_loss`.
+
+    Args:
+        loss: a tensor, or a tuple that begins with it.
+        parts: scalars, or None.
+    """
+    if isinstance(loss, tuple):
+        return plus_aux_loss(loss[0], *parts), *loss[1:]
+    for part in parts:
+        if part is not None:
+            loss = loss + part
+    return loss
+
+
+def mean_aux_loss(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the mean of the auxiliary losses of several passes of one model, or None if it has none."""
+    given = [part for part in parts if part is not None]
+    return torch.stack(given).mean() if given else None
 
 
 def next_token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:

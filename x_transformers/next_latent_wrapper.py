@@ -16,7 +16,15 @@ from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import ahead, mean_over, reaching, sigreg_loss, token_losses
+from x_transformers.losses import (
+    ahead,
+    mean_over,
+    plus_aux_loss,
+    reaching,
+    run_with_aux_loss,
+    sigreg_loss,
+    token_losses,
+)
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.conveniences import names_of
@@ -240,18 +248,19 @@ class NextLatentWrapper(SavesFolders):
         model = unwrapped(self.net)
         x = checked_states_input(checked_ids(x, self), self.num_rollouts, kwargs)
         shown = x.masked_fill(x == self.ignore_index, self.pad_value)
-        h = self.net(shown, return_embeddings=True, excise_prepend_embeds=True, **kwargs)
+        h, aux = run_with_aux_loss(self.net, shown, return_embeddings=True, excise_prepend_embeds=True, **kwargs)
         logits, labels = model.logits_of(h[:, :-1], kwargs.get("to_logits_kwargs")), x[:, 1:]
         valid = labels != self.ignore_index
         each = token_losses(logits, labels, ignore_index=self.ignore_index, log_probs=model.output_is_log_prob)
         ce = mean_over(each, valid)
         next_latent, kl = self._rollouts(h, self.token_emb(shown), valid)
         total = ce + next_latent * self.next_latent_loss_weight + kl * self.kl_loss_weight
+        total = plus_aux_loss(total, aux)
         sigreg = torch.zeros_like(total)
         if self.sigreg_loss_weight > 0:
             sigreg = sigreg_loss(h[:, :-1], valid=valid, **self.sigreg_loss_kwargs)
             total = total + sigreg * self.sigreg_loss_weight
-        total = reaching(total, model.attn_pool, model.to_next_embed_pred, self.dynamics_model)
+        total = reaching(total, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.dynamics_model)
         return (total, Losses(ce, next_latent, kl, sigreg)) if return_loss_breakdown else total
 
     def _rollouts(self, h: Tensor, embeds: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

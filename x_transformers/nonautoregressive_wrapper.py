@@ -21,7 +21,7 @@ from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.losses import mean_over, plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.conveniences import names_of
@@ -253,7 +253,7 @@ class NonAutoregressiveWrapper(SavesFolders):
         masked = self._draw_masked(x, t, valid)
         shown = self._show(x, masked)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
-            logits = self.net(shown, **self._training_condition(shown, kwargs), **kwargs)
+            logits, aux = run_with_aux_loss(self.net, shown, **self._training_condition(shown, kwargs), **kwargs)
         critic_loss = None
         if self.token_critic is not None and not only_train_generator:
             sampled = self._sample(logits.detach(), generator_sample_temperature)
@@ -263,8 +263,9 @@ class NonAutoregressiveWrapper(SavesFolders):
             if only_train_critic:
                 return Losses(critic_loss, None, critic_loss)
         # what the loss does not read, such as the learned vector where the model has read its own features
-        loss = self._generator_loss(logits, x, masked, t)
-        loss = reaching(loss, self.null_embed, unwrapped(self.net).to_next_embed_pred)
+        loss = plus_aux_loss(self._generator_loss(logits, x, masked, t), aux)
+        net = unwrapped(self.net)
+        loss = reaching(loss, self.null_embed, net.to_next_embed_pred, net.exit_norms)
         if critic_loss is None:
             return Losses(loss, loss, None)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
@@ -348,28 +349,31 @@ class NonAutoregressiveWrapper(SavesFolders):
     def _critic_loss(
         self, filled: Tensor, wrong: Tensor, valid: Tensor, kwargs: dict[str, Any], *, frozen: bool
     ) -> Tensor:
-        rated = self._rate(filled, kwargs, frozen=frozen)
+        rated, aux = self._rate(filled, kwargs, frozen=frozen)
         each = F.binary_cross_entropy_with_logits(rated, wrong.to(rated.dtype), reduction="none")
-        return mean_over(each, valid)
+        return plus_aux_loss(mean_over(each, valid), aux)
 
-    def _rate(self, filled: Tensor, kwargs: dict[str, Any], *, frozen: bool = False) -> Tensor:
-        """Return `(b, n)` logits of the critic that a token is wrong; `frozen` stops gradients into the model."""
+    def _rate(self, filled: Tensor, kwargs: dict[str, Any], *, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return `(b, n)` logits of the critic that a token is wrong, and its auxiliary loss, if it has one.
+
+        `frozen` stops gradients into the model.
+        """
         critic = self.token_critic
         assert critic is not None
         if isinstance(critic, SelfCritic):
             condition = self._self_condition(filled)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                features = critic.net(filled, return_embeddings=True, **condition, **kwargs)
+                features, aux = run_with_aux_loss(critic.net, filled, return_embeddings=True, **condition, **kwargs)
             rated = critic.to_logits(features)
         else:
-            rated = critic(filled, **kwargs)
+            rated, aux = run_with_aux_loss(critic, filled, **kwargs)
         rated = rated.squeeze(-1) if rated.ndim == 3 else rated
         if rated.shape != filled.shape:
             raise ShapeError(
                 f"the critic returns a tensor of shape {tuple(rated.shape)}; it must return one number for each token, "
                 f"{tuple(filled.shape)}. Build it with `logits_dim = 1`."
             )
-        return at_least_float32(rated)
+        return at_least_float32(rated), aux
 
     # generation
 
@@ -461,7 +465,7 @@ class NonAutoregressiveWrapper(SavesFolders):
     def _doubts(self, tokens: Tensor, logits: Tensor, noise_level: float, kwargs: dict[str, Any]) -> Tensor:
         """Return `(b, n)` scores; the larger, the sooner a token is masked again."""
         if self.token_critic is not None:
-            rated = self._rate(tokens, kwargs)
+            rated, _ = self._rate(tokens, kwargs)
             return rated + clamped_gumbel_noise(rated) * noise_level
         return 1 - logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 

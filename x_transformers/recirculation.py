@@ -195,10 +195,11 @@ class Recirculation(SavesFolders, ModelDelegate):
             "input_not_include_cache": True,
             "return_intermediates": True,
         }
-        out, record = self.net(x, cache=cache, capture=Capture(hiddens=True), **given)
+        out, first = self.net(x, cache=cache, capture=Capture(hiddens=True), **given)
         # what the norms read: in some stacks this is not the stream itself, but made of it
-        inputs = self.mix(record.memory_inputs, step)
+        inputs = self.mix(first.memory_inputs, step)
         _, record = self.net(x, cache=cache, capture=Capture(), self_attn_inputs=inputs, **given)
+        record.include_routing([first])
         return out, record
 
     @checked
@@ -232,7 +233,7 @@ class Recirculation(SavesFolders, ModelDelegate):
             check_counts(seq_start_pos, "seq_start_pos", None, len(x))
         kv = cache.cache if isinstance(cache, LayerIntermediates) else cache
         kv = KVCache() if kv is None else kv
-        n, outputs, record = x.shape[1], [], LayerIntermediates(cache=kv)
+        n, outputs, record, records = x.shape[1], [], LayerIntermediates(cache=kv), []
         for place in range(n):
             arguments = own if n == 1 else _of_token(own, place, n)
             assert record.cache is not None
@@ -240,6 +241,7 @@ class Recirculation(SavesFolders, ModelDelegate):
             step: Any = before if seq_start_pos is None else before - seq_start_pos.view(-1, 1, 1)
             out, record = self.recirculate(x[:, place : place + 1], record.cache, seq_start_pos, arguments, step)
             outputs.append(out)
+            records.append(record)
             for name in ("prepend_embeds", "prepend_mask"):
                 own.pop(name, None)  # they are in the cache now
         if kwargs.get("excise_prepend_embeds"):
@@ -247,7 +249,8 @@ class Recirculation(SavesFolders, ModelDelegate):
         logits = torch.cat(outputs, dim=1)
         keep = kwargs.get("logits_to_keep")
         logits = logits[:, -keep:] if keep else logits
-        return (logits, record) if return_intermediates else logits
+        record.include_routing(records[:-1])
+        return (logits, record) if return_intermediates or kwargs.get("return_aux_loss") else logits
 
     def learn_parameters(
         self,

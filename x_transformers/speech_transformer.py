@@ -15,6 +15,7 @@ from x_transformers.forward_pass.arguments import check_counts, checked
 from x_transformers.forward_pass.arrays import Ids
 from x_transformers.forward_pass.names import passes_on
 from x_transformers.layers.kinds import CROSS_ATTENTION
+from x_transformers.losses import plus_aux_loss, run_with_aux_loss
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.convolutional_front import ConvolutionalFront
 from x_transformers.models.transformer import TransformerWrapper
@@ -73,8 +74,8 @@ class SpeechTransformer(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
-        context, mask = _encode(self.front, self.encoder, audio, lens)
-        return self.decoder(tgt, context=context, context_mask=mask, **kwargs)
+        context, mask, aux = _encode(self.front, self.encoder, audio, lens)
+        return plus_aux_loss(self.decoder(tgt, context=context, context_mask=mask, **kwargs), aux)
 
     @checked
     def encode(self, audio: Tensor, lens: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -89,7 +90,7 @@ class SpeechTransformer(SavesFolders):
         Raises:
             InputError: with what was given and what is needed.
         """
-        return _encode(self.front, self.encoder, audio, lens)
+        return _encode(self.front, self.encoder, audio, lens)[:2]
 
     @checked
     @passes_on("decoder.generate", but=("context", "context_mask"))
@@ -133,7 +134,7 @@ class SpeechTransformer(SavesFolders):
     def _encode_for_inference(self, audio: Tensor, lens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         view = InferenceView(self.encoder)
         with torch.no_grad(), view:
-            return _encode(self.front, view.of(self.encoder), audio, lens)
+            return _encode(self.front, view.of(self.encoder), audio, lens)[:2]
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         raise StateDictError("the reference has no encoder of spectrograms; a SpeechTransformer cannot be exported.")
@@ -141,8 +142,8 @@ class SpeechTransformer(SavesFolders):
 
 def _encode(
     front: ConvolutionalFront, encoder: ContinuousTransformerWrapper, audio: Tensor, lens: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return features and their mask, or None without `lens`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return features, their mask, or None without `lens`, and the auxiliary loss, if there is one."""
     channels = front.first.in_channels
     if audio.ndim != 3 or audio.shape[1] != channels or not audio.shape[-1] or not audio.is_floating_point():
         raise ShapeError(
@@ -150,12 +151,14 @@ def _encode(
             f"{channels}, frames), with at least one frame."
         )
     if lens is None:
-        return encoder(front(audio)), None
+        features, aux = run_with_aux_loss(encoder, front(audio))
+        return features, None, aux
     frames = audio.shape[-1]
     check_counts(lens, "lens", frames, audio.shape[0])
     mask = torch.arange(frames, device=audio.device) < lens.unsqueeze(-1)
     # output i reads the frames around 2 i, of which the first is never before the first one of the row
-    return encoder(front(audio, mask), mask=mask[:, ::2]), mask[:, ::2]
+    features, aux = run_with_aux_loss(encoder, front(audio, mask), mask=mask[:, ::2])
+    return features, mask[:, ::2], aux
 
 
 def _check(encoder: ContinuousTransformerWrapper, decoder: TransformerWrapper) -> None:

@@ -26,7 +26,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import reaching, token_losses
+from x_transformers.losses import plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.memory_layout import interspersed
 from x_transformers.models.next_item import check_hides_future, check_predicts
@@ -268,15 +268,15 @@ class XLAutoregressiveWrapper(SavesFolders):
         """
         create_graph = self.training and differentiable
         given = {"return_mems": True, "return_intermediates": True, "detach_mems": segment.detach, **segment.arguments}
-        logits, record = self.net(segment.tokens, **given)
+        (logits, record), aux = run_with_aux_loss(self.net, segment.tokens, **given)
         for _ in range(times - 1):
             adaptation.update(logits, segment.labels, record, create_graph)
-            logits, record = self.net(segment.tokens, **given)
+            (logits, record), aux = run_with_aux_loss(self.net, segment.tokens, **given)
         if not is_last:
             adaptation.update(logits, segment.labels, record, create_graph)
         if segment.detach:
             adaptation.detach()
-        each = self._segment_loss(logits, segment.labels)
+        each = plus_aux_loss(self._segment_loss(logits, segment.labels), aux)
         return (each if differentiable else each.detach()), record.mems
 
     @checked
@@ -296,13 +296,14 @@ class XLAutoregressiveWrapper(SavesFolders):
         self, tokens: Tensor, labels: Tensor, detach: bool, mems: Memories | None = None, **arguments: Any
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the loss of one segment, and the memory that it leaves."""
-        logits, left = self.net(tokens, return_mems=True, detach_mems=detach, mems=mems, **arguments)
-        return self._segment_loss(logits, labels), left
+        arguments = {"return_mems": True, "detach_mems": detach, "mems": mems, **arguments}
+        (logits, left), aux = run_with_aux_loss(self.net, tokens, **arguments)
+        return plus_aux_loss(self._segment_loss(logits, labels), aux), left
 
     def _reaching(self, loss: Tensor) -> Tensor:
         """Return the loss with gradients for the heads that it does not read."""
         model = unwrapped(self.net)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred, self.ttt_custom_loss_module)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.ttt_custom_loss_module)
 
     def _segment_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         normalized = unwrapped(self.net).output_is_log_prob

@@ -22,7 +22,7 @@ from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.arrays import Ids, as_prompts
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over, reaching, token_losses
+from x_transformers.losses import mean_aux_loss, mean_over, plus_aux_loss, reaching, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_predicts
 from x_transformers.models.transformer import TransformerWrapper
@@ -199,7 +199,7 @@ class XMLatentDecoder(SavesFolders):
         ids = seq.masked_fill(seq == self.ignore_index, 0)
         if not return_loss:
             given = self._candidates(latents, len(seq), candidates, active)
-            logits, _ = self._run(ids, given, max_batch_size, mask, kwargs, records=False)
+            logits, *_ = self._run(ids, given, max_batch_size, mask, kwargs, records=False)
             return logits, given
         check_predicts(seq)
         ids, labels, seen = ids[:, :-1], seq[:, 1:], None
@@ -212,11 +212,11 @@ class XMLatentDecoder(SavesFolders):
         drop = self.latent_drop_prob if latent_drop_prob is None else latent_drop_prob
         model = unwrapped(self.net)
         if self.training and random.random() < drop:
-            each = self._token_losses(self.net(ids, mask=seen, **kwargs), labels)
-            return self._reaching(mean_over(each, counts))
+            logits, aux = run_with_aux_loss(self.net, ids, mask=seen, **kwargs)
+            return self._reaching(plus_aux_loss(mean_over(self._token_losses(logits, labels), counts), aux))
         given = self._candidates(latents, len(seq), candidates, active)
         choose = self._chooser(active, winner_fn, winner_fns)
-        logits, records = self._run(ids, given, max_batch_size, seen, kwargs, records=_takes_record(choose))
+        logits, records, aux = self._run(ids, given, max_batch_size, seen, kwargs, records=_takes_record(choose))
         each = self._token_losses(logits, labels.unsqueeze(1).expand(logits.shape[:-1]))
         counted = counts.unsqueeze(1)
         losses = each.masked_fill(~counted, 0.0).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
@@ -225,11 +225,11 @@ class XMLatentDecoder(SavesFolders):
         weight = self.repulsive_loss_weight if repulsive_loss_weight is None else float(repulsive_loss_weight)
         if weight > 0 and logits.shape[1] > 1:
             loss = loss - weight * _divergence(logits, counts, log_probs=model.output_is_log_prob)
-        return self._reaching(loss)
+        return self._reaching(plus_aux_loss(loss, aux))
 
     def _reaching(self, loss: Tensor) -> Tensor:
         model = unwrapped(self.net)
-        return reaching(loss, model.attn_pool, model.to_next_embed_pred, self.latent_proj)
+        return reaching(loss, model.attn_pool, model.to_next_embed_pred, model.exit_norms, self.latent_proj)
 
     def _token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         given: Any = {"ignore_index": self.ignore_index, "log_probs": unwrapped(self.net).output_is_log_prob}
@@ -251,8 +251,10 @@ class XMLatentDecoder(SavesFolders):
 
     def _run(
         self, ids: Tensor, latents: Tensor, most: int | None, mask: Tensor | None, kwargs: Any, *, records: bool
-    ) -> tuple[Tensor, list[LayerIntermediates]]:
-        """Return logits `(b, K, n, v)`, and with `records` that of each part of the rows that ran together."""
+    ) -> tuple[Tensor, list[LayerIntermediates], Tensor | None]:
+        """Return logits `(b, K, n, v)`, with `records` that of each part of the rows that ran together, and the mean
+        over these parts of the auxiliary losses.
+        """
         most = self.max_batch_size if most is None else most
         _check_rows(most, InputError)
         if "prepend_embeds" in kwargs:
@@ -260,13 +262,14 @@ class XMLatentDecoder(SavesFolders):
         (batch, count), embeds = latents.shape[:2], self._embedded(latents).flatten(0, 1)
         rows = batch * count
         arguments = {name: value for name, value in {**kwargs, "mask": mask}.items() if value is not None}
-        logits, kept = [], []
+        logits, kept, losses = [], [], []
         for first in range(0, max(rows, 1), most or max(rows, 1)):
             last = min(first + (most or rows), rows)  # a pass of no rows has logits, too
             # the samples of these rows, each as often as it has candidates
             samples = torch.arange(first, last, device=ids.device) // count
             pick = functools.partial(_picked, samples)
-            out = self.net(
+            out, aux = run_with_aux_loss(
+                self.net,
                 ids[samples],
                 prepend_embeds=embeds[first:last],
                 excise_prepend_embeds=True,
@@ -277,7 +280,8 @@ class XMLatentDecoder(SavesFolders):
                 out, record = out
                 kept.append(record)
             logits.append(out)
-        return torch.cat(logits).unflatten(0, (batch, count)), kept
+            losses.append(aux)
+        return torch.cat(logits).unflatten(0, (batch, count)), kept, mean_aux_loss(losses)
 
     def _embedded(self, latents: Tensor) -> Tensor:
         return latents if self.latent_proj is None else self.latent_proj(latents)
@@ -378,7 +382,7 @@ class XMLatentDecoder(SavesFolders):
                     own._candidates(best, len(ids), candidates, slot),
                     own._chooser(slot, winner_fn, winner_fns),
                 )
-                logits, records = own._run(ids, given, None, None, {}, records=_takes_record(choose))
+                logits, records, _ = own._run(ids, given, None, None, {}, records=_takes_record(choose))
                 winners = _winners(choose, logits, records)
                 best = given[torch.arange(len(ids), device=given.device), winners]
                 tried.append((given, winners))

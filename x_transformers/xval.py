@@ -24,7 +24,7 @@ from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked, read_mask
 from x_transformers.forward_pass.arrays import Ids, Vectors, as_prompts, as_vectors
 from x_transformers.forward_pass.names import passes_on
-from x_transformers.losses import mean_over, token_losses
+from x_transformers.losses import mean_over, plus_aux_loss, run_with_aux_loss, token_losses
 from x_transformers.models.embeddings import checked_ids
 from x_transformers.models.next_item import check_hides_future, check_predicts
 from x_transformers.models.xval import XValTransformerWrapper
@@ -123,7 +123,8 @@ class XValAutoregressiveWrapper(SavesFolders):
         n = x.shape[1]
         ignored = x == self.ignore_index
         shown, numbers = x.masked_fill(ignored, self.pad_value), x_num.masked_fill(ignored, 0.0)
-        logits, predicted = self.net(shown[:, :-1], numbers[:, :-1], **cut_arguments(kwargs, 0, n - 1, n))
+        arguments = cut_arguments(kwargs, 0, n - 1, n)
+        (logits, predicted), aux = run_with_aux_loss(self.net, shown[:, :-1], numbers[:, :-1], **arguments)
         prepended = kwargs.get("prepend_embeds")
         p = 0 if prepended is None else prepended.shape[1]
         counted = _counted(x, kwargs) & ~ignored[:, 1:]
@@ -133,6 +134,7 @@ class XValAutoregressiveWrapper(SavesFolders):
             self._number_losses(predicted[:, p:], x_num[:, 1:], labels == unwrapped(self.net).numerical_token_id),
         )
         loss = mean_over(breakdown[0] + self.numerical_loss_weight * breakdown[1], counted)
+        loss = plus_aux_loss(loss, aux)
         return (loss, breakdown) if return_loss_breakdown else loss
 
     def _number_losses(self, predicted: Tensor, target: Tensor, numeric: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def named(model: TransformerWrapper, where: Situation, length: int | None = None
     rows = model.explain(where.device, where.dtype, where.grad, length).rows
     kinds: dict[str, set[str]] = {}
     for row in rows:
-        if row.backend and not row.name.endswith("mixer"):
+        if row.backend and row.name.endswith("attention"):
             kinds.setdefault("c" if row.name.endswith("cross-attention") else "a", set()).add(row.backend)
     return {kind: " ".join(sorted(backends)) for kind, backends in kinds.items()}
 

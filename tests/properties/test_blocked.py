@@ -10,7 +10,7 @@ from promises import LENGTH, arguments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
 from x_transformers.attention.backends import blocked
 from x_transformers.attention.backends.base import Backend, Request, Situation
 from x_transformers.attention.backends.blocked import Blocked
@@ -284,6 +284,11 @@ def test_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
         layers = Decoder(dim=8, depth=1, heads=1, attn_dim_head=8, **keywords)
         model = TransformerWrapper(num_tokens=4, max_seq_len=512, attn_layers=layers)
         for given in ({"seq_start_pos": left}, {"mask": right}, {"self_attn_kv_mask": right}):
+            model(ids, **given).sum().backward()
+    for window in ({"attn_max_attend_past": 20, "attn_max_attend_future": 9}, {"attn_max_attend_future": 9}):
+        layers = Encoder(dim=8, depth=1, heads=1, attn_dim_head=8, **window)
+        model = TransformerWrapper(num_tokens=4, max_seq_len=512, attn_layers=layers)
+        for given in ({}, {"seq_start_pos": left}, {"mask": right}):
             model(ids, **given).sum().backward()
 
 

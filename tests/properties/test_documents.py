@@ -30,6 +30,7 @@ LENGTHS = (4, 1, 6, 3)
 TOTAL = sum(LENGTHS)
 CONTEXTS = (2, 5, 1, 3)
 SMALL = {"dim": 16, "heads": 2, "attn_dim_head": 8}
+WINDOW = {"attn_max_attend_past": 2, "attn_max_attend_future": 1}
 PACKED = {"rotary_pos_emb": True, "attn_flash_pack_seq": True}
 TOWARDS = {**PACKED, "cross_attn_flash_pack_seq": True}
 
@@ -81,6 +82,7 @@ class Packs:
 STACKS = (
     Packs("decoder", lambda **kw: Decoder(**SMALL, depth=2, verbose=False, **kw)),
     Packs("encoder", lambda **kw: Encoder(**SMALL, depth=2, verbose=False, **kw)),
+    Packs("window", lambda **kw: Encoder(**SMALL, **WINDOW, depth=2, verbose=False, **kw)),
     Packs("prefix decoder", lambda **kw: PrefixDecoder(**SMALL, depth=2, verbose=False, **kw)),
     Packs("attention layers", lambda **kw: AttentionLayers(**SMALL, depth=2, causal=True, verbose=False, **kw)),
     Packs("block", lambda **kw: TransformerBlock(**SMALL, **kw)),

@@ -58,6 +58,7 @@ def hidings() -> dict[str, MaskSpec]:
     order, slots = (q, row(12)), (q[None], row(12)[None])
     padded = row(12) >= torch.tensor([[0], [5], [12]])
     shifted = (row(12) - torch.tensor([[0], [5], [12]])).clamp(min=0)
+    holes = padded & (torch.rand(3, 12) > 0.6)
     owners = torch.tensor([0] * 5 + [1] + [2] * 6)
     pairs = torch.rand(3, 4, 12, 12) > 0.5
     shown = torch.tensor([[True, False], [False, False], [True, True]])
@@ -71,6 +72,13 @@ def hidings() -> dict[str, MaskSpec]:
         "a step": MaskSpec(1, 18, order=(torch.tensor([13]), k)),
         "window": MaskSpec(12, 12, order=order, slots=slots, window=3),
         "both sides": MaskSpec(12, 12, slots=slots, window=0),
+        "ahead": MaskSpec(12, 12, slots=slots, ahead=2),
+        "both ways": MaskSpec(12, 12, slots=slots, window=3, ahead=1),
+        "both ways and causal": MaskSpec(12, 12, order=order, slots=slots, window=3, ahead=1),
+        "padding and ahead": MaskSpec(12, 12, slots=(shifted, shifted), ahead=2, token_mask=padded),
+        "padding both ways": MaskSpec(12, 12, slots=(shifted, shifted), window=1, ahead=1, token_mask=holes),
+        "holes": MaskSpec(12, 12, slots=slots, window=1, ahead=0, token_mask=holes),
+        "prefix both ways": MaskSpec(12, 12, slots=slots, window=2, ahead=1, token_mask=padded, prefix=2),
         "padding": MaskSpec(12, 12, order=order, token_mask=padded),
         "padding and window": MaskSpec(12, 12, order=order, slots=(shifted, shifted), window=3, token_mask=padded),
         "context": MaskSpec(12, 18, token_mask=torch.rand(3, 18) > 0.5),
@@ -121,7 +129,8 @@ def test_blocks_are_what_the_mask_says(name: str, small_blocks: None) -> None:
     assert not (full & ~every).any()
     assert not (some & ~(full | partial)).any()
     assert blocks.shape[-2:] == (hiding.queries, hiding.prefix + hiding.keys)
-    if name in ("causal", "memories", "a step", "window", "context", "pairs of all", "documents", "prefix alone"):
+    exactly = ("window", "ahead", "both ways", "context", "pairs of all", "documents", "prefix alone")
+    if name in ("causal", "memories", "a step", *exactly):
         exact = kernel.create_block_mask(blocks.mask_mod, *seen.shape, device="cpu", BLOCK_SIZE=4)
         assert torch.equal(exact.to_dense(), blocks.to_dense().expand_as(exact.to_dense())), "more blocks than needed"
         assert torch.equal(chosen(exact.full_kv_num_blocks, exact.full_kv_indices), full.expand_as(every))
@@ -141,7 +150,8 @@ def test_queries_that_see_nothing(name: str) -> None:
     hiding = hidings()[name]
     fully_masked = ~hiding.mask().any(dim=-1, keepdim=True).expand(-1, -1, hiding.queries, -1)
     assert torch.equal(hiding.fully_masked().expand(fully_masked.shape), fully_masked)
-    if name in ("window", "both sides", "padding and window"):
+    windows = ("ahead", "both ways", "both ways and causal", "padding and ahead", "padding both ways", "holes")
+    if name in ("window", "both sides", "padding and window", *windows):
         hiding = hiding._replace(sorted=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MaskSpec, "mask", refuse)
@@ -184,13 +194,18 @@ def span(n: int, token_mask: Tensor | None = None) -> Span:
 
 
 def causal(n: int, window: int | None = None, token_mask: Tensor | None = None) -> Visibility:
+    return seen(n, True, window, None, token_mask)
+
+
+def seen(n: int, causal: bool, window: int | None, ahead: int | None, token_mask: Tensor | None = None) -> Visibility:
     tokens = span(n, token_mask)
     return visibility(
-        Call(tokens, tokens, True, capture=Capture(), memo=Memo()),
+        Call(tokens, tokens, causal, capture=Capture(), memo=Memo()),
         tokens,
-        causal=True,
+        causal=causal,
         own=True,
         window=window,
+        ahead=ahead,
         prefix=0,
     )
 
@@ -424,20 +439,25 @@ def test_windows_compare_places() -> None:
     graphs = Reads()
     run = torch.compile(kernel.flex_attention, backend=graphs)
     q, k, v = torch.randn(3, 1, 2, 300, 16)
-    for window in (None, 5, 130, 200, None):
-        hiding = causal(300, window).hiding
+    rows: list[tuple[bool, int | None, int | None]] = [(True, width, None) for width in (None, 5, 130, 200, None)]
+    rows += [(False, 5, 5), (False, 130, 20), (False, None, 7), (False, 200, None)]
+    for is_causal, window, ahead in rows:
+        hiding = seen(300, is_causal, window, ahead).hiding
         assert hiding is not None
         blocks = block_mask(hiding, q)
         b, h, i, j = torch.meshgrid(*map(torch.arange, (1, 1, 300, 300)), indexing="ij")
         assert torch.equal(blocks.mask_mod(b, h, i, j), hiding.mask())
         captured = [cell.cell_contents for cell in blocks.mask_mod.__closure__ or ()]
-        assert [each.numel() for each in captured] == [1] * (window is not None)
+        assert [each.numel() for each in captured] == [2] * (not is_causal or window is not None)
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hiding.mask())
         close(run(q, k, v, block_mask=blocks), wanted)
-    assert graphs.graphs == 2
+    assert graphs.graphs == 3
     visited = block_mask(causal(4096, 512).hiding, q)  # type: ignore[arg-type]
     counts = visited.kv_num_blocks + visited.full_kv_num_blocks
     assert int(counts.max()) == 5, "a query block of 128 sees 512 places before it"
+    visited = block_mask(seen(4096, False, 256, 128).hiding, q)  # type: ignore[arg-type]
+    counts = visited.kv_num_blocks + visited.full_kv_num_blocks
+    assert int(counts.max()) == 4, "and 256 before it, 128 after it"
 
 
 @torch.no_grad()

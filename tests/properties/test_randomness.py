@@ -39,6 +39,7 @@ from x_transformers import (
     XValTransformerWrapper,
 )
 from x_transformers.attend import Attend
+from x_transformers.feedforward.experts import Experts
 
 B, N, M, D = 4, 8, 6, 16
 SMALL = {"dim": D, "depth": 1, "heads": 2, "attn_dim_head": 8, "verbose": False}
@@ -121,6 +122,7 @@ def translate(model: nn.Module) -> Any:
 MODELS = (
     Model("Attention", lambda **kw: Attention(D, dim_head=8, heads=2, **kw), on_stack, Attention),
     Model("FeedForward", lambda **kw: FeedForward(D, **kw), on_stack, FeedForward),
+    Model("Experts", lambda **kw: Experts(D, experts=4, shared_mult=1.0, **kw), on_stack, Experts),
     Model("Attend", lambda **kw: Attend(heads=2, **kw), lambda m: m(*(inputs(3, B, 2, N, 8).unbind())), Attend),
     Model("AttentionLayers", lambda **kw: AttentionLayers(**SMALL, cross_attend=True, **kw), with_context, Decoder),
     Model("Decoder", lambda **kw: Decoder(**SMALL, cross_attend=True, **kw), with_context, Decoder),
@@ -134,6 +136,7 @@ MODELS = (
         TransformerBlock,
     ),
     Model("hybrid", hybrid, on_stack, Decoder),
+    Model("experts", lambda **kw: Decoder(**SMALL, ff_experts=4, **kw), on_stack, Decoder),
     Model("TransformerWrapper", wrapped, on_ids, TransformerWrapper),
     Model("memory tokens", lambda **kw: wrapped(num_memory_tokens=2, **kw), on_ids, TransformerWrapper),
     Model("narrow embedding", lambda **kw: wrapped(emb_dim=6, **kw), on_ids, TransformerWrapper),
@@ -198,7 +201,9 @@ READS_CONTEXT = ("AttentionLayers", "Decoder", "Encoder", "PrefixDecoder", "Cros
 
 
 def acts(model: Model, keyword: str) -> bool:
-    """Keywords of cross-attention and of mixers act only where there is one."""
+    """Keywords of cross-attention, of mixers and of experts act only where there is one."""
+    if "expert_" in keyword:
+        return model.name in ("Experts", "experts")
     if "mixer_" in keyword:
         return model.name == "hybrid"
     return "cross_attn" not in keyword or model.name in (*READS_CONTEXT, "XTransformer", "XTransformer, decoder")
@@ -279,7 +284,7 @@ def share_of_zeros(out: Tensor, wanted: Tensor, p: float) -> None:
     assert abs(zero.float().mean().item() - p) < 5 * spread
 
 
-@pytest.mark.parametrize("name", ["Attention", "FeedForward"])
+@pytest.mark.parametrize("name", ["Attention", "FeedForward", "Experts"])
 @torch.no_grad()
 def test_dropout_of_an_output(name: str) -> None:
     model = BY_NAME[name].build(sublayer_dropout=0.3)
@@ -288,12 +293,12 @@ def test_dropout_of_an_output(name: str) -> None:
     share_of_zeros(model.train()(x), wanted, 0.3)
 
 
-@pytest.mark.parametrize("name", ["Attention", "FeedForward", "Attend"])
+@pytest.mark.parametrize("name", ["Attention", "FeedForward", "Experts", "Attend"])
 @pytest.mark.parametrize("flash", [False, None])
 @torch.no_grad()
 def test_the_mean_over_draws_is_evaluation(name: str, flash: bool | None) -> None:
     """Dropped entries enter the output linearly, so that the kept ones have to be scaled up."""
-    if name == "FeedForward":
+    if name in ("FeedForward", "Experts"):
         model = BY_NAME[name].build(dropout=0.3)
     else:
         model = BY_NAME[name].build(dropout=0.3, flash=flash)

@@ -57,7 +57,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.shape, self.causal = parts.shape, causal
         self.dim_context, self.takes_views = parts.dim_context, parts.takes_views
         self.features, self.switches = parts.features, parts.switches
-        self.max_attend_past, self.packed = parts.window, parts.packed
+        (self.max_attend_past, self.max_attend_future), self.packed = parts.window, parts.packed
         self.unrotated_heads = parts.unrotated_heads
         self.sublayer_dropout = parts.sublayer_dropout
         # set by a stack whose later layers read them
@@ -176,21 +176,21 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             seq_len: number of tokens.
             reach: number of queries whose decay with distance any backend can host; None without a decay.
         """
-        core, shape, window = self.attend, self.shape, self.max_attend_past
+        core, shape = self.attend, self.shape
         needs = core.needs if training else core.needs_in_evaluation
         if bias is not None:
             needs |= bias.needs
-        if window is not None:
+        limited = self.max_attend_past is not None or self.max_attend_future is not None
+        if limited:
             needs |= Needs.MASK
         elif self.packed:
             needs |= Needs.DOCUMENTS
         if reach is not None and seq_len > reach:
             needs |= Needs.DECAY
         width = max(shape.dim_head, shape.value_dim_head)
-        situation = situation._replace(width=width, queries=seq_len, skips=causal or window is not None)
+        situation = situation._replace(width=width, queries=seq_len, skips=causal or limited)
         backend, why = core.backends.choose(situation, needs)
-        seen = (seq_len + 1) // 2 if causal else seq_len
-        seen = seen if window is None else min(seen, window + 1)
+        seen = _seen_keys(seq_len, causal, self.max_attend_past, self.max_attend_future)
         flops = super().explain(situation).flops + 2 * seen * shape.heads * (shape.dim_head + shape.value_dim_head)
         return BranchCost(backend.name, why, flops)
 
@@ -408,6 +408,14 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
     if result.on_demand is not None:
         record.defer(result.on_demand)
     return record
+
+
+def _seen_keys(count: int, causal: bool, past: int | None, future: int | None) -> int:
+    """Return the number of keys that a query sees on average; `past` and `future` bound those before and after it."""
+    before = (count - 1) // 2
+    after = 0 if causal else count - 1 - before
+    before, after = (each if most is None else min(each, most) for each, most in ((before, past), (after, future)))
+    return before + 1 + after
 
 
 show_keywords(

@@ -29,7 +29,7 @@ from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.values.residual import ValueMix
-from x_transformers.errors import Faults
+from x_transformers.errors import ConfigError, Faults
 from x_transformers.options.schema import at_least
 
 
@@ -43,7 +43,7 @@ class AttentionParts:
         features: names of the options that are on.
         switches: the keyword that switched on each of them.
         takes_views: the input is that of queries, keys and values, `(3, b, n, D)`.
-        window: number of earlier slots that a query sees.
+        window: numbers of earlier and of later slots that a query sees; None for all.
         packed: rows are packed.
         sublayer_dropout: dropout of the output.
         unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
@@ -56,7 +56,7 @@ class AttentionParts:
     features: tuple[str, ...]
     switches: Mapping[str, str]
     takes_views: bool
-    window: int | None
+    window: tuple[int | None, int | None]
     packed: bool
     sublayer_dropout: float
     unrotated_heads: tuple[int, int] | None
@@ -127,6 +127,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             dim_head=shape.dim_head,
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
+            clip=parsed["qkv_clip"].qkv_clip,
         )
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)
@@ -139,9 +140,15 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         gated, output = parsed.on("on_attn"), parsed["attention_output"]
         modules["out"] = build_output(shape, heads * width, output, gated=gated, bias=bias.out_bias)
     switches: dict[str, str] = {}
+    window = parsed["window"].max_attend_past, parsed["window"].max_attend_future
     with faults.catching():
+        if causal and window[1] is not None:
+            raise ConfigError(
+                "`max_attend_future` limits the future that a query sees, and causal attention sees none; drop it, or "
+                "use an Encoder."
+            )
         switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
-        modules["attend"] = _build_core(parsed, shape, modules, switches)
+        modules["attend"] = _build_core(parsed, shape, modules, switches, window)
     faults.raise_if_any("Attention")
     return AttentionParts(
         shape=shape,
@@ -149,7 +156,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         features=tuple(switches),
         switches=switches,
         takes_views=head.qkv_receive_diff_residuals,
-        window=parsed["window"].max_attend_past,
+        window=window,
         packed=parsed["backend"].flash_pack_seq,
         sublayer_dropout=parsed["attention_dropout"].sublayer_dropout,
         unrotated_heads=unrotated,
@@ -181,7 +188,13 @@ def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -
     return Parts(parts) if parts else ()
 
 
-def _build_core(parsed: Any, shape: AttentionShape, modules: Mapping[str, Any], switches: Mapping[str, str]) -> Attend:
+def _build_core(
+    parsed: Any,
+    shape: AttentionShape,
+    modules: Mapping[str, Any],
+    switches: Mapping[str, str],
+    window: tuple[int | None, int | None],
+) -> Attend:
     """Build the core. Its messages name the keyword that switched on each part."""
     given = parsed["heads"].scale
     scale = shape.dim_head**-0.5 if given is None else given
@@ -200,7 +213,7 @@ def _build_core(parsed: Any, shape: AttentionShape, modules: Mapping[str, Any], 
         causal=shape.causal,
         scale=scale,
         dropout=parsed["attention_dropout"].dropout,
-        window=parsed["window"].max_attend_past,
+        window=window,
         backends=BackendChoice(flash=options.flash, kernels=options.attend_sdp_kwargs, packed=options.flash_pack_seq),
         packed=options.flash_pack_seq,
     )

@@ -36,10 +36,14 @@ class BackendOptions:
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
     max_attend_past: int | None = opt(None, "a query sees itself and at most this many tokens before it")
+    max_attend_future: int | None = opt(
+        None, "a query sees at most this many tokens after it; stacks that are not causal only"
+    )
 
     def __post_init__(self) -> None:
-        w = self.max_attend_past
-        require(w is None or w >= 0, f"`max_attend_past` is {w}; it must be at least 0.")
+        for name in ("max_attend_past", "max_attend_future"):
+            w = getattr(self, name)
+            require(w is None or w >= 0, f"`{name}` is {w}; it must be at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +78,15 @@ WINDOW = Feature(
     group="attn",
     slot="mask",
     options=WindowOptions,
-    enabled=lambda options: options.max_attend_past is not None,
-    summary="sliding window: a query sees a limited past",
+    enabled=lambda options: options.max_attend_past is not None or options.max_attend_future is not None,
+    summary="sliding window: a query sees a limited past, or future",
     paper="2004.05150",
     self_attention_only=True,
     refuses=(
         Rule(
             when=lambda o: o.is_cross_attention,
-            why="`max_attend_past` limits how far back in its own sequence a query sees, and in cross-attention "
-            "keys are in another; drop it there.",
+            why="`max_attend_past` and `max_attend_future` limit how far in its own sequence a query sees, and in "
+            "cross-attention keys are in another; drop them there.",
         ),
     ),
     examples=({"attn_max_attend_past": 4},),

@@ -128,6 +128,8 @@ class HeadProjection(nn.Module):
         else:
             q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)
+        if projections.clip is not None:
+            q, k, raw = projections.clipped(q, k, raw)
         # norms before rotations: a norm with a factor per feature would not commute with a rotation
         for norm in norms:
             q, k = norm.normalize_q(q), norm.normalize_k(k)
@@ -159,6 +161,8 @@ class HeadProjection(nn.Module):
         """Project the queries only: the keys and values of the context come from an earlier pass."""
         k, v = layer.entry.get("k"), layer.entry.get("v")
         q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q)
+        if self.projections.clip is not None:
+            (q,) = self.projections.clipped(q)
         for norm in self.qk_norms:
             q = norm.normalize_q(q)
         # cached keys are rotated already: with no keys at all, the transforms act on the queries only

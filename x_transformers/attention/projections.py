@@ -77,6 +77,14 @@ class BiasOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipOptions:
+    qkv_clip: float | None = opt(None, "bound the features of queries, keys and values to [-c, c]")
+
+    def __post_init__(self) -> None:
+        positive(qkv_clip=self.qkv_clip)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextOptions:
     dim_context: int | None = opt(None, "width of the context that cross-attention reads; default `dim`")
 
@@ -94,6 +102,8 @@ class Projections(PreparesForInference):
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
         dim_head, value_dim_head: widths of a head.
         bias: each of the maps adds a bias.
+        clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
+            and deltas add to that.
     """
 
     def __init__(
@@ -107,9 +117,10 @@ class Projections(PreparesForInference):
         dim_head: int,
         value_dim_head: int,
         bias: bool = False,
+        clip: float | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.key_heads = heads, kv_heads, key_heads
+        self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
         self.q = nn.Linear(dim, heads * dim_head, bias=bias)
         self.k = nn.Linear(dim_context, key_heads * dim_head, bias=bias) if key_heads else None
         self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias)
@@ -125,6 +136,11 @@ class Projections(PreparesForInference):
         """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys."""
         k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
         return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
+
+    def clipped(self, *features: Tensor) -> list[Tensor]:
+        """Return queries, keys or values within the bound, which there must be."""
+        assert self.clip is not None
+        return [each.clamp(-self.clip, self.clip) for each in features]
 
     def joint(self, x: Tensor, norm: JointNorm | None = None) -> tuple[Tensor, ...] | None:
         """Project `(b, n, D)` to queries, keys and values by one product, in training; see `joint_maps`.
@@ -211,6 +227,18 @@ BIAS = Feature(
     ),
 )
 
+CLIP = Feature(
+    name="qkv_clip",
+    group="attn",
+    slot="projection",
+    options=ClipOptions,
+    enabled=lambda options: options.qkv_clip is not None,
+    summary="bounded queries, keys and values",
+    paper="2501.00656",
+    exempt={"export": "the reference has no such bound"},
+    examples=({"attn_qkv_clip": 0.5}, {"attn_qkv_clip": 0.5, "attn_kv_heads": 2, "rotary_pos_emb": True}),
+)
+
 CONTEXT = Feature(
     name="context",
     group="attn",
@@ -220,4 +248,4 @@ CONTEXT = Feature(
     summary="width of the context of cross-attention",
 )
 
-FEATURES = (HEADS, GROUPED, BIAS, CONTEXT)
+FEATURES = (HEADS, GROUPED, BIAS, CLIP, CONTEXT)

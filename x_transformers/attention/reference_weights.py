@@ -126,6 +126,8 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
     parts, shape = attention.parts(), attention.shape
     scales = [norm.scale for norm in attention.qk_norms if norm.scale is not None] or [shape.dim_head**-0.5]
     beyond = [norm.beyond_reference for norm in attention.qk_norms if norm.beyond_reference is not None]
+    if attention.projections.clip is not None:
+        beyond.append("bound of queries, keys and values (`attn_qkv_clip`)")
     for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:
         raise StateDictError(f"the reference has no {what}; a model with it cannot be exported.")
     order = reference_head_order(shape.heads, shape.kv_heads)

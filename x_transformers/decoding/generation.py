@@ -19,6 +19,7 @@ from x_transformers.decoding.speculative import Drafter, Lookup, ModelDrafter, P
 from x_transformers.decoding.step import Sequences
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.models.exits import arguments_of_first_blocks
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
 
@@ -105,8 +106,12 @@ def begin(
     if options.prompt_lookup is not None:
         drafter = Lookup(options.prompt_lookup)
     else:
-        assert options.draft_model is not None
-        draft = same_vocabulary(options.draft_model, vocabulary, "`draft_model`")
+        draft = options.draft_model
+        if options.draft_layers is not None:
+            draft = net.shallow(options.draft_layers)
+            others = replace(others, arguments=arguments_of_first_blocks(net, draft, options.arguments))
+        assert draft is not None
+        draft = same_vocabulary(draft, vocabulary, "`draft_model`")
         drafter = ModelDrafter(make_reader(view.of(draft), prompts, seq_len, others), policy, vocabulary)
     readers = [expert, *(reader for reader, _ in contrasted)]
     speculation = Speculation(decoding, readers, drafter, policy, options.guesses)

@@ -90,10 +90,17 @@ class GenerationOptions:
         "guesses, so that the gain shrinks with the batch. It gets `kwargs`, too.",
     )
     draft_tokens: int | None = opt(None, "number of guesses in a round; default 4.")
+    draft_layers: int | None = opt(
+        None,
+        "instead of another model, guess by this number of the first blocks: `net.shallow(draft_layers)` (2404.16710).",
+    )
     prompt_lookup: int | None = opt(
         None,
         "instead of a model, guess what followed the last tokens, at most this many, where they occurred before "
         "(2304.04487).",
+    )
+    exit_layer: int | None = opt(
+        None, "generate by the first blocks only, up to this one, counted from 1; default all blocks."
     )
     beams: int = opt(4, "number of continuations of each prompt that are followed.")
     return_beams_and_scores: bool = opt(False, "return all of them, and their scores.")
@@ -110,24 +117,43 @@ class GenerationOptions:
         # checks all four; not a `functools.cached_property`, which has a lock until Python 3.12: a process that is
         # forked while another thread holds it would wait forever
         self.__dict__["_adjust"] = adjuster(self.temperature, filter_fn, keywords, self.filter_before_temperature)
-        for name in ("draft_tokens", "prompt_lookup"):
-            value = getattr(self, name)
+        for name in ("draft_tokens", "prompt_lookup", "draft_layers", "exit_layer"):
+            value, what = getattr(self, name), "blocks" if "layer" in name else "tokens"
             if value is not None and value < 1:
-                raise InputError(f"`{name}` is {value!r}; it is a number of tokens, a whole number, at least 1.")
-        if self.draft_model is not None and self.prompt_lookup is not None:
-            raise InputError("`draft_model` and `prompt_lookup` both guess tokens; pass only one of them.")
-        if self.draft_tokens is not None and not self.guesses:
+                raise InputError(f"`{name}` is {value!r}; it is a number of {what}, a whole number, at least 1.")
+        guessing = [f"`{name}`" for name in DRAFTERS if getattr(self, name) is not None]
+        if len(guessing) > 1:
+            raise InputError(f"{' and '.join(guessing)} both guess tokens; pass only one of them.")
+        if self.draft_tokens is not None and not guessing:
             raise InputError(
-                f"`draft_tokens` is {self.draft_tokens}, but nothing guesses tokens; pass a `draft_model` or "
-                "`prompt_lookup` too."
+                f"`draft_tokens` is {self.draft_tokens}, but nothing guesses tokens; pass `draft_layers`, a "
+                "`draft_model` or `prompt_lookup` too."
             )
-        if self.compiles and self.guesses:
+        if self.compiles and guessing:
             raise InputError(
-                "`compile` reads one token at a time, and speculation (`draft_model`, `prompt_lookup`) several; drop "
-                "one of them."
+                "`compile` reads one token at a time, and speculation (`draft_model`, `draft_layers`, `prompt_lookup`) "
+                "several; drop one of them."
             )
+        self._check_blocks()
         if self.compile_prefill and not self.compiles:
             raise InputError("`compile_prefill` compiles the reading of prompts besides the steps; set `compile` too.")
+
+    def _check_blocks(self) -> None:
+        """Raise an `InputError` if a part of the blocks is to run, and something else says which blocks run."""
+        given = [name for name in ("exit_layer", "draft_layers") if getattr(self, name) is not None]
+        orders = [name for name in ("layers_execute_order", "repeat_blocks") if self.arguments.get(name) is not None]
+        if given and orders:
+            raise InputError(f"`{given[0]}` counts the blocks as the stack runs them; drop it, or `{orders[0]}`.")
+        if self.exit_layer is not None and self.compiles:
+            raise InputError(
+                "`compile` keeps the graphs of one model, and `exit_layer` makes another one at each call; keep what "
+                "`net.shallow(exit_layer)` returns in an `AutoregressiveWrapper`, and compile that."
+            )
+        if self.draft_layers is not None and self.exit_layer is not None and self.draft_layers >= self.exit_layer:
+            raise InputError(
+                f"`draft_layers` is {self.draft_layers} and `exit_layer` is {self.exit_layer}; guesses need fewer "
+                "blocks than what verifies them."
+            )
 
     def _check_kinds(self) -> None:
         """Raise an `InputError` for a value that does not fit its field; the last token is checked with the model."""
@@ -163,13 +189,16 @@ class GenerationOptions:
     @property
     def guesses(self) -> int:
         """Number of tokens that are guessed in a round; 0 without speculation."""
-        if self.draft_model is None and self.prompt_lookup is None:
+        if all(getattr(self, name) is None for name in DRAFTERS):
             return 0
         return 4 if self.draft_tokens is None else self.draft_tokens
 
 
 CHECKED_ELSEWHERE = ("eos_token", "arguments", "amateur_model", "draft_model", "prompt_lens", "beams")
 """Fields that are checked, with words of their own, where they are used."""
+
+DRAFTERS = ("draft_model", "draft_layers", "prompt_lookup")
+"""Options that guess tokens, of which at most one is given."""
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(GenerationOptions)}
 

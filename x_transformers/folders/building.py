@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from x_transformers.errors import CheckpointError
 from x_transformers.modules.unwrap import plain_name
@@ -16,6 +18,40 @@ from x_transformers.options.configured import Configured
 
 PLAUSIBLE = 1000
 """Layers or heads that a file of any size may name."""
+
+
+DRAWS = frozenset(
+    [
+        nn.init.kaiming_uniform_,
+        nn.init.uniform_,
+        nn.init.normal_,
+        nn.init.trunc_normal_,
+        Tensor.uniform_,
+        Tensor.normal_,
+    ]
+)
+"""Functions that fill a tensor with random numbers."""
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Build modules on the meta device, where tensors take no memory; no first values are drawn."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves tensors on the meta device as they are, instead of computing which values they would have."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in DRAWS:
+            filled = args[0] if args else given["tensor"]
+            if filled.is_meta:
+                return filled
+        return func(*args, **given)
 
 
 def build(path: str | Path, config: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:

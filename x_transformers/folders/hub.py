@@ -69,4 +69,4 @@ def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | boo
     """
     api = hub("push_to_hub").HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message))
+    return api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message).commit_url

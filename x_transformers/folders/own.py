@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import CheckpointError, ConfigError, InputError, StateDictError
-from x_transformers.folders.building import build, check_counts, share, shared_names
+from x_transformers.folders.building import build, check_counts, share, shared_names, without_memory
 from x_transformers.folders.config_file import is_own, make_config, upgraded
 from x_transformers.folders.shards import Shards, open_shards, read_json
 from x_transformers.folders.writing import CONFIG, entry_of, write_folder
@@ -82,7 +82,7 @@ def load_own(
     with open_shards(folder) as shards:
         sizes = {name: torch.Size(place.shape).numel() for name, place in shards.places.items()}
         check_counts(path, config, sizes)
-        with torch.device("meta"):
+        with without_memory():
             model = build(path, config, objects)
         if not isinstance(model, kind):
             raise ConfigError(

@@ -102,8 +102,8 @@ class SavesFolders(Configured, ReadsReference):
     ) -> Self:
         """Build the model of a folder that `save_pretrained` has written, in evaluation mode.
 
-        The model is built without memory, and gets the tensors of the files themselves: there is no second copy of the
-        weights. Random states do not change.
+        The model is built without memory, and its weights are pages of the files: there is no second copy of them.
+        The files may be replaced afterwards, but not overwritten. Random states do not change.
 
         Args:
             folder: its path, or the id of a repository of the Hugging Face hub, "owner/name".

@@ -1,6 +1,7 @@
-"""Tensors of a folder, read one by one from one or several safetensors files.
+"""Tensors of a folder, one by one from one or several safetensors files.
 
-Files of this library contain the CRC-32 of each tensor, so that a damaged one is noticed and named.
+Files of this library contain the CRC-32 of each tensor, so that a damaged one is noticed and named. Their tensors are
+read for it; those of other files are read when they are used.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from x_transformers.errors import CheckpointError
+from x_transformers.folders.file_memory import Piece, file_tensor, memory_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKSUMS = "x_transformers.crc32"
@@ -57,7 +60,7 @@ class Place(NamedTuple):
 
 
 class Shards:
-    """Open files of a folder. Tensors are read into memory of their own: a file may be replaced afterwards.
+    """Open files of a folder. Tensors are pages of the files: these may be replaced afterwards, but not overwritten.
 
     Args:
         files: each path with the open file.
@@ -66,23 +69,21 @@ class Shards:
     """
 
     def __init__(
-        self, files: Mapping[Path, BinaryIO], places: Mapping[str, Place], about: Mapping[Path, Mapping[str, str]]
+        self, files: Mapping[Path, FileIO], places: Mapping[str, Place], about: Mapping[Path, Mapping[str, str]]
     ) -> None:
         self.files, self.places, self.about = files, places, about
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor.
+        """Return one tensor.
 
         Raises:
             CheckpointError: if it is missing or damaged.
         """
         place = self._place(name)
-        found = torch.empty(place.shape, dtype=place.dtype)
-        self._read(name, place, bytes_of(found))
-        return found
+        return self._tensor([(name, place)], place.shape)
 
     def joined(self, names: Sequence[str]) -> Tensor | None:
-        """Read tensors into one, whose rows are those of the first, then those of the second, and so on.
+        """Return tensors as one, whose rows are those of the first, then those of the second, and so on.
 
         Args:
             names: of the tensors.
@@ -93,17 +94,12 @@ class Shards:
         Raises:
             CheckpointError: if one is missing or damaged.
         """
-        places = [self._place(name) for name in names]
-        if len({(place.dtype, place.shape[1:]) for place in places}) > 1 or not places[0].shape:
+        places = [(name, self._place(name)) for name in names]
+        _, first = places[0]
+        if len({(place.dtype, place.shape[1:]) for _, place in places}) > 1 or not first.shape:
             return None
-        rows = sum(place.shape[0] for place in places)
-        found = torch.empty((rows, *places[0].shape[1:]), dtype=places[0].dtype)
-        memory, start = bytes_of(found), 0
-        for name, place in zip(names, places, strict=True):
-            size = place.end - place.start
-            self._read(name, place, memory[start : start + size])
-            start += size
-        return found
+        rows = sum(place.shape[0] for _, place in places)
+        return self._tensor(places, (rows, *first.shape[1:]))
 
     def _place(self, name: str) -> Place:
         place = self.places.get(name)
@@ -112,26 +108,27 @@ class Shards:
             raise CheckpointError(f"{names} of this folder contain no tensor `{name}`, which the model needs.")
         return place
 
-    def _read(self, name: str, place: Place, memory: memoryview) -> None:
-        """Read a tensor into memory of its size."""
-        file = self.files[place.path]
-        file.seek(place.start)
-        read = file.readinto(memory) if memory else 0  # type: ignore[attr-defined]
-        if read != place.end - place.start:
-            raise CheckpointError(f"{place.path} is damaged: it ends before tensor `{name}` does.")
-        if place.checksum is not None and zlib.crc32(memory) != place.checksum:
-            raise CheckpointError(
-                f"{place.path} is damaged: the numbers of tensor `{name}` do not fit their checksum. Use another copy "
-                "of the file."
-            )
+    def _tensor(self, places: Sequence[tuple[str, Place]], shape: tuple[int, ...]) -> Tensor:
+        """Return the numbers in places of one dtype as one tensor."""
+        pieces = [Piece(self.files[place.path], place.start, place.end) for _, place in places]
+        name, first = places[0]
+        try:
+            found = file_tensor(pieces, first.dtype, shape)
+        except EOFError as error:
+            raise CheckpointError(f"{first.path} is damaged: it ends before tensor `{name}` does.") from error
+        memory, start = memory_of(found), 0
+        for name, place in places:
+            part = memory[start : start + place.end - place.start]
+            start += len(part)
+            if place.checksum is not None and zlib.crc32(part) != place.checksum:
+                raise CheckpointError(
+                    f"{place.path} is damaged: the numbers of tensor `{name}` do not fit their checksum. Use another "
+                    "copy of the file."
+                )
+        return found
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-
-
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Place], dict[str, str]]:
+def _read_header(path: Path, file: FileIO) -> tuple[dict[str, Place], dict[str, str]]:
     """Read the places of the tensors of a file, and its metadata.
 
     Raises:
@@ -202,17 +199,17 @@ def open_shards(folder: Path) -> Iterator[Shards]:
             "`safe_serialization = True`."
         )
     with ExitStack() as stack:
-        files: dict[Path, BinaryIO] = {}
+        files: dict[Path, FileIO] = {}
         places: dict[str, Place] = {}
         about: dict[Path, Mapping[str, str]] = {}
         for path in paths:
             try:
-                files[path] = stack.enter_context(path.open("rb"))
+                files[path] = stack.enter_context(path.open("rb", buffering=0))
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}.") from error
             found, about[path] = _read_header(path, files[path])
             places |= found
         for name, file in (listed or {}).items():
-            if name not in places or places[name].path != folder / file:
+            if name not in places or places[name].path.name != file:
                 raise CheckpointError(f"{folder / file} contains no tensor `{name}`, although {INDEX} says so.")
         yield Shards(files, places, about)

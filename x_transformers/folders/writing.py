@@ -17,7 +17,8 @@ from torch import Tensor
 
 from x_transformers.checkpoints.durable import replacing, writing
 from x_transformers.errors import CheckpointError, InputError
-from x_transformers.folders.shards import CHECKSUMS, DTYPES, INDEX, WHOLE, bytes_of
+from x_transformers.folders.file_memory import memory_of
+from x_transformers.folders.shards import CHECKSUMS, DTYPES, INDEX, WHOLE
 
 CONFIG = "config.json"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -142,7 +143,7 @@ def _write_shard(path: Path, entries: Mapping[str, Entry], mark: bool) -> None:
         file.write(header)
         checksums = {}
         for name, entry in entries.items():
-            data = bytes_of(_on_cpu(entry))
+            data = memory_of(_on_cpu(entry))
             if len(data) != entry.nbytes:
                 raise CheckpointError(f"tensor `{name}` has another size than was announced.")
             checksums[name] = zlib.crc32(data) if mark else 0

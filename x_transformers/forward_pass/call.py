@@ -228,12 +228,16 @@ class Capture:
         memories: the source of the next segment's recurrent memory.
         on_demand: scores are computed when somebody reads them, so that a pass whose caller needs only the cache runs
             the fastest kernel and has no memory for all pairs. A compiled graph records them at once.
+        losses: auxiliary losses, and the loads of experts.
+        routing: choices of all routers, token by token.
     """
 
     scores: bool = False
     hiddens: bool = False
     memories: bool = False
     on_demand: bool = False
+    losses: bool = False
+    routing: bool = False
 
 
 @dataclass(eq=False)
@@ -287,7 +291,8 @@ class Carry:
     a layer twice.
 
     Attributes:
-        values: by kind, the values `(b, g, j, e)` of the first executed attention.
+        values: by kind, the values `(b, g, j, e)` of the first executed attention; by their own names, what the first
+            layer of a token mixer leaves.
         scores: by kind, the logits `(b, h, i, P + j)` of the latest attention, 0 where a key is hidden, and P, the
             number of keys before the tokens that are no tokens.
         history: `(b, n, D)` branch inputs of all sublayers executed so far.
@@ -453,7 +458,8 @@ class BranchOutput(NamedTuple):
 
     Attributes:
         out: `(b, n, D)` the output, to be added to the residual stream.
-        record: the `Intermediates` of an attention, if scores or a cache were requested.
+        record: the `Intermediates` of an attention, if scores or a cache were requested; the `RoutingRecord` of
+            experts, if losses or choices were.
         carry: values for later sublayers.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import CachedStreams, read_cached, set_length, write_cached
 from x_transformers.errors import InputError
+from x_transformers.routing.base import RoutingRecord
+from x_transformers.routing.losses import sum_of_losses
 
 
 class _CachedStreams:
@@ -168,6 +170,10 @@ class LayerIntermediates:
         last_layer_hiddens: the stream after the last layer.
         initial_embeds: the embedded tokens that entered the stack.
         memory_tokens: the output at the memory tokens.
+        routing: one record per executed router, in order.
+        aux_losses: the auxiliary losses by name, without their weights, each the mean over the sublayers that have it.
+        aux_loss: what they add to a training loss: the sum over the names of the mean of weight times loss.
+        exits: features `(b, n, D)` after the blocks of exits, by the number of the block, counted from 1.
         attn_z_loss: z-loss of the logits of attention.
         logit_entropies: entropies of the predicted distributions.
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
@@ -194,6 +200,10 @@ class LayerIntermediates:
     last_layer_hiddens: Tensor | None = None
     initial_embeds: Tensor | None = None
     memory_tokens: Tensor | None = None
+    routing: list[RoutingRecord] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+    exits: dict[int, Tensor] | None = None
     attn_z_loss: Tensor | None = None
     logit_entropies: Any = None
     attn_pooled_tokens: Tensor | None = None
@@ -206,6 +216,14 @@ class LayerIntermediates:
     cache: KVCache | None = None
     cache_length: _CacheLength = _CacheLength()
     given_length: int = field(default=0, init=False)
+
+    def include_routing(self, earlier: Sequence[LayerIntermediates]) -> None:
+        """Include the routing of earlier passes of the same model, so that losses are means over all of them."""
+        if self.routing is None:
+            return
+        self.routing = [each for record in (*earlier, self) for each in record.routing or ()]
+        if self.aux_loss is not None:
+            self.aux_losses, self.aux_loss = sum_of_losses(self.routing, self.aux_loss)
 
     def __copy__(self) -> LayerIntermediates:
         """Return a shallow copy; changes of its attention records and cache do not change the original's."""

@@ -27,6 +27,7 @@ from x_transformers.layers.residuals.base import ResidualConnection
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.norms import Norm, apply_norm
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
+from x_transformers.routing.base import RoutingRecord
 
 
 class SublayerOutput(NamedTuple):
@@ -36,14 +37,14 @@ class SublayerOutput(NamedTuple):
         stream: the residual stream after it.
         branch_input: the input that the residual connection read from the stream.
         memory_input: the source of keys and values, before the norm: the next segment's recurrent memory.
-        record: the record of an attention, if one was requested.
+        record: the record of an attention or of a router, if one was requested.
         carry: values for later sublayers.
     """
 
     stream: Tensor
     branch_input: Tensor
     memory_input: Tensor
-    record: Intermediates | None
+    record: Intermediates | RoutingRecord | None
     carry: Carry
 
 
@@ -102,9 +103,10 @@ class Branch(NumberedParts, ReadsReference):
         shift, residual, fn = self.shift, self.residual, self.fn
         self.replaced = convention_of(self[1])
         """How to call a module that is no branch function of this library; None for a branch function."""
-        shifted = ("shift",) if shift is not None and shift.causal else ()
+        shifted = ("token_shift",) if shift is not None and shift.causal else ()
         self.running = (*shifted, *residual.running, *fn.state_names)
         """Names of the running states that this sublayer keeps in causal passes."""
+        assert len({*self.running}) == len(self.running), "two parts of a sublayer have states of one name"
         self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
         self.changes_output = not (self.scale is self.output_norm is None and self.output_scale == 1)
@@ -215,6 +217,8 @@ class Branch(NumberedParts, ReadsReference):
             raise StateDictError(f"the reference has no {self.kind.words}; a model with it cannot be exported.")
         if self.norm is None and self.output_norm is not None:
             raise StateDictError("the reference has no `branch_norm`; a model with it cannot be exported.")
+        if self.norm is None and self.stream_norm is None:
+            raise StateDictError("the reference has a norm before every sublayer; this model cannot be exported.")
         of_stack, *of_function = self.output_scales
         outer = "fn." if of_stack != 1 else ""
         wrappers = (self.scale is not None) + (self.shift is not None) + len(of_function)

@@ -43,7 +43,11 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         norm=norm,
     )
     keywords = {**layer.keywords, **output_keywords(options, index // plan.sequence.block + 1)}
-    fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=context.first)
+    choice = layer.kind.chosen_by
+    alike = [each for each in plan.layers[:index] if each.kind is layer.kind]
+    if choice is not None:
+        alike = [each for each in alike if each.keywords[choice] == layer.keywords[choice]]
+    fn = layer.kind.build(dim, keywords, options, causal=stack.causal, hides_future=hides_future, first=not alike)
     fn.begin_at(number, len(plan.of(layer.kind.letter)))
     where, halved = norm_places(options), layer.kind.is_feedforward and options["macaron"].macaron
     skip, shift = (
@@ -54,7 +58,7 @@ def build_branch(stack: BuiltStack, plan: StackPlan, index: int, norm: Callable[
         fn,
         _one(options, "residual", context) or plain_residual(context),
         reader=_one(options, "reader", context),
-        norm=norm(dim) if where.before else None,
+        norm=norm(dim) if where.before and (index > 0 or where.first) else None,
         shift=TokenShift(shift, dim, hides_future) if shift else None,
         output_norm=norm(dim) if where.output else None,
         stream_norm=norm(dim) if where.after else None,

@@ -11,7 +11,7 @@ from x_transformers.attention.qk import polar, rotary
 from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
-from x_transformers.feedforward import feedforward
+from x_transformers.feedforward import catalog as feedforward
 from x_transformers.layers import checkpointing, conditioning, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime

@@ -54,6 +54,11 @@ class LayerSequence:
     depth: int
     custom: bool
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that run."""
+        return len(self.order) // self.block
+
     def steps(self, order: tuple[int, ...]) -> tuple[Step, ...]:
         """Return the steps of an order of execution."""
         steps, counts = [], dict.fromkeys(KINDS, 0)

@@ -25,6 +25,7 @@ class Row:
         why: the reason for it.
         parameters: number of parameters.
         flops: floating-point operations of one token's forward pass, matrix products only, with `seq_len` keys.
+        active: number of parameters that one token uses: fewer than there are if it uses some of many experts.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     why: str
     parameters: int
     flops: int
+    active: int
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,21 @@ class Explanation:
         for row in self.rows:
             lines.append(
                 f"  {row.name:<18} {row.parameters:>11,} parameters {row.flops:>13,} FLOPs/token  "
+                + ("" if row.active == row.parameters else f"{row.active:,} active  ")
                 + (f"{row.backend} ({row.why})  " if row.backend else "")
                 + f"[{', '.join(row.features) or 'plain'}]"
             )
         total = sum(row.flops for row in self.rows)
-        lines.append(f"in all {self.parameters:,} parameters, {total:,} FLOPs/token in the layers")
+        used = "" if self.active == self.parameters else f" ({self.active:,} active)"
+        lines.append(f"in all {self.parameters:,} parameters{used}, {total:,} FLOPs/token in the layers")
         return "\n".join((*lines, *self.notes))
 
     __repr__ = __str__
+
+    @property
+    def active(self) -> int:
+        """Number of parameters that one token uses."""
+        return self.parameters - sum(row.parameters - row.active for row in self.rows)
 
     def _repr_html_(self) -> str:
         """Return the table as notebooks show it."""
@@ -65,19 +74,24 @@ class Explanation:
         cells = [
             (
                 row.name,
-                f"{row.parameters:,}",
+                _numbers(row.parameters, row.active),
                 f"{row.flops:,}",
                 f"{row.backend} ({row.why})" if row.backend else "",
                 ", ".join(row.features) or "plain",
             )
             for row in self.rows
         ]
-        total = ("in all", f"{self.parameters:,}", f"{sum(row.flops for row in self.rows):,}", "", "")
+        total = ("in all", _numbers(self.parameters, self.active), f"{sum(row.flops for row in self.rows):,}", "", "")
         return (
             f"<p><b>{escape(self.title)}</b><br>stack: {escape(', '.join(self.stack) or 'plain')}</p><table><thead>"
             f"{_html_row('th', head)}</thead><tbody>{''.join(_html_row('td', row) for row in [*cells, total])}</tbody>"
             f"</table>{''.join(f'<p>{escape(note)}</p>' for note in self.notes)}"
         )
+
+
+def _numbers(parameters: int, active: int) -> str:
+    """Return the number of parameters, and that of active ones if these are fewer."""
+    return f"{parameters:,}" if active == parameters else f"{parameters:,} ({active:,} active)"
 
 
 def _html_row(kind: str, cells: tuple[str, ...]) -> str:
@@ -117,7 +131,9 @@ def explain_stack(
             reach=reach if kind.is_self_attention else None,
         )
         features = _noteworthy(fn.features)
-        rows.append(Row(f"{number} {kind.label}", features, cost.backend, cost.why, count(fn), cost.flops))
+        own = count(fn)
+        active = own if cost.active is None else cost.active
+        rows.append(Row(f"{number} {kind.label}", features, cost.backend, cost.why, own, cost.flops, active))
     mode = "training" if training else "evaluation"
     title = f"{type(stack).__name__}, {situation.device}, {situation.dtype}, {mode}, {seq_len} tokens"
     return Explanation(title, _noteworthy(stack.features), tuple(rows), count(stack), _slow_widths(stack, situation))

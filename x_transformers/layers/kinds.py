@@ -13,8 +13,7 @@ from typing import Any, Protocol
 from x_transformers.attention import catalog as attention
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward import feedforward
-from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.feedforward import catalog as feedforward
 from x_transformers.mixers import catalog as mixers
 from x_transformers.mixers.base import Mixer
 from x_transformers.modules.branch_function import BranchFunction
@@ -35,7 +34,7 @@ class BuildBranchFunction(Protocol):
             options: the options of the stack.
             causal: the stack is causal.
             hides_future: tokens do not see later ones, by causality or by a mask.
-            first: no earlier sublayer is of this kind.
+            first: no earlier sublayer is of this kind, and runs the same function if layers choose (`chosen_by`).
         """
         ...
 
@@ -55,7 +54,7 @@ class BranchKind:
         is_self_attention: it attends to the tokens themselves: the stack gives it keys, positions, recurrent memory
             and the caller's mask, and the position parts of the stack act inside it.
         is_cross_attention: it attends to the context.
-        is_feedforward: it does not mix tokens, and its output may be scaled by deep embeddings.
+        is_feedforward: it does not attend, and its output may be scaled by deep embeddings.
         inherits: letter of the kind whose keywords it takes too, unless it is given its own.
         enabled_by: what brings such sublayers into a stack, for kinds that are not there by default.
         set_by_stack: keywords that the stack itself sets, and the option to use instead.
@@ -139,9 +138,9 @@ def _for_stack(fn: Attention, options: Options, *, shares_scores: bool, hides_fu
 
 def build_feedforward(
     dim: int, keywords: dict[str, Any], options: Options, *, causal: bool, hides_future: bool, first: bool
-) -> FeedForward:
+) -> BranchFunction:
     """Build a feedforward."""
-    return FeedForward(dim, **keywords)
+    return feedforward.build(dim, keywords)
 
 
 def build_mixer(
@@ -153,7 +152,7 @@ def build_mixer(
             "`m` layers see one way or both, and a PrefixDecoder needs both at once; use attention there."
         )
     own = dict(keywords)
-    return mixers.build(dim, own.pop("mixer"), own, heads=options["structure"].heads, causal=causal)
+    return mixers.build(dim, own.pop("mixer"), own, heads=options["structure"].heads, causal=causal, first=first)
 
 
 SELF_ATTENTION = BranchKind(

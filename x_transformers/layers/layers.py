@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.projections import HeadOptions
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
@@ -20,6 +20,7 @@ from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
+from x_transformers.layers.experts import TrainsExperts
 from x_transformers.layers.explain import Explanation, explain_stack
 from x_transformers.layers.optional_inputs import explain_failed_pass, refuse_cache_unless_causal
 from x_transformers.layers.pass_state import KINDS_OF_INPUTS, BlockTransform, PassInputs, PassState
@@ -31,13 +32,13 @@ from x_transformers.layers.reference_names import (
     translate_positions,
 )
 from x_transformers.layers.residuals.streams import HyperConnection
-from x_transformers.layers.runner import begin_pass, finish, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import begin_pass, finish, finish_exits, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.notices import warn
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class AttentionLayers(SavesFolders, LayerStack):
+class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
     """A stack of attention and feedforward layers over `(b, n, dim)`.
 
     Args:
@@ -221,6 +222,8 @@ class AttentionLayers(SavesFolders, LayerStack):
         capture: Capture | None = None,
         pairs: Callable[[Span, Span], Tensor] | None = None,
         self_attn_inputs: Mapping[int, Tensor] | None = None,
+        return_aux_loss: bool = False,
+        exits: Mapping[int, nn.Module | None] | None = None,
         **unknown: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
@@ -279,9 +282,13 @@ class AttentionLayers(SavesFolders, LayerStack):
             pairs: computes a further `attn_mask` from queries and keys.
             self_attn_inputs: for the n-th executed self-attention, counted from 0, `(b, k, D)` that its last k tokens
                 read, before the norm; the stream itself stays as it is. `(3, b, k, D)` for separate views.
+            return_aux_loss: also return the intermediates, with `aux_loss`; by itself it makes no cache.
+            exits: the same, with the features after some blocks as `exits`: numbers of blocks, counted from 1, and a
+                norm of each, or None for the final norm.
 
         Returns:
-            `(b, n, D)`, and the intermediates with `return_hiddens` or `return_gumbel_log_probs`.
+            `(b, n, D)`, and the intermediates with `return_hiddens`, `return_gumbel_log_probs`, `return_aux_loss` or
+            `exits`.
 
         Raises:
             InputError: if arguments do not fit the stack or each other.
@@ -298,7 +305,7 @@ class AttentionLayers(SavesFolders, LayerStack):
             additional_kv_mask, detach_additional_kv, route_additional_kv_to_top, condition, in_attn_cond,
             layers_execute_order, repeat_blocks, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, causal, transform_block_inputs, places, header,
-            capture, pairs, self_attn_inputs,
+            capture, pairs, self_attn_inputs, return_aux_loss, exits,
         )
         # fmt: on
         check_attributes(inputs, KINDS_OF_INPUTS)
@@ -314,9 +321,11 @@ class AttentionLayers(SavesFolders, LayerStack):
         except RuntimeError as error:
             explain_failed_pass(self, inputs, state, error)
             raise
-        if not (return_hiddens or return_gumbel_log_probs):
+        if not (return_hiddens or return_gumbel_log_probs or return_aux_loss or exits):
             return out
         record = state.recorder.intermediates(state.stream, out, state.kv)
+        if exits:
+            record.exits = finish_exits(self, inputs, state.recorder)
         if return_gumbel_log_probs:
             for each in state.recorder.records:
                 each.log_probs = log_prob_from_hard_attend(each)

@@ -48,8 +48,10 @@ def check_context_of_pass(stack: LayerStack, inputs: PassInputs) -> None:
     cached = isinstance(inputs.cache, KVCache) and cache_has_context(inputs.cache)
     if context is None and not cached:
         raise InputError("this stack cross-attends; pass `context`, (b, m, width).")
-    if context is not None and not cached:
-        check_context(context, inputs.x.shape[0], stack.attentions(CROSS_ATTENTION.letter)[0].dim_context)
+    # the first blocks of a stack (`shallow`) may contain none of its cross-attentions
+    crossing = stack.attentions(CROSS_ATTENTION.letter)
+    if context is not None and not cached and crossing:
+        check_context(context, inputs.x.shape[0], crossing[0].dim_context)
         if inputs.context_mask is not None:
             mask = check_mask(inputs.context_mask, context.shape[0], context.shape[1], "context_mask")
             inputs.context = finite_where_hidden(context, mask)
@@ -79,8 +81,11 @@ def requested(stack: LayerStack, inputs: PassInputs) -> Capture:
     """
     capture = inputs.capture
     if capture is None:
-        scores = inputs.return_hiddens and inputs.cache is None and stack.may_show_scores()
-        capture = Capture(scores=scores, hiddens=inputs.return_hiddens, on_demand=scores)
+        whole = inputs.return_hiddens and inputs.cache is None
+        scores = whole and stack.may_show_scores()
+        capture = Capture(scores, inputs.return_hiddens, on_demand=scores, losses=whole, routing=whole)
+    if inputs.return_aux_loss and not capture.losses:
+        capture = replace(capture, losses=True)
     if inputs.return_gumbel_log_probs:
         if not stack.may_show_scores():
             raise InputError("log-probabilities need scores, but `attn_flash = True` keeps none; leave it at None.")

@@ -57,10 +57,13 @@ def check_apart(packed: frozenset[str], branches: Sequence[Branch]) -> None:
     """
     for branch in branches if packed else ():
         if not branch.kind.is_attention and not branch.fn.keeps_documents_apart:
+            features = branch.kind.schema.features
+            reasons = [features[name].unpackable for name in branch.fn.features if name in features]
+            reason = next((each for each in reasons if isinstance(each, str)), None)
             raise ConfigError(
                 branch.kind.unpackable
                 or "`attn_flash_pack_seq` keeps the documents of a row apart, but "
-                f"{branch.kind.words} carries one into the next; drop one of them."
+                f"{reason or f'{branch.kind.words} carries one into the next'}; drop one of them."
             )
 
 

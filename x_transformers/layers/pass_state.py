@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.base import QKTransform
 from x_transformers.cache import CacheHeader, Entry, KVCache
@@ -22,6 +22,8 @@ from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
 from x_transformers.layers.execution_order import Repeat, Step
+from x_transformers.routing.base import RoutingRecord
+from x_transformers.routing.losses import sum_of_losses
 
 BlockTransform = Callable[[int, Tensor], Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -87,6 +89,8 @@ class PassInputs:
     capture: Capture | None
     pairs: Callable[[Span, Span], Tensor] | None
     self_attn_inputs: Mapping[int, Tensor] | None
+    return_aux_loss: bool
+    exits: Mapping[int, nn.Module | None] | None
     # filled in by `begin_pass`
     order: tuple[int, ...] = field(default=(), init=False)
     attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
@@ -125,6 +129,8 @@ class Recorder:
         self.states: list[Tensor] = []
         self.blocks: list[Tensor] = []
         self.records: list[Intermediates] = []
+        self.routing: list[RoutingRecord] = []
+        self.exits: dict[int, Tensor] = {}
 
     def add(self, step: Step, stream: Tensor, output: SublayerOutput) -> None:
         """Record the stream before a sublayer, and its output."""
@@ -158,6 +164,10 @@ class Recorder:
             record.layer_hiddens = [*self.inputs, fold_streams(stream)]
             record.block_hiddens = [*self.blocks[:-1], out]
         record.memory_inputs, record.memory_states, record.cache = self.memory_inputs, self.states, kv
+        if self.capture.losses or self.capture.routing:
+            record.routing = self.routing
+        if self.capture.losses:
+            record.aux_losses, record.aux_loss = sum_of_losses(self.routing, out)
         return record
 
     def fork(self) -> Recorder:
@@ -166,7 +176,8 @@ class Recorder:
         # copies of the lists: the second run of a block, in the backward pass, must not add its records to the caller's
         copied.streams, copied.blocks = list(self.streams), list(self.blocks)
         copied.inputs, copied.memory_inputs = list(self.inputs), list(self.memory_inputs)
-        copied.states, copied.records = list(self.states), list(self.records)
+        copied.states, copied.records, copied.routing = list(self.states), list(self.records), list(self.routing)
+        copied.exits = dict(self.exits)
         return copied
 
 

@@ -186,11 +186,24 @@ def _check_counts(
     return idle
 
 
-def _without_effect_in_all(layers: list[LayerPlan]) -> list[str]:
-    """Return the keywords that no layer of a kind reads whose layers run different functions."""
-    chosen = [layer for layer in layers if layer.kind.chosen_by is not None]
-    unread = [layer.kind.schema.without_effect(layer.options, layer.keywords, layer.kind.prefix) for layer in chosen]
-    return [sentence for sentence in unread[0] if all(sentence in each for each in unread)] if unread else []
+def _without_effect(layers: list[LayerPlan]) -> list[str]:
+    """Return a sentence for each keyword that no layer of its kind reads.
+
+    Layers may run different functions, so that a keyword that all of them are given is meant for some.
+    """
+    unread: dict[tuple[str, str], str] = {}
+    read: set[tuple[str, str]] = set()
+    for layer in layers:
+        schema = layer.kind.schema
+        for name in layer.keywords:
+            found = schema.without_effect(layer.options, [name], layer.kind.prefix)
+            if found:
+                unread[layer.kind.letter, name] = found[0]
+            elif name in schema.owner and getattr(layer.options[schema.owner[name].name], name) != default_of(
+                schema.fields[name]
+            ):
+                read.add((layer.kind.letter, name))
+    return [sentence for keyword, sentence in unread.items() if keyword not in read]
 
 
 def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> list[str]:
@@ -204,10 +217,8 @@ def _check_rules(options: Options, layers: list[LayerPlan], faults: Faults) -> l
         schema.check_rules(layer.options, around, faults, kind.prefix)
         if kind.is_self_attention:
             STACK.check_rules(options, around, faults)
-        if kind.chosen_by is None:
-            warnings += schema.without_effect(layer.options, layer.keywords, kind.prefix)
         warnings += schema.unwise(layer.options, around)
-    warnings += _without_effect_in_all(layers)
+    warnings += _without_effect(layers)
     surroundings = Surroundings((options,))
     if not any(layer.kind.is_self_attention for layer in layers):
         STACK.check_rules(options, surroundings, faults)

@@ -24,10 +24,12 @@ class Convention(NamedTuple):
 
     Attributes:
         wraps: a branch function of this library is inside, and takes the `LayerCall`.
+        keeps_states: that function has running states.
         keywords: the other arguments that the module takes; None: any.
     """
 
     wraps: bool
+    keeps_states: bool
     keywords: frozenset[str] | None
 
 
@@ -38,7 +40,8 @@ def convention_of(module: nn.Module) -> Convention | None:
     parameters = inspect.signature(module.forward).parameters.values()
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
     names = None if takes_any else frozenset(each.name for each in parameters)
-    return Convention(any(isinstance(each, BranchFunction) for each in module.modules()), names)
+    inside = [each for each in module.modules() if isinstance(each, BranchFunction)]
+    return Convention(bool(inside), any(each.state_names for each in inside), names)
 
 
 def declarations_of(module: nn.Module) -> BranchFunction:
@@ -61,11 +64,11 @@ def run_replaced(
     Raises:
         InputError: if an attention without cache has to continue one, or without documents is in a packed stack.
     """
-    if kind.is_feedforward:
+    if kind.is_feedforward and not convention.keeps_states:
         out = module(x)
         return BranchOutput(out if layer.deep_embed is None else out * layer.deep_embed, None, layer.carry)
     if convention.wraps:
-        given = {"layer": layer, "return_intermediates": True}
+        given = {"layer": layer, "return_intermediates": True} if kind.is_attention else {"layer": layer}
     else:
         given = _reference_arguments(module, layer)
         known = given if convention.keywords is None else convention.keywords

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.attention.validation import check_input
 from x_transformers.cache import KVCache
+from x_transformers.errors import InputError
 from x_transformers.forward_pass.arguments import read_masks_of
 from x_transformers.forward_pass.call import Call, Capture, Carry, Deltas, LayerCall, Memo, Span
 from x_transformers.forward_pass.intermediates import LayerIntermediates
@@ -88,7 +90,8 @@ def begin_pass(stack: LayerStack, inputs: PassInputs) -> PassState:
     if kv is not None or (inputs.return_hiddens and causal and stack.can_cache_kv and inputs.documents is None):
         kv = begin_cache(stack, inputs, kv)
     capture = NO_CAPTURE if inputs.capture is None else inputs.capture
-    if inputs.return_gumbel_log_probs or (inputs.return_hiddens and inputs.capture is None):
+    asks = inputs.return_gumbel_log_probs or inputs.return_aux_loss
+    if asks or (inputs.return_hiddens and inputs.capture is None):
         capture = requested(stack, inputs)
     hides = not (inputs.mask is inputs.self_attn_kv_mask is inputs.seq_start_pos is inputs.places is None)
     if kv is inputs.pos is inputs.documents is None and not hides:
@@ -179,7 +182,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     condition, injection, documents = inputs.condition, inputs.injection, inputs.documents
-    transform = inputs.block_transform
+    transform, exits = inputs.block_transform, inputs.exits
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
@@ -229,12 +232,19 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             output = compiled(branch, x, layer)
         if branch.running:
             recorder.add_states(layer.states, branch.running)
-        if output.record is not None:
-            output.record.layer_index = step.layer
-            recorder.records.append(output.record)
+        record: Any = output.record
+        if record is not None:
+            record.layer_index = step.layer
+            if not kind.is_attention:
+                record.step = step.number
+                recorder.routing.append(record)
+            else:
+                recorder.records.append(record)
         if recorder.keeps_states:
             recorder.add(step, x, output)
         x, carry = output.stream, output.carry
+        if exits is not None and step.ends and step.block + 1 in exits:
+            recorder.exits[step.block + 1] = x
     state.stream, state.carry = x, carry
 
 
@@ -265,13 +275,37 @@ def _run_forked(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, st
     return further
 
 
-def finish(stack: LayerStack, inputs: PassInputs, stream: Tensor) -> Tensor:
-    """Return the output of the stack, `(b, n, D)`, from the stream after the last sublayer."""
+def finish(stack: LayerStack, inputs: PassInputs, stream: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """Return the output of the stack, `(b, n, D)`, from the stream after the last sublayer, or after that of an exit.
+
+    Args:
+        stack: the stack.
+        inputs: of the pass.
+        stream: after a sublayer.
+        norm: instead of the final norm.
+    """
     if stack.output_clamp is not None:
         stream = softclamp(stream, stack.output_clamp)
     if stack.frame is not None:
         stream = stack.frame.collapse(stream, inputs.condition)
-    if stack.final_norm is None:
+    norm = stack.final_norm if norm is None else norm
+    if norm is None:
         return stream
     condition = inputs.condition
-    return stack.final_norm(stream) if condition is None else apply_norm(stack.final_norm, stream, condition)
+    return norm(stream) if condition is None else apply_norm(norm, stream, condition)
+
+
+def finish_exits(stack: LayerStack, inputs: PassInputs, recorder: Recorder) -> dict[int, Tensor]:
+    """Return the features `(b, n, D)` of each exit, by its block.
+
+    Raises:
+        InputError: if the pass did not run the block of an exit.
+    """
+    given = inputs.exits or {}
+    for block in given:
+        if block not in recorder.exits:
+            ran = len(inputs.order) // stack.sequence.block
+            raise InputError(
+                f"there is an exit after block {block}, but this pass runs {ran} blocks; run more of them."
+            )
+    return {block: finish(stack, inputs, recorder.exits[block], norm) for block, norm in given.items()}

@@ -242,6 +242,13 @@ PARALLEL = Feature(
             )
         ),
         Rule(
+            when=lambda o: (
+                o["parallel_block"].parallel_block_one_norm and not o["norm_placement"].pre_norm_has_first_norm
+            ),
+            why="`parallel_block_one_norm` uses the norm before the first sublayer of a block for all of it; drop "
+            "`pre_norm_has_first_norm`, or this keyword.",
+        ),
+        Rule(
             when=lambda o: o["parallel_block"].parallel_block_one_norm and not o["norm_placement"].before,
             why="`parallel_block_one_norm` is about the norm before sublayers, which `branch_norm` moves; drop one.",
         ),

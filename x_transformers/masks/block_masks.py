@@ -45,13 +45,17 @@ class BlockPart(NamedTuple):
 
 
 class BlockRule(NamedTuple):
-    """Visibility that follows from numbers, without a tensor: `k <= q + diagonal`, `q + diagonal - k <= window`."""
+    """Visibility that follows from numbers, without a tensor: causality, `k <= q + diagonal`, and a window.
+
+    In a window, `-ahead <= q + diagonal - k <= window`.
+    """
 
     queries: int
     keys: int
     prefix: int
     causal: bool
     window: int | None
+    ahead: int | None
     diagonal: int
     device: torch.device
 
@@ -77,11 +81,12 @@ def _passing(like: Tensor) -> bool:
 def rule_of(hiding: MaskSpec, device: torch.device) -> BlockRule | None:
     """Return the rule in numbers; None if the visibility depends on tensors."""
     parts = hiding.token_mask, hiding.given, hiding.owners, hiding.shown
-    uneven = hiding.window is not None and not hiding.even
+    uneven = hiding.slots is not None and not hiding.even
     if hiding.diagonal is None or uneven or any(part is not None for part in parts):
         return None
     causal = hiding.order is not None
-    return BlockRule(hiding.queries, hiding.keys, hiding.prefix, causal, hiding.window, hiding.diagonal, device)
+    bounds = (hiding.window, hiding.ahead)
+    return BlockRule(hiding.queries, hiding.keys, hiding.prefix, causal, *bounds, hiding.diagonal, device)
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -97,8 +102,9 @@ def of_rule(rule: BlockRule) -> BlockMask:
             rule.queries,
             rule.keys,
             order=(queries, keys) if rule.causal else None,
-            slots=(queries.unsqueeze(0), keys.unsqueeze(0)),
+            slots=None if rule.window is rule.ahead is None else (queries.unsqueeze(0), keys.unsqueeze(0)),
             window=rule.window,
+            ahead=rule.ahead,
             prefix=rule.prefix,
         )
         return build(hiding, rule.device, _by_places(rule))
@@ -110,12 +116,16 @@ def _by_places(rule: BlockRule) -> MaskFunction | None:
     In a window many blocks are partly visible, for whose pairs a kernel would otherwise read four tensors. Numbers
     that change from pass to pass must not become a part of a kernel; the width of the window is read from a tensor.
     """
-    if not rule.causal or rule.diagonal or rule.prefix:
+    if rule.diagonal or rule.prefix:
         return None
-    if rule.window is None:
+    if rule.causal and rule.window is None:
         return lambda b, h, q, k: k <= q
-    width = torch.full((1,), rule.window, dtype=torch.int32, device=rule.device)
-    return lambda b, h, q, k: (k <= q) & (q - k <= width[h * 0])
+    most = rule.queries + rule.keys
+    bounds = [most if bound is None else bound for bound in (rule.window, rule.ahead)]
+    widths = torch.tensor(bounds, dtype=torch.int32, device=rule.device)
+    if rule.causal:
+        return lambda b, h, q, k: (k <= q) & (q - k <= widths[h * 0])
+    return lambda b, h, q, k: (q - k <= widths[h * 0]) & (k - q <= widths[h * 0 + 1])
 
 
 def build(hiding: MaskSpec, device: torch.device, seen: MaskFunction | None = None) -> BlockMask:
@@ -151,10 +161,12 @@ def parts_of(hiding: MaskSpec) -> list[BlockPart]:
     if hiding.order is not None:
         of_q, of_k = hiding.order
         parts.append(_at_most(_in_front(of_k.unsqueeze(0), prefix), of_q.unsqueeze(0)))
-    if hiding.slots is not None and hiding.window is not None:
+    if hiding.slots is not None:
         of_q, of_k = hiding.slots
-        # q - k <= window
-        parts.append(_at_most(_in_front(-of_k, prefix), hiding.window - of_q))
+        if hiding.window is not None:  # q - k <= window
+            parts.append(_at_most(_in_front(-of_k, prefix), hiding.window - of_q))
+        if hiding.ahead is not None:  # k - q <= ahead
+            parts.append(_at_most(_in_front(of_k, prefix), of_q + hiding.ahead))
     if hiding.owners is not None:
         assert prefix == 0, "packed rows have no keys in front"
         parts.append(_same(*hiding.owners))

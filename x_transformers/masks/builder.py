@@ -19,6 +19,7 @@ def visibility(
     causal: bool,
     own: bool,
     window: int | None,
+    ahead: int | None = None,
     prefix: int,
     shown: Tensor | None = None,
     documents: Documents | None = None,
@@ -26,17 +27,17 @@ def visibility(
 ) -> Visibility:
     """Return which of `keys` the queries of this pass see, computed once per pass for equal arguments.
 
-    A key is visible iff it is no padding, and (causal) its slot is not after the query's, and (window `w`) the query's
-    slot is at most `w` after it, and the caller's `attn_mask` holds. The `prefix` keys before the tokens are visible to
-    every query. The slots of a context are unrelated to those of the queries; there the last query is aligned with the
-    last key. In packed sequences all of this holds within each document.
+    A key is visible iff it is no padding, and (causal) its slot is not after the query's, and (window) it is at most
+    `window` slots before and `ahead` slots after the query's, and the caller's `attn_mask` holds. The `prefix` keys
+    before the tokens are visible to every query. The slots of a context are unrelated to those of the queries; there
+    the last query is aligned with the last key. In packed sequences all of this holds within each document.
 
     Args:
         call: the pass.
         keys: the keys without the prefix.
         causal: slots after the query are hidden.
         own: the keys are the tokens' own (self-attention); a context has slots of its own.
-        window: number of earlier slots that a query sees.
+        window, ahead: numbers of earlier and of later slots that a query sees; None for all.
         prefix: number of keys before the first token.
         shown: `(b, P)` bool, which of those are visible; None for all.
         documents: boundaries of the documents of a packed row.
@@ -44,26 +45,26 @@ def visibility(
     """
     # `Memo.once` written out: this is on the path of every layer, and eager decoding pays for each Python call. Windows
     # of equal width may be two numbers; then the rules are only built twice.
-    memo, rule = call.memo, (keys, causal, own, window, prefix, shown, documents, pairs)
+    memo, rule = call.memo, (keys, causal, own, window, prefix, shown, documents, pairs, ahead)
     for what, of, found in memo.held:
         # written out, since a loop would be the longest part of this function
         if (
             what == "visibility"
             and (of[0] is keys and of[1] is causal and of[2] is own and of[3] is window)
-            and (of[4] is prefix and of[5] is shown and of[6] is documents and of[7] is pairs)
+            and (of[4] is prefix and of[5] is shown and of[6] is documents and of[7] is pairs and of[8] is ahead)
         ):
             return found
     # all keys that a ring or a cut cache holds may lie within the window
     within = keys.near is not None and window is not None and keys.near <= window
     reach = None if within else window
     if documents is not None:
-        visible = _within_documents(documents, call, keys, causal, own, reach)
+        visible = _within_documents(documents, call, keys, causal, own, reach, ahead)
     else:
         attn_mask = call.attn_mask if own else pairs
         # Causality hides nothing from the newest token, unless keys are unordered: the empty places of a ring have
         # slots after every query.
         hides = causal and not (own and call.newest and keys.ordered)
-        by_order = keys.token_mask is None and attn_mask is None and reach is None and shown is None
+        by_order = keys.token_mask is None and attn_mask is None and reach is None and ahead is None and shown is None
         i, j = call.query.index.shape[-1], keys.index.shape[-1]
         if by_order and not hides:
             visible = Visibility(prefix)
@@ -74,7 +75,7 @@ def visibility(
                 is_causal=True, hiding=MaskSpec(i, j, order, diagonal=0, even=even, sorted=keys.ordered)
             )
         else:
-            visible = _build(call, keys, hides, own, reach, prefix, shown, attn_mask)
+            visible = _build(call, keys, hides, own, reach, ahead, prefix, shown, attn_mask)
     if not memo.forgets:
         memo.held.append(("visibility", rule, visible))
     return visible
@@ -86,6 +87,7 @@ def _build(
     hides: bool,
     own: bool,
     window: int | None,
+    ahead: int | None,
     prefix: int,
     shown: Tensor | None,
     attn_mask: Tensor | None,
@@ -94,14 +96,15 @@ def _build(
     query, i, j = call.query, call.query.index.shape[-1], keys.index.shape[-1]
     # the keys of a pass without a past are recurrent memory, followed by the queries themselves
     known = not own or (call.aligned and call.keys.index.shape[-1] == i)
-    diagonal = j - i if known else None
+    diagonal, limited = j - i if known else None, window is not None or ahead is not None
     index, slot = (query.index, query.slot) if own else _right_aligned(query, keys)
     hiding = MaskSpec(
         queries=i,
         keys=j,
         order=(index, keys.index) if hides else None,
-        slots=None if window is None else (slot, keys.slot),
+        slots=(slot, keys.slot) if limited else None,
         window=window,
+        ahead=ahead,
         token_mask=keys.token_mask,
         given=None if attn_mask is None else _fit(attn_mask, j),
         prefix=prefix,
@@ -110,12 +113,12 @@ def _build(
         even=not own or query.placed is None,
         sorted=keys.ordered,
     )
-    triangle = hides and own and diagonal == 0 and prefix == 0 and attn_mask is None and window is None
+    triangle = hides and own and diagonal == 0 and prefix == 0 and attn_mask is None and not limited
     if triangle and shown is None and keys.token_mask is not None and _ends_in_padding(call, keys.token_mask):
         return Visibility(is_causal=True, hiding=hiding._replace(token_mask=None))
     # In self-attention, causality and a window leave each token at least its own key, and keys of the prefix are
     # visible unless `shown` hides them. If no row can be empty, backends need not look for empty rows.
-    sees_nothing = keys.token_mask is not None or attn_mask is not None or (not own and (hides or window is not None))
+    sees_nothing = keys.token_mask is not None or attn_mask is not None or (not own and (hides or limited))
     return Visibility(prefix=prefix, hiding=hiding, fully_masked=(prefix == 0 or shown is not None) and sees_nothing)
 
 
@@ -140,29 +143,32 @@ def _right_aligned(query: Span, keys: Span) -> tuple[Tensor, Tensor]:
 
 
 def _within_documents(
-    documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None
+    documents: Documents, call: Call, keys: Span, causal: bool, own: bool, window: int | None, ahead: int | None
 ) -> Visibility:
     """Return the visibility in a packed row, which has neither padding nor a prefix."""
     i, j = call.query.length, keys.length
-    if window is None and call.attn_mask is None:
+    if window is None and ahead is None and call.attn_mask is None:
         fully_masked = not own and documents.fully_masked(i, causal=causal)
         return Visibility(is_causal=causal, fully_masked=fully_masked, documents=documents)
-    hiding = _apart(documents, i, j, causal, window, own)
+    hiding = _apart(documents, i, j, causal, own, window, ahead)
     if own and call.attn_mask is not None:
         hiding = hiding._replace(given=_fit(call.attn_mask, j))
     # in self-attention each token sees itself
     return Visibility(hiding=hiding, fully_masked=not own or hiding.given is not None)
 
 
-def _apart(documents: Documents, i: int, j: int, causal: bool, window: int | None, own: bool) -> MaskSpec:
+def _apart(
+    documents: Documents, i: int, j: int, causal: bool, own: bool, window: int | None, ahead: int | None
+) -> MaskSpec:
     """Return the rules that keep documents apart, with causality and a window within each."""
     of_q, of_k = documents.slots(i, j)
     return MaskSpec(
         i,
         j,
         order=(of_q, of_k) if causal else None,
-        slots=None if window is None else (of_q.unsqueeze(0), of_k.unsqueeze(0)),
+        slots=None if window is None and ahead is None else (of_q.unsqueeze(0), of_k.unsqueeze(0)),
         window=window,
+        ahead=ahead,
         owners=documents.owners(i, j),
         diagonal=0 if own else None,
         even=own,
@@ -175,7 +181,7 @@ def spelled_out(visible: Visibility, i: int, j: int) -> Visibility:
     # Identity instead of equality, which would wait for a GPU. If two equal tensors were given, the result is the same;
     # only the bounds of blocks are unknown.
     own = visible.documents.starts_q is visible.documents.starts_k
-    hiding = _apart(visible.documents, i, j, visible.is_causal, None, own)
+    hiding = _apart(visible.documents, i, j, visible.is_causal, own, None, None)
     return Visibility(visible.prefix, hiding=hiding, fully_masked=visible.fully_masked)
 
 

@@ -18,8 +18,9 @@ class MaskSpec(NamedTuple):
     Attributes:
         queries, keys: numbers of queries and keys, i and j, without the prefix.
         order: `(i,)` and `(j,)` order of arrival; causality hides a key that arrived after the query.
-        slots: `(1|b, i)` and `(1|b, j)`, for the window.
+        slots: `(1|b, i)` and `(1|b, j)`, for the window; None if there is none.
         window: a key more than this number of slots before the query is hidden.
+        ahead: a key more than this number of slots after the query is hidden.
         token_mask: `(b, j)` bool, False hides a key from every query (padding).
         given: `(1|b, 1|h, 1|i, j)` bool, False hides a key from a query.
         owners: `(i,)` and `(j,)` documents of a packed row; keys of other documents than the query's are hidden.
@@ -35,6 +36,7 @@ class MaskSpec(NamedTuple):
     order: tuple[Tensor, Tensor] | None = None
     slots: tuple[Tensor, Tensor] | None = None
     window: int | None = None
+    ahead: int | None = None
     token_mask: Tensor | None = None
     given: Tensor | None = None
     owners: tuple[Tensor, Tensor] | None = None
@@ -47,7 +49,7 @@ class MaskSpec(NamedTuple):
     @property
     def anything(self) -> bool:
         """True if there is a rule that may hide a key."""
-        rules = (self.order, self.window, self.token_mask, self.given, self.owners, self.shown)
+        rules = (self.order, self.slots, self.token_mask, self.given, self.owners, self.shown)
         return any(rule is not None for rule in rules)
 
     def seen(self, rows: slice | None = None, columns: slice | None = None) -> Tensor:
@@ -58,10 +60,10 @@ class MaskSpec(NamedTuple):
         if self.order is not None:
             of_q, of_k = self.order
             seen = (of_k[columns] <= of_q[rows].unsqueeze(-1))[None, None]
-        if self.slots is not None and self.window is not None:
+        if self.slots is not None:
             of_q, of_k = self.slots
-            near = of_q[:, rows].unsqueeze(-1) - of_k[:, columns].unsqueeze(-2) <= self.window
-            seen = near.unsqueeze(1) if seen is None else near.unsqueeze(1) & seen
+            near = self._near((of_q[:, rows].unsqueeze(-1) - of_k[:, columns].unsqueeze(-2)).unsqueeze(1))
+            seen = near if seen is None else near & seen
         if self.owners is not None:
             of_q, of_k = self.owners
             own = (of_k[columns] == of_q[rows].unsqueeze(-1))[None, None]
@@ -76,6 +78,15 @@ class MaskSpec(NamedTuple):
             assert self.shown is not None, "something hides keys"
             seen = torch.ones(1, 1, 1, self.keys, dtype=torch.bool, device=self.shown.device)[..., columns]
         return seen
+
+    def _near(self, distance: Tensor) -> Tensor:
+        """Return where the distance of a query from a key, in slots, lies in the window."""
+        near = None if self.window is None else distance <= self.window
+        if self.ahead is None:
+            assert near is not None, "there is a window"
+            return near
+        after = distance >= -self.ahead
+        return after if near is None else near & after
 
     def mask(self) -> Tensor:
         """Return `(1|b, 1|h, 1|i, P + j)` bool, which keys each query sees."""
@@ -93,9 +104,9 @@ class MaskSpec(NamedTuple):
         first visible key is compared instead, which takes a number per token.
         """
         pairwise = self.given is not None or self.owners is not None or self.shown is not None
-        if not pairwise and self.window is not None and self.sorted:
+        if not pairwise and self.slots is not None and self.sorted:
             fully_masked = self._out_of_reach()[:, None, :, None]
-        elif pairwise or self.window is not None or self.token_mask is None:
+        elif pairwise or self.slots is not None or self.token_mask is None:
             fully_masked = ~self.mask().any(dim=-1, keepdim=True)
         elif self.order is None:
             fully_masked = ~self.token_mask.any(dim=-1)[:, None, None, None]
@@ -109,34 +120,56 @@ class MaskSpec(NamedTuple):
         return fully_masked.expand(-1, -1, self.queries, -1)
 
     def _out_of_reach(self) -> Tensor:
-        """Return `(1|b, i)` bool, True where the latest key that padding and order allow lies before the window."""
+        """Return `(1|b, i)` bool, True where no key that padding and order allow lies in the window.
+
+        Keys are in the order of arrival: if the latest one up to the end of the window lies before it, so do all.
+        """
         assert self.slots is not None
-        assert self.window is not None
         of_q, of_k = self.slots
         never = torch.iinfo(of_k.dtype).min
         # hidden keys hold the least number, so that a running maximum passes over them
         latest = of_k if self.token_mask is None else of_k.masked_fill(~self.token_mask, never)
         # the slot of the latest visible key up to each place
         latest = latest.cummax(dim=-1).values
-        if self.order is None:
+        if self.order is None and self.ahead is None:
             last = latest[:, -1:]
+        elif self.ahead is None:
+            last = self._last(latest, self._arrived())
         else:
-            # `before` is the number of keys that arrived up to the query; index -1, if there is none, is replaced
-            before = torch.searchsorted(self.order[1].contiguous(), self.order[0].contiguous(), right=True)
-            last = latest[:, (before - 1).clamp(min=0)].masked_fill(before == 0, never)
+            rows = max(len(of_q), len(latest))
+            latest, ends = latest.expand(rows, -1).contiguous(), (of_q + self.ahead).expand(rows, -1).contiguous()
+            before = torch.searchsorted(latest, ends, right=True)
+            last = self._last(latest, before if self.order is None else before.minimum(self._arrived()))
         # the window is subtracted from the query's slot: a sum with `never` could overflow and wrap around
-        return last < of_q - self.window
+        return last == never if self.window is None else last < of_q - self.window
+
+    def _arrived(self) -> Tensor:
+        """Return `(1, i)`, the number of keys that arrived up to each query."""
+        assert self.order is not None
+        return torch.searchsorted(self.order[1].contiguous(), self.order[0].contiguous(), right=True).unsqueeze(0)
+
+    def _last(self, latest: Tensor, before: Tensor) -> Tensor:
+        """Return `latest` at the last of the first `before` places, the least number if there are none."""
+        never = torch.iinfo(latest.dtype).min
+        if len(before) == 1:
+            found = latest[:, (before[0] - 1).clamp(min=0)]
+        else:
+            found = latest.gather(-1, (before - 1).clamp(min=0))
+        return found.masked_fill(before == 0, never)
 
     # bounds that are known before any tensor is read
 
     def reach(self, start: int, stop: int) -> tuple[int, int]:
         """Return a range of keys, at least one, that covers those which queries `start ... stop - 1` may see."""
         first, last = 0, self.keys
-        # Query t sees keys up to t + diagonal and from t + diagonal - window on. At least one key is left, even if all
-        # are hidden, since a maximum over no columns is an error; masking then makes it a row of minus infinity.
+        # Query t sees keys from t + diagonal - window to t + diagonal, or to t + diagonal + ahead. At least one key is
+        # left, even if all are hidden, since a maximum over no columns is an error; masking then makes it a row of
+        # minus infinity.
         if self.diagonal is not None:
             if self.order is not None:
                 last = min(max(stop + self.diagonal, 1), self.keys)
+            if self.ahead is not None and self.even:
+                last = min(max(stop + self.diagonal + self.ahead, 1), last)
             if self.window is not None and self.even:
                 first = min(max(start + self.diagonal - self.window, 0), last - 1)
         return first, last
@@ -146,10 +179,11 @@ class MaskSpec(NamedTuple):
         first, last = self.reach(start, stop)
         if self.token_mask is not None or self.given is not None or self.owners is not None:
             return first, first
-        if self.diagonal is None or (self.window is not None and not self.even):
+        if self.diagonal is None or (self.slots is not None and not self.even):
             return first, first
         # the first of the queries sees the least to the right, and the last one the least to the left
-        end = last if self.order is None else min(last, max(start + self.diagonal + 1, first))
+        ahead = self.ahead if self.order is None else 0
+        end = last if ahead is None else min(last, max(start + self.diagonal + ahead + 1, first))
         begin = first if self.window is None else min(max(stop - 1 + self.diagonal - self.window, first), end)
         return begin, end
 

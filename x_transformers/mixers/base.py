@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.call import BranchOutput, Call, LayerCall
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
+Built = TypeVar("Built")
 State = dict[str, Tensor]
 """Running states by name, `(b, ...)`; None before the first token."""
+
+Left = tuple[Tensor | None, ...]
+"""Values of the first layer of a mixer for later ones, in each direction; empty if it leaves none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +34,12 @@ class Row:
     Attributes:
         live: `(b, n)` bool, a prefix of ones in each row; None: all are live.
         causal: a token must not read later ones.
+        keeps_state: the state after these tokens will be read. Where it is no by-product, it may be left out otherwise.
     """
 
     live: Tensor | None
     causal: bool
+    keeps_state: bool = True
 
     def silence(self, t: Tensor) -> Tensor:
         """Set the features of dead tokens to zero.
@@ -86,6 +93,7 @@ class Mixer(Configured, BranchFunction):
     Attributes:
         has_causal_form: it can read from left to right, and keep a state.
         has_whole_form: it can read a whole row in both directions.
+        has_gains: it may contain norms with gains, each a `MixerGain`.
         state_shapes: shapes of the running states without the batch. They are complete after any pass.
         backward: a second mixer of this class that reads from right to left (`mixer_bidirectional`), or None.
         dropout: probability of dropout on the output.
@@ -94,7 +102,10 @@ class Mixer(Configured, BranchFunction):
     has_causal_form: ClassVar[bool] = True
     has_whole_form: ClassVar[bool] = False
     has_output_map: ClassVar[bool] = True
+    has_gains: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = True
+    left_as: ClassVar[tuple[str, ...]] = ()
+    """Names in `Carry.values` of what the first layer leaves for later ones, and of what its other direction does."""
     name: ClassVar[str]
 
     def __init__(self) -> None:
@@ -113,9 +124,24 @@ class Mixer(Configured, BranchFunction):
             state: what earlier passes left; None before the first token, and in passes that are not causal.
 
         Returns:
-            `(b, n, D)` and the new states. Those of passes that are not causal are ignored.
+            `(b, n, D)` and the new states. Those of passes that are not causal are ignored, and so are those that
+            the row does not keep.
         """
         raise NotImplementedError
+
+    def mix_after(
+        self, x: Tensor, row: Row, state: State | None, first: Tensor | None
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Mix the tokens of each row, with what the first layer of this mixer left for later ones in the same pass.
+
+        Args:
+            x, row, state: see `mix`.
+            first: `(b, n, ...)` in the order of `x`; None in the first layer.
+
+        Returns:
+            the results of `mix`, and what the first layer leaves; None if layers of this mixer leave nothing.
+        """
+        return *self.mix(x, row, state), None
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
         """Return the kernel that would run, the reason, and its FLOPs per token besides those of matrices.
@@ -131,6 +157,11 @@ class Mixer(Configured, BranchFunction):
     def begin_at(self, number: int, count: int) -> None:
         if self.backward is not None:
             self.backward.begin_at(number, count)
+
+    def follow(self) -> None:
+        """Become a later layer of a stack: an earlier one is of the same mixer, and leaves something for this one."""
+        if self.backward is not None:
+            self.backward.follow()
 
     @property
     def state_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -170,7 +201,7 @@ class Mixer(Configured, BranchFunction):
             return self.run(x, layer)
         self.check_causality(causal)
         self._check_state(state, x)
-        return self._mix_rows(x, mask, None if state is None else dict(state), causal)
+        return self._mix_rows(x, mask, None if state is None else dict(state), causal, causal)[:2]
 
     def run(self, x: Tensor, layer: LayerCall) -> BranchOutput:
         call, states, state = layer.call, layer.states, None
@@ -180,36 +211,46 @@ class Mixer(Configured, BranchFunction):
             held = {name: states.get(name) for name in self.state_shapes}
             state = {name: t for name, t in held.items() if t is not None} or None
             self._check_state(state, x)
-        out, state = self._mix_rows(x, call.token_mask, state, call.causal)
-        if states is not None and call.causal:
+        keeps_state = states is not None and call.causal
+        first = tuple(layer.carry.values.get(key) for key in self.left_as)
+        out, state, left = self._mix_rows(x, call.token_mask, state, call.causal, keeps_state, first)
+        if states is not None and keeps_state:
             for name, value in state.items():
                 states.put(name, value)
-        return BranchOutput(out, None, layer.carry)
+        carry = layer.carry
+        found = {key: t for key, t in zip(self.left_as, left, strict=False) if t is not None}
+        return BranchOutput(out, None, replace(carry, values={**carry.values, **found}) if found else carry)
 
-    def _mix_rows(self, x: Tensor, mask: Tensor | None, state: State | None, causal: bool) -> tuple[Tensor, State]:
-        """Move live tokens to the front of each row, mix, and move them back."""
+    def _mix_rows(
+        self, x: Tensor, mask: Tensor | None, state: State | None, causal: bool, keeps_state: bool, first: Left = ()
+    ) -> tuple[Tensor, State, Left]:
+        """Move live tokens to the front of each row, mix, and move them back.
+
+        What the first layer leaves stays in the order of the moved tokens, which is that of all mixers of a pass.
+        """
         if mask is None or x.shape[1] == 1:
-            row = Row(mask, causal)
-            out, state = self._both_directions(x, row, state)
+            row = Row(mask, causal, keeps_state)
+            out, state, left = self._both_directions(x, row, state, first)
             out = row.silence(out)
         else:
             # a stable sort keeps the order of tokens
             order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
             index = order.unsqueeze(-1).expand_as(x)
-            row = Row(mask.gather(1, order), causal)
-            mixed, state = self._both_directions(x.gather(1, index), row, state)
+            row = Row(mask.gather(1, order), causal, keeps_state)
+            mixed, state, left = self._both_directions(x.gather(1, index), row, state, first)
             mixed = row.silence(mixed)
             out = torch.zeros_like(mixed).scatter(1, index, mixed)
         if self.dropout:
             out = F.dropout(out, self.dropout, self.training)
-        return out, state
+        return out, state, left
 
-    def _both_directions(self, x: Tensor, row: Row, state: State | None) -> tuple[Tensor, State]:
+    def _both_directions(self, x: Tensor, row: Row, state: State | None, first: Left) -> tuple[Tensor, State, Left]:
+        earlier, later = first or (None, None)
+        forth, state, left = self.mix_after(x, row, state, earlier)
         if row.causal or self.backward is None:
-            return self.mix(x, row, state)
-        forth, state = self.mix(x, row, None)
-        turned, _ = self.backward.mix(turn_around(x, row), row, None)
-        return forth + turn_around(turned, row), state
+            return forth, state, (left, None)
+        turned, _, of_turned = self.backward.mix_after(turn_around(x, row), row, None, later)
+        return forth + turn_around(turned, row), state, (left, of_turned)
 
     def check_causality(self, causal: bool, cached: bool = False) -> None:
         if causal and not self.has_causal_form:
@@ -249,7 +290,8 @@ class Mixer(Configured, BranchFunction):
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         backend, why, flops = self.kernel(situation, surroundings.get("seq_len", 1))
-        return BranchCost(backend, why, super().explain(situation).flops + flops)
+        directions = 1 if self.backward is None else 2
+        return BranchCost(backend, why, super().explain(situation).flops + directions * flops)
 
 
 def turn_around(x: Tensor, row: Row) -> Tensor:
@@ -264,9 +306,28 @@ def turn_around(x: Tensor, row: Row) -> Tensor:
 
 
 def arguments_of(mixer: type[Mixer]) -> list[str]:
-    """Return the names of the arguments of a mixer, besides the width of the model."""
+    """Return the names of the arguments that are keywords: neither the width nor the causality of a stack."""
     names = list(inspect.signature(mixer.__init__).parameters)
-    return [name for name in names if name not in ("self", "dim")]
+    return [name for name in names if name not in ("self", "dim", "causal")]
+
+
+def depends_on_causality(mixer: type[Mixer]) -> bool:
+    """Return True if a mixer is made for one of the two forms."""
+    return "causal" in inspect.signature(mixer.__init__).parameters
+
+
+def shows_fields_of(options: type[Any]) -> Callable[[type[Built]], type[Built]]:
+    """Return a decorator of mixers: names the fields of a dataclass that their constructors take by `**`."""
+
+    def shown_by(mixer: type[Built]) -> type[Built]:
+        first, *given = inspect.signature(mixer.__init__).parameters.values()
+        own = [each for each in given if each.kind is not each.VAR_KEYWORD]
+        own += inspect.signature(options).parameters.values()
+        mixer.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        mixer.__init__.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]
+        return mixer
+
+    return shown_by
 
 
 def divided(width: int, parts: int, words: str) -> int:

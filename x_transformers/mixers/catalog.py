@@ -5,6 +5,7 @@ A new paper is one new file and one line here. The arguments of a mixer's constr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +15,36 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.mixers import (
     aaren,
+    activator,
+    atlas,
     convolution,
     delta_rule,
     gated_linear_attention,
+    h3,
+    hyena,
     identity,
     linear_attention,
+    lmu,
+    log_linear,
     mamba,
     mamba2,
     mlstm,
+    mossformer,
     pooling,
+    random_mixing,
+    recurrent_networks,
     retention,
     rglru,
     rwkv4,
+    rwkv7,
+    shallow,
+    slab,
+    sparse_state,
+    spectral,
+    titans,
 )
-from x_transformers.mixers.base import Mixer, arguments_of
+from x_transformers.mixers.base import Mixer, arguments_of, depends_on_causality
+from x_transformers.mixers.parts import MixerGain
 from x_transformers.options.schema import Feature, Options, Schema, at_least, default_of, opt, require
 
 
@@ -40,10 +57,16 @@ class SharedOptions:
     expand: float | None = opt(None, "inner width over that of the model")
     state: int | None = opt(None, "states of each inner channel")
     conv: int | None = opt(None, "taps of the convolution; of a short one next to a recurrence also 0, for none")
-    chunk: int | None = opt(None, "tokens that a recurrence computes at once; changes rounding only")
+    chunk: int | None = opt(
+        None, "tokens that a recurrence computes at once; changes rounding only, but for titans and atlas"
+    )
     gate: bool | None = opt(None, "gate the output")
-    window: int | None = opt(None, "tokens of the window of a pooling")
+    window: int | None = opt(None, "tokens of the window of a pooling, or of a Legendre memory")
+    len: int | None = opt(
+        None, "most tokens of a row in a shallow or random, `max_seq_len`; tokens with own levels in a log_linear"
+    )
     norm_eps: float | None = opt(None, "added to mean squares in norms inside of mixers")
+    norm_unit_offset: bool = opt(True, "store gains of norms inside of mixers minus 1, as weight decay needs it")
     bidirectional: bool = opt(False, "add a second mixer that reads from right to left, in stacks that see both ways")
     grid: tuple[int, int] | None = opt(None, "height and width of the images that tokens are of")
     dropout: float = opt(0.0, "dropout on the output")
@@ -64,24 +87,45 @@ SHARED = Feature(
     exempt={"export": "the reference has no mixers"},
     examples=(
         {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dropout": 0.1, "mixer_zero_init_output": True},
-        {"mixer": "gated_delta", "mixer_conv": 2, "mixer_gate": False, "mixer_output_proj_depth": 2},
+        {
+            "mixer": "gated_delta",
+            "mixer_conv": 2,
+            "mixer_gate": False,
+            "mixer_output_proj_depth": 2,
+            "mixer_norm_unit_offset": False,
+        },
     ),
 )
 
 PAPERS = (
     identity.FEATURE,
     pooling.FEATURE,
+    random_mixing.FEATURE,
     convolution.FEATURE,
     *delta_rule.FEATURES,
     mamba.FEATURE,
     mamba2.FEATURE,
     rglru.FEATURE,
     mlstm.FEATURE,
+    *recurrent_networks.FEATURES,
     aaren.FEATURE,
     rwkv4.FEATURE,
+    rwkv7.FEATURE,
     retention.FEATURE,
     gated_linear_attention.FEATURE,
+    log_linear.FEATURE,
+    sparse_state.FEATURE,
+    titans.FEATURE,
+    atlas.FEATURE,
     *linear_attention.FEATURES,
+    hyena.FEATURE,
+    h3.FEATURE,
+    lmu.FEATURE,
+    spectral.FEATURE,
+    *mossformer.FEATURES,
+    activator.FEATURE,
+    shallow.FEATURE,
+    slab.FEATURE,
 )
 """The mixers, by whose names `mixer` chooses; `build` is the class."""
 
@@ -92,6 +136,9 @@ OF_ALL = {"bidirectional", "dropout"}
 
 OF_OUTPUT_MAPS = {"zero_init_output", "output_proj_depth"}
 """Keywords of mixers whose last part is a linear map."""
+
+OF_GAINS = {"norm_unit_offset"}
+"""Keywords of mixers that contain norms with gains."""
 
 
 def class_of(name: str) -> type[Mixer]:
@@ -109,8 +156,16 @@ def class_of(name: str) -> type[Mixer]:
 def keywords_of(name: str) -> set[str]:
     """Return the keywords that a mixer reads, without prefix."""
     mixer = class_of(name)
-    arguments = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)}
-    return arguments | OF_ALL | (OF_OUTPUT_MAPS if mixer.has_output_map else set())
+    found = {"dim" if argument == "inner_dim" else argument for argument in arguments_of(mixer)} | OF_ALL
+    found |= OF_OUTPUT_MAPS if mixer.has_output_map else set()
+    return found | (OF_GAINS if mixer.has_gains else set())
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return the values of keywords that a mixer has by itself; None for those that follow from widths."""
+    mixer = class_of(name)
+    parameters = inspect.signature(mixer.__init__).parameters
+    return {"dim" if each == "inner_dim" else each: parameters[each].default for each in arguments_of(mixer)}
 
 
 class MixerSchema(Schema):
@@ -156,7 +211,7 @@ class MixerOptions(Options):
 SCHEMA = MixerSchema((SHARED, *PAPERS))
 
 
-def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool) -> Mixer:
+def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causal: bool, first: bool) -> Mixer:
     """Build a mixer.
 
     Args:
@@ -165,6 +220,7 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
         keywords: those that were given, without prefix; None is the mixer's own default.
         heads: default number of heads.
         causal: no token may see later ones.
+        first: no earlier layer of the stack has this mixer.
 
     Raises:
         ConfigError: if a value is out of range, or the mixer has no form for this causality.
@@ -177,14 +233,35 @@ def build(dim: int, name: str, keywords: Mapping[str, Any], *, heads: int, causa
     both = bool(given.get("bidirectional"))
     check_directions(mixer, causal=causal, both=both, grid=given.get("grid") is not None)
     own = {key: value for key, value in given.items() if key in arguments}
+    if depends_on_causality(mixer):
+        own["causal"] = causal
     built = mixer(dim, **own)
-    if both:
+    if both and "bidirectional" not in arguments:
         built.backward = mixer(dim, **own)
+    if not first:
+        built.follow()
     for each in (built, built.backward):
         if each is not None:
             begin_output(each, bool(given.get("zero_init_output")), given.get("output_proj_depth"))
+            if not given.get("norm_unit_offset", True):
+                drop_unit_offsets(each)
     built.dropout = given.get("dropout", 0.0)
     return built
+
+
+def drop_unit_offsets(mixer: Mixer) -> None:
+    """Store the gains of the norms of a mixer as they are.
+
+    Raises:
+        ConfigError: if a mixer that may have such norms has none.
+    """
+    norms = [module for module in mixer.modules() if isinstance(module, MixerGain)]
+    require(
+        bool(norms) or not mixer.has_gains,
+        f"`norm_unit_offset` is of the gains of norms, of which this {mixer.name} has none; drop it.",
+    )
+    for norm in norms:
+        norm.drop_unit_offset()
 
 
 def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool) -> None:
@@ -192,22 +269,22 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
     name = mixer.name
     require(not (causal and both), "`bidirectional` would let a token see the future; drop it, or use an Encoder.")
     require(
+        mixer.has_causal_form or not causal,
+        f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
+        "or take hyena.",
+    )
+    require(
         not (causal and grid),
         "`grid` is of images, whose tokens have no order, so that a token would see the future; drop it, or use an "
         "Encoder.",
     )
     require(
-        mixer.has_causal_form or not causal,
-        f'`mixer = "{name}"` reads the whole row at once, so that a token would see the future; use it in an Encoder, '
-        "or take conv.",
-    )
-    require(
         causal or both or mixer.has_whole_form,
         f'`mixer = "{name}"` reads from left to right; set `bidirectional = True`, which adds a second one from right '
-        "to left, or take linear, conv or pooling.",
+        "to left, or take linear, hyena, conv or pooling.",
     )
     require(
-        not both or not mixer.has_whole_form,
+        not both or not mixer.has_whole_form or "bidirectional" in arguments_of(mixer),
         f'`mixer = "{name}"` looks both ways by itself; drop `bidirectional`.',
     )
 
@@ -215,7 +292,7 @@ def check_directions(mixer: type[Mixer], *, causal: bool, both: bool, grid: bool
 def begin_output(mixer: Mixer, zero: bool, depth: int | None) -> None:
     """Initialize the output map of a mixer, if it has one and one of the two is given."""
     last = getattr(mixer, "to_out", None)
-    if not isinstance(last, nn.Linear):
+    if not (mixer.has_output_map and isinstance(last, nn.Linear)):
         return
     if zero:
         for parameter in last.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,10 @@ class Convolution(Mixer):
         else:
             inner = self.conv.whole(inner, row)
         return self.to_out(inner), left
+
+    def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
+        # the filter of a grid is no matrix, and not counted with these
+        return "", "", 2 * self.conv.weight.numel() if self.grid is not None else 0
 
 
 @dataclass(frozen=True, kw_only=True)

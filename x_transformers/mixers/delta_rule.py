@@ -1,9 +1,9 @@
-"""DeltaNet (2406.06484) and Gated DeltaNet (2412.06464): memories whose writes replace what their key held."""
+"""DeltaNet (2406.06484), Gated DeltaNet (2412.06464) and KDA (2510.26692): writes replace what their key held."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,20 @@ from x_transformers.mixers.costs import delta_cost
 from x_transformers.mixers.parts import MixerNorm, ShortConvolution, first_step_bias, log_decay, unit
 from x_transformers.mixers.read_out import gated_heads
 from x_transformers.ops import at_least_float32, split_heads
-from x_transformers.options.schema import Feature, at_least, opt, positive
+from x_transformers.options.schema import Feature, at_least, opt, positive, require
+from x_transformers.options.signatures import takes_fields_of
 from x_transformers.recurrences.base import CHUNK
 from x_transformers.recurrences.delta import delta
 
 
-class DeltaRule(Mixer):
-    """Abstract base class of delta rules.
+@dataclass(frozen=True, kw_only=True)
+class DeltaArguments:
+    """Arguments of delta rules.
 
-    `S_t = e^g (I - beta k k^T) S_{t-1} + beta k v^T` and `o_t = S_t^T q / sqrt(dk)`, with queries, keys and values from
-    a linear map, a short convolution and SiLU, and queries and keys of unit length. `beta = sigmoid(to_beta x)`.
-
-    Args:
-        dim: width D of the model.
+    Attributes:
         heads: number of value heads h.
-        key_heads: number of query and key heads; value head i reads key head `i // (heads // key_heads)`.
+        key_heads: number of query and key heads; value head i reads key head `i // (heads // key_heads)`. Default
+            `heads`.
         dim_key, dim_value: widths of a head.
         conv: taps of the short convolutions; 0 for none.
         gate: multiply by `silu(to_gate x)` after the norm.
@@ -36,56 +35,97 @@ class DeltaRule(Mixer):
         products: number of writes a token (2502.10297).
         norm_eps: of the norm of each head's output.
         chunk: tokens that are computed at once.
-
-    Attributes:
-        decays: the decay g is learned; else there is none.
     """
 
-    decays: ClassVar[bool] = False
+    heads: int = 8
+    key_heads: int | None = None
+    dim_key: int | None = None
+    dim_value: int | None = None
+    conv: int = 4
+    gate: bool = False
+    negative: bool = False
+    products: int = 1
+    norm_eps: float = 1e-6
+    chunk: int = CHUNK
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        key_heads: int | None,
-        dim_key: int,
-        dim_value: int,
-        conv: int,
-        gate: bool,
-        negative: bool,
-        products: int,
-        norm_eps: float,
-        chunk: int,
-    ) -> None:
+    def __post_init__(self) -> None:
+        at_least(1, heads=self.heads, key_heads=self.key_heads, dim_key=self.dim_key, dim_value=self.dim_value)
+        at_least(1, products=self.products, chunk=self.chunk)
+        at_least(0, conv=self.conv)
+        positive(norm_eps=self.norm_eps)
+        if self.key_heads is not None:
+            divided(self.heads, self.key_heads, "`heads`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaArguments(DeltaArguments):
+    """Arguments of delta rules with decays.
+
+    Attributes:
+        vector_decay: a decay for each key feature, from a map of low rank (2510.26692), instead of one a head.
+        rank: of this map; default the width of a head's values.
+    """
+
+    gate: bool = True
+    vector_decay: bool = False
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, rank=self.rank)
+        require(
+            self.rank is None or self.vector_decay,
+            f"`rank` is {self.rank}, of the map to decays of key features; set `vector_decay = True`, or drop "
+            "it (a tuple has a value for each mixer).",
+        )
+
+
+class DeltaRule(Mixer):
+    """Abstract base class of delta rules.
+
+    `S_t = (I - beta k k^T) e^g S_{t-1} + beta k v^T` and `o_t = S_t^T q / sqrt(dk)`, with queries, keys and values from
+    a linear map, a short convolution and SiLU, and queries and keys of unit length. `beta = sigmoid(to_beta x)`.
+
+    Args:
+        dim: width D of the model.
+        given: the arguments.
+        dim_key, dim_value: widths of a head.
+
+    Attributes:
+        decays_by_feature: each key feature has a decay of its own.
+    """
+
+    has_gains = True
+    decays_by_feature = False
+
+    def __init__(self, dim: int, given: DeltaArguments, dim_key: int, dim_value: int) -> None:
         super().__init__()
-        key_heads = heads if key_heads is None else key_heads
-        at_least(1, heads=heads, key_heads=key_heads, dim_key=dim_key, dim_value=dim_value, products=products)
-        at_least(1, chunk=chunk)
-        at_least(0, conv=conv)
-        positive(norm_eps=norm_eps)
-        divided(heads, key_heads, "`heads`")
-        self.heads, self.key_heads, self.products, self.chunk = heads, key_heads, products, chunk
+        heads, products = given.heads, given.products
+        key_heads = heads if given.key_heads is None else given.key_heads
+        at_least(1, dim_key=dim_key, dim_value=dim_value)
+        self.heads, self.key_heads, self.products, self.chunk = heads, key_heads, products, given.chunk
         self.dim_key, self.dim_value, self.scale = dim_key, dim_value, dim_key**-0.5
-        self.most_beta = 2.0 if negative else 1.0
+        self.most_beta = 2.0 if given.negative else 1.0
         keys, values = key_heads * dim_key, heads * dim_value
         self.to_q = nn.Linear(dim, keys, bias=False)
         self.to_k = nn.Linear(dim, products * keys, bias=False)
         self.to_v = nn.Linear(dim, products * values, bias=False)
         self.to_beta = nn.Linear(dim, products * heads, bias=False)
-        self.to_gate = nn.Linear(dim, values, bias=False) if gate else None
-        self.norm = MixerNorm(dim_value, norm_eps)
+        self.to_gate = nn.Linear(dim, values, bias=False) if given.gate else None
+        self.norm = MixerNorm(dim_value, given.norm_eps)
         self.to_out = nn.Linear(values, dim, bias=False)
-        self.to_decay = nn.Linear(dim, heads, bias=False) if self.decays else None
-        if self.decays:
-            self.decay_log = nn.Parameter(torch.empty(heads).uniform_(0.01, 16).log())
-            self.decay_bias = nn.Parameter(first_step_bias(heads))
         widths = (keys, products * keys, products * values)
-        self.conv_q, self.conv_k, self.conv_v = (ShortConvolution(w, conv) if conv else None for w in widths)
+        self.conv_q, self.conv_k, self.conv_v = (
+            ShortConvolution(width, given.conv) if given.conv else None for width in widths
+        )
         self.state_shapes["delta"] = (heads, dim_key, dim_value)
         for name, convolution in self._convolutions().items():
             if convolution.taps > 1:
                 self.state_shapes[name] = convolution.state_shape
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """Return the logarithms of decays, `(b, h, n)` or `(b, h, n, dk)`; None for none."""
+        return None
 
     def _convolutions(self) -> dict[str, ShortConvolution]:
         found = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
@@ -104,10 +144,8 @@ class DeltaRule(Mixer):
         q = unit(split_heads(q, self.key_heads)) * self.scale
         k, v, beta = self._writes(k, self.key_heads), self._writes(v, self.heads), self._writes(beta, self.heads)
         k, beta = unit(k), row_of_writes(row, self.products).silence_heads(beta.squeeze(-1))
-        g = None
-        if self.to_decay is not None:
-            decay, _ = log_decay(self.to_decay(x), self.decay_bias, self.decay_log)
-            g = row.silence_heads(decay.mT)
+        g = self.log_decay(x)
+        g = None if g is None else row.silence_heads(g)
         if self.heads != self.key_heads:
             q, k = (t.repeat_interleave(self.heads // self.key_heads, dim=1) for t in (q, k))
         if self.products > 1:
@@ -122,7 +160,9 @@ class DeltaRule(Mixer):
         return split_heads(t.unflatten(-1, (self.products, -1)).flatten(1, 2) if self.products > 1 else t, heads)
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
-        chosen, why, flops = delta_cost(situation, tokens, self.dim_key, self.dim_value, self.chunk)
+        chosen, why, flops = delta_cost(
+            situation, tokens, self.dim_key, self.dim_value, self.chunk, self.decays_by_feature
+        )
         return chosen, why, self.heads * self.products * flops
 
 
@@ -141,102 +181,55 @@ def spread(t: Tensor, products: int, *, last: bool) -> Tensor:
 
 
 class DeltaNet(DeltaRule):
-    """Delta rule without decay: `S_t = (I - beta k k^T) S_{t-1} + beta k v^T`; see `DeltaRule` for the arguments.
+    """Delta rule without decay: `S_t = (I - beta k k^T) S_{t-1} + beta k v^T`; see `DeltaRule`.
 
     Args:
         dim: width of the model.
-        heads: number of value heads.
-        key_heads: number of query and key heads; default `heads`.
-        dim_key, dim_value: widths of a head; default `dim / heads`.
-        conv: taps of the short convolutions.
-        gate: gate the output.
-        negative: beta up to 2.
-        products: writes a token.
-        norm_eps: of the norm.
-        chunk: tokens that are computed at once.
+        given: see `DeltaArguments`. Widths of a head are `dim / heads` by default.
     """
 
     name = "delta"
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        key_heads: int | None = None,
-        dim_key: int | None = None,
-        dim_value: int | None = None,
-        conv: int = 4,
-        gate: bool = False,
-        negative: bool = False,
-        products: int = 1,
-        norm_eps: float = 1e-6,
-        chunk: int = CHUNK,
-    ) -> None:
-        at_least(1, heads=heads)
-        super().__init__(
-            dim,
-            heads=heads,
-            key_heads=key_heads,
-            dim_key=dim // heads if dim_key is None else dim_key,
-            dim_value=dim // heads if dim_value is None else dim_value,
-            conv=conv,
-            gate=gate,
-            negative=negative,
-            products=products,
-            norm_eps=norm_eps,
-            chunk=chunk,
-        )
+    @takes_fields_of(DeltaArguments)
+    def __init__(self, dim: int, given: DeltaArguments) -> None:
+        width = dim // given.heads
+        super().__init__(dim, given, given.dim_key or width, given.dim_value or width)
 
 
 class GatedDeltaNet(DeltaRule):
-    """Delta rule with a learned decay of each head; see `DeltaRule` for the arguments.
+    """Delta rule with a learned decay of each head, or of each key feature; see `DeltaRule`.
 
-    `g = -exp(decay_log) * softplus(to_decay x + decay_bias)`.
+    `g = -exp(decay_log) * softplus(to_decay x + decay_bias)`, with one `decay_log` a head.
 
     Args:
         dim: width of the model.
-        heads: number of value heads.
-        key_heads: number of query and key heads; default `heads`.
-        dim_key, dim_value: widths of a head; default `0.75 dim / heads` and `1.5 dim / heads`.
-        conv: taps of the short convolutions.
-        gate: gate the output.
-        negative: beta up to 2.
-        products: writes a token.
-        norm_eps: of the norm.
-        chunk: tokens that are computed at once.
+        given: see `GatedDeltaArguments`. Widths of a head are `0.75 dim / heads` and `1.5 dim / heads` by default.
     """
 
     name = "gated_delta"
-    decays = True
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        key_heads: int | None = None,
-        dim_key: int | None = None,
-        dim_value: int | None = None,
-        conv: int = 4,
-        gate: bool = True,
-        negative: bool = False,
-        products: int = 1,
-        norm_eps: float = 1e-6,
-        chunk: int = CHUNK,
-    ) -> None:
-        at_least(1, heads=heads)
-        super().__init__(
-            dim,
-            heads=heads,
-            key_heads=key_heads,
-            dim_key=3 * dim // (4 * heads) if dim_key is None else dim_key,
-            dim_value=3 * dim // (2 * heads) if dim_value is None else dim_value,
-            conv=conv,
-            gate=gate,
-            negative=negative,
-            products=products,
-            norm_eps=norm_eps,
-            chunk=chunk,
-        )
+    @takes_fields_of(GatedDeltaArguments)
+    def __init__(self, dim: int, given: GatedDeltaArguments) -> None:
+        heads = given.heads
+        super().__init__(dim, given, given.dim_key or 3 * dim // (4 * heads), given.dim_value or 3 * dim // (2 * heads))
+        self.decays_by_feature = given.vector_decay
+        if given.vector_decay:
+            rank, decays = given.rank or self.dim_value, heads * self.dim_key
+            self.to_decay: nn.Module = nn.Sequential(
+                nn.Linear(dim, rank, bias=False), nn.Linear(rank, decays, bias=False)
+            )
+        else:
+            decays = heads
+            self.to_decay = nn.Linear(dim, decays, bias=False)
+        self.decay_log = nn.Parameter(torch.empty(heads).uniform_(0.01, 16).log())
+        self.decay_bias = nn.Parameter(first_step_bias(decays))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        step, bias, logs = self.to_decay(x), self.decay_bias, self.decay_log
+        if not self.decays_by_feature:
+            return log_decay(step, bias, logs)[0].mT
+        heads = (self.heads, self.dim_key)
+        return log_decay(step.unflatten(-1, heads), bias.view(heads), logs.unsqueeze(-1))[0].transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +243,9 @@ class DeltaOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaOptions:
-    pass
+    vector_decay: bool | None = opt(
+        None, "let each key feature of a gated delta rule decay at a rate of its own, as in KDA (2510.26692)"
+    )
 
 
 EXEMPT = {"export": "the reference has no mixers"}
@@ -283,6 +278,7 @@ FEATURES = (
         examples=(
             {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_dim_value": 6},
             {"mixer": "gated_delta", "layer_period": "ma", "mixer_heads": 2, "mixer_key_heads": 1, "mixer_products": 2},
+            {"mixer": "gated_delta", "mixer_dim_key": 4, "mixer_vector_decay": True, "mixer_rank": 3},
         ),
     ),
 )

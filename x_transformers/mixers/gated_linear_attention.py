@@ -32,10 +32,11 @@ class GatedLinearAttention(Mixer):
         rank: of the map to the decays.
         gate_scale: what logarithms of decays are divided by; a larger one remembers longer.
         norm_eps: of the norm.
-        chunk: tokens that are computed at once; more than 16 are computed 16 at a time.
+        chunk: tokens that are computed at once; more than 32 are computed 32 at a time.
     """
 
     name = "gla"
+    has_gains = True
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class GatedLinearAttention(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedLinearAttentionOptions:
-    rank: int | None = opt(None, "rank of the map to decays")
+    rank: int | None = opt(None, "rank of the maps to decays of key features, and of other maps of low rank")
     gate_scale: float | None = opt(None, "what logarithms of decays are divided by")
 
 

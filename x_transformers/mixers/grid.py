@@ -59,3 +59,18 @@ def check_grid(grid: Grid | None, x: Tensor, row: Row) -> None:
         )
     if row.live is not None and not (torch.compiler.is_compiling() or bool(row.live.all())):
         raise InputError("tokens of a grid cannot be left out; drop `mask`, or take a mixer without `mixer_grid`.")
+
+
+def needed_grid(mixer: str, grid: tuple[int, int] | None) -> Grid:
+    """Return the grid of a mixer that cannot do without.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    needed = Grid.of(mixer, grid)
+    if needed is None:
+        raise ConfigError(
+            f'`mixer = "{mixer}"` needs `grid`, the height and width of the images that tokens are of; sequences of n '
+            "tokens are (1, n)."
+        )
+    return needed

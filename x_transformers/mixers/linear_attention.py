@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import linear_cost
-from x_transformers.mixers.parts import rms
+from x_transformers.mixers.parts import MixerGain, rms
 from x_transformers.ops import at_least_float32, merge_heads, split_heads
 from x_transformers.options.schema import Feature, at_least, opt, positive, require
 from x_transformers.recurrences.base import CHUNK
@@ -44,27 +44,43 @@ class HedgehogMap(nn.Module):
         return torch.cat((mapped, -mapped), dim=-1).softmax(dim=-1)
 
 
-class OutputNorm(nn.Module):
-    """Norm of the outputs of all heads together: root mean square without a gain, or LayerNorm.
+class OutputRMSNorm(nn.Module):
+    """Root mean square norm of the outputs of all heads together, without a gain.
 
     Args:
-        dim: number of features.
-        layernorm: LayerNorm with gain `1 + gamma` and bias `beta`.
-        eps: added to the mean square or the variance.
+        eps: added to the mean square.
     """
 
-    def __init__(self, dim: int, layernorm: bool, eps: float) -> None:
+    def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.gamma = nn.Parameter(torch.zeros(dim)) if layernorm else None
-        self.beta = nn.Parameter(torch.zeros(dim)) if layernorm else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(..., dim)`, at least in float32."""
-        if self.gamma is None or self.beta is None:
-            return rms(x, self.eps)
-        x = at_least_float32(x)
-        return F.layer_norm(x, x.shape[-1:], (1 + self.gamma).to(x.dtype), self.beta.to(x.dtype), self.eps)
+        return rms(x, self.eps)
+
+
+class OutputLayerNorm(MixerGain):
+    """LayerNorm of the outputs of all heads together, with gain `1 + gamma` and bias `beta`.
+
+    Args:
+        dim: number of features.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim)
+        self.eps, self.beta = eps, nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(..., dim)`, at least in float32."""
+        x, gain = at_least_float32(x), 1 + self.gamma if self.unit_offset else self.gamma
+        return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), self.beta.to(x.dtype), self.eps)
+
+
+def output_norm(name: str, dim: int, eps: float) -> nn.Module:
+    """Build a norm of the outputs of all heads."""
+    return OutputLayerNorm(dim, eps) if name == "layernorm" else OutputRMSNorm(eps)
 
 
 class LinearAttention(Mixer):
@@ -85,6 +101,7 @@ class LinearAttention(Mixer):
     """
 
     has_whole_form = True
+    has_gains = True
 
     def __init__(
         self,
@@ -121,7 +138,7 @@ class LinearAttention(Mixer):
         self.map_q, self.map_k = (
             HedgehogMap(width, heads if map_per_head else None) if learned else None for _ in range(2)
         )
-        self.norm = None if norm is None else OutputNorm(inner, norm == "layernorm", norm_eps)
+        self.norm = None if norm is None else output_norm(norm, inner, norm_eps)
         self.state_shapes["linear"] = (heads, 2 * width if learned else width, width + denominator)
 
     def mix(self, x: Tensor, row: Row, state: State | None) -> tuple[Tensor, State]:
@@ -214,6 +231,7 @@ class Hedgehog(LinearAttention):
     """
 
     name = "hedgehog"
+    has_gains = False
 
     def __init__(
         self, dim: int, heads: int = 8, map_per_head: bool = False, gate: bool = False, chunk: int = CHUNK

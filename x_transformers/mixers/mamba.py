@@ -37,6 +37,7 @@ class Mamba(Mixer):
     """
 
     name = "mamba"
+    has_gains = True
 
     def __init__(
         self,

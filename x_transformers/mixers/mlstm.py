@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State
 from x_transformers.mixers.costs import linear_cost
+from x_transformers.mixers.parts import HeadNorm
 from x_transformers.ops import at_least_float32, merge_heads, softclamp, split_heads
 from x_transformers.options.schema import Feature, at_least, opt, positive
 from x_transformers.recurrences.base import CHUNK
@@ -36,6 +37,7 @@ class MLSTM(Mixer):
     """
 
     name = "mlstm"
+    has_gains = True
 
     def __init__(
         self,
@@ -88,26 +90,6 @@ class MLSTM(Mixer):
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
         return linear_cost(situation, tokens, self.heads, self.dim_key, self.dim_value + 1, self.chunk)
-
-
-class HeadNorm(nn.Module):
-    """LayerNorm of each head by itself, with a gain `1 + gamma` and without a bias.
-
-    Args:
-        dim: number of features, of all heads.
-        heads: number of heads.
-        eps: added to the variance.
-    """
-
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__()
-        self.heads, self.eps = heads, eps
-        self.gamma = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `(b, n, dim)`, at least in float32."""
-        heads = at_least_float32(x).unflatten(-1, (self.heads, -1))
-        return F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2) * (1 + self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)

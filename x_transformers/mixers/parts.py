@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,54 @@ def last_live(whole: Tensor, row: Row, n: int, past: int) -> Tensor:
     return last.to(state_dtype(whole)).contiguous()
 
 
-class MixerNorm(nn.Module):
+def joined(x: Tensor, past: Tensor | None, places: int) -> Tensor:
+    """Return inputs after those of the past, `(b, places + n, c)`, of which there are none before the first token.
+
+    Args:
+        x: `(b, c, n)`.
+        past: `(b, c, places)`, or None.
+        places: number of places of the past.
+    """
+    return (F.pad(x, (places, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=-1)).mT
+
+
+def moved(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """Move the tokens of each row to the right, with zeros where none is.
+
+    Args:
+        x: `(b, ..., n)`.
+        places: `(b, 1)`, by how many.
+        length: number of tokens of the result.
+
+    Returns:
+        `(b, ..., length)`.
+    """
+    n = x.shape[-1]
+    index = torch.arange(length, device=x.device) - places
+    shape = (x.shape[0], *(1 for _ in x.shape[1:-1]), length)
+    inside = ((index >= 0) & (index < n)).view(shape)
+    return x.gather(-1, index.clamp(0, n - 1).view(shape).expand(*x.shape[:-1], length)) * inside
+
+
+class MixerGain(nn.Module):
+    """Abstract base class of norms with a gain, which is `1 + gamma`, or `gamma` without `unit_offset`.
+
+    Args:
+        dim: number of features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma, self.unit_offset = nn.Parameter(torch.zeros(dim)), True
+
+    @torch.no_grad()
+    def drop_unit_offset(self) -> None:
+        """Store the gain itself from now on."""
+        self.gamma += 1
+        self.unit_offset = False
+
+
+class MixerNorm(MixerGain):
     """RMSNorm over the last axis, in equal parts: `x / sqrt(mean(x^2) + eps) * (1 + gamma)`.
 
     Args:
@@ -93,13 +141,86 @@ class MixerNorm(nn.Module):
     """
 
     def __init__(self, dim: int, eps: float, parts: int = 1) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.eps, self.parts = eps, parts
-        self.gamma = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(..., dim)`, at least in float32."""
-        return rms(x, self.eps, self.parts) * (1 + self.gamma)
+        return rms(x, self.eps, self.parts) * (1 + self.gamma if self.unit_offset else self.gamma)
+
+
+class HeadNorm(MixerGain):
+    """LayerNorm of each head by itself, with a gain `1 + gamma` of each feature.
+
+    Args:
+        dim: number of features, of all heads.
+        heads: number of heads.
+        eps: added to the variance.
+        bias: add a bias, `beta`.
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float, bias: bool = False) -> None:
+        super().__init__(dim)
+        self.heads, self.eps = heads, eps
+        self.beta = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(b, n, dim)`, at least in float32."""
+        heads = at_least_float32(x).unflatten(-1, (self.heads, -1))
+        unit = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
+        out = unit * (1 + self.gamma if self.unit_offset else self.gamma)
+        return out if self.beta is None else out + self.beta
+
+
+class LowRank(nn.ModuleList):
+    """Map of low rank with a bias: `W1 f(W0 x) + bias`.
+
+    Args:
+        dim: width of the input.
+        rank: width in between.
+        dim_out: width of the output.
+        between: the function f; None for none.
+        bias: first value of the bias, `(dim_out,)`; None for no bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        dim_out: int,
+        between: Callable[[Tensor], Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__((nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim_out, bias=False)))
+        self.between = between
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., dim)` to `(..., dim_out)`."""
+        into, out_of = self
+        hidden = into(x)
+        out = out_of(hidden if self.between is None else self.between(hidden))
+        return out if self.bias is None else out + self.bias
+
+
+class MixerLayerNorm(MixerGain):
+    """LayerNorm with a gain and a bias: `(x - mean) / sqrt(var + eps) * (1 + gamma) + beta`.
+
+    Args:
+        dim: number of features.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(dim)
+        self.eps = eps
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(..., dim)`, at least in float32."""
+        x = at_least_float32(x)
+        gain = 1 + self.gamma if self.unit_offset else self.gamma
+        return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), self.beta.to(x.dtype), self.eps)
 
 
 def rms(x: Tensor, eps: float, parts: int = 1) -> Tensor:
@@ -127,3 +248,10 @@ def first_step_bias(count: int, least: float = 0.001, most: float = 0.1) -> Tens
     """Return biases whose softplus is log-uniform between two steps, which is where time steps begin."""
     step = torch.empty(count).uniform_(math.log(least), math.log(most)).exp().clamp(min=1e-4)
     return step + torch.log(-torch.expm1(-step))
+
+
+def rotate_pairs(t: Tensor, angles: Tensor) -> Tensor:
+    """Rotate pairs of neighboring features `(..., d)` by angles `(..., d / 2)`, of leading axes that broadcast."""
+    cos, sin = angles.cos(), angles.sin()
+    x, y = t[..., 0::2], t[..., 1::2]
+    return torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import linear_cost
-from x_transformers.mixers.parts import rms
+from x_transformers.mixers.parts import rms, rotate_pairs
 from x_transformers.mixers.read_out import gated_heads
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.ops import at_least_float32, split_heads
@@ -101,13 +101,6 @@ class Retention(KeepsFloat32, Mixer):
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:
         return linear_cost(situation, tokens, self.heads, self.dim_key, self.dim_value, self.chunk)
-
-
-def rotate_pairs(t: Tensor, angles: Tensor) -> Tensor:
-    """Rotate pairs of neighboring features `(b, h, n, d)` by angles `(b, 1, n, d / 2)`."""
-    cos, sin = angles.cos(), angles.sin()
-    x, y = t[..., 0::2], t[..., 1::2]
-    return torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.edited_cache import cache_of
+from x_transformers.layers.experts import TrainsExperts
 from x_transformers.layers.explain import Explanation, count
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.token_layout import check_start
@@ -30,7 +31,7 @@ from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.notices import warn
 
 
-class Model(SavesFolders):
+class Model(SavesFolders, TrainsExperts):
     """A stack over embedded tokens. Abstract: a subclass embeds its inputs and turns features into outputs.
 
     Args:
@@ -90,8 +91,6 @@ class Model(SavesFolders):
 
     drops_memory_tokens: ClassVar[bool] = False
     """True if the embedding dropout acts on everything that the stack reads, memory tokens included."""
-
-    # properties that other code reads
 
     @property
     def has_memory_tokens(self) -> bool:
@@ -307,6 +306,7 @@ class Model(SavesFolders):
             "seq_start_pos": inputs.seq_start_pos,
             "mems": inputs.mems,
             "mem_masks": inputs.mem_masks,
+            "return_aux_loss": inputs.return_aux_loss,
             **inputs.stack,
         }
         if inputs.mems is not None and self.shift_mem_down:
@@ -324,8 +324,9 @@ class Model(SavesFolders):
             x = self._dropped(x)
         run = self.attn_layers if around is None else around(self.attn_layers, span)
         if kv is None and not inputs.needs_record:
-            features = run(x, **arguments)
-            return (features if sequence is None else sequence.without_memory(features)), None, embeds
+            found = run(x, **arguments)
+            features, record = found if type(found) is tuple else (found, None)
+            return (features if sequence is None else sequence.without_memory(features, record)), record, embeds
         features, record = run(
             x,
             cache=kv,
@@ -343,7 +344,7 @@ class Model(SavesFolders):
         if inputs.z_loss_weight is not None:
             record.attn_z_loss = z_loss(record.attn_intermediates or [], inputs.z_loss_weight)
         if sequence is not None:
-            features = sequence.without_memory(features)
+            features = sequence.without_memory(features, record)
         record.initial_embeds, record.last_layer_hiddens = embeds, features[:, self.num_cls_tokens :]
         return features, record, embeds
 

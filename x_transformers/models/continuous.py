@@ -97,6 +97,7 @@ class ContinuousTransformerWrapper(Model):
         *,
         cache_age: int | None = None,
         capture: Capture | None = None,
+        return_aux_loss: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -117,6 +118,7 @@ class ContinuousTransformerWrapper(Model):
             seq_start_pos: `(b,)` number of positions of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
             capture: what the stack records, instead of what `return_intermediates` implies.
+            return_aux_loss: return the intermediates too, with `aux_loss`, the losses of experts.
             kwargs: of the stack; see `TransformerWrapper.forward`.
 
         Returns:
@@ -145,6 +147,7 @@ class ContinuousTransformerWrapper(Model):
             return_intermediates=return_intermediates,
             return_mems=return_mems,
             return_attn=return_attn,
+            return_aux_loss=return_aux_loss,
             capture=capture,
         )
         span = self._token_span(x.shape[1], inputs)

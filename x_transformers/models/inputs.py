@@ -54,6 +54,8 @@ class ModelInputs:
     return_mems: bool = False
     return_attn: bool = False
     z_loss_weight: float | None = None
+    return_aux_loss: bool = False
+    return_exits: bool | Sequence[int] = False
     capture: Capture | None = None
     logits_to_keep: int | None = None
 
@@ -77,6 +79,7 @@ class ModelInputs:
             or self.return_attn
             or self.return_logit_entropies
             or self.z_loss_weight is not None
+            or (self.return_aux_loss and self.capture is not None)
         )
         if self.capture is not None and not needed:
             raise InputError(
@@ -104,6 +107,19 @@ def check_own(flags: tuple[bool, ...], transform: Any, *keywords: Any) -> None:
     for given in keywords:
         if given is not None and not isinstance(given, Mapping):
             raise InputError(f"`token_emb_kwargs` or `to_logits_kwargs` is {shown(given)}; it must be a mapping.")
+
+
+def z_loss_weight(default: float, requested: bool, given: float | None) -> float | None:
+    """Return the weight of the z-loss of a pass, or None if it is not requested.
+
+    Args:
+        default: weight of the model.
+        requested: the z-loss is to be returned.
+        given: weight of the pass, or None.
+    """
+    if not requested:
+        return None
+    return default if given is None else given
 
 
 @dataclass(eq=False)

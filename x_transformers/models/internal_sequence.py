@@ -61,8 +61,15 @@ class InternalSequence:
         prefix = self.layout.slots(leading) if interspersed else self.before
         return CacheHeader(prefix, leading, self.prefix_mask, self.span.count + leading, interspersed)
 
-    def without_memory(self, t: Tensor) -> Tensor:
-        """Return `t (b, columns, D)` without memory tokens: class tokens, prepended embeddings and tokens."""
+    def without_memory(self, t: Tensor, record: LayerIntermediates | None = None) -> Tensor:
+        """Return `t (b, columns, D)` without memory tokens: class tokens, prepended embeddings and tokens.
+
+        Args:
+            t: output of the stack.
+            record: of the pass; the features of its exits lose their memory tokens, too.
+        """
+        if record is not None and record.exits is not None:
+            record.exits = {block: self.without_memory(features) for block, features in record.exits.items()}
         if self.column_map is not None:
             return self.column_map.keep(t)
         return t[:, self.memory :] if self.memory else t

@@ -18,7 +18,7 @@ from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.base import Model
 from x_transformers.models.embeddings import build_embedding_norm, checked_ids
 from x_transformers.models.heads import LinearNoBias
-from x_transformers.models.inputs import ModelInputs, TokenSpan
+from x_transformers.models.inputs import ModelInputs, TokenSpan, z_loss_weight
 from x_transformers.models.options.base import check_size
 from x_transformers.models.options.catalog import MULTI_INPUT
 from x_transformers.models.options.reading import read_options, show_options
@@ -88,6 +88,7 @@ class MultiInputTransformerWrapper(Model):
         input_not_include_cache: bool = False,
         cache_age: int | None = None,
         capture: Capture | None = None,
+        return_aux_loss: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -105,6 +106,7 @@ class MultiInputTransformerWrapper(Model):
                 outputs come before the others'.
             sum_embeds: `(b, n, E)` or what broadcasts to it, added to the token embeddings.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
+            return_aux_loss: return the intermediates too, with `aux_loss`, the losses of experts.
             seq_start_pos: `(b,)` number of positions of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
             capture: what the stack records, instead of what `return_intermediates` implies.
@@ -119,10 +121,7 @@ class MultiInputTransformerWrapper(Model):
         """
         if return_logits_and_embeddings and self.to_logits is None:
             raise InputError("this model has no heads (`return_only_embed`); logits cannot be returned.")
-        if not return_attn_z_loss:
-            attn_z_loss_weight = None
-        elif attn_z_loss_weight is None:
-            attn_z_loss_weight = self.attn_z_loss_weight
+        attn_z_loss_weight = z_loss_weight(self.attn_z_loss_weight, return_attn_z_loss, attn_z_loss_weight)
         inputs = ModelInputs(
             stack=kwargs,
             mask=mask,
@@ -140,6 +139,7 @@ class MultiInputTransformerWrapper(Model):
             return_mems=return_mems,
             return_attn=return_attn,
             z_loss_weight=attn_z_loss_weight,
+            return_aux_loss=return_aux_loss,
             capture=capture,
         )
         x, n = self._checked_input(x)

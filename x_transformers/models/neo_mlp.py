@@ -88,16 +88,17 @@ class NeoMLP(SavesFolders):
         return self.transformer.adopt_config({"options": config["options"].get("encoder_kwargs") or {}})
 
     @checked
-    def forward(self, x: Tensor, return_embeds: bool = False) -> Any:
+    def forward(self, x: Tensor, return_embeds: bool = False, *, return_aux_loss: bool = False) -> Any:
         """Run the model.
 
         Args:
             x: `(b, dim_in)` or `(dim_in,)`; integers are converted.
             return_embeds: also return the features of input, hidden and output units, `(b, units, dim_model)` each,
                 with b = 1 for a single x.
+            return_aux_loss: also return the intermediates of the encoder, with `aux_loss`, the losses of experts.
 
         Returns:
-            `(b, dim_out)` or `(dim_out,)`.
+            `(b, dim_out)` or `(dim_out,)`; a pair of it and what was requested.
 
         Raises:
             ShapeError: if x has another width or rank.
@@ -109,7 +110,11 @@ class NeoMLP(SavesFolders):
         rows = x.reshape(-1, self.sizes[0]).to(self.to_output_bias.dtype)
         inputs = self.random_fourier(rows) + self.input_embed
         units = torch.cat((self.hidden_embed, self.output_embed)).expand(rows.shape[0], -1, -1)
-        embeds = self.transformer(torch.cat((inputs, units.to(inputs.dtype)), dim=1)).split(self.sizes, dim=1)
-        out = (embeds[2] * self.to_output_weights).sum(dim=-1) + self.to_output_bias
+        x_units = torch.cat((inputs, units.to(inputs.dtype)), dim=1)
+        found = self.transformer(x_units, return_aux_loss=return_aux_loss)
+        features, record = found if return_aux_loss else (found, None)
+        embeds = features.split(self.sizes, dim=1)
+        out: Any = (embeds[2] * self.to_output_weights).sum(dim=-1) + self.to_output_bias
         out = out if x.ndim == 2 else out.squeeze(0)
-        return (out, embeds) if return_embeds else out
+        out = (out, embeds) if return_embeds else out
+        return out if record is None else (out, record)

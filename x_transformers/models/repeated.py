@@ -24,7 +24,15 @@ Around = Callable[[AttentionLayers, TokenSpan], Callable[..., Any]]
 """The stack, and the tokens of a pass, to what a model calls instead of the stack."""
 
 OF_THE_RECORD = frozenset(
-    {"return_gumbel_log_probs", "cache", "input_not_include_cache", "return_hiddens", "capture", "header"}
+    {
+        "return_gumbel_log_probs",
+        "cache",
+        "input_not_include_cache",
+        "return_hiddens",
+        "return_aux_loss",
+        "capture",
+        "header",
+    }
 )
 """Arguments that only the pass whose record is kept gets."""
 
@@ -120,9 +128,7 @@ class _Loops:
         self, x: Tensor, *, cache: KVCache | None = None, return_hiddens: bool = False, **arguments: Any
     ) -> Any:
         if not return_hiddens:
-            for _ in range(self.count):
-                x = self.stack(x, **arguments)
-            return x
+            return self._features(x, arguments)
         if cache is not None and cache.capacity is not None:
             raise InputError(
                 "a looped model decides at each token how often its stack runs, which fixed buffers cannot follow; use "
@@ -137,16 +143,34 @@ class _Loops:
             )
         return self._one(x, cache, arguments)
 
+    def _features(self, x: Tensor, arguments: dict[str, Any]) -> Any:
+        """Run all loops without recording them; if auxiliary losses are requested, return their record too."""
+        records = []
+        for _ in range(self.count):
+            out = self.stack(x, **arguments)
+            if arguments.get("return_aux_loss"):
+                x, record = out
+                records.append(record)
+            else:
+                x = out
+        if not records:
+            return x
+        records[-1].include_routing(records[:-1])
+        return x, records[-1]
+
     def _all(self, x: Tensor, cache: KVCache | None, arguments: dict[str, Any]) -> tuple[Tensor, LayerIntermediates]:
         """Run all loops, which have a cache each."""
         features, records = [], []
+        capture = arguments["capture"]
+        of_earlier = Capture(losses=capture.losses, routing=capture.routing)
         for loop in range(self.count):
-            given = arguments if loop == self.count - 1 else {**arguments, "capture": Capture()}
+            given = arguments if loop == self.count - 1 else {**arguments, "capture": of_earlier}
             own = None if cache is None else KVCache()
             x, record = self.stack(x, cache=own, return_hiddens=True, **given)
             features.append(x)
             records.append(record)
         record = records[-1]
+        record.include_routing(records[:-1])
         record.exit_indices = torch.full((1, 1), self.count - 1, device=x.device)
         caches = [each.cache for each in records if each.cache is not None]
         if len(caches) == self.count:
@@ -168,9 +192,10 @@ class _Loops:
         index = torch.full((rows,), self.count - 1, device=x.device)
         going, stays, left = torch.ones_like(index, dtype=torch.bool), 0.0, 0.0
         features, gates, added = [], [], []
-        record = LayerIntermediates()
+        records: list[LayerIntermediates] = []
         for loop, own in enumerate(loops):
             x, record = self.stack(x, cache=own, return_hiddens=True, **arguments)
+            records.append(record)
             features.append(x)
             added.append(newest_of(record.cache, columns))
             if loop == self.count - 1 or self.threshold is None:
@@ -184,6 +209,8 @@ class _Loops:
             if not bool(going.any()):
                 break
         x = torch.stack(features)[index, torch.arange(rows, device=x.device)]
+        record = records[-1]
+        record.include_routing(records[:-1])
         newest, last = chosen(added, index), record.cache
         assert last is not None
         record.cache = LoopedCache.of([extended(own, last, newest) for own in loops])

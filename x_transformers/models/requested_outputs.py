@@ -9,6 +9,7 @@ from torch import Tensor
 
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import Capture
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.inputs import ModelInputs
@@ -28,15 +29,18 @@ def requested_capture(inputs: ModelInputs, stack: AttentionLayers) -> Capture:
     if given is None:
         # without a cache, `return_intermediates` shows everything that the kernels allow
         shown = inputs.return_intermediates and inputs.cache is None and stack.may_show_scores()
-        return Capture(scores or shown, inputs.return_intermediates, memories, on_demand=shown and not scores)
+        whole = inputs.return_intermediates and inputs.cache is None
+        on_demand = shown and not scores
+        return Capture(scores or shown, inputs.return_intermediates, memories, on_demand, losses=whole, routing=whole)
     if (scores and not given.scores) or (memories and not given.memories):
-        return Capture(given.scores or scores, given.hiddens, given.memories or memories)
+        return replace(given, scores=given.scores or scores, memories=given.memories or memories, on_demand=False)
     return given
 
 
 def with_requested(out: Any, record: LayerIntermediates, inputs: ModelInputs) -> Any:
     """Return the output together with what was requested besides it; intermediates contain the memories too."""
-    if inputs.return_intermediates or inputs.z_loss_weight is not None or inputs.return_logit_entropies:
+    asked = inputs.return_intermediates or inputs.return_logit_entropies or inputs.return_aux_loss
+    if asked or inputs.z_loss_weight is not None:
         return out, record
     if inputs.return_mems:
         return out, record.mems

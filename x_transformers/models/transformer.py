@@ -27,6 +27,7 @@ from x_transformers.models.embeddings import (
     further_embeddings,
     whole_numbers,
 )
+from x_transformers.models.exits import HasExits, exit_outputs, exits_of
 from x_transformers.models.heads import (
     FirstTokenPool,
     Heads,
@@ -39,7 +40,7 @@ from x_transformers.models.heads import (
     each_head,
     next_embedding_head,
 )
-from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own
+from x_transformers.models.inputs import ModelInputs, TokenSpan, check_own, z_loss_weight
 from x_transformers.models.options.base import ModelOptions, check_size
 from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.models.options.reading import read_options, show_options
@@ -50,7 +51,7 @@ from x_transformers.options.signatures import shows_keywords_of
 from x_transformers.options.values import shown
 
 
-class TransformerWrapper(Model):
+class TransformerWrapper(HasExits, Model):
     """Token ids to logits, through a stack.
 
     Args:
@@ -95,6 +96,7 @@ class TransformerWrapper(Model):
         self.exit_gate = LinearNoBias(dim, 1) if options.looped else None
         self._build_summaries(options)
         self._build_heads(options)
+        self._build_exits(options.exit_layers, options.exit_norms)
 
     def _build_embeddings(self, options: ModelOptions) -> None:
         width = self.emb_dim
@@ -184,6 +186,8 @@ class TransformerWrapper(Model):
         *,
         logits_to_keep: int | None = None,
         capture: Capture | None = None,
+        return_aux_loss: bool = False,
+        return_exits: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> Any:
         """Run the model.
@@ -210,6 +214,8 @@ class TransformerWrapper(Model):
             transform_block_inputs: of the stack; that of block 1 is applied to the token embeddings, unless
                 `transform_token_embeds` is given.
             return_attn_z_loss, attn_z_loss_weight: fill `attn_z_loss` of the intermediates, and return them.
+            return_aux_loss: return the intermediates too, with `aux_loss`, the losses of experts.
+            return_exits: the output becomes `(output, {block: output after it})`, of `exit_layers` or some of them.
             seq_start_pos: `(b,)` number of tokens of left padding of each row.
             cache, input_not_include_cache, cache_age: cached decoding.
             token_emb_kwargs, to_logits_kwargs: passed to modules that were given as `token_emb` and `to_logits`.
@@ -233,10 +239,7 @@ class TransformerWrapper(Model):
         """
         flags = return_embeddings, return_intermediates, return_embeddings_and_intermediates, excise_prepend_embeds
         check_own(flags, transform_token_embeds, token_emb_kwargs, to_logits_kwargs)
-        if not return_attn_z_loss:
-            attn_z_loss_weight = None
-        elif attn_z_loss_weight is None:
-            attn_z_loss_weight = self.attn_z_loss_weight
+        attn_z_loss_weight = z_loss_weight(self.attn_z_loss_weight, return_attn_z_loss, attn_z_loss_weight)
         if input_not_include_cache is None:
             input_not_include_cache = self.input_not_include_cache
         inputs = ModelInputs(
@@ -265,6 +268,8 @@ class TransformerWrapper(Model):
             return_mems=return_mems,
             return_attn=return_attn,
             z_loss_weight=attn_z_loss_weight,
+            return_aux_loss=return_aux_loss,
+            return_exits=return_exits,
             capture=capture,
             logits_to_keep=logits_to_keep,
         )
@@ -286,9 +291,11 @@ class TransformerWrapper(Model):
             embeds = transform_token_embeds(embeds)
         embeds = self._add_positions(embeds, inputs, span)
         if embed_ids or self.embedded:
-            embeds = self._add_further_embeddings(embeds, inputs, span)
+            embeds = _add_further_embeddings(self, embeds, inputs, span)
         if self.ff_deep_embed is not None and kwargs.get("deep_embeds_and_ids") is None:
             kwargs["deep_embeds_and_ids"] = (self.ff_deep_embed, ids)
+        if return_exits:
+            kwargs["exits"] = exits_of(self, return_exits)
         around: Around | None = None
         if self.recycling or recycle_steps is not None:
             around = recycling(self.recycled_proj, recycle_steps, self.train_max_recycle_steps, self.training)
@@ -319,6 +326,8 @@ class TransformerWrapper(Model):
             out = pooled
         else:
             out = features if logits is None else logits
+        if return_exits:
+            out = (out, exit_outputs(self, record, inputs, span, excised, to_logits_kwargs))
         if return_next_embed_pred and self.to_next_embed_pred is not None:
             prepended = max(excised - self.num_cls_tokens, 0)
             out = (out, (self.to_next_embed_pred(features), initial_embeds[:, prepended:]))
@@ -334,18 +343,6 @@ class TransformerWrapper(Model):
         record.logits = logits if self.returns_pooled else None
         record.logit_entropies = each_head(logits, calc_entropy) if return_logit_entropies else None
         return with_requested(out, record, inputs)
-
-    def _add_further_embeddings(self, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> Tensor:
-        """Add the embeddings of further ids to those of the tokens."""
-        given, default = inputs.embed_ids or {}, self.embed_default_id
-        missing = [name for name in self.embedded if name not in given]
-        if len(given) + len(missing) > len(self.embedded) or (missing and default is None):
-            raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {[*self.embedded]}.")
-        for name, ids in given.items():
-            embeds = embeds + _further(self.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
-        for name in missing:
-            embeds = embeds + self.embeds[f"{name}_embed"](embeds.new_full((1, 1), default, dtype=torch.long))
-        return embeds
 
     def _summarize(self, features: Tensor, inputs: ModelInputs, span: TokenSpan) -> tuple[Tensor, Tensor | None]:
         """Return the features that heads read, and the output of the attention pool, if it is requested."""
@@ -473,6 +470,19 @@ def _no_ids(prepend_embeds: Tensor | None) -> Tensor:
     return torch.zeros(prepend_embeds.shape[0], 0, dtype=torch.long, device=prepend_embeds.device)
 
 
+def _add_further_embeddings(model: TransformerWrapper, embeds: Tensor, inputs: ModelInputs, span: TokenSpan) -> Tensor:
+    """Add the embeddings of further ids to those of the tokens."""
+    given, default = inputs.embed_ids or {}, model.embed_default_id
+    missing = [name for name in model.embedded if name not in given]
+    if len(given) + len(missing) > len(model.embedded) or (missing and default is None):
+        raise InputError(f"`embed_ids` names {sorted(given)}; this model embeds {[*model.embedded]}.")
+    for name, ids in given.items():
+        embeds = embeds + _further(model.embeds[f"{name}_embed"], ids, name, embeds.shape[0], span)
+    for name in missing:
+        embeds = embeds + model.embeds[f"{name}_embed"](embeds.new_full((1, 1), default, dtype=torch.long))
+    return embeds
+
+
 def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSpan) -> Tensor:
     """Return the embeddings `(1|b, n, E)` of the further ids of the new tokens."""
     if not isinstance(ids, Tensor):
@@ -492,6 +502,10 @@ def _read_stack_arguments(
     for name in arguments:
         if name not in ARGUMENTS:
             check_names(model, TransformerWrapper.forward, arguments)
+    if "exits" in arguments:
+        raise InputError(
+            "`exits` are of the stack; build the model with `exit_layers`, and pass `return_exits = True`."
+        )
     check_kinds(arguments, KINDS_OF_INPUTS)
     blocks: Any = arguments.get("transform_block_inputs")
     if transform is not None or blocks is None:

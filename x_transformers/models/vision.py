@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.layers.experts import TrainsExperts
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import build_embedding_norm
 from x_transformers.models.heads import FirstTokenPool
@@ -24,7 +25,7 @@ from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 
 
-class ViTransformerWrapper(SavesFolders):
+class ViTransformerWrapper(SavesFolders, TrainsExperts):
     """Images `(b, c, h, w)` to logits of classes, or to the mean of patch features.
 
     Args:
@@ -79,6 +80,7 @@ class ViTransformerWrapper(SavesFolders):
         return_logits_and_embeddings: bool = False,
         *,
         condition: Tensor | None = None,
+        return_aux_loss: bool = False,
     ) -> Any:
         """Run the model.
 
@@ -89,10 +91,11 @@ class ViTransformerWrapper(SavesFolders):
             return_embeddings: return features of the patches, `(b, patches, D)`, without class tokens.
             return_logits_and_embeddings: return logits and these features.
             condition: `(b, c)`, for adaptive norms and scales of the stack.
+            return_aux_loss: also return the intermediates, with `aux_loss`, the losses of experts.
 
         Returns:
             `(b, num_classes)` logits, or the features that a head would read, `(b, D)`. With several class tokens, one
-            of these for each: `(b, c, ...)`.
+            of these for each: `(b, c, ...)`. With `return_aux_loss` a pair of it and the intermediates.
 
         Raises:
             InputError: if both are requested, or the image does not fit.
@@ -110,12 +113,13 @@ class ViTransformerWrapper(SavesFolders):
         x = F.dropout(x, self.emb_dropout, self.training)
         if self.register_tokens is not None:
             x = torch.cat((x, self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1)
-        out = self.attn_layers(x, condition=condition)
+        out = self.attn_layers(x, condition=condition, return_aux_loss=return_aux_loss)
+        out, record = out if return_aux_loss else (out, None)
         features = out[:, classes : classes + patches]
-        if return_embeddings:
-            return features
-        logits = self.mlp_head(self._summary(out, features))
-        return (logits, features) if return_logits_and_embeddings else logits
+        result: Any = features if return_embeddings else self.mlp_head(self._summary(out, features))
+        if return_logits_and_embeddings:
+            result = (result, features)
+        return result if record is None else (result, record)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Return the embeddings `(1, c + rows * columns, D)` of class tokens and of a grid of patches."""

@@ -19,11 +19,13 @@ class BranchCost(NamedTuple):
         backend: the kernel that runs, or "" if there is no choice.
         why: the reason for the choice.
         flops: floating-point operations per token of a forward pass, matrix products only.
+        active: number of parameters that one token uses; None: all.
     """
 
     backend: str
     why: str
     flops: int
+    active: int | None = None
 
 
 class BranchFunction(nn.Module):
@@ -78,6 +80,11 @@ class BranchFunction(nn.Module):
     def requires_causal(self) -> list[str]:
         """The keywords of parts that only work in causal passes."""
         return []
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """True if the function has a loss of its own, which its records contain."""
+        return False
 
     @property
     def keeps_documents_apart(self) -> bool:

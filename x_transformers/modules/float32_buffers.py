@@ -74,9 +74,11 @@ class KeepsFloat32(nn.Module):
 
 def leave_meta(module: nn.Module, device: torch.device) -> None:
     """Compute all buffers in a module that follow from options and are on the meta device, on another one."""
-    for each in module.modules():
-        if isinstance(each, KeepsFloat32):
-            each.leave_meta(device)
+    if isinstance(module, KeepsFloat32):
+        module.leave_meta(device)
+    for child in module._modules.values():
+        if child is not None:
+            leave_meta(child, device)
 
 
 def device_of(state: dict[str, Any], prefix: str) -> torch.device:

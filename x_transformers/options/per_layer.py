@@ -58,7 +58,8 @@ def layer_schedule(
         end: value of the last layer.
         depth: number of layers, at least 2.
         schedule: with `t = l / (depth - 1)` for layer l, "linear" is `start + (end - start) * t`, and "cosine" is
-            `start + (end - start) * (1 - cos(pi * t)) / 2`. A callable receives `(start, end, t)`.
+            `start + (end - start) * (1 - cos(pi * t)) / 2`, and "exp2" `start + (end - start) * (2^t - 1)`, the layer
+            dropout of LayerSkip (2404.16710). A callable receives `(start, end, t)`.
 
     Returns:
         A tuple of `depth` values.
@@ -74,6 +75,7 @@ def layer_schedule(
     shapes: dict[str, Callable[[float, float, float], float]] = {
         "linear": lambda a, b, t: a + (b - a) * t,
         "cosine": lambda a, b, t: a + (b - a) * 0.5 * (1 - math.cos(math.pi * t)),
+        "exp2": lambda a, b, t: a + (b - a) * (2**t - 1),
     }
     if not callable(schedule) and not isinstance(schedule, str):
         raise ConfigError(f"`schedule` is {shown(schedule)}; it must be one of {sorted(shapes)} or a callable.")

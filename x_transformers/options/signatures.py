@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import textwrap
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from x_transformers.options.schema import Schema
+from x_transformers.options.schema import Schema, default_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -114,5 +116,39 @@ def shows_keywords_of(inner: Callable[..., Any], but: Iterable[str] = ()) -> Cal
         signature = ShortSignature([*own.values(), takes_any])
         method.__signature__ = signature
         return method
+
+    return decorate
+
+
+def takes_fields_of(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a constructor take the fields of a dataclass as arguments, and receive them as one object, its last argument.
+
+    Args:
+        options: a frozen dataclass, all of whose fields have defaults.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        *own, _ = inspect.signature(init).parameters.values()
+        hints = typing.get_type_hints(options)
+        taken = [
+            inspect.Parameter(
+                each.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default_of(each),
+                annotation=hints[each.name],
+            )
+            for each in fields(options)
+        ]
+        signature = inspect.Signature([*own, *taken])
+
+        def constructed(*args: Any, **kwargs: Any) -> None:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            init(*(given.pop(each.name) for each in own), options(**given))
+
+        made: Any = functools.wraps(init)(constructed)
+        # what is wrapped has the one object in its signature and annotations
+        del made.__wrapped__
+        made.__signature__, made.__annotations__ = signature, {**typing.get_type_hints(init), **hints}
+        return made
 
     return decorate

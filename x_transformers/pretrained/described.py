@@ -9,22 +9,25 @@ from typing import Any
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.layers.kinds import KINDS
 from x_transformers.layers.plan import LayerPlan, StackPlan, make_plan
+from x_transformers.mixers.catalog import defaults_of, keywords_of
 from x_transformers.models.options.catalog import TRANSFORMER
 from x_transformers.options.schema import Options
 
 TRAINING = """
     attn_attend_sdp_kwargs attn_dropout attn_flash attn_onnxable attn_output_proj_depth attn_sublayer_dropout
     attn_z_loss_weight attn_zero_init_output checkpoint_every emb_dropout emb_frac_gradient ff_dropout
+    ff_balance_loss_per_row ff_balance_loss_weight ff_expert_dropout ff_router_entropy_weight ff_router_z_loss_weight
     ff_output_proj_depth ff_sublayer_dropout ff_zero_init_output input_not_include_cache layer_dropout max_mem_len
-    shift_mem_down verbose zero_init_branch_output
+    mixer_chunk mixer_dropout mixer_output_proj_depth mixer_zero_init_output shift_mem_down verbose
+    zero_init_branch_output
 """
 """Keywords of training, of the first weights, and of how the same is computed."""
 
 IN_OTHER_WORDS = """
     attn_one_kv_head attn_project_out attn_value_dim_head cross_attend custom_layers depth disable_abs_pos_emb emb_dim
-    ff_custom_activation ff_dim_out ff_glu_no_bias ff_mult ff_no_bias ff_relu_squared ff_solu ff_swish
-    layers_execute_order macaron max_seq_len num_tokens only_attn only_cross par_ratio sandwich_coef use_abs_pos_emb
-    weight_tie_layers
+    ff_custom_activation ff_dim_out ff_glu_no_bias ff_mult ff_no_bias ff_relu_squared ff_shared_mult ff_solu ff_swish
+    layer_period layers_execute_order macaron max_seq_len mixer_dim mixer_dim_key mixer_dim_value mixer_expand
+    mixer_step_rank num_tokens only_attn only_cross par_ratio sandwich_coef use_abs_pos_emb weight_tie_layers
 """
 """Keywords that are in `layers`, in another keyword, or in the names and shapes of the weights."""
 
@@ -71,7 +74,10 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
         words["layers"] = tuple(plan.sequence.order)
     words |= dict(_on(model)) | dict(_on(plan.options))
     for letter, kind in KINDS.items():
-        words |= _of_layers(plan.of(letter), kind.prefix)
+        layers = plan.of(letter)
+        words |= _joined([_of_layer(layer, words["heads"]) for layer in layers], kind.prefix)
+        if layers and kind.chosen_by is not None:
+            words[kind.chosen_by] = _one_of(tuple(layer.keywords[kind.chosen_by] for layer in layers))
     return _resolved(words, plan)
 
 
@@ -85,11 +91,24 @@ def _on(options: Options, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield prefix + name, getattr(values, name)
 
 
-def _of_layers(layers: Sequence[LayerPlan], prefix: str) -> dict[str, Any]:
-    """Return the keywords of the layers of one kind: a value, or one for each layer."""
-    each = [dict(_on(layer.options, prefix)) for layer in layers]
+def _of_layer(layer: LayerPlan, heads: int) -> dict[str, Any]:
+    """Return the keywords of one layer, without prefix; of a mixer those that it reads, and its own defaults."""
+    if layer.kind.chosen_by is None:
+        return dict(_on(layer.options))
+    name, owner = layer.keywords[layer.kind.chosen_by], layer.kind.schema.owner
+    given = {keyword: getattr(layer.options[owner[keyword].name], keyword) for keyword in sorted(keywords_of(name))}
+    own = defaults_of(name) | {keyword: value for keyword, value in given.items() if value is not None}
+    if "heads" in given and given["heads"] is None:
+        own["heads"] = heads
+    if "key_heads" in own and own["key_heads"] is None:
+        own["key_heads"] = own["heads"]
+    return own
+
+
+def _joined(each: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Any]:
+    """Return keywords of layers with a prefix: a value, or one for each layer."""
     names = dict.fromkeys(name for options in each for name in options)
-    return {name: _one_of(tuple(options.get(name) for options in each)) for name in names}
+    return {prefix + name: _one_of(tuple(options.get(name) for options in each)) for name in names}
 
 
 def _one_of(values: tuple[Any, ...]) -> Any:
@@ -98,17 +117,23 @@ def _one_of(values: tuple[Any, ...]) -> Any:
 
 def _resolved(words: dict[str, Any], plan: StackPlan) -> dict[str, Any]:
     """Replace defaults that depend on other keywords by their values, and several names of one thing by one."""
-    dim, dim_head = words["dim"], words["attn_dim_head"]
+    dim, dim_head = words["dim"], words.get("attn_dim_head")
+    # without attention, the heads are those of mixers
+    attends = dim_head is not None
+    heads = words["heads"] if attends else words.pop("heads")
     defaults = {
-        "attn_kv_heads": 1 if words.get("attn_one_kv_head") else words["heads"],
+        "attn_kv_heads": 1 if words.get("attn_one_kv_head") else heads,
         "attn_scale": dim_head**-0.5 if isinstance(dim_head, int) else None,
         "norm_eps": 1e-24 if words.get("use_rmsnorm") else 1e-5,
         "rotary_emb_dim": max(2, dim_head // 2 + dim_head // 2 % 2) if isinstance(dim_head, int) else None,
         "tie_embedding_scale": dim**-0.5 if words.get("tie_embedding") else None,
         "abs_pos_emb_scale": dim**-0.5,
     }
-    needed = {"attn_kv_heads", "attn_scale", "norm_eps", "tie_embedding_scale"} | words.keys()
+    needed = {"norm_eps", "tie_embedding_scale", *(("attn_kv_heads", "attn_scale") if attends else ())} | words.keys()
     words |= {name: value for name, value in defaults.items() if words.get(name) is None and name in needed}
+    if "ff_experts" in words:
+        normalized = (layer.options["experts"] for layer in plan.of("f") if layer.options.on("experts"))
+        words["ff_router_normalize"] = _one_of(tuple(each.normalizes for each in normalized))
     words["ff_activation"] = _one_of(tuple(map(_activation, plan.of("f"))))
     scale = words.get("attn_scale")
     if isinstance(scale, tuple):

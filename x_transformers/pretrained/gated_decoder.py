@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from x_transformers.pretrained.base import Outline, Settings, activation, multiple
+from x_transformers.pretrained.experts import ExpertBlocks
 from x_transformers.pretrained.layouts import gains, joined
 from x_transformers.pretrained.rotary import rotary_keywords
 
@@ -23,6 +25,8 @@ class Details:
         qk_norm: queries and keys have norms: "" none, "head" one gain for all heads, "all" a mean square of all heads.
         unit_offset: gains of norms are stored minus 1.
         activation: the entry with the name of the activation.
+        rotary: queries and keys are rotated.
+        attention, feedforward, final: names of the parts of a block, and of the norm after the last one.
     """
 
     qkv_bias: bool | None = None
@@ -31,14 +35,56 @@ class Details:
     qk_norm: str = ""
     unit_offset: bool = False
     activation: str = "hidden_act"
+    rotary: bool = True
+    attention: str = "self_attn"
+    feedforward: str = "mlp"
+    final: str = "norm"
 
 
-def read_gated_decoder(settings: Settings, details: Details = Details(), *, tied: bool = False) -> Outline:
+def only_attention(outline: Outline, ours: str, theirs: str) -> None:
+    """Link nothing: all blocks attend."""
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Blocks of which some have a token mixer instead of attention.
+
+    Attributes:
+        letters: for each block "a" if it attends, and "m" if it has a mixer; "" if all attend.
+        keywords: of the mixers.
+        put: links the weights of a mixer, between the prefix of ours and that of the block in the files.
+    """
+
+    letters: str = ""
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    put: Callable[[Outline, str, str], None] = only_attention
+
+    def words(self) -> dict[str, Any]:
+        """Return the keywords of the stack for these blocks."""
+        return {"layer_period": shortest_period(self.letters), **self.keywords} if "m" in self.letters else {}
+
+
+def shortest_period(letters: str) -> str:
+    """Return the shortest beginning that, repeated, has these letters."""
+    lengths = range(1, len(letters) + 1)
+    return next(letters[:n] for n in lengths if (letters[:n] * len(letters)).startswith(letters))
+
+
+def read_gated_decoder(
+    settings: Settings,
+    details: Details = Details(),
+    hybrid: Hybrid = Hybrid(),
+    *,
+    experts: ExpertBlocks | None = None,
+    tied: bool = False,
+) -> Outline:
     """Return the outline of a decoder.
 
     Args:
         settings: the configuration.
         details: what is particular to the family.
+        hybrid: which blocks have a token mixer.
+        experts: which blocks have experts; None: none.
         tied: logits come from the token table unless the configuration says otherwise.
     """
     dim, heads, depth = (settings.need(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
@@ -65,8 +111,11 @@ def read_gated_decoder(settings: Settings, details: Details = Details(), *, tied
         "ff_mult": multiple(dim, settings.need("intermediate_size")),
         "ff_no_bias": not mlp_bias,
         "ff_glu_no_bias": not mlp_bias,
-        **rotary_keywords(settings, dim_head),
+        **(rotary_keywords(settings, dim_head) if details.rotary else {}),
+        **hybrid.words(),
     }
+    if experts is not None:
+        stack |= experts.words(dim, stack["ff_mult"])
     if before and after:
         stack["sandwich_norm"] = True
     elif after:
@@ -89,27 +138,39 @@ def read_gated_decoder(settings: Settings, details: Details = Details(), *, tied
         model["tie_embedding_scale"] = 1.0
     outline = Outline(model, stack, unused=("rotary_emb.inv_freq", *(("lm_head.weight",) if tied else ())))
     outline.put("token_emb.emb.weight", "model.embed_tokens.weight")
-    outline.put("attn_layers.final_norm.gamma", "model.norm.weight")
+    outline.put("attn_layers.final_norm.gamma", f"model.{details.final}.weight")
     if not tied:
         outline.put("to_logits.weight", "lm_head.weight")
     for block in range(depth):
-        _put_block(outline, block, details, heads, kv_heads)
+        theirs, mixing, feedforward = f"model.layers.{block}.", f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
+        _put_norms(outline, mixing, feedforward, theirs, details)
+        if hybrid.letters and hybrid.letters[block] == "m":
+            hybrid.put(outline, f"{mixing}mixer.", theirs)
+        else:
+            _put_attention(outline, f"{mixing}attention.", f"{theirs}{details.attention}.", details, heads, kv_heads)
+        if experts is not None and experts.sparse[block]:
+            experts.put(outline, f"{feedforward}feedforward.", theirs)
+        else:
+            _put_feedforward(outline, f"{feedforward}feedforward.", f"{theirs}{details.feedforward}.")
     return outline
 
 
-def _put_block(outline: Outline, block: int, details: Details, heads: int, kv_heads: int) -> None:
-    """Note the weights of one block."""
-    theirs, stack = f"model.layers.{block}.", outline.stack
-    attention, feedforward = f"{LAYER}{2 * block}.", f"{LAYER}{2 * block + 1}."
-    before_attention, before_feedforward, after_attention, after_feedforward = details.norms
+def _put_norms(outline: Outline, mixing: str, feedforward: str, theirs: str, details: Details) -> None:
+    """Note the norms of one block."""
+    before_mixing, before_feedforward, after_mixing, after_feedforward = details.norms
     for ours, name in (
-        (f"{attention}norm.gamma", before_attention),
+        (f"{mixing}norm.gamma", before_mixing),
         (f"{feedforward}norm.gamma", before_feedforward),
-        (f"{attention}output_norm.gamma", after_attention),
+        (f"{mixing}output_norm.gamma", after_mixing),
         (f"{feedforward}output_norm.gamma", after_feedforward),
     ):
         if name:
             outline.put(ours, f"{theirs}{name}.weight")
+
+
+def _put_attention(outline: Outline, mine: str, theirs: str, details: Details, heads: int, kv_heads: int) -> None:
+    """Note the weights of one attention."""
+    stack = outline.stack
     for ours, name, biased in (
         ("projections.q", "q_proj", stack["attn_qkv_bias"]),
         ("projections.k", "k_proj", stack["attn_qkv_bias"]),
@@ -117,17 +178,19 @@ def _put_block(outline: Outline, block: int, details: Details, heads: int, kv_he
         ("out", "o_proj", stack["attn_out_bias"]),
     ):
         for kind in ("weight", "bias") if biased else ("weight",):
-            outline.put(f"{attention}attention.{ours}.{kind}", f"{theirs}self_attn.{name}.{kind}")
+            outline.put(f"{mine}{ours}.{kind}", f"{theirs}{name}.{kind}")
     if details.qk_norm:
         for ours, name, count in (("q_norm", "q_norm", heads), ("k_norm", "k_norm", kv_heads)):
-            path = f"{attention}attention.qk_norms.qk_rmsnorm.{ours}.gamma"
             layout = gains(count, shared=details.qk_norm == "head")
-            outline.put(path, f"{theirs}self_attn.{name}.weight", layout=layout)
-    for kind in ("weight",) if stack["ff_no_bias"] else ("weight", "bias"):
+            outline.put(f"{mine}qk_norms.qk_rmsnorm.{ours}.gamma", f"{theirs}{name}.weight", layout=layout)
+
+
+def _put_feedforward(outline: Outline, ours: str, theirs: str) -> None:
+    """Note the weights of one feedforward."""
+    for kind in ("weight",) if outline.stack["ff_no_bias"] else ("weight", "bias"):
         # our map to values and gates is one
-        parts = (f"{theirs}mlp.up_proj.{kind}", f"{theirs}mlp.gate_proj.{kind}")
-        outline.put(f"{feedforward}feedforward.up.{kind}", *parts, layout=joined(2))
-        outline.put(f"{feedforward}feedforward.down.{kind}", f"{theirs}mlp.down_proj.{kind}")
+        outline.put(f"{ours}up.{kind}", f"{theirs}up_proj.{kind}", f"{theirs}gate_proj.{kind}", layout=joined(2))
+        outline.put(f"{ours}down.{kind}", f"{theirs}down_proj.{kind}")
 
 
 def windows(settings: Settings, depth: int, *, first: bool = True, used: bool = True) -> dict[str, Any]:

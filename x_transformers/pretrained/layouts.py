@@ -48,6 +48,12 @@ def _swapped(whole: Tensor) -> Tensor:
 STACKED = Layout(lambda *theirs: [torch.cat(theirs).flatten(0, -2)], lambda ours: list(ours[:, None, None]))
 """Vectors `(1, 1, D)` that are rows of one matrix."""
 
+TAPS = Layout(lambda theirs: [theirs.squeeze(1)], lambda ours: [ours.unsqueeze(1)])
+"""A convolution `(channels, 1, taps)` of each channel by itself."""
+
+FLAT = Layout(lambda theirs: [theirs.flatten()], lambda ours: [ours[None, None]])
+"""A vector that is stored as `(1, 1, D)`."""
+
 ROW = Layout(lambda theirs: [theirs.squeeze(0)], lambda ours: [ours.unsqueeze(0)])
 """A vector that is stored as a matrix of one row."""
 
@@ -92,6 +98,24 @@ def cut(*sizes: int) -> Layout:
         sizes: rows of each.
     """
     return Layout(lambda theirs: theirs.split(sizes), lambda *ours: [torch.cat(ours)])
+
+
+def by_part(parts: int, *sizes: int) -> Layout:
+    """Return the layout of one map to several outputs, each of which has equal parts that the file has side by side.
+
+    Args:
+        parts: number of parts, such as heads, whose rows follow each other in the file.
+        sizes: rows of each output in one part.
+    """
+
+    def read(theirs: Tensor) -> list[Tensor]:
+        return [each.flatten(0, 1) for each in theirs.unflatten(0, (parts, sum(sizes))).split(sizes, dim=1)]
+
+    def write(*ours: Tensor) -> list[Tensor]:
+        cuts = [each.unflatten(0, (parts, size)) for each, size in zip(ours, sizes, strict=True)]
+        return [torch.cat(cuts, dim=1).flatten(0, 1)]
+
+    return Layout(read, write)
 
 
 def by_group(heads: int, kv_heads: int) -> Layout:

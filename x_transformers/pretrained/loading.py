@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from x_transformers.errors import ConfigError, StateDictError
-from x_transformers.folders.building import check_counts, share
+from x_transformers.folders.building import check_counts, share, without_memory
 from x_transformers.folders.config_file import is_own, upgraded
 from x_transformers.folders.hub import local_folder
 from x_transformers.folders.own import assign, check_target, load_own, read_state
@@ -39,8 +39,8 @@ def load_pretrained(
     """Build the model of a folder, and load its weights.
 
     The folder is one that `save_pretrained` has written, or one of Hugging Face's transformers of a family that is
-    known: the model then has the logits of the original. The model is built without memory and gets the tensors of the
-    files themselves, so that there is no second copy of the weights. It is in evaluation mode;
+    known: the model then has the logits of the original. The model is built without memory, and its weights are pages
+    of the files, which may be replaced afterwards, but not overwritten. It is in evaluation mode;
     `AutoregressiveWrapper(model)` generates with it.
 
     Args:
@@ -101,7 +101,7 @@ def _load_own(
     with open_shards(path) as shards:
         sizes = {name: torch.Size(place.shape).numel() for name, place in shards.places.items()}
         check_counts(path / CONFIG, about["model"], sizes)
-        with torch.device("meta"):
+        with without_memory():
             model = changed.build()
         first = {name: group[0] for group in shared for name in group}
         expected = {name: t for name, t in model.state_dict().items() if first.get(name, name) in shards.places}
@@ -128,7 +128,7 @@ def _load_other(
     """Load a folder of another library."""
     changed = with_overrides(config_of(outline), overrides)
     with open_shards(path) as shards:
-        with torch.device("meta"):
+        with without_memory():
             model = changed.build()
         try:
             state = read_links(outline, dict(model.named_parameters()), shards, device, dtype, new=bool(overrides))

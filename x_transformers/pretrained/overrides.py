@@ -124,15 +124,16 @@ def new_values(
     """
     # what follows from options needs no second model
     leave_meta(model, device)
-    values = {name: t for name, t in model.state_dict().items() if name not in state and not t.is_meta}
-    missing = [name for name in model.state_dict() if name not in state and name not in values]
+    left = {name: t for name, t in model.state_dict().items() if name not in state}
+    values = {name: t for name, t in left.items() if not t.is_meta}
+    missing = [name for name in left if name not in values]
     changing = [keyword for keyword, value in changed.given.items() if changes_function(keyword, value)]
     if missing:
         with torch.device(device):
             built = changed.build().state_dict()
         dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         new = {name: cast(built[name].detach(), device, dtype) for name in missing}
-        start_neutral(new, changed.given.keys() - set(changing))
+        start_neutral(new, changed.given.keys() - set(changing), state)
         values |= new
     if changing:
         added = f" New parameters: {listed(missing)}." if missing else ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import CheckpointError, ConfigError
+from x_transformers.folders.building import without_memory
 from x_transformers.folders.own import assign, cast
 from x_transformers.layers.named_stacks import Decoder
 from x_transformers.models.transformer import TransformerWrapper
@@ -46,7 +47,7 @@ def load_reference(
     stack_keywords = {name: value for name, value in keywords.items() if name not in of_model}
     if "attn_layers" in keywords and stack_keywords:
         raise ConfigError(f"`attn_layers` is a stack already; give `{next(iter(stack_keywords))}` to it instead.")
-    with torch.device("meta"):
+    with without_memory():
         if "attn_layers" not in keywords:
             model_keywords["attn_layers"] = Decoder(**stack_keywords)
         model = TransformerWrapper(**model_keywords)

@@ -54,6 +54,9 @@ STARTS: dict[str, Mapping[str, float]] = {
     "use_layerscale": {},
     # the identity from the beginning
     "attn_post_talking_heads": {},
+    # further predictions
+    "exit_layers": {},
+    "exit_norms": {},
     # the training, the first weights, or the way in which the same is computed
     "attn_attend_sdp_kwargs": {},
     "attn_dropout": {},
@@ -86,6 +89,9 @@ STARTS: dict[str, Mapping[str, float]] = {
 }
 """For each keyword the patterns of names of new parameters, and their values."""
 
+COPIES = {r"(^|\.)exit_norms\.\d+\.": r"\1attn_layers.final_norm."}
+"""Patterns of names of new parameters, and of the loaded ones whose values they have at first."""
+
 IMPLIED: dict[str, tuple[str, Any]] = {"use_layerscale": ("layerscale_init_value", 1.0)}
 """Keywords with a second one that has the first value of its parameters, unless the user gives another value."""
 
@@ -99,18 +105,23 @@ def changes_function(keyword: str, value: Any) -> bool:
     return name not in STARTS or (name in ONLY_SWITCHED_ON and not isinstance(value, bool))
 
 
-def start_neutral(values: Mapping[str, Tensor], keywords: Iterable[str]) -> None:
+def start_neutral(values: Mapping[str, Tensor], keywords: Iterable[str], loaded: Mapping[str, Tensor]) -> None:
     """Set new parameters to values with which the model computes what it did without them, in place.
 
     Args:
         values: the new parameters, by name.
         keywords: those that were given.
+        loaded: parameters of the files, by name.
     """
     patterns: dict[str, float] = {}
     for keyword in keywords:
         patterns |= STARTS.get(keyword.rpartition(".")[2], {})
     with torch.no_grad():
         for name, value in values.items():
+            for pattern, original in COPIES.items():
+                source = re.sub(pattern, original, name)
+                if source != name and source in loaded:
+                    value.copy_(loaded[source])
             for pattern, number in patterns.items():
                 if re.search(pattern, name):
                     value.fill_(number)

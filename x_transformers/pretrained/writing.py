@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import CheckpointError, ConfigError, StateDictError
+from x_transformers.folders.building import without_memory
 from x_transformers.folders.saved import OTHER_FORMATS, SavesFolders
 from x_transformers.folders.writing import Entry, entry_of, write_folder
 from x_transformers.modules.float32_buffers import leave_meta
@@ -139,7 +140,7 @@ def _other_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> di
 
     Buffers that follow from options must be equal.
     """
-    with torch.device("meta"):
+    with without_memory():
         model = Configured.from_config(config)
     assert isinstance(model, nn.Module)
     leave_meta(model, torch.device("cpu"))

@@ -14,7 +14,7 @@ from x_transformers.ops import at_least_float32
 CHUNK = 64
 """Tokens of a chunk: longer ones cost more arithmetic, shorter ones more steps one after the other."""
 
-SHORT = 16
+SHORT = 32
 """Most tokens of a chunk with a decay for each key feature."""
 
 Result = tuple[Tensor, Tensor]
@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
-    run: Callable[..., Result]
+    run: Callable[..., Any]
     refuses: Callable[[Situation], str | None]
 
 
@@ -79,7 +79,7 @@ class Operation:
         kernels: faster ones, in the order of preference.
     """
 
-    def __init__(self, name: str, naive: Callable[..., Result], *kernels: Kernel) -> None:
+    def __init__(self, name: str, naive: Callable[..., Any], *kernels: Kernel) -> None:
         self.name = name
         self.kernels = [*kernels, Kernel("naive", naive, lambda situation: None)]
 
@@ -102,7 +102,7 @@ class Operation:
             refused.append(why_not)
         raise AssertionError("the naive kernel refuses nothing")
 
-    def run(self, situation: Situation, *inputs: Tensor | None, **options: Any) -> Result:
+    def run(self, situation: Situation, *inputs: Tensor | None, **options: Any) -> Any:
         """Compute the operation at least in float32, also under autocast."""
         kernel, _ = self.choose(situation)
         with full_precision(situation.device):

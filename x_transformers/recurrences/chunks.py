@@ -87,15 +87,59 @@ class Decays(NamedTuple):
         )
 
 
-def pairs_by_feature(total: Tensor) -> Tensor:
-    """Return the decays from token j to token i at or after it, else 0, where each feature has its own.
+class FeatureDecays(NamedTuple):
+    """Scores of reads and writes within one chunk whose features have decays of their own, and these decays.
 
-    Args:
-        total: `(..., C, d)` sums of the logarithms up to each token.
-
-    Returns:
-        `(..., C, C, d)`.
+    Attributes:
+        scores: `(..., C, r, C, s)`: `sum_d x_id y_jd D_ijd` for token j before i, where D are the decays from j to i,
+            without those for j = i, and 0 for later j.
+        since_start: `(..., C, f, d)` decays from before the chunk to token i.
+        to_end: `(..., C, d)` decays from token j to the end.
+        whole: `(..., d, 1)` decays of the whole chunk.
     """
-    n = total.shape[-2]
-    later = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1).unsqueeze(-1)
-    return (total.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(later, -torch.inf).exp()
+
+    scores: Tensor
+    since_start: Tensor
+    to_end: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, reads: Tensor, writes: Tensor, decay: Tensor) -> FeatureDecays:
+        """Return the scores of `r` reads and `s` writes of each token.
+
+        Pairs of chunks of half the size become chunks of twice the size: with the border between two halves, decays
+        from j to i are those from j to the border times those from the border to i. Nothing is divided, and the decays
+        of all pairs are never written out for each feature.
+
+        Args:
+            reads: x, `(N, C, r, d)`, where C is a power of two.
+            writes: y, `(N, C, s, d)`.
+            decay: factors of each token, `(N, C, f, d)` with f = 1 or r: those of a read that happens after the decay
+                of its own token, the first of them; 1 for one that happens before it.
+        """
+        count, size, r, d = reads.shape
+        s, f = writes.shape[2], decay.shape[2]
+        scores = (reads.unsqueeze(3) * writes.unsqueeze(2)).sum(dim=-1).view(count * size, 1, r, 1, s)
+        since, to_end = decay, torch.ones_like(writes[:, :, 0])
+        half = 1
+        while half < size:
+            pairs = count * size // (2 * half)
+            early, late = since.reshape(pairs, 2, half, f, d).unbind(dim=1)
+            before, after = to_end.reshape(pairs, 2, half, d).unbind(dim=1)
+            read = (reads.reshape(pairs, 2, half, r, d)[:, 1] * late).flatten(1, 2)
+            written = (writes.reshape(pairs, 2, half, s, d)[:, 0] * before.unsqueeze(2)).flatten(1, 2)
+            across = (read @ written.mT).view(pairs, half, r, half, s)
+            first, second = scores.view(pairs, 2, half, r, half, s).unbind(dim=1)
+            upper, lower = F.pad(first, (0, 0, 0, half)), torch.cat((across, second), dim=3)
+            scores = torch.cat((upper, lower), dim=1)
+            to_end = torch.cat((before * late[:, -1:, 0], after), dim=1)
+            since = torch.cat((early, late * early[:, -1:, :1]), dim=1)
+            half *= 2
+        scores = scores.view(count, size, r, size, s)
+        since = since.view(count, size, f, d)
+        return cls(scores, since, to_end.view(count, size, d), since[:, -1, 0].unsqueeze(-1))
+
+
+def halving_size(chunk: int, most: int) -> int:
+    """Return the largest power of two that neither exceeds `chunk` nor `most`."""
+    return 1 << (min(chunk, most).bit_length() - 1)

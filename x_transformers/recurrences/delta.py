@@ -18,7 +18,7 @@ from x_transformers.recurrences.base import (
     tokens_of,
 )
 from x_transformers.recurrences.carry import carry_matrix
-from x_transformers.recurrences.chunks import Chunks, Decays, pairs_by_feature
+from x_transformers.recurrences.chunks import Chunks, Decays, FeatureDecays, halving_size
 
 
 def delta(
@@ -91,19 +91,15 @@ def _chunked_by_feature(
     *,
     chunk: int = CHUNK,
 ) -> Result:
-    """Compute the same where each key feature has its own decay, which scores and overlaps have within their sums.
-
-    The decays of all pairs are written out for each feature, so that chunks are short.
-    """
-    chunks = Chunks.of(v, min(chunk, SHORT))
+    """Compute the same where each key feature has its own decay, which scores and overlaps have within their sums."""
+    chunks = Chunks.of(v, halving_size(chunk, SHORT))
     state = naive.first_state(k, v) if state is None else state
     q, k, v, beta = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(beta).unsqueeze(-1)
-    total = chunks.split(g).cumsum(dim=1)
-    read, since_start, last = k * beta, total.exp(), total[:, -1:]
-    decayed = pairs_by_feature(total) * k.unsqueeze(1)
-    scores, overlaps = (decayed @ torch.stack((q, read), dim=-1)).unbind(dim=-1)
-    write, kept = k * (last - total).exp(), last.exp().mT
-    return _solved(chunks, scores, overlaps, q * since_start, read * since_start, write, v * beta, kept, state)
+    read = k * beta
+    decays = FeatureDecays.of(torch.stack((q, read), dim=2), k.unsqueeze(2), chunks.split(g).exp().unsqueeze(2))
+    scores, overlaps = decays.scores.squeeze(-1).unbind(dim=2)
+    since_start, write = decays.since_start.squeeze(2), k * decays.to_end
+    return _solved(chunks, scores, overlaps, q * since_start, read * since_start, write, v * beta, decays.whole, state)
 
 
 def _solved(

@@ -17,7 +17,7 @@ from x_transformers.recurrences.base import (
     tokens_of,
 )
 from x_transformers.recurrences.carry import carry
-from x_transformers.recurrences.chunks import Chunks, Decays, pairs_by_feature
+from x_transformers.recurrences.chunks import Chunks, Decays, FeatureDecays, halving_size
 
 
 def linear(
@@ -73,17 +73,16 @@ def _chunked_by_feature(
 ) -> Result:
     """Compute the same where each key feature has its own decay, `sum_d q_id k_jd e^{G_id - G_jd}` for j up to i.
 
-    The decays of all pairs are written out for each feature, so that chunks are short. Factors `q e^G` and `k e^{-G}`
-    would overflow.
+    Factors `q e^G` and `k e^{-G}` would overflow.
     """
-    chunks = Chunks.of(v, min(chunk, SHORT))
+    chunks = Chunks.of(v, halving_size(chunk, SHORT))
     state = naive.first_state(k, v) if state is None else state
-    q, k, v, total = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(g).cumsum(dim=1)
-    scores = ((q.unsqueeze(2) * pairs_by_feature(total)) * k.unsqueeze(1)).sum(dim=-1)
-    last = total[:, -1:]
-    added, kept = (k * (last - total).exp()).mT @ v, last.exp().mT
-    before, after = carry(chunks.by_row(kept), chunks.by_row(added), state.flatten(0, 1))
-    return chunks.join(scores @ v + (q * total.exp()) @ before.flatten(0, 1)), after.view(state.shape)
+    q, k, v = chunks.split(q), chunks.split(k), chunks.split(v)
+    decays = FeatureDecays.of(q.unsqueeze(2), k.unsqueeze(2), chunks.split(g).exp().unsqueeze(2))
+    added = (k * decays.to_end).mT @ v
+    before, after = carry(chunks.by_row(decays.whole), chunks.by_row(added), state.flatten(0, 1))
+    within = decays.scores.squeeze((2, 4)) @ v
+    return chunks.join(within + (q * decays.since_start.squeeze(2)) @ before.flatten(0, 1)), after.view(state.shape)
 
 
 LINEAR = Operation(

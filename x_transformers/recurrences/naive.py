@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.recurrences.base import Result
+from x_transformers.recurrences.cells import CELLS
 
 
 def linear(
@@ -44,6 +45,29 @@ def delta(
         key = k[:, :, t, None, :]
         change = beta[:, :, t, None, None] * (v[:, :, t, None, :] - key @ state)
         state = state + key.mT * change
+        out.append((q[:, :, t, None, :] @ state).squeeze(2))
+    return stacked(out, v), state
+
+
+def rank_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    *,
+    chunk: int | None = None,
+) -> Result:
+    """Compute `S_t = diag(e^{g_t}) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T`, and `o_t = S_t^T q_t`; see
+    `recurrences.rank_one`.
+    """
+    state = first_state(k, v) if state is None else state
+    out = []
+    for t in range(q.shape[2]):
+        read = a[:, :, t, None, :] @ state
+        state = decay_at(g, t) * state + b[:, :, t, :, None] * read + k[:, :, t, :, None] * v[:, :, t, None, :]
         out.append((q[:, :, t, None, :] @ state).squeeze(2))
     return stacked(out, v), state
 
@@ -126,3 +150,62 @@ def weighted_mean(
         old, new = (kept - unit).exp(), (written - unit).exp()
         numerator, denominator = old * numerator + new * v[:, t], old * denominator + new
     return torch.stack(out, dim=1) if out else torch.empty_like(v), torch.stack((numerator, denominator, top), dim=1)
+
+
+def long_convolution(x: Tensor, taps: Tensor, skip: Tensor | None = None, past: Tensor | None = None) -> Tensor:
+    """Compute `y_t = sum_{j < L} w_j x_{t - j} + skip x_t`; see `recurrences.convolution`."""
+    whole = x if past is None else torch.cat((past, x), dim=-1)
+    n, before, turned = x.shape[-1], whole.shape[-1] - x.shape[-1], taps.flip(-1)
+    out = []
+    for t in range(before, before + n):
+        read = min(t + 1, taps.shape[-1])
+        out.append((whole[..., t + 1 - read : t + 1] * turned[..., taps.shape[-1] - read :]).sum(dim=-1))
+    y = torch.stack(out, dim=-1) if out else (whole * taps[..., :1])[..., before:]
+    return y if skip is None else y + skip.unsqueeze(-1) * x
+
+
+def long_convolution_2d(x: Tensor, taps: Tensor) -> Tensor:
+    """Compute `y_{i, j} = sum_{r <= i, s <= j} w_{i - r, j - s} x_{r, s}`; see `recurrences.convolution`."""
+    height, width = x.shape[-2:]
+    out = torch.zeros_like(x * taps[..., :1, :1])
+    for r in range(min(height, taps.shape[-2])):
+        for s in range(min(width, taps.shape[-1])):
+            out[..., r:, s:] += taps[..., r : r + 1, s : s + 1] * x[..., : height - r, : width - s]
+    return out
+
+
+def grouped(
+    near: Tensor, far: Tensor, near_keys: Tensor, far_keys: Tensor, values: Tensor, size: int, causal: bool
+) -> Tensor:
+    """Compute attention in two ranges; see `recurrences.groups`."""
+    out, n = [], values.shape[1]
+    for t in range(n):
+        first = t // size * size
+        last = t + 1 if causal else min(first + size, n)
+        weights = F.relu(near[:, t : t + 1] @ near_keys[:, first:last].mT / size).square()
+        read, length = (first, size) if causal else (n, n)
+        distant = far[:, t : t + 1] @ far_keys[:, :read].mT / length
+        out.append(weights @ values[:, first:last] + distant @ values[:, :read])
+    return torch.cat(out, dim=1) if out else torch.empty_like(values)
+
+
+def loop(x: Tensor, recurrent: Tensor, state: Tensor | None, live: Tensor | None, *, cell: str) -> Result:
+    """Compute `s_t = step(x_t, R y_{t-1}, s_{t-1})`, where tokens that are not live keep the state; see
+    `recurrences.loop`.
+    """
+    step, weights, states = CELLS[cell].step, recurrent.permute(2, 0, 1, 3), []
+    state = (first_cell_state(x, cell) if state is None else state).permute(1, 2, 0, 3)
+    for t in range(x.shape[1]):
+        new = step(x[:, t].permute(1, 2, 0, 3), state[0] @ weights, state)
+        state = new if live is None else torch.where(live[:, t, None] > 0, new, state)
+        states.append(state)
+    last = state.permute(2, 0, 1, 3).contiguous()
+    out = torch.stack(states).permute(3, 0, 1, 2, 4) if states else x.new_empty(x.shape[0], 0, *last.shape[1:])
+    return out, last
+
+
+def first_cell_state(x: Tensor, cell: str) -> Tensor:
+    """Return the state before the first token, `(b, s, h, w)`, for inputs `(b, n, G, h, w)`."""
+    b, _, _, h, w = x.shape
+    start = CELLS[cell].start
+    return torch.stack([x.new_full((b, h, w), value) for value in start], dim=1)

@@ -53,9 +53,9 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     for stack in stacks:
         maps = stack.muon_parameters()
         if queries_and_keys:
-            maps = [module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear)]
+            maps += [module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear)]
         # a map from or to a single number is a vector, which cannot be orthogonalized
-        chosen |= {id(weight) for weight in maps if weight.ndim == 2 and min(weight.shape) > 1}
+        chosen |= {id(weight) for weight in maps if weight.ndim in MATRICES and min(weight.shape[-2:]) > 1}
     # embeddings inside of a stack are tables of biases, not of tokens or positions
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and id(module) not in inside
@@ -66,6 +66,10 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
             key = id(parameter)
             (split.matrices if key in chosen else split.embeddings if key in tables else split.others).append(parameter)
     return split
+
+
+MATRICES = (2, 3)
+"""Numbers of axes of matrices, and of stacks of matrices, each of which is orthogonalized by itself."""
 
 
 class Muon(Optimizer):
@@ -80,7 +84,7 @@ class Muon(Optimizer):
     orthogonalizing shards is not the same as orthogonalizing the matrix.
 
     Args:
-        params: matrices, or groups of them; see `split_parameters`.
+        params: matrices and stacks of them (those of experts), or groups; see `split_parameters`.
         lr, weight_decay, momentum: learning rate (a number, or a tensor of one), weight decay and beta of the equations
             above.
         nesterov: Nesterov momentum.
@@ -153,8 +157,12 @@ class Muon(Optimizer):
         kept.lerp_(grad, 1 - group["momentum"])
         direction = grad.lerp(kept, group["momentum"]) if group["nesterov"] else kept
         whole = _whole(direction).to(group["ns_dtype"])
-        update = orthogonalized(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rows, columns = parameter.shape
+        numbers = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        if whole.ndim == 2:
+            update = orthogonalized(whole, *numbers)
+        else:
+            update = torch.stack([orthogonalized(matrix, *numbers) for matrix in whole.unbind(0)])
+        rows, columns = parameter.shape[-2:]
         lr = group["lr"]
         matched = group["adjust_lr_fn"] == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if matched else math.sqrt(max(1, rows / columns))
@@ -207,7 +215,7 @@ def _check(group: Mapping[str, Any]) -> None:
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         raise ConfigError(f'`adjust_lr_fn` is {group["adjust_lr_fn"]!r}; it must be "match_rms_adamw" or "original".')
     for parameter in group["params"]:
-        if parameter.ndim != 2:
+        if parameter.ndim not in MATRICES:
             raise ConfigError(
                 f"Muon takes matrices, but a parameter has shape {tuple(parameter.shape)}; use `split_parameters` to "
                 "find the matrices of a model, and AdamW for its other parameters."

@@ -93,7 +93,7 @@ class BackendChoice:
         q, k, v, hiding = request.q, request.k, request.v, request.visible.hiding
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         width, queries, compiling, keeps = max(q.shape[-1], v.shape[-1]), q.shape[-2], False, False
-        skips = hiding is not None and (hiding.order is not None or hiding.window is not None)
+        skips = hiding is not None and (hiding.order is not None or hiding.slots is not None)
         if torch.compiler.is_compiling():
             # A length in a graph may be a symbol, and a decision that reads it would tie the graph to its value. A
             # length of 1 is never a symbol.

@@ -82,6 +82,7 @@ FEATURE = Feature(
     enabled=lambda options: options.orthog_projected_values or options.orthog_projected_values_per_head,
     build=build,
     summary="outputs orthogonal to the token's own value",
+    paper="2603.09078",
     self_attention_only=True,
     refuses=(
         Rule(

@@ -11,6 +11,9 @@ from x_transformers.options.schema import Feature, Options, opt, require
 class PlacementOptions:
     pre_norm: bool = opt(True, "norm before each sublayer; False: after the residual")
     pre_norm_has_final_norm: bool = opt(True, "with pre-norm, add a norm after the last layer")
+    pre_norm_has_first_norm: bool = opt(
+        True, "with pre-norm, a norm before the first sublayer; a norm of the embeddings may replace it"
+    )
     pre_and_post_norm: bool = opt(False, "norm before each sublayer and after the residual")
     sandwich_norm: bool = opt(False, "add a norm on each sublayer's output, before the residual")
     branch_norm: bool = opt(False, "norm on each sublayer's output, before the residual, and none before the sublayer")
@@ -24,6 +27,11 @@ class PlacementOptions:
             not self.branch_norm or (self.pre_norm and not self.sandwich_norm and not self.pre_and_post_norm),
             "`branch_norm` moves the norm before a sublayer to its output; drop `pre_norm = False`, `sandwich_norm` "
             "and `pre_and_post_norm`.",
+        )
+        require(
+            self.pre_norm_has_first_norm or self.before,
+            "`pre_norm_has_first_norm = False` leaves out the first of the norms before sublayers, and there are none; "
+            "drop it.",
         )
 
     @property
@@ -53,6 +61,7 @@ class NormPlaces:
 
     Attributes:
         before: before each sublayer.
+        first: before the first one, if before the others.
         output: on the output of each sublayer.
         after: after each residual.
         final: after the last layer.
@@ -62,6 +71,7 @@ class NormPlaces:
     output: bool
     after: bool
     final: bool
+    first: bool = True
 
 
 def norm_places(options: Options) -> NormPlaces:
@@ -73,7 +83,8 @@ def norm_places(options: Options) -> NormPlaces:
     if options["residual_streams"].gated_multi_residual:
         # reading the streams normalizes them, so that a norm before the sublayer would be the second one
         return NormPlaces(before=False, output=False, after=True, final=True)
-    return NormPlaces(placement.before, placement.output, placement.after, placement.final)
+    first = placement.pre_norm_has_first_norm
+    return NormPlaces(placement.before, placement.output, placement.after, placement.final, first)
 
 
 FEATURE = Feature(
@@ -89,6 +100,7 @@ FEATURE = Feature(
         {"pre_and_post_norm": True},
         {"pre_norm_has_final_norm": False},
         {"branch_norm": True, "use_rmsnorm": True},
+        {"pre_norm_has_first_norm": False},
     ),
-    exempt={("export", 5): "the reference always has a norm before sublayers or after the residual"},
+    exempt={("export", n): "the reference always has a norm before sublayers or after the residual" for n in (5, 6)},
 )

@@ -61,7 +61,7 @@ class TokenShift(nn.Module):
         Args:
             x: `(b, n, D)` normalized input, or `(3, b, n, D)` with three views.
             memory: `(b, m, D)` or `(3, b, m, D)` recurrent memory, normalized as `x` was.
-            layer: call of the sublayer. The running state "shift" in `layer.states` contains the last k inputs.
+            layer: call of the sublayer. The running state "token_shift" in `layer.states` contains the last k inputs.
 
         Returns:
             The shifted input and memory.
@@ -71,7 +71,7 @@ class TokenShift(nn.Module):
         own = None if token_mask is None else token_mask[:, -x.shape[-2] :]
         visible = zero_hidden(x, own)
         # the batch is the first axis of a cache; with three views it is the second one here
-        before = None if layer.states is None or not self.causal else layer.states.get("shift")
+        before = None if layer.states is None or not self.causal else layer.states.get("token_shift")
         before = before if before is None or before.ndim == 3 else before.transpose(0, 1)
         if before is None and memory is not None:
             before = zero_hidden(memory, None if token_mask is None else token_mask[:, : memory.shape[-2]])
@@ -82,7 +82,7 @@ class TokenShift(nn.Module):
         rows = None if layer.call.query.placed is None else UnpaddedRows.of(layer.call.query.placed, past)
         if layer.states is not None and self.causal:
             newest = self._newest(moved, rows)
-            layer.states.put("shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
+            layer.states.put("token_shift", newest if newest.ndim == 3 else newest.transpose(0, 1))
         if memory is not None:
             source = zero_hidden(memory, None if token_mask is None else token_mask[:, : memory.shape[-2]])
             # without causality, the last tokens of the memory also receive features from the new ones

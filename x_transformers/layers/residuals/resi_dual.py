@@ -101,9 +101,10 @@ FEATURE = Feature(
                 or o["norm_placement"].pre_and_post_norm
                 or o["norm_placement"].output
                 or not o["norm_placement"].pre_norm_has_final_norm
+                or not o["norm_placement"].pre_norm_has_first_norm
             ),
-            why="`resi_dual` places norms by itself; drop `pre_norm`, `pre_norm_has_final_norm`, `pre_and_post_norm`, "
-            "`sandwich_norm` and `branch_norm`.",
+            why="`resi_dual` places norms by itself; drop `pre_norm`, `pre_norm_has_final_norm`, "
+            "`pre_norm_has_first_norm`, `pre_and_post_norm`, `sandwich_norm` and `branch_norm`.",
         ),
     ),
     exempt={"export": "the reference has no such streams"},

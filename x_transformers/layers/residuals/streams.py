@@ -315,9 +315,12 @@ FEATURE = Feature(
     ),
     refuses=(
         Rule(
-            when=lambda o: o["residual_streams"].gated_multi_residual and o["norm_placement"].output,
-            why="`gated_multi_residual` normalizes the streams after each sublayer; drop `sandwich_norm` and "
-            "`branch_norm`.",
+            when=lambda o: (
+                o["residual_streams"].gated_multi_residual
+                and (o["norm_placement"].output or not o["norm_placement"].pre_norm_has_first_norm)
+            ),
+            why="`gated_multi_residual` normalizes the streams after each sublayer; drop `sandwich_norm`, "
+            "`branch_norm` and `pre_norm_has_first_norm`.",
         ),
     ),
     exempt={("export", number): "the reference mixes streams by another matrix" for number in (1, 2)},

@@ -27,6 +27,7 @@ TRANSFORMER = Schema(
         embedding.NORMALIZED_EMBEDDING,
         passes.RECYCLING,
         passes.LOOPED,
+        passes.EXITS,
         embedding.EMBEDDING_GRADIENT,
         passes.ATTENTION_Z_LOSS,
         pooling.AVERAGE_POOL,

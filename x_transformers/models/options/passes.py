@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from x_transformers.models.options.base import Keywords, model_feature
@@ -48,6 +49,38 @@ LOOPED = model_feature(
         ),
     ),
     paper="2510.25741",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exits(Keywords):
+    exit_layers: tuple[int, ...] | None = opt(None, "blocks, counted from 1, after which the head predicts too")
+    exit_norms: bool = opt(False, "each exit has a norm of its own, a copy of the final norm at first")
+
+    def __post_init__(self) -> None:
+        blocks = self.exit_layers
+        ascending = blocks is None or (len(blocks) > 0 and all(a < b for a, b in itertools.pairwise((0, *blocks))))
+        require(
+            ascending, f"`exit_layers` is {blocks}; it must hold numbers of blocks, counted from 1, in ascending order."
+        )
+
+
+EXITS = model_feature(
+    "exits",
+    Exits,
+    "the head predicts after earlier blocks, too",
+    {"exit_layers": (1,)},
+    {"exit_layers": (1, 2), "exit_norms": True},
+    enabled=lambda options: options.exit_layers is not None,
+    refuses=tuple(
+        Rule(
+            when=lambda options, other=other: options.on(other),
+            why=f"`exit_layers` are of one run of the stack, and `{other}` runs it several times; drop one of them.",
+        )
+        for other in ("recycling", "looped")
+    ),
+    paper="2404.16710",
+    exempt_examples={("export", 2): "the reference has no exits"},
 )
 
 

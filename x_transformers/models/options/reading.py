@@ -83,6 +83,8 @@ def _check_stack(options: ModelOptions, layers: AttentionLayers) -> None:
             "`looped` runs the stack on its own output, which must stay at one scale; set `pre_and_post_norm = True` "
             "in the stack."
         )
+    if options.exit_layers is not None:
+        _check_exits(options, layers)
     if options.first_token_pool and layers.causal:
         raise ConfigError(
             "`first_token_pool` reads the first token, which sees no other in a causal stack; use an Encoder, or drop "
@@ -92,6 +94,18 @@ def _check_stack(options: ModelOptions, layers: AttentionLayers) -> None:
         raise ConfigError("`memory_tokens_interspersed_every` needs a causal stack; use a Decoder, or drop it.")
     if options.ff_deep_embed and not layers.sequence.count("f", layers.sequence.order):
         raise ConfigError("`ff_deep_embed` scales the outputs of feedforwards, but the stack runs none; drop it.")
+
+
+def _check_exits(options: ModelOptions, layers: AttentionLayers) -> None:
+    """Raise a `ConfigError` for an exit after a block that does not run, or norms of exits without a final norm."""
+    blocks = layers.sequence.blocks
+    if options.exit_layers[-1] > blocks:
+        raise ConfigError(
+            f"`exit_layers` is {options.exit_layers}, but the stack runs {blocks} blocks; the exits are among these, "
+            "counted from 1."
+        )
+    if options.exit_norms and layers.final_norm is None:
+        raise ConfigError("`exit_norms` are copies of the final norm, which this stack does not have; drop it.")
 
 
 def _check_tied(options: ModelOptions, dim: int, num_tokens: int | None) -> None:

@@ -60,16 +60,17 @@ def _read_attention(attention: Settings, heads: int) -> dict[str, object]:
     attention.skip(*WITHOUT_EFFECT)
     try:
         attention.refuse("attn_type", "multihead_attention")
-        for name in ("clip_qkv", "prefix_lm", "qk_ln"):
+        for name in ("prefix_lm", "qk_ln"):
             attention.refuse(name, False)
         attention.refuse("alibi", True)
         # transformers reads no other number
         attention.refuse("alibi_bias_max", 8)
         keywords = alibi_keywords(heads, every_second=True)
-        scale = attention.take("softmax_scale")
+        scale, bound = attention.take("softmax_scale"), attention.take("clip_qkv")
         attention.finish()
     except ConfigError as error:
         raise ConfigError(f"`attn_config`: {error}") from error
+    keywords |= {"attn_qkv_clip": float(bound)} if bound else {}
     return keywords if scale is None else {**keywords, "attn_scale": scale}
 
 
@@ -77,5 +78,5 @@ def write(words: Words) -> Entries:
     """Return the entries of a configuration that may describe a model."""
     entries = renamed(common_entries(words), USUAL)
     del entries["intermediate_size"], entries["hidden_act"]
-    attention = {"alibi": True, "softmax_scale": words["attn_scale"]}
+    attention = {"alibi": True, "softmax_scale": words["attn_scale"], "clip_qkv": words.get("attn_qkv_clip")}
     return entries | {"layer_norm_epsilon": words["norm_eps"], "no_bias": True, "attn_config": attention}

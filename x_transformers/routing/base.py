@@ -1,0 +1,61 @@
+"""Choice of experts for tokens, and the record of it in a pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Choice of k experts for each of N tokens.
+
+    Attributes:
+        experts: `(N, k)` indices of the chosen experts.
+        weights: `(N, k)` factors of their outputs, at least in float32, which carry the gradient of the choice.
+        logits: `(N, E)` scores before softmax or sigmoid, at least in float32.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    logits: Tensor
+
+
+class AuxLoss(NamedTuple):
+    """An auxiliary loss of one executed sublayer.
+
+    Attributes:
+        value: a scalar, at least in float32, without its weight.
+        weight: its factor in the training loss.
+    """
+
+    value: Tensor
+    weight: float
+
+
+@dataclass(eq=False)
+class RoutingRecord:
+    """Record of one executed router.
+
+    Means are over the tokens of the pass that others may see, those of memory and prepended embeddings included.
+
+    Attributes:
+        load: `(E,)` share of the tokens that chose each expert; the sum is k.
+        prob: `(E,)` mean probability of each expert, with gradients.
+        losses: the auxiliary losses with a weight above 0, by name.
+        experts: `(b, n, k)` indices of the chosen experts, if `Capture.routing` requested them; so are the next two.
+        weights: `(b, n, k)` factors of their outputs.
+        logits: `(b, n, E)`.
+        layer_index: index of the sublayer among the built ones.
+        step: its place in the order of execution, since a sublayer may run several times.
+    """
+
+    load: Tensor
+    prob: Tensor
+    losses: dict[str, AuxLoss]
+    experts: Tensor | None
+    weights: Tensor | None
+    logits: Tensor | None
+    layer_index: int | None = None
+    step: int | None = None
