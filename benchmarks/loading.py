@@ -120,13 +120,15 @@ def compare_decoding(rounds: int, tokens: int) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             size, runs = _contestants(folder, shape, dtype, tokens)
             times: dict[str, list[float]] = {name: [] for name in runs}
+            rates = []
             for number in range(rounds + 1):
+                rates.append(memory_rate())
                 for name, run in runs.items():
                     start = time.perf_counter()
                     run()
                     if number:  # the first round warms up
                         times[name].append(time.perf_counter() - start)
-            rate = memory_rate()
+            rate = statistics.median(rates)
             for name, each in times.items():
                 speed = tokens / statistics.median(each)
                 share = speed * size / rate

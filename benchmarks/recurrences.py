@@ -21,6 +21,8 @@ from x_transformers.mixers.catalog import MIXERS, class_of
 from x_transformers.recurrences import naive
 from x_transformers.recurrences.delta import delta
 from x_transformers.recurrences.linear import linear
+from x_transformers.recurrences.loop import loop
+from x_transformers.recurrences.rank_one import rank_one
 from x_transformers.recurrences.stabilized import stabilized
 
 DIM, HEADS = 256, 4
@@ -36,13 +38,27 @@ def sums_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return numerator_and_state
 
 
+def network_of(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a recurrent network without dead tokens as a function of inputs, weights and a state."""
+
+    def run_network(x: Tensor, recurrent: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return function(name, x, recurrent, state, None)
+
+    return run_network
+
+
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (linear, naive.linear),
     "linear by feature": (linear, naive.linear),
     "delta": (delta, naive.delta),
     "delta by feature": (delta, naive.delta),
     "stabilized": (sums_of(stabilized), sums_of(naive.stabilized)),
+    "rank one": (rank_one, naive.rank_one),
+    "slstm": (network_of("slstm", loop), network_of("slstm", lambda name, *given: naive.loop(*given, cell=name))),
 }
+
+LEFT_OUT = {"shallow"}
+"""Layers that are not measured: a causal one maps the whole row for each token."""
 
 
 def arguments(name: str, length: int, grad: bool) -> list[Tensor | None]:
@@ -51,6 +67,12 @@ def arguments(name: str, length: int, grad: bool) -> list[Tensor | None]:
     q, k, v = (torch.randn(1, HEADS, length, width) for _ in range(3))
     k = k / k.norm(dim=-1, keepdim=True)
     beta, g = torch.rand(1, HEADS, length), -0.1 * torch.rand(1, HEADS, length)
+    if name == "slstm":
+        x, recurrent = torch.randn(1, length, 4, HEADS, width), 0.1 * torch.randn(HEADS, width, 4, width)
+        return [x.requires_grad_(grad), recurrent.requires_grad_(grad)]
+    if name == "rank one":
+        rate, decay = torch.rand(1, HEADS, length, width), -0.1 * torch.rand(1, HEADS, length, width)
+        return [t.requires_grad_(grad) for t in (q, torch.randn_like(k), v, -k, k * rate, decay)]
     if name.endswith("by feature"):
         g = -0.1 * torch.rand(1, HEADS, length, width)
     # the delta rule has its beta there, and exponential gates have theirs
@@ -83,11 +105,11 @@ def layers(length: int, rounds: int) -> Iterator[str]:
     """Yield a line for a training step of a layer of each mixer."""
     common = {"dim": DIM, "depth": 1, "heads": HEADS, "attn_dim_head": DIM // HEADS, "only_attn": True}
     x = torch.randn(1, length, DIM)
-    sizes = {"hyena": {"mixer_filter_len": length}}
+    sizes = {"hyena": {"mixer_filter_len": length}, "random": {"mixer_len": length}}
     stacks = {
         name: Decoder(**common, mixer=name, verbose=False, **sizes.get(name, {}))
         for name in MIXERS
-        if class_of(name).has_causal_form
+        if class_of(name).has_causal_form and name not in LEFT_OUT
     }
     taken = side_by_side(
         {name: partial(step, stack, x) for name, stack in {"attention": Decoder(**common), **stacks}.items()},

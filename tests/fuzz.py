@@ -50,9 +50,11 @@ from x_transformers import (
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
     layer_schedule,
+    to_experts,
 )
 from x_transformers.attend import Attend
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.feedforward.experts import Experts
 
 STACK: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8, "verbose": False}
 VOCABULARY, LENGTH = 9, 8
@@ -142,6 +144,8 @@ CONSTRUCTORS: dict[str, Build] = {
     "ContinuousAutoregressiveWrapper": (ContinuousAutoregressiveWrapper, lambda: {"net": vectors()}),
     "XValAutoregressiveWrapper": (XValAutoregressiveWrapper, lambda: {"net": numbers()}),
     "EntropyBasedTokenizer": (EntropyBasedTokenizer, lambda: {"decoder": net(), "entropy_threshold": 1.0}),
+    "Experts": (Experts, lambda: {"dim": 16, "experts": 4}),
+    "to_experts": (to_experts, lambda: {"model": net(), "experts": 4, "topk": 2}),
     "layer_schedule": (layer_schedule, lambda: {"start": 0.0, "end": 1.0, "depth": 3}),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import fuzz
 import torch
-from fuzz import MASK, STACK, Build, Call, deep_cache, encoder, features, ids, net, numbers, vectors
+from fuzz import MASK, STACK, Build, Call, decoder, deep_cache, encoder, features, ids, net, numbers, vectors
 from torch import nn
 
 from x_transformers import (
@@ -24,6 +24,7 @@ from x_transformers import (
     NonAutoregressiveWrapper,
     SpeechTransformer,
     TransformerBlock,
+    TransformerWrapper,
     XLAutoregressiveWrapper,
     XTransformer,
     XValAutoregressiveWrapper,
@@ -38,6 +39,10 @@ from x_transformers.neo_mlp import RandomFourierEmbed
 from x_transformers.training.optimizers import Muon
 
 X = features(2, 6, 16)
+
+
+def routed() -> TransformerWrapper:
+    return net(lambda: decoder(ff_experts=4, ff_balance_bias=True)).eval()
 
 
 def autoencoder() -> ContinuousTransformerAutoencoder:
@@ -154,6 +159,9 @@ CALLS: dict[str, Call] = {
     ),
     "TransformerWrapper.attn_qk_clip_": Call(
         lambda: net().eval().attn_qk_clip_, lambda: {"intermediates": deep_cache(), "tau": 1.0}
+    ),
+    "TransformerWrapper.balance_experts_": Call(
+        lambda: routed().balance_experts_, lambda: {"record": routed()(ids(), return_aux_loss=True)[1], "rate": 0.1}
     ),
     "AutoregressiveWrapper.stream": Call(
         lambda: lambda **given: list(AutoregressiveWrapper(net()).eval().stream(**given)),

@@ -44,7 +44,13 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
+EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
+
+CONVOLUTIONS = (
+    "test_long_convolutions.py test_mixers.py -k '(h3 or lmu or hyena) and (rows_are or pieces) or filters or equal'"
+)
+GROUPS = "test_grouped_attention.py"
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,29 @@ MUTATIONS = (
     Mutation("names that an inner method takes", r"names \| \(further - ", "names - (further - ", "test_call_names.py"),
     Mutation("names of wrappers stay", r'outer \+= f"\{name\}\."', "break", "test_wrapped_names.py"),
     Mutation("the name of the model in a wrapper", r"plain = missing \+ ", 'plain = "" + ', "test_wrapped_names.py"),
+    # experts
+    Mutation(
+        "the bias changes weights",
+        r"weights = scores\.gather",
+        "weights = (scores + (self.score_bias if self.balances else 0)).gather",
+        EXPERTS,
+    ),
+    Mutation("loads are not centered", r"bias -= bias\.mean\(\)", "pass", EXPERTS),
+    Mutation(
+        "biases move away from equal loads", r"\(load\.mean\(\) - load\)\.sign", "(load - load.mean()).sign", EXPERTS
+    ),
+    Mutation(
+        "dead tokens count in loads",
+        r"return t\.sum\(dim=\(0, 1\)\) / max",
+        "return t.sum(dim=1).mean(0) / max",
+        EXPERTS,
+    ),
+    Mutation("padding counts in losses", r"kept = t\.masked_fill\(~live\.unsqueeze\(-1\), 0\.0\)", "kept = t", AUX),
+    Mutation("a group is its best expert only", r"topk\(2, dim=-1\)", "topk(1, dim=-1)", EXPERTS),
+    Mutation("losses are added over layers", r"(loss\.weight for loss in losses\]\))\.mean\(\)", r"\1.sum()", AUX),
+    Mutation("losses in evaluation", r"if not \(model\.training and ", "if not (", AUX),
+    Mutation("dropped experts although too few are left", r"dropped & \(left >= topk\)", "dropped", EXPERTS),
+    Mutation("biases of all experts are added", r"fn\.down\.bias\.detach\(\) / topk", "fn.down.bias.detach()", EXPERTS),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),
@@ -187,6 +216,22 @@ MUTATIONS = (
         DECODING,
         "layers/branches/*.py",
     ),
+    # early exits
+    Mutation("an exit is one block late", r"step\.block \+ 1 in exits", "step.block in exits", "test_exits.py"),
+    Mutation(
+        "exits have no norm of their own",
+        r"norm = stack\.final_norm if norm is None else norm",
+        "norm = stack.final_norm",
+        "test_exits.py",
+    ),
+    Mutation("exits do not take turns", r"\(i \+ \(step or 0\)\) % self\.every", "i % self.every", "test_exits.py"),
+    Mutation(
+        "the end of the exits is scaled",
+        r"(weight \* scale for weight in before\), last)",
+        r"\1 * scale",
+        "test_exits.py",
+    ),
+    Mutation("all blocks guess instead of an exit", r"first_blocks\(self, exit_layer\)", "self", "test_exits.py"),
     # memories
     Mutation(
         "memories are shifted up",
@@ -499,8 +544,89 @@ MUTATIONS = (
         "pass\n",
         "test_mixers.py -k gains",
     ),
+    # long convolutions, and mixers on them
+    Mutation(
+        "a long filter counts its own token twice",
+        r"\[\.\.\., 1:\], \(1, 0\)",
+        "[..., :-1], (0, 1)",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    Mutation(
+        "long convolutions wrap around",
+        r"size = fast_size\(n \+ taps\.shape\[-1\] - 1\)",
+        "size = fast_size(n)",
+        CONVOLUTIONS,
+        "recurrences/*.py",
+    ),
+    Mutation("a state is read at its own token", r"n, first=1\)", "n)", CONVOLUTIONS, "mixers/*.py"),
+    Mutation(
+        "dead tokens decay a state space",
+        r"system\.power\(count\)",
+        "system.power(torch.full_like(count, n))",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    Mutation(
+        "a Legendre memory of dead tokens",
+        r"index = row\.count\(m\[:, 0, 0\]\)",
+        "index = torch.full_like(row.count(m[:, 0, 0]), n)",
+        CONVOLUTIONS,
+        "mixers/*.py",
+    ),
+    # attention in groups
+    Mutation(
+        "a group reads its later tokens",
+        r"_near\(groups, size\)\.tril\(\)",
+        "_near(groups, size)",
+        GROUPS,
+        "recurrences/*.py",
+    ),
+    Mutation(
+        "groups begin again in each pass",
+        r"phase = before\.long\(\)\.remainder\(size\)",
+        "phase = torch.zeros_like(before.long())",
+        GROUPS,
+        "mixers/*.py",
+    ),
+    # memories that learn, and levels of a binary counter
+    Mutation(
+        "memories whose chunks never end",
+        r"reference = torch\.where\(over, flat, reference\)",
+        "pass",
+        "test_learning_memories.py -k single_steps",
+    ),
+    Mutation(
+        "memories that read after they write",
+        r"read = shares\.before\(\) if rule\.reads_before else shares",
+        "read = shares",
+        "test_learning_memories.py -k single_steps",
+    ),
+    Mutation(
+        "memories that forget recent gradients",
+        r"torch\.where\(place < past, place, place \+ offset\)",
+        "place",
+        "test_learning_memories.py -k single_steps",
+    ),
+    Mutation(
+        "tokens moved by another phase",
+        r"before\.remainder\(chunk\)\.long\(\)",
+        "before.remainder(chunk).long() * 0",
+        "test_log_linear.py test_learning_memories.py -k 'pieces or single_steps'",
+    ),
+    Mutation(
+        "levels that are not merged",
+        r"into = torch\.maximum\(every, level\)\.unsqueeze\(1\)",
+        "into = every.expand_as(torch.maximum(every, level)).unsqueeze(1)",
+        "test_log_linear.py -k 'pieces or pair'",
+    ),
     # recurrences with exponential gates
-    Mutation("exponential gates of dead tokens", r"unsqueeze\((-?1)\), -torch\.inf\)", r"unsqueeze(\1), 0.0)", GATES),
+    Mutation(
+        "exponential gates of dead tokens",
+        r"(?<=dead|live)\.unsqueeze\((-?1)\), -torch\.inf\)",
+        r".unsqueeze(\1), 0.0)",
+        GATES,
+    ),
     Mutation("exponential gates without a bonus", r"own = log_input \+ bonus", "own = log_input", GATES),
     Mutation(
         "exponential gates read what they write", r"sums\), dim=1\)\.narrow\(1, 0,", "sums), dim=1).narrow(1, 1,", GATES
@@ -513,6 +639,43 @@ MUTATIONS = (
         r"fn\.begin_at\(number, ",
         "fn.begin_at(0, ",
         "test_mixers.py -k first_values",
+    ),
+    # recurrences
+    Mutation(
+        "a recurrence decays by the other half of a chunk",
+        r"late \* of_first",
+        "late * of_second",
+        "test_recurrences.py -k single_features",
+        "recurrences/chunks.py",
+    ),
+    Mutation(
+        "a recurrent network reads dead tokens",
+        r"\(live > 0\)",
+        "(live > -1)",
+        "test_recurrent_networks.py",
+        "recurrences/loop.py",
+    ),
+    Mutation(
+        "recurrent networks lose their weights' gradient between stretches",
+        r"of_recurrent \+=",
+        "of_recurrent =",
+        "test_recurrent_networks.py -k recomputed",
+        "recurrences/loop.py",
+    ),
+    Mutation("RWKV-7 mixes no values", r"\(first - v\)", "0 * (first - v)", "test_rwkv7.py", "mixers/rwkv7.py"),
+    Mutation(
+        "channel mixing reads hidden tokens",
+        r"if mask is not None:",
+        "if False:",
+        "test_channel_mix.py",
+        "feedforward/channel_mix.py",
+    ),
+    Mutation(
+        "partitions of states are not weighted",
+        r"\(shares \* chosen\)",
+        "chosen",
+        "test_mixer_goldens.py -k sparse",
+        "recurrences/partitions.py",
     ),
 )
 

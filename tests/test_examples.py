@@ -50,7 +50,7 @@ RUNS: list[tuple[str, dict[str, object], str, str]] = [
     (
         "recall_hybrid",
         {"SHOWN": 8, "PAIRS": (2, 4), "BATCH": 2, "TESTED": 4},
-        r"Gated DeltaNet, one attention in four: \d+\.\d%, \d+\.\d% recalled out of \(2, 4\) pairs",
+        r"Mamba-2, one attention in four: \d+\.\d%, \d+\.\d% recalled out of \(2, 4\) pairs",
         "recalled.png",
     ),
     ("gpt_vae_styles", {"BATCH": 4, "TESTED": 8, "GRID": (2, 2)}, r"written \d+\.\d letters away", "styles.png"),

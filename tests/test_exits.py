@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,7 @@ def test_a_shallow_model_is_a_view() -> None:
     close(copy.deepcopy(model.shallow(2))(x), model(x, return_exits=True)[1][2])
     with pytest.raises(ConfigError, match="no configuration of its own"):
         _ = view.config
+    assert AutoregressiveWrapper(view).config["options"]["net"] == {"$object": "net"}
 
 
 @pytest.mark.parametrize(
@@ -359,3 +362,12 @@ def test_outputs_that_a_pass_cannot_have() -> None:
     with pytest.raises(StateDictError, match="the reference has no exits"):
         model_of(exit_norms=True).export_reference_state_dict()
     model_of().export_reference_state_dict()
+
+
+def test_self_speculation_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At a size that takes a moment; the benchmark itself compares the tokens."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
+    benchmark = importlib.import_module("benchmarks.self_speculation")
+    small = "--seconds 0.1 --dim 64 --depth 2 --exit 1 --new 8 --prompts 1 --guesses 2"
+    benchmark.main(small.split())
+    assert re.search(r"2 guesses: +[\d.]+ tokens a second", capsys.readouterr().out)

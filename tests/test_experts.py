@@ -21,6 +21,7 @@ from x_transformers.routing.base import Routing
 from x_transformers.routing.losses import LossWeights, record_routing
 from x_transformers.routing.products import grouped_product, naive_product
 from x_transformers.routing.routers import Router, softmax
+from x_transformers.training.optimizers import Muon, split_parameters
 
 FOLDER = Path(__file__).with_name("golden") / "experts"
 CLOSE = 2e-5
@@ -266,10 +267,15 @@ def test_a_model_and_its_losses() -> None:
     agree(4 * (shares.mean(dim=0) * given.mean(dim=0)).sum(), case["output.aux_loss"])
 
 
+ELSEWHERE = {"early-exit-llama": "tests/test_exits.py", "layerskip-schedules": "tests/test_exits.py"}
+"""Files of the folder that other tests read."""
+
+
 def test_every_file_is_read() -> None:
     others = {"gptoss-block", "sigma-moe", "switch-router", "mixtral-model"}
     emerging = {f"emergent-moe-{form}" for form in ("gate", "inter-abs", "order")}
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} == set(BLOCKS) | others | emerging
+    read = set(BLOCKS) | others | emerging
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == read | set(ELSEWHERE)
 
 
 def dense_model(**options: Any) -> TransformerWrapper:
@@ -609,3 +615,24 @@ def test_active_parameters_and_flops() -> None:
     assert "4 experts of 16, 2 used" in row.why
     assert f"({model.explain().active:,} active)" in str(model.explain())
     assert f"({model.explain().active:,} active)" in model.explain()._repr_html_()
+
+
+def test_muon_takes_stacks_of_matrices() -> None:
+    """Each matrix of a stack by itself; the router goes to the other optimizer."""
+    model = dense_model(ff_experts=4, ff_mult=1, ff_shared_mult=0.5)
+    split = split_parameters(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)].split("feedforward.")[-1] for p in split.matrices if "feedforward" in names[id(p)]}
+    assert matrices == {"up", "down", "shared.up.weight", "shared.down.weight"}
+    assert any("router" in names[id(p)] for p in split.others)
+    stack = torch.nn.Parameter(torch.zeros(3, 4, 6))
+    each = [torch.nn.Parameter(torch.zeros(4, 6)) for _ in range(3)]
+    gradient = torch.randn(3, 4, 6)
+    stack.grad = gradient
+    for parameter, own in zip(each, gradient, strict=True):
+        parameter.grad = own
+    Muon([stack]).step()
+    Muon(each).step()
+    torch.testing.assert_close(stack.data, torch.stack([parameter.data for parameter in each]))
+    with pytest.raises(ConfigError, match="Muon takes matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(4))])

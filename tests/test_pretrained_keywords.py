@@ -67,6 +67,23 @@ def test_norm_on_the_branch_only() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("more", [{}, {"attn_qk_rmsnorm": True}, {"attn_kv_heads": 1}, {"attn_flash": False}])
+def test_bounded_queries_keys_and_values(more: dict[str, Any]) -> None:
+    """`softmax(clip(q) clip(k)^T / sqrt(d)) clip(v)`; norms of queries and keys come after the bound."""
+    bounded, plain = (stack(attn_qkv_clip=clip, **more).sublayers[0].attention for clip in (0.3, None))
+    plain.load_state_dict(bounded.state_dict())
+    x = torch.randn(2, 5, 16)
+    q, k, v = (to(x).clamp(-0.3, 0.3) for to in (bounded.to_q, bounded.to_k, bounded.to_v))
+    assert (q.abs() == 0.3).any()
+    assert not torch.allclose(bounded(x), plain(x), atol=1e-3)
+    q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+    for norm in bounded.qk_norms:
+        q, k = norm.normalize_q(q), norm.normalize_k(k)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=bounded.scale, enable_gqa=True)
+    close(bounded(x), bounded.to_out(out.transpose(1, 2).flatten(2)))
+
+
+@torch.no_grad()
 def test_no_norm_before_the_first_sublayer() -> None:
     """`x + f_1(x)`, and norms before all other sublayers and after the last one."""
     layers, x = stack(pre_norm_has_first_norm=False), torch.randn(2, 5, 16)
@@ -360,6 +377,7 @@ def test_logits_are_bounded_before_they_are_mixed() -> None:
         ({"branch_norm": True, "resi_dual": True}, "`resi_dual` places norms by itself"),
         ({"branch_norm": True, "use_dynamic_tanh": True}, "`use_dynamic_tanh` works only before sublayers"),
         ({"attn_scale": 0.0}, "`attn_scale` is 0.0; it must be positive"),
+        ({"attn_qkv_clip": -1.0}, "`attn_qkv_clip` is -1.0; it must be positive"),
         ({"attn_scale": 0.1, "attn_qk_norm": True}, "`attn_scale` and `attn_qk_norm_scale` are the same factor"),
         ({"attn_qk_rmsnorm": True, "attn_qk_rmsnorm_eps": -1.0}, "`attn_qk_rmsnorm_eps` is -1.0"),
         ({"parallel_block": True, "parallel_block_one_norm": True, "branch_norm": True}, "which `branch_norm` moves"),

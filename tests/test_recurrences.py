@@ -12,7 +12,7 @@ from x_transformers.recurrences import naive
 from x_transformers.recurrences.base import Kernel, Operation, Situation
 from x_transformers.recurrences.carry import carry, carry_matrix, carry_matrix_uncompiled, carry_uncompiled
 from x_transformers.recurrences.delta import DELTA, delta
-from x_transformers.recurrences.linear import LINEAR, linear
+from x_transformers.recurrences.linear import LINEAR, linear, linear_with_bonus
 from x_transformers.recurrences.rank_one import RANK_ONE, rank_one
 from x_transformers.recurrences.scan import SCAN, scan
 from x_transformers.recurrences.stabilized import stabilized, weighted_mean
@@ -77,6 +77,16 @@ def test_decays_of_single_features(n: int, decay: float, from_state: bool) -> No
         for one, other in zip(results(function, arguments, chunk=24), results(definition, arguments), strict=True):
             assert torch.isfinite(one).all()
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "decay", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))
+def test_bonus_equals_single_steps(n: int, decay: float, from_state: bool) -> None:
+    given = inputs(n, decay, from_state)
+    g, bonus = -2 * decay * torch.rand(B, H, n, DK, dtype=torch.float64), torch.randn(H, DK, dtype=torch.float64)
+    arguments = [given["q"], given["k"], given["v"], g, bonus, given["state"]]
+    mine = results(linear_with_bonus, arguments, chunk=24)
+    for one, other in zip(mine, results(naive.linear_with_bonus, arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("n", "decay", "from_state"), list(product(LENGTHS, (0.01, 1.0, 30.0), (False, True))))

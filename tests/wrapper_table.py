@@ -319,6 +319,23 @@ KINDS = (
         ragged=ragged_ids(temperature=0.0),
     ),
     Kind(
+        "exits",
+        lambda: AutoregressiveWrapper(
+            TransformerWrapper(
+                num_tokens=VOCAB,
+                max_seq_len=LONGEST,
+                exit_layers=(1,),
+                exit_norms=True,
+                attn_layers=Decoder(**STACK, rotary_pos_emb=True),
+            )
+        ),
+        lambda batch: (ids(batch),),
+        bad=(*WRONG_IDS, NOTHING, (only(ZEROS), {"mask": MASK}, r"`mask` has shape \(2, 5\)")),
+        padded=ignored,
+        ragged=ragged_ids(temperature=0.0),
+        idle=("exit_norms",),
+    ),
+    Kind(
         "xl",
         lambda: XLAutoregressiveWrapper(tokens(max_mem_len=LONGEST)),
         lambda batch: (ids(batch),),

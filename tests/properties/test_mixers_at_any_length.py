@@ -30,7 +30,7 @@ def _fresh() -> Iterator[None]:
 def keywords(name: str) -> dict[str, Any]:
     """Return keywords of a small mixer, whose chunks are shorter than the prompts."""
     first = {key: value for key, value in MIXERS[name].examples[0].items() if key.startswith("mixer_")}
-    sizes = {"chunk": 16, "filter_len": MOST}
+    sizes = {"chunk": 16, "filter_len": MOST, "len": MOST}
     return first | {f"mixer_{key}": value for key, value in sizes.items() if key in keywords_of(name)}
 
 

@@ -39,9 +39,13 @@ class TrainsExperts(nn.Module):
             rate: size of a step, for scores between 0 and 1.
 
         Raises:
-            InputError: if no router has a balance bias, or the passes recorded no loads.
+            InputError: if no router has a balance bias, the passes recorded no loads, or `rate` is out of range.
         """
         records = [record] if isinstance(record, LayerIntermediates) else list(record)
+        if not all(isinstance(each, LayerIntermediates) for each in records):
+            raise InputError("`record` must be the intermediates of a pass, or a list of those of several passes.")
+        if not 0 < rate <= 1:
+            raise InputError(f"`rate` is {rate}; it must be positive, and at most 1, the largest score.")
         loads = _loads(stack_of(self), records)
         with torch.no_grad():
             for router, load in loads:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import long_convolution_cost
-from x_transformers.mixers.parts import joined, last_live, moved
+from x_transformers.mixers.parts import last_inputs, moved
 from x_transformers.ops import at_least_float32
 from x_transformers.options.schema import Feature, at_least, opt
 from x_transformers.recurrences.base import full_precision
@@ -69,15 +69,15 @@ class H3(Mixer):
         self.skip = nn.Parameter(torch.randn(heads))
         self.state_shapes["h3"] = (heads, head * head, 2, pairs)
         if shift > 1:
-            self.state_shapes["shift"] = (shift - 1, dim)
+            self.state_shapes["shift"] = (dim, shift - 1)
 
     def mix(self, x: Tensor, row: Row, state: State | None) -> tuple[Tensor, State]:
-        n, past, left = x.shape[1], None, {}
-        k, v = (row.silence(to(x)).mT for to in (self.to_k, self.to_v))
+        past, left = None, {}
+        k, v = (row.silence(to(x)).mT.contiguous() for to in (self.to_k, self.to_v))
         if "shift" in self.state_shapes:
-            past = None if state is None else state["shift"].mT
+            past = None if state is None else state["shift"]
             if row.keeps_state:
-                left["shift"] = last_live(joined(k, past, self.taps - 1), row, n, self.taps - 1)
+                left["shift"] = last_inputs(k, past, row, self.taps - 1)
         q, k, v = (t.unflatten(1, (-1, self.head)) for t in (self.to_q(x).mT, self.shift(k, past), v))
         # all products of features of keys and of values, `(b, h, w w, n)`
         z = (k.unsqueeze(3) * v.unsqueeze(2)).flatten(2, 3)

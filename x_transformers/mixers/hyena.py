@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.mixers.base import Mixer, Row, State
 from x_transformers.mixers.costs import long_convolution_cost
-from x_transformers.mixers.parts import ShortConvolution, joined, last_live
+from x_transformers.mixers.parts import ShortConvolution, last_inputs
 from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.inference import PreparesForInference, plain_map
 from x_transformers.ops import at_least_float32
@@ -79,7 +79,7 @@ class HyenaFilter(KeepsFloat32, PreparesForInference):
             z = self.positions[:lags].to(frequency.dtype).unsqueeze(0)
             for number in range(3):
                 z = (frequency * self._mapped(number, z)).sin()
-            taps = self._mapped(3, z).mT.unflatten(1, (self.filters, self.channels))
+            taps = self._mapped(3, z).mT.contiguous().unflatten(1, (self.filters, self.channels))
             part = self.positions[:lags, 0].to(frequency.dtype)
             return taps * (-self.rates.to(frequency.dtype).unsqueeze(-1) * part).exp()
 
@@ -145,7 +145,7 @@ class Hyena(Mixer):
         self.skip = nn.Parameter(torch.randn(order - 1, dim))
         self.to_out = nn.Linear(dim, dim)
         self.state_shapes["conv"] = self.conv.state_shape
-        self.state_shapes |= {f"hyena_{j}": (filter_len - 1, dim) for j in range(order - 1)}
+        self.state_shapes |= {f"hyena_{j}": (dim, filter_len - 1) for j in range(order - 1)}
 
     def mix(self, x: Tensor, row: Row, state: State | None) -> tuple[Tensor, State]:
         n, left = x.shape[1], {}
@@ -158,19 +158,19 @@ class Hyena(Mixer):
         else:
             parts = self.conv.whole(self.to_in(x), row)
         # with tokens in the last axis, as in the convolutions
-        *gates, v = parts.to(x.dtype).mT.chunk(self.order + 1, dim=1)
+        *gates, v = parts.to(x.dtype).mT.contiguous().chunk(self.order + 1, dim=1)
         lags = n if state is None else self.length
         taps, back = self.filter(lags), None
         if not row.causal:
             back = F.pad((self.filter if self.filter_backward is None else self.filter_backward)(lags)[..., 1:], (1, 0))
         for j, gate in enumerate(reversed(gates[1:])):
-            v = row.silence((gate * v).mT).mT
-            past = None if state is None else state[f"hyena_{j}"].mT
+            v = row.silence_heads(gate * v)
+            past = None if state is None else state[f"hyena_{j}"]
             out = long_convolution(v, taps[:, j], self.skip[j], past)
             if back is not None:
                 out = out + long_convolution(v.flip(-1), back[:, j]).flip(-1)
             if row.keeps_state:
-                left[f"hyena_{j}"] = last_live(joined(v, past, self.length - 1), row, n, self.length - 1)
+                left[f"hyena_{j}"] = last_inputs(v, past, row, self.length - 1)
             v = out.to(x.dtype)
         return self.to_out((gates[0] * v).mT), left
 

@@ -172,7 +172,8 @@ class LearningMemory(Mixer):
         self.to_window = nn.Linear(dim, heads) if self.rule.window > 1 else None
         self.to_gate = nn.Linear(dim, heads, bias=False) if (not outside if gate is None else gate) else None
         self.to_out = nn.Linear(heads * dim_value, dim, bias=False)
-        nn.init.constant_(decay.bias, 4.0 if outside else -4.0)
+        # at first thousands of tokens are kept: a memory of two layers that has faded learns no more
+        nn.init.constant_(decay.bias, 8.0 if outside else -8.0)
         with torch.no_grad():
             # all tokens of a chunk step from one memory: together about as far as one of them at a rate of a half
             self.to_rate.bias.copy_(torch.full((heads,), 0.5 / chunk).logit())

@@ -84,15 +84,23 @@ def last_live(whole: Tensor, row: Row, n: int, past: int) -> Tensor:
     return last.to(state_dtype(whole)).contiguous()
 
 
-def joined(x: Tensor, past: Tensor | None, places: int) -> Tensor:
-    """Return inputs after those of the past, `(b, places + n, c)`, of which there are none before the first token.
+def last_inputs(x: Tensor, past: Tensor | None, row: Row, places: int) -> Tensor:
+    """Return the inputs of the last live tokens as a state, with tokens in the last axis, `(b, c, places)`.
 
     Args:
         x: `(b, c, n)`.
-        past: `(b, c, places)`, or None.
-        places: number of places of the past.
+        past: `(b, c, places)` those before the pass; None for zeros.
+        row: which of the n are live.
+        places: number of tokens.
     """
-    return (F.pad(x, (places, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=-1)).mT
+    n = x.shape[-1]
+    whole = F.pad(x, (places, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=-1)
+    if row.live is None:
+        last = whole[..., n:]
+    else:
+        place = row.live.sum(dim=-1, keepdim=True) + torch.arange(places, device=x.device)
+        last = whole.gather(-1, place.unsqueeze(1).expand(-1, whole.shape[1], -1))
+    return last.to(state_dtype(x)).contiguous()
 
 
 def moved(x: Tensor, places: Tensor, length: int) -> Tensor:

@@ -46,13 +46,13 @@ class HasExits(nn.Module):
     Attributes:
         exit_layers: numbers of the blocks, counted from 1, in ascending order.
         exit_norms: the norms of their features, or None if the final norm serves all.
-        is_shallow: the model consists of the first blocks of another one.
+        has_config: False of a model of the first blocks of another one.
     """
 
     attn_layers: AttentionLayers
     exit_layers: tuple[int, ...]
     exit_norms: ExitNorms | None
-    is_shallow: bool = False
+    has_config: bool
 
     def _build_exits(self, blocks: tuple[int, ...] | None, own_norms: bool) -> None:
         stack = unwrapped(self.attn_layers)
@@ -68,7 +68,7 @@ class HasExits(nn.Module):
         Raises:
             ConfigError: if the model consists of the first blocks of another one.
         """
-        if self.is_shallow:
+        if not self.has_config:
             raise ConfigError(
                 "a model of the first blocks of another one has no configuration of its own; save that one, and call "
                 "`shallow` again."
@@ -198,7 +198,7 @@ def first_blocks(model: Given, count: int) -> Given:
     stack.skip_sources = {layer: source for layer, source in whole.skip_sources.items() if layer < built}
     stack.skip_combines = nn.ModuleDict({str(layer): whole.skip_combines[str(layer)] for layer in stack.skip_sources})
     view = _sharing(model)
-    view.attn_layers, view.is_shallow = stack, True
+    view.attn_layers, view.has_config = stack, False
     view.exit_layers = tuple(block for block in model.exit_layers if block < count)
     norms = model.exit_norms
     if norms is not None and str(count) in norms:

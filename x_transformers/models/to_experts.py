@@ -13,9 +13,9 @@ from x_transformers.errors import ConfigError
 from x_transformers.feedforward.activations import SoLU
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.folders.saved import SavesFolders
-from x_transformers.layers.experts import stack_of
+from x_transformers.layers.experts import TrainsExperts, stack_of
 from x_transformers.layers.stack import LayerStack
-from x_transformers.options.values import accepts
+from x_transformers.options.values import accepts, shown
 
 ROUNDS = 10
 """Rounds of clustering."""
@@ -47,6 +47,11 @@ def to_experts(model: Net, experts: int, topk: int, **objects: Any) -> Net:
         if not accepts(int, value) or value < 1 or (most is not None and value > most):
             bound = "at least 1" if most is None else f"between 1 and the `experts` = {most}"
             raise ConfigError(f"`{name}` is {value!r}; it must be a whole number, {bound}.")
+    if not isinstance(model, TrainsExperts):
+        raise ConfigError(
+            f"`model` is {shown(model)}; it must be a stack, or a model with a stack as `attn_layers`, without what is "
+            "around it."
+        )
     stack = stack_of(model)
     functions = [branch.fn for branch in stack.sublayers if branch.kind.is_feedforward]
     dense = [_checked(fn, experts) for fn in functions]

@@ -40,6 +40,8 @@ class Configured(Checked):
     _classes: ClassVar[dict[str, type[Configured]]] = {}
     keyword_schemas: ClassVar[tuple[tuple[Schema, str], ...]] = ()
     """Schemas of the keywords of the constructor, with their prefixes; see `describe`."""
+    has_config: bool = True
+    """False of a view of another object, which no configuration describes."""
     _config: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -174,7 +176,7 @@ def _plain(name: str, value: Any) -> Any:
     """
     value = unwrapped(value)  # a compiled model is rebuilt as it was before
     if isinstance(value, Configured):
-        return value._config
+        return value._config if value.has_config else {"$object": name}
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -236,13 +238,15 @@ def _by_place(config: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str
     """Return the objects that a configuration needs by their places.
 
     Raises:
-        ConfigError: if one is missing or not needed, or if one name is that of several objects.
+        ConfigError: if one is missing or not needed, or if one name is that of several objects. An
+            `UnknownKeywordError` if one is not needed.
     """
     places = dict(_objects_in(config, ""))
     count = Counter(places.values())
     faults = Faults()
     for name in objects:
         if name not in places and name not in count:
+            faults.unknown = True
             faults.add(f"the config names no object `{name}`; it needs {', '.join(sorted(count)) or 'none'}.")
     faults.raise_if_any("from_config")
     found = {

@@ -104,7 +104,7 @@ class FeatureDecays(NamedTuple):
     whole: Tensor
 
     @classmethod
-    def of(cls, reads: Tensor, writes: Tensor, decay: Tensor) -> FeatureDecays:
+    def of(cls, reads: Tensor, writes: Tensor, decay: Tensor, own: Tensor) -> FeatureDecays:
         """Return the scores of `r` reads and `s` writes of each token.
 
         Pairs of chunks of half the size become chunks of twice the size: with the border between two halves, decays
@@ -114,13 +114,14 @@ class FeatureDecays(NamedTuple):
         Args:
             reads: x, `(N, C, r, d)`, where C is a power of two.
             writes: y, `(N, C, s, d)`.
-            decay: factors of each token, `(N, C, f, d)` with f = 1 or r: those of a read that happens after the decay
-                of its own token, the first of them; 1 for one that happens before it.
+            decay: factors of each token, `(N, C, d)`.
+            own: factors of its own token for each read, `(N, C, f, d)` with f = 1 or r: `decay` for a read that happens
+                after it, and 1 for one that happens before it.
         """
         count, size, r, d = reads.shape
-        s, f = writes.shape[2], decay.shape[2]
+        s, f = writes.shape[2], own.shape[2]
         scores = (reads.unsqueeze(3) * writes.unsqueeze(2)).sum(dim=-1).view(count * size, 1, r, 1, s)
-        since, to_end = decay, torch.ones_like(writes[:, :, 0])
+        since, to_end, whole = own, torch.ones_like(decay), decay
         half = 1
         while half < size:
             pairs = count * size // (2 * half)
@@ -132,12 +133,13 @@ class FeatureDecays(NamedTuple):
             first, second = scores.view(pairs, 2, half, r, half, s).unbind(dim=1)
             upper, lower = F.pad(first, (0, 0, 0, half)), torch.cat((across, second), dim=3)
             scores = torch.cat((upper, lower), dim=1)
-            to_end = torch.cat((before * late[:, -1:, 0], after), dim=1)
-            since = torch.cat((early, late * early[:, -1:, :1]), dim=1)
+            of_first, of_second = whole.reshape(pairs, 2, 1, d).unbind(dim=1)
+            to_end = torch.cat((before * of_second, after), dim=1)
+            since = torch.cat((early, late * of_first.unsqueeze(2)), dim=1)
+            whole = of_first * of_second
             half *= 2
         scores = scores.view(count, size, r, size, s)
-        since = since.view(count, size, f, d)
-        return cls(scores, since, to_end.view(count, size, d), since[:, -1, 0].unsqueeze(-1))
+        return cls(scores, since.view(count, size, f, d), to_end.view(count, size, d), whole.reshape(count, d, 1))
 
 
 def halving_size(chunk: int, most: int) -> int:

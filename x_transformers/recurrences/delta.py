@@ -95,8 +95,8 @@ def _chunked_by_feature(
     chunks = Chunks.of(v, halving_size(chunk, SHORT))
     state = naive.first_state(k, v) if state is None else state
     q, k, v, beta = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(beta).unsqueeze(-1)
-    read = k * beta
-    decays = FeatureDecays.of(torch.stack((q, read), dim=2), k.unsqueeze(2), chunks.split(g).exp().unsqueeze(2))
+    read, decay = k * beta, chunks.split(g).exp()
+    decays = FeatureDecays.of(torch.stack((q, read), dim=2), k.unsqueeze(2), decay, decay.unsqueeze(2))
     scores, overlaps = decays.scores.squeeze(-1).unbind(dim=2)
     since_start, write = decays.since_start.squeeze(2), k * decays.to_end
     return _solved(chunks, scores, overlaps, q * since_start, read * since_start, write, v * beta, decays.whole, state)

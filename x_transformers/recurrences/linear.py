@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from x_transformers.recurrences import naive
@@ -14,6 +15,7 @@ from x_transformers.recurrences.base import (
     Situation,
     needs_decays_by_feature,
     needs_one_decay,
+    needs_several_tokens,
     tokens_of,
 )
 from x_transformers.recurrences.carry import carry
@@ -77,8 +79,8 @@ def _chunked_by_feature(
     """
     chunks = Chunks.of(v, halving_size(chunk, SHORT))
     state = naive.first_state(k, v) if state is None else state
-    q, k, v = chunks.split(q), chunks.split(k), chunks.split(v)
-    decays = FeatureDecays.of(q.unsqueeze(2), k.unsqueeze(2), chunks.split(g).exp().unsqueeze(2))
+    q, k, v, decay = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(g).exp()
+    decays = FeatureDecays.of(q.unsqueeze(2), k.unsqueeze(2), decay, decay.unsqueeze(2))
     added = (k * decays.to_end).mT @ v
     before, after = carry(chunks.by_row(decays.whole), chunks.by_row(added), state.flatten(0, 1))
     within = decays.scores.squeeze((2, 4)) @ v
@@ -90,4 +92,47 @@ LINEAR = Operation(
     naive.linear,
     Kernel("chunked", _chunked, needs_one_decay),
     Kernel("chunked by feature", _chunked_by_feature, needs_decays_by_feature),
+)
+
+
+def linear_with_bonus(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor, state: Tensor | None = None, *, chunk: int = SHORT
+) -> Result:
+    """Compute a linear recurrence that reads the state before a token, and the token itself with a bonus (2404.05892).
+
+    `o_t = S_{t-1}^T q_t + (q_t . (u * k_t)) v_t`, and `S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T`.
+
+    Args:
+        q, k, v, state: see `linear`.
+        g: logarithms of the decays, at most 0, `(b, h, n, dk)`.
+        bonus: u, `(h, dk)`.
+        chunk: number of tokens that are computed at once; changes the result by rounding only.
+
+    Returns:
+        `(b, h, n, dv)` and the state after the last token, at least in float32.
+    """
+    situation = Situation(q.device.type, q.dtype, tokens_of(q), vector_decay=True)
+    return LINEAR_WITH_BONUS.run(situation, q, k, v, g, bonus, state, chunk=chunk)
+
+
+def _chunked_with_bonus(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor, state: Tensor | None, *, chunk: int = SHORT
+) -> Result:
+    """Compute the reads before the decay of their token, and add the token itself."""
+    own = (q * k * bonus.unsqueeze(1)).sum(dim=-1, keepdim=True) * v
+    chunks = Chunks.of(v, halving_size(chunk, SHORT))
+    state = naive.first_state(k, v) if state is None else state
+    q, k, v, decay = chunks.split(q), chunks.split(k), chunks.split(v), chunks.split(g).exp()
+    decays = FeatureDecays.of(q.unsqueeze(2), k.unsqueeze(2), decay, torch.ones_like(decay).unsqueeze(2))
+    added = (k * decays.to_end).mT @ v
+    before, after = carry(chunks.by_row(decays.whole), chunks.by_row(added), state.flatten(0, 1))
+    within = decays.scores.squeeze((2, 4)).tril(-1) @ v
+    out = chunks.join(within + (q * decays.since_start.squeeze(2)) @ before.flatten(0, 1))
+    return out + own, after.view(state.shape)
+
+
+LINEAR_WITH_BONUS = Operation(
+    "linear recurrence with a bonus",
+    naive.linear_with_bonus,
+    Kernel("chunked by feature", _chunked_with_bonus, needs_several_tokens),
 )

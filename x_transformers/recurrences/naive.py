@@ -24,6 +24,26 @@ def linear(
     return stacked(out, v), state
 
 
+def linear_with_bonus(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bonus: Tensor,
+    state: Tensor | None,
+    *,
+    chunk: int | None = None,
+) -> Result:
+    """Compute `o_t = S_{t-1}^T q_t + (q_t . (u * k_t)) v_t`, and `S_t` as `linear`; see `recurrences.linear`."""
+    state = first_state(k, v) if state is None else state
+    out = []
+    for t in range(q.shape[2]):
+        written = k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None, :] @ (state + bonus.unsqueeze(-1) * written)).squeeze(2))
+        state = decay_at(g, t) * state + written
+    return stacked(out, v), state
+
+
 def delta(
     q: Tensor,
     k: Tensor,

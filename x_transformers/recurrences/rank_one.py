@@ -75,7 +75,7 @@ def _chunked(
     decay = chunks.split(g).exp()
     # a reads before the decay of its own token
     own = torch.stack((decay, torch.ones_like(decay)), dim=2)
-    decays = FeatureDecays.of(torch.stack((q, a), dim=2), torch.stack((k, b), dim=2), own)
+    decays = FeatureDecays.of(torch.stack((q, a), dim=2), torch.stack((k, b), dim=2), decay, own)
     (of_qk, of_qb), (of_ak, of_ab) = (each.unbind(dim=-1) for each in decays.scores.unbind(dim=2))
     since_start, before_own = decays.since_start.unbind(dim=2)
     width, to_end = v.shape[-1], decays.to_end
