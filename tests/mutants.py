@@ -40,6 +40,7 @@ CALLS = (
     "test_caller_inputs.py test_fuzz.py properties/test_inputs.py test_fuzz_catalog.py "
     "-k 'not constructors and not encoder and not options'"
 )
+AHEAD = "properties/test_windows_of_encoders.py -k 'windows_end or window0-keywords0'"
 BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
@@ -141,6 +142,41 @@ MUTATIONS = (
         r"<= self\.window\b",
         "< self.window",
         CAUSAL,
+    ),
+    Mutation(
+        "a window ends one token early",
+        r"distance >= -self\.ahead",
+        "distance > -self.ahead",
+        AHEAD,
+        "masks/*.py",
+    ),
+    Mutation(
+        "blocks of keys end before the window",
+        r"self\.diagonal \+ self\.ahead, 1\)",
+        "self.diagonal + self.ahead - 1, 1)",
+        AHEAD,
+        "masks/*.py",
+    ),
+    Mutation(
+        "a norm before the first sublayer",
+        r" and \(index > 0 or where\.first\)",
+        "",
+        "test_pretrained_keywords.py -k 'first_sublayer'",
+        "layers/build.py",
+    ),
+    Mutation(
+        "values without a bound",
+        r"q, k, raw = projections\.clipped\(q, k, raw\)",
+        "q, k = projections.clipped(q, k)",
+        "test_pretrained_keywords.py -k 'bounded'",
+        "attention/heads.py",
+    ),
+    Mutation(
+        "the page that two pieces of files share",
+        r"over = 0 if end == size else",
+        "over = 0 if end else",
+        "test_mapped_weights.py",
+        "folders/*.py",
     ),
     Mutation(
         "padding is seen",
