@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from x_transformers.errors import ConfigError, InputError, StateDictError
 from x_transformers.forward_pass.arguments import check_whole, checked
+from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.layers import AttentionLayers
