@@ -211,7 +211,7 @@ def test_rows_of_a_cache_and_of_new_tokens_must_agree() -> None:
         for each in cache.attn_intermediates or ():
             each.cached_kv = tuple(t.expand(3, -1, -1, -1) for t in each.cached_kv or ())
         if options:
-            with pytest.raises(ShapeError, match="rows of `shift`"):
+            with pytest.raises(ShapeError, match="rows of `token_shift`"):
                 model(x, cache=cache)
     x, context = tokens(9, 3), torch.randn(1, 4, 16)
     crossing_first = Decoder(dim=16, heads=2, custom_layers=("c", "a", "f"), cross_attend=True, rotary_pos_emb=True)

@@ -227,7 +227,7 @@ def test_bounds_are_what_the_mask_says(queries: int, keys: int, window: int | No
         queries,
         keys,
         order=order,
-        slots=(order[0][None], order[1][None]),
+        slots=None if window is None else (order[0][None], order[1][None]),
         window=window,
         diagonal=keys - queries,
         even=True,

@@ -68,9 +68,10 @@ def left_to_right(x: Grouped, size: int, far: Tensor | None, current: Tensor | N
     groups = _cut(x, size)
     own = groups.far_keys.mT @ groups.values / size
     if current is not None:
-        own = torch.cat((own[:, :1] + current.unsqueeze(1), own[:, 1:]), dim=1)
+        own = own + F.pad(current.unsqueeze(1), (0, 0, 0, 0, 0, own.shape[1] - 1))
     start = torch.zeros_like(own[:, :1]) if far is None else far.unsqueeze(1)
-    earlier = torch.cat((start, own[:, :-1]), dim=1).cumsum(dim=1)
+    # one sum more than is read: in a graph no size may become one, as the number of earlier groups would
+    earlier = torch.cat((start, own), dim=1).cumsum(dim=1)[:, :-1]
     out = _near(groups, size).tril() @ groups.values + groups.far @ earlier
     return out.flatten(1, 2)[:, : x.far.shape[1]], Sums(earlier, own)
 
