@@ -1,7 +1,8 @@
 """Serve a trained language model over HTTP until it is interrupted.
 
-A request has texts to continue, and the answer has their continuations. The prompts of a request are one batch, and
-requests wait for each other. With `"stream": true`, the first prompt is answered in plain text while it is written:
+A request has texts to continue, `prompts`, and may have a `length` in tokens (64) and a `temperature` (0.8). The answer
+has their continuations, without the prompts. The prompts of a request are one batch, and requests wait for each other.
+With `"stream": true`, a single prompt is continued in plain text that is sent while it is written:
 
     python examples/serve.py runs/train_text
     curl localhost:8000 -d '{"prompts": ["def ", "class "], "length": 64, "temperature": 0.5}'
@@ -56,11 +57,29 @@ class Server(ThreadingHTTPServer):
         return [self.tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
 
     def streamed(self, request: dict[str, Any]) -> Iterator[str]:
-        """Yield the first prompt and its continuation in pieces."""
-        prompt = self.encoded(request.get("prompts"))[0]
+        """Yield the continuation of a prompt in pieces."""
+        prompts = self.encoded(request.get("prompts"))
+        if len(prompts) > 1:
+            raise ValueError(f"{len(prompts)} prompts cannot be one stream; send a request for each, or drop `stream`.")
         with self.turn:
-            new = (int(token) for token in self.model.stream(prompt[None], **self.options(request)))
-            yield from decoded(self.tokenizer, prompt.tolist(), new)
+            new = (int(token) for token in self.model.stream(prompts[0][None], **self.options(request)))
+            pieces = decoded(self.tokenizer, prompts[0].tolist(), new)
+            next(pieces)  # the prompt
+            yield from pieces
+
+
+def read_request(body: bytes) -> dict[str, Any]:
+    """Return the fields of a request."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        raise ValueError('a request is an object in JSON, as {"prompts": ["def "], "length": 64}.')
+    unknown = sorted(request.keys() - {"prompts", "length", "temperature", "stream"})
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}; a request has prompts, length, temperature, stream.")
+    return request
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,9 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)))
-            if not isinstance(request, dict):
-                raise ValueError('a request is an object, as in {"prompts": ["def "]}.')
+            request = read_request(self.rfile.read(int(self.headers["Content-Length"] or 0)))
             if request.get("stream"):
                 self.send_pieces(self.server.streamed(request))
                 return
@@ -87,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_pieces(self, pieces: Iterator[str]) -> None:
-        first = next(pieces)  # a bad request fails here, before anything is sent
+        first = next(pieces, "")  # a bad request fails here, before anything is sent
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.end_headers()

@@ -253,12 +253,14 @@ def test_a_server_continues_texts_and_refuses_requests_in_words(
         assert json.loads(body)["texts"] == [bytes(row.tolist()).decode(errors="replace") for row in rows]
 
         status, body = ask(prompts=["def "], stream=True, **greedy)
-        assert (status, body) == (200, "def " + bytes(rows[0].tolist()).decode(errors="replace"))
+        assert (status, body) == (200, bytes(rows[0].tolist()).decode(errors="replace"))
 
         for refused, words in (
             ({"prompts": []}, "list of texts"),
             ({"prompts": [""], "stream": True}, "list of texts"),
             ({"prompts": ["a"], "length": "x"}, "a whole number"),
+            ({"prompts": ["a", "b"], "stream": True}, "2 prompts cannot be one stream"),
+            ({"prompts": ["a"], "top_p": 0.9}, "unknown field 'top_p'"),
         ):
             status, body = ask(**refused)
             assert status == 400

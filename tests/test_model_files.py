@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wrapper_table import KINDS, Kind
 
-from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
+from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper, load_pretrained
 from x_transformers.checkpoints.files import load_model, read_model_file, save_model
 from x_transformers.errors import CheckpointError, ConfigError, InputError, StateDictError
 from x_transformers.options.configured import Configured
@@ -49,6 +49,18 @@ def tied() -> TransformerWrapper:
     model = net()
     model.to_logits.weight = model.token_emb.emb.weight
     return model
+
+
+def test_each_loader_reads_the_other_kind_or_names_its_own(tmp_path: Path) -> None:
+    model = net().eval()
+    file = save_model(model, tmp_path / "model.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    assert same(load_pretrained(file), model)
+    assert next(load_pretrained(file, dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
+    with pytest.raises(ConfigError, match=r"is a file of `save_model` or a run, .* without `attn_dropout`"):
+        load_pretrained(file, attn_dropout=0.1)
+    with pytest.raises(CheckpointError, match="read it with `load_pretrained`"):
+        load_model(tmp_path / "folder")
 
 
 def test_weights_that_are_one_stay_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from x_transformers.checkpoints.durable import replacing
@@ -69,6 +70,21 @@ def read_model_file(path: str | PathLike[str], device: str = "cpu") -> tuple[dic
     path = find_model(path)
     file = read_tensors(path, device)
     return _config(path, file.about), file.tensors
+
+
+def is_model_file(place: str | PathLike[str]) -> bool:
+    """Return True if `load_model` reads it: the file of a model with its configuration, or a run.
+
+    Args:
+        place: a file or a folder.
+    """
+    place = Path(place)
+    try:
+        found = find_model(place)
+        with safe_open(str(found), framework="pt", device="cpu") as file:
+            return "config" in (file.metadata() or {})
+    except (CheckpointError, OSError, SafetensorError):
+        return False
 
 
 @checked_function

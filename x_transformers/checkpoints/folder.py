@@ -61,6 +61,8 @@ def find_checkpoint(place: str | PathLike[str]) -> Path:
         found = latest_checkpoint(folder)
         if found is not None:
             return found
+    if (place / "config.json").is_file():
+        raise CheckpointError(f"{place} is the folder of a model, not of a run; read it with `load_pretrained`.")
     raise CheckpointError(
         f"{place} {'contains no complete checkpoint' if place.exists() else 'does not exist'}; pass a checkpoint, or "
         "the folder of a run."

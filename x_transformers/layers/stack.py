@@ -110,7 +110,7 @@ class LayerStack(nn.Module):
         kinds = [layer.kind for layer in plan.layers if layer.kind.is_attention]
         crossing = not any(kind.is_self_attention for kind in kinds)
         if crossing:
-            _refuse_positions(plan, why_not=None if kinds else "has no attention")
+            _refuse_positions(plan, why_not=None if kinds else "has none, nor any other attention")
         widths = [
             layer.options["heads"].dim_head
             for layer in plan.layers

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from x_transformers.checkpoints.files import is_model_file, load_model
 from x_transformers.errors import ConfigError, StateDictError
 from x_transformers.folders.building import check_counts, share, without_memory
 from x_transformers.folders.config_file import is_own, upgraded
@@ -46,7 +47,8 @@ def load_pretrained(
     Args:
         folder: contains `config.json`, and `model.safetensors` or several files with their index. Or the id of a
             repository of the Hugging Face hub, "owner/name". Or a file with a state dict of the reference, as
-            `torch.save` writes it; `overrides` are then the keywords of the model.
+            `torch.save` writes it; `overrides` are then the keywords of the model. Or what `load_model` reads: a file
+            of `save_model`, or the folder of a run.
         tower: "vision" or "text", for a folder with two models, as that of a CLIP.
         device: of the model.
         dtype: of the weights; default that of the files; of a folder of transformers, that of the token embeddings.
@@ -70,6 +72,14 @@ def load_pretrained(
         InputError: if `dtype` is no floating type.
     """
     target = check_target(device, dtype)
+    if is_model_file(folder):
+        _check_single(folder, tower)
+        if overrides:
+            raise ConfigError(
+                f"{folder} is a file of `save_model` or a run, to which keywords cannot be added; load it without "
+                f"`{next(iter(overrides))}`, write a folder with `save_pretrained`, and load that with the keyword."
+            )
+        return load_model(folder, str(target)).to(dtype=dtype).eval()
     if Path(folder).is_file():
         _check_single(folder, tower)
         return load_reference(Path(folder), target, dtype, overrides)

@@ -299,8 +299,15 @@ class Run:
         # samples are drawn when there is time for them, and must not change what training draws
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(self.settings.seed + self.step)
-            new = self.whole.generate(ids[None].to(device), SAMPLE, **options)
+            new = self.whole.generate(ids[None].to(device), self._room_after(ids), **options)
         return tokenizer.decode([*ids.tolist(), *new[0].tolist()])
+
+    def _room_after(self, ids: Tensor) -> int:
+        """Return the number of tokens of a sample; a table of positions ends with the context."""
+        net = self.whole.net
+        if not net.max_seq_len or net.can_cache_kv_outside_max_seq_len:
+            return SAMPLE
+        return max(min(SAMPLE, net.max_seq_len - len(ids)), 0)
 
     def save(self) -> None:
         """Write a checkpoint and the picture."""
