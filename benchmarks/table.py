@@ -123,10 +123,13 @@ def row(name: str, cost: float | None) -> str:
 def provenance() -> Iterator[str]:
     """Yield a sentence for each machine that costs were measured on."""
     size = f"{DEPTH} layers, {HEADS} heads, {DIM} dimensions, {ROWS} rows of {LENGTH} tokens"
+    measured: dict[str, list[str]] = {}
     for each in sorted(recorded(), key=lambda each: -len(each["costs"])):
-        machine, names = each["machine"], list(each["costs"])
+        machine = each["machine"]
         threads = f"{machine['threads']} thread{'s' if machine['threads'] != '1' else ''}"
         where = f"{machine['processor']}, {threads}, PyTorch {machine['torch']}"
+        measured.setdefault(where, []).extend(each["costs"])
+    for where, names in measured.items():
         if len(names) > len(FEATURES) / 2:
             yield f"Measured on {where}: float32, {size}."
         else:
