@@ -1,8 +1,8 @@
 """Recall values by their keys: recurrences forget, and one layer of attention in four remembers.
 
 A row draws some keys and a value for each, and repeats these pairs in random order: after a key that was there before,
-its value can be predicted. A recurrence has to hold all pairs in a state of fixed size, where only so many of them fit.
-A hybrid, three recurrences and one attention, only needs recurrences that join each value to its key, since attention
+its value can be predicted. A recurrence has to hold all pairs in a state of fixed size, into which only a few fit. A
+hybrid, three recurrences and one attention, only needs recurrences that join each value to its key, since attention
 finds it again. The picture shows the fraction of values that are recalled, by the number of pairs.
 """
 

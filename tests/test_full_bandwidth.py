@@ -143,7 +143,7 @@ def test_generation(kind: str, pairs: str) -> None:
 @pytest.mark.parametrize("kind", NETS)
 @torch.no_grad()
 def test_cached_steps_are_as_many_passes_as_there_are_tokens(kind: str) -> None:
-    """The feedback of a pass reaches one token further, so that so many passes without a cache are exact."""
+    """The feedback of a pass reaches one token further, so that a pass for each token is exact."""
     model, x = build(kind), ids()[:, :1]
     out = model.generate(x, 6, 0.0)
     whole = torch.cat((x, out), dim=1)

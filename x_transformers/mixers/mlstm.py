@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State
 from x_transformers.mixers.costs import linear_cost
-from x_transformers.mixers.parts import HeadNorm
+from x_transformers.mixers.parts import MixerLayerNorm
 from x_transformers.ops import at_least_float32, merge_heads, softclamp, split_heads
 from x_transformers.options.schema import Feature, at_least, opt, positive
 from x_transformers.recurrences.base import CHUNK
@@ -66,7 +66,7 @@ class MLSTM(Mixer):
         nn.init.constant_(self.to_input.bias, -10.0)
         with torch.no_grad():
             self.to_forget.bias.copy_(torch.linspace(3.0, 6.0, heads))
-        self.norm = HeadNorm(heads * dim_value, heads, norm_eps)
+        self.norm = MixerLayerNorm(heads * dim_value, norm_eps, heads, bias=False)
         self.to_out = nn.Linear(heads * dim_value, dim, bias=False)
         self.state_shapes |= {"mlstm": (heads, dim_key, dim_value + 1), "top": (heads,)}
 

@@ -157,23 +157,23 @@ class MixerNorm(MixerGain):
         return rms(x, self.eps, self.parts) * (1 + self.gamma if self.unit_offset else self.gamma)
 
 
-class HeadNorm(MixerGain):
-    """LayerNorm of each head by itself, with a gain `1 + gamma` of each feature.
+class MixerLayerNorm(MixerGain):
+    """LayerNorm with a gain and a bias: `(x - mean) / sqrt(var + eps) * (1 + gamma) + beta`.
 
     Args:
-        dim: number of features, of all heads.
-        heads: number of heads.
+        dim: number of features.
         eps: added to the variance.
-        bias: add a bias, `beta`.
+        heads: number of equal parts of the features, each with a mean and a variance of its own.
+        bias: add the bias.
     """
 
-    def __init__(self, dim: int, heads: int, eps: float, bias: bool = False) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, heads: int = 1, bias: bool = True) -> None:
         super().__init__(dim)
-        self.heads, self.eps = heads, eps
+        self.eps, self.heads = eps, heads
         self.beta = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `(b, n, dim)`, at least in float32."""
+        """Normalize `(..., dim)`, at least in float32."""
         heads = at_least_float32(x).unflatten(-1, (self.heads, -1))
         unit = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
         out = unit * (1 + self.gamma if self.unit_offset else self.gamma)
@@ -209,26 +209,6 @@ class LowRank(nn.ModuleList):
         hidden = into(x)
         out = out_of(hidden if self.between is None else self.between(hidden))
         return out if self.bias is None else out + self.bias
-
-
-class MixerLayerNorm(MixerGain):
-    """LayerNorm with a gain and a bias: `(x - mean) / sqrt(var + eps) * (1 + gamma) + beta`.
-
-    Args:
-        dim: number of features.
-        eps: added to the variance.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        super().__init__(dim)
-        self.eps = eps
-        self.beta = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `(..., dim)`, at least in float32."""
-        x = at_least_float32(x)
-        gain = 1 + self.gamma if self.unit_offset else self.gamma
-        return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), self.beta.to(x.dtype), self.eps)
 
 
 def rms(x: Tensor, eps: float, parts: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import loop_cost
-from x_transformers.mixers.parts import HeadNorm, ShortConvolution
+from x_transformers.mixers.parts import MixerLayerNorm, ShortConvolution
 from x_transformers.options.schema import Feature, at_least, positive
 from x_transformers.recurrences.cells import CELLS
 from x_transformers.recurrences.loop import loop
@@ -50,7 +50,7 @@ class RecurrentNetwork(Mixer):
         self.recurrent = nn.Parameter(torch.empty(heads, width, cell.recurrents, width))
         nn.init.uniform_(self.recurrent, -(inner**-0.5), inner**-0.5)
         self.bias = nn.Parameter(torch.zeros(cell.inputs, heads, width))
-        self.norm = HeadNorm(inner, heads, norm_eps)
+        self.norm = MixerLayerNorm(inner, norm_eps, heads, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
         self.state_shapes["cell"] = (len(cell.start), heads, width)
         if taps > 1 and self.conv is not None:

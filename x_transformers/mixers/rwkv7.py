@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from x_transformers.mixers.base import Mixer, Row, State, divided
 from x_transformers.mixers.costs import rank_one_cost
-from x_transformers.mixers.parts import HeadNorm, LowRank, last_live, unit
+from x_transformers.mixers.parts import LowRank, MixerLayerNorm, last_live, unit
 from x_transformers.ops import at_least_float32, merge_heads, split_heads
 from x_transformers.options.schema import Feature, at_least
 from x_transformers.recurrences.base import SHORT
@@ -68,7 +68,7 @@ class RWKV7(Mixer):
         self.k_scale = nn.Parameter(0.71 - 0.1 * channel)
         self.k_rate = nn.Parameter(torch.full((dim,), 1.02))
         self.bonus = nn.Parameter(torch.full((self.heads, head), -0.04))
-        self.norm = HeadNorm(dim, self.heads, NORM_EPS, bias=True)
+        self.norm = MixerLayerNorm(dim, NORM_EPS, self.heads)
         nn.init.zeros_(self.to_out.weight)
         self.state_shapes |= {"shift": (1, dim), "rwkv": (self.heads, head, head)}
         self.begin_at(0, 1)
