@@ -106,9 +106,8 @@ def main() -> None:
         metrics = train(name, options.folder, options.minutes)
         sizes = dict(zip(map(str, LENGTHS), memory(name), strict=True))
         runs[name] = {**summary(metrics, options.minutes), "bytes": sizes}
-        print(
-            f"{name}: {runs[name]['held_out']:.3f} held-out bits per byte, {sizes[str(LENGTHS[-1])]:,} bytes after {LENGTHS[-1]:,} tokens"
-        )
+        found, size = runs[name]["held_out"], sizes[str(LENGTHS[-1])]
+        print(f"{name}: {found:.3f} held-out bits per byte, {size:,} bytes after {LENGTHS[-1]:,} tokens")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(), "minutes": options.minutes, "runs": runs}
         options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ HOUSE = (
         "F0",
         ["errors", "ops", "modules.float32_buffers", "modules.hand_written", "modules.script_names", "modules.unwrap"],
     ),
-    ("F0", ["options.values", "forward_pass.names", "notices"]),
+    ("F0", ["options.docstrings", "options.values", "forward_pass.names", "notices"]),
     ("F0", ["options.checked", "forward_pass.arguments", "forward_pass.arrays", "forward_pass.changed_copies"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
