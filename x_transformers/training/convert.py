@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,7 +41,9 @@ TOKENIZERS = (
 class Conversion:
     """Flags of the command."""
 
-    format: str = flag("x-transformers", "that of this library, or hf for a folder of transformers", choices=FORMATS)
+    format: Literal["x-transformers", "hf"] = flag(
+        "x-transformers", "that of this library, or hf for a folder of transformers", choices=FORMATS
+    )
     family: str | None = flag(None, "model_type of a folder of transformers; default the first that fits")
     dtype: str | None = flag(None, "of the weights; default that of the model", choices=DTYPES)
     set: tuple[tuple[str, Any], ...] = flag(
