@@ -669,7 +669,8 @@ REFUSED: dict[str, str] = {
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
-        "attn_sigmoid attn_clipped_softmax attn_power_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
+        "attn_sigmoid attn_clipped_softmax attn_power_softmax attn_sparse_topk attn_hard attn_gumbel_softmax "
+        "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved",
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",

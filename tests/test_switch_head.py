@@ -77,12 +77,20 @@ def test_numbers_of_a_public_implementation(name: str) -> None:
         agree(parameter.grad.view_as(theirs), theirs)
 
 
-def test_gates_of_a_public_implementation() -> None:
-    """The form of gated attention whose gates read all features (2306.12929), which is a keyword of its own."""
-    case = read("gated-attention-all-features")
-    module = Attention(16, dim_head=4, heads=4, qkv_bias=True, project_out=False, gate_value_heads=True)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gated-attention-all-features", {"gate_value_heads": True}),
+        ("gated-attention-clipped", {"clipped_softmax": True, "clipped_softmax_gamma": -0.25}),
+    ],
+)
+def test_attention_that_may_do_nothing(name: str, options: dict[str, Any]) -> None:
+    """Two forms of a head that ignores all keys (2306.12929): gates that read all features, and a clipped softmax."""
+    case = read(name)
+    module = Attention(16, dim_head=4, heads=4, qkv_bias=True, project_out=False, **options)
     names = {"projections.q": "query", "projections.k": "key", "projections.v": "value"}
-    names["values.gate_value_heads.gate"] = "alpha"
+    if "gate_value_heads" in options:
+        names["values.gate_value_heads.gate"] = "alpha"
     kinds = {f"{mine}.{kind}": f"{theirs}.{kind}" for mine, theirs in names.items() for kind in ("weight", "bias")}
     module.load_state_dict({mine: case[f"state.{theirs}"] for mine, theirs in kinds.items()})
     x = case["input.x"].requires_grad_()

@@ -239,6 +239,6 @@ FEATURE = Feature(
             "attn_switch_expert_dropout": 0.3,
             "attn_switch_entropy_weight": 0.1,
         },
-        {**_SMALL, "attn_one_kv_head": True, "attn_qkv_bias": True, "attn_out_bias": True, "attn_value_dim_head": 12},
+        {**_SMALL, "attn_one_kv_head": True, "attn_qkv_bias": True, "attn_out_bias": True, "attn_num_mem_kv": 1},
     ),
 )

@@ -48,6 +48,8 @@ class PowerSoftmax(Weighting):
 
     def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         logits = at_least_float32(logits)
+        if logits.shape[-1] == 0:
+            return logits
         if mask is not None:
             logits = logits.masked_fill(~mask, 0.0)
         # divided by the largest one, which cancels, since powers of large logits are infinite
@@ -89,5 +91,5 @@ FEATURE = Feature(
             "to 0; drop one of them.",
         ),
     ),
-    examples=({"attn_power_softmax": 2}, {"attn_power_softmax": 4, "attn_kv_heads": 2}),
+    examples=({"attn_power_softmax": 2}, {"attn_power_softmax": 4}),
 )
