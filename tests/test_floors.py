@@ -44,7 +44,7 @@ HOUSE = (
     ),
     ("F2", ["recurrences"]),
     ("F2", ["recurrences.stabilized", "recurrences.partitions"]),
-    ("F3", ["attention.qk.decay", "attention.qk.rotation"]),
+    ("F3", ["attention.qk.decay", "attention.qk.rotation", "attention.head_maps"]),
     ("F3", ["attention"]),
     ("F3", ["attention.qk.rotary", "attention.backends.flex"]),
     ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
