@@ -157,6 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm_bias": {"norm_bias": ON},
     "use_rmsnorm": {"use_rmsnorm": ON},
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
+    "use_crmsnorm": {"use_crmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
     "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
     "use_derf": {"use_derf": ON},
@@ -185,6 +186,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gated_multi_residual": {**STREAMS, "gated_multi_residual": ON, "residual_fn_kwargs": {"read_gate_rank": 3}},
     "qkv_receive_diff_residuals": {**STREAMS, "qkv_receive_diff_residuals": ON},
     "resi_dual": {"resi_dual": ON, "resi_dual_scale": 0.5},
+    "path_scales": {"path_scales": ON},
     "depth_scale_residual": {"depth_scale_residual": ON},
     "zero_init_branch_output": {"zero_init_branch_output": ON},
     "use_layerscale": {"use_layerscale": ON, "layerscale_init_value": 0.1},
@@ -420,6 +422,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "norm_bias",
         "use_rmsnorm",
         "use_simple_rmsnorm",
+        "use_crmsnorm",
         "use_scalenorm",
         "use_dynamic_tanh",
         "use_derf",
@@ -434,6 +437,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "num_residual_streams hyper_conn_reference_mix qkv_receive_diff_residuals",
         "gated_multi_residual",
         "resi_dual",
+        "path_scales",
         "attn_aggregated_residuals",
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
@@ -622,12 +626,12 @@ REFUSED: dict[str, str] = {
     "parallel_block": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
-        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+        "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "parallel_block_one_norm": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm branch_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
-        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+        "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
@@ -646,16 +650,17 @@ REFUSED: dict[str, str] = {
     "pre_norm_has_final_norm": "resi_dual",
     "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
+    "path_scales": "pre_norm pre_and_post_norm unet_skips",
     "branch_norm": "gated_multi_residual use_dynamic_tanh",
     "norm_eps": "use_dynamic_tanh use_derf",
     "attn_scale": "attn_qk_norm",
     "scale_residual": (
         "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
-        "qkv_receive_diff_residuals resi_dual"
+        "qkv_receive_diff_residuals resi_dual path_scales"
     ),
     "scale_residual_constant": (
         "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
-        "gated_multi_residual qkv_receive_diff_residuals resi_dual"
+        "gated_multi_residual qkv_receive_diff_residuals resi_dual path_scales"
     ),
     "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
     "attn_project_out": (

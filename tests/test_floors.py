@@ -94,7 +94,7 @@ HOUSE = (
     ("F7", ["models.base"]),
     ("F7", ["models"]),
     ("F7", ["models.transformer", "models.vision"]),
-    ("F7", ["models.chunked_loss"]),
+    ("F7", ["models.chunked_loss", "models.to_rmsnorm"]),
     ("F8", ["decoding"]),
     ("F8", ["decoding.options"]),
     ("F8", ["decoding.caches"]),

@@ -21,6 +21,7 @@ from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.to_experts import to_experts
+from x_transformers.models.to_rmsnorm import to_crmsnorm, to_rmsnorm
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
@@ -69,7 +70,9 @@ __all__ = [
     "default_device",
     "layer_schedule",
     "load_pretrained",
+    "to_crmsnorm",
     "to_experts",
+    "to_rmsnorm",
 ]
 
 
