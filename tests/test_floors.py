@@ -82,6 +82,7 @@ HOUSE = (
     ("F6", ["layers.optional_inputs"]),
     ("F6", ["layers.edited_cache"]),
     ("F6", ["layers.runner"]),
+    ("F6", ["layers.blockwise"]),
     ("F6", ["layers.layers"]),
     ("F6", ["layers.named_stacks"]),
     ("F6", ["layers.attention_pool"]),
