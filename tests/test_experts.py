@@ -267,7 +267,15 @@ def test_a_model_and_its_losses() -> None:
     agree(4 * (shares.mean(dim=0) * given.mean(dim=0)).sum(), case["output.aux_loss"])
 
 
-ELSEWHERE = {"early-exit-llama": "tests/test_exits.py", "layerskip-schedules": "tests/test_exits.py"}
+ELSEWHERE = {
+    "early-exit-llama": "tests/test_exits.py",
+    "layerskip-schedules": "tests/test_exits.py",
+    "colt5-router": "tests/test_soft_topk.py",
+    "colt5-feedforward": "tests/test_whole_row_feedforwards.py",
+    "colt5-feedforward-soft": "tests/test_whole_row_feedforwards.py",
+    "colt5-attention-heavy": "tests/test_heavy_attention.py",
+    "soft-moe": "tests/test_whole_row_feedforwards.py",
+}
 """Files of the folder that other tests read."""
 
 
