@@ -22,6 +22,7 @@ def descend(scores: Tensor, k: float, temperature: float, rounds: int, mask: Ten
     hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~mask
     scores = scores.masked_fill(hidden, -torch.inf)
     below = -scores.masked_fill(hidden, 0.0)
+    a = torch.zeros_like(scores[..., :1])
     for _ in range(rounds):
         moved = (scores + below) / t
         a = t * (math.log(k) - moved.masked_fill(hidden, -torch.inf).logsumexp(dim=-1, keepdim=True))
@@ -118,8 +119,8 @@ def test_how_many_tokens_are_chosen() -> None:
         for row, (count, length) in enumerate(zip(counts, (100, 50, 2), strict=True)):
             alone = router(x[row : row + 1, :length])
             best = logits[row, :length].topk(count).indices
-            assert torch.equal(choice.index[row, :count], best)
-            assert torch.equal(alone.index[0], best)
+            assert torch.equal(choice.places[row, :count], best)
+            assert torch.equal(alone.places[0], best)
             close(choice.scores[row, :count], alone.scores[0], 1e-6)
 
 

@@ -126,7 +126,7 @@ def test_heavy_feedforwards_of_a_public_implementation(name: str, straight: bool
         module.get_submodule(path).register_forward_pre_hook(normalize)
     x = case["input.x"].clone().requires_grad_()
     choice = module.router(x)
-    assert torch.equal(choice.index.sort().values, case["output.indices"].sort().values)
+    assert torch.equal(choice.places.sort().values, case["output.indices"].sort().values)
     out = module(x)
     agree(out, case["output.y"])
     (out * case["probe"]).sum().backward()
@@ -157,7 +157,7 @@ def test_the_heavy_network_computes_the_chosen_tokens_only() -> None:
     module, seen = perturbed(bare(**HEAVY)), []
     module.heavy.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     x = torch.randn(2, 9, D)
-    out, index = module(x), module.router(x).index
+    out, index = module(x), module.router(x).places
     assert seen == [(2, 3, D)]
     light, heavy = module.light(x), module.heavy(x)
     chosen = torch.zeros(2, 9, dtype=torch.bool).scatter(1, index, True).unsqueeze(-1)
@@ -270,7 +270,7 @@ def test_refused_passes(keywords: dict[str, Any]) -> None:
         AutoregressiveWrapper(model)(torch.randint(0, 8, (2, 6)))
     with pytest.raises(StateDictError, match="the reference has no"):
         model.export_reference_state_dict()
-    module = stack.branches("f")[0].feedforward
+    module: Any = stack.branches("f")[0].feedforward
     for given, error in (
         (x[0], ShapeError),
         (x[..., 1:], ShapeError),

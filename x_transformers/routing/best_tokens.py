@@ -21,24 +21,24 @@ class Choice(NamedTuple):
     """The chosen tokens of each row, best first.
 
     Attributes:
-        index: `(b, K)` their places; K is the number for a row of which all tokens are visible.
+        places: `(b, K)` their places in the row; K is the number for a row of which all tokens are visible.
         scores: `(b, K)` shares of the soft top-k, at least in float32, which carry the gradient of the choice.
         valid: `(b, K)` bool, False for places beyond the number of a row with hidden tokens; None: all are valid.
     """
 
-    index: Tensor
+    places: Tensor
     scores: Tensor
     valid: Tensor | None
 
     def take(self, x: Tensor) -> Tensor:
         """Return the chosen tokens `(b, K, D)` of `x (b, n, D)`."""
-        return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return x.gather(1, self.places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
     def put(self, chosen: Tensor, out: Tensor) -> Tensor:
         """Return `out (b, n, D)` with the features `(b, K, D)` of the chosen tokens added."""
         if self.valid is not None:
             chosen = chosen.masked_fill(~self.valid.unsqueeze(-1), 0.0)
-        return out.scatter_add(1, self.index.unsqueeze(-1).expand_as(chosen), chosen.to(out.dtype))
+        return out.scatter_add(1, self.places.unsqueeze(-1).expand_as(chosen), chosen.to(out.dtype))
 
 
 class BestTokens(nn.Module):
