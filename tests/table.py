@@ -366,6 +366,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ff_balance_bias": ON,
     },
     "ff_expert_dropout": {"ff_experts": 4, "ff_experts_topk": 2, "ff_expert_dropout": 0.2},
+    # feedforwards that read whole rows
+    "ff_soft_experts": {"ff_soft_experts": 3, "ff_soft_slots": 2, "ff_soft_noise": 0.1},
+    "ff_heavy_tokens": {
+        "ff_heavy_tokens": 3,
+        "ff_heavy_mult": 2,
+        "ff_heavy_ratio": 1.5,
+        "ff_heavy_temperature": 0.5,
+    },
+    "ff_heavy_share": {"ff_heavy_share": 0.5, "ff_heavy_straight": False},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -493,6 +502,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
     "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "network of experts": (
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout",
+        "ff_soft_experts",
+        "ff_heavy_tokens",
+        "ff_heavy_share",
+    ),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -547,9 +562,15 @@ ELSEWHERE = {
 """Keywords of a causal decoder without a row, and why."""
 
 NO_FUTURE = "causal attention sees no future"
+WHOLE_ROWS = "reads whole rows"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {"attn_max_attend_future": NO_FUTURE},
+    "decoder": {
+        "attn_max_attend_future": NO_FUTURE,
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
+    },
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -578,6 +599,9 @@ NOT_IN: dict[str, dict[str, str]] = {
     "cross": {
         "attn_max_attend_future": NO_FUTURE,
         "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
     },
 }
 """Rows that a kind of stack refuses by themselves, and why."""
@@ -637,7 +661,8 @@ REFUSED: dict[str, str] = {
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
         "ff_activation ff_custom_activation ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
+        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (

@@ -99,6 +99,11 @@ class BranchFunction(nn.Module):
         return False
 
     @property
+    def mixes_rows(self) -> bool:
+        """True if each token reads all tokens of its row, although the function is no attention and no token mixer."""
+        return False
+
+    @property
     def keeps_documents_apart(self) -> bool:
         """True if the function keeps the documents of packed rows apart."""
         return False
