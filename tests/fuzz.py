@@ -49,6 +49,7 @@ from x_transformers import (
     XTransformer,
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
+    grow_param_tokens_,
     layer_schedule,
     to_experts,
 )
@@ -146,6 +147,7 @@ CONSTRUCTORS: dict[str, Build] = {
     "EntropyBasedTokenizer": (EntropyBasedTokenizer, lambda: {"decoder": net(), "entropy_threshold": 1.0}),
     "Experts": (Experts, lambda: {"dim": 16, "experts": 4}),
     "to_experts": (to_experts, lambda: {"model": net(), "experts": 4, "topk": 2}),
+    "grow_param_tokens_": (grow_param_tokens_, lambda: {"model": net(), "tokens": 4}),
     "layer_schedule": (layer_schedule, lambda: {"start": 0.0, "end": 1.0, "depth": 3}),
 }
 

@@ -255,6 +255,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
     "attn_qkv_bias": {"attn_qkv_bias": ON},
+    "attn_param_tokens": {"attn_param_tokens": 12, "attn_param_attention": "gelu_l2", "attn_param_scale": 3.0},
     "attn_flash": {"attn_flash": ON},
     "attn_onnxable": {"attn_onnxable": ON, "attn_attend_sdp_kwargs": {"enable_flash": False}},
     "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
@@ -337,6 +338,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_swish": {"ff_swish": ON},
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
+    "ff_rational": {"ff_rational": ON, "ff_rational_groups": 4, "ff_rational_init": "gelu"},
+    "ff_param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": ON, "ff_param_scale": 4.0},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
     "ff_rwkv": {"ff_rwkv": ON},
     # experts
@@ -480,7 +483,15 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
-    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "activation": (
+        "ff_relu_squared",
+        "ff_solu",
+        "ff_swish",
+        "ff_activation",
+        "ff_custom_activation",
+        "ff_rational",
+        "ff_param_attention",
+    ),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -618,7 +629,7 @@ REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_custom_activation ff_post_act_ln "
+        "ff_activation ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
         "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
@@ -667,7 +678,12 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation ff_rational",
+    "ff_param_attention": (
+        "ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln "
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+    ),
+    "attn_param_tokens": "attn_qkv_bias attn_out_bias",
     "emb_dim": "tie_embedding",
     "to_logits": "logits_bias",
 }

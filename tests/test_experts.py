@@ -267,7 +267,16 @@ def test_a_model_and_its_losses() -> None:
     agree(4 * (shares.mean(dim=0) * given.mean(dim=0)).sum(), case["output.aux_loss"])
 
 
-ELSEWHERE = {"early-exit-llama": "tests/test_exits.py", "layerskip-schedules": "tests/test_exits.py"}
+ELSEWHERE = {
+    "early-exit-llama": "tests/test_exits.py",
+    "layerskip-schedules": "tests/test_exits.py",
+    "pattention-gelu-l2-norm": "tests/test_param_tokens.py",
+    "pattention-grown": "tests/test_param_tokens.py",
+    "pattention-l2-norm-gelu": "tests/test_param_tokens.py",
+    "pattention-softmax": "tests/test_param_tokens.py",
+    "rational-gelu": "tests/test_rational.py",
+    "rational-swish": "tests/test_rational.py",
+}
 """Files of the folder that other tests read."""
 
 

@@ -51,7 +51,16 @@ HOUSE = (
     ("F4", ["attend"]),
     ("F4", ["attention.call_adapter"]),
     ("F5", ["feedforward.softclamp"]),
-    ("F5", ["attention.catalog", "feedforward.activations", "feedforward.glu"]),
+    (
+        "F5",
+        [
+            "attention.catalog",
+            "feedforward.activations",
+            "feedforward.glu",
+            "feedforward.param_attention",
+            "feedforward.rational",
+        ],
+    ),
     ("F5", ["attention.build"]),
     ("F5", ["attention.attention", "feedforward"]),
     ("F5", ["feedforward.experts"]),

@@ -105,6 +105,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         value_dim_head=head.dim_head if head.value_dim_head is None else head.value_dim_head,
         causal=causal,
     )
+    make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
     source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
     modules: dict[str, Any] = {}
     unrotated: tuple[int, int] | None = None
@@ -128,6 +129,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
+            make=make,
         )
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)
@@ -138,7 +140,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         width = mod.out_width(width)
     with faults.catching():
         gated, output = parsed.on("on_attn"), parsed["attention_output"]
-        modules["out"] = build_output(shape, heads * width, output, gated=gated, bias=bias.out_bias)
+        modules["out"] = build_output(shape, heads * width, output, gated=gated, bias=bias.out_bias, make=make)
     switches: dict[str, str] = {}
     window = parsed["window"].max_attend_past, parsed["window"].max_attend_future
     with faults.catching():

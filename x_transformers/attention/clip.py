@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.modules.param_attention import ParamAttention
 
 
 def checked_logits(logits: Tensor | Intermediates | None, heads: int, tau: float) -> Tensor:
@@ -72,6 +73,8 @@ def clip_heads(queries: nn.Module, keys: Sequence[nn.Module | None], factors: Te
 
 
 def _linear(module: nn.Module) -> nn.Linear:
+    if isinstance(module, ParamAttention):
+        module = module.values
     if not isinstance(module, nn.Linear):
         raise InputError(
             f"logits are clipped by scaling the weights of `nn.Linear` maps, and a {type(module).__name__} is in the "

@@ -5,6 +5,7 @@ Grouped heads (2305.13245; one head: 1911.02150): query head `q` uses key/value 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.base import MakeMap
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.modules.joint_maps import joint_maps
 from x_transformers.ops import split_heads
@@ -102,6 +104,7 @@ class Projections(PreparesForInference):
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
         dim_head, value_dim_head: widths of a head.
         bias: each of the maps adds a bias.
+        make: builds the maps, from the widths of input and output; default `nn.Linear`.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
     """
@@ -118,12 +121,14 @@ class Projections(PreparesForInference):
         value_dim_head: int,
         bias: bool = False,
         clip: float | None = None,
+        make: MakeMap | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
-        self.q = nn.Linear(dim, heads * dim_head, bias=bias)
-        self.k = nn.Linear(dim_context, key_heads * dim_head, bias=bias) if key_heads else None
-        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias)
+        make = functools.partial(nn.Linear, bias=bias) if make is None else make
+        self.q = make(dim, heads * dim_head)
+        self.k = make(dim_context, key_heads * dim_head) if key_heads else None
+        self.v = make(dim_context, kv_heads * value_dim_head)
 
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""

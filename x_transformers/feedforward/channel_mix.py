@@ -154,6 +154,8 @@ class ChannelMixOptions:
 OTHER_NETWORKS = {
     "glu": "`glu`",
     "activation": "the other activation",
+    "rational": "`rational`",
+    "param_attention": "`param_attention`",
     "ff_softclamp": "the soft bounds",
     "post_act_ln": "`post_act_ln`",
     "experts": "`experts`",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward import feedforward, routing_options
+from x_transformers.feedforward.activations import build_activation
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
@@ -68,6 +69,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         super().__init__()
         faults = Faults()
         parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
         faults.raise_if_any("Experts")
         core, glu, own = parsed["feedforward"], parsed["glu"], parsed["experts"]
         if own.experts is None:
@@ -85,7 +88,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         biased = not (core.no_bias or (glu.glu and glu.glu_no_bias))
         width = dim if core.dim_out is None else core.dim_out
         self.up, self.up_bias = _stack_of_maps(self.experts, dim, 2 * inner if glu.glu else inner, biased)
-        self.activation = parsed["activation"].build(inner)
+        self.input_activation = parsed["rational"].build_input(dim)
+        self.activation = build_activation(parsed, inner)
         bounds = parsed["ff_softclamp"]
         self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
         if not glu.glu:
@@ -95,6 +99,7 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         self.gate_scale = nn.Parameter(torch.ones(self.experts, inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down, self.down_bias = _stack_of_maps(self.experts, inner, width, not core.no_bias)
+        parsed["rational"].scale_maps(self.up, self.down)
         if core.zero_init_output:
             nn.init.zeros_(self.down)
             if self.down_bias is not None:
@@ -168,6 +173,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
     def mix(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Return the weighted sums `(N, dim_out)` of what the chosen experts make of tokens `(N, dim)`."""
         dispatch = sort_by_expert(routing.experts, self.experts)
+        if self.input_activation is not None:
+            tokens = self.input_activation(tokens)
         rows = self.compute(take_copies(tokens, dispatch), dispatch)
         return sum_copies(rows, routing.weights, dispatch).to(rows.dtype)
 
