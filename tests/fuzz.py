@@ -52,6 +52,7 @@ from x_transformers import (
     grow_param_tokens_,
     layer_schedule,
     to_experts,
+    to_recursive,
 )
 from x_transformers.attend import Attend
 from x_transformers.errors import ConfigError, InputError
@@ -148,6 +149,7 @@ CONSTRUCTORS: dict[str, Build] = {
     "Experts": (Experts, lambda: {"dim": 16, "experts": 4}),
     "to_experts": (to_experts, lambda: {"model": net(), "experts": 4, "topk": 2}),
     "grow_param_tokens_": (grow_param_tokens_, lambda: {"model": net(), "tokens": 4}),
+    "to_recursive": (to_recursive, lambda: {"model": net(), "blocks": 1, "rank": 2}),
     "layer_schedule": (layer_schedule, lambda: {"start": 0.0, "end": 1.0, "depth": 3}),
 }
 

@@ -31,6 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "only_attn": {"only_attn": ON},
     "macaron": {"macaron": ON},
     "weight_tie_layers": {"weight_tie_layers": ON},
+    "tie_blocks": {"tie_blocks": 2, "depth": 4, "tie_order": "sequence"},
+    "tie_lora_rank": {"weight_tie_layers": ON, "tie_lora_rank": 2},
+    "tie_own_norms": {"weight_tie_layers": ON, "tie_own_norms": ON},
     "layers_execute_order": {"layers_execute_order": (0, 1, 0, 1, 2, 3)},
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
     # token mixers: instead of all self-attentions, and of every other one
@@ -397,6 +400,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HYBRIDS = tuple(name for name, keywords in OPTIONS.items() if "layer_period" in keywords)
 """Rows of stacks with mixers and attentions."""
 
+TIED = "weight_tie_layers tie_lora_rank tie_own_norms tie_blocks"
+"""Rows of tied blocks."""
+
 CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
     "cross_residual_attn": {"cross_residual_attn": ON},
@@ -434,9 +440,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
-    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
+    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", TIED, " ".join(HYBRIDS)),
     # with blocks of three, the order of the row runs no attention of a hybrid
-    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
+    "order of execution": (TIED, "layers_execute_order", " ".join(HYBRIDS)),
+    "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
         "mixer",

@@ -76,7 +76,7 @@ HOUSE = (
     ("F6", ["layers.branch", "layers.wrappers"]),
     ("F6", ["layers.catalog", "layers.pass_state", "layers.compile_blocks"]),
     ("F6", ["layers.plan", "layers.token_layout"]),
-    ("F6", ["layers.build", "layers.packing"]),
+    ("F6", ["layers.build", "layers.packing", "layers.tied_blocks"]),
     ("F6", ["layers.stack"]),
     (
         "F6",

@@ -22,6 +22,7 @@ from x_transformers.models.grow_param_tokens import grow_param_tokens_
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.to_experts import to_experts
+from x_transformers.models.to_recursive import to_recursive
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
@@ -72,6 +73,7 @@ __all__ = [
     "layer_schedule",
     "load_pretrained",
     "to_experts",
+    "to_recursive",
 ]
 
 

@@ -78,7 +78,8 @@ def _linear(module: nn.Module) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise InputError(
             f"logits are clipped by scaling the weights of `nn.Linear` maps, and a {type(module).__name__} is in the "
-            "place of one; merge the adapter into its map first."
+            "place of one; merge the adapter into its map first. (A matrix that tied blocks share cannot be "
+            "scaled for one of them.)"
         )
     return module
 

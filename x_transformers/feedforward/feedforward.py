@@ -25,6 +25,7 @@ from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.param_attention import ParamWeights
 from x_transformers.modules.second_names import PartsView, SecondNames
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.tied_linear import matrices_of
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, at_least, opt, positive, require
@@ -200,7 +201,7 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         try:
             x = self.up(x) if plain is None else F.linear(x, *plain[0])
         except RuntimeError as error:
-            explain_failure(error, next(self.parameters()), {"x": x})
+            explain_failure(error, next(self.parameters(), x), {"x": x})
             raise
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
@@ -251,7 +252,7 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
 
     def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
-        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return matrices_of(self)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         if self.glu and self.up.bias is None:

@@ -75,8 +75,8 @@ class RationalOptions:
             down: `(..., D, inner)` weights of the map of the hidden features.
         """
         if self.rational:
-            for weight, start in ((up, "identity"), (down, self.rational_init)):
-                nn.init.normal_(weight, std=(STARTS[start].gain / weight.shape[-1]) ** 0.5)
+            for weight, start in ((up, STARTS["identity"]), (down, STARTS[self.rational_init])):
+                nn.init.normal_(weight, std=(start.gain / weight.shape[-1]) ** 0.5)
 
 
 class GroupRational(LoadsWhole):

@@ -88,6 +88,11 @@ def _checked(fn: nn.Module, experts: int) -> FeedForward:
     if not isinstance(fn, FeedForward):
         raise ConfigError(f"a layer of the model runs {type(fn).__name__}; only a FeedForward can be cut into experts.")
     inner = fn.down.in_features
+    if type(fn.up) is not nn.Linear or type(fn.down) is not nn.Linear:
+        raise ConfigError(
+            f"a map of a feedforward is a {type(fn.up).__name__}; only `nn.Linear` maps can be cut into experts, not "
+            "those of tied blocks or adapters."
+        )
     if inner % experts:
         raise ConfigError(
             f"`experts` is {experts}, which does not divide the inner width {inner} of a feedforward; choose a divisor."
