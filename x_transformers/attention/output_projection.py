@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape, MakeMap
+from x_transformers.attention.head_maps import HeadOutput
 from x_transformers.errors import ConfigError
 from x_transformers.modules.param_attention import ParamAttention
 from x_transformers.options.schema import Feature, at_least, opt
@@ -43,7 +44,14 @@ class GatedOutput(nn.Module):
 
 
 def build_output(
-    shape: AttentionShape, width: int, options: OutputOptions, *, gated: bool, bias: bool, make: MakeMap | None = None
+    shape: AttentionShape,
+    width: int,
+    options: OutputOptions,
+    *,
+    gated: bool,
+    bias: bool,
+    make: MakeMap | None = None,
+    experts: int | None = None,
 ) -> nn.Module:
     """Build the output projection, or the identity where it would have no effect and is not requested.
 
@@ -54,6 +62,7 @@ def build_output(
         gated: attention on attention.
         bias: the projection adds a bias.
         make: builds it, from the widths of input and output; default `nn.Linear`.
+        experts: number of matrices of each head, of which tokens choose; None: one for all heads.
 
     Raises:
         ConfigError: if the projection is forbidden, but its width or another option needs one.
@@ -61,7 +70,7 @@ def build_output(
     dim_out = shape.dim if options.dim_out is None else options.dim_out
     project = options.project_out
     if project is None:
-        project = gated or shape.heads > 1 or shape.dim != dim_out or width != dim_out
+        project = gated or experts is not None or shape.heads > 1 or shape.dim != dim_out or width != dim_out
     if not project:
         if gated:
             raise ConfigError("`on_attn` gates the output projection; drop `project_out = False`.")
@@ -77,14 +86,19 @@ def build_output(
             )
         return nn.Identity()
     make = functools.partial(nn.Linear, bias=bias) if make is None else make
-    out = GatedOutput(width, dim_out, make) if gated else make(width, dim_out)
-    last = linear_of(out)
+    if experts is not None:
+        out: nn.Module = HeadOutput(shape.heads, width // shape.heads, dim_out, experts, bias)
+    else:
+        out = GatedOutput(width, dim_out, make) if gated else make(width, dim_out)
+    last = out if isinstance(out, HeadOutput) else linear_of(out)
     assert last is not None
     if options.zero_init_output:
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
     elif options.output_proj_depth is not None:
-        nn.init.normal_(last.weight, std=(2 * last.in_features * options.output_proj_depth) ** -0.5)
+        # a number of parameter tokens, or of features of all heads
+        read = last.in_features if isinstance(last, nn.Linear) else width
+        nn.init.normal_(last.weight, std=(2 * read * options.output_proj_depth) ** -0.5)
     return out
 
 

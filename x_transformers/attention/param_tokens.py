@@ -42,6 +42,10 @@ PARAM_TOKENS = Feature(
             why="`param_tokens` replaces linear maps by attention to keys and values, which have no biases; drop "
             "`qkv_bias` and `out_bias`.",
         ),
+        Rule(
+            when=lambda o: o.on("switch_head"),
+            why="`param_tokens` and `switch_experts` both replace the maps of heads; keep one of them.",
+        ),
     ),
     exempt={"export": "the reference has no attention to parameters"},
     examples=(

@@ -75,6 +75,7 @@ class NamedWeights(Protocol):
 
     shape: AttentionShape
     projections: Any
+    switch: Any
     qk_norms: Any
     values: Any
 
@@ -131,6 +132,8 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
         beyond.append("bound of queries, keys and values (`attn_qkv_clip`)")
     if isinstance(attention.projections.q, ParamAttention):
         beyond.append("attention to parameters (`attn_param_tokens`)")
+    if attention.switch is not None:
+        beyond.append("choice of matrices by heads (`attn_switch_experts`)")
     for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:
         raise StateDictError(f"the reference has no {what}; a model with it cannot be exported.")
     order = reference_head_order(shape.heads, shape.kv_heads)

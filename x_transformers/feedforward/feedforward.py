@@ -280,10 +280,4 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         }
 
 
-def mult_of(inner: int, dim: int) -> float:
-    """Return an expansion of a width to an inner width: `int(dim * mult) == inner`."""
-    exact = inner / dim
-    return exact if int(dim * exact) == inner else (inner + 0.5) / dim
-
-
 show_keywords(FeedForward, [(SCHEMA, "")], [parameter("dim", positional=True)])

@@ -58,6 +58,8 @@ FEATURE = Feature(
                 ("glu", "`glu` would multiply by a second projection"),
                 ("post_act_ln", "`post_act_ln` would normalize again"),
                 ("experts", "each of `experts` would normalize by itself"),
+                ("soft_experts", "each of `soft_experts` would normalize by itself"),
+                ("heavy_feedforward", "`heavy_tokens` and `heavy_share` would have twice, in different numbers"),
             )
         ),
     ),

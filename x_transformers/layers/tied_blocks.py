@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from x_transformers.attention.head_maps import HeadMaps, HeadOutput
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward.experts import Experts
+from x_transformers.feedforward.expert_networks import ExpertNetworks
 from x_transformers.layers.branch import Branch
 from x_transformers.layers.branches.shared_norm import SharedNorm
 from x_transformers.layers.execution_order import tied_to
@@ -23,6 +24,9 @@ Map = TypeVar("Map", nn.Linear, TiedLinear)
 
 NORMS = ("norm", "output_norm", "stream_norm")
 """Attributes of sublayers that hold norms."""
+
+CHOOSING = (ExpertNetworks, HeadMaps, HeadOutput)
+"""Modules with stacks of matrices that tokens choose among, or mix."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 PACKAGE = __name__.partition(".")[0]
@@ -114,10 +118,10 @@ def _described(linear: nn.Linear) -> str:
 def _check_rank(rank: int | None, groups: Iterable[Sequence[Branch]]) -> None:
     """Raise a `ConfigError` if no map has this rank, or if there are experts."""
     functions = [branch.fn for branches in groups for branch in branches]
-    if any(isinstance(fn, Experts) for fn in functions):
+    if any(isinstance(module, CHOOSING) for fn in functions for module in fn.modules()):
         raise ConfigError(
-            "`tie_lora_rank` and `tie_own_norms` tie blocks by their linear maps, and those of experts are stacks of "
-            "matrices; drop them, or give fewer layers more experts instead."
+            "`tie_lora_rank` and `tie_own_norms` tie blocks by their linear maps, and those of experts and of "
+            "`attn_switch_experts` are stacks of matrices; drop them, or give fewer layers more experts instead."
         )
     maps = [linear for fn in functions for *_, linear in linear_maps(fn)]
     most = max((min(linear.weight.shape) for linear in maps), default=0)

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from x_transformers.attention.attention import Attention
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward.feedforward import FeedForward, mult_of
+from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.experts import TrainsExperts, stack_of
 from x_transformers.layers.kinds import KINDS
 from x_transformers.layers.stack import LayerStack
+from x_transformers.models.to_experts import mult_for
 from x_transformers.modules.param_attention import ParamAttention, ParamWeights
 from x_transformers.options.schema import default_of
 from x_transformers.options.values import accepts, shown
@@ -119,7 +120,7 @@ def _extend(linear: nn.Linear, new: Tensor, axis: int, optimizers: Sequence[Opti
 
 def _note(fn: Any, total: int, scale: float) -> None:
     """Write the new number of tokens, and the old factor, into the configuration of a branch function."""
-    size = {"mult": mult_of(total, fn.dim)} if isinstance(fn, FeedForward) else {"param_tokens": total}
+    size = {"mult": mult_for(total, fn.dim)} if isinstance(fn, FeedForward) else {"param_tokens": total}
     fn._config["options"].update({**size, "param_scale": scale})
 
 

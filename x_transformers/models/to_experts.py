@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward.activations import SoLU
-from x_transformers.feedforward.feedforward import FeedForward, mult_of
+from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.feedforward.rational import GroupRational
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.layers.experts import TrainsExperts, stack_of
@@ -61,7 +61,7 @@ def to_experts(model: Net, experts: int, topk: int, **objects: Any) -> Net:
         raise ConfigError("the model has no feedforward that could be cut into experts.")
     config = copy.deepcopy(model.config)
     options = config["options"] if isinstance(model, LayerStack) else config["options"]["attn_layers"]["options"]
-    widths = [mult_of(fn.down.in_features // experts, fn.dim) for fn in dense]
+    widths = [mult_for(fn.down.in_features // experts, fn.dim) for fn in dense]
     options |= {"ff_experts": experts, "ff_experts_topk": topk, "ff_router": "keys", "ff_mult": tuple(widths)}
     # the map into a gated feedforward may have a bias where the output map has none, which experts share
     options["ff_no_bias"] = tuple(fn.up.bias is None and fn.down.bias is None for fn in dense)
@@ -108,6 +108,12 @@ def _checked(fn: nn.Module, experts: int) -> FeedForward:
             "such a model cannot be cut."
         )
     return fn
+
+
+def mult_for(inner: int, dim: int) -> float:
+    """Return a factor with `int(dim * factor) == inner`."""
+    exact = inner / dim
+    return exact if int(dim * exact) == inner else (inner + 0.5) / dim
 
 
 def _cut(state: dict[str, Tensor], place: str, fn: FeedForward, experts: int, topk: int) -> None:
