@@ -15,7 +15,7 @@ HOUSE = (
         "F0",
         ["errors", "ops", "modules.float32_buffers", "modules.hand_written", "modules.script_names", "modules.unwrap"],
     ),
-    ("F0", ["options.values", "forward_pass.names", "notices"]),
+    ("F0", ["options.docstrings", "options.values", "forward_pass.names", "notices"]),
     ("F0", ["options.checked", "forward_pass.arguments", "forward_pass.arrays", "forward_pass.changed_copies"]),
     ("F0", ["modules.whole_loading"]),
     ("F1", ["forward_pass.documents"]),
@@ -125,9 +125,9 @@ HOUSE = (
     ("F10", ["pretrained.loading"]),
     ("F11", ["training.texts", "training.tokenizer", "training.presets", "training.speed", "training.gradients"]),
     ("F11", ["training.curve", "training.records", "training.token_files", "training.settings"]),
-    ("F11", ["training.batches", "training.recipe"]),
+    ("F11", ["training.batches", "training.recipe", "training.trained"]),
     ("F11", ["training.run", "training.small_runs"]),
-    ("F11", ["training.train", "training.generate", "training.explain", "training.bench"]),
+    ("F11", ["training.train", "training.generate", "training.explain", "training.convert", "training.bench"]),
     ("roof", ["x_transformers", "", "__main__"]),
 )
 STEP = {name: step for step, (_, names) in enumerate(HOUSE) for name in names}
