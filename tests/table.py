@@ -157,6 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm_bias": {"norm_bias": ON},
     "use_rmsnorm": {"use_rmsnorm": ON},
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
+    "use_crmsnorm": {"use_crmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
     "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
     "use_derf": {"use_derf": ON},
@@ -185,6 +186,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gated_multi_residual": {**STREAMS, "gated_multi_residual": ON, "residual_fn_kwargs": {"read_gate_rank": 3}},
     "qkv_receive_diff_residuals": {**STREAMS, "qkv_receive_diff_residuals": ON},
     "resi_dual": {"resi_dual": ON, "resi_dual_scale": 0.5},
+    "path_scales": {"path_scales": ON},
     "depth_scale_residual": {"depth_scale_residual": ON},
     "zero_init_branch_output": {"zero_init_branch_output": ON},
     "use_layerscale": {"use_layerscale": ON, "layerscale_init_value": 0.1},
@@ -364,6 +366,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ff_balance_bias": ON,
     },
     "ff_expert_dropout": {"ff_experts": 4, "ff_experts_topk": 2, "ff_expert_dropout": 0.2},
+    # feedforwards that read whole rows
+    "ff_soft_experts": {"ff_soft_experts": 3, "ff_soft_slots": 2, "ff_soft_noise": 0.1},
+    "ff_heavy_tokens": {
+        "ff_heavy_tokens": 3,
+        "ff_heavy_mult": 2,
+        "ff_heavy_ratio": 1.5,
+        "ff_heavy_temperature": 0.5,
+    },
+    "ff_heavy_share": {"ff_heavy_share": 0.5, "ff_heavy_straight": False},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -420,6 +431,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "norm_bias",
         "use_rmsnorm",
         "use_simple_rmsnorm",
+        "use_crmsnorm",
         "use_scalenorm",
         "use_dynamic_tanh",
         "use_derf",
@@ -434,6 +446,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "num_residual_streams hyper_conn_reference_mix qkv_receive_diff_residuals",
         "gated_multi_residual",
         "resi_dual",
+        "path_scales",
         "attn_aggregated_residuals",
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
@@ -489,6 +502,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
     "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "network of experts": (
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout",
+        "ff_soft_experts",
+        "ff_heavy_tokens",
+        "ff_heavy_share",
+    ),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -543,9 +562,15 @@ ELSEWHERE = {
 """Keywords of a causal decoder without a row, and why."""
 
 NO_FUTURE = "causal attention sees no future"
+WHOLE_ROWS = "reads whole rows"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {"attn_max_attend_future": NO_FUTURE},
+    "decoder": {
+        "attn_max_attend_future": NO_FUTURE,
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
+    },
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -574,6 +599,9 @@ NOT_IN: dict[str, dict[str, str]] = {
     "cross": {
         "attn_max_attend_future": NO_FUTURE,
         "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
     },
 }
 """Rows that a kind of stack refuses by themselves, and why."""
@@ -622,18 +650,19 @@ REFUSED: dict[str, str] = {
     "parallel_block": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
-        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+        "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "parallel_block_one_norm": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm branch_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
-        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+        "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
         "ff_activation ff_custom_activation ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
+        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
@@ -646,16 +675,17 @@ REFUSED: dict[str, str] = {
     "pre_norm_has_final_norm": "resi_dual",
     "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
+    "path_scales": "pre_norm pre_and_post_norm unet_skips",
     "branch_norm": "gated_multi_residual use_dynamic_tanh",
     "norm_eps": "use_dynamic_tanh use_derf",
     "attn_scale": "attn_qk_norm",
     "scale_residual": (
         "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
-        "qkv_receive_diff_residuals resi_dual"
+        "qkv_receive_diff_residuals resi_dual path_scales"
     ),
     "scale_residual_constant": (
         "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
-        "gated_multi_residual qkv_receive_diff_residuals resi_dual"
+        "gated_multi_residual qkv_receive_diff_residuals resi_dual path_scales"
     ),
     "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
     "attn_project_out": (

@@ -28,6 +28,7 @@ from x_transformers.attention.values.residual import ValueMix, mix_values
 from x_transformers.cache import Shape
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall, Span
+from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import split_heads
 from x_transformers.routing.base import Routing
 
@@ -76,6 +77,8 @@ class HeadProjection(nn.Module):
     keys: Slot[KeyMod]
     values: Slot[ValueMod]
     value_mix: ValueMix | None
+    leaves_values: bool
+    leaves_scores: bool
 
     @property
     def heads(self) -> int:
@@ -170,6 +173,21 @@ class HeadProjection(nn.Module):
         if layer.rotations and layer.rotations[0].decays:
             return Heads(q, k, v, raw, fresh, self._decay(layer), chosen)
         return Heads(q, k, v, raw, fresh, None, chosen)
+
+    def remember(self, x: Tensor, layer: LayerCall) -> Intermediates | None:
+        """Append the keys and values of tokens to the cache, without attention; see `BranchFunction.remember`.
+
+        Args:
+            x: `(b, n, D)` normalized input.
+            layer: the sublayer's call.
+        """
+        if layer.entry is None or layer.context is not None or self.leaves_values or self.leaves_scores:
+            return None
+        # parts append to streams of their own while they attend
+        if any(part.cache_streams(self.shape) for part in self.parts().values()):
+            return None
+        self.project_heads(x, x, x, layer)
+        return Intermediates(layer_type=layer.kind, entry=layer.entry)
 
     def _project_jointly(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[QKNorm, ...]] | None:
         """Project to heads by one product, in training; also return the norms that they still need."""

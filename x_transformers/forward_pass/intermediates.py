@@ -176,6 +176,7 @@ class LayerIntermediates:
         aux_losses: the auxiliary losses by name, without their weights, each the mean over the sublayers that have it.
         aux_loss: what they add to a training loss: the sum over the names of the mean of weight times loss.
         exits: features `(b, n, D)` after the blocks of exits, by the number of the block, counted from 1.
+        exit_blocks: `(b, n)` number of the block after which each token left; see `EarlyExit`.
         attn_z_loss: z-loss of the logits of attention.
         logit_entropies: entropies of the predicted distributions.
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
@@ -206,6 +207,7 @@ class LayerIntermediates:
     aux_losses: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
     exits: dict[int, Tensor] | None = None
+    exit_blocks: Tensor | None = None
     attn_z_loss: Tensor | None = None
     logit_entropies: Any = None
     attn_pooled_tokens: Tensor | None = None
