@@ -279,7 +279,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
     "attn_switch_experts": SWITCH,
-    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_topk": {"attn_switch_experts": 4, "attn_switch_topk": 1},
     "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
     "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
     "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
