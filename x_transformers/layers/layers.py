@@ -17,6 +17,7 @@ from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.forward_pass.names import check_names, takes_no_more
+from x_transformers.layers.batch_norms import AdvancesNorms
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.execution_order import Repeat
@@ -32,13 +33,21 @@ from x_transformers.layers.reference_names import (
     translate_positions,
 )
 from x_transformers.layers.residuals.streams import HyperConnection
-from x_transformers.layers.runner import begin_pass, finish, finish_exits, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import (
+    begin_pass,
+    finish,
+    finish_by_batch,
+    finish_exits,
+    recomputes,
+    run_recomputing,
+    run_steps,
+)
 from x_transformers.layers.stack import LayerStack
 from x_transformers.notices import warn
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
+class AttentionLayers(SavesFolders, TrainsExperts, AdvancesNorms, LayerStack):
     """A stack of attention and feedforward layers over `(b, n, dim)`.
 
     Args:
@@ -317,13 +326,13 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
                 state = run_recomputing(self, steps, inputs, state)
             else:
                 run_steps(self, steps, inputs, state)
-            out = finish(self, inputs, state.stream)
+            out = finish_by_batch(self, inputs, state) if self.batch_norms else finish(self, inputs, state.stream)
         except RuntimeError as error:
             explain_failed_pass(self, inputs, state, error)
             raise
         if not (return_hiddens or return_gumbel_log_probs or return_aux_loss or exits):
             return out
-        record = state.recorder.intermediates(state.stream, out, state.kv)
+        record = state.recorder.intermediates(state, out)
         if exits:
             record.exits = finish_exits(self, inputs, state.recorder)
         if return_gumbel_log_probs:
