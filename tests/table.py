@@ -24,6 +24,7 @@ STREAMS = {"num_residual_streams": 2}
 HYBRID = {"attn_hybrid_module": nn.GRU(DIM, HEADS * 8, batch_first=True)}
 COPE = {"attn_use_cope": ON, "attn_cope_max_pos": 4}
 LATENT = {"attn_use_latent_kv": ON, "attn_dim_latent_kv": 6}
+SWITCH = {"attn_switch_experts": 3}
 FORGETTING = {"attn_data_dependent_alibi": ON}
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -274,6 +275,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
+    "attn_switch_experts": SWITCH,
+    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
+    "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
+    "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
     "attn_num_mem_kv": {"attn_num_mem_kv": 3},
     "attn_add_zero_kv": {"attn_add_zero_kv": ON},
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
@@ -292,6 +298,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attn_clipped_softmax_gamma": -0.02,
         "attn_clipped_softmax_eta": 1.05,
     },
+    "attn_power_softmax": {"attn_power_softmax": 4},
     "attn_sparse_topk": {"attn_sparse_topk": 3, "attn_sparse_topk_straight_through": ON},
     "attn_hard": {"attn_hard": ON},
     "attn_gumbel_softmax": {
@@ -360,6 +367,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ff_balance_bias": ON,
     },
     "ff_expert_dropout": {"ff_experts": 4, "ff_experts_topk": 2, "ff_expert_dropout": 0.2},
+    # feedforwards that read whole rows
+    "ff_soft_experts": {"ff_soft_experts": 3, "ff_soft_slots": 2, "ff_soft_noise": 0.1},
+    "ff_heavy_tokens": {
+        "ff_heavy_tokens": 3,
+        "ff_heavy_mult": 2,
+        "ff_heavy_ratio": 1.5,
+        "ff_heavy_temperature": 0.5,
+    },
+    "ff_heavy_share": {"ff_heavy_share": 0.5, "ff_heavy_straight": False},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -476,6 +492,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "weighting": (
         "attn_sigmoid",
         "attn_clipped_softmax",
+        "attn_power_softmax",
         "attn_sparse_topk",
         "attn_hard",
         "attn_gumbel_softmax",
@@ -487,6 +504,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
     "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "network of experts": (
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout",
+        "ff_soft_experts",
+        "ff_heavy_tokens",
+        "ff_heavy_share",
+    ),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -516,6 +539,7 @@ ELSEWHERE = {
     "ff_balance_loss_per_row": "of `ff_balance_loss_weight`",
     "ff_router_z_loss_weight": "of a loss that training adds; `tests/properties/test_aux_losses.py`",
     "ff_router_entropy_weight": "of a loss that training adds; `tests/test_experts.py`",
+    "attn_switch_entropy_weight": "of a loss that training adds; `tests/test_switch_head.py`",
     "attn_z_loss_weight": "of a loss that a pass returns on request; `tests/test_units.py`",
     "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
     "token_emb": "a module instead of the table; `tests/test_units.py`",
@@ -540,9 +564,15 @@ ELSEWHERE = {
 """Keywords of a causal decoder without a row, and why."""
 
 NO_FUTURE = "causal attention sees no future"
+WHOLE_ROWS = "reads whole rows"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {"attn_max_attend_future": NO_FUTURE},
+    "decoder": {
+        "attn_max_attend_future": NO_FUTURE,
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
+    },
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -568,7 +598,13 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_omega_window": "reads from left to right",
         "mixer_len": "reads from left to right",
     },
-    "cross": {"attn_max_attend_future": NO_FUTURE},
+    "cross": {
+        "attn_max_attend_future": NO_FUTURE,
+        "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
+    },
 }
 """Rows that a kind of stack refuses by themselves, and why."""
 
@@ -610,6 +646,8 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
     return (pair for pair in itertools.combinations(cases_of(stack), 2) if may_meet(*pair))
 
 
+NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
+
 REFUSED: dict[str, str] = {
     "parallel_block": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
@@ -625,7 +663,8 @@ REFUSED: dict[str, str] = {
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
         "ff_activation ff_custom_activation ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
+        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
@@ -666,7 +705,8 @@ REFUSED: dict[str, str] = {
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
-        "attn_sigmoid attn_clipped_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
+        "attn_sigmoid attn_clipped_softmax attn_power_softmax attn_sparse_topk attn_hard attn_gumbel_softmax "
+        "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved",
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
@@ -678,6 +718,12 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
+    "attn_power_softmax": "attn_laser attn_head_learned_sink attn_add_zero_kv residual_attn cross_residual_attn",
+    "attn_switch_experts": NO_SWITCH,
+    "attn_switch_topk": NO_SWITCH,
+    "attn_switch_queries_keys": NO_SWITCH,
+    "attn_switch_one_selection": f"{NO_SWITCH} attn_kv_heads attn_one_kv_head",
+    "attn_switch_expert_dropout": NO_SWITCH,
     "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
     "emb_dim": "tie_embedding",
     "to_logits": "logits_bias",

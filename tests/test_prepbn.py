@@ -125,7 +125,7 @@ def test_padding_has_no_part_in_statistics(options: dict[str, Any]) -> None:
     out, record = model(ids, mask=live, return_aux_loss=True)
     other, _ = model(torch.where(live, ids, (ids + 5) % 24), mask=live, return_aux_loss=True)
     close(other[live], out[live])
-    assert [each.count.item() for each in record.norm_statistics] == [15.0] * 5
+    assert [each.tokens.item() for each in record.norm_statistics] == [15.0] * 5
     # the same rows with padding on the left
     right = torch.stack((ids[0], ids[1].roll(3)))
     left, again = model(right, seq_start_pos=torch.tensor([0, 3]), return_aux_loss=True)
@@ -138,7 +138,7 @@ def test_padding_has_no_part_in_statistics(options: dict[str, Any]) -> None:
 def test_memory_tokens_count() -> None:
     model = model_of(num_memory_tokens=3).train()
     _, record = model(torch.randint(0, 24, (2, 9)), return_aux_loss=True)
-    assert [each.count.item() for each in record.norm_statistics] == [24.0] * 5
+    assert [each.tokens.item() for each in record.norm_statistics] == [24.0] * 5
 
 
 def test_memories_have_the_statistics_of_the_tokens() -> None:
@@ -257,7 +257,7 @@ def test_all_segments_of_a_loss_count() -> None:
     model = XLAutoregressiveWrapper(model_of(max_mem_len=8)).train()
     model(torch.randint(0, 24, (2, 33)))
     norm = norms_of(model)[0]
-    assert PENDING[norm].count == 64
+    assert PENDING[norm].tokens == 64
     forget_statistics(model)
     assert norm not in PENDING
 
@@ -273,7 +273,7 @@ def test_processes_join_their_statistics(monkeypatch: pytest.MonkeyPatch) -> Non
         [
             torch.tensor(6.0),
             x.sum(dim=0),
-            sum(each.count * (each.var + (each.mean - mean).square()) for each in parts),
+            sum(each.tokens * (each.var + (each.mean - mean).square()) for each in parts),
         ]
     )
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

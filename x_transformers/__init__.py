@@ -9,6 +9,7 @@ from x_transformers.encoder_decoder import XTransformer
 from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.attention_pool import AttentionPool
+from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import (
     CrossAttender,
@@ -50,6 +51,7 @@ __all__ = [
     "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
+    "EarlyExit",
     "Encoder",
     "EntropyBasedTokenizer",
     "FeedForward",

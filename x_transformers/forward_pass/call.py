@@ -290,13 +290,13 @@ class NormStatistics(NamedTuple):
         number: of the norm in its stack.
         mean: `(D,)`, at least in float32; so is the next one.
         var: `(D,)`, the mean of squared differences.
-        count: scalar, the number of tokens.
+        tokens: scalar, their number.
     """
 
     number: int
     mean: Tensor
     var: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ class AdvancesNorms(nn.Module):
             raise InputError("no norm has statistics of batches; build the stack with `use_prepbn = True`.")
         if record is not None:
             forget_statistics(self)
-            self.note_norms(record)
+            self.note_norms(record)  # type: ignore[reportCallIssue]
         found = [(norm, PENDING.pop(norm, None)) for norm in norms]
         if all(seen is None for _, seen in found):
             raise InputError(

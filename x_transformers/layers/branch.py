@@ -110,8 +110,7 @@ class Branch(NumberedParts, ReadsReference):
         assert len({*self.running}) == len(self.running), "two parts of a sublayer have states of one name"
         self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
-        self.reads_batch = isinstance(self.norm, PrepBN)
-        self.prepares_input = shift is not None or self.reads_batch
+        self.prepares_input = shift is not None or isinstance(self.norm, PrepBN)
         """True if there is more to do before the function than to call the norm."""
         self.changes_output = not (self.scale is self.output_norm is None and self.output_scale == 1)
         # most connections read the stream as it is; every call that is saved here is saved once a layer and token
@@ -175,6 +174,26 @@ class Branch(NumberedParts, ReadsReference):
             stream = drop_layer(before, stream, self.dropout)
         return SublayerOutput(stream, branch_input, memory_input, record, carry)
 
+    def remember(self, stream: Tensor, layer: LayerCall) -> SublayerOutput | None:
+        """Write what later tokens read of these, and leave the stream as it is.
+
+        Args:
+            stream: `(b, n, D)`.
+            layer: the other inputs of this sublayer.
+
+        Returns:
+            what `forward` returns, or None if the sublayer has to run as usual.
+        """
+        fn: Any = self._modules[self.kind.module_name]
+        alone = self.reader is self.shift is self.replaced is None and self.reads_stream and not self.running
+        if not alone or fn._forward_hooks or fn._forward_pre_hooks:
+            return None
+        if not (layer.memory is layer.own_input is layer.source is None):
+            return None
+        x = stream if layer.injection is None else stream + layer.injection
+        record = self.fn.remember(x if self.norm is None else apply_norm(self.norm, x, layer.condition), layer)
+        return None if record is None else SublayerOutput(stream, x, x, record, layer.carry)
+
     def _read_history(self, reader: DepthReader, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
         """Return the mix of the branch inputs so far, and a call with this one among them."""
         # a new tuple: a block that runs again (activation checkpointing) must find the history as it was
@@ -195,11 +214,12 @@ class Branch(NumberedParts, ReadsReference):
         if memory is not None and memory.ndim < x.ndim:
             # all three views have the same memory
             memory = memory.expand(x.shape[0], *memory.shape)
-        if self.reads_batch and self.norm.training:
-            x, memory, layer = norm_by_batch(self.norm, x, memory, layer)
-        elif self.norm is not None:
-            x = apply_norm(self.norm, x, layer.condition)
-            memory = None if memory is None else apply_norm(self.norm, memory, layer.condition)
+        norm = self.norm
+        if isinstance(norm, PrepBN) and norm.training:
+            x, memory, layer = norm_by_batch(norm, x, memory, layer)
+        elif norm is not None:
+            x = apply_norm(norm, x, layer.condition)
+            memory = None if memory is None else apply_norm(norm, memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
         # a copy: a block that runs again (activation checkpointing) must find the raw memory

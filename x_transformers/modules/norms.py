@@ -114,11 +114,9 @@ class Norm(LoadsWhole):
 
     Attributes:
         adaptive: True if the norm needs a condition.
-        reads_batch: True if the norm needs the statistics of a batch in training; see `modules.prepbn`.
     """
 
     adaptive = False
-    reads_batch = False
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Normalize over the last axis.

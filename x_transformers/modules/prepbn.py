@@ -60,7 +60,6 @@ class PrepBN(KeepsFloat32, PreparesForInference, ReadsReference, Norm):
         number: place among such norms of a stack.
     """
 
-    reads_batch = True
     running_mean: Tensor
     running_var: Tensor
     steps_done: Tensor
@@ -136,9 +135,9 @@ class PrepBN(KeepsFloat32, PreparesForInference, ReadsReference, Norm):
         Args:
             seen: statistics of this norm; those of several processes are joined.
         """
-        count = _over_processes(seen.count.clone())
-        mean = _over_processes(seen.count * seen.mean) / count
-        squares = _over_processes(seen.count * (seen.var + (seen.mean - mean).square()))
+        count = _over_processes(seen.tokens.clone())
+        mean = _over_processes(seen.tokens * seen.mean) / count
+        squares = _over_processes(seen.tokens * (seen.var + (seen.mean - mean).square()))
         for running, new in ((self.running_mean, mean), (self.running_var, squares / (count - 1).clamp(min=1))):
             running.lerp_(new.to(running.dtype), MOMENTUM)
         self.steps_done += 1
@@ -182,14 +181,14 @@ def norm_by_batch(
 
 def with_statistics(carry: Carry, seen: NormStatistics) -> Carry:
     """Return the carry with the statistics of one more norm, which have no gradient."""
-    seen = NormStatistics(seen.number, seen.mean.detach(), seen.var.detach(), seen.count)
+    seen = NormStatistics(seen.number, seen.mean.detach(), seen.var.detach(), seen.tokens)
     return replace(carry, norm_statistics=(*carry.norm_statistics, seen))
 
 
 @torch.no_grad()
 def joined(seen: Sequence[NormStatistics]) -> NormStatistics:
     """Return the statistics of all tokens of several passes through one norm."""
-    counts = torch.stack([each.count for each in seen]).unsqueeze(-1)
+    counts = torch.stack([each.tokens for each in seen]).unsqueeze(-1)
     means, variances = torch.stack([each.mean for each in seen]), torch.stack([each.var for each in seen])
     count = counts.sum()
     mean = (counts * means).sum(dim=0) / count
