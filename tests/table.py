@@ -162,6 +162,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
     "use_crmsnorm": {"use_crmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
+    "use_prepbn": {"use_prepbn": ON, "prepbn_steps": 4},
     "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
     "use_derf": {"use_derf": ON},
     "use_adaptive_layernorm": {"use_adaptive_layernorm": ON},
@@ -441,6 +442,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "use_rmsnorm",
         "use_simple_rmsnorm",
         "use_crmsnorm",
+        "use_prepbn",
         "use_scalenorm",
         "use_dynamic_tanh",
         "use_derf",
@@ -695,6 +697,10 @@ REFUSED: dict[str, str] = {
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
+    "use_prepbn": (
+        "pre_norm pre_and_post_norm sandwich_norm branch_norm resi_dual gated_multi_residual "
+        "qkv_receive_diff_residuals parallel_block_one_norm"
+    ),
     "pre_norm_has_final_norm": "resi_dual",
     "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",

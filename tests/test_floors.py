@@ -36,7 +36,7 @@ HOUSE = (
     ("F2", ["routing.base", "routing.soft_topk"]),
     ("F2", ["routing"]),
     ("F2", ["forward_pass.intermediates"]),
-    ("F2", ["masks.builder", "modules.branch_function"]),
+    ("F2", ["masks.builder", "modules.branch_function", "modules.prepbn"]),
     ("F2", ["recurrences.base", "recurrences.cells"]),
     (
         "F2",
@@ -88,7 +88,7 @@ HOUSE = (
             "layers.experts",
         ],
     ),
-    ("F6", ["layers.optional_inputs"]),
+    ("F6", ["layers.optional_inputs", "layers.batch_norms"]),
     ("F6", ["layers.edited_cache"]),
     ("F6", ["layers.runner"]),
     ("F6", ["layers.blockwise"]),
