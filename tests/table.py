@@ -331,6 +331,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_output_proj_depth": {"attn_output_proj_depth": 2},
     "attn_out_bias": {"attn_out_bias": ON},
     "attn_project_out": {"heads": 2, "attn_project_out": False},
+    "attn_heavy_queries": {
+        "attn_heavy_queries": 3,
+        "attn_heavy_null": ON,
+        "attn_heavy_ratio": 1.5,
+        "attn_heavy_temperature": 0.5,
+    },
+    "attn_heavy_keys": {
+        "attn_heavy_queries": 0.3,
+        "attn_heavy_keys": 0.6,
+        "attn_heavy_heads": 2,
+        "attn_heavy_dim_head": 16,
+        "attn_heavy_straight": False,
+    },
     # feedforward
     "ff_mult": {"ff_mult": 2},
     "ff_no_bias": {"ff_no_bias": ON},
@@ -497,6 +510,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "scaled_sinu_pos_emb",
         "abs_pos_emb_scale abs_pos_emb_offset",
     ),
+    "tokens of a second attention": ("attn_heavy_queries", "attn_heavy_keys"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -587,6 +601,8 @@ WHOLE_ROWS = "reads whole rows"
 NOT_IN: dict[str, dict[str, str]] = {
     "decoder": {
         "attn_max_attend_future": NO_FUTURE,
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -619,6 +635,8 @@ NOT_IN: dict[str, dict[str, str]] = {
     "cross": {
         "attn_max_attend_future": NO_FUTURE,
         "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -732,6 +750,12 @@ REFUSED: dict[str, str] = {
         "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved",
+    "attn_heavy_queries": "polar_pos_emb",
+    # with heads of its own
+    "attn_heavy_keys": (
+        "polar_pos_emb rotate_num_heads alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
+        "dynamic_pos_bias dynamic_pos_bias_norm"
+    ),
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",
