@@ -74,6 +74,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "custom_layers": {},
     # a dense layer with as many active parameters
     "experts": {},
+    # the wide layer for all tokens
+    "heavy_feedforward": {},
     "value_mix": {"add_value_residual": True, "learned_value_residual_mix": False},
 }
 """Keywords of the model to compare with, if it is not simply the model without the feature's own keywords."""
