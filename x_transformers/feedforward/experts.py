@@ -188,8 +188,10 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         Returns:
             `(R, dim_out)`.
         """
-        stacks: Any = [getattr(self, name) for name in STACKS]
-        up, up_bias, gate_scale, down, down_bias = self.exchange.own(stacks, rows.dtype) if self.exchange else stacks
+        stacks: list[Any] = [getattr(self, name) for name in STACKS]
+        if self.exchange is not None:
+            stacks = self.exchange.own(stacks, rows.dtype)
+        up, up_bias, gate_scale, down, down_bias = stacks
         x = _apply_maps(rows, up, up_bias, dispatch)
         if self.glu:
             x = gated(x, self.activation, self.bound, None)

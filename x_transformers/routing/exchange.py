@@ -32,8 +32,6 @@ class Exchange:
         """The processes that exchange rows with this one."""
         return self.mesh.get_group(self.mesh.ndim - 1)
 
-    # lengths of buffers depend on the choices, which no graph may read
-    @torch.compiler.disable
     def __call__(self, rows: Tensor, dispatch: Dispatch, compute: Callable[[Tensor, Dispatch], Tensor]) -> Tensor:
         """Return what the experts make of rows; all processes have to call this.
 
@@ -45,25 +43,10 @@ class Exchange:
         Returns:
             `(R, D')`, in the order of `rows`.
         """
-        group = self.group
-        counts = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1)).to(torch.int64)
-        sent = counts.unflatten(0, (self.size, -1)).contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
-        from_each, to_each = torch.stack((received, sent)).sum(dim=-1).tolist()
-        theirs = ExchangeRows.apply(rows, from_each, to_each, group)
-        # these are sorted by process, and those of one process by expert
-        own = received.shape[-1]
-        experts = torch.arange(own, device=rows.device).repeat(self.size)
-        experts = experts.repeat_interleave(received.flatten(), output_size=sum(from_each))
-        here = sort_by_expert(experts.unsqueeze(-1), own)
-        out = compute(take_copies(theirs, here), here)
-        out = TakeCopies.apply(out, here.inverse, here.order, 1)
-        back: Tensor = ExchangeRows.apply(out, to_each, from_each, group)
-        return back
+        return _computed(self, rows, dispatch, compute)
 
-    def own(self, stacks: Sequence[Any], dtype: torch.dtype) -> list[Tensor | None]:
-        """Return the experts of this process, `(E', ...)` of stacks `(E, ...)`.
+    def own(self, stacks: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """Return the experts of this process, tensors `(E', ...)` or None, of stacks `(E, ...)`.
 
         Gradients are means over processes, as those of all other parameters are: rows of every process contribute.
 
@@ -71,7 +54,7 @@ class Exchange:
             stacks: sharded parameters, or None.
             dtype: of the rows, in which the other parameters may have been gathered.
         """
-        found: list[Tensor | None] = []
+        found: list[Any] = []
         for stack in stacks:
             local = None if stack is None else stack.to_local(grad_placements=stack.placements)
             if local is not None and local.requires_grad:
@@ -82,7 +65,6 @@ class Exchange:
     def _mean(self, gradient: Tensor) -> Tensor:
         return gradient / self.size
 
-    @torch.compiler.disable
     def of_all(self, stack: Any, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `(E, ...)`, what each process computes of its experts, without gradients.
 
@@ -90,10 +72,40 @@ class Exchange:
             stack: `(E, ...)` sharded parameter.
             compute: function of the experts of a process, `(E', ...)`.
         """
-        from torch.distributed.tensor import DTensor
+        return _of_all(self, stack, compute)
 
-        own = compute(stack.detach().to_local())
-        return DTensor.from_local(own, self.mesh, stack.placements, run_check=False).full_tensor()
+
+def _computed_elsewhere(
+    exchange: Exchange, rows: Tensor, dispatch: Dispatch, compute: Callable[[Tensor, Dispatch], Tensor]
+) -> Tensor:
+    group = exchange.group
+    counts = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1)).to(torch.int64)
+    sent = counts.unflatten(0, (exchange.size, -1)).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    from_each, to_each = torch.stack((received, sent)).sum(dim=-1).tolist()
+    theirs: Tensor = ExchangeRows.apply(rows, from_each, to_each, group)
+    # these are sorted by process, and those of one process by expert
+    own = received.shape[-1]
+    experts = torch.arange(own, device=rows.device).repeat(exchange.size)
+    experts = experts.repeat_interleave(received.flatten(), output_size=sum(from_each))
+    here = sort_by_expert(experts.unsqueeze(-1), own)
+    out = compute(take_copies(theirs, here), here)
+    out = TakeCopies.apply(out, here.inverse, here.order, 1)
+    back: Tensor = ExchangeRows.apply(out, to_each, from_each, group)
+    return back
+
+
+def _gathered(exchange: Exchange, stack: Any, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    own = compute(stack.detach().to_local())
+    return DTensor.from_local(own, exchange.mesh, stack.placements, run_check=False).full_tensor()
+
+
+# lengths of buffers depend on the choices, which no graph may read
+_computed: Any = torch.compiler.disable(_computed_elsewhere)
+_of_all: Any = torch.compiler.disable(_gathered)
 
 
 class ExchangeRows(torch.autograd.Function):
