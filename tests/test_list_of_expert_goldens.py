@@ -6,29 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_experts import BLOCKS, ELSEWHERE
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
+OWN = """
+    emergent-moe-gate emergent-moe-inter-abs emergent-moe-order gptoss-block mixtral-model sigma-moe switch-router
+"""
 READ = {
-    "test_experts.py": (
-        "deepseekv3-block",
-        "emergent-moe-gate",
-        "emergent-moe-inter-abs",
-        "emergent-moe-order",
-        "gptoss-block",
-        "granitemoeshared-block",
-        "mixtral-block",
-        "mixtral-model",
-        "olmoe-block",
-        "qwen2moe-block",
-        "qwen3moe-block",
-        "sigma-moe",
-        "switch-router",
-    ),
-    "test_exits.py": ("early-exit-llama", "layerskip-schedules"),
-    "test_scores_and_weights.py": ("clipped-softmax", "gated-attention-clipped"),
+    **dict.fromkeys([*BLOCKS, *OWN.split()], "tests/test_experts.py"),
+    **ELSEWHERE,
+    "clipped-softmax": "tests/test_scores_and_weights.py",
 }
-"""Files by the test that reads them."""
+"""Files, and the test that reads each."""
 
 WITHOUT_KEYWORD = {
     "eventful-full": "a state machine over frames of the same tokens, which is no option of a stack",
@@ -41,34 +31,26 @@ WITHOUT_KEYWORD = {
 }
 """Files that no keyword computes, and why."""
 
-PENDING = (
-    "colt5-attention-heavy",
-    "colt5-feedforward",
-    "colt5-feedforward-soft",
-    "colt5-router",
-    "crms-norm",
-    "deepseekv3-model",
-    "gated-attention-all-features",
-    "gin-attention-none",
-    "gin-attention-relu",
-    "gin-attention-sharp-softplus",
-    "gin-attention-sigmoid-elementwise",
-    "gin-attention-silu",
-    "pattention-gelu-l2-norm",
-    "pattention-grown",
-    "pattention-l2-norm-gelu",
-    "pattention-softmax",
-    "pre-rmsnorm-models",
-    "rational-gelu",
-    "rational-swish",
-    "soft-moe",
-    "switchhead",
-    "switchhead-all",
-    "switchhead-shared-selection",
+PENDING = frozenset(
+    {
+        "colt5-attention-heavy",
+        "crms-norm",
+        "deepseekv3-model",
+        "gin-attention-none",
+        "gin-attention-relu",
+        "gin-attention-sharp-softplus",
+        "gin-attention-sigmoid-elementwise",
+        "gin-attention-silu",
+        "pattention-gelu-l2-norm",
+        "pattention-grown",
+        "pattention-l2-norm-gelu",
+        "pattention-softmax",
+        "pre-rmsnorm-models",
+        "rational-gelu",
+        "rational-swish",
+    }
 )
 """Files whose keywords are on their way."""
-
-NAMES = [name for names in READ.values() for name in names]
 
 
 def strings(source: str) -> Iterator[str]:
@@ -80,21 +62,24 @@ def strings(source: str) -> Iterator[str]:
             yield re.escape(node.value)
 
 
-def test_every_file_is_listed_once(shared: Path) -> None:
-    listed = [*NAMES, *WITHOUT_KEYWORD, *PENDING]
-    assert sorted(listed) == sorted(path.stem for path in (shared / "golden-experts").glob("*.safetensors"))
+def test_every_file_is_listed(shared: Path) -> None:
+    files = {path.stem for path in (shared / "golden-experts").glob("*.safetensors")}
+    assert files == set(READ) | set(WITHOUT_KEYWORD) | PENDING
+    assert not set(READ) & set(WITHOUT_KEYWORD)
 
 
-@pytest.mark.parametrize("test", READ)
+@pytest.mark.parametrize("test", sorted(set(READ.values())))
 def test_the_test_reads_them(test: str) -> None:
-    known = [re.compile(rf"({each})(\.safetensors)?") for each in strings((TESTS / test).read_text(encoding="utf-8"))]
-    assert [name for name in READ[test] if not any(each.fullmatch(name) for each in known)] == []
+    names = [name for name, file in READ.items() if file == test and name not in PENDING]
+    source = (ROOT / test).read_text(encoding="utf-8") if names else ""
+    known = [re.compile(each.rpartition("/")[2].removesuffix(r"\.safetensors")) for each in strings(source)]
+    assert [name for name in names if not any(each.fullmatch(name) for each in known)] == []
 
 
 def test_copies_are_those_of_the_folder(shared: Path) -> None:
     """Tests that run without the folder have copies of its files, all of which are read."""
-    copies = sorted((TESTS / "golden" / "experts").glob("*.safetensors"))
+    copies = sorted((ROOT / "tests" / "golden" / "experts").glob("*.safetensors"))
     assert copies
     for path in copies:
-        assert path.stem in [*NAMES, *PENDING]
+        assert path.stem in set(READ) | PENDING
         assert path.read_bytes() == (shared / "golden-experts" / path.name).read_bytes(), path.name

@@ -74,6 +74,7 @@ class NamedWeights(Protocol):
 
     shape: AttentionShape
     projections: Any
+    switch: Any
     qk_norms: Any
     values: Any
 
@@ -128,6 +129,8 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
     beyond = [norm.beyond_reference for norm in attention.qk_norms if norm.beyond_reference is not None]
     if attention.projections.clip is not None:
         beyond.append("bound of queries, keys and values (`attn_qkv_clip`)")
+    if attention.switch is not None:
+        beyond.append("choice of matrices by heads (`attn_switch_experts`)")
     for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:
         raise StateDictError(f"the reference has no {what}; a model with it cannot be exported.")
     order = reference_head_order(shape.heads, shape.kv_heads)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward.experts import STACKS, Experts
+from x_transformers.feedforward.expert_networks import STACKS
+from x_transformers.feedforward.experts import Experts
 from x_transformers.routing.exchange import Exchange
 from x_transformers.training.processes import is_sharded, joins
 

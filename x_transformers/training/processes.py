@@ -17,7 +17,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.feedforward.experts import STACKS, Experts
+from x_transformers.feedforward.expert_networks import STACKS
+from x_transformers.feedforward.experts import Experts
 from x_transformers.layers.branches.shared_norm import with_their_norms
 from x_transformers.layers.layers import AttentionLayers
 
