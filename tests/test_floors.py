@@ -22,7 +22,7 @@ HOUSE = (
     ("F1", ["forward_pass.call"]),
     ("F1", ["masks.visibility"]),
     ("F1", ["masks.block_masks"]),
-    ("F1", ["options.schema", "modules.state_dict", "modules.second_names", "modules.inference"]),
+    ("F1", ["options.schema", "modules.state_dict", "modules.second_names", "modules.inference", "modules.borrowed"]),
     ("F1", ["options"]),
     ("F1", ["checkpoints.durable", "checkpoints.tensor_files"]),
     ("F1", ["folders.building", "folders.config_file", "folders.file_memory", "folders.hub"]),
