@@ -69,6 +69,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         super().__init__()
         faults = Faults()
         parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
         faults.raise_if_any("Experts")
         core, glu, own = parsed["feedforward"], parsed["glu"], parsed["experts"]
         if own.experts is None:
@@ -161,7 +163,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         """
 
         def apply_maps(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
-            return _apply_maps(x, *self._own((weight, bias), x.dtype), dispatch)
+            matrices, biases = self._own((weight, bias), x.dtype)
+            return _apply_maps(x, matrices, biases, dispatch)
 
         (scale,) = self._own((self.gate_scale,), rows.dtype)
         scale = None if scale is None else F.embedding(dispatch.experts, scale)

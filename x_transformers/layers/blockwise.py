@@ -12,7 +12,7 @@ from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.early_exit import EarlyExit, confidence_of, exit_blocks
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.pass_state import PassInputs, PassState, fold_streams
-from x_transformers.layers.runner import finish, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import finish, finish_by_batch, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 
 
@@ -26,7 +26,7 @@ def run_by_blocks(
     """
     if inputs.early_exit is None:
         state = _run(stack, steps, inputs, state)
-        return state, finish(stack, inputs, state.stream)
+        return state, finish_by_batch(stack, inputs, state)
     size = stack.sequence.block
     blocks = [steps[first : first + size] for first in range(0, len(steps), size)]
     leaving = Leaving(stack, inputs, inputs.early_exit, state, len(blocks))
@@ -146,7 +146,7 @@ class Leaving:
     def output(self, state: PassState) -> Tensor:
         """Return the output of the stack, and record the block after which each token left."""
         state.recorder.exit_blocks = self.block
-        out = finish(self.stack, self.inputs, state.stream)
+        out = finish_by_batch(self.stack, self.inputs, state)
         for left, features in self.early:
             out = torch.where(left.unsqueeze(-1), features, out)
         return out

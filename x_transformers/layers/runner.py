@@ -47,6 +47,7 @@ from x_transformers.layers.per_layer_inputs import (
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
 from x_transformers.modules.norms import apply_norm
+from x_transformers.modules.prepbn import PrepBN, with_statistics
 from x_transformers.ops import finite_where_hidden, softclamp
 
 NO_CAPTURE, NO_CARRY, NO_DELTAS = Capture(), Carry(), Deltas()
@@ -298,6 +299,19 @@ def finish(stack: LayerStack, inputs: PassInputs, stream: Tensor, norm: nn.Modul
         return stream
     condition = inputs.condition
     return norm(stream) if condition is None else apply_norm(norm, stream, condition)
+
+
+def finish_by_batch(stack: LayerStack, inputs: PassInputs, state: PassState) -> Tensor:
+    """Return the output of a stack whose norms need statistics of the batch in training; the state gets the last of
+    them.
+    """
+    norm = stack.final_norm
+    if not (isinstance(norm, PrepBN) and norm.training):
+        return finish(stack, inputs, state.stream)
+    stream = finish(stack, inputs, state.stream, nn.Identity())
+    seen = norm.statistics_of(stream, state.call.token_mask)
+    state.carry = with_statistics(state.carry, seen)
+    return norm(stream, statistics=seen)
 
 
 def finish_exits(stack: LayerStack, inputs: PassInputs, recorder: Recorder) -> dict[int, Tensor]:
