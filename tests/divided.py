@@ -26,6 +26,8 @@ from x_transformers.training.expert_parallel import shard_experts
 from x_transformers.training.gradients import clip_gradients
 from x_transformers.training.optimizers import Muon, split_parameters
 from x_transformers.training.processes import ON_CPU, Processes, end_process, joined, mean_load, shard
+from x_transformers.training.run import Run
+from x_transformers.training.settings import Settings
 
 STEPS, ROWS, LENGTH, VOCABULARY, CLIP = 3, 4, 10, 25, 0.5
 
@@ -112,6 +114,33 @@ def train(model: nn.Module, made: dict[str, torch.optim.Optimizer], processes: P
     return Found(numbers, gradients)
 
 
+def results(run: Run) -> list[float]:
+    """Return the held-out loss and the balance biases of a run of the command."""
+    run.go()
+    assert run.held_out is not None
+    biases = [module.score_bias for module in run.model.modules() if isinstance(module, Router)]
+    return [run.held_out, *(number for bias in biases if bias is not None for number in bias.tolist())]
+
+
+def settings(out: Path) -> Settings:
+    """Return the settings of a run of the command `train`, of a text next to its folder."""
+    return Settings(
+        data=str(out.with_name("text.txt")),
+        preset="bytes",
+        context=16,
+        rows=4,
+        accumulate=2,
+        steps=3,
+        optimizer="adamw",
+        set=(("depth", 1), ("dim", 16), ("ff_experts", 4), ("ff_mult", 1), ("ff_balance_bias", True)),
+        balance_rate=0.1,
+        shard_experts=True,
+        threads=1,
+        device="cpu",
+        out=out,
+    )
+
+
 def main(folder: Path) -> None:
     numbers: dict[str, list[float]] = {}
     with joined() as processes:
@@ -127,6 +156,8 @@ def main(folder: Path) -> None:
         made = optimizers(again)
         assert load_checkpoint(folder / "alone", model=again, optimizers=made) == {"name": "alone"}
         numbers["resumed"] = train(again, made, processes, STEPS).numbers
+        if ON_CPU:
+            numbers["run"] = results(Run(settings(folder / "two"), processes))
         if processes.leads:
             (folder / "found.json").write_text(json.dumps(numbers))
 
