@@ -33,21 +33,12 @@ WITHOUT_KEYWORD = {
 
 PENDING = frozenset(
     {
-        "colt5-attention-heavy",
-        "crms-norm",
         "deepseekv3-model",
         "gin-attention-none",
         "gin-attention-relu",
         "gin-attention-sharp-softplus",
         "gin-attention-sigmoid-elementwise",
         "gin-attention-silu",
-        "pattention-gelu-l2-norm",
-        "pattention-grown",
-        "pattention-l2-norm-gelu",
-        "pattention-softmax",
-        "pre-rmsnorm-models",
-        "rational-gelu",
-        "rational-swish",
     }
 )
 """Files whose keywords are on their way."""
