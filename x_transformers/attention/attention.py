@@ -151,7 +151,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
         maps = (self.projections.v, self.out)
         heavy = [] if self.heavy is None else self.heavy.attention.muon_parameters()
-        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1] + heavy
+        return [*(parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1), *heavy]
 
     def explain(
         self,
