@@ -196,6 +196,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "integrate_layers": {"integrate_layers": ON},
     "layer_integrate_use_softmax": {"integrate_layers": ON, "layer_integrate_use_softmax": False},
     "unet_skips": {"unet_skips": ON},
+    "depth_routing": {
+        "depth_routing": "threshold",
+        "depth_routing_share": 0.5,
+        "depth_routing_every": 1,
+        "depth_routing_loss_weight": 0.1,
+    },
     "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
     "shift_tokens": {"shift_tokens": 1},
     "layer_dropout": {"layer_dropout": 0.2},

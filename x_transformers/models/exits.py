@@ -232,6 +232,10 @@ def first_blocks(model: Given, count: int) -> Given:
     stack.layers = nn.ModuleList(list(whole.layers)[:built])
     stack.skip_sources = {layer: source for layer, source in whole.skip_sources.items() if layer < built}
     stack.skip_combines = nn.ModuleDict({str(layer): whole.skip_combines[str(layer)] for layer in stack.skip_sources})
+    if whole.depth_routers is not None:
+        stack.depth_routers = _sharing(whole.depth_routers)
+        for block in [name for name in whole.depth_routers if int(name) * sequence.block >= built]:
+            del stack.depth_routers[block]
     view = _sharing(model)
     view.attn_layers, view.has_config = stack, False
     view.exit_layers = tuple(block for block in model.exit_layers if block < count)

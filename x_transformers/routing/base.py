@@ -49,6 +49,8 @@ class RoutingRecord:
         logits: `(b, n, E)`.
         layer_index: index of the sublayer among the built ones.
         step: its place in the order of execution, since a sublayer may run several times.
+        chosen: `(b, n)` bool, the tokens that a routed block runs, with `Capture.routing`; None of experts.
+            `load` is then the share of these tokens, `prob` the mean gate of all, and `layer_index` None.
     """
 
     load: Tensor
@@ -59,3 +61,4 @@ class RoutingRecord:
     logits: Tensor | None
     layer_index: int | None = None
     step: int | None = None
+    chosen: Tensor | None = None
