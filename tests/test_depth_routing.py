@@ -30,7 +30,9 @@ def router_of(model: TransformerWrapper, block: int) -> DepthRouter:
     return routers[str(block)]  # type: ignore[return-value]
 
 
-def by_hand(model: TransformerWrapper, row: Tensor, blocks: tuple[int, ...], choose: Any) -> tuple[Tensor, list[Tensor]]:
+def by_hand(
+    model: TransformerWrapper, row: Tensor, blocks: tuple[int, ...], choose: Any
+) -> tuple[Tensor, list[Tensor]]:
     """Return the logits of one row, of which routed blocks run the chosen tokens and no others, and the choices."""
     plain = copy.deepcopy(model)
     stack, norm, x, choices = plain.attn_layers, plain.attn_layers.final_norm, plain.token_emb(row[None]), []

@@ -13,6 +13,7 @@ from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.layers.depth_routing import DepthRouter, RoutedTokens, call_of
 from x_transformers.layers.early_exit import EarlyExit, confidence_of, exit_blocks
 from x_transformers.layers.execution_order import Step
+from x_transformers.layers.parallel_blocks import check_end
 from x_transformers.layers.pass_state import PassInputs, PassState, fold_streams
 from x_transformers.layers.runner import finish, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
@@ -26,32 +27,53 @@ def run_by_blocks(
     Returns:
         the state after the last block, and the output of the stack, `(b, n, D)`.
     """
-    if inputs.early_exit is stack.depth_routers is None:
+    group = stack.parallel_blocks
+    if inputs.early_exit is stack.depth_routers is None and group == 1:
         state = _run(stack, steps, inputs, state)
         return state, finish(stack, inputs, state.stream)
+    for number in inputs.exits or ():
+        check_end(number, group)
     size = stack.sequence.block
     blocks = [steps[first : first + size] for first in range(0, len(steps), size)]
     leaving = None
     if inputs.early_exit is not None:
         leaving = Leaving(stack, inputs, inputs.early_exit, state, len(blocks))
-    for number, block in enumerate(blocks, start=1):
-        before = state.stream
-        rests = leaving is not None and leaving.rests
-        router = stack.router_of(block[0].layer)
-        if router is not None:
-            state = _route(stack, router, block, inputs, state, rests=rests)
-        elif rests:
-            _rest(stack, block, inputs, state)
-        else:
-            state = _run(stack, block, inputs, state)
+    for first in range(0, len(blocks), group):
+        before, rests = state.stream, leaving is not None and leaving.rests
+        for block in blocks[first : first + group]:
+            total, state.stream = state.stream, before
+            state = _run_block(stack, block, inputs, state, rests=rests)
+            if total is not before:
+                state.stream = total + (state.stream - before)
         if leaving is not None:
             leaving.keep(before, state)
-        _record(number, state)
+        _record(first + group, state)
         if leaving is not None:
-            leaving.leave(number, before, state)
+            leaving.leave(first + group, before, state)
     if leaving is None:
         return state, finish(stack, inputs, state.stream)
     return state, leaving.output(state)
+
+
+def _run_block(
+    stack: LayerStack, block: Sequence[Step], inputs: PassInputs, state: PassState, *, rests: bool
+) -> PassState:
+    """Run one block, and return the state after it.
+
+    Args:
+        stack: of the block.
+        block: its sublayers.
+        inputs: of the pass.
+        state: before the block.
+        rests: the stream after the block is not needed.
+    """
+    router = stack.router_of(block[0].layer)
+    if router is not None:
+        return _route(stack, router, block, inputs, state, rests=rests)
+    if not rests:
+        return _run(stack, block, inputs, state)
+    _rest(stack, block, inputs, state)
+    return state
 
 
 def _record(number: int, state: PassState) -> None:
@@ -208,7 +230,7 @@ class Leaving:
                 'measure "similarity", or give it a `head`.'
             )
         self.stack, self.inputs, self.rule = stack, inputs, rule
-        exits = exit_blocks(rule, blocks, 1)
+        exits = exit_blocks(rule, blocks, stack.parallel_blocks)
         self.exits = exits if rule.confidence < 1 else ()
         x = inputs.x
         self.block = torch.full((x.shape[0], x.shape[1]), blocks, device=x.device)

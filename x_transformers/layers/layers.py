@@ -317,7 +317,7 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
         try:
             state = begin_pass(self, inputs)
             steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
-            if self.checkpoint_every is self.depth_routers is early_exit is None:
+            if self.checkpoint_every is self.depth_routers is early_exit is None and self.parallel_blocks == 1:
                 run_steps(self, steps, inputs, state)
                 out = finish(self, inputs, state.stream)
             else:

@@ -22,6 +22,7 @@ from x_transformers.layers.depth_routing import CHOSEN, DepthRouter, build_depth
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
 from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, MIXER, SELF_ATTENTION
 from x_transformers.layers.packing import check_apart, packed_kinds
+from x_transformers.layers.parallel_blocks import check_groups
 from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
@@ -50,6 +51,7 @@ class LayerStack(nn.Module):
         rotates_by_layer: self-attentions have different transforms.
         skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
         skip_combines: the maps that join the two.
+        parallel_blocks: number of blocks that read the same stream.
         depth_routers: built block -> the choice of the tokens that it runs; None if blocks run all tokens.
         checkpoint_every: one of this number of blocks runs again for its gradients; None: none does.
         context_dropout: fraction of the context's tokens that is dropped in training.
@@ -100,6 +102,9 @@ class LayerStack(nn.Module):
             self._build_positions(plan)
         with faults.catching():
             self._build_surroundings(plan)
+        self.parallel_blocks: int = options["parallel_blocks"].parallel_blocks
+        with faults.catching():
+            check_groups(self.sequence.order, self.sequence.block, self.parallel_blocks)
         self.depth_routers: nn.ModuleDict | None = None
         if options.on("depth_routing"):
             seen = "causal" if causal else "prefix" if self.looks_back else None
@@ -300,6 +305,7 @@ class LayerStack(nn.Module):
         try:
             order = repeated(repeats, self.sequence) if repeats is not None else check_order(given, len(self.layers))
             check_sources(order, self.skip_sources)
+            check_groups(order, self.sequence.block, self.parallel_blocks)
             if self.depth_routers is not None:
                 check_whole_blocks(order, self.sequence.block)
         except ConfigError as error:

@@ -16,6 +16,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.layers.parallel_blocks import check_end
 from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.modules.norms import Norm
 from x_transformers.modules.state_dict import ReadsReference
@@ -102,6 +103,7 @@ class HasExits(nn.Module):
                 "Decoder."
             )
         check_whole(exit_layer=exit_layer)
+        check_end(exit_layer, stack.parallel_blocks)
         blocks = stack.sequence.blocks
         if not 1 <= exit_layer < blocks:
             raise InputError(
@@ -208,9 +210,12 @@ def up_to_exit(model: Given, exit_layer: int | None) -> Given:
     Raises:
         InputError: if no such block runs.
     """
-    blocks = unwrapped(model.attn_layers).sequence.blocks
+    stack = unwrapped(model.attn_layers)
+    blocks = stack.sequence.blocks
     if exit_layer is not None and not 1 <= exit_layer <= blocks:
         raise InputError(f"`exit_layer` is {exit_layer}; it must lie between 1 and {blocks}, the blocks that run.")
+    if exit_layer is not None:
+        check_end(exit_layer, stack.parallel_blocks)
     return model if exit_layer in (None, blocks) else first_blocks(model, exit_layer)
 
 
