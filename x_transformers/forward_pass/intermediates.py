@@ -95,6 +95,7 @@ class Intermediates:
         own_kv: keys before rotation, and values, of a pass without a cached past, for another model to attend to.
         entry: the sublayer's entry of the cache, if there is one.
         cache: the cache that contains the entry.
+        routing: records of the routers of this attention, if matrices of its maps are chosen and the pass records that.
         given_kv: `cached_kv` that a caller gave to a record without an entry.
 
     The first three are None unless scores were captured. Those that are captured on demand are computed when one of
@@ -113,6 +114,7 @@ class Intermediates:
     own_kv: tuple[Tensor, Tensor] | None = None
     entry: Entry | None = None
     cache: KVCache | None = None
+    routing: tuple[RoutingRecord, ...] = ()
     given_kv: CachedStreams | None = field(default=None, init=False)
 
     def defer(self, compute: Callable[[], Scores]) -> None:

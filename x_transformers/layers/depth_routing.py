@@ -275,7 +275,8 @@ def check_whole_blocks(order: Sequence[int], size: int) -> None:
 
 def routed_loss(routers: nn.ModuleDict | None) -> bool:
     """Return True if routers of a stack have a loss."""
-    return routers is not None and any(router.loss_weight > 0 for router in routers.values())
+    every = () if routers is None else routers.values()
+    return any(isinstance(each, DepthRouter) and each.loss_weight > 0 for each in every)
 
 
 _READERS: Mapping[str, str] = {

@@ -240,11 +240,13 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         record: Any = output.record
         if record is not None:
             record.layer_index = step.layer
-            if not kind.is_attention:
-                record.step = step.number
-                recorder.routing.append(record)
-            else:
+            routed = (record,)
+            if kind.is_attention:
                 recorder.records.append(record)
+                routed = record.routing
+            for each in routed:
+                each.layer_index, each.step = step.layer, step.number
+                recorder.routing.append(each)
         if recorder.keeps_states:
             recorder.add(step, x, output)
         x, carry = output.stream, output.carry

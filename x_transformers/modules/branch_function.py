@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from x_transformers.cache.entries import Shape
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
+from x_transformers.modules.tied_linear import borrowed_elements
 
 
 class BranchCost(NamedTuple):
@@ -99,6 +100,11 @@ class BranchFunction(nn.Module):
         return False
 
     @property
+    def mixes_rows(self) -> bool:
+        """True if each token reads all tokens of its row, although the function is no attention and no token mixer."""
+        return False
+
+    @property
     def keeps_documents_apart(self) -> bool:
         """True if the function keeps the documents of packed rows apart."""
         return False
@@ -129,5 +135,5 @@ class BranchFunction(nn.Module):
             situation: device, dtype and mode.
             surroundings: `causal`, `bias`, `training` and `seq_len`; see `Attention.explain`.
         """
-        flops = 2 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        return BranchCost("", "", flops)
+        elements = sum(p.numel() for p in self.parameters() if p.ndim == 2) + borrowed_elements(self)
+        return BranchCost("", "", 2 * elements)
