@@ -203,6 +203,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "integrate_layers": {"integrate_layers": ON},
     "layer_integrate_use_softmax": {"integrate_layers": ON, "layer_integrate_use_softmax": False},
     "unet_skips": {"unet_skips": ON},
+    "parallel_blocks": {"parallel_blocks": 2},
+    "depth_routing": {
+        "depth_routing": "threshold",
+        "depth_routing_share": 0.5,
+        "depth_routing_every": 1,
+        "depth_routing_loss_weight": 0.1,
+    },
     "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
     "shift_tokens": {"shift_tokens": 1},
     "layer_dropout": {"layer_dropout": 0.2},
@@ -700,6 +707,18 @@ REFUSED: dict[str, str] = {
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm branch_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
         "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+    ),
+    "depth_routing": (
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips shift_tokens residual_attn cross_residual_attn attn_hybrid_module attn_hybrid_fold_axial_dim "
+        f"ff_rwkv mixer {' '.join(HYBRIDS)}"
+    ),
+    "parallel_blocks": (
+        "custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm gate_residual orthog_residual "
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips layers_execute_order"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (

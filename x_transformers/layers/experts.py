@@ -12,6 +12,7 @@ from x_transformers.errors import InputError
 from x_transformers.feedforward.experts import Experts
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.depth_routing import routed_loss
 from x_transformers.layers.stack import LayerStack
 from x_transformers.routing.routers import Router
 
@@ -21,8 +22,9 @@ class TrainsExperts(nn.Module):
 
     @property
     def has_aux_loss(self) -> bool:
-        """True if a sublayer has an auxiliary loss, which a training loss has to contain; see `return_aux_loss`."""
-        return any(branch.fn.has_aux_loss for branch in stack_of(self).sublayers)
+        """True if a sublayer, or what routes tokens past blocks, has an auxiliary loss; see `return_aux_loss`."""
+        stack = stack_of(self)
+        return routed_loss(stack.depth_routers) or any(branch.fn.has_aux_loss for branch in stack.sublayers)
 
     @property
     def has_balance_bias(self) -> bool:
