@@ -283,6 +283,22 @@ class Call:
         return self.memo.once(lambda: transform.tables(self.query, keys), "tables", transform, keys)
 
 
+class NormStatistics(NamedTuple):
+    """Mean and variance of the live tokens that a norm read in a training pass.
+
+    Attributes:
+        number: of the norm in its stack.
+        mean: `(D,)`, at least in float32; so is the next one.
+        var: `(D,)`, the mean of squared differences.
+        tokens: scalar, their number.
+    """
+
+    number: int
+    mean: Tensor
+    var: Tensor
+    tokens: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Carry:
     """Values from earlier sublayers for later ones.
@@ -296,11 +312,13 @@ class Carry:
         scores: by kind, the logits `(b, h, i, P + j)` of the latest attention, 0 where a key is hidden, and P, the
             number of keys before the tokens that are no tokens.
         history: `(b, n, D)` branch inputs of all sublayers executed so far.
+        norm_statistics: of the norms so far that read the batch.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
     history: tuple[Tensor, ...] = ()
+    norm_statistics: tuple[NormStatistics, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from x_transformers.layers.early_exit import EarlyExit, confidence_of, exit_bloc
 from x_transformers.layers.execution_order import Step
 from x_transformers.layers.parallel_blocks import check_end
 from x_transformers.layers.pass_state import PassInputs, PassState, fold_streams
-from x_transformers.layers.runner import finish, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import finish, finish_by_batch, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 
 
@@ -30,7 +30,7 @@ def run_by_blocks(
     group = stack.parallel_blocks
     if inputs.early_exit is stack.depth_routers is None and group == 1:
         state = _run(stack, steps, inputs, state)
-        return state, finish(stack, inputs, state.stream)
+        return state, finish_by_batch(stack, inputs, state)
     for number in inputs.exits or ():
         check_end(number, group)
     size = stack.sequence.block
@@ -51,7 +51,7 @@ def run_by_blocks(
         if leaving is not None:
             leaving.leave(first + group, before, state)
     if leaving is None:
-        return state, finish(stack, inputs, state.stream)
+        return state, finish_by_batch(stack, inputs, state)
     return state, leaving.output(state)
 
 
@@ -267,7 +267,7 @@ class Leaving:
     def output(self, state: PassState) -> Tensor:
         """Return the output of the stack, and record the block after which each token left."""
         state.recorder.exit_blocks = self.block
-        out = finish(self.stack, self.inputs, state.stream)
+        out = finish_by_batch(self.stack, self.inputs, state)
         for left, features in self.early:
             out = torch.where(left.unsqueeze(-1), features, out)
         return out

@@ -17,7 +17,7 @@ from x_transformers.layers.branches import dropout, norm_placement, output_init,
 from x_transformers.layers.depth import aggregated, lime
 from x_transformers.layers.kinds import KINDS
 from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, path_scales, plain, resi_dual, streams
-from x_transformers.modules import norms
+from x_transformers.modules import norms, prepbn
 from x_transformers.options.schema import Schema
 
 STACK_FEATURES = (
@@ -25,6 +25,7 @@ STACK_FEATURES = (
     structure.STACK,
     checkpointing.FEATURE,
     *norms.FEATURES,
+    prepbn.FEATURE,
     norm_placement.FEATURE,
     plain.SCALE,
     base.KEYWORDS,

@@ -151,23 +151,25 @@ class Recorder:
         if self.keeps_states and states is not None:
             self.states += [states.get(name) for name in names]  # type: ignore[misc]
 
-    def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
+    def intermediates(self, state: PassState, out: Tensor) -> LayerIntermediates:
         """Return the record of the pass.
 
         Args:
-            stream: the residual stream after the last sublayer.
+            state: after the last sublayer.
             out: `(b, n, D)`, the output of the stack.
-            kv: the cache of the pass.
         """
+        kv = state.kv
         for each in self.records:
             each.cache = kv
         # without the call of `__init__`, whose arguments include more than a pass knows
         record = object.__new__(LayerIntermediates)
         record.hiddens, record.last_hidden, record.attn_intermediates = self.streams, out, self.records
         if self.capture.hiddens:
-            record.layer_hiddens = [*self.inputs, fold_streams(stream)]
+            record.layer_hiddens = [*self.inputs, fold_streams(state.stream)]
             record.block_hiddens = [*self.blocks[:-1], out]
         record.memory_inputs, record.memory_states, record.cache = self.memory_inputs, self.states, kv
+        if state.carry.norm_statistics:
+            record.norm_statistics = state.carry.norm_statistics
         if self.exit_blocks is not None:
             record.exit_blocks = self.exit_blocks
         if self.capture.losses or self.capture.routing:

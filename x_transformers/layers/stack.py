@@ -28,6 +28,7 @@ from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.tied_blocks import tie_blocks
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
+from x_transformers.modules.prepbn import number_norms
 from x_transformers.options.values import accepts, shown
 
 
@@ -60,6 +61,7 @@ class LayerStack(nn.Module):
         output_clamp: bound of the output, or None. final_norm: norm of the output, or None.
         reference_mix: residual streams are mixed as in the reference.
         packed: letters of the kinds that keep the documents of packed rows apart.
+        batch_norms: some norms need statistics of batches.
         compiled: runs each sublayer by a graph of its own, after `compile_blocks()`; else None.
 
     Raises:
@@ -121,6 +123,7 @@ class LayerStack(nn.Module):
             check_apart(self.packed, self.sublayers)
         faults.raise_if_any(type(self).__name__)
         self.final_norm = norm(dim) if norm_places(options).final else None
+        self.batch_norms = number_norms(self)
         self.compiled: CompiledBlocks | None = None
 
     def _build_positions(self, plan: StackPlan) -> None:

@@ -60,6 +60,11 @@ class HasExits(nn.Module):
     def _build_exits(self, blocks: tuple[int, ...] | None, own_norms: bool) -> None:
         stack = unwrapped(self.attn_layers)
         self.exit_layers, self.exit_norms = blocks or (), None
+        if blocks and stack.batch_norms:
+            raise ConfigError(
+                "`exit_layers` read the stream through the final norm after several blocks, and `use_prepbn` would "
+                "need statistics for each of them; use another norm."
+            )
         if own_norms and blocks:
             assert stack.final_norm is not None
             self.exit_norms = ExitNorms(tuple(b for b in blocks if b < stack.sequence.blocks), stack.final_norm)

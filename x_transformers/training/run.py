@@ -15,6 +15,7 @@ from torch import Tensor
 from x_transformers.checkpoints.folder import CHECKPOINTS
 from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoint, save_checkpoint
 from x_transformers.errors import CheckpointError, InputError
+from x_transformers.layers.batch_norms import advance_all_norms, forget_statistics
 from x_transformers.layers.explain import count
 from x_transformers.training.batches import Batches, spaced_windows
 from x_transformers.training.budget import LOOK, Budget
@@ -140,6 +141,7 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             chosen = choose_threads(act)
         self.model.zero_grad()
+        forget_statistics(self.model)
         return chosen
 
     def _dtype(self) -> torch.dtype:
@@ -177,6 +179,7 @@ class Run:
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
+        advance_all_norms(self.model)
         self.step += 1
         return total
 
