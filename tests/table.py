@@ -271,6 +271,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
+    "attn_latent_rope_dim": {**LATENT, **ROTARY, "attn_latent_rope_dim": 4},
+    "attn_latent_norm": {
+        **LATENT,
+        "attn_use_latent_q": ON,
+        "attn_dim_latent_q": 8,
+        "attn_latent_norm": ON,
+        "attn_latent_norm_eps": 0.01,
+    },
     "attn_num_mem_kv": {"attn_num_mem_kv": 3},
     "attn_add_zero_kv": {"attn_add_zero_kv": ON},
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
@@ -336,6 +344,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_solu": {"ff_solu": ON},
     "ff_swish": {"ff_swish": ON},
     "ff_activation": {"ff_activation": "quick_gelu"},
+    "ff_activation_limit": {"ff_glu": ON, "ff_activation": "clamped_swiglu", "ff_activation_limit": 0.8},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
     "ff_rwkv": {"ff_rwkv": ON},
@@ -438,17 +447,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "positions of self-attention": (
         "mixer",
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
-        "rotary_xpos polar_pos_emb attn_latent_rope_subheads alibi_pos_bias alibi_num_heads rel_pos_kwargs "
-        "rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
+        "rotary_xpos polar_pos_emb attn_latent_rope_subheads attn_latent_rope_dim alibi_pos_bias alibi_num_heads "
+        "rel_pos_kwargs rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
     ),
     "values by layer": (" ".join(("par_ratio", *HYBRIDS)), "rotary_layers"),
     "rotated positions": (
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
-        "attn_latent_rope_subheads",
+        "attn_latent_rope_subheads attn_latent_rope_dim",
         "rotary_xpos",
         "polar_pos_emb",
     ),
     "which heads rotate": ("rotate_num_heads", "attn_latent_rope_subheads"),
+    "keys from the input": ("attn_latent_rope_subheads", "attn_latent_rope_dim"),
     "relative position bias": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
         "rel_pos_bias rel_pos_scale",
@@ -480,7 +490,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
-    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "activation": (
+        "ff_relu_squared",
+        "ff_solu",
+        "ff_swish",
+        "ff_activation",
+        "ff_activation_limit",
+        "ff_custom_activation",
+    ),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -604,6 +621,8 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
     return (pair for pair in itertools.combinations(cases_of(stack), 2) if may_meet(*pair))
 
 
+LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
+
 REFUSED: dict[str, str] = {
     "parallel_block": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
@@ -618,7 +637,7 @@ REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_custom_activation ff_post_act_ln "
+        "ff_activation ff_activation_limit ff_custom_activation ff_post_act_ln "
         "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
@@ -643,21 +662,21 @@ REFUSED: dict[str, str] = {
         "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
         "gated_multi_residual qkv_receive_diff_residuals resi_dual"
     ),
-    "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
+    "qkv_receive_diff_residuals": LATENT_KEYS,
     "attn_project_out": (
         "cross_attn_dim_head "
         "depth_scale_residual zero_init_branch_output rel_pos_kwargs attn_dim_head attn_value_dim_head attn_out_bias "
         "attn_hybrid_module attn_hybrid_fold_axial_dim"
     ),
-    "integrate_layers": "attn_use_latent_kv attn_latent_rope_subheads",
-    "layer_integrate_use_softmax": "attn_use_latent_kv attn_latent_rope_subheads",
+    "integrate_layers": LATENT_KEYS,
+    "layer_integrate_use_softmax": LATENT_KEYS,
     "attn_flash": (
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
         "attn_sigmoid attn_clipped_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
     ),
-    "rotary_base_rescale_factor": "rotary_interleaved",
+    "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",
@@ -667,7 +686,7 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation",
     "emb_dim": "tie_embedding",
     "to_logits": "logits_bias",
 }

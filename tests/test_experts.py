@@ -131,17 +131,6 @@ def test_blocks_of_public_models(name: str) -> None:
     compare(module, case, ours(case, "grad", names))
 
 
-def test_router_with_a_bias() -> None:
-    """That of gpt-oss, whose gate has no keyword."""
-    case = read("gptoss-block")
-    router = Router(16, 4, 2, bias=True)
-    router.load_state_dict({"weight": case["state.router.weight"], "bias": case["state.router.bias"]})
-    routing = router(case["input.x"].flatten(0, 1))
-    agree(routing.logits.detach(), case["output.router_logits"])
-    assert torch.equal(routing.experts, case["output.experts"])
-    agree(routing.weights.detach(), case["output.weights"])
-
-
 def test_sigma_moe() -> None:
     case = read("sigma-moe")
     module = Experts(
@@ -267,12 +256,17 @@ def test_a_model_and_its_losses() -> None:
     agree(4 * (shares.mean(dim=0) * given.mean(dim=0)).sum(), case["output.aux_loss"])
 
 
-ELSEWHERE = {"early-exit-llama": "tests/test_exits.py", "layerskip-schedules": "tests/test_exits.py"}
+ELSEWHERE = {
+    "early-exit-llama": "tests/test_exits.py",
+    "layerskip-schedules": "tests/test_exits.py",
+    "gptoss-block": "tests/test_latent_families.py",
+    "deepseekv3-model": "tests/test_latent_families.py",
+}
 """Files of the folder that other tests read."""
 
 
 def test_every_file_is_read() -> None:
-    others = {"gptoss-block", "sigma-moe", "switch-router", "mixtral-model"}
+    others = {"sigma-moe", "switch-router", "mixtral-model"}
     emerging = {f"emergent-moe-{form}" for form in ("gate", "inter-abs", "order")}
     read = set(BLOCKS) | others | emerging
     assert {path.stem for path in FOLDER.glob("*.safetensors")} == read | set(ELSEWHERE)

@@ -120,7 +120,7 @@ FEATURES = (
     selective.FEATURE,
     *WEIGHTINGS,
     DROPOUT,
-    latent.FEATURE,
+    *latent.FEATURES,
     l2_distance.FEATURE,
     residual.MIX,
     rmsnorm.FEATURE,

@@ -20,7 +20,7 @@ from x_transformers.attention.base import (
     ValueMod,
 )
 from x_transformers.attention.keys.additional import join_additional
-from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
+from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.qk.decay import Decay
 from x_transformers.attention.values.residual import ValueMix, mix_values
@@ -56,6 +56,7 @@ class HeadProjection(nn.Module):
         shape: widths and numbers of heads.
         unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
         latent_q, latent_kv: projections to narrow latents, or None.
+        latent_q_norm: norm of the latent of queries, or None.
         projections: the maps to queries, keys and values.
         qk_norms, keys, values: parts by slot.
         value_mix: learned share of the first layer's values, or None.
@@ -64,6 +65,7 @@ class HeadProjection(nn.Module):
     shape: AttentionShape
     unrotated_heads: tuple[int, int] | None
     latent_q: nn.Linear | None
+    latent_q_norm: nn.Module | None
     latent_kv: LatentKeysValues | None
     projections: Projections
     qk_norms: Slot[QKNorm]
@@ -126,7 +128,7 @@ class HeadProjection(nn.Module):
                 else:
                     k, raw = k.view(c, j, g, d).transpose(1, 2), raw.view(c, j, g, e).transpose(1, 2)
         else:
-            q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
+            q = projections.queries(self._query_input(xq), deltas.q)
             k, raw, span = self._keys_values(xk, xv, layer)
         if projections.clip is not None:
             q, k, raw = projections.clipped(q, k, raw)
@@ -157,10 +159,17 @@ class HeadProjection(nn.Module):
         heads = self.projections.joint(x, together)
         return None if heads is None else (heads, norms if together is None else ())
 
+    def _query_input(self, x: Tensor) -> Tensor:
+        """Return what queries are projected from: the input, or its latent."""
+        if self.latent_q is None:
+            return x
+        latent = self.latent_q(x)
+        return latent if self.latent_q_norm is None else self.latent_q_norm(latent)
+
     def _query_cached_context(self, x: Tensor, layer: LayerCall) -> Heads:
         """Project the queries only: the keys and values of the context come from an earlier pass."""
         k, v = layer.entry.get("k"), layer.entry.get("v")
-        q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q)
+        q = self.projections.queries(self._query_input(x), layer.deltas.q)
         if self.projections.clip is not None:
             (q,) = self.projections.clipped(q)
         for norm in self.qk_norms:
@@ -182,7 +191,7 @@ class HeadProjection(nn.Module):
             streams, span = {name: append(name, t, layer) for name, t in streams.items()}, layer.keys
         latent = streams["latent"].squeeze(1)
         k, v = self.projections.keys_values(latent, latent, deltas.k, deltas.v)
-        return join_sub_keys(k, streams), v, span
+        return self.latent_kv.join_keys(k, streams), v, span
 
     def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
         """Transform by positions: all heads, or the last ones."""

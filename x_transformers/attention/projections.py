@@ -101,6 +101,7 @@ class Projections(PreparesForInference):
         heads, kv_heads: query heads; key/value heads.
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
         dim_head, value_dim_head: widths of a head.
+        key_dim_head: width of a key head here; default `dim_head`.
         bias: each of the maps adds a bias.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
@@ -116,13 +117,15 @@ class Projections(PreparesForInference):
         key_heads: int,
         dim_head: int,
         value_dim_head: int,
+        key_dim_head: int | None = None,
         bias: bool = False,
         clip: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
         self.q = nn.Linear(dim, heads * dim_head, bias=bias)
-        self.k = nn.Linear(dim_context, key_heads * dim_head, bias=bias) if key_heads else None
+        key_dim_head = dim_head if key_dim_head is None else key_dim_head
+        self.k = nn.Linear(dim_context, key_heads * key_dim_head, bias=bias) if key_heads else None
         self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias)
 
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:

@@ -74,6 +74,8 @@ class NamedWeights(Protocol):
 
     shape: AttentionShape
     projections: Any
+    latent_kv: Any
+    latent_q_norm: Any
     qk_norms: Any
     values: Any
 
@@ -128,6 +130,11 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
     beyond = [norm.beyond_reference for norm in attention.qk_norms if norm.beyond_reference is not None]
     if attention.projections.clip is not None:
         beyond.append("bound of queries, keys and values (`attn_qkv_clip`)")
+    latent = attention.latent_kv
+    if attention.latent_q_norm is not None or (latent is not None and latent.norm is not None):
+        beyond.append("norm of latents (`attn_latent_norm`)")
+    if latent is not None and latent.shared:
+        beyond.append("key that all heads share (`attn_latent_rope_dim`)")
     for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:
         raise StateDictError(f"the reference has no {what}; a model with it cannot be exported.")
     order = reference_head_order(shape.heads, shape.kv_heads)

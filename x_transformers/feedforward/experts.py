@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward import feedforward, routing_options
 from x_transformers.feedforward.feedforward import FeedForward
-from x_transformers.feedforward.glu import gated
-from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.feedforward.glu import bounded, build_activation, gated
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.forward_pass.names import check_names, takes_no_more
@@ -20,7 +19,6 @@ from x_transformers.modules.branch_function import BranchCost, BranchFunction
 from x_transformers.modules.inference import PreparesForInference
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Schema, at_least, require
 from x_transformers.options.signatures import parameter, show_keywords
@@ -85,13 +83,7 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         biased = not (core.no_bias or (glu.glu and glu.glu_no_bias))
         width = dim if core.dim_out is None else core.dim_out
         self.up, self.up_bias = _stack_of_maps(self.experts, dim, 2 * inner if glu.glu else inner, biased)
-        self.activation = parsed["activation"].build(inner)
-        bounds = parsed["ff_softclamp"]
-        self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
-        if not glu.glu:
-            self.bound = bounds.softclamp_value
-        elif bounds.glu_softclamp:
-            self.activation = BoundedGate(self.activation, bounds.glu_gate_softclamp_value)
+        self.activation, self.bound = build_activation(parsed, inner)
         self.gate_scale = nn.Parameter(torch.ones(self.experts, inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down, self.down_bias = _stack_of_maps(self.experts, inner, width, not core.no_bias)
@@ -187,7 +179,7 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
             if self.gate_scale is not None:
                 x = x * F.embedding(dispatch.experts, self.gate_scale)
         else:
-            x = self.activation(x if self.bound is None else clamp(x, self.bound))
+            x = self.activation(x if self.bound is None else bounded(x, self.bound))
         if self.norm is not None:
             x = self.norm(x)
         if self.dropout:
