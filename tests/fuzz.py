@@ -50,7 +50,9 @@ from x_transformers import (
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
     layer_schedule,
+    to_crmsnorm,
     to_experts,
+    to_rmsnorm,
 )
 from x_transformers.attend import Attend
 from x_transformers.errors import ConfigError, InputError
@@ -146,6 +148,8 @@ CONSTRUCTORS: dict[str, Build] = {
     "EntropyBasedTokenizer": (EntropyBasedTokenizer, lambda: {"decoder": net(), "entropy_threshold": 1.0}),
     "Experts": (Experts, lambda: {"dim": 16, "experts": 4}),
     "to_experts": (to_experts, lambda: {"model": net(), "experts": 4, "topk": 2}),
+    "to_rmsnorm": (to_rmsnorm, lambda: {"model": net()}),
+    "to_crmsnorm": (to_crmsnorm, lambda: {"model": net()}),
     "layer_schedule": (layer_schedule, lambda: {"start": 0.0, "end": 1.0, "depth": 3}),
 }
 

@@ -261,6 +261,16 @@ ELSEWHERE = {
     "layerskip-schedules": "tests/test_exits.py",
     "gptoss-block": "tests/test_latent_families.py",
     "deepseekv3-model": "tests/test_latent_families.py",
+    "switchhead": "tests/test_switch_head.py",
+    "switchhead-all": "tests/test_switch_head.py",
+    "switchhead-shared-selection": "tests/test_switch_head.py",
+    "gated-attention-all-features": "tests/test_switch_head.py",
+    "gated-attention-clipped": "tests/test_switch_head.py",
+    "colt5-router": "tests/test_soft_topk.py",
+    "colt5-feedforward": "tests/test_whole_row_feedforwards.py",
+    "colt5-feedforward-soft": "tests/test_whole_row_feedforwards.py",
+    "colt5-attention-heavy": "tests/test_heavy_attention.py",
+    "soft-moe": "tests/test_whole_row_feedforwards.py",
 }
 """Files of the folder that other tests read."""
 

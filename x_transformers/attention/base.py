@@ -333,10 +333,12 @@ class Weighting(Part):
     Attributes:
         across_queries: a query's weights depend on the other queries. The logits are then passed unmasked; otherwise
             those of hidden keys are the most negative number.
+        adds_earlier_scores: logits may be sums of those of several layers.
     """
 
     needs = Needs.WEIGHTING
     across_queries = False
+    adds_earlier_scores = True
 
     def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         """Compute the weights.

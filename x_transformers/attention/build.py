@@ -28,6 +28,7 @@ from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
 from x_transformers.attention.projections import Projections
+from x_transformers.attention.switch_head import HeadSwitch
 from x_transformers.attention.values.residual import ValueMix
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.modules.norms import RMSNorm
@@ -65,6 +66,7 @@ class AttentionParts:
     latent_q_norm: RMSNorm | None
     latent_kv: LatentKeysValues | None
     projections: Projections
+    switch: HeadSwitch | None
     qk_norms: Slot[QKNorm]
     scores: Slot[ScoreMod]
     keys: Slot[KeyMod]
@@ -98,7 +100,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     faults.raise_if_any("Attention")
     at_least(1, dim=dim, heads=heads)
 
-    head, latent, bias = parsed["heads"], parsed["latent"], parsed["projection_bias"]
+    head, latent, bias, switch = (parsed[name] for name in ("heads", "latent", "projection_bias", "switch_head"))
     shape = AttentionShape(
         dim=dim,
         heads=heads,
@@ -136,7 +138,9 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
+            experts=(switch.switch_experts if switch.switch_queries_keys else None, switch.switch_experts),
         )
+        modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)
     modules["sink"] = next(iter(modules["sink"]), None)
@@ -146,7 +150,9 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         width = mod.out_width(width)
     with faults.catching():
         gated, output = parsed.on("on_attn"), parsed["attention_output"]
-        modules["out"] = build_output(shape, heads * width, output, gated=gated, bias=bias.out_bias)
+        modules["out"] = build_output(
+            shape, heads * width, output, gated=gated, bias=bias.out_bias, experts=switch.switch_experts
+        )
     switches: dict[str, str] = {}
     window = parsed["window"].max_attend_past, parsed["window"].max_attend_future
     with faults.catching():

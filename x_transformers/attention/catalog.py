@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import latent, output_projection, projections
+from x_transformers.attention import latent, output_projection, projections, switch_head
 from x_transformers.attention.keys import memory, sink, zero
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
@@ -131,6 +131,7 @@ FEATURES = (
     gates.GATES,
     orthogonal.FEATURE,
     *output_projection.FEATURES,
+    switch_head.FEATURE,
 )
 
 SCHEMA = Schema(FEATURES)

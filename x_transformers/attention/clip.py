@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import Intermediates
 
@@ -80,6 +81,11 @@ def clip_heads(
 
 
 def _linear(module: nn.Module) -> nn.Linear:
+    if isinstance(module, HeadMaps):
+        raise InputError(
+            "logits are clipped by scaling one matrix of each head, and with `attn_switch_queries_keys` tokens choose "
+            "among several; drop it, or bound logits by `attn_qk_norm`."
+        )
     if not isinstance(module, nn.Linear):
         raise InputError(
             f"logits are clipped by scaling the weights of `nn.Linear` maps, and a {type(module).__name__} is in the "

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.attention.base import AttentionShape
+from x_transformers.attention.head_maps import HeadOutput
 from x_transformers.errors import ConfigError
 from x_transformers.options.schema import Feature, at_least, opt
 
@@ -40,7 +41,9 @@ class GatedOutput(nn.Module):
         return F.glu(self.projection(x), dim=-1)
 
 
-def build_output(shape: AttentionShape, width: int, options: OutputOptions, gated: bool, bias: bool) -> nn.Module:
+def build_output(
+    shape: AttentionShape, width: int, options: OutputOptions, gated: bool, bias: bool, experts: int | None = None
+) -> nn.Module:
     """Build the output projection, or the identity where it would have no effect and is not requested.
 
     Args:
@@ -49,6 +52,7 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
         options: of the projection.
         gated: attention on attention.
         bias: the projection adds a bias.
+        experts: number of matrices of each head, of which tokens choose; None: one for all heads.
 
     Raises:
         ConfigError: if the projection is forbidden, but its width or another option needs one.
@@ -56,7 +60,7 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
     dim_out = shape.dim if options.dim_out is None else options.dim_out
     project = options.project_out
     if project is None:
-        project = gated or shape.heads > 1 or shape.dim != dim_out or width != dim_out
+        project = gated or experts is not None or shape.heads > 1 or shape.dim != dim_out or width != dim_out
     if not project:
         if gated:
             raise ConfigError("`on_attn` gates the output projection; drop `project_out = False`.")
@@ -71,12 +75,15 @@ def build_output(shape: AttentionShape, width: int, options: OutputOptions, gate
                 "`out_bias` adds a bias to the output projection, and there is none; set `project_out = True`."
             )
         return nn.Identity()
-    out = GatedOutput(width, dim_out, bias) if gated else nn.Linear(width, dim_out, bias=bias)
+    if experts is not None:
+        out: nn.Module = HeadOutput(shape.heads, width // shape.heads, dim_out, experts, bias)
+    else:
+        out = GatedOutput(width, dim_out, bias) if gated else nn.Linear(width, dim_out, bias=bias)
     if options.zero_init_output:
         for parameter in out.parameters():
             nn.init.zeros_(parameter)
     elif options.output_proj_depth is not None:
-        weight = linear_of(out).weight  # type: ignore[union-attr]
+        weight = out.weight if isinstance(out, HeadOutput) else linear_of(out).weight  # type: ignore[union-attr]
         nn.init.normal_(weight, std=(2 * width * options.output_proj_depth) ** -0.5)
     return out
 

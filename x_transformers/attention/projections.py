@@ -12,10 +12,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.modules.joint_maps import joint_maps
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
+from x_transformers.routing.base import Routing
 
 JointNorm: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -105,6 +107,8 @@ class Projections(PreparesForInference):
         bias: each of the maps adds a bias.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
+        experts: numbers of matrices of each head of which tokens choose (`HeadMaps`), for queries and keys, and for
+            values; None: one.
     """
 
     def __init__(
@@ -120,25 +124,49 @@ class Projections(PreparesForInference):
         key_dim_head: int | None = None,
         bias: bool = False,
         clip: float | None = None,
+        experts: tuple[int | None, int | None] = (None, None),
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
-        self.q = nn.Linear(dim, heads * dim_head, bias=bias)
+        of_keys, of_values = experts
+        self.mixes_queries_keys, self.mixes_values = of_keys is not None, of_values is not None
+        self.q = _map_to_heads(dim, heads, dim_head, of_keys, bias)
         key_dim_head = dim_head if key_dim_head is None else key_dim_head
-        self.k = nn.Linear(dim_context, key_heads * key_dim_head, bias=bias) if key_heads else None
-        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias)
+        self.k = _map_to_heads(dim_context, key_heads, key_dim_head, of_keys, bias) if key_heads else None
+        self.v = _map_to_heads(dim_context, kv_heads, value_dim_head, of_values, bias)
 
-    def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""
-        flat = self.q(x)
+    def queries(self, x: Tensor, delta: Tensor | None = None, chosen: Routing | None = None) -> Tensor:
+        """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features.
+
+        Args:
+            x: the input.
+            delta: `(b, i, h d)`.
+            chosen: matrices of the tokens for outputs, if they choose.
+        """
+        flat = self.q(x, chosen) if self.mixes_queries_keys else self.q(x)
         return split_heads(flat if delta is None else flat + delta, self.heads)
 
     def keys_values(
-        self, xk: Tensor, xv: Tensor, delta_k: Tensor | None = None, delta_v: Tensor | None = None
+        self,
+        xk: Tensor,
+        xv: Tensor,
+        delta_k: Tensor | None = None,
+        delta_v: Tensor | None = None,
+        chosen: Routing | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys."""
-        k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
-        return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
+        """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys.
+
+        Args:
+            xk, xv: inputs of keys and values.
+            delta_k, delta_v: added to the flat features.
+            chosen: matrices of the tokens for values, if they choose.
+        """
+        v = split_heads(_plus(self.v(xv, chosen) if self.mixes_values else self.v(xv), delta_v), self.kv_heads)
+        if self.k is None:
+            return None, v
+        return split_heads(
+            _plus(self.k(xk, chosen) if self.mixes_queries_keys else self.k(xk), delta_k), self.key_heads
+        ), v
 
     def clipped(self, *features: Tensor) -> list[Tensor]:
         """Return queries, keys or values within the bound, which there must be."""
@@ -178,6 +206,13 @@ class Projections(PreparesForInference):
         if of_q // self.heads != of_v // self.kv_heads:
             return None
         return Map(torch.cat(weights), torch.cat(biases) if biases else None)
+
+
+def _map_to_heads(dim: int, heads: int, width: int, experts: int | None, bias: bool) -> nn.Module:
+    """Return a linear map to heads, or a mixture of several for each head."""
+    if experts is None:
+        return nn.Linear(dim, heads * width, bias=bias)
+    return HeadMaps(dim, heads, width, experts, bias)
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:

@@ -76,6 +76,7 @@ class NamedWeights(Protocol):
     projections: Any
     latent_kv: Any
     latent_q_norm: Any
+    switch: Any
     qk_norms: Any
     values: Any
 
@@ -135,6 +136,8 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
         beyond.append("norm of latents (`attn_latent_norm`)")
     if latent is not None and latent.shared:
         beyond.append("key that all heads share (`attn_latent_rope_dim`)")
+    if attention.switch is not None:
+        beyond.append("choice of matrices by heads (`attn_switch_experts`)")
     for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:
         raise StateDictError(f"the reference has no {what}; a model with it cannot be exported.")
     order = reference_head_order(shape.heads, shape.kv_heads)

@@ -157,6 +157,8 @@ OTHER_NETWORKS = {
     "ff_softclamp": "the soft bounds",
     "post_act_ln": "`post_act_ln`",
     "experts": "`experts`",
+    "soft_experts": "`soft_experts`",
+    "heavy_feedforward": "the heavy feedforward",
 }
 """Features of the feedforward that it does not have, and words for them."""
 

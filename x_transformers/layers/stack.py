@@ -263,7 +263,10 @@ class LayerStack(nn.Module):
     @property
     def sees_future(self) -> bool:
         """True if tokens read later ones: neither causality nor a mask of the stack itself hides them."""
-        return not (self.causal or self.looks_back) and bool(self.branches(SELF_ATTENTION.letter, MIXER.letter))
+        if self.causal or self.looks_back:
+            return False
+        mixing = (SELF_ATTENTION.letter, MIXER.letter)
+        return any(branch.kind.letter in mixing or branch.fn.mixes_rows for branch in self.sublayers)
 
     @property
     def can_cache_kv(self) -> bool:

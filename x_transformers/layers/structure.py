@@ -236,6 +236,7 @@ PARALLEL = Feature(
                 ("mv_split_residual", "mv_split_residual"),
                 ("residual_streams", "num_residual_streams"),
                 ("resi_dual", "resi_dual"),
+                ("path_scales", "path_scales"),
                 ("aggregated_residuals", "attn_aggregated_residuals"),
                 ("lime", "integrate_layers"),
                 ("unet_skips", "unet_skips"),

@@ -59,7 +59,7 @@ def to_experts(model: Net, experts: int, topk: int, **objects: Any) -> Net:
         raise ConfigError("the model has no feedforward that could be cut into experts.")
     config = copy.deepcopy(model.config)
     options = config["options"] if isinstance(model, LayerStack) else config["options"]["attn_layers"]["options"]
-    widths = [_mult(fn.down.in_features // experts, fn.dim) for fn in dense]
+    widths = [mult_for(fn.down.in_features // experts, fn.dim) for fn in dense]
     options |= {"ff_experts": experts, "ff_experts_topk": topk, "ff_router": "keys", "ff_mult": tuple(widths)}
     # the map into a gated feedforward may have a bias where the output map has none, which experts share
     options["ff_no_bias"] = tuple(fn.up.bias is None and fn.down.bias is None for fn in dense)
@@ -98,7 +98,7 @@ def _checked(fn: nn.Module, experts: int) -> FeedForward:
     return fn
 
 
-def _mult(inner: int, dim: int) -> float:
+def mult_for(inner: int, dim: int) -> float:
     """Return a factor with `int(dim * factor) == inner`."""
     exact = inner / dim
     return exact if int(dim * exact) == inner else (inner + 0.5) / dim

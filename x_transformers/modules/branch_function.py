@@ -55,6 +55,18 @@ class BranchFunction(nn.Module):
         """
         raise NotImplementedError
 
+    def remember(self, x: Tensor, layer: LayerCall) -> Any:
+        """Write what later tokens read of these into the entry of the cache, without an output.
+
+        Args:
+            x: `(b, n, D)` normalized input.
+            layer: the sublayer's call, with an entry.
+
+        Returns:
+            the record of `run`, or None if the function has to run as usual.
+        """
+        return None
+
     def begin_at(self, number: int, count: int) -> None:
         """Set first values that depend on the place in a stack.
 
@@ -84,6 +96,11 @@ class BranchFunction(nn.Module):
     @property
     def has_aux_loss(self) -> bool:
         """True if the function has a loss of its own, which its records contain."""
+        return False
+
+    @property
+    def mixes_rows(self) -> bool:
+        """True if each token reads all tokens of its row, although the function is no attention and no token mixer."""
         return False
 
     @property

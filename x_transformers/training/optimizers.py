@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.errors import ConfigError
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.options.values import hints_of, misfits
@@ -53,7 +54,7 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     for stack in stacks:
         maps = stack.muon_parameters()
         if queries_and_keys:
-            maps += [module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear)]
+            maps += [m.weight for m in stack.layers.modules() if isinstance(m, (nn.Linear, HeadMaps))]
         # a map from or to a single number is a vector, which cannot be orthogonalized
         chosen |= {id(weight) for weight in maps if weight.ndim in MATRICES and min(weight.shape[-2:]) > 1}
     # embeddings inside of a stack are tables of biases, not of tokens or positions
@@ -68,7 +69,7 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     return split
 
 
-MATRICES = (2, 3)
+MATRICES = (2, 3, 4)
 """Numbers of axes of matrices, and of stacks of matrices, each of which is orthogonalized by itself."""
 
 
@@ -161,7 +162,8 @@ class Muon(Optimizer):
         if whole.ndim == 2:
             update = orthogonalized(whole, *numbers)
         else:
-            update = torch.stack([orthogonalized(matrix, *numbers) for matrix in whole.unbind(0)])
+            each = [orthogonalized(matrix, *numbers) for matrix in whole.flatten(0, -3).unbind(0)]
+            update = torch.stack(each).view_as(whole)
         rows, columns = parameter.shape[-2:]
         lr = group["lr"]
         matched = group["adjust_lr_fn"] == "match_rms_adamw"
