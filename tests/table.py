@@ -32,6 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "only_attn": {"only_attn": ON},
     "macaron": {"macaron": ON},
     "weight_tie_layers": {"weight_tie_layers": ON},
+    "tie_blocks": {"tie_blocks": 2, "depth": 4, "tie_order": "sequence"},
+    "tie_lora_rank": {"weight_tie_layers": ON, "tie_lora_rank": 2},
+    "tie_own_norms": {"weight_tie_layers": ON, "tie_own_norms": ON},
     "layers_execute_order": {"layers_execute_order": (0, 1, 0, 1, 2, 3)},
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
     # token mixers: instead of all self-attentions, and of every other one
@@ -258,6 +261,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
     "attn_qkv_bias": {"attn_qkv_bias": ON},
+    "attn_param_tokens": {"attn_param_tokens": 12, "attn_param_attention": "gelu_l2", "attn_param_scale": 3.0},
     "attn_flash": {"attn_flash": ON},
     "attn_onnxable": {"attn_onnxable": ON, "attn_attend_sdp_kwargs": {"enable_flash": False}},
     "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
@@ -355,6 +359,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_activation_limit": {"ff_glu": ON, "ff_activation": "clamped_swiglu", "ff_activation_limit": 0.8},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
+    "ff_rational": {"ff_rational": ON, "ff_rational_groups": 4, "ff_rational_init": "gelu"},
+    "ff_param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": ON, "ff_param_scale": 4.0},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
     "ff_rwkv": {"ff_rwkv": ON},
     # experts
@@ -421,6 +427,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HYBRIDS = tuple(name for name, keywords in OPTIONS.items() if "layer_period" in keywords)
 """Rows of stacks with mixers and attentions."""
 
+TIED = "weight_tie_layers tie_lora_rank tie_own_norms tie_blocks"
+"""Rows of tied blocks."""
+
 CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
     "cross_residual_attn": {"cross_residual_attn": ON},
@@ -460,9 +469,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
-    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
+    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", TIED, " ".join(HYBRIDS)),
     # with blocks of three, the order of the row runs no attention of a hybrid
-    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
+    "order of execution": (TIED, "layers_execute_order", " ".join(HYBRIDS)),
+    "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
         "mixer",
@@ -518,6 +528,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "ff_activation",
         "ff_activation_limit",
         "ff_custom_activation",
+        "ff_rational",
+        "ff_param_attention",
     ),
     "network of experts": (
         "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout",
@@ -661,6 +673,12 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
     return (pair for pair in itertools.combinations(cases_of(stack), 2) if may_meet(*pair))
 
 
+STACKED = "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout ff_soft_experts"
+SWITCHED = (
+    "attn_switch_experts attn_switch_topk attn_switch_queries_keys attn_switch_one_selection attn_switch_expert_dropout"
+)
+"""Rows whose matrices are stacks of several."""
+
 LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
 NO_SWITCH = f"{LATENT_KEYS} attn_on_attn attn_project_out"
 
@@ -678,9 +696,8 @@ REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_activation_limit ff_custom_activation ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
-        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
+        "ff_activation ff_activation_limit ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
+        f"{STACKED} ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
@@ -730,13 +747,20 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation ff_rational",
+    "ff_param_attention": (
+        f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"
+    ),
+    "attn_param_tokens": f"attn_qkv_bias attn_out_bias {SWITCHED}",
+    "tie_blocks": "integrate_layers layer_integrate_use_softmax unet_skips",
+    "tie_lora_rank": f"{STACKED} {SWITCHED}",
+    "tie_own_norms": f"{STACKED} {SWITCHED}",
     "attn_power_softmax": "attn_laser attn_head_learned_sink attn_add_zero_kv residual_attn cross_residual_attn",
     "attn_switch_experts": NO_SWITCH,
     "attn_switch_topk": NO_SWITCH,
     "attn_switch_queries_keys": NO_SWITCH,
     "attn_switch_one_selection": f"{NO_SWITCH} attn_kv_heads attn_one_kv_head",
     "attn_switch_expert_dropout": NO_SWITCH,
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation",
     "emb_dim": "tie_embedding",
     "to_logits": "logits_bias",
 }

@@ -257,10 +257,18 @@ def test_a_model_and_its_losses() -> None:
 
 
 ELSEWHERE = {
+    "crms-norm": "tests/test_norm_conversions.py",
+    "pre-rmsnorm-models": "tests/test_norm_conversions.py",
     "early-exit-llama": "tests/test_exits.py",
     "layerskip-schedules": "tests/test_exits.py",
     "gptoss-block": "tests/test_latent_families.py",
     "deepseekv3-model": "tests/test_latent_families.py",
+    "pattention-gelu-l2-norm": "tests/test_param_tokens.py",
+    "pattention-grown": "tests/test_param_tokens.py",
+    "pattention-l2-norm-gelu": "tests/test_param_tokens.py",
+    "pattention-softmax": "tests/test_param_tokens.py",
+    "rational-gelu": "tests/test_rational.py",
+    "rational-swish": "tests/test_rational.py",
     "switchhead": "tests/test_switch_head.py",
     "switchhead-all": "tests/test_switch_head.py",
     "switchhead-shared-selection": "tests/test_switch_head.py",

@@ -109,6 +109,9 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         value_dim_head=head.dim_head if head.value_dim_head is None else head.value_dim_head,
         causal=causal,
     )
+    make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
+    to_heads = None if make is None else (lambda dim, heads, width: make(dim, heads * width))
+    mixtures = switch.maps_to_heads(bias.qkv_bias)
     source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
     modules: dict[str, Any] = {}
     unrotated: tuple[int, int] | None = None
@@ -138,7 +141,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
-            experts=(switch.switch_experts if switch.switch_queries_keys else None, switch.switch_experts),
+            makers=(mixtures if switch.switch_queries_keys else to_heads, mixtures or to_heads),
         )
         modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():
@@ -151,7 +154,13 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     with faults.catching():
         gated, output = parsed.on("on_attn"), parsed["attention_output"]
         modules["out"] = build_output(
-            shape, heads * width, output, gated=gated, bias=bias.out_bias, experts=switch.switch_experts
+            shape,
+            heads * width,
+            output,
+            gated=gated,
+            bias=bias.out_bias,
+            make=make,
+            experts=switch.switch_experts,
         )
     switches: dict[str, str] = {}
     window = parsed["window"].max_attend_past, parsed["window"].max_attend_future

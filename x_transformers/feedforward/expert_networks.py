@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.feedforward.glu import bounded, build_activation, gated
+from x_transformers.feedforward.activations import build_activation
+from x_transformers.feedforward.glu import bounded, gated, with_bounds
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.options.schema import Options, at_least, require
@@ -45,11 +46,13 @@ class ExpertNetworks(BranchFunction):
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         self.biased = not (core.no_bias or (glu.glu and glu.glu_no_bias))
         inner, width = self.inner, dim if core.dim_out is None else core.dim_out
+        self.input_activation = parsed["rational"].build_input(dim)
         self.up, self.up_bias = _stack_of_maps(experts, dim, 2 * inner if glu.glu else inner, self.biased)
-        self.activation, self.bound = build_activation(parsed, inner)
+        self.activation, self.bound = with_bounds(build_activation(parsed, inner), parsed)
         self.gate_scale = nn.Parameter(torch.ones(experts, inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down, self.down_bias = _stack_of_maps(experts, inner, width, not core.no_bias)
+        parsed["rational"].scale_maps(self.up, self.down)
         if core.zero_init_output:
             nn.init.zeros_(self.down)
             if self.down_bias is not None:
@@ -68,6 +71,8 @@ class ExpertNetworks(BranchFunction):
         Returns:
             `(..., dim_out)`.
         """
+        if self.input_activation is not None:
+            rows = self.input_activation(rows)
         x = apply_maps(rows, self.up, self.up_bias)
         if self.glu:
             x = gated(x, self.activation, self.bound, None)

@@ -65,6 +65,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         super().__init__()
         faults = Faults()
         parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
         faults.raise_if_any("Experts")
         core, glu, own = parsed["feedforward"], parsed["glu"], parsed["experts"]
         if own.experts is None:

@@ -22,17 +22,17 @@ Bound = float | ClampAndShift
 """A bound of the values that are gated; a number c means `c * tanh(u / c)`."""
 
 
-def build_activation(options: Options, inner: int) -> tuple[nn.Module, Bound | None]:
-    """Build the activation of a feedforward, and what bounds the values that it gates, or without gate its input.
+def with_bounds(activation: nn.Module, options: Options) -> tuple[nn.Module, Bound | None]:
+    """Return the activation with its bound, and the bound of the values that it gates, or without gate of its input.
 
     Args:
+        activation: of the feedforward.
         options: of the feedforward.
-        inner: number of features between the two maps.
 
     Raises:
         ConfigError: if a bound does not fit the activation, or the activation needs a gate.
     """
-    activation, bounds = options["activation"].build(inner), options["ff_softclamp"]
+    bounds = options["ff_softclamp"]
     if not options["glu"].glu:
         require(
             not isinstance(activation, ClampedSwiGLU),

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.errors import ConfigError
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.modules.tied_linear import matrices_of
 from x_transformers.options.values import hints_of, misfits
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -54,7 +55,8 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     for stack in stacks:
         maps = stack.muon_parameters()
         if queries_and_keys:
-            maps += [m.weight for m in stack.layers.modules() if isinstance(m, (nn.Linear, HeadMaps))]
+            maps += matrices_of(stack.layers)
+            maps += [module.weight for module in stack.layers.modules() if isinstance(module, HeadMaps)]
         # a map from or to a single number is a vector, which cannot be orthogonalized
         chosen |= {id(weight) for weight in maps if weight.ndim in MATRICES and min(weight.shape[-2:]) > 1}
     # embeddings inside of a stack are tables of biases, not of tokens or positions
