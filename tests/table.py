@@ -162,6 +162,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
     "use_crmsnorm": {"use_crmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
+    "use_prepbn": {"use_prepbn": ON, "prepbn_steps": 4},
     "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
     "use_derf": {"use_derf": ON},
     "use_adaptive_layernorm": {"use_adaptive_layernorm": ON},
@@ -202,6 +203,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "integrate_layers": {"integrate_layers": ON},
     "layer_integrate_use_softmax": {"integrate_layers": ON, "layer_integrate_use_softmax": False},
     "unet_skips": {"unet_skips": ON},
+    "parallel_blocks": {"parallel_blocks": 2},
+    "depth_routing": {
+        "depth_routing": "threshold",
+        "depth_routing_share": 0.5,
+        "depth_routing_every": 1,
+        "depth_routing_loss_weight": 0.1,
+    },
     "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
     "shift_tokens": {"shift_tokens": 1},
     "layer_dropout": {"layer_dropout": 0.2},
@@ -287,7 +295,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attn_latent_norm_eps": 0.01,
     },
     "attn_switch_experts": SWITCH,
-    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_topk": {"attn_switch_experts": 4, "attn_switch_topk": 1},
     "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
     "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
     "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
@@ -338,6 +346,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_output_proj_depth": {"attn_output_proj_depth": 2},
     "attn_out_bias": {"attn_out_bias": ON},
     "attn_project_out": {"heads": 2, "attn_project_out": False},
+    "attn_heavy_queries": {
+        "attn_heavy_queries": 3,
+        "attn_heavy_null": ON,
+        "attn_heavy_ratio": 1.5,
+        "attn_heavy_temperature": 0.5,
+    },
+    "attn_heavy_keys": {
+        "attn_heavy_queries": 0.3,
+        "attn_heavy_keys": 0.6,
+        "attn_heavy_heads": 2,
+        "attn_heavy_dim_head": 16,
+        "attn_heavy_straight": False,
+    },
     # feedforward
     "ff_mult": {"ff_mult": 2},
     "ff_no_bias": {"ff_no_bias": ON},
@@ -450,6 +471,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "use_rmsnorm",
         "use_simple_rmsnorm",
         "use_crmsnorm",
+        "use_prepbn",
         "use_scalenorm",
         "use_dynamic_tanh",
         "use_derf",
@@ -505,6 +527,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "scaled_sinu_pos_emb",
         "abs_pos_emb_scale abs_pos_emb_offset",
     ),
+    "tokens of a second attention": ("attn_heavy_queries", "attn_heavy_keys"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -596,6 +619,8 @@ WHOLE_ROWS = "reads whole rows"
 NOT_IN: dict[str, dict[str, str]] = {
     "decoder": {
         "attn_max_attend_future": NO_FUTURE,
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -628,6 +653,8 @@ NOT_IN: dict[str, dict[str, str]] = {
     "cross": {
         "attn_max_attend_future": NO_FUTURE,
         "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -693,6 +720,18 @@ REFUSED: dict[str, str] = {
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
         "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
+    "depth_routing": (
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips shift_tokens residual_attn cross_residual_attn attn_hybrid_module attn_hybrid_fold_axial_dim "
+        f"ff_rwkv mixer {' '.join(HYBRIDS)}"
+    ),
+    "parallel_blocks": (
+        "custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm gate_residual orthog_residual "
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips layers_execute_order"
+    ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
@@ -707,6 +746,10 @@ REFUSED: dict[str, str] = {
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
+    "use_prepbn": (
+        "pre_norm pre_and_post_norm sandwich_norm branch_norm resi_dual gated_multi_residual "
+        "qkv_receive_diff_residuals parallel_block_one_norm"
+    ),
     "pre_norm_has_final_norm": "resi_dual",
     "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
@@ -738,6 +781,13 @@ REFUSED: dict[str, str] = {
         "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
+    "rotary_base_rescale_factor": "rotary_interleaved",
+    "attn_heavy_queries": "polar_pos_emb",
+    # with heads of its own
+    "attn_heavy_keys": (
+        "polar_pos_emb rotate_num_heads alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
+        "dynamic_pos_bias dynamic_pos_bias_norm"
+    ),
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",

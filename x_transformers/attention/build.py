@@ -24,6 +24,7 @@ from x_transformers.attention.base import (
     WeightMod,
 )
 from x_transformers.attention.catalog import SCHEMA
+from x_transformers.attention.heavy import HeavyPlan, plan_heavy
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
@@ -50,6 +51,7 @@ class AttentionParts:
         sublayer_dropout: dropout of the output.
         unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
         latent_q, ..., out: the modules, in the order of the state dict.
+        heavy: what a second attention is built from, or None.
         attend: the core, which reads the parts that change scores and weights.
     """
 
@@ -78,6 +80,7 @@ class AttentionParts:
     values: Slot[ValueMod]
     value_mix: ValueMix | None
     out: nn.Module
+    heavy: HeavyPlan | None
     attend: Attend
 
 
@@ -162,6 +165,8 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             make=make,
             experts=switch.switch_experts,
         )
+    with faults.catching():
+        modules["heavy"] = plan_heavy(parsed, heads, causal)
     switches: dict[str, str] = {}
     window = parsed["window"].max_attend_past, parsed["window"].max_attend_future
     with faults.catching():

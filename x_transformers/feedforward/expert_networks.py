@@ -17,6 +17,9 @@ from x_transformers.options.schema import Options, at_least, require
 ApplyMaps = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 """Applies to each row the map of its expert: `(rows, weights (E, out, in), biases (E, out)) -> rows`."""
 
+STACKS = ("up", "up_bias", "gate_scale", "down", "down_bias")
+"""Names of the parameters with an axis of experts, which is the first one; some may be None."""
+
 
 class ExpertNetworks(BranchFunction):
     """Abstract base class of mixtures of E feedforward networks, each as `FeedForward` has them.
@@ -89,7 +92,7 @@ class ExpertNetworks(BranchFunction):
     @property
     def stacks(self) -> list[Tensor]:
         """Parameters with a part for each expert."""
-        stacks = (self.up, self.up_bias, self.gate_scale, self.down, self.down_bias)
+        stacks = [getattr(self, name) for name in STACKS]
         return [t for t in stacks if t is not None]
 
     def muon_parameters(self) -> list[Tensor]:
