@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from x_transformers import Decoder, FeedForward
+from x_transformers import Decoder, FeedForward, TransformerWrapper, to_crmsnorm, to_rmsnorm
 from x_transformers.errors import ConfigError, StateDictError
 from x_transformers.feedforward.experts import Experts
 from x_transformers.feedforward.rational import STARTS, GroupRational, Rational, rational
@@ -130,6 +130,15 @@ def test_what_cannot_be_converted() -> None:
         to_experts(stack, 4, 2)
     with pytest.raises(StateDictError, match="rational activations"):
         stack.export_reference_state_dict()
+
+
+def test_gains_of_norms_cannot_be_multiplied_into_maps() -> None:
+    layers = Decoder(dim=16, depth=1, heads=2, ff_rational=True, ff_rational_groups=1)
+    model = TransformerWrapper(num_tokens=20, max_seq_len=8, attn_layers=layers)
+    with pytest.raises(ConfigError, match="`ff_rational` applies activations to the features of the stream"):
+        to_crmsnorm(model)
+    ids = torch.randint(0, 20, (2, 6))
+    torch.testing.assert_close(to_rmsnorm(model)(ids), model(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_the_parts_in_the_order_of_the_reference_compute_the_same() -> None:

@@ -280,6 +280,13 @@ def test_refusals_of_conversion() -> None:
         to_recursive(stack(), 2, 2, "first")
 
 
+def test_a_borrower_by_itself_keeps_its_owner() -> None:
+    layers = stack(**TIED)
+    norm, out = layers.layers[2].norm, layers.layers[2].attention.out
+    assert copy.deepcopy(norm).owner is norm.owner
+    assert copy.deepcopy(out).owner is layers.layers[0].attention.out
+
+
 def test_what_tied_matrices_refuse() -> None:
     layers = stack(**TIED)
     with pytest.raises(StateDictError):

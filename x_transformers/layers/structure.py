@@ -185,7 +185,10 @@ RELAXED = Feature(
             "or `tie_blocks`.",
         ),
     ),
-    exempt={"export": "the reference has no such blocks"},
+    exempt={
+        "export": "the reference has no such blocks",
+        "shards by attention": "tied attentions share matrices, so that they are sharded together",
+    },
     examples=(
         {"weight_tie_layers": True, "tie_lora_rank": 2},
         {"weight_tie_layers": True, "tie_lora_rank": 3, "tie_own_norms": True, "use_rmsnorm": True, "ff_no_bias": True},

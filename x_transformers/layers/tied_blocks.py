@@ -103,7 +103,7 @@ def linear_maps(
     """
     for name, child in module._modules.items():
         path = f"{prefix}{name}"
-        if type(child) is kind:
+        if isinstance(child, kind) and type(child) is kind:
             yield path, module, name, child
         elif isinstance(child, CONTAINERS) or type(child).__module__.partition(".")[0] == PACKAGE:
             assert child is not None

@@ -73,12 +73,12 @@ def to_recursive(
     state = dict(before)
     names = [f"{prefix}{index}.{branch.kind.module_name}." for index, branch in enumerate(new.sublayers)]
     for maps in _tied_maps(new):
-        number, part = divmod(maps[0].index, size)
+        number, part = divmod(maps[0].sublayer, size)
         group = number % blocks if order == "cycle" else number * blocks // new.depth
         # of the first blocks, or of those at equal distances
         source = size * (group if init == "lower" else group * (new.depth // blocks)) + part
         chosen = None if init == "average" else names[source] + maps[0].path
-        _tie(state, before, [names[each.index] + each.path for each in maps], maps[-1].module, chosen)
+        _tie(state, before, [names[each.sublayer] + each.path for each in maps], maps[-1].module, chosen)
     found.load_state_dict(state)
     return found
 
@@ -86,7 +86,7 @@ def to_recursive(
 class _Map(NamedTuple):
     """A linear map: the number of its sublayer, its path in the function of this, and the module."""
 
-    index: int
+    sublayer: int
     path: str
     module: TiedLinear | nn.Linear
 

@@ -7,14 +7,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.modules.state_dict import LoadsWhole
+from x_transformers.errors import StateDictError
+from x_transformers.modules.borrowed import Borrows
+from x_transformers.modules.state_dict import ReadsReference
 
 
-class TiedLinear(LoadsWhole):
+class TiedLinear(Borrows, ReadsReference):
     """Linear map `W x + B (A x) + b`, whose matrix W other maps use too; the rest is its own.
-
-    The owner of W is kept in a tuple, so that it is not registered as a submodule here: W has one place in the model
-    and in the state dict.
 
     Args:
         linear: the map that this one replaces: its widths, its bias, and W if there is no owner.
@@ -22,12 +21,12 @@ class TiedLinear(LoadsWhole):
         rank: of the addition, which starts at zero; None: there is none, and the owner's bias is used too.
     """
 
-    weight: nn.Parameter | None
+    weight: Tensor
 
     def __init__(self, linear: nn.Linear, owner: nn.Module | None = None, rank: int | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._owner: tuple[Any, ...] = () if owner is None else (owner,)
+        self._owner = () if owner is None else (owner,)
         if owner is None:
             self.weight = linear.weight
         self.lora_a = self.lora_b = self.bias = None
@@ -51,6 +50,12 @@ class TiedLinear(LoadsWhole):
             return out
         return F.linear(x, owner.weight, self.bias) + self.lora_b(self.lora_a(x))
 
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        raise StateDictError(
+            "the reference has no tied blocks that differ; a model with `tie_lora_rank` or `tie_own_norms` cannot be "
+            "exported."
+        )
+
     def extra_repr(self) -> str:
         """Return the widths, for the representation of the module."""
         tied = ", tied" if self._owner else ""
@@ -61,7 +66,7 @@ def matrices_of(module: nn.Module) -> list[Tensor]:
     """Return the matrices of all linear maps in a module, without those that other modules have."""
     maps = [each for each in module.modules() if isinstance(each, nn.Linear)]
     tied = [each for each in module.modules() if isinstance(each, TiedLinear) and each.owner is each]
-    return [each.weight for each in (*maps, *tied) if each.weight is not None]
+    return [each.weight for each in (*maps, *tied)]
 
 
 def borrowed_elements(module: nn.Module) -> int:

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from x_transformers.modules.borrowed import Borrows
 from x_transformers.modules.norms import Norm, apply_norm
-from x_transformers.modules.tied_linear import TiedLinear
 
 
-class SharedNorm(Norm):
+class SharedNorm(Borrows, Norm):
     """A norm of another sublayer, which keeps its parameters and its names in the state dict.
 
-    The owner is kept in a tuple, so that it is not registered as a submodule. If its norm is replaced, this one is too.
+    If the owner's norm is replaced, this one is too.
 
     Args:
         owner: the sublayer whose norm this is.
@@ -23,14 +23,9 @@ class SharedNorm(Norm):
 
     def __init__(self, owner: nn.Module, name: str = "norm") -> None:
         super().__init__()
-        self._owner: tuple[Any] = (owner,)
+        self._owner = (owner,)
         self.name = name
         self.adaptive = bool(getattr(getattr(owner, name), "adaptive", False))
-
-    @property
-    def owner(self) -> nn.Module:
-        """The sublayer that has the norm."""
-        return self._owner[0]
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         norm = getattr(self._owner[0], self.name)
@@ -60,7 +55,7 @@ def with_what_they_share(sublayers: Iterable[Any]) -> list[list[Any]]:
     group = list(range(len(sublayers)))
     for index, sublayer in enumerate(sublayers):
         for module in sublayer.modules():
-            if isinstance(module, SharedNorm | TiedLinear):
+            if isinstance(module, Borrows):
                 old, new = group[index], group[place[id(module.owner)]]
                 group = [new if each == old else each for each in group]
     return [[each for each, of in zip(sublayers, group, strict=True) if of == first] for first in dict.fromkeys(group)]
