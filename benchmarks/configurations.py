@@ -45,6 +45,7 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     "context": {"cross_attend": True, "cross_attn_dim_context": DIM // 2},
     "memory_kv": {"attn_num_mem_kv": 16},
     "window": {"attn_max_attend_past": LENGTH // 4},
+    "gin": {"attn_gin": True, "attn_gin_threshold": "silu"},
     "experts": {"ff_experts": 8, "ff_experts_topk": 2, "ff_mult": 2},
     "softclamp_logits": {"attn_softclamp_logits": True},
     "relative_projection": {"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 64},

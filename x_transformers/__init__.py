@@ -18,6 +18,7 @@ from x_transformers.layers.named_stacks import (
     TransformerBlock,
 )
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.ensemble import ensemble
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.to_experts import to_experts
@@ -67,6 +68,7 @@ __all__ = [
     "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
     "default_device",
+    "ensemble",
     "layer_schedule",
     "load_pretrained",
     "to_experts",

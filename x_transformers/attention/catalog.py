@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import latent, output_projection, projections
+from x_transformers.attention import latent, output_projection, projections, subsampling
 from x_transformers.attention.keys import memory, sink, zero
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
@@ -17,7 +17,7 @@ from x_transformers.attention.scores import (
     softclamp,
     talking_heads,
 )
-from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
+from x_transformers.attention.values import gates, gin, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
 from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 
@@ -111,6 +111,7 @@ FEATURES = (
     zero.FEATURE,
     sink.FEATURE,
     WINDOW,
+    subsampling.FEATURE,
     softclamp.FEATURE,
     forgetting.FEATURE,
     relative_projection.FEATURE,
@@ -125,6 +126,7 @@ FEATURES = (
     residual.MIX,
     rmsnorm.FEATURE,
     laser.FEATURE,
+    gin.FEATURE,
     head_scale.FEATURE,
     gates.HEAD_GATE,
     hybrid.FEATURE,

@@ -92,6 +92,16 @@ class ContextOptions:
         at_least(1, dim_context=self.dim_context)
 
 
+class Unmapped(nn.Module):
+    """The input itself, in the dtype that a linear map would return under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
+
+
 class Projections(PreparesForInference):
     """`q = W_q x`, `k = W_k s`, `v = W_v s`, split into heads.
 
@@ -104,6 +114,7 @@ class Projections(PreparesForInference):
         bias: each of the maps adds a bias.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
+        value_map: False: there is no map to values, and heads read slices of s itself.
     """
 
     def __init__(
@@ -118,12 +129,13 @@ class Projections(PreparesForInference):
         value_dim_head: int,
         bias: bool = False,
         clip: float | None = None,
+        value_map: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
         self.q = nn.Linear(dim, heads * dim_head, bias=bias)
         self.k = nn.Linear(dim_context, key_heads * dim_head, bias=bias) if key_heads else None
-        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias)
+        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias) if value_map else Unmapped()
 
     def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""
