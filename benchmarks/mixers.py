@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from x_transformers.training.records import METRICS, read_metrics
 RESULTS = Path(__file__).parent / "results" / "mixers.json"
 LENGTHS = (1, 64, 128, 256, 512, 1024, 2048)
 """Numbers of decoded tokens whose memory is counted."""
+POINTS = 50
+"""Number of points of a curve."""
 
 NO_POSITIONS = {"use_abs_pos_emb": False, "rotary_pos_emb": False, "rotary_emb_dim": None}
 DELTA = {**NO_POSITIONS, "mixer": "gated_delta", "mixer_zero_init_output": True}
@@ -53,6 +56,19 @@ def train(name: str, folder: Path, minutes: float) -> list[dict[str, float]]:
         command = ["-m", "x_transformers", "train", "--minutes", str(minutes), "--out", str(out.resolve())]
         in_folder(ROOT, sys.executable, *command, *flags, *started)
     return read_metrics(metrics)
+
+
+def summary(metrics: list[dict[str, float]], minutes: float) -> dict[str, Any]:
+    """Return the number of steps, the held-out loss, and the training loss as means over a fiftieth of the run."""
+    steps = int(metrics[-1]["step"])
+    losses = [line["bits_per_byte"] for line in metrics if "bits_per_byte" in line]
+    size = max(len(losses) // POINTS, 1)
+    # a run takes its whole time, and each of its steps the same share
+    curve = [
+        (round((start + size / 2) / steps * 60 * minutes, 2), round(mean(losses[start : start + size]), 4))
+        for start in range(0, len(losses) - size + 1, size)
+    ]
+    return {"steps": steps, "held_out": metrics[-1]["held_out_bits_per_byte"], "curve": curve}
 
 
 def build(name: str) -> TransformerWrapper:
@@ -89,8 +105,9 @@ def main() -> None:
     for name in options.only:
         metrics = train(name, options.folder, options.minutes)
         sizes = dict(zip(map(str, LENGTHS), memory(name), strict=True))
-        runs[name] = {"metrics": metrics, "bytes": sizes}
-        print(f"{name}: {metrics[-1]}, {sizes[str(LENGTHS[-1])]:,} bytes after {LENGTHS[-1]:,} tokens")
+        runs[name] = {**summary(metrics, options.minutes), "bytes": sizes}
+        found, size = runs[name]["held_out"], sizes[str(LENGTHS[-1])]
+        print(f"{name}: {found:.3f} held-out bits per byte, {size:,} bytes after {LENGTHS[-1]:,} tokens")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(), "minutes": options.minutes, "runs": runs}
         options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
@@ -30,6 +31,7 @@ from benchmarks.configurations import (
 )
 from benchmarks.marked import replaced
 from benchmarks.options import recorded
+from docs.sections import sections_of_keywords
 from x_transformers import TransformerWrapper
 from x_transformers.attention.backends.base import Situation
 from x_transformers.errors import ConfigError
@@ -107,11 +109,26 @@ def paper(number: str | None) -> str:
     return f"[{number}](https://arxiv.org/abs/{number})"
 
 
+@functools.cache
+def sections() -> dict[str, str]:
+    """Return the section of each keyword."""
+    return sections_of_keywords(PAGE.parent)
+
+
+def linked(keyword: str, shown: str) -> str:
+    """Return the text as a link to the section of a keyword, if there is one."""
+    place = sections().get(keyword) or sections().get(keyword.removeprefix("attn_"))  # as `Attention` has it
+    return f"[{shown}]({place})" if place else shown
+
+
 def row(name: str, cost: float | None) -> str:
     """Return the table row of a feature."""
     case = configuration(name)
     cells = (
-        "<br>".join(f"`{name} = False`" if value is False else f"`{name}`" for name, value in keywords(case).items()),
+        "<br>".join(
+            linked(name, f"`{name} = False`" if value is False else f"`{name}`")
+            for name, value in keywords(case).items()
+        ),
         case.feature.summary.replace("|", r"\|"),
         paper(case.feature.paper),
         fused(case),
@@ -142,7 +159,9 @@ def without_cost() -> Iterator[str]:
     for feature in TRANSFORMER.features.values():
         if not feature.examples:
             keyword = dataclasses.fields(feature.options)[0].name
-            yield f"| `{keyword}` | {feature.summary} | {paper(feature.paper)} |".replace("|  |", "| |")
+            yield f"| {linked(keyword, f'`{keyword}`')} | {feature.summary} | {paper(feature.paper)} |".replace(
+                "|  |", "| |"
+            )
 
 
 def table() -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from sections import sections_of_keywords
 
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.options.schema import Schema, default_of
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def page(docs: Path) -> str:
     """Return the page in Markdown."""
-    examples = dict(_examples(docs))
+    examples = sections_of_keywords(docs)
     parts, shown = [INTRO], set()
     for owner in (TransformerWrapper, Decoder):
         for schema, prefix in owner.keyword_schemas:
@@ -72,16 +72,3 @@ def _paper(number: str | None) -> str:
     if number is None or not re.fullmatch(r"\d{4}\.\d{5}", number):
         return number or ""
     return f"[{number}](https://arxiv.org/abs/{number})"
-
-
-def _examples(docs: Path) -> Iterator[tuple[str, str]]:
-    """Yield keywords with the last section that has a block with them; pages of single options come last."""
-    pages = sorted(docs.glob("*.md"), key=lambda path: "\nPaper" in path.read_text(encoding="utf-8"))
-    for path in pages:
-        text = path.read_text(encoding="utf-8")
-        for section in reversed(re.split(r"^## ", text, flags=re.M)[1:]):
-            title, _, body = section.partition("\n")
-            anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-            for block in re.findall(r"^```python\n(.*?)^```$", body, re.M | re.S):
-                for name in re.findall(r"\b(\w+) = ", block):
-                    yield name, f"{path.name}#{anchor}"

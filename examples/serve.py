@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from x_transformers.checkpoints.folder import find_model
-from x_transformers.training.generate import decoded, language_model
+from x_transformers.training.generate import decoded
 from x_transformers.training.refusals import one_sentence
-from x_transformers.training.tokenizer import tokenizer_at
+from x_transformers.training.trained import PLACES, language_model, local_place, tokenizer_of
 
 
 class Server(ThreadingHTTPServer):
@@ -32,7 +31,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, place: Path, address: tuple[str, int], device: str = "cpu"):
         self.model = language_model(place, device)
-        self.tokenizer = tokenizer_at(find_model(place).parent, self.model.net.num_tokens)
+        self.tokenizer = tokenizer_of(place, self.model.net.num_tokens)
         self.device, self.turn = device, threading.Lock()
         super().__init__(address, Handler)
 
@@ -40,8 +39,8 @@ class Server(ThreadingHTTPServer):
         """Return the ids of texts."""
         if not (isinstance(prompts, list) and prompts and all(isinstance(text, str) and text for text in prompts)):
             raise ValueError('`prompts` must be a list of texts that are not empty, as in {"prompts": ["def "]}.')
-        rows = self.tokenizer.encode([text.encode() for text in prompts])
-        return [torch.tensor(list(ids), device=self.device) for ids in rows]
+        rows = (self.tokenizer.prompt(text.encode()) for text in prompts)
+        return [torch.tensor(ids, device=self.device) for ids in rows]
 
     def options(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of generation."""
@@ -118,13 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options] MODEL"
     )
-    parser.add_argument("model", type=Path, help="folder of a run, or file of a model")
+    parser.add_argument("model", help=PLACES)
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, which only this machine reaches")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--device", default="cpu", help="default cpu")
     options = parser.parse_args()
     with one_sentence():
-        server = Server(options.model, (options.host, options.port), options.device)
+        server = Server(local_place(options.model), (options.host, options.port), options.device)
     with server:
         print(f"serving {options.model} at http://{options.host}:{server.server_port}; Ctrl+C ends it", flush=True)
         try:

@@ -24,6 +24,7 @@ STREAMS = {"num_residual_streams": 2}
 HYBRID = {"attn_hybrid_module": nn.GRU(DIM, HEADS * 8, batch_first=True)}
 COPE = {"attn_use_cope": ON, "attn_cope_max_pos": 4}
 LATENT = {"attn_use_latent_kv": ON, "attn_dim_latent_kv": 6}
+SWITCH = {"attn_switch_experts": 3}
 FORGETTING = {"attn_data_dependent_alibi": ON}
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "only_attn": {"only_attn": ON},
     "macaron": {"macaron": ON},
     "weight_tie_layers": {"weight_tie_layers": ON},
+    "tie_blocks": {"tie_blocks": 2, "depth": 4, "tie_order": "sequence"},
+    "tie_lora_rank": {"weight_tie_layers": ON, "tie_lora_rank": 2},
+    "tie_own_norms": {"weight_tie_layers": ON, "tie_own_norms": ON},
     "layers_execute_order": {"layers_execute_order": (0, 1, 0, 1, 2, 3)},
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
     # token mixers: instead of all self-attentions, and of every other one
@@ -156,6 +160,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm_bias": {"norm_bias": ON},
     "use_rmsnorm": {"use_rmsnorm": ON},
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
+    "use_crmsnorm": {"use_crmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
     "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
     "use_derf": {"use_derf": ON},
@@ -184,6 +189,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gated_multi_residual": {**STREAMS, "gated_multi_residual": ON, "residual_fn_kwargs": {"read_gate_rank": 3}},
     "qkv_receive_diff_residuals": {**STREAMS, "qkv_receive_diff_residuals": ON},
     "resi_dual": {"resi_dual": ON, "resi_dual_scale": 0.5},
+    "path_scales": {"path_scales": ON},
     "depth_scale_residual": {"depth_scale_residual": ON},
     "zero_init_branch_output": {"zero_init_branch_output": ON},
     "use_layerscale": {"use_layerscale": ON, "layerscale_init_value": 0.1},
@@ -255,6 +261,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
     "attn_qkv_bias": {"attn_qkv_bias": ON},
+    "attn_param_tokens": {"attn_param_tokens": 12, "attn_param_attention": "gelu_l2", "attn_param_scale": 3.0},
     "attn_flash": {"attn_flash": ON},
     "attn_onnxable": {"attn_onnxable": ON, "attn_attend_sdp_kwargs": {"enable_flash": False}},
     "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
@@ -271,6 +278,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
+    "attn_switch_experts": SWITCH,
+    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
+    "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
+    "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
     "attn_num_mem_kv": {"attn_num_mem_kv": 3},
     "attn_add_zero_kv": {"attn_add_zero_kv": ON},
     "attn_head_learned_sink": {"attn_head_learned_sink": ON},
@@ -291,6 +303,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attn_clipped_softmax_gamma": -0.02,
         "attn_clipped_softmax_eta": 1.05,
     },
+    "attn_power_softmax": {"attn_power_softmax": 4},
     "attn_sparse_topk": {"attn_sparse_topk": 3, "attn_sparse_topk_straight_through": ON},
     "attn_hard": {"attn_hard": ON},
     "attn_gumbel_softmax": {
@@ -341,6 +354,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_swish": {"ff_swish": ON},
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
+    "ff_rational": {"ff_rational": ON, "ff_rational_groups": 4, "ff_rational_init": "gelu"},
+    "ff_param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": ON, "ff_param_scale": 4.0},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
     "ff_rwkv": {"ff_rwkv": ON},
     # experts
@@ -361,6 +376,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ff_balance_bias": ON,
     },
     "ff_expert_dropout": {"ff_experts": 4, "ff_experts_topk": 2, "ff_expert_dropout": 0.2},
+    # feedforwards that read whole rows
+    "ff_soft_experts": {"ff_soft_experts": 3, "ff_soft_slots": 2, "ff_soft_noise": 0.1},
+    "ff_heavy_tokens": {
+        "ff_heavy_tokens": 3,
+        "ff_heavy_mult": 2,
+        "ff_heavy_ratio": 1.5,
+        "ff_heavy_temperature": 0.5,
+    },
+    "ff_heavy_share": {"ff_heavy_share": 0.5, "ff_heavy_straight": False},
     # the model around the stack
     "use_abs_pos_emb": {"use_abs_pos_emb": False},
     "scaled_sinu_pos_emb": {"scaled_sinu_pos_emb": ON},
@@ -398,6 +422,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HYBRIDS = tuple(name for name, keywords in OPTIONS.items() if "layer_period" in keywords)
 """Rows of stacks with mixers and attentions."""
 
+TIED = "weight_tie_layers tie_lora_rank tie_own_norms tie_blocks"
+"""Rows of tied blocks."""
+
 CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
     "cross_residual_attn": {"cross_residual_attn": ON},
@@ -418,6 +445,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "norm_bias",
         "use_rmsnorm",
         "use_simple_rmsnorm",
+        "use_crmsnorm",
         "use_scalenorm",
         "use_dynamic_tanh",
         "use_derf",
@@ -432,13 +460,15 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "num_residual_streams hyper_conn_reference_mix qkv_receive_diff_residuals",
         "gated_multi_residual",
         "resi_dual",
+        "path_scales",
         "attn_aggregated_residuals",
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
-    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
+    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", TIED, " ".join(HYBRIDS)),
     # with blocks of three, the order of the row runs no attention of a hybrid
-    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
+    "order of execution": (TIED, "layers_execute_order", " ".join(HYBRIDS)),
+    "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
         "mixer",
@@ -475,6 +505,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "weighting": (
         "attn_sigmoid",
         "attn_clipped_softmax",
+        "attn_power_softmax",
         "attn_sparse_topk",
         "attn_hard",
         "attn_gumbel_softmax",
@@ -487,7 +518,21 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
-    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "activation": (
+        "ff_relu_squared",
+        "ff_solu",
+        "ff_swish",
+        "ff_activation",
+        "ff_custom_activation",
+        "ff_rational",
+        "ff_param_attention",
+    ),
+    "network of experts": (
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout",
+        "ff_soft_experts",
+        "ff_heavy_tokens",
+        "ff_heavy_share",
+    ),
     "memory tokens": ("num_memory_tokens", "memory_tokens_interspersed_every"),
     "logits": ("tie_embedding", "logits_dim", "to_logits"),
 }
@@ -517,6 +562,7 @@ ELSEWHERE = {
     "ff_balance_loss_per_row": "of `ff_balance_loss_weight`",
     "ff_router_z_loss_weight": "of a loss that training adds; `tests/properties/test_aux_losses.py`",
     "ff_router_entropy_weight": "of a loss that training adds; `tests/test_experts.py`",
+    "attn_switch_entropy_weight": "of a loss that training adds; `tests/test_switch_head.py`",
     "attn_z_loss_weight": "of a loss that a pass returns on request; `tests/test_units.py`",
     "squeeze_out_last_dim": "changes the shape of logits of width 1; `tests/test_units.py`",
     "token_emb": "a module instead of the table; `tests/test_units.py`",
@@ -541,9 +587,15 @@ ELSEWHERE = {
 """Keywords of a causal decoder without a row, and why."""
 
 NO_FUTURE = "causal attention sees no future"
+WHOLE_ROWS = "reads whole rows"
 
 NOT_IN: dict[str, dict[str, str]] = {
-    "decoder": {"attn_max_attend_future": NO_FUTURE},
+    "decoder": {
+        "attn_max_attend_future": NO_FUTURE,
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
+    },
     "encoder": {
         "rotary_xpos": "needs a causal stack",
         "attn_data_dependent_alibi_per_row": "looks back from each query",
@@ -569,7 +621,13 @@ NOT_IN: dict[str, dict[str, str]] = {
         "mixer_omega_window": "reads from left to right",
         "mixer_len": "reads from left to right",
     },
-    "cross": {"attn_max_attend_future": NO_FUTURE},
+    "cross": {
+        "attn_max_attend_future": NO_FUTURE,
+        "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "ff_soft_experts": WHOLE_ROWS,
+        "ff_heavy_tokens": WHOLE_ROWS,
+        "ff_heavy_share": WHOLE_ROWS,
+    },
 }
 """Rows that a kind of stack refuses by themselves, and why."""
 
@@ -611,22 +669,37 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
     return (pair for pair in itertools.combinations(cases_of(stack), 2) if may_meet(*pair))
 
 
+STACKED = "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout ff_soft_experts"
+SWITCHED = (
+    "attn_switch_experts attn_switch_topk attn_switch_queries_keys attn_switch_one_selection attn_switch_expert_dropout"
+)
+"""Rows whose matrices are stacks of several."""
+
+NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
+NO_GIN = (
+    "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
+    f"attn_hybrid_fold_axial_dim attn_project_out cross_attn_kv_heads cross_attn_dim_context {SWITCHED}"
+)
+
 REFUSED: dict[str, str] = {
     "parallel_block": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
-        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+        "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "parallel_block_one_norm": (
         "only_attn custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm branch_norm mv_split_residual "
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
-        "attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
+        "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_custom_activation ff_post_act_ln "
+        "ff_activation ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
         "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
+        "ff_activation ff_custom_activation ff_post_act_ln "
+        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
+        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
@@ -639,16 +712,17 @@ REFUSED: dict[str, str] = {
     "pre_norm_has_final_norm": "resi_dual",
     "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
+    "path_scales": "pre_norm pre_and_post_norm unet_skips",
     "branch_norm": "gated_multi_residual use_dynamic_tanh",
     "norm_eps": "use_dynamic_tanh use_derf",
     "attn_scale": "attn_qk_norm",
     "scale_residual": (
         "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
-        "qkv_receive_diff_residuals resi_dual"
+        "qkv_receive_diff_residuals resi_dual path_scales"
     ),
     "scale_residual_constant": (
         "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
-        "gated_multi_residual qkv_receive_diff_residuals resi_dual"
+        "gated_multi_residual qkv_receive_diff_residuals resi_dual path_scales"
     ),
     "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
     "attn_project_out": (
@@ -662,7 +736,8 @@ REFUSED: dict[str, str] = {
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
         "attn_post_talking_heads attn_pre_scale_post_talking_heads attn_cog_signed attn_selective "
-        "attn_sigmoid attn_clipped_softmax attn_sparse_topk attn_hard attn_gumbel_softmax attn_custom_attn_fn"
+        "attn_sigmoid attn_clipped_softmax attn_power_softmax attn_sparse_topk attn_hard attn_gumbel_softmax "
+        "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved",
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
@@ -674,16 +749,22 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
-    "attn_gin": (
-        "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
-        "attn_hybrid_fold_axial_dim attn_project_out cross_attn_kv_heads cross_attn_dim_context"
+    "attn_gin": NO_GIN,
+    "attn_gin_threshold": f"{NO_GIN} attn_flash attn_laser",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation ff_rational",
+    "ff_param_attention": (
+        f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"
     ),
-    "attn_gin_threshold": (
-        "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
-        "attn_hybrid_fold_axial_dim attn_project_out attn_flash attn_laser cross_attn_kv_heads "
-        "cross_attn_dim_context"
-    ),
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
+    "attn_param_tokens": f"attn_qkv_bias attn_out_bias {SWITCHED}",
+    "tie_blocks": "integrate_layers layer_integrate_use_softmax unet_skips",
+    "tie_lora_rank": f"{STACKED} {SWITCHED}",
+    "tie_own_norms": f"{STACKED} {SWITCHED}",
+    "attn_power_softmax": "attn_laser attn_head_learned_sink attn_add_zero_kv residual_attn cross_residual_attn",
+    "attn_switch_experts": NO_SWITCH,
+    "attn_switch_topk": NO_SWITCH,
+    "attn_switch_queries_keys": NO_SWITCH,
+    "attn_switch_one_selection": f"{NO_SWITCH} attn_kv_heads attn_one_kv_head",
+    "attn_switch_expert_dropout": NO_SWITCH,
     "emb_dim": "tie_embedding",
     "to_logits": "logits_bias",
 }

@@ -267,7 +267,26 @@ def test_a_model_and_its_losses() -> None:
     agree(4 * (shares.mean(dim=0) * given.mean(dim=0)).sum(), case["output.aux_loss"])
 
 
-ELSEWHERE = {"early-exit-llama": "tests/test_exits.py", "layerskip-schedules": "tests/test_exits.py"}
+ELSEWHERE = {
+    "early-exit-llama": "tests/test_exits.py",
+    "layerskip-schedules": "tests/test_exits.py",
+    "pattention-gelu-l2-norm": "tests/test_param_tokens.py",
+    "pattention-grown": "tests/test_param_tokens.py",
+    "pattention-l2-norm-gelu": "tests/test_param_tokens.py",
+    "pattention-softmax": "tests/test_param_tokens.py",
+    "rational-gelu": "tests/test_rational.py",
+    "rational-swish": "tests/test_rational.py",
+    "switchhead": "tests/test_switch_head.py",
+    "switchhead-all": "tests/test_switch_head.py",
+    "switchhead-shared-selection": "tests/test_switch_head.py",
+    "gated-attention-all-features": "tests/test_switch_head.py",
+    "gated-attention-clipped": "tests/test_switch_head.py",
+    "colt5-router": "tests/test_soft_topk.py",
+    "colt5-feedforward": "tests/test_whole_row_feedforwards.py",
+    "colt5-feedforward-soft": "tests/test_whole_row_feedforwards.py",
+    "colt5-attention-heavy": "tests/test_heavy_attention.py",
+    "soft-moe": "tests/test_whole_row_feedforwards.py",
+}
 """Files of the folder that other tests read."""
 
 

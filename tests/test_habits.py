@@ -21,6 +21,7 @@ import x_transformers
 from x_transformers import Attention, AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper, notices
 from x_transformers.errors import ConfigError, UnknownKeywordError
 from x_transformers.notices import VARIABLE, OptionWarning, report_by, warn
+from x_transformers.options.configured import Configured
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +80,21 @@ def test_keywords_are_described() -> None:
     assert TransformerWrapper.describe("tie_embedding").count("tie_embedding = False") == 1
     with pytest.raises(UnknownKeywordError, match=r"`num_heads`\. It is `heads` here"):
         Decoder.describe("num_heads")
-    assert AutoregressiveWrapper.describe() == ""
+    assert TransformerWrapper.describe("num_tokens") == "num_tokens: size of the vocabulary."
+    assert "keywords: see below" not in TransformerWrapper.describe()
+
+
+def test_wrappers_describe_their_arguments() -> None:
+    arguments = inspect.signature(AutoregressiveWrapper).parameters
+    lines = AutoregressiveWrapper.describe().splitlines()
+    assert [line.split()[0].rstrip(":") for line in lines[1:]] == [*arguments]
+    assert AutoregressiveWrapper.describe("mask_prob").startswith("mask_prob = 0.0: fraction")
+    for name in x_transformers.__all__:
+        kind = getattr(x_transformers, name)
+        if isinstance(kind, type) and issubclass(kind, Configured):
+            assert len(kind.describe().splitlines()) > 2, name
+    with pytest.raises(UnknownKeywordError, match="pad_value"):
+        AutoregressiveWrapper.describe("pad_valeu")
 
 
 # warnings

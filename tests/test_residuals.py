@@ -244,6 +244,33 @@ def test_resi_dual_says_where_norms_stand() -> None:
             Decoder(**SMALL, resi_dual=True, **more)
 
 
+# path scales
+
+
+@torch.no_grad()
+def test_path_scales_formula() -> None:
+    stack = decoder(path_scales=True, depth=3, layers_execute_order=(0, 1, 2, 3, 2, 3, 4, 5))
+    for part in (stack.frame, *(branch.residual for branch in stack.layers)):
+        nn.init.normal_(part.scale)
+    x = torch.randn(2, 5, DIM)
+    stream, total = x, x * stack.frame.scale
+    for index in stack.layers_execute_order:
+        branch = stack.layers[index]
+        out = branch.fn(branch.norm(stream))
+        stream, total = stream + out, total + branch.residual.scale * out
+    close(stack(x), stack.final_norm(total))
+    # sublayers read the stream without scales
+    plain = Decoder(**{**SMALL, "depth": 3, "layers_execute_order": stack.layers_execute_order}).eval()
+    plain.load_state_dict({k: v for k, v in stack.state_dict().items() if "residual" not in k and "frame" not in k})
+    close(plain(x), stack.final_norm(stream))
+
+
+def test_path_scales_are_refused_where_the_stream_is_no_sum() -> None:
+    for more in ({"pre_norm": False}, {"pre_and_post_norm": True}, {"unet_skips": True}):
+        with pytest.raises(ConfigError, match="`path_scales` is a sum of what sublayers add"):
+            Decoder(**SMALL, path_scales=True, **more)
+
+
 # readers of earlier layers
 
 

@@ -97,24 +97,6 @@ class TestClippedSoftmax:
         close(logits.grad, gradient, atol=2e-5, rtol=0)
         close(weighting(masked, None), hiding, atol=2e-5, rtol=0)
 
-    def test_numbers_of_a_whole_attention_with_biases(self, shared: Path) -> None:
-        with safe_open(shared / "golden-experts" / "gated-attention-clipped.safetensors", "pt") as file:
-            golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        options = {"clipped_softmax": True, "clipped_softmax_gamma": -0.25, "qkv_bias": True, "project_out": False}
-        module = Attention(16, dim_head=4, heads=4, **options)
-        names = {"q": "query", "k": "key", "v": "value"}
-        names = {
-            f"projections.{own}.{kind}": f"{theirs}.{kind}"
-            for own, theirs in names.items()
-            for kind in ("weight", "bias")
-        }
-        module.load_state_dict({own: golden[f"state.{theirs}"] for own, theirs in names.items()})
-        out = module(golden["input.x"])
-        close(out, golden["output.y"], atol=2e-5, rtol=0)
-        (out * golden["probe"]).sum().backward()
-        for own, theirs in names.items():
-            close(module.get_parameter(own).grad, golden[f"grad.{theirs}"], atol=2e-5, rtol=2e-5)
-
     def test_hidden_keys_get_nothing_and_a_single_key_everything(self) -> None:
         _, logits, weights = scores(attention(clipped_softmax=True), inputs())
         close(weights, (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1))

@@ -9,6 +9,7 @@ from x_transformers.encoder_decoder import XTransformer
 from x_transformers.entropy_based_tokenizer import EntropyBasedTokenizer
 from x_transformers.feedforward.feedforward import FeedForward
 from x_transformers.layers.attention_pool import AttentionPool
+from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.layers.named_stacks import (
     CrossAttender,
@@ -19,9 +20,12 @@ from x_transformers.layers.named_stacks import (
 )
 from x_transformers.models.continuous import ContinuousTransformerWrapper
 from x_transformers.models.ensemble import ensemble
+from x_transformers.models.grow_param_tokens import grow_param_tokens_
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.to_experts import to_experts
+from x_transformers.models.to_recursive import to_recursive
+from x_transformers.models.to_rmsnorm import to_crmsnorm, to_rmsnorm
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
 from x_transformers.models.xval import XValTransformerWrapper
@@ -50,6 +54,7 @@ __all__ = [
     "ContinuousTransformerWrapper",
     "CrossAttender",
     "Decoder",
+    "EarlyExit",
     "Encoder",
     "EntropyBasedTokenizer",
     "FeedForward",
@@ -69,9 +74,13 @@ __all__ = [
     "XValTransformerWrapper",
     "default_device",
     "ensemble",
+    "grow_param_tokens_",
     "layer_schedule",
     "load_pretrained",
+    "to_crmsnorm",
     "to_experts",
+    "to_recursive",
+    "to_rmsnorm",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Commands: `python -m x_transformers train | generate | explain | bench`, or `x-transformers` after installation."""
+"""Commands: `python -m x_transformers COMMAND`, or `x-transformers COMMAND` after installation; see `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a language model on text",
     "generate": "continue a prompt with a trained model",
     "explain": "print features, backends, parameters and operations of each layer of a model",
+    "convert": "write the folder of a model, of this library or of transformers",
     "bench": "measure the speed of a preset on this machine",
 }
 
@@ -38,6 +39,10 @@ def main() -> None:
         from x_transformers.training.explain import explain
 
         explain(arguments)
+    elif command == "convert":
+        from x_transformers.training.convert import convert
+
+        convert(arguments)
     else:
         from x_transformers.training.bench import bench
 

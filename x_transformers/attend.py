@@ -41,7 +41,7 @@ from x_transformers.attention.scores.residual import ResidualScores
 from x_transformers.attention.scores.selective import selective_attn
 from x_transformers.attention.scores.softclamp import FEATURE as SOFTCLAMP
 from x_transformers.attention.validation import without_hidden
-from x_transformers.attention.weights import clipped, custom, gumbel, hard, inverted, sigmoid, topk
+from x_transformers.attention.weights import clipped, custom, gumbel, hard, inverted, power, sigmoid, topk
 from x_transformers.attention.weights.delta import given_delta
 from x_transformers.attention.weights.hard import log_prob_from_hard_attend
 from x_transformers.attention.weights.topk import sparse_topk_attn
@@ -79,6 +79,7 @@ __all__ = [
 WEIGHTINGS = (
     sigmoid.FEATURE,
     clipped.FEATURE,
+    power.FEATURE,
     topk.FEATURE,
     hard.FEATURE,
     gumbel.FEATURE,

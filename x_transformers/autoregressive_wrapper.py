@@ -277,7 +277,8 @@ class AutoregressiveWrapper(SavesFolders):
     @takes_options(
         "eos_token temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
         "contrastive_decode_kwargs cache_kv return_intermediates * cache compile compile_prefill progress "
-        "filter_before_temperature draft_model draft_tokens prompt_lookup draft_layers exit_layer"
+        "filter_before_temperature draft_model draft_tokens prompt_lookup draft_layers exit_layer "
+        "exit_confidence exit_measure exit_layers"
     )
     @passes_on("net")
     def generate(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Any:
@@ -314,7 +315,7 @@ class AutoregressiveWrapper(SavesFolders):
     @takes_options(
         "eos_token * temperature prompt_lens filter_logits_fn restrict_to_max_seq_len amateur_model filter_kwargs "
         "contrastive_decode_kwargs cache_kv cache compile compile_prefill filter_before_temperature draft_model "
-        "draft_tokens prompt_lookup draft_layers exit_layer"
+        "draft_tokens prompt_lookup draft_layers exit_layer exit_confidence exit_measure exit_layers"
     )
     @passes_on("net")
     def stream(self, prompts: Ids, seq_len: int, options: GenerationOptions) -> Iterator[Tensor]:
@@ -347,7 +348,8 @@ class AutoregressiveWrapper(SavesFolders):
 
     @takes_options(
         "beams return_beams_and_scores eos_token temperature stochastic prompt_lens filter_logits_fn "
-        "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature exit_layer",
+        "restrict_to_max_seq_len filter_kwargs cache_kv * cache filter_before_temperature exit_layer "
+        "exit_confidence exit_measure exit_layers",
         filter_logits_fn=unchanged,
     )
     @passes_on("net")
@@ -395,7 +397,7 @@ class AutoregressiveWrapper(SavesFolders):
         given = dict(options.compile) if isinstance(options.compile, Mapping) else {}
         present = sorted(name for name, value in options.arguments.items() if value is not None)
         # there is one compiled function for each structure of calls; values of arguments do not change it
-        key = (repr(sorted(given.items())), prompts.lens is None, *present)
+        key = (repr(sorted(given.items())), repr(options.early_exit), prompts.lens is None, *present)
         made = self._compiled.get(key)
         if made is None:
             made = CompiledReading(CompiledStep(**given), compiled_prefill(**given), InferenceView(direct=False))

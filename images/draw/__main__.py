@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from images.draw import attention, biases, filters, learning, masks, residuals, rotary, weightings
+from images.draw import attention, biases, filters, learning, masks, mixers, residuals, rotary, weightings
 from images.draw.style import STYLE
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -21,6 +21,7 @@ PICTURES = {
     "filters": filters.draw,
     "learning": learning.draw,
     "masks": masks.draw,
+    "mixers": mixers.draw,
     "residuals": residuals.draw,
     "rotary": rotary.draw,
     "weightings": weightings.draw,

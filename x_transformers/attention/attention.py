@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from x_transformers.attention.backends.base import AttentionOutput, Situation
-from x_transformers.attention.base import Needs, Part, ScoreMod
+from x_transformers.attention.base import Needs, Part, ScoreMod, Slot, Weighting
 from x_transformers.attention.build import build_parts
 from x_transformers.attention.call_adapter import AttentionInputs, CallAdapter
 from x_transformers.attention.catalog import SCHEMA
@@ -17,6 +17,7 @@ from x_transformers.attention.clip import checked_logits, clip_factors, clip_hea
 from x_transformers.attention.heads import Heads
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import export, translate
+from x_transformers.errors import ConfigError
 from x_transformers.forward_pass.call import BranchOutput, Carry, Deltas, LayerCall
 from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import Intermediates
@@ -65,6 +66,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
 
         # the order of the state dict
         self.latent_q, self.latent_kv, self.projections = parts.latent_q, parts.latent_kv, parts.projections
+        self.switch = parts.switch
         self.qk_norms = parts.qk_norms
         self.scores = parts.scores
         self.keys = parts.keys
@@ -78,14 +80,6 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.out = parts.out
         self.attend = parts.attend
         self.subsampling = parts.subsampling
-
-    @property
-    def heads(self) -> int:
-        return self.shape.heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.shape.kv_heads
 
     @property
     def scale(self) -> float:
@@ -146,15 +140,16 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         """Leave the logits for later attentions.
 
         Raises:
-            ConfigError: if a fused kernel is demanded, which returns none.
+            ConfigError: if a fused kernel is demanded, which returns none, or weights do not allow it.
         """
+        _check_sums_of_scores(self.weighting, self.switches)
         self.attend.share_scores()
         self.leaves_scores = True
 
     def muon_parameters(self) -> list[Tensor]:
         """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
         maps = (self.projections.v, self.out)
-        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim == 2]
+        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1]
 
     def explain(
         self,
@@ -193,7 +188,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         backend, why = core.backends.choose(situation, needs)
         seen = _seen_keys(seq_len, causal, self.max_attend_past, self.max_attend_future)
         flops = super().explain(situation).flops + 2 * seen * shape.heads * (shape.dim_head + shape.value_dim_head)
-        return BranchCost(backend.name, why, flops)
+        cost = BranchCost(backend.name, why, flops)
+        return cost if self.switch is None else self.switch.cost(self, cost)
 
     def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
         """Scale the maps to queries and keys down, in place, so that no given logit exceeds tau (2507.20534).
@@ -252,14 +248,17 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         b, h, n, e = out.shape
         # the axes of a single token need not be exchanged
         out = out.reshape(b, 1, h * e) if n == 1 else out.transpose(1, 2).flatten(2)
-        plain = self.ready
-        out = self.out(out) if plain is None else F.linear(out, *plain)
+        plain, chosen = self.ready, heads.chosen
+        if chosen is not None:
+            out = self.out(out, chosen.outputs)
+        else:
+            out = self.out(out) if plain is None else F.linear(out, *plain)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
         if call.row_mask is not None:
             out = out.masked_fill(~call.row_mask.unsqueeze(-1), 0.0)
         record, carry, capture = None, layer.carry, call.capture
-        if layer.entry is not None or capture.scores or capture.hiddens:
+        if layer.entry is not None or capture.scores or capture.hiddens or (chosen is not None and chosen.records):
             record = _record(result, heads, layer)
         if self.leaves_values or self.leaves_scores:
             left = heads.projected if self.leaves_values else None
@@ -380,6 +379,16 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         export(self, state, prefix)
 
 
+def _check_sums_of_scores(weighting: Slot[Weighting], switches: Mapping[str, str]) -> None:
+    """Raise a `ConfigError` if weights of sums of logits of several layers make no sense."""
+    for name, part in weighting.items() if weighting else ():
+        if not part.adds_earlier_scores:
+            raise ConfigError(
+                f"residual attention adds the logits of earlier layers, and weights of {switches[name]} do not depend "
+                "on differences of logits only, as those of a softmax; drop one of them."
+            )
+
+
 def _carry_on(values: Tensor | None, scores: Tensor | None, prefix: int, layer: LayerCall) -> Carry:
     """Add what later layers read: the first values and the latest scores of this kind, if there are any."""
     carry, kind = layer.carry, layer.kind
@@ -397,6 +406,8 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
         # without the call of `__init__`, which every layer pays at every token
         record = object.__new__(Intermediates)
         record.layer_type, record.entry = layer.kind, layer.entry
+        if heads.chosen is not None:
+            record.routing = heads.chosen.records
         return record
     record = Intermediates(
         qk_similarities=result.similarities,
@@ -406,6 +417,7 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
         layer_type=layer.kind,
         entry=layer.entry,
         own_kv=heads.fresh if layer.call.aligned else None,
+        routing=() if heads.chosen is None else heads.chosen.records,
     )
     if result.on_demand is not None:
         record.defer(result.on_demand)

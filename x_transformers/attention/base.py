@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import by_index, reorder_heads
 
 T = TypeVar("T")
+MakeMap: TypeAlias = Callable[[int, int], nn.Module]
+"""Builds a map between two widths."""
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
@@ -334,10 +336,12 @@ class Weighting(Part):
     Attributes:
         across_queries: a query's weights depend on the other queries. The logits are then passed unmasked; otherwise
             those of hidden keys are the most negative number.
+        adds_earlier_scores: logits may be sums of those of several layers.
     """
 
     needs = Needs.WEIGHTING
     across_queries = False
+    adds_earlier_scores = True
 
     def forward(self, logits: Tensor, mask: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
         """Compute the weights.

@@ -29,6 +29,7 @@ from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.subsampling import KeySubsampling
+from x_transformers.attention.switch_head import HeadSwitch
 from x_transformers.attention.values.residual import ValueMix
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.options.schema import at_least
@@ -65,6 +66,7 @@ class AttentionParts:
     latent_q: nn.Linear | None
     latent_kv: LatentKeysValues | None
     projections: Projections
+    switch: HeadSwitch | None
     qk_norms: Slot[QKNorm]
     scores: Slot[ScoreMod]
     keys: Slot[KeyMod]
@@ -99,7 +101,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     faults.raise_if_any("Attention")
     at_least(1, dim=dim, heads=heads)
 
-    head, latent, bias = parsed["heads"], parsed["latent"], parsed["projection_bias"]
+    head, latent, bias, switch = (parsed[name] for name in ("heads", "latent", "projection_bias", "switch_head"))
     shape = AttentionShape(
         dim=dim,
         heads=heads,
@@ -108,6 +110,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         value_dim_head=head.dim_head if head.value_dim_head is None else head.value_dim_head,
         causal=causal,
     )
+    make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
     source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
     modules: dict[str, Any] = {}
     unrotated: tuple[int, int] | None = None
@@ -128,11 +131,14 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             key_heads=shape.kv_heads - (sub or 0),
             kv_heads=shape.kv_heads,
             dim_head=shape.dim_head,
-            value_dim_head=shape.value_dim_head,
+            value_dim_head=None if parsed.on("gin") else shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
-            value_map=not parsed.on("gin"),
+            make=make,
+            experts=switch.switch_experts,
+            mixes_queries_keys=switch.switch_queries_keys,
         )
+        modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)
     modules["sink"] = next(iter(modules["sink"]), None)
@@ -142,7 +148,15 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         width = mod.out_width(width)
     with faults.catching():
         gated, output = parsed.on("on_attn"), parsed["attention_output"]
-        modules["out"] = build_output(shape, heads * width, output, gated=gated, bias=bias.out_bias)
+        modules["out"] = build_output(
+            shape,
+            heads * width,
+            output,
+            gated=gated,
+            bias=bias.out_bias,
+            make=make,
+            experts=switch.switch_experts,
+        )
     switches: dict[str, str] = {}
     window = parsed["window"].max_attend_past, parsed["window"].max_attend_future
     with faults.catching():

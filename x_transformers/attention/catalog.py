@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import latent, output_projection, projections, subsampling
+from x_transformers.attention import latent, output_projection, projections, subsampling, switch_head
 from x_transformers.attention.keys import memory, sink, zero
+from x_transformers.attention.param_tokens import PARAM_TOKENS
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
     cog,
@@ -104,6 +105,7 @@ DROPOUT = Feature(
 
 FEATURES = (
     *projections.FEATURES,
+    PARAM_TOKENS,
     BACKEND,
     normalize.UNIT,
     normalize.RMS,
@@ -133,6 +135,7 @@ FEATURES = (
     gates.GATES,
     orthogonal.FEATURE,
     *output_projection.FEATURES,
+    switch_head.FEATURE,
 )
 
 SCHEMA = Schema(FEATURES)

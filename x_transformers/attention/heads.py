@@ -23,11 +23,14 @@ from x_transformers.attention.keys.additional import join_additional
 from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.qk.decay import Decay
+from x_transformers.attention.switch_head import HeadSwitch, Selections
 from x_transformers.attention.values.residual import ValueMix, mix_values
 from x_transformers.cache import Shape
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall, Span
+from x_transformers.forward_pass.intermediates import Intermediates
 from x_transformers.ops import split_heads
+from x_transformers.routing.base import Routing
 
 
 class Heads(NamedTuple):
@@ -39,6 +42,7 @@ class Heads(NamedTuple):
         projected: `(b, g, new keys, e)` the values as they were projected.
         fresh: keys, before rotation, and values of this pass without recurrent memory; None for a cached context.
         decay: of the scores with distance, which queries and keys do not contain yet; None if there is none.
+        chosen: matrices that tokens chose for the maps of heads; None if each map has one.
     """
 
     q: Tensor
@@ -47,6 +51,7 @@ class Heads(NamedTuple):
     projected: Tensor
     fresh: tuple[Tensor, Tensor] | None
     decay: Decay | None = None
+    chosen: Selections | None = None
 
 
 class HeadProjection(nn.Module):
@@ -57,6 +62,7 @@ class HeadProjection(nn.Module):
         unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
         latent_q, latent_kv: projections to narrow latents, or None.
         projections: the maps to queries, keys and values.
+        switch: choice of matrices of the maps of heads, or None if each has one.
         qk_norms, keys, values: parts by slot.
         value_mix: learned share of the first layer's values, or None.
     """
@@ -66,10 +72,26 @@ class HeadProjection(nn.Module):
     latent_q: nn.Linear | None
     latent_kv: LatentKeysValues | None
     projections: Projections
+    switch: HeadSwitch | None
     qk_norms: Slot[QKNorm]
     keys: Slot[KeyMod]
     values: Slot[ValueMod]
     value_mix: ValueMix | None
+    leaves_values: bool
+    leaves_scores: bool
+
+    @property
+    def heads(self) -> int:
+        return self.shape.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.shape.kv_heads
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """True if the choice of matrices has a loss."""
+        return self.switch is not None and self.switch.loss_weights.any
 
     def parts(self) -> dict[str, Part]:
         """Return the parts that may declare streams, causality and entries of checkpoints, by their path."""
@@ -104,10 +126,10 @@ class HeadProjection(nn.Module):
         norms: Iterable[QKNorm] = self.qk_norms
         if not own and entry is not None and entry.get("k") is not None:
             return self._query_cached_context(xq, layer)
-        span, deltas = layer.fresh, layer.deltas
+        span, deltas, chosen = layer.fresh, layer.deltas, None
         if not own or layer.kv_residual is not None or layer.memory is not None:
             xk, xv = _sources(xk, xv, layer)
-        if self.latent_q is None and self.latent_kv is None and deltas.q is deltas.k is deltas.v is None:
+        if self.latent_q is self.latent_kv is self.switch is None and deltas.q is deltas.k is deltas.v is None:
             # every plain pass goes through here, so that heads are split without further Python calls
             h, g, merged, one = projections.heads, projections.kv_heads, projections.ready, xk is xq and xv is xq
             if merged is not None and one:
@@ -126,8 +148,10 @@ class HeadProjection(nn.Module):
                 else:
                     k, raw = k.view(c, j, g, d).transpose(1, 2), raw.view(c, j, g, e).transpose(1, 2)
         else:
-            q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q)
-            k, raw, span = self._keys_values(xk, xv, layer)
+            chosen = None if self.switch is None else self.switch(xq, xv, layer)
+            of_values, of_outputs = (None, None) if chosen is None else (chosen.values, chosen.outputs)
+            q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q, of_outputs)
+            k, raw, span = self._keys_values(xk, xv, layer, of_values)
         if projections.clip is not None:
             q, k, raw = projections.clipped(q, k, raw)
         # norms before rotations: a norm with a factor per feature would not commute with a rotation
@@ -147,8 +171,23 @@ class HeadProjection(nn.Module):
             entry.put("v", v)
         # the first one rotates, if any does
         if layer.rotations and layer.rotations[0].decays:
-            return Heads(q, k, v, raw, fresh, self._decay(layer))
-        return Heads(q, k, v, raw, fresh)
+            return Heads(q, k, v, raw, fresh, self._decay(layer), chosen)
+        return Heads(q, k, v, raw, fresh, None, chosen)
+
+    def remember(self, x: Tensor, layer: LayerCall) -> Intermediates | None:
+        """Append the keys and values of tokens to the cache, without attention; see `BranchFunction.remember`.
+
+        Args:
+            x: `(b, n, D)` normalized input.
+            layer: the sublayer's call.
+        """
+        if layer.entry is None or layer.context is not None or self.leaves_values or self.leaves_scores:
+            return None
+        # parts append to streams of their own while they attend
+        if any(part.cache_streams(self.shape) for part in self.parts().values()):
+            return None
+        self.project_heads(x, x, x, layer)
+        return Intermediates(layer_type=layer.kind, entry=layer.entry)
 
     def _project_jointly(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[QKNorm, ...]] | None:
         """Project to heads by one product, in training; also return the norms that they still need."""
@@ -160,20 +199,24 @@ class HeadProjection(nn.Module):
     def _query_cached_context(self, x: Tensor, layer: LayerCall) -> Heads:
         """Project the queries only: the keys and values of the context come from an earlier pass."""
         k, v = layer.entry.get("k"), layer.entry.get("v")
-        q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q)
+        chosen = None if self.switch is None else self.switch(x, None, layer)
+        of_outputs = None if chosen is None else chosen.outputs
+        q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q, of_outputs)
         if self.projections.clip is not None:
             (q,) = self.projections.clipped(q)
         for norm in self.qk_norms:
             q = norm.normalize_q(q)
         # cached keys are rotated already: with no keys at all, the transforms act on the queries only
         q, _ = self._rotate(q, k[..., :0, :], layer, layer.fresh.first(0))
-        return Heads(q, k, v, v, None, self._decay(layer))
+        return Heads(q, k, v, v, None, self._decay(layer), chosen)
 
-    def _keys_values(self, xk: Tensor, xv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Span]:
+    def _keys_values(
+        self, xk: Tensor, xv: Tensor, layer: LayerCall, chosen: Routing | None
+    ) -> tuple[Tensor, Tensor, Span]:
         """Project keys and values, perhaps by way of a latent; also return where the keys are."""
         span, deltas = layer.fresh, layer.deltas
         if self.latent_kv is None:
-            k, v = self.projections.keys_values(xk, xv, deltas.k, deltas.v)
+            k, v = self.projections.keys_values(xk, xv, deltas.k, deltas.v, chosen)
             assert k is not None
             return k, v, span
         streams = self.latent_kv(xk)

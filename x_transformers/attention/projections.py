@@ -5,6 +5,7 @@ Grouped heads (2305.13245; one head: 1911.02150): query head `q` uses key/value 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,10 +13,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.base import MakeMap
+from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.modules.joint_maps import joint_maps
 from x_transformers.ops import split_heads
 from x_transformers.options.schema import Feature, Rule, at_least, opt, positive, require
+from x_transformers.routing.base import Routing
 
 JointNorm: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -110,11 +114,14 @@ class Projections(PreparesForInference):
         dim_context: width of the source s of keys and values.
         heads, kv_heads: query heads; key/value heads.
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
-        dim_head, value_dim_head: widths of a head.
+        dim_head: width of a head's queries and keys.
+        value_dim_head: that of its values; None: there is no map to values, and heads read slices of s itself.
         bias: each of the maps adds a bias.
+        make: builds the maps, from the widths of input and output; default `nn.Linear`.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
-        value_map: False: there is no map to values, and heads read slices of s itself.
+        experts: number of matrices of each head for values, of which tokens choose (`HeadMaps`); None: one.
+        mixes_queries_keys: there are as many for queries and keys.
     """
 
     def __init__(
@@ -126,28 +133,59 @@ class Projections(PreparesForInference):
         kv_heads: int,
         key_heads: int,
         dim_head: int,
-        value_dim_head: int,
+        value_dim_head: int | None,
         bias: bool = False,
         clip: float | None = None,
-        value_map: bool = True,
+        make: MakeMap | None = None,
+        experts: int | None = None,
+        mixes_queries_keys: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
-        self.q = nn.Linear(dim, heads * dim_head, bias=bias)
-        self.k = nn.Linear(dim_context, key_heads * dim_head, bias=bias) if key_heads else None
-        self.v = nn.Linear(dim_context, kv_heads * value_dim_head, bias=bias) if value_map else Unmapped()
+        self.mixes_values, self.mixes_queries_keys = experts is not None, experts is not None and mixes_queries_keys
+        make = functools.partial(nn.Linear, bias=bias) if make is None else make
 
-    def queries(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features."""
-        flat = self.q(x)
+        def build(width: int, count: int, dim_of_head: int, mixes: bool) -> nn.Module:
+            if mixes and experts is not None:
+                return HeadMaps(width, count, dim_of_head, experts, bias)
+            return make(width, count * dim_of_head)
+
+        self.q = build(dim, heads, dim_head, mixes_queries_keys)
+        self.k = build(dim_context, key_heads, dim_head, mixes_queries_keys) if key_heads else None
+        self.v = Unmapped() if value_dim_head is None else build(dim_context, kv_heads, value_dim_head, True)
+
+    def queries(self, x: Tensor, delta: Tensor | None = None, chosen: Routing | None = None) -> Tensor:
+        """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features.
+
+        Args:
+            x: the input.
+            delta: `(b, i, h d)`.
+            chosen: matrices of the tokens for outputs, if they choose.
+        """
+        flat = self.q(x, chosen) if self.mixes_queries_keys else self.q(x)
         return split_heads(flat if delta is None else flat + delta, self.heads)
 
     def keys_values(
-        self, xk: Tensor, xv: Tensor, delta_k: Tensor | None = None, delta_v: Tensor | None = None
+        self,
+        xk: Tensor,
+        xv: Tensor,
+        delta_k: Tensor | None = None,
+        delta_v: Tensor | None = None,
+        chosen: Routing | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys."""
-        k = None if self.k is None else split_heads(_plus(self.k(xk), delta_k), self.key_heads)
-        return k, split_heads(_plus(self.v(xv), delta_v), self.kv_heads)
+        """Project `(b, j, Dc)`, `(b, j, Dc)` to `(b, g, j, d)`, `(b, g, j, e)`; None where there is no map for keys.
+
+        Args:
+            xk, xv: inputs of keys and values.
+            delta_k, delta_v: added to the flat features.
+            chosen: matrices of the tokens for values, if they choose.
+        """
+        v = split_heads(_plus(self.v(xv, chosen) if self.mixes_values else self.v(xv), delta_v), self.kv_heads)
+        if self.k is None:
+            return None, v
+        return split_heads(
+            _plus(self.k(xk, chosen) if self.mixes_queries_keys else self.k(xk), delta_k), self.key_heads
+        ), v
 
     def clipped(self, *features: Tensor) -> list[Tensor]:
         """Return queries, keys or values within the bound, which there must be."""

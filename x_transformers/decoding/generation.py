@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from x_transformers.decoding.beam import Beams, noisy
 from x_transformers.decoding.compiled import CompiledReading
 from x_transformers.decoding.loop import Decoding, cut_after_end, make_reader, pair_amateurs, same_vocabulary
-from x_transformers.decoding.options import GenerationOptions
+from x_transformers.decoding.options import WITHOUT_EXITS, GenerationOptions
 from x_transformers.decoding.prompts import Prompts
 from x_transformers.decoding.recorded import recorder_for
 from x_transformers.decoding.sampling import unchanged
@@ -22,6 +23,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.models.exits import arguments_of_first_blocks
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.modules.inference import InferenceView
+from x_transformers.notices import warn
 
 PATIENCE = 16
 """Steps between checks whether all rows have ended, where a check waits for a device."""
@@ -89,13 +91,15 @@ def begin(
     Raises:
         InputError: if models, lengths, cache and options do not fit each other.
     """
+    if options.compiles and options.early_exit is not None:
+        say_that_all_blocks_run()
     view, vocabulary = InferenceView(net) if compiled is None else compiled.view, net.num_tokens
     given: Sequence[nn.Module] = options.amateur_model or ()  # type: ignore[assignment]
     amateurs = pair_amateurs(given, options.contrastive_decode_kwargs or {}, vocabulary)
     # modules of others may act at each call, and speculation reads several tokens at once
     recorder = None if view.borrows or options.guesses else recorder_for(net, seq_len, options.compile)
     expert = make_reader(view.of(net), prompts, seq_len, options, compiled=compiled, recorder=recorder)
-    others = replace(options, cache="dynamic", compile=False, compile_prefill=False)
+    others = replace(options, cache="dynamic", compile=False, compile_prefill=False, **WITHOUT_EXITS)
     contrasted = [(make_reader(view.of(amateur), prompts, seq_len, others), contrast) for amateur, contrast in amateurs]
     sequences = Sequences(prompts.tokens, prompts.start)
     decoding = Decoding(sequences, expert, options.choose, vocabulary, contrasted)
@@ -153,6 +157,15 @@ def search(
     with torch.inference_mode(), view:
         found, scores = run.run(seq_len, pad_value, patience(prompts.tokens.device))
     return found.transpose(0, 1).clone(), scores.T.clone()  # training may use them
+
+
+@functools.cache
+def say_that_all_blocks_run() -> None:
+    """Report once that tokens which leave early save nothing in a graph."""
+    warn(
+        "`exit_confidence` with `compile`: tokens are the same, but a graph runs all blocks for every token, so that "
+        "nothing is saved; drop `compile` to run fewer."
+    )
 
 
 def patience(device: torch.device) -> int:

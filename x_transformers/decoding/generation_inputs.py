@@ -18,6 +18,7 @@ _REFUSED = {
     "seq_start_pos": "give `prompt_lens`, or the prompts as a list",
     "cache_age": "new tokens are counted here",
     "input_not_include_cache": "the net is fed whatever it needs",
+    "early_exit": "give `exit_confidence`, and perhaps `exit_measure` and `exit_layers`",
     "attn_mask": "it covers a fixed number of tokens; give `mask` or `self_attn_kv_mask`",
     "attn_bias": "it covers a fixed number of tokens; build a position bias into the stack",
 }

@@ -138,7 +138,8 @@ def make_reader(
         net: the model.
         prompts: what it begins with.
         seq_len: number of tokens that follow; the last one is not read.
-        options: of which `cache`, `cache_kv`, `restrict_to_max_seq_len`, `guesses` and `arguments` matter here.
+        options: of which `cache`, `cache_kv`, `restrict_to_max_seq_len`, `guesses`, `early_exit` and `arguments` matter
+            here.
         compiled: how a static cache reads tokens, if not by ordinary passes.
         recorder: records the steps over a static cache, for readers that read one token at a time.
         growing: arguments that grow with the sequence; see `Arguments`.
@@ -149,6 +150,8 @@ def make_reader(
     total = prompts.tokens.shape[1] + max(seq_len, 1) - 1
     align = None if prompts.lens is None else partial(prompts.align, value=False)
     arguments = Arguments(options.arguments, prompts.width, total, align, growing)
+    if options.early_exit is not None:
+        arguments.constant["early_exit"] = options.early_exit
     caching, cache = options.cache_kv and net.can_cache_kv, options.cache
     if compiled is not None and isinstance(cache, str) and cache == "dynamic":
         cache = "static"

@@ -18,6 +18,7 @@ from x_transformers.decoding.sampling import Adjust, Choose, adjuster, draw, is_
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.forward_pass.names import check_names
+from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.options.schema import opt
 from x_transformers.options.values import accepts, convert, hints_of, misfits, plain
 
@@ -102,6 +103,18 @@ class GenerationOptions:
     exit_layer: int | None = opt(
         None, "generate by the first blocks only, up to this one, counted from 1; default all blocks."
     )
+    exit_confidence: float | None = opt(
+        None,
+        "a token leaves the stack after the first of `exit_layers` that is surer of it than this, between 0 and 1, and "
+        "later blocks only write its keys and values (2207.07061); at 1 none leaves.",
+    )
+    exit_measure: str | None = opt(
+        None,
+        'what is compared with it: "softmax" (the default), "margin" or "similarity"; see `EarlyExit`.',
+    )
+    exit_layers: Sequence[int] | None = opt(
+        None, "blocks after which tokens may leave, counted from 1; default the model's, or all if it has none."
+    )
     beams: int = opt(4, "number of continuations of each prompt that are followed.")
     return_beams_and_scores: bool = opt(False, "return all of them, and their scores.")
     stochastic: bool = opt(
@@ -135,6 +148,7 @@ class GenerationOptions:
                 "several; drop one of them."
             )
         self._check_blocks()
+        self.__dict__["_early_exit"] = self._read_exits()
         if self.compile_prefill and not self.compiles:
             raise InputError("`compile_prefill` compiles the reading of prompts besides the steps; set `compile` too.")
 
@@ -155,6 +169,15 @@ class GenerationOptions:
                 "blocks than what verifies them."
             )
 
+    def _read_exits(self) -> EarlyExit | None:
+        """Return the rule of exits by confidence, or None if there is none."""
+        if self.exit_confidence is not None:
+            return EarlyExit(self.exit_confidence, self.exit_measure or "softmax", self.exit_layers)
+        for name in ("exit_measure", "exit_layers"):
+            if getattr(self, name) is not None:
+                raise InputError(f"`{name}` says when tokens leave by `exit_confidence`, which is None; pass it too.")
+        return None
+
     def _check_kinds(self) -> None:
         """Raise an `InputError` for a value that does not fit its field; the last token is checked with the model."""
         hints = {name: hint for name, hint in hints_of(GenerationOptions).items() if name not in CHECKED_ELSEWHERE}
@@ -170,6 +193,11 @@ class GenerationOptions:
     def adjust(self) -> Adjust:
         """Logits to those that tokens are drawn from."""
         return self.__dict__["_adjust"]
+
+    @property
+    def early_exit(self) -> EarlyExit | None:
+        """Rule by which tokens leave the stack early, or None."""
+        return self.__dict__["_early_exit"]
 
     @property
     def greedy(self) -> bool:
@@ -196,6 +224,9 @@ class GenerationOptions:
 
 CHECKED_ELSEWHERE = ("eos_token", "arguments", "amateur_model", "draft_model", "prompt_lens", "beams")
 """Fields that are checked, with words of their own, where they are used."""
+
+WITHOUT_EXITS: Mapping[str, None] = dict.fromkeys(("exit_confidence", "exit_measure", "exit_layers"))
+"""Values of options with which no token leaves early."""
 
 DRAFTERS = ("draft_model", "draft_layers", "prompt_lookup")
 """Options that guess tokens, of which at most one is given."""

@@ -10,19 +10,16 @@ from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward import feedforward, routing_options
+from x_transformers.feedforward.expert_networks import ExpertNetworks, inner_width
 from x_transformers.feedforward.feedforward import FeedForward
-from x_transformers.feedforward.glu import gated
-from x_transformers.feedforward.softclamp import BoundedGate
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.forward_pass.names import check_names, takes_no_more
-from x_transformers.modules.branch_function import BranchCost, BranchFunction
+from x_transformers.modules.branch_function import BranchCost
 from x_transformers.modules.inference import PreparesForInference
-from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import ReadsReference
-from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
-from x_transformers.options.schema import Schema, at_least, require
+from x_transformers.options.schema import Schema
 from x_transformers.options.signatures import parameter, show_keywords
 from x_transformers.options.values import shown
 from x_transformers.routing.base import Routing, RoutingRecord
@@ -39,7 +36,7 @@ OWN = frozenset(name for name, feature in SCHEMA.owner.items() if feature is rou
 """The keywords that only experts have."""
 
 
-class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
+class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
     """Mixture of experts, each a feedforward network f as `FeedForward` has them.
 
         y = sum over the chosen e of w_e f_e(x) + sigmoid(a . x) f_shared(x)
@@ -68,43 +65,21 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         super().__init__()
         faults = Faults()
         parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
         faults.raise_if_any("Experts")
         core, glu, own = parsed["feedforward"], parsed["glu"], parsed["experts"]
         if own.experts is None:
             raise ConfigError("Experts: `experts` is None; it must be the number of experts, or use a FeedForward.")
-        at_least(1, dim=dim)
-        inner = int(dim * core.mult)
-        require(
-            1 <= inner < 2**31, f"`dim` is {dim} and `mult` {core.mult}; the inner width is {inner}, choose others."
-        )
-        self.dim, self.inner, self.experts, self.topk = dim, inner, own.experts, own.experts_topk
+        inner_width(dim, core.mult)
+        self.topk, self.loss_weights = own.experts_topk, own.loss_weights
         self.features = tuple(feature.name for feature in parsed.enabled())
-        self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
-        self.loss_weights = own.loss_weights
         self.router = own.build_router(dim)
-        biased = not (core.no_bias or (glu.glu and glu.glu_no_bias))
-        width = dim if core.dim_out is None else core.dim_out
-        self.up, self.up_bias = _stack_of_maps(self.experts, dim, 2 * inner if glu.glu else inner, biased)
-        self.activation = parsed["activation"].build(inner)
-        bounds = parsed["ff_softclamp"]
-        self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
-        if not glu.glu:
-            self.bound = bounds.softclamp_value
-        elif bounds.glu_softclamp:
-            self.activation = BoundedGate(self.activation, bounds.glu_gate_softclamp_value)
-        self.gate_scale = nn.Parameter(torch.ones(self.experts, inner)) if glu.glu and glu.glu_mult_bias else None
-        self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
-        self.down, self.down_bias = _stack_of_maps(self.experts, inner, width, not core.no_bias)
-        if core.zero_init_output:
-            nn.init.zeros_(self.down)
-            if self.down_bias is not None:
-                nn.init.zeros_(self.down_bias)
-        elif core.output_proj_depth is not None:
-            nn.init.normal_(self.down, std=(2 * inner * core.output_proj_depth) ** -0.5)
+        self.build_networks(parsed, dim, own.experts)
         self.shared = self.shared_gate = None
         if own.shared_mult > 0:
             given = {name: value for name, value in options.items() if name not in OWN}
-            bare = {"glu_no_bias": not biased} if glu.glu else {}
+            bare = {"glu_no_bias": not self.biased} if glu.glu else {}
             given |= {"dim_out": dim_out, "mult": own.shared_mult, "sublayer_dropout": 0.0, **bare}
             self.shared = FeedForward(dim, **given)
             self.shared_gate = nn.Linear(dim, 1, bias=False) if own.shared_gate else None
@@ -181,18 +156,12 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
         Returns:
             `(R, dim_out)`.
         """
-        x = _apply_maps(rows, self.up, self.up_bias, dispatch)
-        if self.glu:
-            x = gated(x, self.activation, self.bound, None)
-            if self.gate_scale is not None:
-                x = x * F.embedding(dispatch.experts, self.gate_scale)
-        else:
-            x = self.activation(x if self.bound is None else clamp(x, self.bound))
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return _apply_maps(x, self.down, self.down_bias, dispatch)
+
+        def apply_maps(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
+            return _apply_maps(x, weight, bias, dispatch)
+
+        scale = None if self.gate_scale is None else F.embedding(dispatch.experts, self.gate_scale)
+        return self.apply_networks(rows, apply_maps, scale)
 
     def _record(self, routing: Routing, x: Tensor, layer: LayerCall) -> RoutingRecord | None:
         """Return the loads, and the losses with their gradients, if the pass records them."""
@@ -229,14 +198,13 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
 
     def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize: each of the stacks, and those of the shared network."""
-        shared = [] if self.shared is None else self.shared.muon_parameters()
-        return [self.up, self.down, *shared]
+        return super().muon_parameters() + ([] if self.shared is None else self.shared.muon_parameters())
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         device, widths = torch.device(situation.device), (self.dim, self.inner, self.up.shape[1], self.down.shape[1])
         product = choose_product(device, situation.dtype, self.experts, widths)
-        stacks = (self.up, self.up_bias, self.gate_scale, self.down, self.down_bias)
-        of_all = sum(t.numel() for t in stacks if t is not None)
+        stacks = self.stacks
+        of_all = sum(t.numel() for t in stacks)
         active = sum(p.numel() for p in self.parameters()) - of_all + of_all // self.experts * self.topk
         matrices = (self.up.numel() + self.down.numel()) // self.experts * self.topk
         others = sum(p.numel() for p in self.parameters() if p.ndim == 2 and not any(p is t for t in stacks))
@@ -245,14 +213,6 @@ class Experts(Configured, PreparesForInference, ReadsReference, BranchFunction):
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         raise StateDictError("the reference has no experts; a model with `ff_experts` cannot be exported.")
-
-
-def _stack_of_maps(count: int, dim: int, out: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Return weights `(count, out, dim)` and biases `(count, out)` of linear maps, with the values of `nn.Linear`."""
-    # not through the functions of `nn.init`, which would take the number of maps for a part of the width
-    bound = dim**-0.5
-    weight = nn.Parameter(torch.empty(count, out, dim).uniform_(-bound, bound))
-    return weight, nn.Parameter(torch.empty(count, out).uniform_(-bound, bound)) if bias else None
 
 
 def _apply_maps(rows: Tensor, weight: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:

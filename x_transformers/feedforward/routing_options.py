@@ -147,6 +147,7 @@ FEATURE = Feature(
     name="experts",
     group="ff",
     slot="feedforward",
+    choice="network of experts",
     options=ExpertOptions,
     enabled=lambda options: options.experts is not None,
     idle=_idle,

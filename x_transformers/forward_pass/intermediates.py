@@ -95,6 +95,7 @@ class Intermediates:
         own_kv: keys before rotation, and values, of a pass without a cached past, for another model to attend to.
         entry: the sublayer's entry of the cache, if there is one.
         cache: the cache that contains the entry.
+        routing: records of the routers of this attention, if matrices of its maps are chosen and the pass records that.
         given_kv: `cached_kv` that a caller gave to a record without an entry.
 
     The first three are None unless scores were captured. Those that are captured on demand are computed when one of
@@ -113,6 +114,7 @@ class Intermediates:
     own_kv: tuple[Tensor, Tensor] | None = None
     entry: Entry | None = None
     cache: KVCache | None = None
+    routing: tuple[RoutingRecord, ...] = ()
     given_kv: CachedStreams | None = field(default=None, init=False)
 
     def defer(self, compute: Callable[[], Scores]) -> None:
@@ -174,6 +176,7 @@ class LayerIntermediates:
         aux_losses: the auxiliary losses by name, without their weights, each the mean over the sublayers that have it.
         aux_loss: what they add to a training loss: the sum over the names of the mean of weight times loss.
         exits: features `(b, n, D)` after the blocks of exits, by the number of the block, counted from 1.
+        exit_blocks: `(b, n)` number of the block after which each token left; see `EarlyExit`.
         attn_z_loss: z-loss of the logits of attention.
         logit_entropies: entropies of the predicted distributions.
         attn_pooled_tokens: `(b, k, d)`, output of an attention pool.
@@ -204,6 +207,7 @@ class LayerIntermediates:
     aux_losses: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
     exits: dict[int, Tensor] | None = None
+    exit_blocks: Tensor | None = None
     attn_z_loss: Tensor | None = None
     logit_entropies: Any = None
     attn_pooled_tokens: Tensor | None = None

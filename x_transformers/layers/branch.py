@@ -171,6 +171,26 @@ class Branch(NumberedParts, ReadsReference):
             stream = drop_layer(before, stream, self.dropout)
         return SublayerOutput(stream, branch_input, memory_input, record, carry)
 
+    def remember(self, stream: Tensor, layer: LayerCall) -> SublayerOutput | None:
+        """Write what later tokens read of these, and leave the stream as it is.
+
+        Args:
+            stream: `(b, n, D)`.
+            layer: the other inputs of this sublayer.
+
+        Returns:
+            what `forward` returns, or None if the sublayer has to run as usual.
+        """
+        fn: Any = self._modules[self.kind.module_name]
+        alone = self.reader is self.shift is self.replaced is None and self.reads_stream and not self.running
+        if not alone or fn._forward_hooks or fn._forward_pre_hooks:
+            return None
+        if not (layer.memory is layer.own_input is layer.source is None):
+            return None
+        x = stream if layer.injection is None else stream + layer.injection
+        record = self.fn.remember(x if self.norm is None else apply_norm(self.norm, x, layer.condition), layer)
+        return None if record is None else SublayerOutput(stream, x, x, record, layer.carry)
+
     def _read_history(self, reader: DepthReader, x: Tensor, layer: LayerCall) -> tuple[Tensor, LayerCall]:
         """Return the mix of the branch inputs so far, and a call with this one among them."""
         # a new tuple: a block that runs again (activation checkpointing) must find the history as it was

@@ -16,7 +16,7 @@ from x_transformers.layers import checkpointing, conditioning, structure, unet, 
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
 from x_transformers.layers.kinds import KINDS
-from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, plain, resi_dual, streams
+from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, path_scales, plain, resi_dual, streams
 from x_transformers.modules import norms
 from x_transformers.options.schema import Schema
 
@@ -33,6 +33,7 @@ STACK_FEATURES = (
     mv_split.FEATURE,
     streams.FEATURE,
     resi_dual.FEATURE,
+    path_scales.FEATURE,
     views.FEATURE,
     aggregated.FEATURE,
     lime.FEATURE,

@@ -140,7 +140,7 @@ def build_feedforward(
     dim: int, keywords: dict[str, Any], options: Options, *, causal: bool, hides_future: bool, first: bool
 ) -> BranchFunction:
     """Build a feedforward."""
-    return feedforward.build(dim, keywords)
+    return feedforward.build(dim, keywords, hides_future=hides_future)
 
 
 def build_mixer(

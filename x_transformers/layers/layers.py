@@ -17,8 +17,10 @@ from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.forward_pass.names import check_names, takes_no_more
+from x_transformers.layers.blockwise import run_by_blocks
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
+from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.execution_order import Repeat
 from x_transformers.layers.experts import TrainsExperts
 from x_transformers.layers.explain import Explanation, explain_stack
@@ -32,7 +34,7 @@ from x_transformers.layers.reference_names import (
     translate_positions,
 )
 from x_transformers.layers.residuals.streams import HyperConnection
-from x_transformers.layers.runner import begin_pass, finish, finish_exits, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import begin_pass, finish, finish_exits, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.notices import warn
 from x_transformers.options.signatures import parameter, show_keywords
@@ -224,6 +226,7 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
         self_attn_inputs: Mapping[int, Tensor] | None = None,
         return_aux_loss: bool = False,
         exits: Mapping[int, nn.Module | None] | None = None,
+        early_exit: EarlyExit | None = None,
         **unknown: Any,
     ) -> Tensor | tuple[Tensor, LayerIntermediates]:
         """Run the stack.
@@ -285,6 +288,7 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
             return_aux_loss: also return the intermediates, with `aux_loss`; by itself it makes no cache.
             exits: the same, with the features after some blocks as `exits`: numbers of blocks, counted from 1, and a
                 norm of each, or None for the final norm.
+            early_exit: rule by which tokens leave before the last block.
 
         Returns:
             `(b, n, D)`, and the intermediates with `return_hiddens`, `return_gumbel_log_probs`, `return_aux_loss` or
@@ -305,7 +309,7 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
             additional_kv_mask, detach_additional_kv, route_additional_kv_to_top, condition, in_attn_cond,
             layers_execute_order, repeat_blocks, self_attn_kv_residuals, cross_attn_kv_residuals,
             flash_pack_seq_kwargs, flash_pack_seq_context_kwargs, causal, transform_block_inputs, places, header,
-            capture, pairs, self_attn_inputs, return_aux_loss, exits,
+            capture, pairs, self_attn_inputs, return_aux_loss, exits, early_exit,
         )
         # fmt: on
         check_attributes(inputs, KINDS_OF_INPUTS)
@@ -313,11 +317,11 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
         try:
             state = begin_pass(self, inputs)
             steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
-            if self.checkpoint_every is not None and recomputes(self, state):
-                state = run_recomputing(self, steps, inputs, state)
-            else:
+            if self.checkpoint_every is None and early_exit is None:
                 run_steps(self, steps, inputs, state)
-            out = finish(self, inputs, state.stream)
+                out = finish(self, inputs, state.stream)
+            else:
+                state, out = run_by_blocks(self, steps, inputs, state)
         except RuntimeError as error:
             explain_failed_pass(self, inputs, state, error)
             raise

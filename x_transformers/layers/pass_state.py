@@ -21,6 +21,7 @@ from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
+from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.execution_order import Repeat, Step
 from x_transformers.routing.base import RoutingRecord
 from x_transformers.routing.losses import sum_of_losses
@@ -91,6 +92,7 @@ class PassInputs:
     self_attn_inputs: Mapping[int, Tensor] | None
     return_aux_loss: bool
     exits: Mapping[int, nn.Module | None] | None
+    early_exit: EarlyExit | None
     # filled in by `begin_pass`
     order: tuple[int, ...] = field(default=(), init=False)
     attention_memories: Sequence[Tensor | None] = field(default=(), init=False)
@@ -131,6 +133,7 @@ class Recorder:
         self.records: list[Intermediates] = []
         self.routing: list[RoutingRecord] = []
         self.exits: dict[int, Tensor] = {}
+        self.exit_blocks: Tensor | None = None
 
     def add(self, step: Step, stream: Tensor, output: SublayerOutput) -> None:
         """Record the stream before a sublayer, and its output."""
@@ -164,6 +167,8 @@ class Recorder:
             record.layer_hiddens = [*self.inputs, fold_streams(stream)]
             record.block_hiddens = [*self.blocks[:-1], out]
         record.memory_inputs, record.memory_states, record.cache = self.memory_inputs, self.states, kv
+        if self.exit_blocks is not None:
+            record.exit_blocks = self.exit_blocks
         if self.capture.losses or self.capture.routing:
             record.routing = self.routing
         if self.capture.losses:
@@ -198,6 +203,7 @@ class PassState:
         kv: the cache, whose entries the sublayers fill.
         states: running states of the previous segment, of the sublayers that have not run yet.
         skips: place in the order of execution -> the stream at its entry.
+        rests: the stream is not needed any more, so that sublayers only have to write what later tokens read.
     """
 
     call: Call
@@ -208,6 +214,7 @@ class PassState:
     kv: KVCache | None = None
     states: list[Tensor | None] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
+    rests: bool = False
 
     def fork(self, numbers: Container[int]) -> PassState:
         """Return a state that goes on from here while this one stays as it is.

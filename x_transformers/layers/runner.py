@@ -182,7 +182,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     condition, injection, documents = inputs.condition, inputs.injection, inputs.documents
-    transform, exits = inputs.block_transform, inputs.exits
+    transform, exits, rests = inputs.block_transform, inputs.exits, state.rests
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
@@ -222,7 +222,10 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
             cross_attention_inputs(stack, step, inputs, layer)
         elif kind.is_feedforward and inputs.deep_embeds is not None and step.nth < inputs.deep_embeds.shape[2]:
             layer.deep_embed = inputs.deep_embeds[:, :, step.nth]
-        if compiled is None:
+        output = branch.remember(x, layer) if rests else None
+        if output is not None:
+            pass
+        elif compiled is None:
             if learns:
                 # a checkpoint wrapper around the function may run it again in the backward pass
                 layer.remember_start()
@@ -235,11 +238,13 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         record: Any = output.record
         if record is not None:
             record.layer_index = step.layer
-            if not kind.is_attention:
-                record.step = step.number
-                recorder.routing.append(record)
-            else:
+            routed = (record,)
+            if kind.is_attention:
                 recorder.records.append(record)
+                routed = record.routing
+            for each in routed:
+                each.layer_index, each.step = step.layer, step.number
+                recorder.routing.append(each)
         if recorder.keeps_states:
             recorder.add(step, x, output)
         x, carry = output.stream, output.carry

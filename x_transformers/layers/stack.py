@@ -23,6 +23,7 @@ from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, MIXER, SEL
 from x_transformers.layers.packing import check_apart, packed_kinds
 from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.streams import HyperConnection
+from x_transformers.layers.tied_blocks import tie_blocks
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
 from x_transformers.options.values import accepts, shown
@@ -85,6 +86,9 @@ class LayerStack(nn.Module):
         for index, layer in enumerate(plan.layers):
             with faults.catching(layer.kind.in_full):
                 self.layers.append(build_branch(self, plan, index, norm))
+        with faults.catching():
+            if not faults.messages:
+                tie_blocks(self.sublayers, plan)
         if self.parallel and options["parallel_block"].parallel_block_one_norm:
             share_norms(self.sublayers, plan.sequence.block)
         if options.on("value_residual"):
@@ -261,7 +265,10 @@ class LayerStack(nn.Module):
     @property
     def sees_future(self) -> bool:
         """True if tokens read later ones: neither causality nor a mask of the stack itself hides them."""
-        return not (self.causal or self.looks_back) and bool(self.branches(SELF_ATTENTION.letter, MIXER.letter))
+        if self.causal or self.looks_back:
+            return False
+        mixing = (SELF_ATTENTION.letter, MIXER.letter)
+        return any(branch.kind.letter in mixing or branch.fn.mixes_rows for branch in self.sublayers)
 
     @property
     def can_cache_kv(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -12,6 +13,7 @@ from x_transformers.errors import ConfigError, InputError, StateDictError
 from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.inputs import ModelInputs, TokenSpan
@@ -161,6 +163,39 @@ def exit_outputs(
             features = model.logits_of(features[:, -keep:] if keep else features, arguments)
         outputs[block] = features
     return outputs
+
+
+def exits_by_confidence(model: Any, rule: EarlyExit, arguments: Mapping[str, Any] | None) -> EarlyExit:
+    """Return the rule of early exits with the head, the exits and the norms of a model.
+
+    Args:
+        model: the model.
+        rule: as the caller gave it.
+        arguments: of the head.
+
+    Raises:
+        InputError: if the model runs its stack several times, or predicts nothing for single tokens.
+    """
+    if model.recycling or model.looped:
+        raise InputError(
+            "`early_exit` lets tokens leave one run of the stack, and this model (`recycling` or `looped`) runs it "
+            "several times; drop it."
+        )
+    head, norms = rule.head, model.exit_norms
+    if head is None and model.to_logits is not None:
+        if (model.pools or model.returns_pooled) and rule.measure != "similarity":
+            raise InputError(
+                f'`early_exit` has the measure "{rule.measure}", which reads logits of single tokens, and this model '
+                'predicts for whole rows; use the measure "similarity".'
+            )
+        head = functools.partial(model.logits_of, arguments=arguments)
+    return EarlyExit(
+        rule.confidence,
+        rule.measure,
+        rule.layers or model.exit_layers or None,
+        head,
+        rule.norms if norms is None else {int(block): norms[block] for block in norms},
+    )
 
 
 def up_to_exit(model: Given, exit_layer: int | None) -> Given:

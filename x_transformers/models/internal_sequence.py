@@ -68,6 +68,8 @@ class InternalSequence:
             t: output of the stack.
             record: of the pass; the features of its exits lose their memory tokens, too.
         """
+        if record is not None and record.exit_blocks is not None:
+            record.exit_blocks = self.without_memory(record.exit_blocks.unsqueeze(-1)).squeeze(-1)
         if record is not None and record.exits is not None:
             record.exits = {block: self.without_memory(features) for block, features in record.exits.items()}
         if self.column_map is not None:

@@ -27,7 +27,7 @@ from x_transformers.models.embeddings import (
     further_embeddings,
     whole_numbers,
 )
-from x_transformers.models.exits import HasExits, exit_outputs, exits_of
+from x_transformers.models.exits import HasExits, exit_outputs, exits_by_confidence, exits_of
 from x_transformers.models.heads import (
     FirstTokenPool,
     Heads,
@@ -278,7 +278,7 @@ class TransformerWrapper(HasExits, Model):
         if transform_block_inputs is not None:
             kwargs["transform_block_inputs"] = transform_block_inputs
         if kwargs:
-            transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds)
+            transform_token_embeds = _read_stack_arguments(self, kwargs, transform_token_embeds, to_logits_kwargs)
         if x is None:
             x = _no_ids(prepend_embeds)
         x = checked_ids(x, self)
@@ -494,10 +494,13 @@ def _further(table: nn.Module, ids: Tensor, name: str, batch: int, span: TokenSp
 
 
 def _read_stack_arguments(
-    model: TransformerWrapper, arguments: dict[str, Any], transform: Callable[[Tensor], Tensor] | None
+    model: TransformerWrapper,
+    arguments: dict[str, Any],
+    transform: Callable[[Tensor], Tensor] | None,
+    of_head: Mapping[str, Any] | None,
 ) -> Callable[[Tensor], Tensor] | None:
-    """Check arguments of the stack, and return the function that changes the token embeddings: the caller's, or that
-    for the input of block 1.
+    """Check arguments of the stack, give it what exits read of the model, and return the function that changes the
+    token embeddings: the caller's, or that for the input of block 1.
     """
     for name in arguments:
         if name not in ARGUMENTS:
@@ -507,6 +510,8 @@ def _read_stack_arguments(
             "`exits` are of the stack; build the model with `exit_layers`, and pass `return_exits = True`."
         )
     check_kinds(arguments, KINDS_OF_INPUTS)
+    if arguments.get("early_exit") is not None:
+        arguments["early_exit"] = exits_by_confidence(model, arguments["early_exit"], of_head)
     blocks: Any = arguments.get("transform_block_inputs")
     if transform is not None or blocks is None:
         return transform

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from x_transformers.cache.entries import Shape
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
+from x_transformers.modules.tied_linear import borrowed_elements
 
 
 class BranchCost(NamedTuple):
@@ -55,6 +56,18 @@ class BranchFunction(nn.Module):
         """
         raise NotImplementedError
 
+    def remember(self, x: Tensor, layer: LayerCall) -> Any:
+        """Write what later tokens read of these into the entry of the cache, without an output.
+
+        Args:
+            x: `(b, n, D)` normalized input.
+            layer: the sublayer's call, with an entry.
+
+        Returns:
+            the record of `run`, or None if the function has to run as usual.
+        """
+        return None
+
     def begin_at(self, number: int, count: int) -> None:
         """Set first values that depend on the place in a stack.
 
@@ -84,6 +97,11 @@ class BranchFunction(nn.Module):
     @property
     def has_aux_loss(self) -> bool:
         """True if the function has a loss of its own, which its records contain."""
+        return False
+
+    @property
+    def mixes_rows(self) -> bool:
+        """True if each token reads all tokens of its row, although the function is no attention and no token mixer."""
         return False
 
     @property
@@ -117,5 +135,5 @@ class BranchFunction(nn.Module):
             situation: device, dtype and mode.
             surroundings: `causal`, `bias`, `training` and `seq_len`; see `Attention.explain`.
         """
-        flops = 2 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        return BranchCost("", "", flops)
+        elements = sum(p.numel() for p in self.parameters() if p.ndim == 2) + borrowed_elements(self)
+        return BranchCost("", "", 2 * elements)

@@ -32,7 +32,9 @@ class NormOptions:
         True, "store the gains of norms minus 1, so that weight decay pulls them towards 1"
     )
     norm_eps: float | None = opt(
-        None, "epsilon of norms, added to the variance or mean square; default 1e-5 for LayerNorm, 1e-24 for RMSNorm"
+        None,
+        "epsilon of norms, added to the variance or mean square; default 1e-5 for LayerNorm and CRMSNorm, 1e-24 for "
+        "RMSNorm",
     )
     norm_bias: bool = opt(False, "LayerNorm with a bias")
 
@@ -48,6 +50,13 @@ class RMSNormOptions:
 @dataclass(frozen=True, kw_only=True)
 class SimpleRMSNormOptions:
     use_simple_rmsnorm: bool = opt(False, "RMSNorm without parameters instead of LayerNorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRMSNormOptions:
+    use_crmsnorm: bool = opt(
+        False, "CRMSNorm instead of LayerNorm: LayerNorm of features of mean 0, of which the last is left out"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +250,33 @@ class SimpleRMSNorm(ReadsReference, Norm):
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         _check_exported_eps(self.eps)
+
+
+class CRMSNorm(ReadsReference, GainNorm):
+    """Compressed RMSNorm: LayerNorm of `D + 1` features of mean 0, of which the last is left out (2305.14858).
+
+        x / sqrt((sum x ** 2 + (sum x) ** 2) / (D + 1) + eps) * (gamma + offset)
+
+    The feature that is left out is `-sum x`.
+
+    Args:
+        dim: width D.
+        unit_offset: store the gain minus 1.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, unit_offset: bool = False, eps: float = 1e-5) -> None:
+        super().__init__(dim, unit_offset)
+        self.eps = eps
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        gain, wide = self.gain(), at_least_float32(x)
+        squares = wide.square().sum(dim=-1, keepdim=True) + wide.sum(dim=-1, keepdim=True).square()
+        scale = (squares / (x.shape[-1] + 1) + self.eps).rsqrt()
+        return (wide * scale).to(gain.dtype) * gain
+
+    def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        raise StateDictError("the reference has no CRMSNorm; a model with `use_crmsnorm` cannot be exported.")
 
 
 class ScaleNorm(SecondNames, ReadsReference, Norm):
@@ -518,6 +554,20 @@ SIMPLE_RMS_NORM = Feature(
     examples=({"use_simple_rmsnorm": True},),
 )
 
+CRMS_NORM = Feature(
+    name="crmsnorm",
+    group="stack",
+    slot="norm",
+    choice="norm",
+    options=CRMSNormOptions,
+    enabled=lambda options: options.use_crmsnorm,
+    build=_of_stack(CRMSNorm),
+    summary="LayerNorm of features of mean 0, of which the last is left out",
+    paper="2305.14858",
+    examples=({"use_crmsnorm": True},),
+    exempt={"export": "the reference has no such norm"},
+)
+
 SCALE_NORM = Feature(
     name="scalenorm",
     group="stack",
@@ -633,6 +683,7 @@ FEATURES = (
     LAYER_NORM,
     RMS_NORM,
     SIMPLE_RMS_NORM,
+    CRMS_NORM,
     SCALE_NORM,
     DYNAMIC_TANH,
     DERF,

@@ -20,6 +20,7 @@ from torch import nn
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.modules.unwrap import unwrapped
 from x_transformers.options.checked import VARIABLE, Checked, bind, check_arguments
+from x_transformers.options.docstrings import described_arguments
 from x_transformers.options.schema import Schema
 from x_transformers.options.suggestions import offer
 from x_transformers.options.values import plain
@@ -65,7 +66,7 @@ class Configured(Checked):
 
     @classmethod
     def describe(cls, keyword: str | None = None) -> str:
-        """Return what keywords of the constructor mean, with their defaults and papers.
+        """Return what arguments of the constructor mean, with their defaults and papers.
 
         Args:
             keyword: one of them; None for all.
@@ -73,14 +74,19 @@ class Configured(Checked):
         Raises:
             UnknownKeywordError: if there is no such keyword.
         """
+        own = described_arguments(cls)
         if keyword is None:
-            return "\n".join(schema.describe(prefix) for schema, prefix in cls.keyword_schemas)
+            described = [schema.describe(prefix) for schema, prefix in cls.keyword_schemas]
+            return "\n".join([*(["arguments:", *own.values()] if own else []), *described])
+        if keyword in own:
+            return own[keyword].strip()
         for schema, prefix in cls.keyword_schemas:
             name = keyword.removeprefix(prefix)
             if keyword.startswith(prefix) and name in schema.owner:
                 return schema.describe(prefix, only=name)
         faults = Faults()
-        faults.add_unknown(keyword, [prefix + name for schema, prefix in cls.keyword_schemas for name in schema.owner])
+        names = [prefix + name for schema, prefix in cls.keyword_schemas for name in schema.owner]
+        faults.add_unknown(keyword, [*own, *names])
         faults.raise_if_any(cls.__name__)
         raise AssertionError
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """Choice of k experts for each of N tokens.
+    """Choice of k experts for each of N tokens; if heads choose by themselves, with an axis of h heads after that of N.
 
     Attributes:
-        experts: `(N, k)` indices of the chosen experts.
-        weights: `(N, k)` factors of their outputs, at least in float32, which carry the gradient of the choice.
-        logits: `(N, E)` scores before softmax or sigmoid, at least in float32.
+        experts: `(N, k)` or `(N, h, k)` indices of the chosen experts.
+        weights: `(N, k)` or `(N, h, k)` factors of their outputs, at least in float32, which carry the gradient of the
+            choice.
+        logits: `(N, E)` or `(N, h, E)` scores before softmax or sigmoid, at least in float32.
     """
 
     experts: Tensor
@@ -38,7 +39,8 @@ class AuxLoss(NamedTuple):
 class RoutingRecord:
     """Record of one executed router.
 
-    Means are over the tokens of the pass that others may see, those of memory and prepended embeddings included.
+    Means are over the tokens of the pass that others may see, those of memory and prepended embeddings included. The
+    maps of SwitchHead are chosen for each of h heads: shapes then have an axis h before the last one.
 
     Attributes:
         load: `(E,)` share of the tokens that chose each expert; the sum is k.
@@ -49,6 +51,8 @@ class RoutingRecord:
         logits: `(b, n, E)`.
         layer_index: index of the sublayer among the built ones.
         step: its place in the order of execution, since a sublayer may run several times.
+        maps: of an attention, the maps that were chosen: "values" (by the tokens that are attended to), "outputs", or
+            "values and outputs"; else None.
     """
 
     load: Tensor
@@ -59,3 +63,4 @@ class RoutingRecord:
     logits: Tensor | None
     layer_index: int | None = None
     step: int | None = None
+    maps: str | None = None

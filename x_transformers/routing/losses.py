@@ -43,7 +43,7 @@ def record_routing(
     *,
     choices: bool,
 ) -> RoutingRecord:
-    """Return the loads, losses and choices of one executed router.
+    """Return the loads, losses and choices of one executed router. A loss of several heads is the mean over them.
 
     Args:
         routing: of all tokens, row by row.
@@ -64,14 +64,14 @@ def record_routing(
         if weights.balance > 0:
             topk = routing.experts.shape[-1]
             per_row = weights.balance_per_row
-            value = balance_of_rows(chosen, probs, live) if per_row else (load * prob).sum()
+            value = balance_of_rows(chosen, probs, live) if per_row else (load * prob).sum(dim=-1).mean()
             losses["balance"] = AuxLoss(value * (count / topk), weights.balance)
         if weights.router_z > 0:
             squares = logits.logsumexp(dim=-1, keepdim=True).square()
-            losses["router_z"] = AuxLoss(mean_over_live(squares, live).squeeze(-1), weights.router_z)
+            losses["router_z"] = AuxLoss(mean_over_live(squares, live).mean(), weights.router_z)
         if weights.router_entropy > 0:
             mean = mean_over_live(logits.softmax(dim=-1), live)
-            losses["router_entropy"] = AuxLoss(-torch.special.entr(mean).sum(), weights.router_entropy)
+            losses["router_entropy"] = AuxLoss(-torch.special.entr(mean).sum(dim=-1).mean(), weights.router_entropy)
     kept = routing if choices else None
     return RoutingRecord(
         load,
@@ -84,10 +84,10 @@ def record_routing(
 
 
 def mean_over_live(t: Tensor, live: Tensor | None) -> Tensor:
-    """Return the mean `(E,)` over the live tokens of `t (b, n, E)`; 0 if there is none."""
+    """Return the mean `(..., E)` over the live tokens of `t (b, n, ..., E)`; 0 if there is none."""
     if live is None:
         return t.sum(dim=(0, 1)) / max(t.shape[0] * t.shape[1], 1)
-    kept = t.masked_fill(~live.unsqueeze(-1), 0.0)
+    kept = t.masked_fill(~live[(..., *[None] * (t.ndim - 2))], 0.0)
     return kept.sum(dim=(0, 1)) / live.sum().clamp(min=1)
 
 

@@ -1,5 +1,5 @@
-"""Routers: from a token to k of E experts, by softmax (2401.04088), sigmoid (2310.10837) or the experts' own keys
-(2310.10908).
+"""Routers: from a token to k of E experts, by softmax (2401.04088), sigmoid (2310.10837), also for each head by itself
+(2312.07987), or the experts' own keys (2310.10908).
 
 Choices are discontinuous, so that everything is computed in float32, whatever the dtype of the model and autocast are.
 """
@@ -119,6 +119,40 @@ class Router(KeepsFloat32):
         return scores if self.kind == "softmax" else normalized(scores)
 
 
+class HeadRouter(nn.Module):
+    """Choice of k of the E experts of each head, by the sigmoid (2312.07987).
+
+        l_h = x R_h^T        T_h = topk(l_h)        w_{h,e} = sigmoid(l_{h,e}) for e in T_h
+
+    Args:
+        dim: width of the tokens.
+        heads: number h of heads.
+        experts: number E of experts of a head.
+        topk: number k of experts that a token uses in a head.
+        dropout: as in `Router`, in each head by itself.
+    """
+
+    def __init__(self, dim: int, heads: int, experts: int, topk: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.topk, self.dropout = heads, topk, dropout
+        # rows of one length: no expert has larger scores because its row is longer
+        self.weight = nn.Parameter(F.normalize(torch.randn(heads * experts, dim), dim=-1))
+
+    def forward(self, x: Tensor) -> Routing:
+        """Choose experts for tokens `x (N, D)`, by head."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(at_least_float32(x), at_least_float32(self.weight)).unflatten(-1, (self.heads, -1))
+            with torch.no_grad():
+                dropping = self.dropout and self.training
+                scores = drop_experts(logits, self.topk, self.dropout) if dropping else logits
+                experts = scores.topk(self.topk, dim=-1).indices
+            return Routing(experts, logits.gather(-1, experts).sigmoid(), logits)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the shares `(N, h, E)` of the scores of each head."""
+        return normalized(logits.sigmoid())
+
+
 class KeyRouter(nn.Module):
     """Choice of the k experts whose units a token excites most, without parameters (2310.10908).
 
@@ -154,7 +188,7 @@ def mean_keys(rows: Tensor) -> Tensor:
 
 
 def drop_experts(scores: Tensor, topk: int, probability: float) -> Tensor:
-    """Set random scores `(N, E)` to `-inf`, except in rows that would keep fewer than `topk` finite ones."""
+    """Set random scores `(..., E)` to `-inf`, except in rows that would keep fewer than `topk` finite ones."""
     dropped = torch.rand_like(scores) < probability
     left = (scores.isfinite() & ~dropped).sum(dim=-1, keepdim=True)
     return scores.masked_fill(dropped & (left >= topk), -torch.inf)

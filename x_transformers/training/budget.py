@@ -22,18 +22,27 @@ class Budget:
 
     Attributes:
         seconds: that the run has taken up to its last measurement, earlier processes of the same run included.
+        asked: what was asked for, as plain data.
+        spent: True for a run that was resumed after it had spent this budget.
     """
 
     def __init__(self, steps: int | None, minutes: float, held_out: int = FINAL) -> None:
         self.steps, self.total = steps, 60 * minutes
         self.held_out = min(held_out, FINAL)
-        self.seconds = 0.0
+        self.asked = {"steps": steps} if steps is not None else {"minutes": minutes}
+        self.seconds, self.spent = 0.0, False
         self._earlier, self._began = 0.0, time.monotonic()
         self._seconds_per_token = 0.0
 
-    def go_on_from(self, seconds: float) -> None:
-        """Add the seconds that the run took before it was resumed."""
+    def go_on_from(self, seconds: float, spent: object = None) -> None:
+        """Add what the run took before it was resumed.
+
+        Args:
+            seconds: of it.
+            spent: `asked` of a budget that it has spent.
+        """
         self._earlier = self.seconds = seconds
+        self.spent = spent == self.asked
 
     def measure(self) -> float:
         """Return the seconds that the run has taken."""
@@ -54,6 +63,8 @@ class Budget:
         Args:
             step: number of steps so far.
         """
+        if self.spent:
+            return 1.0
         if self.steps is not None:
             return min(step / self.steps, 1.0)
         return min(self.seconds / max(self.total - self.reserve, 1e-3), 1.0)

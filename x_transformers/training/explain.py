@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from x_transformers.checkpoints.files import load_model
 from x_transformers.errors import InputError
 from x_transformers.options.configured import Configured
 from x_transformers.training.command_line import Parser, add_flags, flag, number, read_options
 from x_transformers.training.presets import PRESETS, build_model
 from x_transformers.training.refusals import one_sentence
+from x_transformers.training.trained import PLACES, local_place, trained_model
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -38,9 +38,7 @@ def explain(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; default those of this process.
     """
     parser = Parser(prog="x-transformers explain", description=__doc__)
-    parser.add_argument(
-        "model", help=f"folder of a run, file of a model, JSON file of a `config`, or a preset: {', '.join(PRESETS)}"
-    )
+    parser.add_argument("model", help=f"{PLACES}; JSON file of a `config`; or a preset: {', '.join(PRESETS)}")
     add_flags(parser, Explained)
     given: argparse.Namespace = parser.parse_args(arguments)
     options = read_options(Explained, given)
@@ -61,7 +59,7 @@ def _model(what: str) -> Any:
             return build_model(what, preset.vocabulary, preset.context)
     path = Path(what)
     if path.suffix != ".json":
-        return load_model(path)
+        return trained_model(local_place(what))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.checkpoints.files import load_model
-from x_transformers.checkpoints.folder import find_model
 from x_transformers.errors import InputError
-from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.training.command_line import Parser, add_flags, default_device, device, flag, number, read_options
 from x_transformers.training.refusals import one_sentence
 from x_transformers.training.tokenizer import Tokenizer, tokenizer_at
+from x_transformers.training.trained import PLACES, language_model, local_place, tokenizer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class Generation:
     )
     seed: int | None = flag(None, "of the random draws", number(int, 0, 2**32 - 1))
     stream: bool = flag(False, "print the text while it is written")
-    tokenizer: Path | None = flag(None, "tokenizer.json; default the one of the run", Path)
+    tokenizer: Path | None = flag(None, "tokenizer.json; default that of the model", Path)
     device: str = flag(default_device(), "cpu, cuda, ...", device)
 
     def filters(self) -> dict[str, Any]:
@@ -60,14 +58,17 @@ def generate(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; default those of this process.
     """
     parser = Parser(prog="x-transformers generate", description=__doc__)
-    parser.add_argument("model", type=Path, help="folder of a run, or file of a model")
+    parser.add_argument("model", help=PLACES)
     add_flags(parser, Generation)
     given = parser.parse_args(arguments)
     options = read_options(Generation, given)
     with one_sentence():
-        model = language_model(given.model, options.device)
-        place = options.tokenizer or find_model(given.model).parent
-        tokenizer = tokenizer_at(place, model.net.num_tokens)
+        place = local_place(given.model)
+        model = language_model(place, options.device)
+        vocabulary = model.net.num_tokens
+        tokenizer = (
+            tokenizer_at(options.tokenizer, vocabulary) if options.tokenizer else tokenizer_of(place, vocabulary)
+        )
         if options.seed is not None:
             torch.manual_seed(options.seed)
         for number_of in range(options.samples):
@@ -78,29 +79,9 @@ def generate(arguments: Sequence[str] | None = None) -> None:
             print()
 
 
-def language_model(place: Path, device: str) -> AutoregressiveWrapper:
-    """Load a model that continues token ids, in evaluation mode.
-
-    Args:
-        place: folder of a run, or file of a model.
-        device: of the model.
-
-    Raises:
-        InputError: if the file contains another kind of model.
-    """
-    model = load_model(place, device)
-    if isinstance(model, TransformerWrapper):
-        model = AutoregressiveWrapper(model)
-    if not isinstance(model, AutoregressiveWrapper):
-        raise InputError(
-            f"{place} contains a {type(model).__name__}, which continues no text; pass the file of a language model."
-        )
-    return model.eval()
-
-
 def _pieces(model: AutoregressiveWrapper, tokenizer: Tokenizer, options: Generation) -> Iterator[str]:
     """Yield the prompt and its continuation, in pieces if they are streamed."""
-    ids = list(tokenizer.encode([options.prompt.encode("utf-8", "surrogateescape")])[0])
+    ids = tokenizer.prompt(options.prompt.encode("utf-8", "surrogateescape"))
     if not ids:
         if tokenizer.end is None:
             raise InputError(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.errors import ConfigError
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.modules.tied_linear import matrices_of
 from x_transformers.options.values import hints_of, misfits
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -53,7 +55,8 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     for stack in stacks:
         maps = stack.muon_parameters()
         if queries_and_keys:
-            maps += [module.weight for module in stack.layers.modules() if isinstance(module, nn.Linear)]
+            maps += matrices_of(stack.layers)
+            maps += [module.weight for module in stack.layers.modules() if isinstance(module, HeadMaps)]
         # a map from or to a single number is a vector, which cannot be orthogonalized
         chosen |= {id(weight) for weight in maps if weight.ndim in MATRICES and min(weight.shape[-2:]) > 1}
     # embeddings inside of a stack are tables of biases, not of tokens or positions
@@ -68,7 +71,7 @@ def split_parameters(model: nn.Module, *, queries_and_keys: bool = True) -> Spli
     return split
 
 
-MATRICES = (2, 3)
+MATRICES = (2, 3, 4)
 """Numbers of axes of matrices, and of stacks of matrices, each of which is orthogonalized by itself."""
 
 
@@ -161,7 +164,8 @@ class Muon(Optimizer):
         if whole.ndim == 2:
             update = orthogonalized(whole, *numbers)
         else:
-            update = torch.stack([orthogonalized(matrix, *numbers) for matrix in whole.unbind(0)])
+            each = [orthogonalized(matrix, *numbers) for matrix in whole.flatten(0, -3).unbind(0)]
+            update = torch.stack(each).view_as(whole)
         rows, columns = parameter.shape[-2:]
         lr = group["lr"]
         matched = group["adjust_lr_fn"] == "match_rms_adamw"

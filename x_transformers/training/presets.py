@@ -153,7 +153,10 @@ def build_model(
         raise ConfigError(f"`preset` is {preset!r}; it must be one of {', '.join(PRESETS)}.")
     chosen = PRESETS[preset]
     model, layers = _sorted_options(options or {})
-    decoder = Decoder(**{**chosen.layers, **layers})
+    of_preset = dict(chosen.layers)
+    if not layers.get("rotary_pos_emb", True):
+        del of_preset["rotary_emb_dim"]
+    decoder = Decoder(**{**of_preset, **layers})
     given = {"num_tokens": vocabulary, "max_seq_len": context, **chosen.model, **model}
     net = TransformerWrapper(**given, attn_layers=decoder)
     _initialize(net)

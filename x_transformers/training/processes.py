@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError
-from x_transformers.layers.branches.shared_norm import with_their_norms
+from x_transformers.layers.branches.shared_norm import with_what_they_share
 from x_transformers.layers.layers import AttentionLayers
 
 SINCE = Version("2.9")
@@ -180,7 +180,7 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
         for number in numbers:
             number.register_post_accumulate_grad_hook(functools.partial(_average, mesh))
     for stack in stacks:
-        for branches in with_their_norms(stack.layers):
+        for branches in with_what_they_share(stack.layers):
             fully_shard(branches if len(branches) > 1 else branches[0], mesh=mesh, **options)
             for branch in () if GATHERS_AGAIN else branches:
                 branch.register_forward_pre_hook(_gather_again)

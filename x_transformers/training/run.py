@@ -122,7 +122,7 @@ class Run:
                 started = "other text" if name == "data" else f"--{name} {progress[name]}"
                 raise CheckpointError(f"The run was started with {started}; resume it with the same --{name}.")
         self.step = progress["step"]
-        self.budget.go_on_from(progress["seconds"])
+        self.budget.go_on_from(progress["seconds"], progress.get("spent"))
         return progress["threads"]
 
     def _set_threads(self, threads: int | None) -> int:
@@ -313,7 +313,7 @@ class Run:
         """Write a checkpoint and the picture."""
         progress = {"step": self.step, "seconds": self.budget.seconds, "threads": self.threads}
         progress |= {"seed": self.settings.seed, "data": self.tokens.checksum, "rows": self.batches.rows}
-        progress |= {"settings": self.settings.recorded()}
+        progress |= {"settings": self.settings.recorded(), "spent": self.budget.asked if self.done() >= 1 else None}
         folder = self.out / CHECKPOINTS
         save_checkpoint(folder, step=self.step, model=self.model, optimizers=self.optimizers, progress=progress)
         if self.processes.leads:

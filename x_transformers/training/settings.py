@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from x_transformers.errors import ConfigError
+from x_transformers.checkpoints.folder import CHECKPOINTS, TRAINING, latest_checkpoint
+from x_transformers.checkpoints.plain_data import read_sealed, unpack
+from x_transformers.errors import CheckpointError, ConfigError
 from x_transformers.training.command_line import default_device, device, flag, number
 from x_transformers.training.presets import PRESETS, Preset, read_setting
 from x_transformers.training.schedules import SCHEDULES
@@ -85,7 +87,7 @@ class Settings:
 
     # results
     out: Path = flag(Path("runs/train"), "folder of the run", Path)
-    resume: bool = flag(False, "continue the run in --out")
+    resume: bool = flag(False, "continue the run in --out, with its settings where no others are given")
     save_every: float = flag(
         30.0, "seconds between checkpoints, each with a picture", number(float, 0), metavar="SECONDS"
     )
@@ -118,3 +120,27 @@ class Settings:
         left_out = {"out", "resume", "save_every", "look_every", "tokens", "tensorboard", "wandb", "device", "prompt"}
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in left_out}
         return values | {"set": dict(self.set)}
+
+
+def settings_of_run(out: Path) -> dict[str, Any]:
+    """Return the settings that a run has recorded, which is nothing if there is no complete checkpoint.
+
+    Args:
+        out: folder of the run.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged.
+    """
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None or not (checkpoint / TRAINING).is_file():
+        return {}
+    try:
+        found = unpack(read_sealed(checkpoint / TRAINING)["progress"]["settings"], _no_tensor)
+        known = {each.name for each in fields(Settings)}
+        return {name: value for name, value in found.items() if name in known} | {"set": tuple(found["set"].items())}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint} is not a checkpoint of this command; pass another --out.") from error
+
+
+def _no_tensor(name: str) -> Any:
+    raise CheckpointError(f"settings are plain data, but {name} is a tensor")

@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """Return the ids of each text."""
         ...
 
+    def prompt(self, text: bytes) -> list[int]:
+        """Return the ids of a text to continue, with the special tokens that texts begin with."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
         ...
@@ -52,6 +56,10 @@ class Bytes:
         """Return the bytes of each text."""
         return list(texts)
 
+    def prompt(self, text: bytes) -> list[int]:
+        """Return the bytes of a text to continue."""
+        return list(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of bytes; those that are no UTF-8 are shown as a replacement character."""
         return bytes(ids).decode("utf-8", errors="replace")
@@ -65,12 +73,14 @@ class Bpe:
 
     Args:
         inner: a `tokenizers.Tokenizer`.
+        end: id that ends a document; default that of a token with one of the usual names.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, end: int | None = None) -> None:
         self.inner = inner
         self.size = int(inner.get_vocab_size())
-        self.end = next((found for name in ENDS if (found := inner.token_to_id(name)) is not None), None)
+        named = (found for name in ENDS if (found := inner.token_to_id(name)) is not None)
+        self.end = next(named, None) if end is None else end
 
     @classmethod
     def trained(cls, texts: Iterable[bytes], size: int) -> Bpe:
@@ -96,18 +106,19 @@ class Bpe:
         return cls(inner)
 
     @classmethod
-    def loaded(cls, path: Path) -> Bpe:
+    def loaded(cls, path: Path, end: int | None = None) -> Bpe:
         """Load a tokenizer.
 
         Args:
             path: of a `tokenizer.json`.
+            end: id that ends a document.
 
         Raises:
             InputError: if it cannot be read.
         """
         package = _package()
         try:
-            return cls(package.Tokenizer.from_file(str(path)))
+            return cls(package.Tokenizer.from_file(str(path)), end)
         except Exception as error:  # the package raises plain exceptions
             raise InputError(f"The tokenizer {path} cannot be read ({error}); pass another one.") from error
 
@@ -118,6 +129,16 @@ class Bpe:
         )
         return [each.ids for each in found]
 
+    def prompt(self, text: bytes) -> list[int]:
+        """Return the ids of a text to continue, with the special tokens that texts begin with."""
+        shown = text.decode("utf-8", "replace")
+        plain, whole = (self.inner.encode(shown, add_special_tokens=special).ids for special in (False, True))
+        if not plain:
+            return [each for each in whole if each != self.end]
+        # some tokenizers also add tokens after the text, which would end it
+        ends = (end for end in range(len(plain), len(whole) + 1) if whole[end - len(plain) : end] == plain)
+        return whole[: next(ends, None)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
         return self.inner.decode(list(ids))
@@ -127,12 +148,13 @@ class Bpe:
         self.inner.save(str(folder / FILE))
 
 
-def tokenizer_at(place: Path, vocabulary: int) -> Tokenizer:
+def tokenizer_at(place: Path, vocabulary: int, end: int | None = None) -> Tokenizer:
     """Return the tokenizer of a model: the `tokenizer.json` in its folder or one above it, otherwise bytes.
 
     Args:
         place: a file or folder.
         vocabulary: number of tokens of the model.
+        end: id that ends a document; default that of a token with one of the usual names.
 
     Raises:
         ConfigError: if there is none, and the model is not one over bytes; or if it has more tokens than the model.
@@ -141,7 +163,7 @@ def tokenizer_at(place: Path, vocabulary: int) -> Tokenizer:
     for folder in [place, *place.parents][:4]:
         path = folder if folder.name == FILE else folder / FILE
         if path.is_file():
-            found = Bpe.loaded(path)
+            found = Bpe.loaded(path, end)
             if found.size > vocabulary:
                 raise ConfigError(
                     f"The tokenizer {path} has {found.size} tokens, and the model {vocabulary}; pass the model's own "

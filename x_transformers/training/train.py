@@ -9,9 +9,9 @@ from typing import Any
 from x_transformers.training.command_line import Parser, add_flags, read_options, typed
 from x_transformers.training.presets import PRESETS
 from x_transformers.training.processes import end_process, joined
-from x_transformers.training.refusals import REFUSALS
+from x_transformers.training.refusals import REFUSALS, one_sentence
 from x_transformers.training.run import FolderInUseError, Run
-from x_transformers.training.settings import Settings
+from x_transformers.training.settings import Settings, settings_of_run
 
 
 def train(
@@ -25,10 +25,17 @@ def train(
         prog: name of the command.
         defaults: of flags, where they differ from those of `Settings`.
     """
-    parser = Parser(prog=prog, description=description)
-    add_flags(parser, Settings, **defaults)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    settings = read_options(Settings, parser.parse_args(given))
+
+    def read(**defaults: Any) -> Settings:
+        parser = Parser(prog=prog, description=description)
+        add_flags(parser, Settings, **defaults)
+        return read_options(Settings, parser.parse_args(given))
+
+    settings = read(**defaults)
+    if settings.resume:
+        with one_sentence():
+            settings = read(**{**defaults, **_settings_of_run(settings, given)})
     code = 0
     with joined(settings.device) as processes:
         try:
@@ -46,6 +53,14 @@ def train(
         end_process(code)
     if code:
         sys.exit(code)
+
+
+def _settings_of_run(settings: Settings, given: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of the run to resume; a number of minutes that is given replaces one of steps."""
+    found = settings_of_run(settings.out)
+    if any(word.split("=")[0] == "--minutes" for word in given):
+        found.pop("steps", None)
+    return found
 
 
 def _again(given: Sequence[str]) -> str:

@@ -176,6 +176,11 @@ FEATURE = Feature(
     exempt={"export": "the reference has no graph-aware attention"},
     refuses=(
         Rule(
+            when=lambda o: o.on("switch_head"),
+            why="`gin` takes slices of the input as values, and `switch_experts` are matrices of the maps to values; "
+            "drop one of them.",
+        ),
+        Rule(
             when=lambda o: o["latent"].use_latent_kv,
             why="`gin` takes slices of the input as values, and `use_latent_kv` caches a latent from which values are "
             "projected; drop one of them.",

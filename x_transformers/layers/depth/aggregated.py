@@ -134,6 +134,7 @@ FEATURE = Feature(
             ("orthog_residual", "orthog_residual"),
             ("mv_split_residual", "mv_split_residual"),
             ("resi_dual", "resi_dual"),
+            ("path_scales", "path_scales"),
             ("residual_streams", "gated_multi_residual"),
         )
     ),

@@ -72,7 +72,7 @@ def plain_residual(sublayer: SublayerContext) -> Residual:
 _SCALED = ("gate_residual", "orthog_residual")
 """Other residual connections that support a learned factor on the stream."""
 
-_UNSCALED = ("mv_split_residual", "residual_streams", "resi_dual")
+_UNSCALED = ("mv_split_residual", "residual_streams", "resi_dual", "path_scales")
 """Residual connections that support no factor on the stream."""
 
 
