@@ -279,7 +279,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
     "attn_switch_experts": SWITCH,
-    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_topk": {"attn_switch_experts": 4, "attn_switch_topk": 1},
     "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
     "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
     "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
@@ -696,10 +696,7 @@ REFUSED: dict[str, str] = {
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
         "ff_activation ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout"
-        "ff_activation ff_custom_activation ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
-        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
+        f"{STACKED} ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (

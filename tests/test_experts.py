@@ -268,6 +268,8 @@ def test_a_model_and_its_losses() -> None:
 
 
 ELSEWHERE = {
+    "crms-norm": "tests/test_norm_conversions.py",
+    "pre-rmsnorm-models": "tests/test_norm_conversions.py",
     "early-exit-llama": "tests/test_exits.py",
     "layerskip-schedules": "tests/test_exits.py",
     "pattention-gelu-l2-norm": "tests/test_param_tokens.py",

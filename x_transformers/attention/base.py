@@ -19,6 +19,8 @@ from x_transformers.ops import by_index, reorder_heads
 T = TypeVar("T")
 MakeMap: TypeAlias = Callable[[int, int], nn.Module]
 """Builds a map between two widths."""
+MakeHeads: TypeAlias = Callable[[int, int, int], nn.Module]
+"""Builds a map to heads from the width of the input, the number of heads, and the width of a head."""
 Kind = TypeVar("Kind", bound=nn.Module)
 
 

@@ -111,6 +111,8 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         causal=causal,
     )
     make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
+    to_heads = None if make is None else (lambda dim, heads, width: make(dim, heads * width))
+    mixtures = switch.maps_to_heads(bias.qkv_bias)
     source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
     modules: dict[str, Any] = {}
     unrotated: tuple[int, int] | None = None
@@ -131,12 +133,11 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             key_heads=shape.kv_heads - (sub or 0),
             kv_heads=shape.kv_heads,
             dim_head=shape.dim_head,
-            value_dim_head=None if parsed.on("gin") else shape.value_dim_head,
+            value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
-            make=make,
-            experts=switch.switch_experts,
-            mixes_queries_keys=switch.switch_queries_keys,
+            make_keys=mixtures if switch.switch_queries_keys else to_heads,
+            make_values=parsed["gin"].slices or mixtures or to_heads,
         )
         modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():

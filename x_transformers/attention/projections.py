@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from x_transformers.attention.base import MakeMap
+from x_transformers.attention.base import MakeHeads
 from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.modules.joint_maps import joint_maps
@@ -96,16 +96,6 @@ class ContextOptions:
         at_least(1, dim_context=self.dim_context)
 
 
-class Unmapped(nn.Module):
-    """The input itself, in the dtype that a linear map would return under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
-            return x.to(torch.get_autocast_dtype(kind))
-        return x
-
-
 class Projections(PreparesForInference):
     """`q = W_q x`, `k = W_k s`, `v = W_v s`, split into heads.
 
@@ -114,14 +104,12 @@ class Projections(PreparesForInference):
         dim_context: width of the source s of keys and values.
         heads, kv_heads: query heads; key/value heads.
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
-        dim_head: width of a head's queries and keys.
-        value_dim_head: that of its values; None: there is no map to values, and heads read slices of s itself.
+        dim_head, value_dim_head: widths of a head.
         bias: each of the maps adds a bias.
-        make: builds the maps, from the widths of input and output; default `nn.Linear`.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
-        experts: number of matrices of each head for values, of which tokens choose (`HeadMaps`); None: one.
-        mixes_queries_keys: there are as many for queries and keys.
+        make_keys, make_values: build the maps of queries and keys, and of values; default `nn.Linear`. Tokens choose
+            among the matrices of each head in those that are `HeadMaps`.
     """
 
     def __init__(
@@ -133,26 +121,20 @@ class Projections(PreparesForInference):
         kv_heads: int,
         key_heads: int,
         dim_head: int,
-        value_dim_head: int | None,
+        value_dim_head: int,
         bias: bool = False,
         clip: float | None = None,
-        make: MakeMap | None = None,
-        experts: int | None = None,
-        mixes_queries_keys: bool = False,
+        make_keys: MakeHeads | None = None,
+        make_values: MakeHeads | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
-        self.mixes_values, self.mixes_queries_keys = experts is not None, experts is not None and mixes_queries_keys
-        make = functools.partial(nn.Linear, bias=bias) if make is None else make
-
-        def build(width: int, count: int, dim_of_head: int, mixes: bool) -> nn.Module:
-            if mixes and experts is not None:
-                return HeadMaps(width, count, dim_of_head, experts, bias)
-            return make(width, count * dim_of_head)
-
-        self.q = build(dim, heads, dim_head, mixes_queries_keys)
-        self.k = build(dim_context, key_heads, dim_head, mixes_queries_keys) if key_heads else None
-        self.v = Unmapped() if value_dim_head is None else build(dim_context, kv_heads, value_dim_head, True)
+        linear = functools.partial(_linear_to_heads, bias=bias)
+        make_keys, make_values = make_keys or linear, make_values or linear
+        self.q = make_keys(dim, heads, dim_head)
+        self.k = make_keys(dim_context, key_heads, dim_head) if key_heads else None
+        self.v = make_values(dim_context, kv_heads, value_dim_head)
+        self.mixes_queries_keys, self.mixes_values = isinstance(self.q, HeadMaps), isinstance(self.v, HeadMaps)
 
     def queries(self, x: Tensor, delta: Tensor | None = None, chosen: Routing | None = None) -> Tensor:
         """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features.
@@ -225,6 +207,10 @@ class Projections(PreparesForInference):
         if of_q // self.heads != of_v // self.kv_heads:
             return None
         return Map(torch.cat(weights), torch.cat(biases) if biases else None)
+
+
+def _linear_to_heads(dim: int, heads: int, width: int, bias: bool) -> nn.Module:
+    return nn.Linear(dim, heads * width, bias=bias)
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from x_transformers.attention.base import (
     AttentionShape,
+    MakeHeads,
     QKNorm,
     RowContext,
     RowMod,
@@ -36,6 +37,21 @@ class GinOptions:
 
     def __post_init__(self) -> None:
         positive(gin_mult=self.gin_mult)
+
+    @property
+    def slices(self) -> MakeHeads | None:
+        """What is built instead of a map from the input to values; None if there is such a map."""
+        return (lambda dim, heads, width: InputSlices()) if self.gin else None
+
+
+class InputSlices(nn.Module):
+    """Values that are the input itself, in the dtype that a linear map would return under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
 
 
 class SharpenedQueries(QKNorm):
