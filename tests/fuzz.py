@@ -49,9 +49,11 @@ from x_transformers import (
     XTransformer,
     XValAutoregressiveWrapper,
     XValTransformerWrapper,
+    grow_param_tokens_,
     layer_schedule,
     to_crmsnorm,
     to_experts,
+    to_recursive,
     to_rmsnorm,
 )
 from x_transformers.attend import Attend
@@ -148,6 +150,8 @@ CONSTRUCTORS: dict[str, Build] = {
     "EntropyBasedTokenizer": (EntropyBasedTokenizer, lambda: {"decoder": net(), "entropy_threshold": 1.0}),
     "Experts": (Experts, lambda: {"dim": 16, "experts": 4}),
     "to_experts": (to_experts, lambda: {"model": net(), "experts": 4, "topk": 2}),
+    "grow_param_tokens_": (grow_param_tokens_, lambda: {"model": net(), "tokens": 4}),
+    "to_recursive": (to_recursive, lambda: {"model": net(), "blocks": 1, "rank": 2}),
     "to_rmsnorm": (to_rmsnorm, lambda: {"model": net()}),
     "to_crmsnorm": (to_crmsnorm, lambda: {"model": net()}),
     "layer_schedule": (layer_schedule, lambda: {"start": 0.0, "end": 1.0, "depth": 3}),

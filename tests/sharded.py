@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "again": {"checkpoint_every": 1, "rel_pos_bias": True, "add_value_residual": True, "num_residual_streams": 2},
     "tied": {"weight_tie_layers": True, "checkpoint_every": 2, "depth": 3},
+    "relaxed": {"weight_tie_layers": True, "tie_lora_rank": 2, "checkpoint_every": 1},
 }
 """Widths that two processes cannot halve, blocks that run again or several times, tables and layers that are shared."""
 STEPS, ROWS, LENGTH, VOCABULARY = 4, 4, 12, 25

@@ -32,6 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "only_attn": {"only_attn": ON},
     "macaron": {"macaron": ON},
     "weight_tie_layers": {"weight_tie_layers": ON},
+    "tie_blocks": {"tie_blocks": 2, "depth": 4, "tie_order": "sequence"},
+    "tie_lora_rank": {"weight_tie_layers": ON, "tie_lora_rank": 2},
+    "tie_own_norms": {"weight_tie_layers": ON, "tie_own_norms": ON},
     "layers_execute_order": {"layers_execute_order": (0, 1, 0, 1, 2, 3)},
     "custom_layers": {"custom_layers": ("a", "f", "f", "a", "f"), "depth": None},
     # token mixers: instead of all self-attentions, and of every other one
@@ -200,6 +203,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "integrate_layers": {"integrate_layers": ON},
     "layer_integrate_use_softmax": {"integrate_layers": ON, "layer_integrate_use_softmax": False},
     "unet_skips": {"unet_skips": ON},
+    "parallel_blocks": {"parallel_blocks": 2},
+    "depth_routing": {
+        "depth_routing": "threshold",
+        "depth_routing_share": 0.5,
+        "depth_routing_every": 1,
+        "depth_routing_loss_weight": 0.1,
+    },
     "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
     "shift_tokens": {"shift_tokens": 1},
     "layer_dropout": {"layer_dropout": 0.2},
@@ -259,6 +269,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_kv_heads": {"attn_kv_heads": 2},
     "attn_one_kv_head": {"attn_one_kv_head": ON},
     "attn_qkv_bias": {"attn_qkv_bias": ON},
+    "attn_param_tokens": {"attn_param_tokens": 12, "attn_param_attention": "gelu_l2", "attn_param_scale": 3.0},
     "attn_flash": {"attn_flash": ON},
     "attn_onnxable": {"attn_onnxable": ON, "attn_attend_sdp_kwargs": {"enable_flash": False}},
     "attn_qk_norm": {"attn_qk_norm": ON, "attn_qk_norm_scale": 4.0, "attn_qk_norm_groups": 2},
@@ -276,7 +287,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
     "attn_switch_experts": SWITCH,
-    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_topk": {"attn_switch_experts": 4, "attn_switch_topk": 1},
     "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
     "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
     "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
@@ -327,6 +338,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_output_proj_depth": {"attn_output_proj_depth": 2},
     "attn_out_bias": {"attn_out_bias": ON},
     "attn_project_out": {"heads": 2, "attn_project_out": False},
+    "attn_heavy_queries": {
+        "attn_heavy_queries": 3,
+        "attn_heavy_null": ON,
+        "attn_heavy_ratio": 1.5,
+        "attn_heavy_temperature": 0.5,
+    },
+    "attn_heavy_keys": {
+        "attn_heavy_queries": 0.3,
+        "attn_heavy_keys": 0.6,
+        "attn_heavy_heads": 2,
+        "attn_heavy_dim_head": 16,
+        "attn_heavy_straight": False,
+    },
     # feedforward
     "ff_mult": {"ff_mult": 2},
     "ff_no_bias": {"ff_no_bias": ON},
@@ -347,6 +371,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_swish": {"ff_swish": ON},
     "ff_activation": {"ff_activation": "quick_gelu"},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
+    "ff_rational": {"ff_rational": ON, "ff_rational_groups": 4, "ff_rational_init": "gelu"},
+    "ff_param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": ON, "ff_param_scale": 4.0},
     "ff_post_act_ln": {"ff_post_act_ln": ON},
     "ff_rwkv": {"ff_rwkv": ON},
     # experts
@@ -413,6 +439,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HYBRIDS = tuple(name for name, keywords in OPTIONS.items() if "layer_period" in keywords)
 """Rows of stacks with mixers and attentions."""
 
+TIED = "weight_tie_layers tie_lora_rank tie_own_norms tie_blocks"
+"""Rows of tied blocks."""
+
 CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_tokens_dropout": {"cross_attn_tokens_dropout": 0.3},
     "cross_residual_attn": {"cross_residual_attn": ON},
@@ -453,9 +482,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "reading earlier layers": ("attn_aggregated_residuals", "integrate_layers layer_integrate_use_softmax"),
     "branch scale": ("use_layerscale", "use_adaptive_layerscale"),
-    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", "weight_tie_layers", " ".join(HYBRIDS)),
+    "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", TIED, " ".join(HYBRIDS)),
     # with blocks of three, the order of the row runs no attention of a hybrid
-    "order of execution": ("weight_tie_layers", "layers_execute_order", " ".join(HYBRIDS)),
+    "order of execution": (TIED, "layers_execute_order", " ".join(HYBRIDS)),
+    "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
         "mixer",
@@ -487,6 +517,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "scaled_sinu_pos_emb",
         "abs_pos_emb_scale abs_pos_emb_offset",
     ),
+    "tokens of a second attention": ("attn_heavy_queries", "attn_heavy_keys"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -503,7 +534,15 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
     "first weights of attention's output": ("attn_zero_init_output", "attn_output_proj_depth", "attn_project_out"),
     "first weights of a feedforward's output": ("ff_zero_init_output", "ff_output_proj_depth"),
-    "activation": ("ff_relu_squared", "ff_solu", "ff_swish", "ff_activation", "ff_custom_activation"),
+    "activation": (
+        "ff_relu_squared",
+        "ff_solu",
+        "ff_swish",
+        "ff_activation",
+        "ff_custom_activation",
+        "ff_rational",
+        "ff_param_attention",
+    ),
     "network of experts": (
         "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout",
         "ff_soft_experts",
@@ -569,6 +608,8 @@ WHOLE_ROWS = "reads whole rows"
 NOT_IN: dict[str, dict[str, str]] = {
     "decoder": {
         "attn_max_attend_future": NO_FUTURE,
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -601,6 +642,8 @@ NOT_IN: dict[str, dict[str, str]] = {
     "cross": {
         "attn_max_attend_future": NO_FUTURE,
         "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -646,6 +689,12 @@ def pairs_of(stack: str) -> Iterator[tuple[Case, Case]]:
     return (pair for pair in itertools.combinations(cases_of(stack), 2) if may_meet(*pair))
 
 
+STACKED = "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout ff_soft_experts"
+SWITCHED = (
+    "attn_switch_experts attn_switch_topk attn_switch_queries_keys attn_switch_one_selection attn_switch_expert_dropout"
+)
+"""Rows whose matrices are stacks of several."""
+
 NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
 
 REFUSED: dict[str, str] = {
@@ -659,12 +708,23 @@ REFUSED: dict[str, str] = {
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
         "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
+    "depth_routing": (
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips shift_tokens residual_attn cross_residual_attn attn_hybrid_module attn_hybrid_fold_axial_dim "
+        f"ff_rwkv mixer {' '.join(HYBRIDS)}"
+    ),
+    "parallel_blocks": (
+        "custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm gate_residual orthog_residual "
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips layers_execute_order"
+    ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_custom_activation ff_post_act_ln "
-        "ff_experts ff_shared_mult ff_router ff_router_keys ff_router_groups ff_expert_dropout "
-        "ff_soft_experts ff_heavy_tokens ff_heavy_share"
+        "ff_activation ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
+        f"{STACKED} ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
     "only_cross": (
@@ -709,6 +769,12 @@ REFUSED: dict[str, str] = {
         "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved",
+    "attn_heavy_queries": "polar_pos_emb",
+    # with heads of its own
+    "attn_heavy_keys": (
+        "polar_pos_emb rotate_num_heads alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
+        "dynamic_pos_bias dynamic_pos_bias_norm"
+    ),
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",
@@ -718,13 +784,20 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation ff_rational",
+    "ff_param_attention": (
+        f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"
+    ),
+    "attn_param_tokens": f"attn_qkv_bias attn_out_bias {SWITCHED}",
+    "tie_blocks": "integrate_layers layer_integrate_use_softmax unet_skips",
+    "tie_lora_rank": f"{STACKED} {SWITCHED}",
+    "tie_own_norms": f"{STACKED} {SWITCHED}",
     "attn_power_softmax": "attn_laser attn_head_learned_sink attn_add_zero_kv residual_attn cross_residual_attn",
     "attn_switch_experts": NO_SWITCH,
     "attn_switch_topk": NO_SWITCH,
     "attn_switch_queries_keys": NO_SWITCH,
     "attn_switch_one_selection": f"{NO_SWITCH} attn_kv_heads attn_one_kv_head",
     "attn_switch_expert_dropout": NO_SWITCH,
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation",
     "emb_dim": "tie_embedding",
     "to_logits": "logits_bias",
 }

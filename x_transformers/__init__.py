@@ -19,9 +19,11 @@ from x_transformers.layers.named_stacks import (
     TransformerBlock,
 )
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.grow_param_tokens import grow_param_tokens_
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP
 from x_transformers.models.to_experts import to_experts
+from x_transformers.models.to_recursive import to_recursive
 from x_transformers.models.to_rmsnorm import to_crmsnorm, to_rmsnorm
 from x_transformers.models.transformer import TransformerWrapper
 from x_transformers.models.vision import ViTransformerWrapper
@@ -70,10 +72,12 @@ __all__ = [
     "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
     "default_device",
+    "grow_param_tokens_",
     "layer_schedule",
     "load_pretrained",
     "to_crmsnorm",
     "to_experts",
+    "to_recursive",
     "to_rmsnorm",
 ]
 

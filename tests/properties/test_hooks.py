@@ -125,7 +125,7 @@ def mesh() -> Iterator[DeviceMesh]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("stack", "case"), one_of_each("cross"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), one_of_each("cross", exempt="shards by attention"), ids=name_of)
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # nothing changes it in place
 def test_fully_shard_acts_on_attentions(mesh: DeviceMesh, stack: str, case: Case) -> None:
     """Each attention gathers its own parameters when it is called, and shards its gradients."""

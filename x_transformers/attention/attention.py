@@ -15,6 +15,7 @@ from x_transformers.attention.call_adapter import AttentionInputs, CallAdapter
 from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import checked_logits, clip_factors, clip_heads
 from x_transformers.attention.heads import Heads
+from x_transformers.attention.heavy import HeavyAttention
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import export, translate
 from x_transformers.errors import ConfigError
@@ -79,6 +80,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.value_mix = parts.value_mix
         self.out = parts.out
         self.attend = parts.attend
+        self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
 
     @property
     def scale(self) -> float:
@@ -148,7 +150,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
     def muon_parameters(self) -> list[Tensor]:
         """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
         maps = (self.projections.v, self.out)
-        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1]
+        heavy = [] if self.heavy is None else self.heavy.attention.muon_parameters()
+        return [*(parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1), *heavy]
 
     def explain(
         self,
@@ -188,6 +191,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         seen = _seen_keys(seq_len, causal, self.max_attend_past, self.max_attend_future)
         flops = super().explain(situation).flops + 2 * seen * shape.heads * (shape.dim_head + shape.value_dim_head)
         cost = BranchCost(backend.name, why, flops)
+        cost = cost if self.heavy is None else self.heavy.cost(cost, seq_len)
         return cost if self.switch is None else self.switch.cost(self, cost)
 
     def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
@@ -251,6 +255,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             out = self.out(out, chosen.outputs)
         else:
             out = self.out(out) if plain is None else F.linear(out, *plain)
+        if self.heavy is not None:
+            out = self.heavy(xq, xk, xv, out, layer)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
         if call.row_mask is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.ops import by_index, reorder_heads
 
 T = TypeVar("T")
+MakeMap: TypeAlias = Callable[[int, int], nn.Module]
+"""Builds a map between two widths."""
+MakeHeads: TypeAlias = Callable[[int, int, int], nn.Module]
+"""Builds a map to heads from the width of the input, the number of heads, and the width of a head."""
 Kind = TypeVar("Kind", bound=nn.Module)
 
 

@@ -24,6 +24,7 @@ from x_transformers.attention.base import (
     WeightMod,
 )
 from x_transformers.attention.catalog import SCHEMA
+from x_transformers.attention.heavy import HeavyPlan, plan_heavy
 from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
@@ -49,6 +50,7 @@ class AttentionParts:
         sublayer_dropout: dropout of the output.
         unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
         latent_q, ..., out: the modules, in the order of the state dict.
+        heavy: what a second attention is built from, or None.
         attend: the core, which reads the parts that change scores and weights.
     """
 
@@ -76,6 +78,7 @@ class AttentionParts:
     values: Slot[ValueMod]
     value_mix: ValueMix | None
     out: nn.Module
+    heavy: HeavyPlan | None
     attend: Attend
 
 
@@ -107,6 +110,9 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         value_dim_head=head.dim_head if head.value_dim_head is None else head.value_dim_head,
         causal=causal,
     )
+    make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
+    to_heads = None if make is None else (lambda dim, heads, width: make(dim, heads * width))
+    mixtures = switch.maps_to_heads(bias.qkv_bias)
     source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
     modules: dict[str, Any] = {}
     unrotated: tuple[int, int] | None = None
@@ -130,8 +136,8 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
-            experts=switch.switch_experts,
-            mixes_queries_keys=switch.switch_queries_keys,
+            make_keys=mixtures if switch.switch_queries_keys else to_heads,
+            make_values=mixtures or to_heads,
         )
         modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():
@@ -144,8 +150,16 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     with faults.catching():
         gated, output = parsed.on("on_attn"), parsed["attention_output"]
         modules["out"] = build_output(
-            shape, heads * width, output, gated=gated, bias=bias.out_bias, experts=switch.switch_experts
+            shape,
+            heads * width,
+            output,
+            gated=gated,
+            bias=bias.out_bias,
+            make=make,
+            experts=switch.switch_experts,
         )
+    with faults.catching():
+        modules["heavy"] = plan_heavy(parsed, heads, causal)
     switches: dict[str, str] = {}
     window = parsed["window"].max_attend_past, parsed["window"].max_attend_future
     with faults.catching():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import latent, output_projection, projections, switch_head
+from x_transformers.attention import heavy, latent, output_projection, projections, switch_head
 from x_transformers.attention.keys import memory, sink, zero
+from x_transformers.attention.param_tokens import PARAM_TOKENS
 from x_transformers.attention.qk import l2_distance, normalize
 from x_transformers.attention.scores import (
     cog,
@@ -104,6 +105,7 @@ DROPOUT = Feature(
 
 FEATURES = (
     *projections.FEATURES,
+    PARAM_TOKENS,
     BACKEND,
     normalize.UNIT,
     normalize.RMS,
@@ -131,6 +133,7 @@ FEATURES = (
     gates.GATES,
     orthogonal.FEATURE,
     *output_projection.FEATURES,
+    heavy.FEATURE,
     switch_head.FEATURE,
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.errors import InputError, ShapeError
 from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.modules.param_attention import ParamAttention
 
 
 def checked_logits(logits: Tensor | Intermediates | None, heads: int, tau: float) -> Tensor:
@@ -78,10 +79,13 @@ def _linear(module: nn.Module) -> nn.Linear:
             "logits are clipped by scaling one matrix of each head, and with `attn_switch_queries_keys` tokens choose "
             "among several; drop it, or bound logits by `attn_qk_norm`."
         )
+    if isinstance(module, ParamAttention):
+        module = module.values
     if not isinstance(module, nn.Linear):
         raise InputError(
             f"logits are clipped by scaling the weights of `nn.Linear` maps, and a {type(module).__name__} is in the "
-            "place of one; merge the adapter into its map first."
+            "place of one; merge the adapter into its map first. (A matrix that tied blocks share cannot be "
+            "scaled for one of them.)"
         )
     return module
 

@@ -186,8 +186,9 @@ class HeadProjection(nn.Module):
         # parts append to streams of their own while they attend
         if any(part.cache_streams(self.shape) for part in self.parts().values()):
             return None
-        self.project_heads(x, x, x, layer)
-        return Intermediates(layer_type=layer.kind, entry=layer.entry)
+        chosen = self.project_heads(x, x, x, layer).chosen
+        routing = () if chosen is None else chosen.records
+        return Intermediates(layer_type=layer.kind, entry=layer.entry, routing=routing)
 
     def _project_jointly(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[QKNorm, ...]] | None:
         """Project to heads by one product, in training; also return the norms that they still need."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape
+from x_transformers.attention.base import AttentionShape, MakeMap
 from x_transformers.attention.head_maps import HeadOutput
 from x_transformers.errors import ConfigError
+from x_transformers.modules.param_attention import ParamAttention
 from x_transformers.options.schema import Feature, at_least, opt
 
 
@@ -32,9 +34,9 @@ class OnAttnOptions:
 class GatedOutput(nn.Module):
     """`a * sigmoid(c)` with `[a, c] = W out`, W of `(2 Do, h e)`, perhaps plus a bias."""
 
-    def __init__(self, width: int, dim_out: int, bias: bool = False) -> None:
+    def __init__(self, width: int, dim_out: int, make: MakeMap) -> None:
         super().__init__()
-        self.projection = nn.Linear(width, 2 * dim_out, bias=bias)
+        self.projection = make(width, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(b, n, h e)` to `(b, n, Do)`."""
@@ -42,7 +44,14 @@ class GatedOutput(nn.Module):
 
 
 def build_output(
-    shape: AttentionShape, width: int, options: OutputOptions, gated: bool, bias: bool, experts: int | None = None
+    shape: AttentionShape,
+    width: int,
+    options: OutputOptions,
+    *,
+    gated: bool,
+    bias: bool,
+    make: MakeMap | None = None,
+    experts: int | None = None,
 ) -> nn.Module:
     """Build the output projection, or the identity where it would have no effect and is not requested.
 
@@ -52,6 +61,7 @@ def build_output(
         options: of the projection.
         gated: attention on attention.
         bias: the projection adds a bias.
+        make: builds it, from the widths of input and output; default `nn.Linear`.
         experts: number of matrices of each head, of which tokens choose; None: one for all heads.
 
     Raises:
@@ -75,24 +85,28 @@ def build_output(
                 "`out_bias` adds a bias to the output projection, and there is none; set `project_out = True`."
             )
         return nn.Identity()
+    make = functools.partial(nn.Linear, bias=bias) if make is None else make
     if experts is not None:
         out: nn.Module = HeadOutput(shape.heads, width // shape.heads, dim_out, experts, bias)
     else:
-        out = GatedOutput(width, dim_out, bias) if gated else nn.Linear(width, dim_out, bias=bias)
+        out = GatedOutput(width, dim_out, make) if gated else make(width, dim_out)
+    last = out if isinstance(out, HeadOutput) else linear_of(out)
+    assert last is not None
     if options.zero_init_output:
-        for parameter in out.parameters():
+        for parameter in last.parameters():
             nn.init.zeros_(parameter)
     elif options.output_proj_depth is not None:
-        weight = out.weight if isinstance(out, HeadOutput) else linear_of(out).weight  # type: ignore[union-attr]
-        nn.init.normal_(weight, std=(2 * width * options.output_proj_depth) ** -0.5)
+        # a number of parameter tokens, or of features of all heads
+        read = last.in_features if isinstance(last, nn.Linear) else width
+        nn.init.normal_(last.weight, std=(2 * read * options.output_proj_depth) ** -0.5)
     return out
 
 
 def linear_of(out: nn.Module) -> nn.Linear | None:
-    """Return the linear map of an output projection; None if it has none."""
-    if isinstance(out, GatedOutput):
-        return out.projection
-    return out if isinstance(out, nn.Linear) else None
+    """Return the linear map that makes the features of an output projection; None if it has none."""
+    made = out.projection if isinstance(out, GatedOutput) else out
+    made = made.values if isinstance(made, ParamAttention) else made
+    return made if isinstance(made, nn.Linear) else None
 
 
 OUTPUT = Feature(

@@ -5,6 +5,7 @@ Grouped heads (2305.13245; one head: 1911.02150): query head `q` uses key/value 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from x_transformers.attention.base import MakeHeads
 from x_transformers.attention.head_maps import HeadMaps
 from x_transformers.modules.inference import COPIED_BYTES, Map, PreparesForInference, plain_map
 from x_transformers.modules.joint_maps import joint_maps
@@ -106,8 +108,8 @@ class Projections(PreparesForInference):
         bias: each of the maps adds a bias.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
-        experts: number of matrices of each head for values, of which tokens choose (`HeadMaps`); None: one.
-        mixes_queries_keys: there are as many for queries and keys.
+        make_keys, make_values: build the maps of queries and keys, and of values; default `nn.Linear`. Tokens choose
+            among the matrices of each head in those that are `HeadMaps`.
     """
 
     def __init__(
@@ -122,16 +124,17 @@ class Projections(PreparesForInference):
         value_dim_head: int,
         bias: bool = False,
         clip: float | None = None,
-        experts: int | None = None,
-        mixes_queries_keys: bool = False,
+        make_keys: MakeHeads | None = None,
+        make_values: MakeHeads | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
-        self.mixes_values, self.mixes_queries_keys = experts is not None, experts is not None and mixes_queries_keys
-        of_keys = experts if mixes_queries_keys else None
-        self.q = _map_to_heads(dim, heads, dim_head, of_keys, bias)
-        self.k = _map_to_heads(dim_context, key_heads, dim_head, of_keys, bias) if key_heads else None
-        self.v = _map_to_heads(dim_context, kv_heads, value_dim_head, experts, bias)
+        linear = functools.partial(_linear_to_heads, bias=bias)
+        make_keys, make_values = make_keys or linear, make_values or linear
+        self.q = make_keys(dim, heads, dim_head)
+        self.k = make_keys(dim_context, key_heads, dim_head) if key_heads else None
+        self.v = make_values(dim_context, kv_heads, value_dim_head)
+        self.mixes_queries_keys, self.mixes_values = isinstance(self.q, HeadMaps), isinstance(self.v, HeadMaps)
 
     def queries(self, x: Tensor, delta: Tensor | None = None, chosen: Routing | None = None) -> Tensor:
         """Project `(b, i, D)` to `(b, h, i, d)`; the delta is added to the flat features.
@@ -206,11 +209,8 @@ class Projections(PreparesForInference):
         return Map(torch.cat(weights), torch.cat(biases) if biases else None)
 
 
-def _map_to_heads(dim: int, heads: int, width: int, experts: int | None, bias: bool) -> nn.Module:
-    """Return a linear map to heads, or a mixture of several for each head."""
-    if experts is None:
-        return nn.Linear(dim, heads * width, bias=bias)
-    return HeadMaps(dim, heads, width, experts, bias)
+def _linear_to_heads(dim: int, heads: int, width: int, bias: bool) -> nn.Module:
+    return nn.Linear(dim, heads * width, bias=bias)
 
 
 def _plus(t: Tensor, delta: Tensor | None) -> Tensor:

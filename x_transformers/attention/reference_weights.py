@@ -9,6 +9,7 @@ from torch import Tensor
 
 from x_transformers.attention.base import AttentionShape, Part
 from x_transformers.errors import StateDictError
+from x_transformers.modules.param_attention import ParamAttention
 from x_transformers.modules.state_dict import rename, rename_prefix
 from x_transformers.ops import reference_head_order, reorder_heads
 
@@ -129,6 +130,8 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
     beyond = [norm.beyond_reference for norm in attention.qk_norms if norm.beyond_reference is not None]
     if attention.projections.clip is not None:
         beyond.append("bound of queries, keys and values (`attn_qkv_clip`)")
+    if isinstance(attention.projections.q, ParamAttention):
+        beyond.append("attention to parameters (`attn_param_tokens`)")
     if attention.switch is not None:
         beyond.append("choice of matrices by heads (`attn_switch_experts`)")
     for what in beyond if attention.scale == scales[-1] else ["factor of the scores (`attn_scale`)", *beyond]:

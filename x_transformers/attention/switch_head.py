@@ -6,13 +6,14 @@ those of many.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from x_transformers.attention.base import AttentionShape
+from x_transformers.attention.base import AttentionShape, MakeHeads
 from x_transformers.attention.head_maps import HeadMaps, HeadOutput
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import LayerCall
@@ -50,6 +51,12 @@ class SwitchOptions:
         dropout, weight = self.switch_expert_dropout, self.switch_entropy_weight
         require(0 <= dropout < 1, f"`switch_expert_dropout` is {dropout}; it must lie in [0, 1).")
         require(weight >= 0, f"`switch_entropy_weight` is {weight}; it must not be negative.")
+
+    def maps_to_heads(self, bias: bool) -> MakeHeads | None:
+        """Return what builds maps to heads with several matrices; None if there is one."""
+        if self.switch_experts is None:
+            return None
+        return functools.partial(HeadMaps, experts=self.switch_experts, bias=bias)
 
     def build(self, shape: AttentionShape, dim_context: int) -> HeadSwitch | None:
         """Build the choice of matrices, if there are several.
@@ -231,7 +238,7 @@ FEATURE = Feature(
     exempt={"precision": "a rounded score may choose another matrix", "export": "the reference has no such maps"},
     examples=(
         _SMALL,
-        {**_SMALL, "attn_switch_topk": 1, "attn_switch_queries_keys": True, "attn_kv_heads": 2},
+        {"attn_switch_experts": 4, "attn_switch_topk": 1, "attn_switch_queries_keys": True, "attn_kv_heads": 2},
         {
             **_SMALL,
             "attn_switch_one_selection": True,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import LoadsWhole
-from x_transformers.options.schema import Feature, opt, require
+from x_transformers.options.schema import Feature, Options, opt, require
 
 Activation = Callable[[Tensor], Tensor]
 ActivationName = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
@@ -123,12 +123,23 @@ def _as_module(given: Any) -> nn.Module:
     return copy.deepcopy(given) if isinstance(given, nn.Module) else FunctionActivation(given)
 
 
+def build_activation(options: Options, dim: int) -> nn.Module:
+    """Build the activation of `dim` hidden features that the options of a feedforward choose; by default GELU."""
+    for feature in options.enabled("activation"):
+        assert feature.build is not None
+        built: nn.Module = feature.build(options[feature.name], dim)
+        return built
+    return nn.GELU()
+
+
 FEATURE = Feature(
     name="activation",
     group="ff",
     slot="activation",
+    choice="activation",
     options=ActivationOptions,
     enabled=lambda options: bool(options.ranked()),
+    build=lambda options, dim: options.build(dim),
     idle=lambda options: options.ranked()[1:],
     summary="another activation instead of GELU",
     paper="2109.08668",

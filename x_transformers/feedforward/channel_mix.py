@@ -14,6 +14,7 @@ from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.tied_linear import matrices_of
 from x_transformers.ops import at_least_float32
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Options, Rule, Surroundings, at_least, opt, positive, require
@@ -118,7 +119,7 @@ class ChannelMix(Configured, ReadsReference, BranchFunction):
         return out, last
 
     def muon_parameters(self) -> list[Tensor]:
-        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return matrices_of(self)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         raise StateDictError("the reference has no channel mixing; a model with `ff_rwkv` cannot be exported.")
@@ -154,6 +155,8 @@ class ChannelMixOptions:
 OTHER_NETWORKS = {
     "glu": "`glu`",
     "activation": "the other activation",
+    "rational": "`rational`",
+    "param_attention": "`param_attention`",
     "ff_softclamp": "the soft bounds",
     "post_act_ln": "`post_act_ln`",
     "experts": "`experts`",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from x_transformers.feedforward.activations import build_activation
 from x_transformers.feedforward.glu import gated
 from x_transformers.feedforward.softclamp import BoundedGate
 from x_transformers.modules.branch_function import BranchFunction
@@ -17,6 +18,9 @@ from x_transformers.options.schema import Options, at_least, require
 
 ApplyMaps = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 """Applies to each row the map of its expert: `(rows, weights (E, out, in), biases (E, out)) -> rows`."""
+
+STACKS = ("up", "up_bias", "gate_scale", "down", "down_bias")
+"""Names of the parameters with an axis of experts, which is the first one; some may be None."""
 
 
 class ExpertNetworks(BranchFunction):
@@ -47,8 +51,9 @@ class ExpertNetworks(BranchFunction):
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         self.biased = not (core.no_bias or (glu.glu and glu.glu_no_bias))
         inner, width = self.inner, dim if core.dim_out is None else core.dim_out
+        self.input_activation = parsed["rational"].build_input(dim)
         self.up, self.up_bias = _stack_of_maps(experts, dim, 2 * inner if glu.glu else inner, self.biased)
-        self.activation = parsed["activation"].build(inner)
+        self.activation = build_activation(parsed, inner)
         bounds = parsed["ff_softclamp"]
         self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
         if not glu.glu:
@@ -58,6 +63,7 @@ class ExpertNetworks(BranchFunction):
         self.gate_scale = nn.Parameter(torch.ones(experts, inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down, self.down_bias = _stack_of_maps(experts, inner, width, not core.no_bias)
+        parsed["rational"].scale_maps(self.up, self.down)
         if core.zero_init_output:
             nn.init.zeros_(self.down)
             if self.down_bias is not None:
@@ -76,6 +82,8 @@ class ExpertNetworks(BranchFunction):
         Returns:
             `(..., dim_out)`.
         """
+        if self.input_activation is not None:
+            rows = self.input_activation(rows)
         x = apply_maps(rows, self.up, self.up_bias)
         if self.glu:
             x = gated(x, self.activation, self.bound, None)
@@ -92,7 +100,7 @@ class ExpertNetworks(BranchFunction):
     @property
     def stacks(self) -> list[Tensor]:
         """Parameters with a part for each expert."""
-        stacks = (self.up, self.up_bias, self.gate_scale, self.down, self.down_bias)
+        stacks = [getattr(self, name) for name in STACKS]
         return [t for t in stacks if t is not None]
 
     def muon_parameters(self) -> list[Tensor]:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import Faults, InputError, ShapeError, StateDictError
-from x_transformers.feedforward import activations, softclamp
+from x_transformers.feedforward import activations, param_attention, rational, softclamp
+from x_transformers.feedforward.activations import build_activation
 from x_transformers.feedforward.glu import GLUView, gated
+from x_transformers.feedforward.rational import GroupRational
 from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
@@ -20,8 +22,10 @@ from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.inference import Map, PreparesForInference, plain_map
 from x_transformers.modules.norms import LayerNorm
+from x_transformers.modules.param_attention import ParamWeights
 from x_transformers.modules.second_names import PartsView, SecondNames
 from x_transformers.modules.state_dict import ReadsReference
+from x_transformers.modules.tied_linear import matrices_of
 from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, at_least, opt, positive, require
@@ -89,6 +93,8 @@ FEATURES = (
         exempt={("export", 4): "in the reference the gated input map always has a bias"},
     ),
     activations.FEATURE,
+    rational.FEATURE,
+    param_attention.FEATURE,
     softclamp.FEATURE,
     Feature(
         name="post_act_ln",
@@ -122,6 +128,8 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         super().__init__()
         faults = Faults()
         parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
         faults.raise_if_any("FeedForward")
         core, glu = parsed["feedforward"], parsed["glu"]
         inner = int(dim * core.mult)
@@ -134,8 +142,9 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         self.glu, self.dropout, self.sublayer_dropout = glu.glu, core.dropout, core.sublayer_dropout
         # the gated input map has a bias even with `no_bias`, as checkpoints of the reference do
         biased = not glu.glu_no_bias if glu.glu else not core.no_bias
+        self.input_activation = parsed["rational"].build_input(dim)
         self.up = nn.Linear(dim, 2 * inner if glu.glu else inner, bias=biased)
-        self.activation = parsed["activation"].build(inner)
+        self.activation = build_activation(parsed, inner)
         bounds = parsed["ff_softclamp"]
         self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
         if not glu.glu:
@@ -145,6 +154,8 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         self.gate_scale = nn.Parameter(torch.ones(inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down = nn.Linear(inner, dim if core.dim_out is None else core.dim_out, bias=not core.no_bias)
+        parsed["rational"].scale_maps(self.up.weight, self.down.weight)
+        parsed["param_attention"].init_maps(self.up, self.down)
         if core.zero_init_output:
             for parameter_ in self.down.parameters():
                 nn.init.zeros_(parameter_)
@@ -185,10 +196,12 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         else:
             self._check_input(x)
         plain = self.ready
+        if self.input_activation is not None:
+            x = self.input_activation(x)
         try:
             x = self.up(x) if plain is None else F.linear(x, *plain[0])
         except RuntimeError as error:
-            explain_failure(error, next(self.parameters()), {"x": x})
+            explain_failure(error, next(self.parameters(), x), {"x": x})
             raise
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
@@ -223,8 +236,9 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         else:
             clamps = () if self.bound is None else (Softclamp(self.bound),)
             into = PartsView(self, "up", *clamps, "activation")
+        first = () if self.input_activation is None else ("input_activation",)
         norms = () if self.norm is None else ("norm",)
-        return PartsView(self, into, *norms, nn.Dropout(self.dropout).train(self.training), "down")
+        return PartsView(self, *first, into, *norms, nn.Dropout(self.dropout).train(self.training), "down")
 
     @property
     def keeps_documents_apart(self) -> bool:
@@ -238,13 +252,18 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
 
     def muon_parameters(self) -> list[Tensor]:
         """Return the matrices that Muon may orthogonalize: all linear maps, including those of a custom activation."""
-        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return matrices_of(self)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
         if self.glu and self.up.bias is None:
             raise StateDictError(
                 "in the reference the input map of a gated feedforward has a bias; a model with `ff_glu_no_bias` "
                 "cannot be exported."
+            )
+        beyond = {GroupRational: "rational activations (`ff_rational`)", ParamWeights: "attention to parameters"}
+        if type(self.activation) in beyond:
+            raise StateDictError(
+                f"the reference has no {beyond[type(self.activation)]}; a model with it cannot be exported."
             )
         super().export_reference(state, prefix)
 

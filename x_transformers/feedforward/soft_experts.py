@@ -91,6 +91,8 @@ class SoftExperts(Configured, ReadsReference, ReadsWholeRows, ExpertNetworks):
         super().__init__()
         faults = Faults()
         parsed = SCHEMA.parse({"dim_out": dim_out, "mult": mult, **options}, faults)
+        SCHEMA.check_choices(parsed, faults)
+        SCHEMA.check_rules(parsed, parsed, faults)
         faults.raise_if_any("SoftExperts")
         own: SoftExpertOptions = parsed["soft_experts"]
         if own.soft_experts is None:

@@ -12,7 +12,7 @@ from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
 from x_transformers.feedforward import catalog as feedforward
-from x_transformers.layers import checkpointing, conditioning, structure, unet, views
+from x_transformers.layers import checkpointing, conditioning, depth_routing, parallel_blocks, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
 from x_transformers.layers.kinds import KINDS
@@ -40,6 +40,8 @@ STACK_FEATURES = (
     lime.FEATURE,
     lime.WEIGHTS,
     unet.FEATURE,
+    depth_routing.FEATURE,
+    parallel_blocks.FEATURE,
     conditioning.FEATURE,
     scale.FEATURE,
     scale.ADAPTIVE,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from x_transformers.errors import ConfigError
 from x_transformers.layers.kinds import CROSS_ATTENTION, KINDS, MIXER, BranchKind
 from x_transformers.mixers.catalog import class_of
-from x_transformers.options.schema import Options
+from x_transformers.options.schema import Options, Surroundings
 
 Repeat = tuple[int | tuple[int, int], int]
 
@@ -103,10 +103,8 @@ def layer_sequence(options: Options) -> LayerSequence:
         _check_chosen(options, kinds)
         return LayerSequence(kinds, order, 1, len(order), True)
     assert depth is not None
-    if options["weight_tying"].weight_tie_layers:
-        block = default_block(options)
-        _check_chosen(options, block)
-        return LayerSequence(block, tuple(range(len(block))) * depth, len(block), 1, False)
+    if options.on("weight_tying"):
+        return _tied(options, depth)
     period = _period(options)
     blocks = [_block(options, period[number % len(period)]) for number in range(depth)]
     kinds = tuple(kind for block in blocks for kind in block)
@@ -114,6 +112,41 @@ def layer_sequence(options: Options) -> LayerSequence:
         raise ConfigError("`layers_execute_order` numbers sublayers with feedforwards; drop it or `only_attn`.")
     _check_chosen(options, kinds)
     return LayerSequence(kinds, check_order(order, len(kinds)), len(blocks[0]), depth, False)
+
+
+def _tied(options: Options, depth: int) -> LayerSequence:
+    """Return the sequence of tied blocks, which are built once, or each by itself if they are not tied as wholes."""
+    block, count = default_block(options), _tied_blocks(options)
+    if depth % count:
+        raise ConfigError(f"`tie_blocks` is {count}, which does not divide the `depth` {depth}; choose a divisor.")
+    if options.on("relaxed_recursion"):
+        _check_chosen(options, block * depth)
+        return LayerSequence(block * depth, tuple(range(depth * len(block))), len(block), depth, False)
+    _check_chosen(options, block * count)
+    run = [tied_to(options, number) for number in range(depth)]
+    order = tuple(number * len(block) + part for number in run for part in range(len(block)))
+    return LayerSequence(block * count, order, len(block), count, False)
+
+
+def _tied_blocks(options: Options) -> int:
+    """Return the number of different blocks."""
+    return options["weight_tying"].tie_blocks or 1
+
+
+def tied_to(options: Options, number: int) -> int:
+    """Return which of the different blocks of a stack with tied ones runs at a place.
+
+    Args:
+        options: of the stack.
+        number: of the place among the blocks that run, from 0.
+    """
+    count, depth = _tied_blocks(options), options["structure"].depth
+    return number % count if options["weight_tying"].tie_order == "cycle" else number * count // depth
+
+
+def runs_blocks_again(options: Options | Surroundings) -> bool:
+    """Return True if built blocks run several times, because they are tied as wholes."""
+    return options.on("weight_tying") and not options.on("relaxed_recursion")
 
 
 def default_block(options: Options) -> tuple[str, ...]:

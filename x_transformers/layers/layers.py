@@ -318,7 +318,7 @@ class AttentionLayers(SavesFolders, TrainsExperts, AdvancesNorms, LayerStack):
         try:
             state = begin_pass(self, inputs)
             steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
-            if self.checkpoint_every is None and early_exit is None:
+            if self.checkpoint_every is self.depth_routers is early_exit is None and self.parallel_blocks == 1:
                 run_steps(self, steps, inputs, state)
                 batch = self.batch_norms
                 out = finish_by_batch(self, inputs, state) if batch else finish(self, inputs, state.stream)

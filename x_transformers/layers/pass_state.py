@@ -21,6 +21,7 @@ from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
+from x_transformers.layers.depth_routing import RoutedTokens
 from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.execution_order import Repeat, Step
 from x_transformers.routing.base import RoutingRecord
@@ -205,6 +206,7 @@ class PassState:
         kv: the cache, whose entries the sublayers fill.
         states: running states of the previous segment, of the sublayers that have not run yet.
         skips: place in the order of execution -> the stream at its entry.
+        routed: the tokens that the block runs, if others pass it by.
         rests: the stream is not needed any more, so that sublayers only have to write what later tokens read.
     """
 
@@ -216,6 +218,7 @@ class PassState:
     kv: KVCache | None = None
     states: list[Tensor | None] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
+    routed: RoutedTokens | None = None
     rests: bool = False
 
     def fork(self, numbers: Container[int]) -> PassState:
@@ -241,6 +244,7 @@ class PassState:
             kv,
             list(self.states),
             dict(self.skips),
+            self.routed,
         )
 
 

@@ -18,11 +18,14 @@ from x_transformers.layers.branches.shared_norm import share_norms
 from x_transformers.layers.build import build_branch, check_value_residual, norm_of
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.conditioning import build_condition, build_injection
+from x_transformers.layers.depth_routing import CHOSEN, DepthRouter, build_depth_routers, check_whole_blocks
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
 from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, MIXER, SELF_ATTENTION
 from x_transformers.layers.packing import check_apart, packed_kinds
+from x_transformers.layers.parallel_blocks import check_groups
 from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.streams import HyperConnection
+from x_transformers.layers.tied_blocks import tie_blocks
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
 from x_transformers.modules.prepbn import number_norms
@@ -50,6 +53,8 @@ class LayerStack(nn.Module):
         rotates_by_layer: self-attentions have different transforms.
         skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
         skip_combines: the maps that join the two.
+        parallel_blocks: number of blocks that read the same stream.
+        depth_routers: built block -> the choice of the tokens that it runs; None if blocks run all tokens.
         checkpoint_every: one of this number of blocks runs again for its gradients; None: none does.
         context_dropout: fraction of the context's tokens that is dropped in training.
         one_context: all cross-attentions see the same part of the context.
@@ -87,6 +92,9 @@ class LayerStack(nn.Module):
         for index, layer in enumerate(plan.layers):
             with faults.catching(layer.kind.in_full):
                 self.layers.append(build_branch(self, plan, index, norm))
+        with faults.catching():
+            if not faults.messages:
+                tie_blocks(self.sublayers, plan)
         if self.parallel and options["parallel_block"].parallel_block_one_norm:
             share_norms(self.sublayers, plan.sequence.block)
         if options.on("value_residual"):
@@ -100,6 +108,16 @@ class LayerStack(nn.Module):
             self._build_positions(plan)
         with faults.catching():
             self._build_surroundings(plan)
+        self.parallel_blocks: int = options["parallel_blocks"].parallel_blocks
+        with faults.catching():
+            check_groups(self.sequence.order, self.sequence.block, self.parallel_blocks)
+        self.depth_routers: nn.ModuleDict | None = None
+        if options.on("depth_routing"):
+            seen = "causal" if causal else "prefix" if self.looks_back else None
+            with faults.catching():
+                self.depth_routers = build_depth_routers(
+                    options["depth_routing"], dim, self.sequence, self.sublayers, order_seen=seen
+                )
         with faults.catching():
             self.packed = packed_kinds(plan)
             check_apart(self.packed, self.sublayers)
@@ -297,6 +315,9 @@ class LayerStack(nn.Module):
         try:
             order = repeated(repeats, self.sequence) if repeats is not None else check_order(given, len(self.layers))
             check_sources(order, self.skip_sources)
+            check_groups(order, self.sequence.block, self.parallel_blocks)
+            if self.depth_routers is not None:
+                check_whole_blocks(order, self.sequence.block)
         except ConfigError as error:
             raise InputError(str(error)) from None
         except (TypeError, ValueError, RuntimeError) as error:
@@ -310,10 +331,31 @@ class LayerStack(nn.Module):
 
     def cache_streams(self) -> list[dict[str, Shape]]:
         """Return the growing streams of each executed sublayer, as `{name: (heads, width)}`."""
-        branches, rotations = self.sublayers, self.rotations
-        run = [branches[index] for index in self.sequence.order]
-        # the keys of a context do not grow
-        return [{} if each.kind.is_cross_attention else each.fn.cache_streams(rotations) for each in run]
+        return [self.streams_of(index) for index in self.sequence.order]
+
+    def streams_of(self, index: int) -> dict[str, Shape]:
+        """Return the growing streams of one built sublayer.
+
+        Args:
+            index: of the sublayer.
+        """
+        branch = self.sublayers[index]
+        if branch.kind.is_cross_attention:  # the keys of a context do not grow
+            return {}
+        streams = branch.fn.cache_streams(self.rotations)
+        if branch.kind.is_self_attention and self.router_of(index) is not None:
+            streams = {**streams, CHOSEN: (1, 1)}
+        return streams
+
+    def router_of(self, index: int) -> DepthRouter | None:
+        """Return what chooses the tokens of the block of a built sublayer, or None if it runs all of them.
+
+        Args:
+            index: of the sublayer.
+        """
+        block = str(index // self.sequence.block)
+        routers = self.depth_routers
+        return None if routers is None or block not in routers else routers[block]  # type: ignore[return-value]
 
     def reaches(self, order: tuple[int, ...]) -> tuple[int | None, ...]:
         """Return how many slots each executed sublayer looks back at most; None for all.

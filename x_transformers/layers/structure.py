@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from x_transformers.options.schema import Feature, Rule, opt, require
+from x_transformers.options.schema import Feature, Options, Rule, Surroundings, at_least, opt, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,28 @@ class MacaronOptions:
 @dataclass(frozen=True, kw_only=True)
 class TyingOptions:
     weight_tie_layers: bool = opt(False, "build one block and run it `depth` times")
+    tie_blocks: int | None = opt(None, "build this number of blocks and run each `depth / tie_blocks` times")
+    tie_order: Literal["cycle", "sequence"] = opt(
+        "cycle", "order of `tie_blocks`: all of them again and again (0 1 0 1), or each several times (0 0 1 1)"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(1, tie_blocks=self.tie_blocks)
+        require(
+            not (self.weight_tie_layers and self.tie_blocks is not None),
+            "`weight_tie_layers` ties all blocks to one, and `tie_blocks` to a number of them; keep one of the two.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxedOptions:
+    tie_lora_rank: int | None = opt(
+        None, "tied blocks share the matrices of their linear maps, and each adds matrices of this rank"
+    )
+    tie_own_norms: bool = opt(False, "tied blocks share the matrices of their linear maps, and each has its own norms")
+
+    def __post_init__(self) -> None:
+        at_least(1, tie_lora_rank=self.tie_lora_rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +133,27 @@ MACARON = Feature(
     examples=({"macaron": True},),
 )
 
+
+def _tied_by(o: Options | Surroundings) -> str:
+    """Return the keyword that ties blocks, in backquotes."""
+    return "`weight_tie_layers`" if o["weight_tying"].weight_tie_layers else "`tie_blocks`"
+
+
 TYING = Feature(
     name="weight_tying",
     group="stack",
     slot="structure",
     options=TyingOptions,
-    enabled=lambda options: options.weight_tie_layers,
-    summary="one block that runs `depth` times",
+    enabled=lambda options: options.weight_tie_layers or options.tie_blocks is not None,
+    idle=lambda options: () if (options.tie_blocks or 1) > 1 else ("tie_order",),
+    summary="blocks that run several times",
     paper="1909.11942",
     refuses=tuple(
         Rule(
             when=lambda o, other=other: o.on(other),
-            why=f"`weight_tie_layers` repeats one block, but `{keyword}` specifies another list of layers; keep one.",
+            why=lambda o, keyword=keyword: (
+                f"{_tied_by(o)} repeats blocks, but `{keyword}` specifies another list of layers; keep one."
+            ),
         )
         for other, keyword in (
             ("custom_layers", "custom_layers"),
@@ -132,7 +163,38 @@ TYING = Feature(
             ("execute_order", "layers_execute_order"),
         )
     ),
-    examples=({"weight_tie_layers": True},),
+    examples=(
+        {"weight_tie_layers": True},
+        {"tie_blocks": 2, "depth": 4},
+        {"tie_blocks": 2, "depth": 4, "tie_order": "sequence"},
+    ),
+)
+
+RELAXED = Feature(
+    name="relaxed_recursion",
+    group="stack",
+    slot="structure",
+    options=RelaxedOptions,
+    enabled=lambda options: options.tie_lora_rank is not None or options.tie_own_norms,
+    summary="tied blocks that differ by low-rank maps and norms",
+    paper="2410.20672",
+    refuses=(
+        Rule(
+            when=lambda o: not o.on("weight_tying"),
+            why="`tie_lora_rank` and `tie_own_norms` are what tied blocks do not share; set `weight_tie_layers = True` "
+            "or `tie_blocks`.",
+        ),
+    ),
+    exempt={
+        "export": "the reference has no such blocks",
+        "shards by attention": "tied attentions share matrices, so that they are sharded together",
+    },
+    examples=(
+        {"weight_tie_layers": True, "tie_lora_rank": 2},
+        {"weight_tie_layers": True, "tie_lora_rank": 3, "tie_own_norms": True, "use_rmsnorm": True, "ff_no_bias": True},
+        {"tie_blocks": 2, "depth": 4, "tie_own_norms": True},
+        {"tie_blocks": 1, "tie_lora_rank": 2, "sandwich_norm": True, "ff_glu": True, "attn_kv_heads": 2},
+    ),
 )
 
 EXECUTE_ORDER = Feature(
@@ -262,7 +324,7 @@ PARALLEL = Feature(
     ),
 )
 
-FEATURES = (STRUCTURE, MACARON, TYING, EXECUTE_ORDER, CUSTOM, MIXER, PERIOD, SANDWICH_ORDER, PAR, PARALLEL)
+FEATURES = (STRUCTURE, MACARON, TYING, RELAXED, EXECUTE_ORDER, CUSTOM, MIXER, PERIOD, SANDWICH_ORDER, PAR, PARALLEL)
 
 STACK = Feature(
     name="stack",

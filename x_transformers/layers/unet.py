@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
-from x_transformers.layers.execution_order import LayerSequence
+from x_transformers.layers.execution_order import LayerSequence, runs_blocks_again
 from x_transformers.modules.state_dict import LoadsWhole
 from x_transformers.options.schema import Feature, Rule, at_least, opt
 
@@ -88,8 +88,9 @@ FEATURE = Feature(
     paper="2209.12152",
     refuses=(
         Rule(
-            when=lambda o: o.on("weight_tying"),
-            why="`unet_skips` joins different blocks, but `weight_tie_layers` builds only one; drop one of them.",
+            when=runs_blocks_again,
+            why="`unet_skips` joins different blocks, but `weight_tie_layers` and `tie_blocks` run the same ones "
+            "again; drop one of them.",
         ),
         Rule(
             when=lambda o: o["structure"].only_attn,

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers.errors import ConfigError, InputError, ShapeError
 from x_transformers.forward_pass.call import BranchOutput, Call, LayerCall
 from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.names import check_names, takes_no_more
 from x_transformers.modules.branch_function import BranchCost, BranchFunction
+from x_transformers.modules.tied_linear import matrices_of
 from x_transformers.options.configured import Configured
 from x_transformers.options.values import shown
 
@@ -286,7 +287,7 @@ class Mixer(Configured, BranchFunction):
 
     def muon_parameters(self) -> list[Tensor]:
         """Return the weights of linear maps."""
-        return [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return matrices_of(self)
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         backend, why, flops = self.kernel(situation, surroundings.get("seq_len", 1))

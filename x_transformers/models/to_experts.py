@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward.activations import SoLU
 from x_transformers.feedforward.feedforward import FeedForward
+from x_transformers.feedforward.rational import GroupRational
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.layers.experts import TrainsExperts, stack_of
 from x_transformers.layers.stack import LayerStack
+from x_transformers.modules.param_attention import ParamWeights
 from x_transformers.options.values import accepts, shown
 
 ROUNDS = 10
@@ -86,13 +88,23 @@ def _checked(fn: nn.Module, experts: int) -> FeedForward:
     if not isinstance(fn, FeedForward):
         raise ConfigError(f"a layer of the model runs {type(fn).__name__}; only a FeedForward can be cut into experts.")
     inner = fn.down.in_features
+    if type(fn.up) is not nn.Linear or type(fn.down) is not nn.Linear:
+        raise ConfigError(
+            f"a map of a feedforward is a {type(fn.up).__name__}; only `nn.Linear` maps can be cut into experts, not "
+            "those of tied blocks or adapters."
+        )
     if inner % experts:
         raise ConfigError(
             f"`experts` is {experts}, which does not divide the inner width {inner} of a feedforward; choose a divisor."
         )
-    if fn.norm is not None or isinstance(fn.activation, SoLU):
+    if fn.norm is not None or isinstance(fn.activation, SoLU | ParamWeights):
         raise ConfigError(
-            "`ff_post_act_ln` and `ff_solu` normalize over all hidden units of a feedforward, which no expert sees; "
+            "`ff_post_act_ln`, `ff_solu` and `ff_param_attention` normalize over all hidden units of a feedforward, "
+            "which no expert sees; such a model cannot be cut."
+        )
+    if isinstance(fn.activation, GroupRational):
+        raise ConfigError(
+            "`ff_rational` has an activation for each group of neighboring hidden units, which clusters would mix; "
             "such a model cannot be cut."
         )
     return fn

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.head_maps import HeadOutput
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.feedforward.experts import Experts
 from x_transformers.feedforward.feedforward import FeedForward
@@ -107,6 +108,8 @@ def to_crmsnorm(model: Net, **objects: Any) -> Net:
     for branch in stack.sublayers:
         if branch.shift is not None:
             faults.add("`shift_tokens` moves groups of features, of which the last would be another; drop it.")
+        if "rational" in branch.fn.features:
+            faults.add("`ff_rational` applies activations to the features of the stream; use `to_rmsnorm`.")
         if "hybrid" in branch.fn.features:
             faults.add("`attn_hybrid_module` reads all features of the stream; use `to_rmsnorm`.")
     faults.raise_if_any("to_crmsnorm")
@@ -201,7 +204,9 @@ def _check_norms(stack: LayerStack, faults: Faults) -> None:
 def _norm_of(branch: Branch) -> nn.Module | None:
     """Return the norm before a sublayer, also if it belongs to another one."""
     norm = branch.norm
-    return norm.owner.norm if isinstance(norm, SharedNorm) else norm  # type: ignore[return-value]
+    while isinstance(norm, SharedNorm):
+        norm = getattr(norm.owner, norm.name)
+    return norm
 
 
 # what writes the stream
@@ -248,8 +253,17 @@ def _writers(model: nn.Module, stack: LayerStack, faults: Faults) -> Writers:
 
 def _writers_of_function(fn: nn.Module, prefix: str, faults: Faults) -> Writers:
     """Return the entries of the output map of a sublayer."""
+    if type(fn) is Attention and isinstance(fn.out, HeadOutput):
+        return {f"{prefix}.out.weight": -1} | ({} if fn.out.bias is None else {f"{prefix}.out.bias": -1})
     if type(fn) is Attention:
-        return _writers_of_map(fn.out, f"{prefix}.out", "the output of attention", faults)
+        found = _writers_of_map(fn.out, f"{prefix}.out", "the output of attention", faults)
+        if fn.heavy is not None:
+            inner = f"{prefix}.heavy"
+            found |= _writers_of_map(
+                fn.heavy.attention.out, f"{inner}.attention.out", "the output of attention", faults
+            )
+            found |= {} if fn.heavy.null is None else {f"{inner}.null": -1}
+        return found
     if type(fn) is FeedForward:
         return _writers_of_map(fn.down, f"{prefix}.down", "the output of a feedforward", faults)
     if type(fn) is Experts:

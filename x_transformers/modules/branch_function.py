@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from x_transformers.cache.entries import Shape
 from x_transformers.errors import InputError
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
+from x_transformers.modules.tied_linear import borrowed_elements
 
 
 class BranchCost(NamedTuple):
@@ -134,5 +135,5 @@ class BranchFunction(nn.Module):
             situation: device, dtype and mode.
             surroundings: `causal`, `bias`, `training` and `seq_len`; see `Attention.explain`.
         """
-        flops = 2 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        return BranchCost("", "", flops)
+        elements = sum(p.numel() for p in self.parameters() if p.ndim == 2) + borrowed_elements(self)
+        return BranchCost("", "", 2 * elements)

@@ -1,4 +1,4 @@
-"""One norm for all sublayers of a parallel block, as in GPT-J, PaLM (2204.02311) and Phi."""
+"""Norms of several sublayers: those of a parallel block, as in GPT-J, PaLM (2204.02311) and Phi, or of tied blocks."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from x_transformers.modules.borrowed import Borrows
 from x_transformers.modules.norms import Norm, apply_norm
 
 
-class SharedNorm(Norm):
-    """The norm of another sublayer, `owner.norm`, which keeps its parameters and its names in the state dict.
+class SharedNorm(Borrows, Norm):
+    """A norm of another sublayer, which keeps its parameters and its names in the state dict.
 
-    The owner is kept in a tuple, so that it is not registered as a submodule. If its norm is replaced, this one is too.
+    If the owner's norm is replaced, this one is too.
 
     Args:
         owner: the sublayer whose norm this is.
+        name: which of its norms.
     """
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, name: str = "norm") -> None:
         super().__init__()
-        self._owner: tuple[Any] = (owner,)
-        self.adaptive = bool(getattr(owner.norm, "adaptive", False))
-
-    @property
-    def owner(self) -> nn.Module:
-        """The sublayer that has the norm."""
-        return self._owner[0]
+        self._owner = (owner,)
+        self.name = name
+        self.adaptive = bool(getattr(getattr(owner, name), "adaptive", False))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        norm = self._owner[0].norm
+        norm = getattr(self._owner[0], self.name)
         return x if norm is None else apply_norm(norm, x, condition)
 
 
@@ -46,15 +44,18 @@ def share_norms(sublayers: Sequence[Any], block: int) -> None:
             sublayer.norm = SharedNorm(sublayers[index - index % block])
 
 
-def with_their_norms(sublayers: Iterable[Any]) -> list[list[Any]]:
-    """Return sublayers in groups that have all of their norms, which must not be sharded apart.
+def with_what_they_share(sublayers: Iterable[Any]) -> list[list[Any]]:
+    """Return sublayers in groups that have all of the norms and matrices they use, which must not be sharded apart.
 
     Args:
         sublayers: all of a stack.
     """
-    groups: dict[int, list[Any]] = {}
-    for sublayer in sublayers:
-        norm = getattr(sublayer, "norm", None)
-        owner = norm.owner if isinstance(norm, SharedNorm) else sublayer
-        groups.setdefault(id(owner), []).append(sublayer)
-    return list(groups.values())
+    sublayers = list(sublayers)
+    place = {id(module): index for index, sublayer in enumerate(sublayers) for module in sublayer.modules()}
+    group = list(range(len(sublayers)))
+    for index, sublayer in enumerate(sublayers):
+        for module in sublayer.modules():
+            if isinstance(module, Borrows):
+                old, new = group[index], group[place[id(module.owner)]]
+                group = [new if each == old else each for each in group]
+    return [[each for each, of in zip(sublayers, group, strict=True) if of == first] for first in dict.fromkeys(group)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from x_transformers.errors import InputError
 from x_transformers.layers.depth.base import DepthReader
+from x_transformers.layers.execution_order import runs_blocks_again
 from x_transformers.layers.residuals.base import SublayerContext
 from x_transformers.modules.norms import RMSNorm
 from x_transformers.modules.state_dict import ReadsReference
@@ -97,7 +98,7 @@ def build(options: LIMeOptions, sublayer: SublayerContext) -> DynamicLIMe:
 def _in_order(o: Any) -> bool:
     """Return True if every built layer runs once, in the order in which it was built."""
     order = o["execute_order"].layers_execute_order
-    return not o.on("weight_tying") and (order is None or tuple(order) == tuple(range(len(order))))
+    return not runs_blocks_again(o) and (order is None or tuple(order) == tuple(range(len(order))))
 
 
 FEATURE = Feature(
@@ -114,7 +115,7 @@ FEATURE = Feature(
         Rule(
             when=lambda o: not _in_order(o),
             why="`integrate_layers` has a weight for each earlier layer, so every layer must run once and in order; "
-            "drop `weight_tie_layers` or `layers_execute_order`.",
+            "drop `weight_tie_layers`, `tie_blocks` or `layers_execute_order`.",
         ),
     ),
     examples=({"integrate_layers": True},),
