@@ -49,6 +49,7 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     # a slot for every fourth token, and every fourth token in the wide network
     "soft_experts": {"ff_soft_experts": 8, "ff_soft_slots": LENGTH // 32},
     "heavy_feedforward": {"ff_heavy_share": 0.25, "ff_mult": 1},
+    "heavy_attention": {"attn_heavy_queries": 0.25},
     "softclamp_logits": {"attn_softclamp_logits": True},
     "relative_projection": {"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 64},
     "cope": {"attn_use_cope": True, "attn_cope_max_pos": 16},
@@ -58,6 +59,19 @@ AT_SIZE: dict[str, dict[str, Any]] = {
         "attn_dim_latent_q": DIM // 2,
         "attn_use_latent_kv": True,
         "attn_dim_latent_kv": DIM // 4,
+    },
+    "latent_norm": {
+        "attn_use_latent_q": True,
+        "attn_dim_latent_q": DIM // 2,
+        "attn_use_latent_kv": True,
+        "attn_dim_latent_kv": DIM // 4,
+        "attn_latent_norm": True,
+    },
+    "latent_rope": {
+        "attn_use_latent_kv": True,
+        "attn_dim_latent_kv": DIM // 4,
+        "attn_latent_rope_dim": DIM // HEADS // 2,
+        "rotary_pos_emb": True,
     },
     "value_mix": {"add_value_residual": True, "learned_value_residual_mix": True},
     "hybrid": {"attn_hybrid_module": nn.GRU(DIM, DIM, batch_first=True)},
@@ -77,7 +91,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 }
 """Keywords of the model to compare with, if it is not simply the model without the feature's own keywords."""
 
-NOT_CAUSAL = frozenset({"inverted_attention", "soft_experts", "heavy_feedforward"})
+NOT_CAUSAL = frozenset({"inverted_attention", "heavy_attention", "soft_experts", "heavy_feedforward"})
 """Features that only encoders support."""
 
 

@@ -65,7 +65,7 @@ BY_DEPTH: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 """Keywords of features that name each layer."""
 
-IN_PAIRS = frozenset({"unet_skips"})
+IN_PAIRS = frozenset({"depth_routing", "parallel_blocks", "unet_skips"})
 """Features that need an even number of blocks; counted over two more blocks, and halved."""
 
 

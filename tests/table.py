@@ -162,6 +162,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "use_simple_rmsnorm": {"use_simple_rmsnorm": ON},
     "use_crmsnorm": {"use_crmsnorm": ON},
     "use_scalenorm": {"use_scalenorm": ON},
+    "use_prepbn": {"use_prepbn": ON, "prepbn_steps": 4},
     "use_dynamic_tanh": {"use_dynamic_tanh": ON, "dynamic_tanh_init_alpha": 0.5},
     "use_derf": {"use_derf": ON},
     "use_adaptive_layernorm": {"use_adaptive_layernorm": ON},
@@ -202,6 +203,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "integrate_layers": {"integrate_layers": ON},
     "layer_integrate_use_softmax": {"integrate_layers": ON, "layer_integrate_use_softmax": False},
     "unet_skips": {"unet_skips": ON},
+    "parallel_blocks": {"parallel_blocks": 2},
+    "depth_routing": {
+        "depth_routing": "threshold",
+        "depth_routing_share": 0.5,
+        "depth_routing_every": 1,
+        "depth_routing_loss_weight": 0.1,
+    },
     "reinject_input": {"reinject_input": ON, "learned_reinject_input_gate": ON},
     "shift_tokens": {"shift_tokens": 1},
     "layer_dropout": {"layer_dropout": 0.2},
@@ -278,8 +286,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
+    "attn_latent_rope_dim": {**LATENT, **ROTARY, "attn_latent_rope_dim": 4},
+    "attn_latent_norm": {
+        **LATENT,
+        "attn_use_latent_q": ON,
+        "attn_dim_latent_q": 8,
+        "attn_latent_norm": ON,
+        "attn_latent_norm_eps": 0.01,
+    },
     "attn_switch_experts": SWITCH,
-    "attn_switch_topk": {**SWITCH, "attn_switch_topk": 1},
+    "attn_switch_topk": {"attn_switch_experts": 4, "attn_switch_topk": 1},
     "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
     "attn_switch_one_selection": {**SWITCH, "attn_switch_one_selection": ON},
     "attn_switch_expert_dropout": {**SWITCH, "attn_switch_expert_dropout": 0.2},
@@ -330,6 +346,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_output_proj_depth": {"attn_output_proj_depth": 2},
     "attn_out_bias": {"attn_out_bias": ON},
     "attn_project_out": {"heads": 2, "attn_project_out": False},
+    "attn_heavy_queries": {
+        "attn_heavy_queries": 3,
+        "attn_heavy_null": ON,
+        "attn_heavy_ratio": 1.5,
+        "attn_heavy_temperature": 0.5,
+    },
+    "attn_heavy_keys": {
+        "attn_heavy_queries": 0.3,
+        "attn_heavy_keys": 0.6,
+        "attn_heavy_heads": 2,
+        "attn_heavy_dim_head": 16,
+        "attn_heavy_straight": False,
+    },
     # feedforward
     "ff_mult": {"ff_mult": 2},
     "ff_no_bias": {"ff_no_bias": ON},
@@ -349,6 +378,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_solu": {"ff_solu": ON},
     "ff_swish": {"ff_swish": ON},
     "ff_activation": {"ff_activation": "quick_gelu"},
+    "ff_activation_limit": {"ff_glu": ON, "ff_activation": "clamped_swiglu", "ff_activation_limit": 0.8},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_rational": {"ff_rational": ON, "ff_rational_groups": 4, "ff_rational_init": "gelu"},
     "ff_param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": ON, "ff_param_scale": 4.0},
@@ -441,6 +471,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "use_rmsnorm",
         "use_simple_rmsnorm",
         "use_crmsnorm",
+        "use_prepbn",
         "use_scalenorm",
         "use_dynamic_tanh",
         "use_derf",
@@ -468,17 +499,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "positions of self-attention": (
         "mixer",
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
-        "rotary_xpos polar_pos_emb attn_latent_rope_subheads alibi_pos_bias alibi_num_heads rel_pos_kwargs "
-        "rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
+        "rotary_xpos polar_pos_emb attn_latent_rope_subheads attn_latent_rope_dim alibi_pos_bias alibi_num_heads "
+        "rel_pos_kwargs rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
     ),
     "values by layer": (" ".join(("par_ratio", *HYBRIDS)), "rotary_layers"),
     "rotated positions": (
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
-        "attn_latent_rope_subheads",
+        "attn_latent_rope_subheads attn_latent_rope_dim",
         "rotary_xpos",
         "polar_pos_emb",
     ),
     "which heads rotate": ("rotate_num_heads", "attn_latent_rope_subheads"),
+    "keys from the input": ("attn_latent_rope_subheads", "attn_latent_rope_dim"),
     "relative position bias": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
         "rel_pos_bias rel_pos_scale",
@@ -495,6 +527,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "scaled_sinu_pos_emb",
         "abs_pos_emb_scale abs_pos_emb_offset",
     ),
+    "tokens of a second attention": ("attn_heavy_queries", "attn_heavy_keys"),
     "heads of keys": ("attn_kv_heads", "attn_one_kv_head"),
     "norm of keys": ("attn_qk_rmsnorm attn_qk_rmsnorm_eps", "attn_k_rmsnorm"),
     "weighting": (
@@ -516,6 +549,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "ff_solu",
         "ff_swish",
         "ff_activation",
+        "ff_activation_limit",
         "ff_custom_activation",
         "ff_rational",
         "ff_param_attention",
@@ -585,6 +619,8 @@ WHOLE_ROWS = "reads whole rows"
 NOT_IN: dict[str, dict[str, str]] = {
     "decoder": {
         "attn_max_attend_future": NO_FUTURE,
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -617,6 +653,8 @@ NOT_IN: dict[str, dict[str, str]] = {
     "cross": {
         "attn_max_attend_future": NO_FUTURE,
         "attn_switch_one_selection": "chooses for values and outputs of the same tokens",
+        "attn_heavy_queries": WHOLE_ROWS,
+        "attn_heavy_keys": WHOLE_ROWS,
         "ff_soft_experts": WHOLE_ROWS,
         "ff_heavy_tokens": WHOLE_ROWS,
         "ff_heavy_share": WHOLE_ROWS,
@@ -668,7 +706,8 @@ SWITCHED = (
 )
 """Rows whose matrices are stacks of several."""
 
-NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
+LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
+NO_SWITCH = f"{LATENT_KEYS} attn_on_attn attn_project_out"
 
 REFUSED: dict[str, str] = {
     "parallel_block": (
@@ -681,10 +720,22 @@ REFUSED: dict[str, str] = {
         "num_residual_streams hyper_conn_reference_mix gated_multi_residual qkv_receive_diff_residuals resi_dual "
         "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
+    "depth_routing": (
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips shift_tokens residual_attn cross_residual_attn attn_hybrid_module attn_hybrid_fold_axial_dim "
+        f"ff_rwkv mixer {' '.join(HYBRIDS)}"
+    ),
+    "parallel_blocks": (
+        "custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm gate_residual orthog_residual "
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
+        "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
+        "unet_skips layers_execute_order"
+    ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
+        "ff_activation ff_activation_limit ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
         f"{STACKED} ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
@@ -695,6 +746,10 @@ REFUSED: dict[str, str] = {
     "weight_tie_layers": "integrate_layers layer_integrate_use_softmax unet_skips rotary_layers",
     "layers_execute_order": "integrate_layers layer_integrate_use_softmax",
     "use_dynamic_tanh": "pre_norm gated_multi_residual resi_dual",
+    "use_prepbn": (
+        "pre_norm pre_and_post_norm sandwich_norm branch_norm resi_dual gated_multi_residual "
+        "qkv_receive_diff_residuals parallel_block_one_norm"
+    ),
     "pre_norm_has_final_norm": "resi_dual",
     "pre_norm_has_first_norm": "parallel_block_one_norm pre_norm branch_norm resi_dual gated_multi_residual",
     "sandwich_norm": "gated_multi_residual",
@@ -710,14 +765,14 @@ REFUSED: dict[str, str] = {
         "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
         "gated_multi_residual qkv_receive_diff_residuals resi_dual path_scales"
     ),
-    "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
+    "qkv_receive_diff_residuals": LATENT_KEYS,
     "attn_project_out": (
         "cross_attn_dim_head "
         "depth_scale_residual zero_init_branch_output rel_pos_kwargs attn_dim_head attn_value_dim_head attn_out_bias "
         "attn_hybrid_module attn_hybrid_fold_axial_dim"
     ),
-    "integrate_layers": "attn_use_latent_kv attn_latent_rope_subheads",
-    "layer_integrate_use_softmax": "attn_use_latent_kv attn_latent_rope_subheads",
+    "integrate_layers": LATENT_KEYS,
+    "layer_integrate_use_softmax": LATENT_KEYS,
     "attn_flash": (
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
@@ -725,7 +780,14 @@ REFUSED: dict[str, str] = {
         "attn_sigmoid attn_clipped_softmax attn_power_softmax attn_sparse_topk attn_hard attn_gumbel_softmax "
         "attn_custom_attn_fn"
     ),
+    "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
     "rotary_base_rescale_factor": "rotary_interleaved",
+    "attn_heavy_queries": "polar_pos_emb",
+    # with heads of its own
+    "attn_heavy_keys": (
+        "polar_pos_emb rotate_num_heads alibi_pos_bias alibi_num_heads rel_pos_kwargs rel_pos_bias rel_pos_scale "
+        "dynamic_pos_bias dynamic_pos_bias_norm"
+    ),
     "rotate_num_heads": "attn_kv_heads attn_one_kv_head",
     "rotary_xpos": "attn_l2_distance attn_num_mem_kv",
     "polar_pos_emb": "attn_use_cope attn_cope_talking_heads attn_num_mem_kv",
@@ -735,7 +797,7 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation ff_rational",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation ff_rational",
     "ff_param_attention": (
         f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"
     ),

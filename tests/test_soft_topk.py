@@ -136,3 +136,13 @@ def test_scores_that_are_one_teach_as_those_that_are_not() -> None:
     assert (scores == 1).all()
     close(gradients[1], gradients[0], 1e-6)
     assert gradients[0].abs().max() > 1e-3
+
+
+def test_of_equal_tokens_the_first_are_chosen() -> None:
+    """Wherever padding is: encodings of positions tell them apart."""
+    router, x = BestTokens(8, 3), torch.zeros(1, 40, 8)
+    for padding in (0, 1, 13):
+        padded = torch.cat((torch.randn(1, padding, 8), x, torch.randn(1, padding, 8)), dim=1)
+        mask = torch.arange(40 + 2 * padding)[None]
+        choice = router(padded, (mask >= padding) & (mask < padding + 40))
+        assert choice.places.tolist() == [[padding, padding + 1, padding + 2]]

@@ -11,8 +11,16 @@ from catalog import BASE, close, tokens
 from safetensors import safe_open
 from torch import Tensor
 
-from x_transformers import Attention, AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
-from x_transformers.attention.head_maps import HeadMaps, HeadOutput
+from x_transformers import (
+    Attention,
+    AutoregressiveWrapper,
+    Decoder,
+    Encoder,
+    TransformerWrapper,
+    to_crmsnorm,
+    to_rmsnorm,
+)
+from x_transformers.attention.head_maps import HeadMaps, HeadOutput, sorts_tokens
 from x_transformers.errors import ConfigError, InputError, StateDictError
 from x_transformers.forward_pass.call import Capture
 from x_transformers.layers.plan import make_plan
@@ -131,37 +139,67 @@ def test_dropout_leaves_enough_to_choose() -> None:
     assert torch.equal(router.eval()(x).experts, found.logits.topk(2, dim=-1).indices)
 
 
+def one_by_one(x: Tensor, routing: Routing, to_heads: HeadMaps, from_heads: HeadOutput) -> tuple[Tensor, Tensor]:
+    """Compute the outputs of both maps, one after the other, token by token and head by head."""
+    heads, _, _, width = to_heads.weight.shape
+    of_heads, outputs = [], []
+    for experts, weights, token in zip(routing.experts, routing.weights, x.flatten(0, 1), strict=True):
+        own, out = [], torch.zeros_like(token)
+        for head in range(heads):
+            y = sum(w * (token @ to_heads.weight[head, e]) for e, w in zip(experts[head], weights[head], strict=True))
+            y = y if to_heads.bias is None else y + to_heads.bias.view(heads, width)[head]
+            own.append(y)
+            for e, w in zip(experts[head], weights[head], strict=True):
+                out = out + w * (y @ from_heads.weight[head, e])
+        of_heads.append(torch.cat(own))
+        outputs.append(out if from_heads.bias is None else out + from_heads.bias)
+    return torch.stack(of_heads).unflatten(0, x.shape[:2]), torch.stack(outputs).unflatten(0, x.shape[:2])
+
+
 @pytest.mark.parametrize("bias", [False, True])
-def test_maps_are_sums_over_the_chosen_matrices(bias: bool) -> None:
-    """Token by token and head by head, also in the gradients."""
+@pytest.mark.parametrize("experts", [3, 8])
+@pytest.mark.parametrize("same", [False, True])
+def test_maps_are_sums_over_the_chosen_matrices(bias: bool, experts: int, same: bool) -> None:
+    """Also in the gradients; of 8 matrices only the chosen are multiplied. All tokens may choose the same."""
     torch.manual_seed(0)
-    to_heads = HeadMaps(8, 3, 5, 4, bias).double()
-    from_heads = HeadOutput(3, 5, 8, 4, bias).double()
-    routing = HeadRouter(8, 3, 4, 2).double()(torch.randn(6, 8).double())
-    routing = Routing(routing.experts, routing.weights.detach().requires_grad_(), routing.logits.detach())
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    to_heads = HeadMaps(8, 3, 5, experts, bias).double()
+    from_heads = HeadOutput(3, 5, 8, experts, bias).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    found = HeadRouter(8, 3, experts, 2).double()(x.detach().flatten(0, 1))
+    chosen = found.experts[:1].expand(6, -1, -1) if same else found.experts
+    routing = Routing(chosen, found.weights.detach().requires_grad_(), found.logits.detach())
+    assert sorts_tokens(x, to_heads.weight, routing) == (experts == 8)
     heads = to_heads(x, routing)
     out = from_heads(heads, routing)
-    wanted_heads, wanted = torch.zeros(6, 3, 5).double(), torch.zeros(6, 8).double()
-    for token in range(6):
-        for head in range(3):
-            chosen = list(zip(routing.experts[token, head].tolist(), routing.weights[token, head], strict=True))
-            own = sum(w * (x.view(6, 8)[token] @ to_heads.weight[head, e]) for e, w in chosen)
-            if to_heads.bias is not None:
-                own = own + to_heads.bias.view(3, 5)[head]
-            wanted_heads[token, head] = own
-            wanted[token] = wanted[token] + sum(w * (own @ from_heads.weight[head, e]) for e, w in chosen)
-    if from_heads.bias is not None:
-        wanted = wanted + from_heads.bias
-    close(heads, wanted_heads.view(2, 3, 15))
-    close(out, wanted.view(2, 3, 8))
-    tensors = (routing.weights, *to_heads.parameters(), *from_heads.parameters())
-    for mine, theirs in zip(
-        torch.autograd.grad(out.square().sum(), tensors, retain_graph=True),
-        torch.autograd.grad(wanted.square().sum(), tensors),
-        strict=True,
-    ):
-        close(mine, theirs)
+    wanted_heads, wanted = one_by_one(x, routing, to_heads, from_heads)
+    close(heads, wanted_heads)
+    close(out, wanted)
+    tensors = (x, routing.weights, *to_heads.parameters(), *from_heads.parameters())
+    mine, theirs = (torch.autograd.grad(each.square().sum(), tensors) for each in (out, wanted))
+    for one, two in zip(mine, theirs, strict=True):
+        close(one, two)
+
+
+@pytest.mark.parametrize("experts", [3, 8])
+def test_maps_compute_in_the_dtype_of_autocast(experts: int) -> None:
+    torch.manual_seed(0)
+    module = Attention(16, heads=2, dim_head=8, switch_experts=experts, out_bias=True, qkv_bias=True)
+    x = torch.randn(2, 6, 16)
+    wanted = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    close(out.float(), wanted, most=0.05)
+    half = module.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_single_tokens_are_multiplied_as_several_are() -> None:
+    torch.manual_seed(0)
+    maps, x = HeadMaps(8, 3, 5, 4), torch.randn(6, 1, 8)
+    routing = HeadRouter(8, 3, 4, 2)(x.flatten(0, 1))
+    close(maps(x, routing), maps(x.transpose(0, 1), routing).transpose(0, 1))
 
 
 def test_first_values() -> None:
@@ -363,6 +401,26 @@ def warnings_of(**options: Any) -> list[str]:
 def test_the_reference_has_none() -> None:
     with pytest.raises(StateDictError, match=r"choice of matrices by heads \(`attn_switch_experts`\)"):
         model_of().export_reference_state_dict()
+
+
+def test_outputs_of_heads_can_be_centered() -> None:
+    """They write the residual stream, whose mean RMSNorms do not subtract."""
+    model = model_of(attn_out_bias=True).double()
+    ids = tokens(2, 6)
+    close(to_rmsnorm(model)(ids), model(ids))
+    with pytest.raises(ConfigError, match="depend on the width of the stream in another way"):
+        to_crmsnorm(model)
+
+
+def test_tokens_that_left_leave_keys_and_values_of_their_matrices() -> None:
+    """A block without tokens in it only projects, and does it as the whole block does."""
+    model = model_of(attn_switch_queries_keys=True, depth=3)
+    prompt = tokens(2, 5)
+    given = {"exit_confidence": 0.0, "exit_layers": (1,), "temperature": 0.0}
+    wrapper = AutoregressiveWrapper(model)
+    assert torch.equal(
+        wrapper.generate(prompt, 4, cache_kv=True, **given), wrapper.generate(prompt, 4, cache_kv=False, **given)
+    )
 
 
 def test_encoders_have_it_too() -> None:

@@ -137,7 +137,8 @@ def reaching(loss: Tensor, *parts: nn.Module | nn.Parameter | None) -> Tensor:
 def run_with_aux_loss(net: nn.Module, *arguments: Any, **keywords: Any) -> tuple[Any, Tensor | None]:
     """Run one pass of a training loss, and return its output and the auxiliary loss, which the loss has to contain.
 
-    Every objective runs its models through this function. In evaluation there is no auxiliary loss, so that losses of
+    Every objective runs its models through this function, which also leaves the statistics of norms for
+    `advance_norms`. In evaluation there is no auxiliary loss, so that losses of
     models with and without experts can be compared.
 
     Args:
@@ -150,15 +151,21 @@ def run_with_aux_loss(net: nn.Module, *arguments: Any, **keywords: Any) -> tuple
         What the pass returns, and a scalar, or None if there is nothing to add; see `plus_aux_loss`.
     """
     model = unwrapped(net)
-    if not (model.training and getattr(model, "has_aux_loss", False)):
+    has_loss, has_norms = (model.training and getattr(model, name, False) for name in _NEEDS_RECORD)
+    if not (has_loss or has_norms):
         return net(*arguments, **keywords), None
     out, record = net(*arguments, return_aux_loss=True, **keywords)
     if any(keywords.get(name) for name in _WITH_RECORD):
         out = (out, record)
     elif keywords.get("return_mems"):
         out = (out, record.mems)
-    return out, record.aux_loss
+    if has_norms:
+        model.note_norms(record)  # type: ignore[operator]
+    return out, record.aux_loss if has_loss else None
 
+
+_NEEDS_RECORD = "has_aux_loss", "has_batch_norms"
+"""Properties of models whose record a training loss needs."""
 
 _WITH_RECORD = (
     "return_intermediates",

@@ -137,6 +137,12 @@ MODELS = (
     ),
     Model("hybrid", hybrid, on_stack, Decoder),
     Model("experts", lambda **kw: Decoder(**SMALL, ff_experts=4, **kw), on_stack, Decoder),
+    Model(
+        "SwitchHead",
+        lambda **kw: Decoder(**SMALL, cross_attend=True, attn_switch_experts=4, **kw),
+        with_context,
+        Decoder,
+    ),
     Model("TransformerWrapper", wrapped, on_ids, TransformerWrapper),
     Model("memory tokens", lambda **kw: wrapped(num_memory_tokens=2, **kw), on_ids, TransformerWrapper),
     Model("narrow embedding", lambda **kw: wrapped(emb_dim=6, **kw), on_ids, TransformerWrapper),
@@ -202,6 +208,8 @@ READS_CONTEXT = ("AttentionLayers", "Decoder", "Encoder", "PrefixDecoder", "Cros
 
 def acts(model: Model, keyword: str) -> bool:
     """Keywords of cross-attention, of mixers and of experts act only where there is one."""
+    if "switch_expert_" in keyword:
+        return model.name == "SwitchHead"
     if "expert_" in keyword:
         return model.name in ("Experts", "experts")
     if "mixer_" in keyword:
@@ -449,7 +457,7 @@ def is_random(case: Case) -> bool:
     return any("dropout" in keyword or "gumbel" in keyword for keyword in case.keywords)
 
 
-@pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross"), ids=name_of)
+@pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross", exempt="training"), ids=name_of)
 def test_training_is_evaluation_bit_for_bit(stack: str, case: Case) -> None:
     """With gradients and without, unless the case asks for randomness."""
     model = case.build(stack)

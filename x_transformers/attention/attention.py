@@ -15,6 +15,7 @@ from x_transformers.attention.call_adapter import AttentionInputs, CallAdapter
 from x_transformers.attention.catalog import SCHEMA
 from x_transformers.attention.clip import checked_logits, clip_factors, clip_heads
 from x_transformers.attention.heads import Heads
+from x_transformers.attention.heavy import HeavyAttention
 from x_transformers.attention.qk.caller_rotations import Pair
 from x_transformers.attention.reference_weights import export, translate
 from x_transformers.errors import ConfigError
@@ -65,7 +66,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.leaves_values = self.leaves_scores = False
 
         # the order of the state dict
-        self.latent_q, self.latent_kv, self.projections = parts.latent_q, parts.latent_kv, parts.projections
+        self.latent_q, self.latent_q_norm = parts.latent_q, parts.latent_q_norm
+        self.latent_kv, self.projections = parts.latent_kv, parts.projections
         self.switch = parts.switch
         self.qk_norms = parts.qk_norms
         self.scores = parts.scores
@@ -79,6 +81,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.value_mix = parts.value_mix
         self.out = parts.out
         self.attend = parts.attend
+        self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
 
     @property
     def scale(self) -> float:
@@ -148,7 +151,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
     def muon_parameters(self) -> list[Tensor]:
         """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
         maps = (self.projections.v, self.out)
-        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1]
+        heavy = [] if self.heavy is None else self.heavy.attention.muon_parameters()
+        return [*(parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1), *heavy]
 
     def explain(
         self,
@@ -188,6 +192,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         seen = _seen_keys(seq_len, causal, self.max_attend_past, self.max_attend_future)
         flops = super().explain(situation).flops + 2 * seen * shape.heads * (shape.dim_head + shape.value_dim_head)
         cost = BranchCost(backend.name, why, flops)
+        cost = cost if self.heavy is None else self.heavy.cost(cost, seq_len)
         return cost if self.switch is None else self.switch.cost(self, cost)
 
     def qk_clip_(self, pre_softmax_attn: Tensor | Intermediates, tau: float = 100) -> None:
@@ -207,8 +212,10 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         if self.sink is not None:
             # the sink's logits come first; no query and no key takes part in them
             logits = logits[..., 1:]
-        keys = (self.projections.k, None if self.latent_kv is None else self.latent_kv.sub_keys)
-        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads)
+        keys, shared = [self.projections.k], 0
+        if self.latent_kv is not None:
+            keys, shared = [self.projections.k, self.latent_kv.sub_keys], self.latent_kv.shared
+        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads, shared)
 
     def prepare(self) -> Map | None:
         """Return the output projection, if it is a plain linear map."""
@@ -251,6 +258,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             out = self.out(out, chosen.outputs)
         else:
             out = self.out(out) if plain is None else F.linear(out, *plain)
+        if self.heavy is not None:
+            out = self.heavy(xq, xk, xv, out, layer)
         if self.sublayer_dropout:
             out = F.dropout(out, self.sublayer_dropout, self.training)
         if call.row_mask is not None:

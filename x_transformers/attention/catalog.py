@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import latent, output_projection, projections, switch_head
+from x_transformers.attention import heavy, latent, output_projection, projections, switch_head
 from x_transformers.attention.keys import memory, sink, zero
 from x_transformers.attention.param_tokens import PARAM_TOKENS
 from x_transformers.attention.qk import l2_distance, normalize
@@ -122,7 +122,7 @@ FEATURES = (
     selective.FEATURE,
     *WEIGHTINGS,
     DROPOUT,
-    latent.FEATURE,
+    *latent.FEATURES,
     l2_distance.FEATURE,
     residual.MIX,
     rmsnorm.FEATURE,
@@ -133,6 +133,7 @@ FEATURES = (
     gates.GATES,
     orthogonal.FEATURE,
     *output_projection.FEATURES,
+    heavy.FEATURE,
     switch_head.FEATURE,
 )
 

@@ -238,7 +238,7 @@ FEATURE = Feature(
     exempt={"precision": "a rounded score may choose another matrix", "export": "the reference has no such maps"},
     examples=(
         _SMALL,
-        {**_SMALL, "attn_switch_topk": 1, "attn_switch_queries_keys": True, "attn_kv_heads": 2},
+        {"attn_switch_experts": 4, "attn_switch_topk": 1, "attn_switch_queries_keys": True, "attn_kv_heads": 2},
         {
             **_SMALL,
             "attn_switch_one_selection": True,

@@ -230,6 +230,8 @@ class Capture:
             the fastest kernel and has no memory for all pairs. A compiled graph records them at once.
         losses: auxiliary losses, and the loads of experts.
         routing: choices of all routers, token by token.
+        reduce_load: function of the load `(E,)` of a router that the balance loss reads instead, as one that takes the
+            mean over processes; the record has the load of this process. Losses per row have loads of their own.
     """
 
     scores: bool = False
@@ -238,6 +240,7 @@ class Capture:
     on_demand: bool = False
     losses: bool = False
     routing: bool = False
+    reduce_load: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -283,6 +286,22 @@ class Call:
         return self.memo.once(lambda: transform.tables(self.query, keys), "tables", transform, keys)
 
 
+class NormStatistics(NamedTuple):
+    """Mean and variance of the live tokens that a norm read in a training pass.
+
+    Attributes:
+        number: of the norm in its stack.
+        mean: `(D,)`, at least in float32; so is the next one.
+        var: `(D,)`, the mean of squared differences.
+        tokens: scalar, their number.
+    """
+
+    number: int
+    mean: Tensor
+    var: Tensor
+    tokens: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Carry:
     """Values from earlier sublayers for later ones.
@@ -296,11 +315,13 @@ class Carry:
         scores: by kind, the logits `(b, h, i, P + j)` of the latest attention, 0 where a key is hidden, and P, the
             number of keys before the tokens that are no tokens.
         history: `(b, n, D)` branch inputs of all sublayers executed so far.
+        norm_statistics: of the norms so far that read the batch.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
     history: tuple[Tensor, ...] = ()
+    norm_statistics: tuple[NormStatistics, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

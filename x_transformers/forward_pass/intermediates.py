@@ -11,6 +11,7 @@ from torch import Tensor
 from x_transformers.cache import Entry, KVCache
 from x_transformers.cache.edits import CachedStreams, read_cached, set_length, write_cached
 from x_transformers.errors import InputError
+from x_transformers.forward_pass.call import NormStatistics
 from x_transformers.routing.base import RoutingRecord
 from x_transformers.routing.losses import sum_of_losses
 
@@ -175,6 +176,7 @@ class LayerIntermediates:
         routing: one record per executed router, in order.
         aux_losses: the auxiliary losses by name, without their weights, each the mean over the sublayers that have it.
         aux_loss: what they add to a training loss: the sum over the names of the mean of weight times loss.
+        norm_statistics: of a training pass, what the norms of `use_prepbn` read; see `advance_norms`.
         exits: features `(b, n, D)` after the blocks of exits, by the number of the block, counted from 1.
         exit_blocks: `(b, n)` number of the block after which each token left; see `EarlyExit`.
         attn_z_loss: z-loss of the logits of attention.
@@ -206,6 +208,7 @@ class LayerIntermediates:
     routing: list[RoutingRecord] | None = None
     aux_losses: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
+    norm_statistics: Sequence[NormStatistics] | None = None
     exits: dict[int, Tensor] | None = None
     exit_blocks: Tensor | None = None
     attn_z_loss: Tensor | None = None
@@ -222,7 +225,11 @@ class LayerIntermediates:
     given_length: int = field(default=0, init=False)
 
     def include_routing(self, earlier: Sequence[LayerIntermediates]) -> None:
-        """Include the routing of earlier passes of the same model, so that losses are means over all of them."""
+        """Include the routing of earlier passes of the same model, so that losses are means over all of them; and what
+        their norms read.
+        """
+        seen = [each for record in (*earlier, self) for each in record.norm_statistics or ()]
+        self.norm_statistics = seen or None
         if self.routing is None:
             return
         self.routing = [each for record in (*earlier, self) for each in record.routing or ()]

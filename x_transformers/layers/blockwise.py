@@ -8,36 +8,81 @@ import torch
 from torch import Tensor
 
 from x_transformers.errors import InputError
+from x_transformers.forward_pass.call import Call
 from x_transformers.forward_pass.intermediates import Intermediates
+from x_transformers.layers.depth_routing import DepthRouter, RoutedTokens, call_of
 from x_transformers.layers.early_exit import EarlyExit, confidence_of, exit_blocks
 from x_transformers.layers.execution_order import Step
+from x_transformers.layers.parallel_blocks import check_end
 from x_transformers.layers.pass_state import PassInputs, PassState, fold_streams
-from x_transformers.layers.runner import finish, recomputes, run_recomputing, run_steps
+from x_transformers.layers.runner import finish, finish_by_batch, recomputes, run_recomputing, run_steps
 from x_transformers.layers.stack import LayerStack
 
 
 def run_by_blocks(
     stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, state: PassState
 ) -> tuple[PassState, Tensor]:
-    """Run all sublayers of a pass, some of which run again for their gradients, or from which tokens leave early.
+    """Run all sublayers of a pass, in which more than these decides what comes after a block.
 
     Returns:
         the state after the last block, and the output of the stack, `(b, n, D)`.
     """
-    if inputs.early_exit is None:
+    group = stack.parallel_blocks
+    if inputs.early_exit is stack.depth_routers is None and group == 1:
         state = _run(stack, steps, inputs, state)
-        return state, finish(stack, inputs, state.stream)
+        return state, finish_by_batch(stack, inputs, state)
+    for number in inputs.exits or ():
+        check_end(number, group)
     size = stack.sequence.block
     blocks = [steps[first : first + size] for first in range(0, len(steps), size)]
-    leaving = Leaving(stack, inputs, inputs.early_exit, state, len(blocks))
-    for number, block in enumerate(blocks, start=1):
-        before = state.stream
-        if leaving.rests:
-            _rest(stack, block, inputs, state)
-        else:
-            state = _run(stack, block, inputs, state)
-        leaving.after(number, before, state)
+    leaving = None
+    if inputs.early_exit is not None:
+        leaving = Leaving(stack, inputs, inputs.early_exit, state, len(blocks))
+    for first in range(0, len(blocks), group):
+        before, rests = state.stream, leaving is not None and leaving.rests
+        for block in blocks[first : first + group]:
+            total, state.stream = state.stream, before
+            state = _run_block(stack, block, inputs, state, rests=rests)
+            if total is not before:
+                state.stream = total + (state.stream - before)
+        if leaving is not None:
+            leaving.keep(before, state)
+        _record(first + group, state)
+        if leaving is not None:
+            leaving.leave(first + group, before, state)
+    if leaving is None:
+        return state, finish_by_batch(stack, inputs, state)
     return state, leaving.output(state)
+
+
+def _run_block(
+    stack: LayerStack, block: Sequence[Step], inputs: PassInputs, state: PassState, *, rests: bool
+) -> PassState:
+    """Run one block, and return the state after it.
+
+    Args:
+        stack: of the block.
+        block: its sublayers.
+        inputs: of the pass.
+        state: before the block.
+        rests: the stream after the block is not needed.
+    """
+    router = stack.router_of(block[0].layer)
+    if router is not None:
+        return _route(stack, router, block, inputs, state, rests=rests)
+    if not rests:
+        return _run(stack, block, inputs, state)
+    _rest(stack, block, inputs, state)
+    return state
+
+
+def _record(number: int, state: PassState) -> None:
+    """Record the stream after a block, instead of that after its last sublayer."""
+    recorder = state.recorder
+    if number in recorder.exits:
+        recorder.exits[number] = state.stream
+    if recorder.blocks:
+        recorder.blocks[-1] = fold_streams(state.stream)
 
 
 def _run(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, state: PassState) -> PassState:
@@ -46,6 +91,84 @@ def _run(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, state: Pa
         return run_recomputing(stack, steps, inputs, state)
     run_steps(stack, steps, inputs, state)
     return state
+
+
+def _route(
+    stack: LayerStack,
+    router: DepthRouter,
+    block: Sequence[Step],
+    inputs: PassInputs,
+    state: PassState,
+    *,
+    rests: bool,
+) -> PassState:
+    """Run a block for the tokens that its router chooses, and return the state after it.
+
+    Args:
+        stack: of the block.
+        router: of the block.
+        block: its sublayers.
+        inputs: of the pass.
+        state: before the block.
+        rests: the stream after the block is not needed.
+    """
+    call, before, kv = state.call, state.stream, state.kv
+    ranks = router.ranks and (kv is None or kv.fresh)
+    _check_routed(stack, block, inputs, call, ranks=ranks)
+    scores, live = router(before), call.row_mask
+    if call.query.placed is not None:
+        live = call.query.placed if live is None else live & call.query.placed
+    chosen, gates = router.choose(scores, live, ranks=ranks), scores.sigmoid()
+    capture = call.capture
+    if capture.losses or capture.routing:
+        record = router.record(before, scores, chosen, call.token_mask, losses=capture.losses, choices=capture.routing)
+        record.step = block[0].number
+        state.recorder.routing.append(record)
+    state.call, state.routed = call_of(call, chosen), RoutedTokens(chosen, gates, router)
+    # one token: only its own choice decides
+    rests = rests or (chosen.numel() == 1 and may_rest(stack, inputs, state) and not bool(chosen))
+    if rests:
+        _rest(stack, block, inputs, state)
+    else:
+        state = _run(stack, block, inputs, state)
+    state.call, state.routed = call, None
+    if rests:
+        state.stream = before
+    else:
+        mixed = before + gates.unsqueeze(-1).to(before.dtype) * (state.stream - before)
+        state.stream = torch.where(chosen.unsqueeze(-1), mixed, before)
+    return state
+
+
+def _check_routed(stack: LayerStack, block: Sequence[Step], inputs: PassInputs, call: Call, *, ranks: bool) -> None:
+    """Raise an `InputError` if tokens of a pass cannot be chosen.
+
+    Args:
+        stack: of the block.
+        block: its sublayers.
+        inputs: of the pass.
+        call: the pass.
+        ranks: tokens are chosen by comparison with the other tokens of their row.
+    """
+    if ranks and call.causal and not stack.causal:
+        raise InputError(
+            '`depth_routing = "topk"` chooses the best tokens of a whole row, which a pass with `causal = True` must '
+            'not know; drop it, or build the stack with `depth_routing = "threshold"`.'
+        )
+    if not any(memory is not None for memory in inputs.attention_memories):
+        return
+    if ranks:
+        raise InputError(
+            "`mems` do not say which tokens of the segment before were the best of their row (`depth_routing`); pass "
+            'none, or build the stack with `depth_routing = "threshold"`.'
+        )
+    others = inputs.injection is not None or inputs.self_attn_inputs is not None
+    if others or not block[0].kind.is_self_attention:
+        raise InputError(
+            "`mems` hold what self-attentions read, and routed blocks (`depth_routing`) choose tokens by the stream, "
+            "which differs from it here (`macaron`, `reinject_input`, `in_attn_cond` or `self_attn_inputs`); drop one "
+            "of the two."
+        )
 
 
 def _rest(stack: LayerStack, block: Sequence[Step], inputs: PassInputs, state: PassState) -> None:
@@ -107,7 +230,7 @@ class Leaving:
                 'measure "similarity", or give it a `head`.'
             )
         self.stack, self.inputs, self.rule = stack, inputs, rule
-        exits = exit_blocks(rule, blocks, 1)
+        exits = exit_blocks(rule, blocks, stack.parallel_blocks)
         self.exits = exits if rule.confidence < 1 else ()
         x = inputs.x
         self.block = torch.full((x.shape[0], x.shape[1]), blocks, device=x.device)
@@ -115,21 +238,19 @@ class Leaving:
         self.early: list[tuple[Tensor, Tensor]] = []
         self.may_rest, self.rests = may_rest(stack, inputs, state), False
 
-    def after(self, number: int, before: Tensor, state: PassState) -> None:
-        """Give tokens that have left their stream back, and let others leave.
+    def keep(self, before: Tensor, state: PassState) -> None:
+        """Give tokens that have left the stream back that they had before the block that has run."""
+        if self.gone is not None:
+            state.stream = before if self.rests else torch.where(_each(self.gone, before), before, state.stream)
+
+    def leave(self, number: int, before: Tensor, state: PassState) -> None:
+        """Let tokens leave.
 
         Args:
             number: of the block that has run.
             before: the stream before it.
-            state: after it, which is changed.
+            state: after it.
         """
-        recorder = state.recorder
-        if self.gone is not None:
-            state.stream = before if self.rests else torch.where(_each(self.gone, before), before, state.stream)
-            if number in recorder.exits:
-                recorder.exits[number] = state.stream
-            if recorder.blocks:
-                recorder.blocks[-1] = fold_streams(state.stream)
         if number not in self.exits or self.rests:
             return
         norm = None if self.rule.norms is None else self.rule.norms.get(number)
@@ -146,7 +267,7 @@ class Leaving:
     def output(self, state: PassState) -> Tensor:
         """Return the output of the stack, and record the block after which each token left."""
         state.recorder.exit_blocks = self.block
-        out = finish(self.stack, self.inputs, state.stream)
+        out = finish_by_batch(self.stack, self.inputs, state)
         for left, features in self.early:
             out = torch.where(left.unsqueeze(-1), features, out)
         return out

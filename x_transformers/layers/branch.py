@@ -26,6 +26,7 @@ from x_transformers.layers.replaced_function import convention_of, declarations_
 from x_transformers.layers.residuals.base import ResidualConnection
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.norms import Norm, apply_norm
+from x_transformers.modules.prepbn import PrepBN, norm_by_batch
 from x_transformers.modules.state_dict import ReadsReference, rename, rename_prefix
 from x_transformers.routing.base import RoutingRecord
 
@@ -109,6 +110,8 @@ class Branch(NumberedParts, ReadsReference):
         assert len({*self.running}) == len(self.running), "two parts of a sublayer have states of one name"
         self.uses_cache = self.kind.is_attention or bool(self.running) or bool(fn.cache_streams())
         """True if the sublayer reads and writes an entry of the cache."""
+        self.prepares_input = shift is not None or isinstance(self.norm, PrepBN)
+        """True if there is more to do before the function than to call the norm."""
         self.changes_output = not (self.scale is self.output_norm is None and self.output_scale == 1)
         # most connections read the stream as it is; every call that is saved here is saved once a layer and token
         self.reads_stream = type(residual).read is ResidualConnection.read
@@ -148,7 +151,7 @@ class Branch(NumberedParts, ReadsReference):
             x = torch.cat((kept_columns, layer.own_input.expand(*x.shape[:-2], -1, -1)), dim=-2)
         # if there are three views, all of them are recorded: keys and values read two, gates and shifts the first
         memory_input = x
-        if self.shift is not None or layer.memory is not None:
+        if self.prepares_input or layer.memory is not None:
             x, layer = self._norm_and_shift(x, layer)
         elif norm is not None:
             x = norm(x) if layer.condition is None else apply_norm(norm, x, layer.condition)
@@ -182,7 +185,7 @@ class Branch(NumberedParts, ReadsReference):
             what `forward` returns, or None if the sublayer has to run as usual.
         """
         fn: Any = self._modules[self.kind.module_name]
-        alone = self.reader is self.shift is self.replaced is None and self.reads_stream and not self.running
+        alone = self.reader is self.replaced is None and self.reads_stream and not (self.running or self.prepares_input)
         if not alone or fn._forward_hooks or fn._forward_pre_hooks:
             return None
         if not (layer.memory is layer.own_input is layer.source is None):
@@ -211,9 +214,12 @@ class Branch(NumberedParts, ReadsReference):
         if memory is not None and memory.ndim < x.ndim:
             # all three views have the same memory
             memory = memory.expand(x.shape[0], *memory.shape)
-        if self.norm is not None:
-            x = apply_norm(self.norm, x, layer.condition)
-            memory = None if memory is None else apply_norm(self.norm, memory, layer.condition)
+        norm = self.norm
+        if isinstance(norm, PrepBN) and norm.training:
+            x, memory, layer = norm_by_batch(norm, x, memory, layer)
+        elif norm is not None:
+            x = apply_norm(norm, x, layer.condition)
+            memory = None if memory is None else apply_norm(norm, memory, layer.condition)
         if self.shift is not None:
             x, memory = self.shift(x, memory, layer)
         # a copy: a block that runs again (activation checkpointing) must find the raw memory

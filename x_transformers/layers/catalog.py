@@ -12,12 +12,12 @@ from x_transformers.attention.scores import alibi, dynamic, t5
 from x_transformers.attention.scores import residual as residual_scores
 from x_transformers.attention.values import residual as value_residual
 from x_transformers.feedforward import catalog as feedforward
-from x_transformers.layers import checkpointing, conditioning, structure, unet, views
+from x_transformers.layers import checkpointing, conditioning, depth_routing, parallel_blocks, structure, unet, views
 from x_transformers.layers.branches import dropout, norm_placement, output_init, scale, shift
 from x_transformers.layers.depth import aggregated, lime
 from x_transformers.layers.kinds import KINDS
 from x_transformers.layers.residuals import base, gated, mv_split, orthogonal, path_scales, plain, resi_dual, streams
-from x_transformers.modules import norms
+from x_transformers.modules import norms, prepbn
 from x_transformers.options.schema import Schema
 
 STACK_FEATURES = (
@@ -25,6 +25,7 @@ STACK_FEATURES = (
     structure.STACK,
     checkpointing.FEATURE,
     *norms.FEATURES,
+    prepbn.FEATURE,
     norm_placement.FEATURE,
     plain.SCALE,
     base.KEYWORDS,
@@ -39,6 +40,8 @@ STACK_FEATURES = (
     lime.FEATURE,
     lime.WEIGHTS,
     unet.FEATURE,
+    depth_routing.FEATURE,
+    parallel_blocks.FEATURE,
     conditioning.FEATURE,
     scale.FEATURE,
     scale.ADAPTIVE,

@@ -12,6 +12,7 @@ from x_transformers.errors import InputError
 from x_transformers.feedforward.experts import Experts
 from x_transformers.forward_pass.arguments import checked
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.depth_routing import routed_loss
 from x_transformers.layers.stack import LayerStack
 from x_transformers.routing.routers import Router
 
@@ -21,8 +22,14 @@ class TrainsExperts(nn.Module):
 
     @property
     def has_aux_loss(self) -> bool:
-        """True if a sublayer has an auxiliary loss, which a training loss has to contain; see `return_aux_loss`."""
-        return any(branch.fn.has_aux_loss for branch in stack_of(self).sublayers)
+        """True if a sublayer, or what routes tokens past blocks, has an auxiliary loss; see `return_aux_loss`."""
+        stack = stack_of(self)
+        return routed_loss(stack.depth_routers) or any(branch.fn.has_aux_loss for branch in stack.sublayers)
+
+    @property
+    def has_balance_bias(self) -> bool:
+        """True if a router has a balance bias, which `balance_experts_` moves after each step of the optimizer."""
+        return bool(_balanced_routers(stack_of(self)))
 
     @checked
     def balance_experts_(self, record: LayerIntermediates | Sequence[LayerIntermediates], rate: float = 1e-3) -> None:
@@ -64,17 +71,22 @@ def stack_of(module: nn.Module) -> LayerStack:
     return stack
 
 
+def _balanced_routers(stack: LayerStack) -> dict[int, Router]:
+    """Return the routers with a balance bias, by the index of their sublayer."""
+    return {
+        index: branch.fn.router
+        for index, branch in enumerate(stack.sublayers)
+        if isinstance(branch.fn, Experts) and isinstance(branch.fn.router, Router) and branch.fn.router.balances
+    }
+
+
 def _loads(stack: LayerStack, records: Iterable[LayerIntermediates]) -> list[tuple[Router, Tensor]]:
     """Return each router with a balance bias that ran, and the sum of its loads.
 
     Raises:
         InputError: if there is no such router, or no loads.
     """
-    routers = {
-        index: branch.fn.router
-        for index, branch in enumerate(stack.sublayers)
-        if isinstance(branch.fn, Experts) and isinstance(branch.fn.router, Router) and branch.fn.router.balances
-    }
+    routers = _balanced_routers(stack)
     if not routers:
         raise InputError("no router has a balance bias; build the stack with `ff_balance_bias = True`.")
     loads: dict[int, tuple[Router, Tensor]] = {}

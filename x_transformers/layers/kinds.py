@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from x_transformers.attention import catalog as attention
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.heavy import why_not_causal
 from x_transformers.errors import ConfigError
 from x_transformers.feedforward import catalog as feedforward
 from x_transformers.mixers import catalog as mixers
@@ -133,6 +134,8 @@ def _for_stack(fn: Attention, options: Options, *, shares_scores: bool, hides_fu
             "`inverted_attention` normalizes over the queries, so that in a causal stack earlier tokens would see "
             "later ones; use an Encoder or a CrossAttender, or drop it."
         )
+    if hides_future and fn.heavy is not None:
+        raise ConfigError(why_not_causal(instead="Use an Encoder, or drop it."))
     return fn
 
 

@@ -17,6 +17,7 @@ from x_transformers.forward_pass.arguments import check_whole, checked
 from x_transformers.forward_pass.call import Capture, Span, check_attributes
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.forward_pass.names import check_names, takes_no_more
+from x_transformers.layers.batch_norms import AdvancesNorms
 from x_transformers.layers.blockwise import run_by_blocks
 from x_transformers.layers.catalog import KEYWORDS
 from x_transformers.layers.compile_blocks import CompiledBlocks
@@ -34,13 +35,13 @@ from x_transformers.layers.reference_names import (
     translate_positions,
 )
 from x_transformers.layers.residuals.streams import HyperConnection
-from x_transformers.layers.runner import begin_pass, finish, finish_exits, run_steps
+from x_transformers.layers.runner import begin_pass, finish, finish_by_batch, finish_exits, run_steps
 from x_transformers.layers.stack import LayerStack
 from x_transformers.notices import warn
 from x_transformers.options.signatures import parameter, show_keywords
 
 
-class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
+class AttentionLayers(SavesFolders, TrainsExperts, AdvancesNorms, LayerStack):
     """A stack of attention and feedforward layers over `(b, n, dim)`.
 
     Args:
@@ -317,9 +318,10 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
         try:
             state = begin_pass(self, inputs)
             steps = self.steps if inputs.order == self.sequence.order else self.sequence.steps(inputs.order)
-            if self.checkpoint_every is None and early_exit is None:
+            if self.checkpoint_every is self.depth_routers is early_exit is None and self.parallel_blocks == 1:
                 run_steps(self, steps, inputs, state)
-                out = finish(self, inputs, state.stream)
+                batch = self.batch_norms
+                out = finish_by_batch(self, inputs, state) if batch else finish(self, inputs, state.stream)
             else:
                 state, out = run_by_blocks(self, steps, inputs, state)
         except RuntimeError as error:
@@ -327,7 +329,7 @@ class AttentionLayers(SavesFolders, TrainsExperts, LayerStack):
             raise
         if not (return_hiddens or return_gumbel_log_probs or return_aux_loss or exits):
             return out
-        record = state.recorder.intermediates(state.stream, out, state.kv)
+        record = state.recorder.intermediates(state, out)
         if exits:
             record.exits = finish_exits(self, inputs, state.recorder)
         if return_gumbel_log_probs:

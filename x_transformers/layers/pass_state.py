@@ -21,6 +21,7 @@ from x_transformers.forward_pass.changed_copies import replace
 from x_transformers.forward_pass.documents import Documents
 from x_transformers.forward_pass.intermediates import Intermediates, LayerIntermediates
 from x_transformers.layers.branch import SublayerOutput
+from x_transformers.layers.depth_routing import RoutedTokens
 from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.execution_order import Repeat, Step
 from x_transformers.routing.base import RoutingRecord
@@ -150,23 +151,25 @@ class Recorder:
         if self.keeps_states and states is not None:
             self.states += [states.get(name) for name in names]  # type: ignore[misc]
 
-    def intermediates(self, stream: Tensor, out: Tensor, kv: KVCache | None) -> LayerIntermediates:
+    def intermediates(self, state: PassState, out: Tensor) -> LayerIntermediates:
         """Return the record of the pass.
 
         Args:
-            stream: the residual stream after the last sublayer.
+            state: after the last sublayer.
             out: `(b, n, D)`, the output of the stack.
-            kv: the cache of the pass.
         """
+        kv = state.kv
         for each in self.records:
             each.cache = kv
         # without the call of `__init__`, whose arguments include more than a pass knows
         record = object.__new__(LayerIntermediates)
         record.hiddens, record.last_hidden, record.attn_intermediates = self.streams, out, self.records
         if self.capture.hiddens:
-            record.layer_hiddens = [*self.inputs, fold_streams(stream)]
+            record.layer_hiddens = [*self.inputs, fold_streams(state.stream)]
             record.block_hiddens = [*self.blocks[:-1], out]
         record.memory_inputs, record.memory_states, record.cache = self.memory_inputs, self.states, kv
+        if state.carry.norm_statistics:
+            record.norm_statistics = state.carry.norm_statistics
         if self.exit_blocks is not None:
             record.exit_blocks = self.exit_blocks
         if self.capture.losses or self.capture.routing:
@@ -203,6 +206,7 @@ class PassState:
         kv: the cache, whose entries the sublayers fill.
         states: running states of the previous segment, of the sublayers that have not run yet.
         skips: place in the order of execution -> the stream at its entry.
+        routed: the tokens that the block runs, if others pass it by.
         rests: the stream is not needed any more, so that sublayers only have to write what later tokens read.
     """
 
@@ -214,6 +218,7 @@ class PassState:
     kv: KVCache | None = None
     states: list[Tensor | None] = field(default_factory=list)
     skips: dict[int, Tensor] = field(default_factory=dict)
+    routed: RoutedTokens | None = None
     rests: bool = False
 
     def fork(self, numbers: Container[int]) -> PassState:
@@ -239,6 +244,7 @@ class PassState:
             kv,
             list(self.states),
             dict(self.skips),
+            self.routed,
         )
 
 

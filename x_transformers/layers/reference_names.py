@@ -52,6 +52,8 @@ def export_positions(stack: LayerStack, state: dict[str, Any], prefix: str) -> N
     """
     if stack.parallel:
         raise StateDictError("the reference has no `parallel_block`; a model with it cannot be exported.")
+    if stack.parallel_blocks > 1:
+        raise StateDictError("the reference has no `parallel_blocks`; a model with them cannot be exported.")
     if isinstance(stack.rel_pos, RelativePositionBias) and stack.rel_pos.own_scale:
         raise StateDictError("the reference has no `rel_pos_scale`; a model with it cannot be exported.")
     order = _order_of_heads(stack, "exported")

@@ -47,6 +47,7 @@ from x_transformers.layers.per_layer_inputs import (
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.token_layout import build_token_layout, mask_of_queries
 from x_transformers.modules.norms import apply_norm
+from x_transformers.modules.prepbn import PrepBN, with_statistics
 from x_transformers.ops import finite_where_hidden, softclamp
 
 NO_CAPTURE, NO_CARRY, NO_DELTAS = Capture(), Carry(), Deltas()
@@ -182,7 +183,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     condition, injection, documents = inputs.condition, inputs.injection, inputs.documents
-    transform, exits, rests = inputs.block_transform, inputs.exits, state.rests
+    transform, exits, passing, rests = inputs.block_transform, inputs.exits, state.routed, state.rests
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
@@ -218,6 +219,8 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
                 layer.keys, layer.fresh = call.keys, call.query
             else:
                 self_attention_inputs(stack, step, inputs, state, layer)
+            if passing is not None:
+                passing.hide_others(layer)
         elif kind.is_cross_attention:
             cross_attention_inputs(stack, step, inputs, layer)
         elif kind.is_feedforward and inputs.deep_embeds is not None and step.nth < inputs.deep_embeds.shape[2]:
@@ -298,6 +301,19 @@ def finish(stack: LayerStack, inputs: PassInputs, stream: Tensor, norm: nn.Modul
         return stream
     condition = inputs.condition
     return norm(stream) if condition is None else apply_norm(norm, stream, condition)
+
+
+def finish_by_batch(stack: LayerStack, inputs: PassInputs, state: PassState) -> Tensor:
+    """Return the output of a stack whose norms need statistics of the batch in training; the state gets the last of
+    them.
+    """
+    norm = stack.final_norm
+    if not (isinstance(norm, PrepBN) and norm.training):
+        return finish(stack, inputs, state.stream)
+    stream = finish(stack, inputs, state.stream, nn.Identity())
+    seen = norm.statistics_of(stream, state.call.token_mask)
+    state.carry = with_statistics(state.carry, seen)
+    return norm(stream, statistics=seen)
 
 
 def finish_exits(stack: LayerStack, inputs: PassInputs, recorder: Recorder) -> dict[int, Tensor]:

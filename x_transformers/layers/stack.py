@@ -18,14 +18,17 @@ from x_transformers.layers.branches.shared_norm import share_norms
 from x_transformers.layers.build import build_branch, check_value_residual, norm_of
 from x_transformers.layers.compile_blocks import CompiledBlocks
 from x_transformers.layers.conditioning import build_condition, build_injection
+from x_transformers.layers.depth_routing import CHOSEN, DepthRouter, build_depth_routers, check_whole_blocks
 from x_transformers.layers.execution_order import Repeat, check_order, repeated
 from x_transformers.layers.kinds import CROSS_ATTENTION, FEEDFORWARD, MIXER, SELF_ATTENTION
 from x_transformers.layers.packing import check_apart, packed_kinds
+from x_transformers.layers.parallel_blocks import check_groups
 from x_transformers.layers.plan import StackPlan
 from x_transformers.layers.residuals.streams import HyperConnection
 from x_transformers.layers.tied_blocks import tie_blocks
 from x_transformers.layers.unet import ConcatCombine, check_sources, skip_sources
 from x_transformers.modules.norms import ADAPTIVE
+from x_transformers.modules.prepbn import number_norms
 from x_transformers.options.values import accepts, shown
 
 
@@ -50,12 +53,15 @@ class LayerStack(nn.Module):
         rotates_by_layer: self-attentions have different transforms.
         skip_sources: built sublayer -> the place in the order of execution whose stream it reads too.
         skip_combines: the maps that join the two.
+        parallel_blocks: number of blocks that read the same stream.
+        depth_routers: built block -> the choice of the tokens that it runs; None if blocks run all tokens.
         checkpoint_every: one of this number of blocks runs again for its gradients; None: none does.
         context_dropout: fraction of the context's tokens that is dropped in training.
         one_context: all cross-attentions see the same part of the context.
         output_clamp: bound of the output, or None. final_norm: norm of the output, or None.
         reference_mix: residual streams are mixed as in the reference.
         packed: letters of the kinds that keep the documents of packed rows apart.
+        batch_norms: some norms need statistics of batches.
         compiled: runs each sublayer by a graph of its own, after `compile_blocks()`; else None.
 
     Raises:
@@ -102,11 +108,22 @@ class LayerStack(nn.Module):
             self._build_positions(plan)
         with faults.catching():
             self._build_surroundings(plan)
+        self.parallel_blocks: int = options["parallel_blocks"].parallel_blocks
+        with faults.catching():
+            check_groups(self.sequence.order, self.sequence.block, self.parallel_blocks)
+        self.depth_routers: nn.ModuleDict | None = None
+        if options.on("depth_routing"):
+            seen = "causal" if causal else "prefix" if self.looks_back else None
+            with faults.catching():
+                self.depth_routers = build_depth_routers(
+                    options["depth_routing"], dim, self.sequence, self.sublayers, order_seen=seen
+                )
         with faults.catching():
             self.packed = packed_kinds(plan)
             check_apart(self.packed, self.sublayers)
         faults.raise_if_any(type(self).__name__)
         self.final_norm = norm(dim) if norm_places(options).final else None
+        self.batch_norms = number_norms(self)
         self.compiled: CompiledBlocks | None = None
 
     def _build_positions(self, plan: StackPlan) -> None:
@@ -115,13 +132,14 @@ class LayerStack(nn.Module):
         crossing = not any(kind.is_self_attention for kind in kinds)
         if crossing:
             _refuse_positions(plan, why_not=None if kinds else "has none, nor any other attention")
-        widths = [
-            layer.options["heads"].dim_head
+        reading = [
+            layer.options
             for layer in plan.layers
             if layer.kind.is_self_attention or (crossing and layer.kind.is_attention)
         ]
-        if not widths:
+        if not reading:
             return
+        widths = [options["heads"].dim_head for options in reading]
         if len(set(widths)) > 1:
             raise ConfigError("`attn_dim_head` differs between layers, but positions are shared; give one width.")
         rotated = plan.options["rotary"].rotary_emb_dim
@@ -134,6 +152,7 @@ class LayerStack(nn.Module):
             "causal": self.causal,
             "kv_heads": {fn.kv_heads for fn in self.attentions(*(() if crossing else SELF_ATTENTION.letter))},
             "layers": [index for index, layer in enumerate(plan.layers) if layer.kind.is_self_attention],
+            "shared_keys": {options["latent_rope"].latent_rope_dim for options in reading},
             "kwargs": plan.options["stack"].rel_pos_kwargs,
         }
         for slot, name in (("qk", "rotary_pos_emb"), ("polar qk", "polar_pos_emb"), ("score", "rel_pos")):
@@ -298,6 +317,9 @@ class LayerStack(nn.Module):
         try:
             order = repeated(repeats, self.sequence) if repeats is not None else check_order(given, len(self.layers))
             check_sources(order, self.skip_sources)
+            check_groups(order, self.sequence.block, self.parallel_blocks)
+            if self.depth_routers is not None:
+                check_whole_blocks(order, self.sequence.block)
         except ConfigError as error:
             raise InputError(str(error)) from None
         except (TypeError, ValueError, RuntimeError) as error:
@@ -311,10 +333,31 @@ class LayerStack(nn.Module):
 
     def cache_streams(self) -> list[dict[str, Shape]]:
         """Return the growing streams of each executed sublayer, as `{name: (heads, width)}`."""
-        branches, rotations = self.sublayers, self.rotations
-        run = [branches[index] for index in self.sequence.order]
-        # the keys of a context do not grow
-        return [{} if each.kind.is_cross_attention else each.fn.cache_streams(rotations) for each in run]
+        return [self.streams_of(index) for index in self.sequence.order]
+
+    def streams_of(self, index: int) -> dict[str, Shape]:
+        """Return the growing streams of one built sublayer.
+
+        Args:
+            index: of the sublayer.
+        """
+        branch = self.sublayers[index]
+        if branch.kind.is_cross_attention:  # the keys of a context do not grow
+            return {}
+        streams = branch.fn.cache_streams(self.rotations)
+        if branch.kind.is_self_attention and self.router_of(index) is not None:
+            streams = {**streams, CHOSEN: (1, 1)}
+        return streams
+
+    def router_of(self, index: int) -> DepthRouter | None:
+        """Return what chooses the tokens of the block of a built sublayer, or None if it runs all of them.
+
+        Args:
+            index: of the sublayer.
+        """
+        block = str(index // self.sequence.block)
+        routers = self.depth_routers
+        return None if routers is None or block not in routers else routers[block]  # type: ignore[return-value]
 
     def reaches(self, order: tuple[int, ...]) -> tuple[int | None, ...]:
         """Return how many slots each executed sublayer looks back at most; None for all.

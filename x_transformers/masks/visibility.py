@@ -106,7 +106,7 @@ class MaskSpec(NamedTuple):
         pairwise = self.given is not None or self.owners is not None or self.shown is not None
         if not pairwise and self.slots is not None and self.sorted:
             fully_masked = self._out_of_reach()[:, None, :, None]
-        elif pairwise or self.slots is not None or self.token_mask is None:
+        elif pairwise or self.slots is not None or self.token_mask is None or self.keys == 0:
             fully_masked = ~self.mask().any(dim=-1, keepdim=True)
         elif self.order is None:
             fully_masked = ~self.token_mask.any(dim=-1)[:, None, None, None]

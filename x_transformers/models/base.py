@@ -15,6 +15,7 @@ from x_transformers.errors import InputError, ShapeError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import check_whole, checked, explain_failure
 from x_transformers.forward_pass.intermediates import LayerIntermediates
+from x_transformers.layers.batch_norms import AdvancesNorms
 from x_transformers.layers.edited_cache import cache_of
 from x_transformers.layers.experts import TrainsExperts
 from x_transformers.layers.explain import Explanation, count
@@ -31,7 +32,7 @@ from x_transformers.models.requested_outputs import requested_capture, z_loss
 from x_transformers.notices import warn
 
 
-class Model(SavesFolders, TrainsExperts):
+class Model(SavesFolders, TrainsExperts, AdvancesNorms):
     """A stack over embedded tokens. Abstract: a subclass embeds its inputs and turns features into outputs.
 
     Args:

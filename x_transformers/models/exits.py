@@ -16,6 +16,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 from x_transformers.layers.early_exit import EarlyExit
 from x_transformers.layers.kinds import SELF_ATTENTION
 from x_transformers.layers.layers import AttentionLayers
+from x_transformers.layers.parallel_blocks import check_end
 from x_transformers.models.inputs import ModelInputs, TokenSpan
 from x_transformers.modules.norms import Norm
 from x_transformers.modules.state_dict import ReadsReference
@@ -59,6 +60,11 @@ class HasExits(nn.Module):
     def _build_exits(self, blocks: tuple[int, ...] | None, own_norms: bool) -> None:
         stack = unwrapped(self.attn_layers)
         self.exit_layers, self.exit_norms = blocks or (), None
+        if blocks and stack.batch_norms:
+            raise ConfigError(
+                "`exit_layers` read the stream through the final norm after several blocks, and `use_prepbn` would "
+                "need statistics for each of them; use another norm."
+            )
         if own_norms and blocks:
             assert stack.final_norm is not None
             self.exit_norms = ExitNorms(tuple(b for b in blocks if b < stack.sequence.blocks), stack.final_norm)
@@ -102,6 +108,7 @@ class HasExits(nn.Module):
                 "Decoder."
             )
         check_whole(exit_layer=exit_layer)
+        check_end(exit_layer, stack.parallel_blocks)
         blocks = stack.sequence.blocks
         if not 1 <= exit_layer < blocks:
             raise InputError(
@@ -208,9 +215,12 @@ def up_to_exit(model: Given, exit_layer: int | None) -> Given:
     Raises:
         InputError: if no such block runs.
     """
-    blocks = unwrapped(model.attn_layers).sequence.blocks
+    stack = unwrapped(model.attn_layers)
+    blocks = stack.sequence.blocks
     if exit_layer is not None and not 1 <= exit_layer <= blocks:
         raise InputError(f"`exit_layer` is {exit_layer}; it must lie between 1 and {blocks}, the blocks that run.")
+    if exit_layer is not None:
+        check_end(exit_layer, stack.parallel_blocks)
     return model if exit_layer in (None, blocks) else first_blocks(model, exit_layer)
 
 
@@ -232,6 +242,10 @@ def first_blocks(model: Given, count: int) -> Given:
     stack.layers = nn.ModuleList(list(whole.layers)[:built])
     stack.skip_sources = {layer: source for layer, source in whole.skip_sources.items() if layer < built}
     stack.skip_combines = nn.ModuleDict({str(layer): whole.skip_combines[str(layer)] for layer in stack.skip_sources})
+    if whole.depth_routers is not None:
+        stack.depth_routers = _sharing(whole.depth_routers)
+        for block in [name for name in whole.depth_routers if int(name) * sequence.block >= built]:
+            del stack.depth_routers[block]
     view = _sharing(model)
     view.attn_layers, view.has_config = stack, False
     view.exit_layers = tuple(block for block in model.exit_layers if block < count)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.head_maps import HeadOutput
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.feedforward.experts import Experts
 from x_transformers.feedforward.feedforward import FeedForward
@@ -252,8 +253,17 @@ def _writers(model: nn.Module, stack: LayerStack, faults: Faults) -> Writers:
 
 def _writers_of_function(fn: nn.Module, prefix: str, faults: Faults) -> Writers:
     """Return the entries of the output map of a sublayer."""
+    if type(fn) is Attention and isinstance(fn.out, HeadOutput):
+        return {f"{prefix}.out.weight": -1} | ({} if fn.out.bias is None else {f"{prefix}.out.bias": -1})
     if type(fn) is Attention:
-        return _writers_of_map(fn.out, f"{prefix}.out", "the output of attention", faults)
+        found = _writers_of_map(fn.out, f"{prefix}.out", "the output of attention", faults)
+        if fn.heavy is not None:
+            inner = f"{prefix}.heavy"
+            found |= _writers_of_map(
+                fn.heavy.attention.out, f"{inner}.attention.out", "the output of attention", faults
+            )
+            found |= {} if fn.heavy.null is None else {f"{inner}.null": -1}
+        return found
     if type(fn) is FeedForward:
         return _writers_of_map(fn.down, f"{prefix}.down", "the output of a feedforward", faults)
     if type(fn) is Experts:

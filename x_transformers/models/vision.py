@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from x_transformers.errors import ConfigError, InputError, ShapeError, StateDictError
 from x_transformers.folders.saved import SavesFolders
 from x_transformers.forward_pass.arguments import checked
+from x_transformers.layers.batch_norms import AdvancesNorms
 from x_transformers.layers.experts import TrainsExperts
 from x_transformers.layers.layers import AttentionLayers
 from x_transformers.models.embeddings import build_embedding_norm
@@ -25,7 +26,7 @@ from x_transformers.modules.unwrap import unwrapped
 from x_transformers.ops import at_least_float32
 
 
-class ViTransformerWrapper(SavesFolders, TrainsExperts):
+class ViTransformerWrapper(SavesFolders, TrainsExperts, AdvancesNorms):
     """Images `(b, c, h, w)` to logits of classes, or to the mean of patch features.
 
     Args:

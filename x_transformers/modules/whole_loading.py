@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from x_transformers.errors import StateDictError
+from x_transformers.modules.float32_buffers import KeepsFloat32
 from x_transformers.modules.unwrap import COMPILED, plain_name, unwrapped
 
-PLAIN_LOADERS: set[Any] = {nn.Module._load_from_state_dict}
+PLAIN_LOADERS: set[Any] = {nn.Module._load_from_state_dict, KeepsFloat32._load_from_state_dict}
 """Implementations of `_load_from_state_dict` that do no more than copy the entries of a module."""
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 WRAPPED = ("module", "net", "model")

@@ -51,6 +51,8 @@ class RoutingRecord:
         logits: `(b, n, E)`.
         layer_index: index of the sublayer among the built ones.
         step: its place in the order of execution, since a sublayer may run several times.
+        chosen: `(b, n)` bool, the tokens that a routed block runs, with `Capture.routing`; None of experts.
+            `load` is then the share of these tokens, `prob` the mean gate of all, and `layer_index` None.
         maps: of an attention, the maps that were chosen: "values" (by the tokens that are attended to), "outputs", or
             "values and outputs"; else None.
     """
@@ -63,4 +65,5 @@ class RoutingRecord:
     logits: Tensor | None
     layer_index: int | None = None
     step: int | None = None
+    chosen: Tensor | None = None
     maps: str | None = None

@@ -40,9 +40,14 @@ class Choice(NamedTuple):
             chosen = chosen.masked_fill(~self.valid.unsqueeze(-1), 0.0)
         return out.scatter_add(1, self.places.unsqueeze(-1).expand_as(chosen), chosen.to(out.dtype))
 
+    def chosen(self, tokens: int) -> Tensor:
+        """Return `(b, tokens)` bool, True for the chosen tokens."""
+        valid = torch.ones_like(self.places, dtype=torch.bool) if self.valid is None else self.valid
+        return valid.new_zeros(valid.shape[0], tokens).scatter(1, self.places, valid)
+
 
 class BestTokens(nn.Module):
-    """Choice of the tokens of a row with the largest products `x . u`, in float32.
+    """Choice of the tokens of a row with the largest products `x . u`, in float32; of equal ones, of the first.
 
     The scores are those of a soft top-k with `ratio` times as many places, so that also tokens next to the chosen ones
     teach u. The number of chosen tokens depends on the visible ones of the row: `min(number, visible)`, or
@@ -79,12 +84,13 @@ class BestTokens(nn.Module):
             number = most if mask is None else self.count(mask.sum(dim=-1))
             shares = soft_topk(logits, number * self.ratio, self.temperature, mask)
             ranks = logits.detach() if mask is None else logits.detach().masked_fill(~mask, max_neg_value(logits))
-            # by the logits, since many shares are exactly 1
-            index = ranks.topk(most, dim=-1).indices
-            scores = shares.gather(-1, index)
+            # By the logits, since many shares are exactly 1. Of equal ones the first is chosen, also in a padded row,
+            # which `topk` does not promise.
+            places = ranks.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+            scores = shares.gather(-1, places)
             if self.straight:
                 scores = straight_through(torch.ones_like(scores), scores)
             if mask is None:
-                return Choice(index, scores, None)
+                return Choice(places, scores, None)
             assert isinstance(number, Tensor)
-            return Choice(index, scores, torch.arange(index.shape[1], device=x.device) < number.unsqueeze(-1))
+            return Choice(places, scores, torch.arange(places.shape[1], device=x.device) < number.unsqueeze(-1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from x_transformers.layers.batch_norms import advance_all_norms
 from x_transformers.training.command_line import Parser, default_device, device, number
 from x_transformers.training.optimizers import Muon
 from x_transformers.training.packages import needed
@@ -87,6 +88,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             shape.step()
+        advance_all_norms(model)
         smooth = now.item() if smooth is None else 0.95 * smooth + 0.05 * now.item()
         bar.set_postfix_str(f"loss {smooth:.4f}")
         if after_step is not None:

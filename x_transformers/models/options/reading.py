@@ -104,6 +104,12 @@ def _check_exits(options: ModelOptions, layers: AttentionLayers) -> None:
             f"`exit_layers` is {options.exit_layers}, but the stack runs {blocks} blocks; the exits are among these, "
             "counted from 1."
         )
+    inside = [block for block in options.exit_layers if block % layers.parallel_blocks]
+    if inside:
+        raise ConfigError(
+            f"`exit_layers` has an exit after block {inside[0]}, but with `parallel_blocks` = {layers.parallel_blocks} "
+            f"there is a stream only after every {layers.parallel_blocks} blocks; choose multiples of it."
+        )
     if options.exit_norms and layers.final_norm is None:
         raise ConfigError("`exit_norms` are copies of the final norm, which this stack does not have; drop it.")
 
