@@ -45,6 +45,7 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     "context": {"cross_attend": True, "cross_attn_dim_context": DIM // 2},
     "memory_kv": {"attn_num_mem_kv": 16},
     "window": {"attn_max_attend_past": LENGTH // 4},
+    "gin": {"attn_gin": True, "attn_gin_threshold": "silu"},
     "experts": {"ff_experts": 8, "ff_experts_topk": 2, "ff_mult": 2},
     # a slot for every fourth token, and every fourth token in the wide network
     "soft_experts": {"ff_soft_experts": 8, "ff_soft_slots": LENGTH // 32},
