@@ -781,7 +781,6 @@ REFUSED: dict[str, str] = {
         "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
-    "rotary_base_rescale_factor": "rotary_interleaved",
     "attn_heavy_queries": "polar_pos_emb",
     # with heads of its own
     "attn_heavy_keys": (
