@@ -57,8 +57,8 @@ CASES = {
     "gated-replicas": "replicas",
     "uneven": "shard only",
 }
-"""What averages the gradients of everything but experts. Replicas: each process has all experts. `shard` by itself gathers
-experts for each pass, and their number need not be divisible."""
+"""What averages the gradients of everything but experts. Replicas: each process has all experts. `shard` by itself
+gathers experts for each pass, and their number need not be divisible."""
 RUN = [name for name, around in CASES.items() if ON_CPU or around == "ddp"]
 
 
