@@ -709,14 +709,14 @@ REFUSED: dict[str, str] = {
         "path_scales attn_aggregated_residuals integrate_layers layer_integrate_use_softmax unet_skips"
     ),
     "depth_routing": (
-        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
         "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
         "unet_skips shift_tokens residual_attn cross_residual_attn attn_hybrid_module attn_hybrid_fold_axial_dim "
         f"ff_rwkv mixer {' '.join(HYBRIDS)}"
     ),
     "parallel_blocks": (
         "custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm gate_residual orthog_residual "
-        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual "
+        "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
         "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
         "unet_skips layers_execute_order"
     ),

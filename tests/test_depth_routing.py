@@ -279,6 +279,7 @@ BOTH = "chooses the best tokens of a whole row"
         (Decoder, {"num_residual_streams": 2}, "`num_residual_streams` has no such stream"),
         (Decoder, {"resi_dual": True}, "`resi_dual` has no such stream"),
         (Decoder, {"mv_split_residual": True}, "`mv_split_residual` has no such stream"),
+        (Decoder, {"path_scales": True}, "`path_scales` has no such stream"),
         (Decoder, {"residual_attn": True}, "add the scores of the attention before"),
         (Decoder, {"shift_tokens": 1}, "would skip them"),
         (Encoder, {"shift_tokens": 1}, "would skip them"),

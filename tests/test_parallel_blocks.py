@@ -128,6 +128,7 @@ def test_exits_are_at_the_end_of_groups() -> None:
         ({"orthog_residual": True}, "so does `orthog_residual`"),
         ({"mv_split_residual": True}, "so does `mv_split_residual`"),
         ({"num_residual_streams": 2}, "so does `num_residual_streams`"),
+        ({"path_scales": True}, "so does `path_scales`"),
         ({"resi_dual": True}, "so does `resi_dual`"),
         (
             {"attn_aggregated_residuals": True, "attn_aggregated_residual_kwargs": {"lora_rank": 4}},

@@ -185,7 +185,7 @@ class Branch(NumberedParts, ReadsReference):
             what `forward` returns, or None if the sublayer has to run as usual.
         """
         fn: Any = self._modules[self.kind.module_name]
-        alone = self.reader is self.shift is self.replaced is None and self.reads_stream and not self.running
+        alone = self.reader is self.replaced is None and self.reads_stream and not (self.running or self.prepares_input)
         if not alone or fn._forward_hooks or fn._forward_pre_hooks:
             return None
         if not (layer.memory is layer.own_input is layer.source is None):

@@ -288,6 +288,7 @@ _CONNECTIONS: Mapping[str, str] = {
     "residual_streams": "num_residual_streams",
     "resi_dual": "resi_dual",
     "mv_split_residual": "mv_split_residual",
+    "path_scales": "path_scales",
 }
 
 FEATURE = Feature(

@@ -53,6 +53,7 @@ _OTHERS = {
     "orthog_residual": "orthog_residual",
     "mv_split_residual": "mv_split_residual",
     "residual_streams": "num_residual_streams",
+    "path_scales": "path_scales",
     "resi_dual": "resi_dual",
     "aggregated_residuals": "attn_aggregated_residuals",
     "lime": "integrate_layers",

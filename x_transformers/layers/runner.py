@@ -183,7 +183,7 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
     compiled = stack.compiled if kv is None and not torch.compiler.is_compiling() else None
     learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     condition, injection, documents = inputs.condition, inputs.injection, inputs.documents
-    transform, exits, routed, rests = inputs.block_transform, inputs.exits, state.routed, state.rests
+    transform, exits, passing, rests = inputs.block_transform, inputs.exits, state.routed, state.rests
     call_of_blocks = call if compiled is None else compiled.call(call)
     for step in steps:
         branch: Branch = layers[step.layer]  # type: ignore[assignment]
@@ -219,8 +219,8 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
                 layer.keys, layer.fresh = call.keys, call.query
             else:
                 self_attention_inputs(stack, step, inputs, state, layer)
-            if routed is not None:
-                routed.hide_others(layer)
+            if passing is not None:
+                passing.hide_others(layer)
         elif kind.is_cross_attention:
             cross_attention_inputs(stack, step, inputs, layer)
         elif kind.is_feedforward and inputs.deep_embeds is not None and step.nth < inputs.deep_embeds.shape[2]:
