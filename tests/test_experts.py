@@ -133,17 +133,6 @@ def test_blocks_of_public_models(name: str) -> None:
     compare(module, case, ours(case, "grad", names))
 
 
-def test_router_with_a_bias() -> None:
-    """That of gpt-oss, whose gate has no keyword."""
-    case = read("gptoss-block")
-    router = Router(16, 4, 2, bias=True)
-    router.load_state_dict({"weight": case["state.router.weight"], "bias": case["state.router.bias"]})
-    routing = router(case["input.x"].flatten(0, 1))
-    agree(routing.logits.detach(), case["output.router_logits"])
-    assert torch.equal(routing.experts, case["output.experts"])
-    agree(routing.weights.detach(), case["output.weights"])
-
-
 def test_sigma_moe() -> None:
     case = read("sigma-moe")
     module = Experts(
@@ -274,6 +263,8 @@ ELSEWHERE = {
     "pre-rmsnorm-models": "tests/test_norm_conversions.py",
     "early-exit-llama": "tests/test_exits.py",
     "layerskip-schedules": "tests/test_exits.py",
+    "gptoss-block": "tests/test_latent_families.py",
+    "deepseekv3-model": "tests/test_latent_families.py",
     "pattention-gelu-l2-norm": "tests/test_param_tokens.py",
     "pattention-grown": "tests/test_param_tokens.py",
     "pattention-l2-norm-gelu": "tests/test_param_tokens.py",

@@ -11,7 +11,7 @@ from test_experts import BLOCKS, ELSEWHERE
 ROOT = Path(__file__).resolve().parents[1]
 
 OWN = """
-    emergent-moe-gate emergent-moe-inter-abs emergent-moe-order gptoss-block mixtral-model sigma-moe switch-router
+    emergent-moe-gate emergent-moe-inter-abs emergent-moe-order mixtral-model sigma-moe switch-router
 """
 READ = {
     **dict.fromkeys([*BLOCKS, *OWN.split()], "tests/test_experts.py"),
@@ -33,7 +33,6 @@ WITHOUT_KEYWORD = {
 
 PENDING = frozenset(
     {
-        "deepseekv3-model",
         "gin-attention-none",
         "gin-attention-relu",
         "gin-attention-sharp-softplus",

@@ -66,7 +66,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.leaves_values = self.leaves_scores = False
 
         # the order of the state dict
-        self.latent_q, self.latent_kv, self.projections = parts.latent_q, parts.latent_kv, parts.projections
+        self.latent_q, self.latent_q_norm = parts.latent_q, parts.latent_q_norm
+        self.latent_kv, self.projections = parts.latent_kv, parts.projections
         self.switch = parts.switch
         self.qk_norms = parts.qk_norms
         self.scores = parts.scores
@@ -211,8 +212,10 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         if self.sink is not None:
             # the sink's logits come first; no query and no key takes part in them
             logits = logits[..., 1:]
-        keys = (self.projections.k, None if self.latent_kv is None else self.latent_kv.sub_keys)
-        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads)
+        keys, shared = [self.projections.k], 0
+        if self.latent_kv is not None:
+            keys, shared = [self.projections.k, self.latent_kv.sub_keys], self.latent_kv.shared
+        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads, shared)
 
     def prepare(self) -> Map | None:
         """Return the output projection, if it is a plain linear map."""

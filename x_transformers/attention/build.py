@@ -32,6 +32,7 @@ from x_transformers.attention.projections import Projections
 from x_transformers.attention.switch_head import HeadSwitch
 from x_transformers.attention.values.residual import ValueMix
 from x_transformers.errors import ConfigError, Faults
+from x_transformers.modules.norms import RMSNorm
 from x_transformers.options.schema import at_least
 
 
@@ -64,6 +65,7 @@ class AttentionParts:
     sublayer_dropout: float
     unrotated_heads: tuple[int, int] | None
     latent_q: nn.Linear | None
+    latent_q_norm: RMSNorm | None
     latent_kv: LatentKeysValues | None
     projections: Projections
     switch: HeadSwitch | None
@@ -118,26 +120,31 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     unrotated: tuple[int, int] | None = None
     with faults.catching():
         sub = latent.latent_rope_subheads
+        shared = parsed["latent_rope"].latent_rope_dim or 0
         unrotated = head.unrotated_heads(heads, shape.kv_heads)
         if sub is not None:
             # the last key heads, and the query heads that use them
             unrotated = heads - sub * heads // shape.kv_heads, shape.kv_heads - sub
         modules["latent_q"] = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
-        modules["latent_kv"] = None
+        modules["latent_q_norm"] = modules["latent_kv"] = None
+        if latent.use_latent_q:
+            modules["latent_q_norm"] = parsed["latent_norm"].build(latent.dim_latent_q)
         if latent.use_latent_kv:
-            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0, bias.qkv_bias)
+            norm = parsed["latent_norm"].build(latent.dim_latent_kv)
+            given = {"bias": bias.qkv_bias, "shared": shared, "norm": norm}
+            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0, **given)
         modules["projections"] = Projections(
             dim=latent.dim_latent_q if latent.use_latent_q else dim,
             dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
             heads=heads,
-            key_heads=shape.kv_heads - (sub or 0),
+            key_heads=0 if shared == shape.dim_head else shape.kv_heads - (sub or 0),
             kv_heads=shape.kv_heads,
             dim_head=shape.dim_head,
+            key_dim_head=shape.dim_head - shared,
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
-            make_keys=mixtures if switch.switch_queries_keys else to_heads,
-            make_values=mixtures or to_heads,
+            makers=(mixtures if switch.switch_queries_keys else to_heads, mixtures or to_heads),
         )
         modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():

@@ -122,7 +122,7 @@ FEATURES = (
     selective.FEATURE,
     *WEIGHTINGS,
     DROPOUT,
-    latent.FEATURE,
+    *latent.FEATURES,
     l2_distance.FEATURE,
     residual.MIX,
     rmsnorm.FEATURE,
