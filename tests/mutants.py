@@ -140,6 +140,7 @@ MUTATIONS = (
     Mutation("losses are added over heads", r"(entr\(mean\)\.sum\(dim=-1\))\.mean\(\)", r"\1.sum()", SWITCH),
     Mutation("powers of hidden keys", r"masked_fill\(~mask, 0\.0\)", "clone()", POWER, "attention/weights/power.py"),
     Mutation("a small number is not scaled", r"EPSILON / largest.*", "EPSILON)", POWER),
+    Mutation("one share of 1 too few", r"left - 1 <= \(below", "left - 2 <= (below", "test_soft_topk.py"),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),
