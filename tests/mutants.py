@@ -747,6 +747,34 @@ MUTATIONS = (
         "test_mixer_goldens.py -k sparse",
         "recurrences/partitions.py",
     ),
+    Mutation(
+        "a threshold leaves weights of hidden keys",
+        r"changed if mask is None else changed\.masked_fill\(~mask, 0\.0\)",
+        "changed",
+        "test_gin.py -k hidden_keys",
+        "attention/values/gin.py",
+    ),
+    Mutation(
+        "an own key that was drawn is seen twice",
+        r"apart = ~drawn if own_seen is None else own_seen & ~drawn",
+        "apart = torch.ones_like(drawn) if own_seen is None else own_seen",
+        "test_key_subsampling.py -k gathering_equals",
+        "attention/subsampling.py",
+    ),
+    Mutation(
+        "the own score is rounded to half precision",
+        r"\(score - coarse\)",
+        "(0 * coarse)",
+        "test_key_subsampling.py -k half_precision",
+        "attention/subsampling.py",
+    ),
+    Mutation(
+        "a causal block draws from the future",
+        r"if causal:\n                arrived",
+        "if False:\n                arrived",
+        "test_key_subsampling.py -k near_keys",
+        "attention/subsampling.py",
+    ),
 )
 
 

@@ -261,3 +261,15 @@ def test_distances_to_a_context_are_refused() -> None:
     module = attention(0.5, subsample_local=2)
     with pytest.raises(InputError, match="those of a context have none"):
         module(inputs(), context=inputs())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsample_local": 3}, {"sparse_topk": 3}], ids=lambda options: "-".join(options)
+)
+def test_a_compiled_training_pass_is_one_graph(options: dict[str, Any]) -> None:
+    module = attention(0.4, causal=True, **options)
+    outs = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="eager")):
+        torch.manual_seed(3)
+        outs.append(run(inputs()))
+    torch.testing.assert_close(*outs)
