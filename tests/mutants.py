@@ -53,6 +53,7 @@ CONVOLUTIONS = (
     "test_long_convolutions.py test_mixers.py -k '(h3 or lmu or hyena) and (rows_are or pieces) or filters or equal'"
 )
 GROUPS = "test_grouped_attention.py"
+CHEAPER, BATCH = "test_norm_conversions.py", "test_prepbn.py -k 'not run and not learns'"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,20 @@ class Mutation:
 
 
 MUTATIONS = (
+    # norms of batches, and conversions of norms
+    Mutation(
+        "norms: the feature that is left out", r"x\.shape\[-1\] \+ 1\)", "x.shape[-1])", CHEAPER, "modules/norms.py"
+    ),
+    Mutation("norms: gains of readers", r"old\.double\(\) \* readers\[name\]\.double\(\)", "old.double()", CHEAPER),
+    Mutation("norms: the scale of a tied head", r"\.detach\(\) \* head\.scale", ".detach()", CHEAPER),
+    Mutation(
+        "norms: the share of LayerNorm", r"1 - self\.steps_done / self\.steps", "self.steps_done / self.steps", BATCH
+    ),
+    Mutation("norms: padding of a sublayer", r"x, layer\.call\.token_mask\)", "x, None)", BATCH, "modules/prepbn.py"),
+    Mutation("norms: padding of the output", r"stream, state\.call\.token_mask\)", "stream, None)", BATCH),
+    Mutation("norms: the variance of the batch", r"\(count - 1\)\.clamp", "count.clamp", BATCH, "modules/prepbn.py"),
+    Mutation("norms: memories by themselves", r"norm\(memory, statistics=seen\)", "norm(memory)", BATCH),
+    Mutation("norms: one of several passes", r"joined\(\[\*earlier, \*seen\]\)", "seen[-1]", BATCH),
     # calls: names, models that see the future, sequences without targets, names of wrapped models
     Mutation(
         "losses of models that see the future", r"if sees and _is_ours", "if not sees and _is_ours", "test_next_item.py"

@@ -305,6 +305,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # scores and weights
     "attn_max_attend_past": {"attn_max_attend_past": 4},
     "attn_max_attend_future": {"attn_max_attend_future": 3},
+    "attn_subsample_keys": {"attn_subsample_keys": 0.5},
+    "attn_subsample_local": {"attn_subsample_keys": 0.4, "attn_subsample_local": 3},
     "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
     "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
     "attn_post_talking_heads": {"attn_post_talking_heads": ON},
@@ -330,6 +332,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # values and outputs
     "attn_value_rmsnorm": {"attn_value_rmsnorm": ON},
     "attn_laser": {"attn_laser": ON, "attn_laser_softclamp_value": 2.0},
+    "attn_gin": {"attn_gin": ON, "attn_value_dim_head": 4, "attn_gin_mult": 1.5},
+    "attn_gin_threshold": {"attn_gin": ON, "attn_value_dim_head": 4, "attn_gin_threshold": "silu"},
     "attn_head_scale": {"attn_head_scale": ON},
     "attn_gate_value_heads": {"attn_gate_value_heads": ON},
     "attn_hybrid_module": HYBRID,
@@ -458,6 +462,7 @@ CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_dim_context": {"cross_attn_dim_context": 12},
     "cross_attn_kv_heads": {"cross_attn_kv_heads": 1, "cross_attn_one_kv_head": False},
     "cross_attn_num_mem_kv": {"cross_attn_num_mem_kv": 2},
+    "cross_attn_subsample_keys": {"cross_attn_subsample_keys": 0.5},
     "cross_attn_gate_values": {"cross_attn_gate_values": ON},
     "only_cross": {"only_cross": ON},
     "custom_layers": {"custom_layers": ("a", "c", "f", "f", "a", "c"), "depth": None},
@@ -539,6 +544,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "attn_gumbel_softmax",
         "attn_custom_attn_fn",
     ),
+    "share of the keys": ("attn_subsample_keys", "attn_subsample_local"),
+    "values from the input": ("attn_gin", "attn_gin_threshold"),
     "value gate": ("attn_gate_values", "attn_swiglu_values", "attn_gate_values_headwise"),
     "output gate": ("attn_output_gate", "attn_output_gate_headwise"),
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
@@ -708,6 +715,11 @@ SWITCHED = (
 
 LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
 NO_SWITCH = f"{LATENT_KEYS} attn_on_attn attn_project_out"
+NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
+NO_GIN = (
+    "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
+    f"attn_hybrid_fold_axial_dim attn_project_out cross_attn_kv_heads cross_attn_dim_context {SWITCHED}"
+)
 
 REFUSED: dict[str, str] = {
     "parallel_block": (
@@ -781,7 +793,6 @@ REFUSED: dict[str, str] = {
         "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
-    "rotary_base_rescale_factor": "rotary_interleaved",
     "attn_heavy_queries": "polar_pos_emb",
     # with heads of its own
     "attn_heavy_keys": (
@@ -798,6 +809,8 @@ REFUSED: dict[str, str] = {
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
     "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation ff_rational",
+    "attn_gin": NO_GIN,
+    "attn_gin_threshold": f"{NO_GIN} attn_flash attn_laser",
     "ff_param_attention": (
         f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"
     ),

@@ -50,7 +50,7 @@ HOUSE = (
     ("F3", ["attention.qk.rotary", "attention.backends.flex"]),
     ("F3", ["attention.attend_inputs", "attention.heads", "attention.backends.choice", "attention.backends.on_demand"]),
     ("F4", ["attend"]),
-    ("F4", ["attention.call_adapter"]),
+    ("F4", ["attention.call_adapter", "attention.subsampling"]),
     ("F5", ["feedforward.softclamp"]),
     (
         "F5",
@@ -105,7 +105,7 @@ HOUSE = (
     ("F7", ["models.base"]),
     ("F7", ["models"]),
     ("F7", ["models.transformer", "models.vision"]),
-    ("F7", ["models.chunked_loss", "models.grow_param_tokens", "models.to_rmsnorm"]),
+    ("F7", ["models.chunked_loss", "models.ensemble", "models.grow_param_tokens", "models.to_rmsnorm"]),
     ("F8", ["decoding"]),
     ("F8", ["decoding.options"]),
     ("F8", ["decoding.caches"]),

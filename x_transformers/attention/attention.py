@@ -82,6 +82,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.out = parts.out
         self.attend = parts.attend
         self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
+        self.subsampling = parts.subsampling
 
     @property
     def scale(self) -> float:
@@ -242,7 +243,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         k, v, prefix, shown = heads.k, heads.v, 0, None
         if self.keys or self.values or layer.additional is not None:
             k, v, prefix, shown = self.extend_keys(k, v, layer)
-        result, visible = self.attend.run(
+        core = self.attend if self.subsampling is None else self.subsampling.around(self.attend)
+        result, visible = core.run(
             heads.q, k, v, xq, layer, own=layer.context is None, prefix=prefix, shown=shown, decay=heads.decay
         )
         out = result.out
