@@ -46,6 +46,7 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
 EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
+DIVIDED = "test_divided_experts.py -k two"
 SWITCH, POWER = "test_switch_head.py", "test_power_softmax.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
 
@@ -122,6 +123,16 @@ MUTATIONS = (
     Mutation("losses in evaluation", r"if not \(model\.training and ", "if not (", AUX),
     Mutation("dropped experts although too few are left", r"dropped & \(left >= topk\)", "dropped", EXPERTS),
     Mutation("biases of all experts are added", r"fn\.down\.bias\.detach\(\) / topk", "fn.down.bias.detach()", EXPERTS),
+    # divided experts; each runs two processes
+    Mutation("gradients of divided experts are sums", r"return gradient / self\.size", "return gradient", DIVIDED),
+    Mutation(
+        "rows return in another order", r"out, here\.inverse, here\.order", "out, here.order, here.inverse", DIVIDED
+    ),
+    Mutation("replicas of experts are not averaged", r"own /= mesh\.size\(0\)", "own /= 1", DIVIDED),
+    Mutation("loads of the balance loss are sums", r"return whole / dist\.get_world_size\(\)", "return whole", DIVIDED),
+    Mutation(
+        "the command does not balance", r"if self\.balances:\n( +)self\.model", r"if False:\n\1self.model", DIVIDED
+    ),
     Mutation("heads choose the matrices of the first", r"\+ experts \* torch\.arange", "+ 0 * torch.arange", SWITCH),
     Mutation("outputs choose as the memory does", r"\[:, columns - xq\.shape\[1\] :\]", "[:, : xq.shape[1]]", SWITCH),
     Mutation("values choose as outputs do", r"self\.values\(xv\.flatten", "self.values(xq.flatten", SWITCH),
