@@ -76,15 +76,6 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
         self.subsampling = parts.subsampling
 
-    @property
-    def scale(self) -> float:
-        assert self.attend.scale is not None
-        return self.attend.scale
-
-    @property
-    def dropout(self) -> float:
-        return self.attend.dropout
-
     to_q = SecondName("projections.q")
     to_k = SecondName("projections.k")
     to_v = SecondName("projections.v")
