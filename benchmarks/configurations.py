@@ -45,6 +45,7 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     "context": {"cross_attend": True, "cross_attn_dim_context": DIM // 2},
     "memory_kv": {"attn_num_mem_kv": 16},
     "window": {"attn_max_attend_past": LENGTH // 4},
+    "gin": {"attn_gin": True, "attn_gin_threshold": "silu"},
     "experts": {"ff_experts": 8, "ff_experts_topk": 2, "ff_mult": 2},
     # a slot for every fourth token, and every fourth token in the wide network
     "soft_experts": {"ff_soft_experts": 8, "ff_soft_slots": LENGTH // 32},
@@ -59,6 +60,19 @@ AT_SIZE: dict[str, dict[str, Any]] = {
         "attn_dim_latent_q": DIM // 2,
         "attn_use_latent_kv": True,
         "attn_dim_latent_kv": DIM // 4,
+    },
+    "latent_norm": {
+        "attn_use_latent_q": True,
+        "attn_dim_latent_q": DIM // 2,
+        "attn_use_latent_kv": True,
+        "attn_dim_latent_kv": DIM // 4,
+        "attn_latent_norm": True,
+    },
+    "latent_rope": {
+        "attn_use_latent_kv": True,
+        "attn_dim_latent_kv": DIM // 4,
+        "attn_latent_rope_dim": DIM // HEADS // 2,
+        "rotary_pos_emb": True,
     },
     "value_mix": {"add_value_residual": True, "learned_value_residual_mix": True},
     "hybrid": {"attn_hybrid_module": nn.GRU(DIM, DIM, batch_first=True)},

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import ROOT, in_folder, machine
+from benchmarks.measure import machine
+from benchmarks.trained import trained
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.training.presets import PRESETS
-from x_transformers.training.records import METRICS, read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "mixers.json"
 LENGTHS = (1, 64, 128, 256, 512, 1024, 2048)
@@ -46,16 +45,7 @@ SAME = {"add_value_residual": False}
 
 def train(name: str, folder: Path, minutes: float) -> list[dict[str, float]]:
     """Train a contestant, or continue its run, and return its metrics."""
-    out = folder / name.replace(", ", "-").replace(" ", "-")
-    metrics = out / METRICS
-    done = read_metrics(metrics) if metrics.exists() else []
-    if not any("held_out" in key for line in done[-1:] for key in line):
-        settings = [f"{key}={json.dumps(value)}" for key, value in {**SAME, **CONTESTANTS[name]}.items()]
-        flags = [word for each in settings for word in ("--set", each)]
-        started = ["--resume"] if (out / "checkpoints").exists() else []
-        command = ["-m", "x_transformers", "train", "--minutes", str(minutes), "--out", str(out.resolve())]
-        in_folder(ROOT, sys.executable, *command, *flags, *started)
-    return read_metrics(metrics)
+    return trained(folder / name.replace(", ", "-").replace(" ", "-"), {**SAME, **CONTESTANTS[name]}, minutes)
 
 
 def summary(metrics: list[dict[str, float]], minutes: float) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class Case:
         layers = STACKS[stack](**{**STACK, **given})
         return perturb(TransformerWrapper(**{**WRAPPER, **wrapper}, attn_layers=layers)).eval()
 
+    @property
+    def draws(self) -> bool:
+        """True if training draws random numbers."""
+        return any(word in keyword for keyword in self.keywords for word in ("dropout", "gumbel", "subsample"))
+
     def exemption(self, of: str) -> str | None:
         """Return why the property cannot hold here, if a feature says so of all its examples or of this one."""
         return next(iter(self._exemptions(of)), None)

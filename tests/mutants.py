@@ -46,6 +46,7 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
 EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
+SWITCH, POWER = "test_switch_head.py", "test_power_softmax.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
 
 CONVOLUTIONS = (
@@ -100,12 +101,19 @@ MUTATIONS = (
         "return t.sum(dim=1).mean(0) / max",
         EXPERTS,
     ),
-    Mutation("padding counts in losses", r"kept = t\.masked_fill\(~live\.unsqueeze\(-1\), 0\.0\)", "kept = t", AUX),
+    Mutation("padding counts in losses", r"kept = t\.masked_fill\(~live\[.*\], 0\.0\)", "kept = t", AUX),
     Mutation("a group is its best expert only", r"topk\(2, dim=-1\)", "topk(1, dim=-1)", EXPERTS),
     Mutation("losses are added over layers", r"(loss\.weight for loss in losses\]\))\.mean\(\)", r"\1.sum()", AUX),
     Mutation("losses in evaluation", r"if not \(model\.training and ", "if not (", AUX),
     Mutation("dropped experts although too few are left", r"dropped & \(left >= topk\)", "dropped", EXPERTS),
     Mutation("biases of all experts are added", r"fn\.down\.bias\.detach\(\) / topk", "fn.down.bias.detach()", EXPERTS),
+    Mutation("heads choose the matrices of the first", r"\+ experts \* torch\.arange", "+ 0 * torch.arange", SWITCH),
+    Mutation("outputs choose as the memory does", r"\[:, columns - xq\.shape\[1\] :\]", "[:, : xq.shape[1]]", SWITCH),
+    Mutation("values choose as outputs do", r"self\.values\(xv\.flatten", "self.values(xq.flatten", SWITCH),
+    Mutation("matrices that were not chosen", r"torch\.zeros_like\(routing\.logits\)", "routing.logits", SWITCH),
+    Mutation("losses are added over heads", r"(entr\(mean\)\.sum\(dim=-1\))\.mean\(\)", r"\1.sum()", SWITCH),
+    Mutation("powers of hidden keys", r"masked_fill\(~mask, 0\.0\)", "clone()", POWER, "attention/weights/power.py"),
+    Mutation("a small number is not scaled", r"EPSILON / largest.*", "EPSILON)", POWER),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),

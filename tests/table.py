@@ -286,6 +286,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attn_use_latent_q": {"attn_use_latent_q": ON, "attn_dim_latent_q": 8},
     "attn_use_latent_kv": LATENT,
     "attn_latent_rope_subheads": {**LATENT, **ROTARY, "attn_latent_rope_subheads": 1},
+    "attn_latent_rope_dim": {**LATENT, **ROTARY, "attn_latent_rope_dim": 4},
+    "attn_latent_norm": {
+        **LATENT,
+        "attn_use_latent_q": ON,
+        "attn_dim_latent_q": 8,
+        "attn_latent_norm": ON,
+        "attn_latent_norm_eps": 0.01,
+    },
     "attn_switch_experts": SWITCH,
     "attn_switch_topk": {"attn_switch_experts": 4, "attn_switch_topk": 1},
     "attn_switch_queries_keys": {**SWITCH, "attn_switch_queries_keys": ON},
@@ -297,6 +305,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # scores and weights
     "attn_max_attend_past": {"attn_max_attend_past": 4},
     "attn_max_attend_future": {"attn_max_attend_future": 3},
+    "attn_subsample_keys": {"attn_subsample_keys": 0.5},
+    "attn_subsample_local": {"attn_subsample_keys": 0.4, "attn_subsample_local": 3},
     "attn_softclamp_logits": {"attn_softclamp_logits": ON, "attn_logit_softclamp_value": 2.0},
     "attn_pre_talking_heads": {"attn_pre_talking_heads": ON},
     "attn_post_talking_heads": {"attn_post_talking_heads": ON},
@@ -322,6 +332,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # values and outputs
     "attn_value_rmsnorm": {"attn_value_rmsnorm": ON},
     "attn_laser": {"attn_laser": ON, "attn_laser_softclamp_value": 2.0},
+    "attn_gin": {"attn_gin": ON, "attn_value_dim_head": 4, "attn_gin_mult": 1.5},
+    "attn_gin_threshold": {"attn_gin": ON, "attn_value_dim_head": 4, "attn_gin_threshold": "silu"},
     "attn_head_scale": {"attn_head_scale": ON},
     "attn_gate_value_heads": {"attn_gate_value_heads": ON},
     "attn_hybrid_module": HYBRID,
@@ -370,6 +382,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ff_solu": {"ff_solu": ON},
     "ff_swish": {"ff_swish": ON},
     "ff_activation": {"ff_activation": "quick_gelu"},
+    "ff_activation_limit": {"ff_glu": ON, "ff_activation": "clamped_swiglu", "ff_activation_limit": 0.8},
     "ff_custom_activation": {"ff_custom_activation": nn.PReLU(1)},
     "ff_rational": {"ff_rational": ON, "ff_rational_groups": 4, "ff_rational_init": "gelu"},
     "ff_param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": ON, "ff_param_scale": 4.0},
@@ -449,6 +462,7 @@ CROSS: dict[str, dict[str, Any]] = {
     "cross_attn_dim_context": {"cross_attn_dim_context": 12},
     "cross_attn_kv_heads": {"cross_attn_kv_heads": 1, "cross_attn_one_kv_head": False},
     "cross_attn_num_mem_kv": {"cross_attn_num_mem_kv": 2},
+    "cross_attn_subsample_keys": {"cross_attn_subsample_keys": 0.5},
     "cross_attn_gate_values": {"cross_attn_gate_values": ON},
     "only_cross": {"only_cross": ON},
     "custom_layers": {"custom_layers": ("a", "c", "f", "f", "a", "c"), "depth": None},
@@ -490,17 +504,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "positions of self-attention": (
         "mixer",
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
-        "rotary_xpos polar_pos_emb attn_latent_rope_subheads alibi_pos_bias alibi_num_heads rel_pos_kwargs "
-        "rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
+        "rotary_xpos polar_pos_emb attn_latent_rope_subheads attn_latent_rope_dim alibi_pos_bias alibi_num_heads "
+        "rel_pos_kwargs rel_pos_bias rel_pos_scale dynamic_pos_bias dynamic_pos_bias_norm",
     ),
     "values by layer": (" ".join(("par_ratio", *HYBRIDS)), "rotary_layers"),
     "rotated positions": (
         "rotary_pos_emb rotary_base rotary_base_rescale_factor rotary_interleaved rotary_layers rotate_num_heads "
-        "attn_latent_rope_subheads",
+        "attn_latent_rope_subheads attn_latent_rope_dim",
         "rotary_xpos",
         "polar_pos_emb",
     ),
     "which heads rotate": ("rotate_num_heads", "attn_latent_rope_subheads"),
+    "keys from the input": ("attn_latent_rope_subheads", "attn_latent_rope_dim"),
     "relative position bias": (
         "alibi_pos_bias alibi_num_heads rel_pos_kwargs",
         "rel_pos_bias rel_pos_scale",
@@ -529,6 +544,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "attn_gumbel_softmax",
         "attn_custom_attn_fn",
     ),
+    "share of the keys": ("attn_subsample_keys", "attn_subsample_local"),
+    "values from the input": ("attn_gin", "attn_gin_threshold"),
     "value gate": ("attn_gate_values", "attn_swiglu_values", "attn_gate_values_headwise"),
     "output gate": ("attn_output_gate", "attn_output_gate_headwise"),
     "output projection of attention": ("attn_on_attn", "attn_project_out"),
@@ -539,6 +556,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "ff_solu",
         "ff_swish",
         "ff_activation",
+        "ff_activation_limit",
         "ff_custom_activation",
         "ff_rational",
         "ff_param_attention",
@@ -695,7 +713,13 @@ SWITCHED = (
 )
 """Rows whose matrices are stacks of several."""
 
+LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
+NO_SWITCH = f"{LATENT_KEYS} attn_on_attn attn_project_out"
 NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
+NO_GIN = (
+    "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
+    f"attn_hybrid_fold_axial_dim attn_project_out cross_attn_kv_heads cross_attn_dim_context {SWITCHED}"
+)
 
 REFUSED: dict[str, str] = {
     "parallel_block": (
@@ -723,7 +747,7 @@ REFUSED: dict[str, str] = {
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (
         "ff_no_bias ff_glu ff_glu_no_bias ff_glu_softclamp ff_softclamp_value ff_relu_squared ff_solu ff_swish "
-        "ff_activation ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
+        "ff_activation ff_activation_limit ff_custom_activation ff_rational ff_param_attention ff_post_act_ln "
         f"{STACKED} ff_heavy_tokens ff_heavy_share"
     ),
     "mixer": "custom_layers sandwich_coef par_ratio",
@@ -753,14 +777,14 @@ REFUSED: dict[str, str] = {
         "gate_residual orthog_residual mv_split_residual num_residual_streams hyper_conn_reference_mix "
         "gated_multi_residual qkv_receive_diff_residuals resi_dual path_scales"
     ),
-    "qkv_receive_diff_residuals": "attn_use_latent_kv attn_latent_rope_subheads",
+    "qkv_receive_diff_residuals": LATENT_KEYS,
     "attn_project_out": (
         "cross_attn_dim_head "
         "depth_scale_residual zero_init_branch_output rel_pos_kwargs attn_dim_head attn_value_dim_head attn_out_bias "
         "attn_hybrid_module attn_hybrid_fold_axial_dim"
     ),
-    "integrate_layers": "attn_use_latent_kv attn_latent_rope_subheads",
-    "layer_integrate_use_softmax": "attn_use_latent_kv attn_latent_rope_subheads",
+    "integrate_layers": LATENT_KEYS,
+    "layer_integrate_use_softmax": LATENT_KEYS,
     "attn_flash": (
         "cross_residual_attn "
         "residual_attn attn_use_cope attn_cope_talking_heads attn_pre_talking_heads "
@@ -768,6 +792,7 @@ REFUSED: dict[str, str] = {
         "attn_sigmoid attn_clipped_softmax attn_power_softmax attn_sparse_topk attn_hard attn_gumbel_softmax "
         "attn_custom_attn_fn"
     ),
+    "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
     "rotary_base_rescale_factor": "rotary_interleaved",
     "attn_heavy_queries": "polar_pos_emb",
     # with heads of its own
@@ -784,6 +809,9 @@ REFUSED: dict[str, str] = {
     "attn_pre_scale_post_talking_heads": "attn_laser",
     "attn_cog_signed": "attn_laser",
     "attn_clipped_softmax": "attn_laser",
+    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation ff_rational",
+    "attn_gin": NO_GIN,
+    "attn_gin_threshold": f"{NO_GIN} attn_flash attn_laser",
     "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation ff_rational",
     "ff_param_attention": (
         f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"

@@ -244,6 +244,9 @@ def test_a_delta_does_not_cover_prefix_keys() -> None:
         {"use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_subheads": 1, "kv_heads": 2},
         {"qkv_bias": True},
         {"qkv_bias": True, "use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_subheads": 1, "kv_heads": 2},
+        {"use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_dim": 2, "latent_norm": True},
+        {"qkv_bias": True, "use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_dim": 2, "kv_heads": 2},
+        {"use_latent_kv": True, "dim_latent_kv": 5, "latent_rope_dim": 4},
     ],
     ids=str,
 )

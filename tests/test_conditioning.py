@@ -304,6 +304,7 @@ def test_activations_that_make_no_sense(keywords: dict, words: str) -> None:
         ({"ff_glu_softclamp": True}, "`ff_glu_softclamp` has no effect: `ff_glu` is off"),
         ({"ff_swish": True, "ff_solu": True}, "`ff_swish` has no effect"),
         ({"ff_glu_mult_bias": True}, "`ff_glu_mult_bias` has no effect"),
+        ({"ff_activation": "relu", "ff_activation_limit": 3.0}, "`ff_activation_limit` has no effect"),
     ],
 )
 def test_keywords_without_effect_are_said(keywords: dict, words: str) -> None:

@@ -51,6 +51,12 @@ POSITIONS: dict[str, dict[str, Any]] = {
         "attn_dim_latent_kv": 6,
         "attn_latent_rope_subheads": 1,
     },
+    "latent with a shared key": {
+        "rotary_pos_emb": True,
+        "attn_use_latent_kv": True,
+        "attn_dim_latent_kv": 6,
+        "attn_latent_rope_dim": 4,
+    },
     "window": {"rotary_pos_emb": True, "attn_max_attend_past": 4},
     "learned keys": {"rotary_pos_emb": True, "attn_num_mem_kv": 2},
     "forgetting": {"attn_data_dependent_alibi": True},

@@ -26,9 +26,14 @@ def agree(mine: Tensor | None, theirs: Tensor) -> None:
     assert (mine - theirs).abs().max() <= CLOSE * (1 + theirs.abs().max())
 
 
+def function_of(stack: Any, letter: str = "a") -> Any:
+    """Return the first attention of a kind."""
+    return stack.branches(letter)[0].attention
+
+
 def attention(**keywords: Any) -> Any:
     """Return the attention of an encoder with these keywords."""
-    return Encoder(**STACK, **keywords).branches("a")[0].attention
+    return function_of(Encoder(**STACK, **keywords))
 
 
 def test_a_public_implementation() -> None:
@@ -96,7 +101,7 @@ def twins(keywords: dict[str, Any], **heavy: Any) -> tuple[Encoder, Encoder]:
     stack = {**STACK, "only_attn": True, **keywords}
     one = perturbed(Encoder(**stack, **heavy)).double()
     other = Encoder(**stack, attn_num_mem_kv=1).eval().double()
-    mine, theirs = (model.branches("a")[0].attention for model in (one, other))
+    mine, theirs = function_of(one), function_of(other)
     state = {name: t for name, t in one.state_dict().items() if ".attention." not in name}
     other.load_state_dict(state, strict=False)
     theirs.load_state_dict(mine.heavy.attention.state_dict())
@@ -110,7 +115,7 @@ def twins(keywords: dict[str, Any], **heavy: Any) -> tuple[Encoder, Encoder]:
 def test_it_is_an_attention_with_hidden_queries_and_keys(name: str) -> None:
     """At the chosen queries; the others get nothing. Positions and biases are those of the tokens."""
     one, other = twins(POSITIONS[name], **HEAVY)
-    fn, plain = one.branches("a")[0].attention, other.branches("a")[0].attention
+    fn, plain = function_of(one), function_of(other)
     chosen: dict[str, Tensor] = {}
     for which in ("queries", "keys"):
         fn.heavy.get_submodule(which).register_forward_hook(
@@ -221,8 +226,8 @@ def test_causality_and_contexts() -> None:
     with pytest.raises(StateDictError, match="no heavy attention"):
         model.export_reference_state_dict()
     # a decoder's cross-attention does not inherit it
-    assert Encoder(**STACK, **HEAVY, cross_attend=True).branches("c")[0].attention.heavy is None
-    assert CrossAttender(**STACK).branches("c")[0].attention.heavy is None
+    assert function_of(Encoder(**STACK, **HEAVY, cross_attend=True), "c").heavy is None
+    assert function_of(CrossAttender(**STACK), "c").heavy is None
 
 
 def test_modules_by_themselves() -> None:

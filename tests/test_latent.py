@@ -45,6 +45,67 @@ def test_the_formula() -> None:
     torch.testing.assert_close(attention(x), attention.to_out(out.transpose(1, 2).flatten(2)))
 
 
+def test_the_formula_with_a_shared_key_and_norms() -> None:
+    """The first features of all keys are one key from the input; latents have a mean square of 1 before their gains."""
+    x = torch.randn(2, 5, 8)
+    attention = Attention(
+        dim=8,
+        dim_head=4,
+        value_dim_head=3,
+        heads=2,
+        use_latent_q=True,
+        dim_latent_q=3,
+        use_latent_kv=True,
+        dim_latent_kv=5,
+        latent_rope_dim=2,
+        latent_norm=True,
+        latent_norm_eps=0.1,
+    )
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+
+    def normalized(latent: Tensor, gain: Tensor) -> Tensor:
+        return latent / (latent.square().mean(dim=-1, keepdim=True) + 0.1).sqrt() * gain
+
+    def by_head(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (2, -1)).transpose(1, 2)
+
+    assert attention.latent_q is not None
+    assert attention.latent_kv is not None
+    q = by_head(attention.to_q(normalized(attention.latent_q(x), attention.latent_q_norm.gamma)))
+    latent = normalized(attention.latent_kv.project(x), attention.latent_kv.norm.gamma)
+    shared = attention.latent_kv.sub_keys(x).unsqueeze(1).expand(-1, 2, -1, -1)
+    k, v = torch.cat((shared, by_head(attention.to_k(latent))), dim=-1), by_head(attention.to_v(latent))
+    out = (q @ k.transpose(-1, -2) / 2).softmax(dim=-1) @ v
+    torch.testing.assert_close(attention(x), attention.to_out(out.transpose(1, 2).flatten(2)))
+
+
+@torch.no_grad()
+def test_what_is_cached_with_a_shared_key() -> None:
+    made = model(**LATENT, attn_latent_rope_dim=4, attn_latent_norm=True, rotary_pos_emb=True)
+    _, state = made(torch.randint(0, 24, (2, 5)), return_intermediates=True)
+    shapes = {name: tuple(t.shape) for name, t in state.cache.entries[0].grown.items()}
+    assert shapes == {"latent": (2, 1, 5, 6), "sub_keys": (2, 1, 5, 4)}
+    assert made.attn_layers.rotary_pos_emb.dim == 4
+
+
+@torch.no_grad()
+def test_features_from_the_latent_do_not_rotate() -> None:
+    """With other positions, only the part of the scores changes that the shared key has."""
+    stack = Decoder(**{**STACK, "depth": 1}, **LATENT, attn_latent_rope_dim=4, rotary_pos_emb=True)
+    x = torch.randn(1, 6, 16)
+    attention = stack.attentions()[0]
+    near, far = torch.arange(6), 3 * torch.arange(6)
+
+    def scores(pos: Tensor) -> Tensor:
+        return stack(x, pos=pos, return_hiddens=True)[1].attn_intermediates[0].qk_similarities.tril()
+
+    assert (scores(near) - scores(far)).abs().max() > 1e-3
+    attention.latent_kv.sub_keys.weight.zero_()
+    torch.testing.assert_close(scores(near), scores(far))
+
+
 @pytest.mark.parametrize("subheads", [None, 1, 2])
 def test_what_is_cached(subheads: int | None) -> None:
     made = model(**LATENT, attn_kv_heads=2, attn_latent_rope_subheads=subheads, rotary_pos_emb=subheads is not None)
@@ -66,6 +127,9 @@ def test_what_is_cached(subheads: int | None) -> None:
         {"rotary_xpos": True},
         {"polar_pos_emb": True},
         {"attn_latent_rope_subheads": 1, "rotary_pos_emb": True, "attn_kv_heads": 2},
+        {"attn_latent_rope_dim": 4, "rotary_pos_emb": True, "attn_kv_heads": 2, "attn_latent_norm": True},
+        {"attn_latent_rope_dim": 8, "rotary_xpos": True, "attn_max_attend_past": 3},
+        {"attn_latent_rope_dim": 6, "polar_pos_emb": True, "attn_qk_norm": True},
         {"attn_latent_rope_subheads": 4, "rotary_pos_emb": True, "attn_qk_rmsnorm": True},
         {"add_value_residual": True, "attn_value_rmsnorm": True},
         {"add_value_residual": True, "attn_kv_heads": 2, "attn_value_dim_head": 12, "attn_num_mem_kv": 2},
@@ -83,7 +147,15 @@ def test_decoding(options: dict, static: bool) -> None:
     torch.testing.assert_close(padded[1:, 2:], made(ids[1:, 2:]), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"attn_latent_rope_subheads": 2, "rotary_pos_emb": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attn_latent_rope_subheads": 2, "rotary_pos_emb": True},
+        {"attn_latent_rope_dim": 4, "rotary_pos_emb": True, "attn_latent_norm": True},
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_recurrent_memory_is_not_cached(options: dict) -> None:
     """R9: memory latents stand in front of the cached ones once, in order."""
@@ -159,6 +231,23 @@ def test_grouped_heads_of_the_reference() -> None:
         ({**LATENT, "attn_latent_rope_subheads": 2, "polar_pos_emb": True}, "doubles the width"),
         ({**LATENT, "num_residual_streams": 2, "qkv_receive_diff_residuals": True}, "inputs of their own"),
         ({**LATENT, "add_value_residual": True, "attn_use_latent_kv": (True, False)}, "differ between layers"),
+        ({"attn_latent_norm": True}, "`attn_latent_norm` normalizes latents, and there are none"),
+        ({**LATENT, "attn_latent_norm": True, "attn_latent_norm_eps": 0.0}, "`attn_latent_norm_eps` is 0.0"),
+        ({"attn_latent_rope_dim": 4}, "needs `attn_use_latent_kv = True`"),
+        ({**LATENT, "attn_latent_rope_dim": 0}, "`attn_latent_rope_dim` is 0"),
+        ({**LATENT, "attn_latent_rope_dim": 9}, "at most `attn_dim_head` = 8"),
+        (
+            {**LATENT, "attn_latent_rope_dim": 4, "attn_latent_rope_subheads": 1},
+            "both say which keys come from the input",
+        ),
+        (
+            {**LATENT, "attn_latent_rope_dim": 4, "rotary_pos_emb": True, "rotary_emb_dim": 6},
+            "`rotary_emb_dim` is 6, but only the `attn_latent_rope_dim` = 4 features",
+        ),
+        (
+            {**LATENT, "attn_latent_rope_dim": (4, 2), "rotary_pos_emb": True},
+            "`attn_latent_rope_dim` differs between layers",
+        ),
     ],
 )
 def test_refusals(options: dict, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from x_transformers import (
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.batch_norms import advance_all_norms, forget_statistics
 from x_transformers.modules.prepbn import PENDING, PrepBN
+from x_transformers.training.train import train
+from x_transformers.training.trained import trained_model
 
 FILE = Path(__file__).with_name("golden") / "mixers" / "layer-prepbn.safetensors"
 SMALL: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "verbose": False}
@@ -231,8 +234,8 @@ def test_an_evaluated_model_decodes_as_it_reads() -> None:
 def test_a_model_learns_in_training_what_it_uses_in_evaluation() -> None:
     model = model_of()
     objective, rows = AutoregressiveWrapper(model).train(), torch.randint(0, 24, (4, 12))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(50):
         objective(rows).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -280,6 +283,32 @@ def test_processes_join_their_statistics(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dist, "all_reduce", lambda t: t.copy_(next(sums)))
     other.advance(parts[0])
     equal(dict(norm.named_buffers()), dict(other.named_buffers()))
+
+
+def test_a_run_takes_over_the_statistics_of_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    chosen = {"depth": 1, "dim": 32, "heads": 2, "attn_dim_head": 32, "use_rmsnorm": False, **NORM}
+    given = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+    numbers = [
+        "--steps",
+        "3",
+        "--rows",
+        "4",
+        "--context",
+        "32",
+        "--accumulate",
+        "2",
+        "--loss-chunk",
+        "16",
+        "--tokenizer",
+        "bytes",
+    ]
+    train(["--data", str(tmp_path / "text"), *given, *numbers, "--out", str(tmp_path / "run")])
+    norms = norms_of(trained_model(tmp_path / "run"))
+    assert [norm.steps_done.item() for norm in norms] == [3, 3, 3]
+    assert all((norm.running_var != 1).all() for norm in norms)
 
 
 # refusals

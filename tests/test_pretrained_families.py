@@ -182,6 +182,8 @@ def original(name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
+        for bias in (each for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")):
+            bias += 0.2 * torch.randn_like(bias)
     return model
 
 

@@ -11,7 +11,15 @@ from catalog import BASE, close, tokens
 from safetensors import safe_open
 from torch import Tensor
 
-from x_transformers import Attention, AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
+from x_transformers import (
+    Attention,
+    AutoregressiveWrapper,
+    Decoder,
+    Encoder,
+    TransformerWrapper,
+    to_crmsnorm,
+    to_rmsnorm,
+)
 from x_transformers.attention.head_maps import HeadMaps, HeadOutput, sorts_tokens
 from x_transformers.errors import ConfigError, InputError, StateDictError
 from x_transformers.forward_pass.call import Capture
@@ -393,6 +401,26 @@ def warnings_of(**options: Any) -> list[str]:
 def test_the_reference_has_none() -> None:
     with pytest.raises(StateDictError, match=r"choice of matrices by heads \(`attn_switch_experts`\)"):
         model_of().export_reference_state_dict()
+
+
+def test_outputs_of_heads_can_be_centered() -> None:
+    """They write the residual stream, whose mean RMSNorms do not subtract."""
+    model = model_of(attn_out_bias=True).double()
+    ids = tokens(2, 6)
+    close(to_rmsnorm(model)(ids), model(ids))
+    with pytest.raises(ConfigError, match="depend on the width of the stream in another way"):
+        to_crmsnorm(model)
+
+
+def test_tokens_that_left_leave_keys_and_values_of_their_matrices() -> None:
+    """A block without tokens in it only projects, and does it as the whole block does."""
+    model = model_of(attn_switch_queries_keys=True, depth=3)
+    prompt = tokens(2, 5)
+    given = {"exit_confidence": 0.0, "exit_layers": (1,), "temperature": 0.0}
+    wrapper = AutoregressiveWrapper(model)
+    assert torch.equal(
+        wrapper.generate(prompt, 4, cache_kv=True, **given), wrapper.generate(prompt, 4, cache_kv=False, **given)
+    )
 
 
 def test_encoders_have_it_too() -> None:

@@ -19,6 +19,7 @@ from x_transformers.layers.named_stacks import (
     TransformerBlock,
 )
 from x_transformers.models.continuous import ContinuousTransformerWrapper
+from x_transformers.models.ensemble import ensemble
 from x_transformers.models.grow_param_tokens import grow_param_tokens_
 from x_transformers.models.multi_input import MultiInputTransformerWrapper
 from x_transformers.models.neo_mlp import NeoMLP
@@ -72,6 +73,7 @@ __all__ = [
     "XValAutoregressiveWrapper",
     "XValTransformerWrapper",
     "default_device",
+    "ensemble",
     "grow_param_tokens_",
     "layer_schedule",
     "load_pretrained",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import wrapper_table
-from catalog import close, perturb, tokens
+from catalog import CASES, Case, close, name_of, perturb, tokens
 from test_objectives import LOSSES
 from torch import Tensor
 from wrapper_table import KINDS, Kind, run, scalar
@@ -19,6 +19,7 @@ from x_transformers.forward_pass.intermediates import LayerIntermediates
 EXPERTS = {"ff_experts": 3, "ff_mult": 1, "ff_router_z_loss_weight": 0.1}
 RETURNING = [kind for kind in KINDS if kind not in LOSSES and kind.name not in ("entropy tokenizer", "neo_mlp")]
 """Models, whose losses are their users'."""
+ROUTED = [case for case in CASES if any(feature.name in ("experts", "sparse_state") for feature in case.features)]
 
 
 def built(kind: Kind, monkeypatch: pytest.MonkeyPatch, weight: float) -> Any:
@@ -147,6 +148,27 @@ def test_what_is_in_the_padding_does_not_count(around: dict[str, Tensor], per_ro
         close(one.load.sum(), torch.tensor(2.0))
     _, without = model(ids, return_aux_loss=True)
     assert not torch.equal(without.aux_loss, record.aux_loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", ROUTED, ids=name_of)
+def test_padding_does_not_count(case: Case, side: str) -> None:
+    """Loads, probabilities and losses of a padded row are those of the row by itself."""
+    model, ids, padding = case.build(), tokens(1, 6), tokens(1, 3)
+    if side == "left":
+        padded, around = torch.cat((padding, ids), dim=1), {"seq_start_pos": torch.tensor([3])}
+    else:
+        padded, around = torch.cat((ids, padding), dim=1), {"mask": torch.arange(9).unsqueeze(0) < 6}
+    _, wanted = model(ids, return_aux_loss=True)
+    _, record = model(padded, return_aux_loss=True, **around)
+    assert wanted.routing
+    for one, two in zip(record.routing, wanted.routing, strict=True):
+        close(one.load, two.load)
+        close(one.prob, two.prob)
+        assert one.losses.keys() == two.losses.keys()
+        for name, loss in one.losses.items():
+            close(loss.value, two.losses[name].value)
+    close(record.aux_loss, wanted.aux_loss)
 
 
 def test_padded_rows_have_the_losses_of_rows_by_themselves() -> None:

@@ -28,7 +28,11 @@ FLEX_DEMANDED = {"cpu": "blocked", "cpu, training": "blocked", "cuda": "flex", "
 NONE = dict.fromkeys(SDPA, "explicit")
 WHOLE_ROWS = ("residual scores", "row", "weights", "weighting")
 """Slots that change whole rows, the weighting or the weights, which no fused kernel hosts."""
-READS_ROWS = [case for case in CASES if any(feature.slot in WHOLE_ROWS for feature in case.features)]
+READS_ROWS = [
+    case
+    for case in CASES
+    if any(feature.slot in WHOLE_ROWS for feature in case.features) or "attn_gin_threshold" in case.keywords
+]
 CONTEXT_ONLY = frozenset(
     case.name for case in READS_ROWS if any(re.match("cross_(?!attend)", keyword) for keyword in case.keywords)
 )

@@ -31,10 +31,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLOTS = ("score", "mask", "keys", "sink", "metric")
+NAMES = ("grouped_heads", "latent", "latent_rope")
 MET = [
     (stack, case)
     for stack, case in one_of_each("decoder", "encoder", "cross", exempt="backends")
-    if case.features and (case.features[0].slot in SLOTS or case.features[0].name in ("grouped_heads", "latent"))
+    if case.features and (case.features[0].slot in SLOTS or case.features[0].name in NAMES)
 ]
 """Features that this kernel meets."""
 WAYS = {

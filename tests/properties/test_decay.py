@@ -30,6 +30,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
         "attn_latent_rope_subheads": 1,
         "attn_kv_heads": 2,
     },
+    "latent with a shared key": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8, "attn_latent_rope_dim": 4},
 }
 EVERY = pytest.mark.parametrize("name", SITUATIONS)
 

@@ -12,6 +12,7 @@ NOT_GROUPED = {
     "rotary-3": "`rotate_num_heads` needs as many kv heads as heads",
     "latent-2": "`attn_latent_rope_subheads` is 2; there are 1 key/value heads",
     "latent-3": "`attn_latent_rope_subheads` is 4; there are",
+    **dict.fromkeys(("gin-1", "gin-2", "gin-3"), "has a slice of the input for each of the 4 heads"),
 }
 
 

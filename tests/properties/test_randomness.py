@@ -453,10 +453,6 @@ def test_masking_of_prompts_is_random_in_training_only_where_asked() -> None:
 # Every model of the catalog
 
 
-def is_random(case: Case) -> bool:
-    return any("dropout" in keyword or "gumbel" in keyword for keyword in case.keywords)
-
-
 @pytest.mark.parametrize(("stack", "case"), cases("decoder", "encoder", "cross", exempt="training"), ids=name_of)
 def test_training_is_evaluation_bit_for_bit(stack: str, case: Case) -> None:
     """With gradients and without, unless the case asks for randomness."""
@@ -467,7 +463,7 @@ def test_training_is_evaluation_bit_for_bit(stack: str, case: Case) -> None:
             wanted, before = call(model.eval(), given), state()
             one, after = call(model.train(), given), state()
             two = call(model, given)
-        if is_random(case):
+        if case.draws:
             assert not torch.equal(one, two)
             assert not torch.equal(before, after)
         else:

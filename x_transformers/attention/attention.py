@@ -66,7 +66,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.leaves_values = self.leaves_scores = False
 
         # the order of the state dict
-        self.latent_q, self.latent_kv, self.projections = parts.latent_q, parts.latent_kv, parts.projections
+        self.latent_q, self.latent_q_norm = parts.latent_q, parts.latent_q_norm
+        self.latent_kv, self.projections = parts.latent_kv, parts.projections
         self.switch = parts.switch
         self.qk_norms = parts.qk_norms
         self.scores = parts.scores
@@ -81,6 +82,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         self.out = parts.out
         self.attend = parts.attend
         self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
+        self.subsampling = parts.subsampling
 
     @property
     def scale(self) -> float:
@@ -151,7 +153,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         """Return the value and output matrices, which Muon may orthogonalize (2502.16982)."""
         maps = (self.projections.v, self.out)
         heavy = [] if self.heavy is None else self.heavy.attention.muon_parameters()
-        return [parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1] + heavy
+        return [*(parameter for each in maps for parameter in each.parameters() if parameter.ndim > 1), *heavy]
 
     def explain(
         self,
@@ -211,8 +213,10 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         if self.sink is not None:
             # the sink's logits come first; no query and no key takes part in them
             logits = logits[..., 1:]
-        keys = (self.projections.k, None if self.latent_kv is None else self.latent_kv.sub_keys)
-        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads)
+        keys, shared = [self.projections.k], 0
+        if self.latent_kv is not None:
+            keys, shared = [self.projections.k, self.latent_kv.sub_keys], self.latent_kv.shared
+        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads, shared)
 
     def prepare(self) -> Map | None:
         """Return the output projection, if it is a plain linear map."""
@@ -239,7 +243,8 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         k, v, prefix, shown = heads.k, heads.v, 0, None
         if self.keys or self.values or layer.additional is not None:
             k, v, prefix, shown = self.extend_keys(k, v, layer)
-        result, visible = self.attend.run(
+        core = self.attend if self.subsampling is None else self.subsampling.around(self.attend)
+        result, visible = core.run(
             heads.q, k, v, xq, layer, own=layer.context is None, prefix=prefix, shown=shown, decay=heads.decay
         )
         out = result.out

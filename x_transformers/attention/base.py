@@ -231,6 +231,7 @@ class Stage:
     CONTEXTUAL = 8.0
     SELECTIVE = 9.0
     WEIGHTING = 11.0
+    THRESHOLD = 11.5
     DELTA = 12.0
     RESIGN = 13.0
     DROPOUT = 14.0

@@ -29,9 +29,11 @@ from x_transformers.attention.keys.sink import LearnedSink
 from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.output_projection import build_output
 from x_transformers.attention.projections import Projections
+from x_transformers.attention.subsampling import KeySubsampling
 from x_transformers.attention.switch_head import HeadSwitch
 from x_transformers.attention.values.residual import ValueMix
 from x_transformers.errors import ConfigError, Faults
+from x_transformers.modules.norms import RMSNorm
 from x_transformers.options.schema import at_least
 
 
@@ -52,6 +54,7 @@ class AttentionParts:
         latent_q, ..., out: the modules, in the order of the state dict.
         heavy: what a second attention is built from, or None.
         attend: the core, which reads the parts that change scores and weights.
+        subsampling: what runs the core over a share of the keys, in training; or None.
     """
 
     shape: AttentionShape
@@ -64,6 +67,7 @@ class AttentionParts:
     sublayer_dropout: float
     unrotated_heads: tuple[int, int] | None
     latent_q: nn.Linear | None
+    latent_q_norm: RMSNorm | None
     latent_kv: LatentKeysValues | None
     projections: Projections
     switch: HeadSwitch | None
@@ -80,6 +84,7 @@ class AttentionParts:
     out: nn.Module
     heavy: HeavyPlan | None
     attend: Attend
+    subsampling: KeySubsampling | None
 
 
 def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) -> AttentionParts:
@@ -118,26 +123,34 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     unrotated: tuple[int, int] | None = None
     with faults.catching():
         sub = latent.latent_rope_subheads
+        shared = parsed["latent_rope"].latent_rope_dim or 0
         unrotated = head.unrotated_heads(heads, shape.kv_heads)
         if sub is not None:
             # the last key heads, and the query heads that use them
             unrotated = heads - sub * heads // shape.kv_heads, shape.kv_heads - sub
         modules["latent_q"] = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
-        modules["latent_kv"] = None
+        modules["latent_q_norm"] = modules["latent_kv"] = None
+        if latent.use_latent_q:
+            modules["latent_q_norm"] = parsed["latent_norm"].build(latent.dim_latent_q)
         if latent.use_latent_kv:
-            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0, bias.qkv_bias)
+            norm = parsed["latent_norm"].build(latent.dim_latent_kv)
+            given = {"bias": bias.qkv_bias, "shared": shared, "norm": norm}
+            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0, **given)
         modules["projections"] = Projections(
             dim=latent.dim_latent_q if latent.use_latent_q else dim,
             dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
             heads=heads,
-            key_heads=shape.kv_heads - (sub or 0),
+            key_heads=0 if shared == shape.dim_head else shape.kv_heads - (sub or 0),
             kv_heads=shape.kv_heads,
             dim_head=shape.dim_head,
+            key_dim_head=shape.dim_head - shared,
             value_dim_head=shape.value_dim_head,
             bias=bias.qkv_bias,
             clip=parsed["qkv_clip"].qkv_clip,
-            make_keys=mixtures if switch.switch_queries_keys else to_heads,
-            make_values=mixtures or to_heads,
+            makers=(
+                mixtures if switch.switch_queries_keys else to_heads,
+                parsed["gin"].slices or mixtures or to_heads,
+            ),
         )
         modules["switch"] = switch.build(shape, source)
     for name, slot in SLOTS.items():
@@ -169,7 +182,8 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
                 "use an Encoder."
             )
         switches = {feature.name: parsed.switch(feature) for feature in parsed.enabled()}
-        modules["attend"] = _build_core(parsed, shape, modules, switches, window)
+        modules["attend"] = _build_core(parsed, modules, switches, causal=causal, window=window)
+        modules["subsampling"] = _build_subsampling(parsed, modules, switches)
     faults.raise_if_any("Attention")
     return AttentionParts(
         shape=shape,
@@ -202,23 +216,28 @@ SLOTS = {
 def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -> Any:
     """Build the parts of one slot."""
     parts: dict[str, nn.Module] = {}
-    for feature in parsed.parts(slot):
+    for feature in parsed.parts():
+        make = feature.build if feature.slot == slot else feature.also.get(slot)
+        if make is None:
+            continue
         with faults.catching():
-            assert feature.build is not None
-            parts[feature.name] = feature.build(parsed[feature.name], shape=shape, others=parsed)
+            part = make(parsed[feature.name], shape=shape, others=parsed)
+            if part is not None:
+                parts[feature.name] = part
     return Parts(parts) if parts else ()
 
 
 def _build_core(
     parsed: Any,
-    shape: AttentionShape,
     modules: Mapping[str, Any],
     switches: Mapping[str, str],
+    *,
+    causal: bool,
     window: tuple[int | None, int | None],
 ) -> Attend:
     """Build the core. Its messages name the keyword that switched on each part."""
-    given = parsed["heads"].scale
-    scale = shape.dim_head**-0.5 if given is None else given
+    head = parsed["heads"]
+    scale = head.dim_head**-0.5 if head.scale is None else head.scale
     for norm in modules["qk_norms"]:
         scale = norm.scale if norm.scale is not None else scale
     sink, options = modules["sink"], parsed["backend"]
@@ -231,10 +250,22 @@ def _build_core(
     return Attend.of_parts(
         ScoreParts(sink=sink, **slots),
         named if sink is None else [*named, (switches["learned_sink"], sink)],
-        causal=shape.causal,
+        causal=causal,
         scale=scale,
         dropout=parsed["attention_dropout"].dropout,
         window=window,
         backends=BackendChoice(flash=options.flash, kernels=options.attend_sdp_kwargs, packed=options.flash_pack_seq),
         packed=options.flash_pack_seq,
     )
+
+
+def _build_subsampling(parsed: Any, modules: Mapping[str, Any], switches: Mapping[str, str]) -> KeySubsampling | None:
+    """Build what draws keys, if anything does; it has a core of its own where no part reads pairs of tokens."""
+    options = parsed["key_subsampling"]
+    if options.subsample_keys is None:
+        return None
+    reads_pairs = any(modules[slot] for slot in ("scores", "metrics", "rows", "weighting", "weights"))
+    core = None
+    if not reads_pairs:
+        core = _build_core(parsed, modules, switches, causal=False, window=(None, None))
+    return KeySubsampling(options.subsample_keys, options.subsample_local, core)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from x_transformers.attend import WEIGHTINGS
-from x_transformers.attention import heavy, latent, output_projection, projections, switch_head
+from x_transformers.attention import heavy, latent, output_projection, projections, subsampling, switch_head
 from x_transformers.attention.keys import memory, sink, zero
 from x_transformers.attention.param_tokens import PARAM_TOKENS
 from x_transformers.attention.qk import l2_distance, normalize
@@ -18,7 +18,7 @@ from x_transformers.attention.scores import (
     softclamp,
     talking_heads,
 )
-from x_transformers.attention.values import gates, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
+from x_transformers.attention.values import gates, gin, head_scale, hybrid, laser, orthogonal, residual, rmsnorm
 from x_transformers.options.schema import Feature, Rule, Schema, opt, require
 
 
@@ -113,6 +113,7 @@ FEATURES = (
     zero.FEATURE,
     sink.FEATURE,
     WINDOW,
+    subsampling.FEATURE,
     softclamp.FEATURE,
     forgetting.FEATURE,
     relative_projection.FEATURE,
@@ -122,11 +123,12 @@ FEATURES = (
     selective.FEATURE,
     *WEIGHTINGS,
     DROPOUT,
-    latent.FEATURE,
+    *latent.FEATURES,
     l2_distance.FEATURE,
     residual.MIX,
     rmsnorm.FEATURE,
     laser.FEATURE,
+    gin.FEATURE,
     head_scale.FEATURE,
     gates.HEAD_GATE,
     hybrid.FEATURE,

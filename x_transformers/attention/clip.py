@@ -45,31 +45,39 @@ def clip_factors(logits: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_heads(queries: nn.Module, keys: Sequence[nn.Module | None], factors: Tensor, kv_heads: int) -> None:
+def clip_heads(
+    queries: nn.Module, keys: Sequence[nn.Module | None], factors: Tensor, kv_heads: int, shared: int = 0
+) -> None:
     """Multiply the logits of each query head by its factor, shared between queries and keys.
 
     The rows of key head g, and their biases, are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query
-    heads that use it, and those of query head q by the rest, `factor_q / sqrt(f_g)`.
+    heads that use it, and those of query head q by the rest, `factor_q / sqrt(f_g)`. The first features of the keys may
+    be one key for all heads, which are clipped differently: it stays, and the queries' first features have the whole
+    factor.
 
     Args:
         queries: the map to `h * d` features.
-        keys: the maps whose features, concatenated, are the `g * d` features of the keys.
+        keys: the maps whose features, concatenated, are the `g * d` features of the keys; with shared features, the
+            last one is the map to these.
         factors: `(h,)`.
         kv_heads: g.
+        shared: number of features of the keys that all heads share.
 
     Raises:
         InputError: if one of the maps was replaced by a module that is not linear.
     """
-    to_queries, to_keys = _linear(queries), [_linear(each) for each in keys if each is not None]
-    shared = factors.unflatten(0, (kv_heads, -1)).amin(dim=-1).sqrt()
-    rest = factors / shared.repeat_interleave(len(factors) // kv_heads)
-    _scale_rows(to_queries, rest)
-    # the maps share the key heads among them, in the order in which `join_sub_keys` concatenates them
-    done = 0
+    own = keys[:-1] if shared else keys
+    to_queries, to_keys = _linear(queries), [_linear(each) for each in own if each is not None]
+    of_keys = factors.unflatten(0, (kv_heads, -1)).amin(dim=-1).sqrt()
+    rest = factors / of_keys.repeat_interleave(len(factors) // kv_heads)
     width = to_queries.weight.shape[0] // len(factors)
+    by_feature = (factors[:, None].expand(-1, shared), rest[:, None].expand(-1, width - shared))
+    _scale_rows(to_queries, torch.cat(by_feature, dim=1).flatten())
+    # the maps share the key heads among them, in the order in which `join_keys` concatenates them
+    done = 0
     for linear in to_keys:
-        heads = linear.weight.shape[0] // width
-        _scale_rows(linear, shared[done : done + heads])
+        heads = linear.weight.shape[0] // (width - shared)
+        _scale_rows(linear, of_keys[done : done + heads])
         done += heads
 
 

@@ -20,7 +20,7 @@ from x_transformers.attention.base import (
     ValueMod,
 )
 from x_transformers.attention.keys.additional import join_additional
-from x_transformers.attention.latent import LatentKeysValues, join_sub_keys
+from x_transformers.attention.latent import LatentKeysValues
 from x_transformers.attention.projections import Projections
 from x_transformers.attention.qk.decay import Decay
 from x_transformers.attention.switch_head import HeadSwitch, Selections
@@ -61,6 +61,7 @@ class HeadProjection(nn.Module):
         shape: widths and numbers of heads.
         unrotated_heads: numbers of query and key heads, from the first on, that are not rotated; None if all are.
         latent_q, latent_kv: projections to narrow latents, or None.
+        latent_q_norm: norm of the latent of queries, or None.
         projections: the maps to queries, keys and values.
         switch: choice of matrices of the maps of heads, or None if each has one.
         qk_norms, keys, values: parts by slot.
@@ -70,6 +71,7 @@ class HeadProjection(nn.Module):
     shape: AttentionShape
     unrotated_heads: tuple[int, int] | None
     latent_q: nn.Linear | None
+    latent_q_norm: nn.Module | None
     latent_kv: LatentKeysValues | None
     projections: Projections
     switch: HeadSwitch | None
@@ -150,7 +152,7 @@ class HeadProjection(nn.Module):
         else:
             chosen = None if self.switch is None else self.switch(xq, xv, layer)
             of_values, of_outputs = (None, None) if chosen is None else (chosen.values, chosen.outputs)
-            q = projections.queries(xq if self.latent_q is None else self.latent_q(xq), deltas.q, of_outputs)
+            q = projections.queries(self._query_input(xq), deltas.q, of_outputs)
             k, raw, span = self._keys_values(xk, xv, layer, of_values)
         if projections.clip is not None:
             q, k, raw = projections.clipped(q, k, raw)
@@ -186,8 +188,9 @@ class HeadProjection(nn.Module):
         # parts append to streams of their own while they attend
         if any(part.cache_streams(self.shape) for part in self.parts().values()):
             return None
-        self.project_heads(x, x, x, layer)
-        return Intermediates(layer_type=layer.kind, entry=layer.entry)
+        chosen = self.project_heads(x, x, x, layer).chosen
+        routing = () if chosen is None else chosen.records
+        return Intermediates(layer_type=layer.kind, entry=layer.entry, routing=routing)
 
     def _project_jointly(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[QKNorm, ...]] | None:
         """Project to heads by one product, in training; also return the norms that they still need."""
@@ -196,12 +199,19 @@ class HeadProjection(nn.Module):
         heads = self.projections.joint(x, together)
         return None if heads is None else (heads, norms if together is None else ())
 
+    def _query_input(self, x: Tensor) -> Tensor:
+        """Return what queries are projected from: the input, or its latent."""
+        if self.latent_q is None:
+            return x
+        latent = self.latent_q(x)
+        return latent if self.latent_q_norm is None else self.latent_q_norm(latent)
+
     def _query_cached_context(self, x: Tensor, layer: LayerCall) -> Heads:
         """Project the queries only: the keys and values of the context come from an earlier pass."""
         k, v = layer.entry.get("k"), layer.entry.get("v")
         chosen = None if self.switch is None else self.switch(x, None, layer)
         of_outputs = None if chosen is None else chosen.outputs
-        q = self.projections.queries(x if self.latent_q is None else self.latent_q(x), layer.deltas.q, of_outputs)
+        q = self.projections.queries(self._query_input(x), layer.deltas.q, of_outputs)
         if self.projections.clip is not None:
             (q,) = self.projections.clipped(q)
         for norm in self.qk_norms:
@@ -225,7 +235,7 @@ class HeadProjection(nn.Module):
             streams, span = {name: append(name, t, layer) for name, t in streams.items()}, layer.keys
         latent = streams["latent"].squeeze(1)
         k, v = self.projections.keys_values(latent, latent, deltas.k, deltas.v)
-        return join_sub_keys(k, streams), v, span
+        return self.latent_kv.join_keys(k, streams), v, span
 
     def _rotate(self, q: Tensor, k: Tensor, layer: LayerCall, keys: Span) -> tuple[Tensor, Tensor]:
         """Transform by positions: all heads, or the last ones."""

@@ -105,11 +105,12 @@ class Projections(PreparesForInference):
         heads, kv_heads: query heads; key/value heads.
         key_heads: number of key/value heads whose keys are projected here; 0: there is no such map.
         dim_head, value_dim_head: widths of a head.
+        key_dim_head: width of a key head here; default `dim_head`.
         bias: each of the maps adds a bias.
         clip: bound of the features; None for no bound. `clipped` applies it to what the maps return, since adapters
             and deltas add to that.
-        make_keys, make_values: build the maps of queries and keys, and of values; default `nn.Linear`. Tokens choose
-            among the matrices of each head in those that are `HeadMaps`.
+        makers: build the maps of queries and keys, and of values; default `nn.Linear`. Tokens choose among the matrices
+            of each head in those that are `HeadMaps`.
     """
 
     def __init__(
@@ -122,17 +123,18 @@ class Projections(PreparesForInference):
         key_heads: int,
         dim_head: int,
         value_dim_head: int,
+        key_dim_head: int | None = None,
         bias: bool = False,
         clip: float | None = None,
-        make_keys: MakeHeads | None = None,
-        make_values: MakeHeads | None = None,
+        makers: tuple[MakeHeads | None, MakeHeads | None] = (None, None),
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_heads, self.clip = heads, kv_heads, key_heads, clip
         linear = functools.partial(_linear_to_heads, bias=bias)
-        make_keys, make_values = make_keys or linear, make_values or linear
+        make_keys, make_values = (each or linear for each in makers)
         self.q = make_keys(dim, heads, dim_head)
-        self.k = make_keys(dim_context, key_heads, dim_head) if key_heads else None
+        key_dim_head = dim_head if key_dim_head is None else key_dim_head
+        self.k = make_keys(dim_context, key_heads, key_dim_head) if key_heads else None
         self.v = make_values(dim_context, kv_heads, value_dim_head)
         self.mixes_queries_keys, self.mixes_values = isinstance(self.q, HeadMaps), isinstance(self.v, HeadMaps)
 

@@ -75,6 +75,8 @@ class NamedWeights(Protocol):
 
     shape: AttentionShape
     projections: Any
+    latent_kv: Any
+    latent_q_norm: Any
     switch: Any
     qk_norms: Any
     values: Any
@@ -130,6 +132,11 @@ def export(attention: NamedWeights, state: dict[str, Any], prefix: str) -> None:
     beyond = [norm.beyond_reference for norm in attention.qk_norms if norm.beyond_reference is not None]
     if attention.projections.clip is not None:
         beyond.append("bound of queries, keys and values (`attn_qkv_clip`)")
+    latent = attention.latent_kv
+    if attention.latent_q_norm is not None or (latent is not None and latent.norm is not None):
+        beyond.append("norm of latents (`attn_latent_norm`)")
+    if latent is not None and latent.shared:
+        beyond.append("key that all heads share (`attn_latent_rope_dim`)")
     if isinstance(attention.projections.q, ParamAttention):
         beyond.append("attention to parameters (`attn_param_tokens`)")
     if attention.switch is not None:

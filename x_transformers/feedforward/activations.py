@@ -1,4 +1,7 @@
-"""Activations of the feedforward: GELU, squared ReLU (2109.08668), SoLU, SiLU, others by name, or a user's module."""
+"""Activations of the feedforward: GELU, squared ReLU (2109.08668), SoLU, SiLU, others by name, or a user's module.
+
+One of the names, "clamped_swiglu" (2508.10925), changes both halves of a gated feedforward.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
+from x_transformers.feedforward.softclamp import ClampedSwiGLU
 from x_transformers.modules.norms import LayerNorm
 from x_transformers.modules.state_dict import LoadsWhole
-from x_transformers.options.schema import Feature, Options, opt, require
+from x_transformers.options.schema import Feature, Options, opt, positive, require
 
 Activation = Callable[[Tensor], Tensor]
 ActivationName = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+GateName = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "clamped_swiglu"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
     custom_activation: Any = opt(None, "replace GELU by this module (a copy of it) or function")
-    activation: ActivationName | None = opt(
-        None, "activation by name: gelu_tanh is GELU's approximation by tanh, quick_gelu is x * sigmoid(1.702 x)"
+    activation: GateName | None = opt(
+        None,
+        "activation by name: gelu_tanh is GELU's approximation by tanh, quick_gelu is x * sigmoid(1.702 x), and "
+        "clamped_swiglu, for gates only, is (clamp(u, -c, c) + 1) * quick_gelu(min(g, c)) with c = `activation_limit`",
     )
+    activation_limit: float = opt(7.0, "bound c of clamped_swiglu")
     relu_squared: bool = opt(False, "replace GELU by relu(x) ** 2")
     solu: bool = opt(False, "replace GELU by LayerNorm(softmax(x) * x)")
     swish: bool = opt(False, "replace GELU by SiLU")
@@ -35,6 +43,7 @@ class ActivationOptions:
             not (self.relu_squared and self.solu),
             "`relu_squared` and `solu` are alternatives of one choice (activation); keep one of them.",
         )
+        positive(activation_limit=self.activation_limit)
         require(
             self.custom_activation is None or callable(self.custom_activation),
             f"`custom_activation` is {self.custom_activation!r}; it must be a module or a function of a tensor.",
@@ -46,8 +55,15 @@ class ActivationOptions:
             name for name in ("custom_activation", "activation", "relu_squared", "solu", "swish") if getattr(self, name)
         ]
 
+    @property
+    def clamps_gate(self) -> bool:
+        """True if "clamped_swiglu" is the chosen activation."""
+        return self.activation == "clamped_swiglu" and self.custom_activation is None
+
     def build(self, dim: int) -> nn.Module:
         """Build the chosen activation over `dim` features; by default the exact GELU."""
+        if self.clamps_gate:
+            return ClampedSwiGLU(self.activation_limit)
         if self.custom_activation is not None:
             return _as_module(self.custom_activation)
         if self.activation is not None:
@@ -140,9 +156,10 @@ FEATURE = Feature(
     options=ActivationOptions,
     enabled=lambda options: bool(options.ranked()),
     build=lambda options, dim: options.build(dim),
-    idle=lambda options: options.ranked()[1:],
+    idle=lambda options: [*options.ranked()[1:], *(() if options.clamps_gate else ("activation_limit",))],
     summary="another activation instead of GELU",
     paper="2109.08668",
+    exempt={("export", 9): "the reference has no gate that clamps its values"},
     examples=(
         {"ff_relu_squared": True},
         {"ff_swish": True},
@@ -152,5 +169,6 @@ FEATURE = Feature(
         {"ff_activation": "quick_gelu"},
         {"ff_activation": "gelu_tanh"},
         {"ff_custom_activation": nn.PReLU(init=0.3)},
+        {"ff_glu": True, "ff_activation": "clamped_swiglu", "ff_activation_limit": 0.8},
     ),
 )

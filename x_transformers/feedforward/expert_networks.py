@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.feedforward.activations import build_activation
-from x_transformers.feedforward.glu import gated
-from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.feedforward.glu import bounded, gated, with_bounds
 from x_transformers.modules.branch_function import BranchFunction
 from x_transformers.modules.norms import LayerNorm
-from x_transformers.ops import softclamp as clamp
 from x_transformers.options.schema import Options, at_least, require
 
 ApplyMaps = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 """Applies to each row the map of its expert: `(rows, weights (E, out, in), biases (E, out)) -> rows`."""
+
+STACKS = ("up", "up_bias", "gate_scale", "down", "down_bias")
+"""Names of the parameters with an axis of experts, which is the first one; some may be None."""
 
 
 class ExpertNetworks(BranchFunction):
@@ -50,13 +51,7 @@ class ExpertNetworks(BranchFunction):
         inner, width = self.inner, dim if core.dim_out is None else core.dim_out
         self.input_activation = parsed["rational"].build_input(dim)
         self.up, self.up_bias = _stack_of_maps(experts, dim, 2 * inner if glu.glu else inner, self.biased)
-        self.activation = build_activation(parsed, inner)
-        bounds = parsed["ff_softclamp"]
-        self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
-        if not glu.glu:
-            self.bound = bounds.softclamp_value
-        elif bounds.glu_softclamp:
-            self.activation = BoundedGate(self.activation, bounds.glu_gate_softclamp_value)
+        self.activation, self.bound = with_bounds(build_activation(parsed, inner), parsed)
         self.gate_scale = nn.Parameter(torch.ones(experts, inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down, self.down_bias = _stack_of_maps(experts, inner, width, not core.no_bias)
@@ -87,7 +82,7 @@ class ExpertNetworks(BranchFunction):
             if gate_scale is not None:
                 x = x * gate_scale
         else:
-            x = self.activation(x if self.bound is None else clamp(x, self.bound))
+            x = self.activation(x if self.bound is None else bounded(x, self.bound))
         if self.norm is not None:
             x = self.norm(x)
         if self.dropout:
@@ -97,7 +92,7 @@ class ExpertNetworks(BranchFunction):
     @property
     def stacks(self) -> list[Tensor]:
         """Parameters with a part for each expert."""
-        stacks = (self.up, self.up_bias, self.gate_scale, self.down, self.down_bias)
+        stacks = [getattr(self, name) for name in STACKS]
         return [t for t in stacks if t is not None]
 
     def muon_parameters(self) -> list[Tensor]:

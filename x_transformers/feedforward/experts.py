@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from x_transformers.options.signatures import parameter, show_keywords
 from x_transformers.options.values import shown
 from x_transformers.routing.base import Routing, RoutingRecord
 from x_transformers.routing.dispatch import Dispatch, sort_by_expert, sum_copies, take_copies
+from x_transformers.routing.exchange import Exchange
 from x_transformers.routing.losses import record_routing
 from x_transformers.routing.products import choose_product, grouped_product
 from x_transformers.routing.routers import KeyRouter, mean_keys
@@ -56,6 +58,8 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         up: `(E, inner, D)` matrices, in a gated network `(E, 2 inner, D)`, of the gated value first, then of the gate.
         down: `(E, dim_out, inner)` matrices.
         loss_weights: weights of the auxiliary losses.
+        exchange: what the processes exchange that divide the experts among them; None if this one has all. See
+            `x_transformers.training.expert_parallel.shard_experts`.
 
     Raises:
         ConfigError: if keywords are unknown or values are out of range; the message lists all of them.
@@ -73,6 +77,7 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
             raise ConfigError("Experts: `experts` is None; it must be the number of experts, or use a FeedForward.")
         inner_width(dim, core.mult)
         self.topk, self.loss_weights = own.experts_topk, own.loss_weights
+        self.exchange: Exchange | None = None
         self.features = tuple(feature.name for feature in parsed.enabled())
         self.router = own.build_router(dim)
         self.build_networks(parsed, dim, own.experts)
@@ -137,17 +142,17 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         if not isinstance(self.router, KeyRouter):
             routing: Routing = self.router(tokens)
             return routing
-        keys = mean_keys(self._read_rows()) if self.ready is None else self.ready
-        return self.router(tokens, keys)
+        return self.router(tokens, self._keys() if self.ready is None else self.ready)
 
     def mix(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Return the weighted sums `(N, dim_out)` of what the chosen experts make of tokens `(N, dim)`."""
         dispatch = sort_by_expert(routing.experts, self.experts)
-        rows = self.compute(take_copies(tokens, dispatch), dispatch)
+        rows = take_copies(tokens, dispatch)
+        rows = self.compute(rows, dispatch) if self.exchange is None else self.exchange(rows, dispatch, self.compute)
         return sum_copies(rows, routing.weights, dispatch).to(rows.dtype)
 
     def compute(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
-        """Apply to each row the network of its expert.
+        """Apply to each row the network of its expert, one of those that this process has.
 
         Args:
             rows: `(R, dim)` copies of tokens, sorted by expert.
@@ -158,10 +163,16 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         """
 
         def apply_maps(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
-            return _apply_maps(x, weight, bias, dispatch)
+            matrices, biases = self._own((weight, bias), x.dtype)
+            return _apply_maps(x, matrices, biases, dispatch)
 
-        scale = None if self.gate_scale is None else F.embedding(dispatch.experts, self.gate_scale)
+        (scale,) = self._own((self.gate_scale,), rows.dtype)
+        scale = None if scale is None else F.embedding(dispatch.experts, scale)
         return self.apply_networks(rows, apply_maps, scale)
+
+    def _own(self, stacks: Sequence[Any], dtype: torch.dtype) -> Sequence[Any]:
+        """Return the parts of stacks that this process has, for rows of a dtype."""
+        return stacks if self.exchange is None else self.exchange.own(stacks, dtype)
 
     def _record(self, routing: Routing, x: Tensor, layer: LayerCall) -> RoutingRecord | None:
         """Return the loads, and the losses with their gradients, if the pass records them."""
@@ -169,16 +180,32 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
         if not (capture.losses or capture.routing):
             return None
         shape, live = (x.shape[0], x.shape[1]), layer.call.token_mask
-        probabilities = self.router.probabilities
-        return record_routing(routing, shape, live, probabilities, self.loss_weights, choices=capture.routing)
+        return record_routing(
+            routing,
+            shape,
+            live,
+            self.router.probabilities,
+            self.loss_weights,
+            choices=capture.routing,
+            reduce_load=capture.reduce_load,
+        )
 
-    def _read_rows(self) -> Tensor:
-        """Return the rows `(E, inner, dim)` of the maps that the activation sees: those of the gates, if there are."""
-        return self.up[:, self.inner :] if self.glu else self.up
+    def _keys(self) -> Tensor:
+        """Return `(E, dim)`, the means of the rows that the activation sees: those of the gates, if there are."""
+        return self._mean_rows(self.up) if self.exchange is None else self.exchange.of_all(self.up, self._mean_rows)
+
+    def _mean_rows(self, up: Tensor) -> Tensor:
+        return mean_keys(up[:, self.inner :] if self.glu else up)
 
     def prepare(self) -> Tensor | None:
         """Return the keys of the experts, if the router reads them."""
-        return mean_keys(self._read_rows()) if isinstance(self.router, KeyRouter) else None
+        if self.exchange is not None and self.exchange.size > 1:
+            # processes that generate different numbers of tokens would wait for each other
+            raise InputError(
+                f"generation needs all experts, and those of this model are divided among {self.exchange.size} "
+                "processes; load what `gathered` returns into a model of the same configuration."
+            )
+        return self._keys() if isinstance(self.router, KeyRouter) else None
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -202,13 +229,15 @@ class Experts(Configured, PreparesForInference, ReadsReference, ExpertNetworks):
 
     def explain(self, situation: Any, **surroundings: Any) -> BranchCost:
         device, widths = torch.device(situation.device), (self.dim, self.inner, self.up.shape[1], self.down.shape[1])
-        product = choose_product(device, situation.dtype, self.experts, widths)
+        divided = 1 if self.exchange is None else self.exchange.size
+        product = choose_product(device, situation.dtype, self.experts // divided, widths)
         stacks = self.stacks
         of_all = sum(t.numel() for t in stacks)
         active = sum(p.numel() for p in self.parameters()) - of_all + of_all // self.experts * self.topk
         matrices = (self.up.numel() + self.down.numel()) // self.experts * self.topk
         others = sum(p.numel() for p in self.parameters() if p.ndim == 2 and not any(p is t for t in stacks))
-        words = f"{self.experts} experts of {self.inner}, {self.topk} used; {product.why}"
+        among = f" in {divided} processes" if divided > 1 else ""
+        words = f"{self.experts} experts of {self.inner}{among}, {self.topk} used; {product.why}"
         return BranchCost(product.name, words, 2 * (matrices + others), active)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from x_transformers.errors import Faults, InputError, ShapeError, StateDictError
 from x_transformers.feedforward import activations, param_attention, rational, softclamp
 from x_transformers.feedforward.activations import build_activation
-from x_transformers.feedforward.glu import GLUView, gated
+from x_transformers.feedforward.glu import GLUView, bounded, gated, with_bounds
 from x_transformers.feedforward.rational import GroupRational
-from x_transformers.feedforward.softclamp import BoundedGate, Softclamp
+from x_transformers.feedforward.softclamp import ClampAndShift, Softclamp
 from x_transformers.forward_pass.arguments import explain_failure
 from x_transformers.forward_pass.call import BranchOutput, LayerCall
 from x_transformers.forward_pass.names import check_names, takes_no_more
@@ -26,7 +26,6 @@ from x_transformers.modules.param_attention import ParamWeights
 from x_transformers.modules.second_names import PartsView, SecondNames
 from x_transformers.modules.state_dict import ReadsReference
 from x_transformers.modules.tied_linear import matrices_of
-from x_transformers.ops import softclamp as clamp
 from x_transformers.options.configured import Configured
 from x_transformers.options.schema import Feature, Schema, at_least, opt, positive, require
 from x_transformers.options.signatures import parameter, show_keywords
@@ -144,13 +143,7 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         biased = not glu.glu_no_bias if glu.glu else not core.no_bias
         self.input_activation = parsed["rational"].build_input(dim)
         self.up = nn.Linear(dim, 2 * inner if glu.glu else inner, bias=biased)
-        self.activation = build_activation(parsed, inner)
-        bounds = parsed["ff_softclamp"]
-        self.bound = bounds.glu_up_softclamp_value if bounds.glu_softclamp else None
-        if not glu.glu:
-            self.bound = bounds.softclamp_value
-        elif bounds.glu_softclamp:
-            self.activation = BoundedGate(self.activation, bounds.glu_gate_softclamp_value)
+        self.activation, self.bound = with_bounds(build_activation(parsed, inner), parsed)
         self.gate_scale = nn.Parameter(torch.ones(inner)) if glu.glu and glu.glu_mult_bias else None
         self.norm = LayerNorm(inner) if parsed["post_act_ln"].post_act_ln else None
         self.down = nn.Linear(inner, dim if core.dim_out is None else core.dim_out, bias=not core.no_bias)
@@ -206,7 +199,7 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         if self.glu:
             x = gated(x, self.activation, self.bound, self.gate_scale)
         else:
-            x = self.activation(x if self.bound is None else clamp(x, self.bound))
+            x = self.activation(x if self.bound is None else bounded(x, self.bound))
         if self.norm is not None:
             x = self.norm(x)
         if self.dropout:
@@ -234,7 +227,7 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
             names = {"proj": "up", "act": "activation", "mult_bias": "gate_scale"}
             into: nn.Module = GLUView(self, names, self.bound)
         else:
-            clamps = () if self.bound is None else (Softclamp(self.bound),)
+            clamps = (Softclamp(self.bound),) if isinstance(self.bound, float | int) else ()
             into = PartsView(self, "up", *clamps, "activation")
         first = () if self.input_activation is None else ("input_activation",)
         norms = () if self.norm is None else ("norm",)
@@ -255,6 +248,11 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
         return matrices_of(self)
 
     def export_reference(self, state: dict[str, Any], prefix: str) -> None:
+        if isinstance(self.bound, ClampAndShift):
+            raise StateDictError(
+                "the reference has no gate that clamps its values; a model with `ff_activation` = 'clamped_swiglu' "
+                "cannot be exported."
+            )
         if self.glu and self.up.bias is None:
             raise StateDictError(
                 "in the reference the input map of a gated feedforward has a bias; a model with `ff_glu_no_bias` "

@@ -10,22 +10,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError
-from x_transformers.feedforward.softclamp import BoundedGate
+from x_transformers.feedforward.softclamp import BoundedGate, ClampAndShift, ClampedSwiGLU
 from x_transformers.modules.hand_written import by_formula, needs_formula, needs_operations
 from x_transformers.modules.inference import unobserved
 from x_transformers.modules.second_names import View
 from x_transformers.modules.state_dict import LoadsWhole
-from x_transformers.ops import softclamp as clamp
-from x_transformers.options.schema import at_least
+from x_transformers.ops import softclamp
+from x_transformers.options.schema import Options, at_least, require
+
+Bound = float | ClampAndShift
+"""A bound of the values that are gated; a number c means `c * tanh(u / c)`."""
 
 
-def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: Tensor | None) -> Tensor:
+def with_bounds(activation: nn.Module, options: Options) -> tuple[nn.Module, Bound | None]:
+    """Return the activation with its bound, and the bound of the values that it gates, or without gate of its input.
+
+    Args:
+        activation: of the feedforward.
+        options: of the feedforward.
+
+    Raises:
+        ConfigError: if a bound does not fit the activation, or the activation needs a gate.
+    """
+    bounds = options["ff_softclamp"]
+    if not options["glu"].glu:
+        require(
+            not isinstance(activation, ClampedSwiGLU),
+            "`activation` = 'clamped_swiglu' changes both halves of a gated feedforward; set `glu = True`, or choose "
+            "another activation.",
+        )
+        return activation, bounds.softclamp_value
+    if bounds.glu_softclamp:
+        return BoundedGate(activation, bounds.glu_gate_softclamp_value), bounds.glu_up_softclamp_value
+    return activation, values_of(activation)
+
+
+def values_of(activation: nn.Module) -> ClampAndShift | None:
+    """Return the function that an activation of gates applies to the values, if it has one."""
+    return activation.values if isinstance(activation, ClampedSwiGLU) else None
+
+
+def bounded(t: Tensor, bound: Bound) -> Tensor:
+    """Apply a bound elementwise."""
+    return bound(t) if isinstance(bound, ClampAndShift) else softclamp(t, bound)
+
+
+def gated(projected: Tensor, activation: nn.Module, bound: Bound | None, scale: Tensor | None) -> Tensor:
     """Gate the two halves of a projection: `u * activation(g) * scale` with `[u, g] = projected`.
 
     Args:
         projected: `(..., 2 w)`, the value u and the gate g.
         activation: activation of the gate.
-        bound: if given, bounds u by `c * tanh(u / c)`.
+        bound: bounds u by `c * tanh(u / c)`, or by a function; None: it is not bounded.
         scale: `(w,)` learned factor, or None.
 
     Returns:
@@ -37,7 +73,7 @@ def gated(projected: Tensor, activation: nn.Module, bound: float | None, scale: 
         out = projected_gate(projected, kernels, options)
     else:
         up, gate = projected.chunk(2, dim=-1)
-        up = up if bound is None else clamp(up, bound)
+        up = up if bound is None else bounded(up, bound)
         out = up * activation(gate)
     return out if scale is None else out * scale
 
@@ -134,7 +170,7 @@ class GLU(LoadsWhole):
                 raise ConfigError(f"`{name}` is {value}; it must be positive.")
         self.proj = nn.Linear(dim_in, 2 * dim_out)
         self.act = BoundedGate(activation, gate_softclamp_value) if softclamp else activation
-        self.bound = up_softclamp_value if softclamp else None
+        self.bound: Bound | None = up_softclamp_value if softclamp else values_of(activation)
         self.mult_bias = nn.Parameter(torch.ones(dim_out)) if mult_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +187,7 @@ class GLUView(View, GLU):
         bound: of the values u, or None.
     """
 
-    def __init__(self, owner: nn.Module, places: Mapping[str, str | nn.Module], bound: float | None) -> None:
+    def __init__(self, owner: nn.Module, places: Mapping[str, str | nn.Module], bound: Bound | None) -> None:
         nn.Module.__init__(self)
         self.bound = bound
         self._show(owner, places)

@@ -1,5 +1,5 @@
 """Bounds inside of the feedforward: `c * tanh(u / c)` on the input of the activation, or on both halves of a gate
-(2607.24653).
+(2607.24653); or clamps of both halves (2508.10925).
 """
 
 from __future__ import annotations
@@ -78,6 +78,43 @@ class BoundedGate(nn.Module):
     def forward(self, gate: Tensor) -> Tensor:
         """Apply the activation elementwise."""
         return (softclamp_gelu if self.is_gelu else softclamp_silu)(gate, self.value)
+
+
+@dataclass(frozen=True)
+class ClampAndShift:
+    """Values of the clamped gate: `clamp(u, -c, c) + 1`.
+
+    Attributes:
+        limit: the bound c.
+    """
+
+    limit: float
+
+    def __call__(self, up: Tensor) -> Tensor:
+        """Clamp and shift elementwise."""
+        return up.clamp(-self.limit, self.limit) + 1
+
+
+class ClampedSwiGLU(nn.Module):
+    """Activation of the clamped gate: `g * sigmoid(1.702 g)` with `g` at most c; see `ClampAndShift` for the values.
+
+    Args:
+        limit: the bound c.
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    @property
+    def values(self) -> ClampAndShift:
+        """The function of the values that are gated."""
+        return ClampAndShift(self.limit)
+
+    def forward(self, gate: Tensor) -> Tensor:
+        """Apply the activation elementwise."""
+        gate = gate.clamp(max=self.limit)
+        return gate * torch.sigmoid(1.702 * gate)
 
 
 FEATURE = Feature(

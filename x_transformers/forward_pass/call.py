@@ -230,6 +230,8 @@ class Capture:
             the fastest kernel and has no memory for all pairs. A compiled graph records them at once.
         losses: auxiliary losses, and the loads of experts.
         routing: choices of all routers, token by token.
+        reduce_load: function of the load `(E,)` of a router that the balance loss reads instead, as one that takes the
+            mean over processes; the record has the load of this process. Losses per row have loads of their own.
     """
 
     scores: bool = False
@@ -238,6 +240,7 @@ class Capture:
     on_demand: bool = False
     losses: bool = False
     routing: bool = False
+    reduce_load: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)

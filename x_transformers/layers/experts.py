@@ -26,6 +26,11 @@ class TrainsExperts(nn.Module):
         stack = stack_of(self)
         return routed_loss(stack.depth_routers) or any(branch.fn.has_aux_loss for branch in stack.sublayers)
 
+    @property
+    def has_balance_bias(self) -> bool:
+        """True if a router has a balance bias, which `balance_experts_` moves after each step of the optimizer."""
+        return bool(_balanced_routers(stack_of(self)))
+
     @checked
     def balance_experts_(self, record: LayerIntermediates | Sequence[LayerIntermediates], rate: float = 1e-3) -> None:
         """Move the balance bias of each router towards equal loads, in place.
@@ -66,17 +71,22 @@ def stack_of(module: nn.Module) -> LayerStack:
     return stack
 
 
+def _balanced_routers(stack: LayerStack) -> dict[int, Router]:
+    """Return the routers with a balance bias, by the index of their sublayer."""
+    return {
+        index: branch.fn.router
+        for index, branch in enumerate(stack.sublayers)
+        if isinstance(branch.fn, Experts) and isinstance(branch.fn.router, Router) and branch.fn.router.balances
+    }
+
+
 def _loads(stack: LayerStack, records: Iterable[LayerIntermediates]) -> list[tuple[Router, Tensor]]:
     """Return each router with a balance bias that ran, and the sum of its loads.
 
     Raises:
         InputError: if there is no such router, or no loads.
     """
-    routers = {
-        index: branch.fn.router
-        for index, branch in enumerate(stack.sublayers)
-        if isinstance(branch.fn, Experts) and isinstance(branch.fn.router, Router) and branch.fn.router.balances
-    }
+    routers = _balanced_routers(stack)
     if not routers:
         raise InputError("no router has a balance bias; build the stack with `ff_balance_bias = True`.")
     loads: dict[int, tuple[Router, Tensor]] = {}

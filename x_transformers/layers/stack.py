@@ -132,13 +132,14 @@ class LayerStack(nn.Module):
         crossing = not any(kind.is_self_attention for kind in kinds)
         if crossing:
             _refuse_positions(plan, why_not=None if kinds else "has none, nor any other attention")
-        widths = [
-            layer.options["heads"].dim_head
+        reading = [
+            layer.options
             for layer in plan.layers
             if layer.kind.is_self_attention or (crossing and layer.kind.is_attention)
         ]
-        if not widths:
+        if not reading:
             return
+        widths = [options["heads"].dim_head for options in reading]
         if len(set(widths)) > 1:
             raise ConfigError("`attn_dim_head` differs between layers, but positions are shared; give one width.")
         rotated = plan.options["rotary"].rotary_emb_dim
@@ -151,6 +152,7 @@ class LayerStack(nn.Module):
             "causal": self.causal,
             "kv_heads": {fn.kv_heads for fn in self.attentions(*(() if crossing else SELF_ATTENTION.letter))},
             "layers": [index for index, layer in enumerate(plan.layers) if layer.kind.is_self_attention],
+            "shared_keys": {options["latent_rope"].latent_rope_dim for options in reading},
             "kwargs": plan.options["stack"].rel_pos_kwargs,
         }
         for slot, name in (("qk", "rotary_pos_emb"), ("polar qk", "polar_pos_emb"), ("score", "rel_pos")):

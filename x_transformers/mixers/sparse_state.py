@@ -126,7 +126,13 @@ class SparseState(Mixer):
         weights, chosen = logits.softmax(dim=-1).topk(self.top, dim=-1)
         shape, live = (x.shape[0], x.shape[1]), layer.call.token_mask
         return record_routing(
-            Routing(chosen, weights, logits), shape, live, _softmax, self.loss_weights, choices=choices
+            Routing(chosen, weights, logits),
+            shape,
+            live,
+            _softmax,
+            self.loss_weights,
+            choices=choices,
+            reduce_load=layer.call.capture.reduce_load,
         )
 
     def kernel(self, situation: Any, tokens: int) -> tuple[str, str, int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from x_transformers.attention.attention import Attention
+from x_transformers.attention.head_maps import HeadOutput
 from x_transformers.errors import ConfigError, Faults
 from x_transformers.feedforward.experts import Experts
 from x_transformers.feedforward.feedforward import FeedForward
@@ -252,6 +253,8 @@ def _writers(model: nn.Module, stack: LayerStack, faults: Faults) -> Writers:
 
 def _writers_of_function(fn: nn.Module, prefix: str, faults: Faults) -> Writers:
     """Return the entries of the output map of a sublayer."""
+    if type(fn) is Attention and isinstance(fn.out, HeadOutput):
+        return {f"{prefix}.out.weight": -1} | ({} if fn.out.bias is None else {f"{prefix}.out.bias": -1})
     if type(fn) is Attention:
         found = _writers_of_map(fn.out, f"{prefix}.out", "the output of attention", faults)
         if fn.heavy is not None:

@@ -64,6 +64,8 @@ class Feature:
         summary: short description for `help()` and the table of options.
         enabled: receives the options, and returns True if they switch the feature on.
         build: builds the part; each slot defines the arguments.
+        also: functions like `build` by slot, for an attention's features with parts in further slots; they may return
+            None for no part.
         choice: name of a set of alternatives, of which at most one may be on; None if there are none.
         joins: names of alternatives that it can be combined with: its part then contains theirs.
         paper: arXiv id, or "OpenReview ID".
@@ -85,6 +87,7 @@ class Feature:
     summary: str
     enabled: Callable[[Any], bool] = lambda options: True
     build: Callable[..., Any] | None = None
+    also: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     choice: str | None = None
     joins: tuple[str, ...] = ()
     paper: str | None = None

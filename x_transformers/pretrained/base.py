@@ -101,6 +101,21 @@ class Settings:
                 f"express; allowed are {', '.join(map(repr, allowed)) or 'no value'}."
             )
 
+    def refuse_quantized(self) -> None:
+        """Check that the weights are plain numbers.
+
+        Raises:
+            ConfigError: if the configuration says how they are quantized.
+        """
+        how = self.take("quantization_config")
+        if how:
+            method = how.get("quant_method") if isinstance(how, Mapping) else how
+            raise ConfigError(
+                f"the weights of this {self.family} are quantized (`quantization_config`, {shown(method)}), and this "
+                "version reads plain weights. Let transformers dequantize them and save them in bfloat16, and remove "
+                "the entry from the configuration that it writes."
+            )
+
     def rename(self, **names: str) -> None:
         """Read entries that this family names differently under the usual names: `n_embd = "hidden_size"`."""
         for own, usual in names.items():

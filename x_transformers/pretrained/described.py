@@ -125,10 +125,12 @@ def _resolved(words: dict[str, Any], plan: StackPlan) -> dict[str, Any]:
         "attn_kv_heads": 1 if words.get("attn_one_kv_head") else heads,
         "attn_scale": dim_head**-0.5 if isinstance(dim_head, int) else None,
         "norm_eps": 1e-24 if words.get("use_rmsnorm") else 1e-5,
-        "rotary_emb_dim": max(2, dim_head // 2 + dim_head // 2 % 2) if isinstance(dim_head, int) else None,
+        "rotary_emb_dim": words.get("attn_latent_rope_dim"),
         "tie_embedding_scale": dim**-0.5 if words.get("tie_embedding") else None,
         "abs_pos_emb_scale": dim**-0.5,
     }
+    if defaults["rotary_emb_dim"] is None and isinstance(dim_head, int):
+        defaults["rotary_emb_dim"] = max(2, dim_head // 2 + dim_head // 2 % 2)
     needed = {"norm_eps", "tie_embedding_scale", *(("attn_kv_heads", "attn_scale") if attends else ())} | words.keys()
     words |= {name: value for name, value in defaults.items() if words.get(name) is None and name in needed}
     if "ff_experts" in words:

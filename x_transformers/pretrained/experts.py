@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from x_transformers.pretrained.base import Outline, Settings, multiple
-from x_transformers.pretrained.layouts import SWAPPED, Layout, joined
+from x_transformers.pretrained.layouts import SAME, SWAPPED, Layout, joined
 
 STACKED_GATE_FIRST = Layout(
     lambda theirs: [theirs.roll(theirs.shape[1] // 2, 1)], lambda ours: [ours.roll(ours.shape[1] // 2, 1)]
@@ -44,6 +44,11 @@ class ExpertNames:
         shared: prefix of the shared feedforward.
         shared_maps: value, gate and output of it; or one map into it and that out of it.
         shared_gate: the row that gates the shared feedforward; "" for none.
+        router_bias: the bias of the router's logits; "" for none.
+        choice_bias: the bias of the choice of experts; "" for none.
+        layouts: of the map into all experts and of that out of them.
+        biases: the bias of the map into all experts, and of that out of them; empty for none.
+        bias_layout: of the first of these.
     """
 
     router: str = "mlp.gate.weight"
@@ -52,6 +57,11 @@ class ExpertNames:
     shared: str = ""
     shared_maps: tuple[str, ...] = ("up_proj.weight", "gate_proj.weight", "down_proj.weight")
     shared_gate: str = ""
+    router_bias: str = ""
+    choice_bias: str = ""
+    layouts: tuple[Layout, Layout] = (STACKED_GATE_FIRST, SAME)
+    biases: tuple[str, ...] = ()
+    bias_layout: Layout = SAME
 
 
 GATED_SHARED = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
@@ -70,6 +80,7 @@ class ExpertBlocks:
         shared: width of the shared feedforward; 0 for none.
         balance: weight of the balance loss.
         names: of the tensors.
+        router: further keywords of the router.
     """
 
     count: int
@@ -80,6 +91,7 @@ class ExpertBlocks:
     shared: int = 0
     balance: float = 0.0
     names: ExpertNames = ExpertNames()
+    router: Mapping[str, Any] = field(default_factory=dict)
 
     def words(self, dim: int, dense: float) -> dict[str, Any]:
         """Return the keywords of the feedforwards of a stack of width `dim`, whose dense ones have a factor."""
@@ -90,7 +102,12 @@ class ExpertBlocks:
             "ff_router_normalize": self.normalize,
             # without their factor 1 / k
             "ff_balance_loss_weight": self.balance * self.topk,
+            **self.router,
         }
+        if self.names.router_bias:
+            words["ff_router_bias"] = True
+        if self.names.choice_bias:
+            words["ff_balance_bias"] = True
         if self.shared:
             words |= {"ff_shared_mult": multiple(dim, self.shared), "ff_shared_gate": bool(self.names.shared_gate)}
         if not all(self.sparse):
@@ -101,16 +118,25 @@ class ExpertBlocks:
     def put(self, outline: Outline, ours: str, theirs: str) -> None:
         """Link the weights of one block, between the prefix of ours and that of the block in the files."""
         names = self.names
-        outline.put(f"{ours}router.weight", theirs + names.router)
+        for mine, name in (
+            ("weight", names.router),
+            ("bias", names.router_bias),
+            ("score_bias", names.choice_bias),
+        ):
+            if name:
+                outline.put(f"{ours}router.{mine}", theirs + name)
         *into, out = names.maps
         if len(into) == 1:
-            outline.put(f"{ours}up", f"{theirs}{names.experts}{into[0]}", layout=STACKED_GATE_FIRST)
-            outline.put(f"{ours}down", f"{theirs}{names.experts}{out}")
+            for mine, name, layout in zip(("up", "down"), names.maps, names.layouts, strict=True):
+                outline.put(ours + mine, f"{theirs}{names.experts}{name}", layout=layout)
         else:
             each = [f"{theirs}{names.experts}{expert}." for expert in range(self.count)]
             both = [expert + name for expert in each for name in into]
             outline.put(f"{ours}up", *both, layout=pairs_of_experts(self.count))
             outline.put(f"{ours}down", *(expert + out for expert in each), layout=STACKED_MAPS)
+        if names.biases:
+            for mine, name, layout in zip(("up", "down"), names.biases, (names.bias_layout, SAME), strict=True):
+                outline.put(f"{ours}{mine}_bias", f"{theirs}{names.experts}{name}", layout=layout)
         if not self.shared:
             return
         *into, out = names.shared_maps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from x_transformers.errors import StateDictError
 from x_transformers.folders.own import cast
@@ -27,9 +27,9 @@ def read_links(
 
     Args:
         outline: has the links of weights and tensors.
-        own: the parameters of the model, perhaps on the meta device.
+        own: the parameters of the model, and buffers with a link, perhaps on the meta device.
         shards: the files.
-        device, dtype: of the weights; None for the dtype of the first one.
+        device, dtype: of the weights; None for the dtype of the first one. Buffers keep their own.
         new: parameters without a link are allowed.
 
     Raises:
@@ -58,7 +58,8 @@ def read_links(
                     f"which is {tuple(own[name].shape)}."
                 )
             dtype = value.dtype if dtype is None else dtype
-            state[name] = _compact(cast(value, device, dtype))
+            kept = dtype if isinstance(own[name], nn.Parameter) else own[name].dtype
+            state[name] = _compact(cast(value, device, kept))
     return state
 
 

@@ -118,6 +118,20 @@ def by_part(parts: int, *sizes: int) -> Layout:
     return Layout(read, write)
 
 
+def last_first(heads: int, count: int) -> Layout:
+    """Return the layout of a map to heads, whose last features of each are the first ones in ours.
+
+    Args:
+        heads: their number.
+        count: of these features.
+    """
+
+    def rolled(rows: Tensor, by: int) -> Tensor:
+        return rows.unflatten(0, (heads, -1)).roll(by, 1).flatten(0, 1)
+
+    return Layout(lambda theirs: [rolled(theirs, count)], lambda ours: [rolled(ours, -count)])
+
+
 def by_group(heads: int, kv_heads: int) -> Layout:
     """Return the layout of one map whose rows are the queries that share a key, their key, their value, and so on.
 

@@ -140,8 +140,10 @@ def _load_other(
     with open_shards(path) as shards:
         with without_memory():
             model = changed.build()
+        own = dict(model.named_parameters())
+        own |= {name: buffer for name, buffer in model.named_buffers() if name in outline.weights}
         try:
-            state = read_links(outline, dict(model.named_parameters()), shards, device, dtype, new=bool(overrides))
+            state = read_links(outline, own, shards, device, dtype, new=bool(overrides))
         except StateDictError as error:
             raise StateDictError(f"the weights in {path} do not fit: {error}") from error
     state |= new_values(changed, model, state, device)

@@ -27,6 +27,7 @@ def read_outline(path: Path | str, entries: Mapping[str, Any], tower: str | None
     settings = Settings(entries)
     read = _reader(path, settings.family, tower)
     try:
+        settings.refuse_quantized()
         outline = read(settings)
         settings.finish()
     except ConfigError as error:

@@ -92,7 +92,7 @@ def find_family(model: SavesFolders, state: Mapping[str, Tensor], family: str | 
             try:
                 outline = read_outline("the configuration", entries)
                 config = config_of(outline)
-                left = differences(words, described(config)) or _other_weights(config, state)
+                left = differences(words, described(config)) or _other_weights(config, state, outline)
             except (ConfigError, CheckpointError):
                 continue
             if not left:
@@ -114,7 +114,7 @@ def _as_it_came(model: SavesFolders, state: Mapping[str, Tensor]) -> tuple[dict[
     config = config_of(outline)
     # JSON has lists for tuples
     same = json.loads(json.dumps(config)) == json.loads(json.dumps(model.config))
-    return (dict(origin), outline) if same and not _other_weights(config, state) else None
+    return (dict(origin), outline) if same and not _other_weights(config, state, outline) else None
 
 
 def _proposals(name: str, words: Mapping[str, Any], origin: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -135,10 +135,12 @@ def _proposals(name: str, words: Mapping[str, Any], origin: Mapping[str, Any] | 
     yield {"architectures": [family.architecture], "model_type": name, **kept, **made}
 
 
-def _other_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
+def _other_weights(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], outline: Outline
+) -> dict[str, tuple[Any, Any]]:
     """Return what a model of this configuration does not have, or has in other shapes, with both shapes.
 
-    Buffers that follow from options must be equal.
+    Buffers that follow from options must be equal, unless the files have them.
     """
     with without_memory():
         model = Configured.from_config(config)
@@ -149,7 +151,7 @@ def _other_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> di
     names = dict.fromkeys((*ours, *theirs))
     left = {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
     if not left:
-        derived = {name: t for name, t in expected.items() if not t.is_meta}
+        derived = {name: t for name, t in expected.items() if not t.is_meta and name not in outline.weights}
         left = {name: ("others", "others") for name, t in derived.items() if not torch.equal(t, state[name].cpu())}
     return left
 

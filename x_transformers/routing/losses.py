@@ -42,6 +42,7 @@ def record_routing(
     weights: LossWeights,
     *,
     choices: bool,
+    reduce_load: Callable[[Tensor], Tensor] | None = None,
 ) -> RoutingRecord:
     """Return the loads, losses and choices of one executed router. A loss of several heads is the mean over them.
 
@@ -52,6 +53,7 @@ def record_routing(
         probabilities: logits to shares of the scores.
         weights: of the losses.
         choices: record the routing itself.
+        reduce_load: function of the load in the balance loss; see `Capture`.
     """
     # autocast would not change these operations, but a custom function of logits might contain others
     with torch.autocast(routing.logits.device.type, enabled=False):
@@ -63,8 +65,10 @@ def record_routing(
         losses = {}
         if weights.balance > 0:
             topk = routing.experts.shape[-1]
-            per_row = weights.balance_per_row
-            value = balance_of_rows(chosen, probs, live) if per_row else (load * prob).sum(dim=-1).mean()
+            if weights.balance_per_row:
+                value = balance_of_rows(chosen, probs, live)
+            else:
+                value = ((load if reduce_load is None else reduce_load(load)) * prob).sum(dim=-1).mean()
             losses["balance"] = AuxLoss(value * (count / topk), weights.balance)
         if weights.router_z > 0:
             squares = logits.logsumexp(dim=-1, keepdim=True).square()

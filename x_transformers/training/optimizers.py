@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ class Muon(Optimizer):
 
     Arguments, state and steps are those of `torch.optim.Muon`. Parameters that are sharded over processes
     (`torch.distributed.fsdp.fully_shard`) keep sharded momentum; each direction is gathered for its step only, since
-    orthogonalizing shards is not the same as orthogonalizing the matrix.
+    orthogonalizing shards is not the same as orthogonalizing the matrix. Of stacks that are sharded along their first
+    axis each process has whole matrices, and orthogonalizes these.
 
     Args:
         params: matrices and stacks of them (those of experts), or groups; see `split_parameters`.
@@ -159,19 +160,25 @@ class Muon(Optimizer):
         kept = state["momentum_buffer"]
         kept.lerp_(grad, 1 - group["momentum"])
         direction = grad.lerp(kept, group["momentum"]) if group["nesterov"] else kept
-        whole = _whole(direction).to(group["ns_dtype"])
+        has_whole = _has_whole_matrices(parameter)
+        whole = (cast(Any, direction).to_local() if has_whole else _whole(direction)).to(group["ns_dtype"])
         numbers = group["ns_coefficients"], group["ns_steps"], group["eps"]
         if whole.ndim == 2:
             update = orthogonalized(whole, *numbers)
         else:
             each = [orthogonalized(matrix, *numbers) for matrix in whole.flatten(0, -3).unbind(0)]
-            update = torch.stack(each).view_as(whole)
+            # a process may have no matrix of a stack
+            update = torch.stack(each).view_as(whole) if each else whole
         rows, columns = parameter.shape[-2:]
         lr = group["lr"]
         matched = group["adjust_lr_fn"] == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if matched else math.sqrt(max(1, rows / columns))
         parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.add_(_sharded_as(update.to(parameter.dtype), parameter), alpha=-lr * scale)
+        update = update.to(parameter.dtype)
+        if has_whole:
+            cast(Any, parameter).to_local().add_(update, alpha=-lr * scale)
+        else:
+            parameter.add_(_sharded_as(update, parameter), alpha=-lr * scale)
 
 
 def orthogonalized(
@@ -236,6 +243,16 @@ def _is_sharded(t: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(t, DTensor)
+
+
+def _has_whole_matrices(t: Any) -> bool:
+    """Return True if a stack of matrices is sharded, and each process has some of the matrices."""
+    if t.ndim == 2 or not _is_sharded(t):
+        return False
+    from torch.distributed.tensor import Replicate, Shard
+
+    # not parts of parts, which are another kind of shards
+    return all(type(each) is Replicate or (type(each) is Shard and each.dim == 0) for each in t.placements)
 
 
 def _whole(t: Any) -> Tensor:

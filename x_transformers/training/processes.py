@@ -17,6 +17,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from x_transformers.errors import ConfigError, InputError
+from x_transformers.feedforward.expert_networks import STACKS
+from x_transformers.feedforward.experts import Experts
 from x_transformers.layers.branches.shared_norm import with_what_they_share
 from x_transformers.layers.layers import AttentionLayers
 
@@ -24,6 +26,9 @@ SINCE = Version("2.9")
 """First version of PyTorch whose gradients of shards on a CPU are means over processes; 2.7 and 2.8 return sums."""
 
 ON_CPU = Version(Version(torch.__version__).base_version) >= SINCE
+
+LEAVES_OUT = Version(Version(torch.__version__).base_version) >= Version("2.7")
+"""`fully_shard` has the argument `ignored_params`."""
 
 GATHERS_AGAIN = Version(Version(torch.__version__).base_version) >= Version("2.11")
 """Shards are gathered for a sublayer that runs again after a part of its gradient is there: see `_gather_again`."""
@@ -137,20 +142,22 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
 
     Call it after moving the model to its device and before creating optimizers. Gradients are means over processes.
     Parameters that are single numbers (the factor of a dynamic tanh) cannot be sharded: each process keeps them, and
-    the optimizer of such a model must not be `fused` or `foreach`, which cannot mix kinds of tensors. `generate` needs
-    an unsharded model, into which `gathered` weights were loaded.
+    the optimizer of such a model must not be `fused` or `foreach`, which cannot mix kinds of tensors. Experts that
+    `shard_experts` has divided stay as they are. `generate` needs an unsharded model, into which `gathered` weights
+    were loaded.
 
     Args:
         model: a model or a wrapper.
-        mesh: a `DeviceMesh` with one axis to shard over, or two for replicas and shards; default all processes.
+        mesh: a `DeviceMesh` with one axis to shard over, or two that have names, for replicas and shards; default all
+            processes.
         options: of `torch.distributed.fsdp.fully_shard`: `mp_policy`, `reshard_after_forward`, `offload_policy`.
 
     Returns:
         The same module.
 
     Raises:
-        ConfigError: if the processes are not joined, or there is no stack of layers in the model, or if it is on a CPU
-            and this version of PyTorch shards none there.
+        ConfigError: if the processes are not joined, there is no stack of layers in the model, `mesh` has other axes,
+            experts are divided among other processes than it has, or this version of PyTorch cannot shard the model.
     """
     if not joins():
         raise ConfigError(
@@ -171,12 +178,26 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
         )
     if mesh is None:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
+    if mesh.ndim not in (1, 2) or (mesh.ndim == 2 and not mesh.mesh_dim_names):
+        raise ConfigError(
+            f"`mesh` has {mesh.ndim} axes without names; it must have one, or two with names, for replicas and shards, "
+            "as in `init_device_mesh(device, (2, 4), mesh_dim_names = ('replicas', 'shards'))`."
+        )
+    divided = _divided_experts(model, mesh)
     # `fully_shard` keeps a part of what each process has: parts of different random weights would make no model
     for tensor in (*model.parameters(), *model.buffers()):
-        _over_mesh(tensor.data, mesh, lambda t, group: dist.broadcast(t, dist.get_global_rank(group, 0), group=group))
+        if tensor not in divided:
+            _over_mesh(
+                tensor.data, mesh, lambda t, group: dist.broadcast(t, dist.get_global_rank(group, 0), group=group)
+            )
     numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    if numbers:
-        options["ignored_params"] = numbers | set(options.get("ignored_params") or ())
+    if numbers or divided:
+        if not LEAVES_OUT:
+            raise ConfigError(
+                f"`shard` needs PyTorch 2.7 for parameters that are single numbers and for divided experts, and this "
+                f"is {torch.__version__}; use `torch.nn.parallel.DistributedDataParallel`."
+            )
+        options["ignored_params"] = numbers | divided | set(options.get("ignored_params") or ())
         for number in numbers:
             number.register_post_accumulate_grad_hook(functools.partial(_average, mesh))
     for stack in stacks:
@@ -187,6 +208,25 @@ def shard(model: Module, mesh: Any = None, **options: Any) -> Module:
     # a sublayer returns its input too, which hooks turn into a view; nothing in this library changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     return fully_shard(model, mesh=mesh, **options)  # type: ignore[return-value]
+
+
+def _divided_experts(model: nn.Module, mesh: Any) -> set[nn.Parameter]:
+    """Return the parameters of experts that processes have divided.
+
+    Raises:
+        ConfigError: if these are fewer processes than a mesh has, so that gradients would not be means over all.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Experts) and module.exchange is not None]
+    for module in modules:
+        assert module.exchange is not None
+        count = module.exchange.mesh.size()
+        if count != mesh.size():
+            raise ConfigError(
+                f"the experts are divided among {count} processes, and `mesh` has {mesh.size()}; give `shard_experts` "
+                "a mesh of two axes, for replicas and for experts, that has all of them."
+            )
+    stacks = [getattr(module, name) for module in modules for name in STACKS]
+    return {stack for stack in stacks if stack is not None}
 
 
 @torch.compiler.disable
@@ -260,6 +300,20 @@ def wait_for_all() -> None:
     """Wait until every process has called this."""
     if joins():
         dist.barrier()
+
+
+def mean_load(load: Tensor) -> Tensor:
+    """Return the mean over the processes of a load of experts `(E,)`, for the balance loss.
+
+    With `capture = Capture(reduce_load = mean_load)` as an argument of each pass, the mean over processes of their
+    balance losses is the balance loss of the whole batch, if they have equally many tokens (2501.11873). Otherwise each
+    process balances its own part of the batch.
+    """
+    if not joins():
+        return load
+    whole = load.detach().clone()
+    dist.all_reduce(whole)
+    return whole / dist.get_world_size()
 
 
 def every_process(value: Any) -> list[Any]:

@@ -15,11 +15,13 @@ from torch import Tensor
 from x_transformers.checkpoints.folder import CHECKPOINTS
 from x_transformers.checkpoints.training import latest_checkpoint, load_checkpoint, save_checkpoint
 from x_transformers.errors import CheckpointError, InputError
+from x_transformers.forward_pass.call import Capture
 from x_transformers.layers.batch_norms import advance_all_norms, forget_statistics
 from x_transformers.layers.explain import count
 from x_transformers.training.batches import Batches, spaced_windows
 from x_transformers.training.budget import LOOK, Budget
 from x_transformers.training.curve import draw_curve
+from x_transformers.training.expert_parallel import shard_experts
 from x_transformers.training.gradients import clip_gradients
 from x_transformers.training.packages import needed
 from x_transformers.training.processes import Processes, gathered, shard, wait_for_all
@@ -32,6 +34,7 @@ from x_transformers.training.texts import Texts
 from x_transformers.training.token_files import TokenFiles, Tokens, as_tensor
 
 SAMPLE = 160
+LOADS = Capture(losses=True)
 BAR = "{percentage:3.0f}%|{bar:24}| {postfix}"
 
 
@@ -65,7 +68,13 @@ class Run:
         self.parameters, self.flops = count(self.model), flops_per_token(self.model.net, self.context)
         if processes.count > 1:
             self.whole = copy.deepcopy(self.model)  # unsharded copy, which writes samples
-            self.model = shard(self.model)
+            self.model = shard(shard_experts(self.model) if settings.shard_experts else self.model)
+        self.balances = self.model.net.has_balance_bias and settings.balance_rate > 0
+        if self.balances and settings.loss_chunk:
+            raise InputError(
+                "`ff_balance_bias` needs the loads of each pass, which --loss-chunk does not return; train with "
+                "--loss-chunk 0, or without biases (--balance-rate 0)."
+            )
         self.optimizers = optimizers_of(settings, self.model)
         self.step, self.stopped, self.held_out, self.smooth = 0, False, None, None
         threads = settings.threads if checkpoint is None else self._resume(checkpoint)
@@ -154,11 +163,11 @@ class Run:
         """Return the completed fraction of training, in [0, 1]."""
         return self.budget.done(self.step)
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean loss of windows, in nats per token."""
+    def loss(self, tokens: Tensor, **arguments: Any) -> Any:
+        """Return the mean loss of windows, in nats per token, and what arguments of the pass request besides."""
         device = torch.device(self.processes.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            return self.model(tokens.to(device, non_blocking=True))
+            return self.model(tokens.to(device, non_blocking=True), **arguments)
 
     def train_step(self) -> Tensor:
         """Take one step, and return its loss."""
@@ -169,9 +178,14 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
         batch = self.processes.part(self.batches.at(self.step))
-        total = torch.zeros((), device=self.processes.device)
+        total, records = torch.zeros((), device=self.processes.device), []
         for part in batch.chunk(settings.accumulate):
-            loss = self.loss(part) * (len(part) / len(batch))
+            if self.balances:
+                loss, (_, record) = self.loss(part, return_outputs=True, capture=LOADS)
+                records.append(record)
+            else:
+                loss = self.loss(part)
+            loss = loss * (len(part) / len(batch))
             loss.backward()
             total += loss.detach()
         if clip := settings.of_preset("clip"):
@@ -180,6 +194,8 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         advance_all_norms(self.model)
+        if self.balances:
+            self.model.net.balance_experts_(records, settings.balance_rate)
         self.step += 1
         return total
 

@@ -67,6 +67,9 @@ class Settings:
     clip: float | None = flag(
         None, "bound of the norm of gradients, 0 for none; default that of the preset", number(float, 0), metavar="NORM"
     )
+    balance_rate: float = flag(
+        1e-3, "step of the balance biases of routers (ff_balance_bias), 0 for none", number(float, 0, 1)
+    )
     seed: int = flag(0, "of weights and of the order of the data", number(int, 0, 2**32 - 1))
 
     # budget
@@ -83,6 +86,9 @@ class Settings:
     )
     compile: bool = flag(False, "compile the model block by block")
     recompute: int = flag(0, "keep only the input of every n-th block (activation checkpointing)", number(int, 0))
+    shard_experts: bool = flag(
+        False, "in several processes, divide experts among them instead of gathering all of them in every pass"
+    )
     loss_chunk: int = flag(0, "tokens whose logits are in memory at once; 0 for all", number(int, 0), metavar="N")
 
     # results

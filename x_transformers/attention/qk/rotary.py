@@ -6,7 +6,7 @@ The pair of features `(2k, 2k + 1)`, or `(k, k + r / 2)`, of a token at position
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -280,6 +280,7 @@ def build(
     causal: bool,
     kv_heads: set[int],
     layers: Sequence[int],
+    shared_keys: Collection[int | None] = (None,),
     **_: Any,
 ) -> RotaryEmbedding | TransformsByLayer:
     """Build the embedding of a stack whose heads have `dim_head` features.
@@ -291,11 +292,12 @@ def build(
         causal: the stack is causal.
         kv_heads: the numbers of key heads of its self-attentions.
         layers: index of each self-attention among the sublayers.
+        shared_keys: the values of `attn_latent_rope_dim`: numbers of features of a key that all heads share.
 
     Raises:
         ConfigError: if more features or heads are to rotate than there are, if grouped heads are to rotate in part, if
-            xPos is requested for a stack that is not causal, or if a tuple does not have a value for each
-            self-attention.
+            xPos is requested for a stack that is not causal, if a tuple does not have a value for each self-attention,
+            or if more features are to rotate than all heads share.
     """
     if options.rotary_xpos and not causal:
         raise ConfigError("`rotary_xpos` needs a causal stack; use `rotary_pos_emb` in an `Encoder`.")
@@ -307,6 +309,7 @@ def build(
             "`rotate_num_heads` needs as many kv heads as heads, since keys rotate too; drop `attn_kv_heads` or rotate "
             "all heads."
         )
+    options = _within_shared_key(options, shared_keys)
     if options.by_layer is None:
         return _build_one(options, dim_head)
     for name, values in options.by_layer.items():
@@ -324,6 +327,25 @@ def build(
                 different.append(own)
             chosen[index] = different.index(own)
     return TransformsByLayer([_build_one(each, dim_head) for each in different], chosen)
+
+
+def _within_shared_key(options: RotaryOptions, shared_keys: Collection[int | None]) -> RotaryOptions:
+    """Return the options with no other features rotated than those of the key that all heads share, if there is one."""
+    if set(shared_keys) == {None}:
+        return options
+    if len(shared_keys) > 1:
+        raise ConfigError(
+            "`attn_latent_rope_dim` differs between layers, but all of them rotate the same features; give one number."
+        )
+    (shared,) = shared_keys
+    assert shared is not None
+    dim = shared if options.rotary_emb_dim is None else options.rotary_emb_dim
+    if dim > shared:
+        raise ConfigError(
+            f"`rotary_emb_dim` is {dim}, but only the `attn_latent_rope_dim` = {shared} features of a key that come "
+            "from the input rotate; choose at most as many, or drop `rotary_emb_dim`."
+        )
+    return replace(options, rotary_emb_dim=dim)
 
 
 def _build_one(options: RotaryOptions, dim_head: int) -> RotaryEmbedding:
