@@ -51,6 +51,10 @@ AT_SIZE: dict[str, dict[str, Any]] = {
     "soft_experts": {"ff_soft_experts": 8, "ff_soft_slots": LENGTH // 32},
     "heavy_feedforward": {"ff_heavy_share": 0.25, "ff_mult": 1},
     "heavy_attention": {"attn_heavy_queries": 0.25},
+    "relaxed_recursion": {"weight_tie_layers": True, "tie_lora_rank": 16},
+    "rational": {"ff_rational": True},
+    "param_attention": {"ff_param_attention": "l2_gelu", "ff_no_bias": True},
+    "param_tokens": {"attn_param_tokens": DIM},
     "softclamp_logits": {"attn_softclamp_logits": True},
     "relative_projection": {"attn_use_rel_proj_pos_bias": True, "attn_rel_proj_max_dist": 64},
     "cope": {"attn_use_cope": True, "attn_cope_max_pos": 16},
@@ -88,6 +92,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "custom_layers": {},
     # a dense layer with as many active parameters
     "experts": {},
+    # the wide layer for all tokens
+    "heavy_feedforward": {},
     "value_mix": {"add_value_residual": True, "learned_value_residual_mix": False},
 }
 """Keywords of the model to compare with, if it is not simply the model without the feature's own keywords."""

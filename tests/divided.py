@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "keys": {"ff_router": "keys", "ff_experts_topk": 1, "ff_router_z_loss_weight": 0.0, "weight_tie_layers": True},
     "one-sided": {"ff_experts_topk": 1, "ff_balance_bias": True},
+    "uneven": {"ff_experts": 3},
 }
 """Every parameter with an axis of experts, blocks that run again, layers that are shared, and tokens that all choose an
 expert of the first process."""
@@ -54,8 +55,10 @@ CASES = {
     "keys": "ddp",
     "one-sided": "ddp",
     "gated-replicas": "replicas",
+    "uneven": "shard only",
 }
-"""What averages the gradients of everything but experts. Replicas: each process has all experts."""
+"""What averages the gradients of everything but experts. Replicas: each process has all experts. `shard` by itself
+gathers experts for each pass, and their number need not be divisible."""
 RUN = [name for name, around in CASES.items() if ON_CPU or around == "ddp"]
 
 
@@ -81,7 +84,8 @@ def divided(name: str, seed: int) -> nn.Module:
     """Build a model whose experts are divided; the first process's weights count."""
     model, around = build(name, seed), CASES[name]
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "experts")) if around == "replicas" else None
-    shard_experts(model, mesh)
+    if around != "shard only":
+        shard_experts(model, mesh)
     return DistributedDataParallel(model) if around == "ddp" else shard(model, mesh)
 
 

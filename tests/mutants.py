@@ -46,6 +46,7 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
 EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
+DIVIDED = "test_divided_experts.py -k two"
 SWITCH, POWER = "test_switch_head.py", "test_power_softmax.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
 
@@ -53,6 +54,7 @@ CONVOLUTIONS = (
     "test_long_convolutions.py test_mixers.py -k '(h3 or lmu or hyena) and (rows_are or pieces) or filters or equal'"
 )
 GROUPS = "test_grouped_attention.py"
+CHEAPER, BATCH = "test_norm_conversions.py", "test_prepbn.py -k 'not run and not learns'"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,20 @@ class Mutation:
 
 
 MUTATIONS = (
+    # norms of batches, and conversions of norms
+    Mutation(
+        "norms: the feature that is left out", r"x\.shape\[-1\] \+ 1\)", "x.shape[-1])", CHEAPER, "modules/norms.py"
+    ),
+    Mutation("norms: gains of readers", r"old\.double\(\) \* readers\[name\]\.double\(\)", "old.double()", CHEAPER),
+    Mutation("norms: the scale of a tied head", r"\.detach\(\) \* head\.scale", ".detach()", CHEAPER),
+    Mutation(
+        "norms: the share of LayerNorm", r"1 - self\.steps_done / self\.steps", "self.steps_done / self.steps", BATCH
+    ),
+    Mutation("norms: padding of a sublayer", r"x, layer\.call\.token_mask\)", "x, None)", BATCH, "modules/prepbn.py"),
+    Mutation("norms: padding of the output", r"stream, state\.call\.token_mask\)", "stream, None)", BATCH),
+    Mutation("norms: the variance of the batch", r"\(count - 1\)\.clamp", "count.clamp", BATCH, "modules/prepbn.py"),
+    Mutation("norms: memories by themselves", r"norm\(memory, statistics=seen\)", "norm(memory)", BATCH),
+    Mutation("norms: one of several passes", r"joined\(\[\*earlier, \*seen\]\)", "seen[-1]", BATCH),
     # calls: names, models that see the future, sequences without targets, names of wrapped models
     Mutation(
         "losses of models that see the future", r"if sees and _is_ours", "if not sees and _is_ours", "test_next_item.py"
@@ -107,6 +123,16 @@ MUTATIONS = (
     Mutation("losses in evaluation", r"if not \(model\.training and ", "if not (", AUX),
     Mutation("dropped experts although too few are left", r"dropped & \(left >= topk\)", "dropped", EXPERTS),
     Mutation("biases of all experts are added", r"fn\.down\.bias\.detach\(\) / topk", "fn.down.bias.detach()", EXPERTS),
+    # divided experts; each runs two processes
+    Mutation("gradients of divided experts are sums", r"return gradient / self\.size", "return gradient", DIVIDED),
+    Mutation(
+        "rows return in another order", r"out, here\.inverse, here\.order", "out, here.order, here.inverse", DIVIDED
+    ),
+    Mutation("replicas of experts are not averaged", r"own /= mesh\.size\(0\)", "own /= 1", DIVIDED),
+    Mutation("loads of the balance loss are sums", r"return whole / dist\.get_world_size\(\)", "return whole", DIVIDED),
+    Mutation(
+        "the command does not balance", r"if self\.balances:\n( +)self\.model", r"if False:\n\1self.model", DIVIDED
+    ),
     Mutation("heads choose the matrices of the first", r"\+ experts \* torch\.arange", "+ 0 * torch.arange", SWITCH),
     Mutation("outputs choose as the memory does", r"\[:, columns - xq\.shape\[1\] :\]", "[:, : xq.shape[1]]", SWITCH),
     Mutation("values choose as outputs do", r"self\.values\(xv\.flatten", "self.values(xq.flatten", SWITCH),

@@ -793,7 +793,6 @@ REFUSED: dict[str, str] = {
         "attn_custom_attn_fn"
     ),
     "rotary_base_rescale_factor": "rotary_interleaved attn_latent_rope_dim",
-    "rotary_base_rescale_factor": "rotary_interleaved",
     "attn_heavy_queries": "polar_pos_emb",
     # with heads of its own
     "attn_heavy_keys": (
@@ -812,7 +811,6 @@ REFUSED: dict[str, str] = {
     "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_activation_limit ff_custom_activation ff_rational",
     "attn_gin": NO_GIN,
     "attn_gin_threshold": f"{NO_GIN} attn_flash attn_laser",
-    "ff_glu_softclamp": "ff_relu_squared ff_solu ff_activation ff_custom_activation ff_rational",
     "ff_param_attention": (
         f"ff_glu ff_glu_no_bias ff_glu_softclamp ff_post_act_ln {STACKED} ff_heavy_tokens ff_heavy_share"
     ),

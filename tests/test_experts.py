@@ -281,6 +281,11 @@ ELSEWHERE = {
     "colt5-feedforward-soft": "tests/test_whole_row_feedforwards.py",
     "colt5-attention-heavy": "tests/test_heavy_attention.py",
     "soft-moe": "tests/test_whole_row_feedforwards.py",
+    "gin-attention-none": "tests/test_gin.py",
+    "gin-attention-relu": "tests/test_gin.py",
+    "gin-attention-sharp-softplus": "tests/test_gin.py",
+    "gin-attention-sigmoid-elementwise": "tests/test_gin.py",
+    "gin-attention-silu": "tests/test_gin.py",
 }
 """Files of the folder that other tests read; `test_list_of_expert_goldens.py` checks it."""
 

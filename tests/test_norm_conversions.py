@@ -230,6 +230,7 @@ REFUSED: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     ({}, {"unet_skips": True}, "`unet_skips` maps the stream itself"),
     ({}, {"softclamp_output": True}, "`softclamp_output` bounds the features one by one"),
     ({}, {"reinject_input": True}, "`reinject_input` and its gate read the stream"),
+    ({}, {"depth_routing": "threshold"}, "routers of `depth_routing` read the stream"),
     ({}, {"attn_on_attn": True}, "the output of attention comes from GatedOutput"),
     ({}, {"ff_rwkv": True}, "a sublayer runs ChannelMix"),
     ({}, {"mixer": "linear"}, "whose output cannot be centered"),

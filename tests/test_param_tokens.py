@@ -242,6 +242,8 @@ def test_refusals_of_growth() -> None:
             grow_param_tokens_(build(**BOTH), tokens)
     with pytest.raises(ConfigError, match="must be a stack"):
         grow_param_tokens_(nn.Linear(2, 2), 4)
+    with pytest.raises(ConfigError, match="`optimizers` contains 3"):
+        grow_param_tokens_(build(**BOTH), 4, 3)
     stack = build(**BOTH)
     stack.layers[1].feedforward.down = nn.Sequential(stack.layers[1].feedforward.down)
     with pytest.raises(ConfigError, match="a Sequential is in the place of one"):

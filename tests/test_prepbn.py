@@ -25,7 +25,7 @@ from x_transformers import (
 )
 from x_transformers.errors import ConfigError, InputError
 from x_transformers.layers.batch_norms import advance_all_norms, forget_statistics
-from x_transformers.modules.prepbn import PENDING, PrepBN
+from x_transformers.modules.prepbn import PENDING, PrepBN, joined
 from x_transformers.training.train import train
 from x_transformers.training.trained import trained_model
 
@@ -244,6 +244,18 @@ def test_a_model_learns_in_training_what_it_uses_in_evaluation() -> None:
     with torch.no_grad():
         evaluated = objective.eval()(rows).item()
     assert evaluated < 1.5 * trained + 0.1 < 2
+
+
+def test_without_a_live_token_statistics_stay() -> None:
+    norm, x = perturbed(PrepBN(4)).train(), torch.randn(2, 3, 4)
+    none = norm.statistics_of(x, torch.zeros(2, 3, dtype=torch.bool))
+    assert norm(x, statistics=none).isfinite().all()
+    norm.advance(joined([none, none]))
+    assert norm.steps_done == 1
+    close(norm.running_var, torch.ones(4))
+    some = norm.statistics_of(x, None)
+    close(joined([none, some]).mean, some.mean)
+    close(joined([none, some]).var, some.var)
 
 
 def test_statistics_of_both_stacks_are_taken_over() -> None:

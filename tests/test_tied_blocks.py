@@ -276,7 +276,7 @@ def test_refusals_of_conversion() -> None:
         to_recursive(stack(ff_experts=2), 2, 2)
     with pytest.raises(ConfigError, match="must be a stack"):
         to_recursive(nn.Linear(2, 2), 2, 2)
-    with pytest.raises(InputError, match="`init`"):
+    with pytest.raises(ConfigError, match="`init` is 'first'"):
         to_recursive(stack(), 2, 2, "first")
 
 

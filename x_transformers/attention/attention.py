@@ -213,10 +213,7 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         if self.sink is not None:
             # the sink's logits come first; no query and no key takes part in them
             logits = logits[..., 1:]
-        keys, shared = [self.projections.k], 0
-        if self.latent_kv is not None:
-            keys, shared = [self.projections.k, self.latent_kv.sub_keys], self.latent_kv.shared
-        clip_heads(self.projections.q, keys, clip_factors(logits, tau), self.kv_heads, shared)
+        clip_heads(self.projections, self.latent_kv, clip_factors(logits, tau))
 
     def prepare(self) -> Map | None:
         """Return the output projection, if it is a plain linear map."""

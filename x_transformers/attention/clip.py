@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,7 @@ def clip_factors(logits: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_heads(
-    queries: nn.Module, keys: Sequence[nn.Module | None], factors: Tensor, kv_heads: int, shared: int = 0
-) -> None:
+def clip_heads(projections: Any, latent: Any, factors: Tensor) -> None:
     """Multiply the logits of each query head by its factor, shared between queries and keys.
 
     The rows of key head g, and their biases, are multiplied by `sqrt(f_g)`, with `f_g` the least factor of the query
@@ -56,18 +54,17 @@ def clip_heads(
     factor.
 
     Args:
-        queries: the map to `h * d` features.
-        keys: the maps whose features, concatenated, are the `g * d` features of the keys; with shared features, the
-            last one is the map to these.
+        projections: the maps `q` to `h * d` features and `k` to those of the keys, or to some of these.
+        latent: has the map `sub_keys` to the others, and the number `shared` of features that all heads share; None if
+            there is no latent of keys.
         factors: `(h,)`.
-        kv_heads: g.
-        shared: number of features of the keys that all heads share.
 
     Raises:
         InputError: if one of the maps was replaced by a module that is not linear.
     """
-    own = keys[:-1] if shared else keys
-    to_queries, to_keys = _linear(queries), [_linear(each) for each in own if each is not None]
+    kv_heads, shared = projections.kv_heads, 0 if latent is None else latent.shared
+    keys = (projections.k, None if latent is None or shared else latent.sub_keys)
+    to_queries, to_keys = _linear(projections.q), [_linear(each) for each in keys if each is not None]
     of_keys = factors.unflatten(0, (kv_heads, -1)).amin(dim=-1).sqrt()
     rest = factors / of_keys.repeat_interleave(len(factors) // kv_heads)
     width = to_queries.weight.shape[0] // len(factors)

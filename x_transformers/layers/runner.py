@@ -241,11 +241,11 @@ def run_steps(stack: LayerStack, steps: Sequence[Step], inputs: PassInputs, stat
         record: Any = output.record
         if record is not None:
             record.layer_index = step.layer
-            routed = (record,)
+            routings = (record,)
             if kind.is_attention:
                 recorder.records.append(record)
-                routed = record.routing
-            for each in routed:
+                routings = record.routing
+            for each in routings:
                 each.layer_index, each.step = step.layer, step.number
                 recorder.routing.append(each)
         if recorder.keeps_states:

@@ -48,6 +48,9 @@ def grow_param_tokens_(model: nn.Module, tokens: int, *optimizers: Optimizer) ->
             f"`model` is {shown(model)}; it must be a stack, or a model with a stack as `attn_layers`, without what is "
             "around it."
         )
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"`optimizers` contains {shown(optimizer)}; they must be optimizers of `torch.optim`.")
     stack = stack_of(model)
     found = {id(fn): (fn, list(_tokens_of(fn))) for fn in (branch.fn for branch in stack.sublayers)}
     grown = [(fn, maps) for fn, maps in found.values() if maps]

@@ -15,14 +15,12 @@ from x_transformers.layers.experts import TrainsExperts, stack_of
 from x_transformers.layers.stack import LayerStack
 from x_transformers.layers.tied_blocks import linear_maps
 from x_transformers.modules.tied_linear import TiedLinear
-from x_transformers.options.checked import checked_function
-from x_transformers.options.values import shown
+from x_transformers.options.values import hints_of, misfits, plain, shown
 
 Net = TypeVar("Net", bound=SavesFolders)
 Start = Literal["average", "lower", "stepwise"]
 
 
-@checked_function
 def to_recursive(
     model: Net,
     blocks: int,
@@ -52,6 +50,11 @@ def to_recursive(
     Raises:
         ConfigError: if blocks differ or are tied already, or a number does not fit.
     """
+    given = {
+        name: plain(value) for name, value in (("blocks", blocks), ("rank", rank), ("init", init), ("order", order))
+    }
+    for sentence in misfits(hints_of(to_recursive), given):
+        raise ConfigError(sentence)
     if not isinstance(model, TrainsExperts):
         raise ConfigError(
             f"`model` is {shown(model)}; it must be a stack, or a model with a stack as `attn_layers`, without what is "
@@ -62,7 +65,7 @@ def to_recursive(
         raise ConfigError("blocks of the model run several times already; convert a model that runs each block once.")
     config = copy.deepcopy(model.config)
     options = config["options"] if isinstance(model, LayerStack) else config["options"]["attn_layers"]["options"]
-    options |= {"tie_blocks": blocks, "tie_lora_rank": rank, "tie_own_norms": True}
+    options |= {"tie_blocks": given["blocks"], "tie_lora_rank": given["rank"], "tie_own_norms": True}
     options |= {"tie_order": order} if blocks > 1 else {}
     found = type(model).from_config(config, **objects)
     like = next(model.parameters())

@@ -233,6 +233,8 @@ def _check_stream(stack: LayerStack, faults: Faults) -> None:
         faults.add("`unet_skips` maps the stream itself, whose mean of 0 would be lost; drop it.")
     if stack.output_clamp is not None:
         faults.add("`softclamp_output` bounds the features one by one, so that their mean is not 0; drop it.")
+    if stack.depth_routers is not None:
+        faults.add("routers of `depth_routing` read the stream without a norm; drop it.")
     if stack.injection is not None:
         faults.add("`reinject_input` and its gate read the stream without a norm; drop them.")
 

@@ -123,9 +123,9 @@ class PrepBN(KeepsFloat32, PreparesForInference, ReadsReference, Norm):
             mean = wide.mean(dim=axes)
             var = (wide - mean).square().mean(dim=axes)
         else:
-            hidden, count = ~live.unsqueeze(-1), live.sum().clamp(min=1).to(wide.dtype)
-            mean = wide.masked_fill(hidden, 0.0).sum(dim=axes) / count
-            var = (wide - mean).masked_fill(hidden, 0.0).square().sum(dim=axes) / count
+            hidden, count = ~live.unsqueeze(-1), live.sum().to(wide.dtype)
+            mean = wide.masked_fill(hidden, 0.0).sum(dim=axes) / count.clamp(min=1)
+            var = (wide - mean).masked_fill(hidden, 0.0).square().sum(dim=axes) / count.clamp(min=1)
         return NormStatistics(self.number, mean, var, count)
 
     @torch.no_grad()
@@ -136,10 +136,11 @@ class PrepBN(KeepsFloat32, PreparesForInference, ReadsReference, Norm):
             seen: statistics of this norm; those of several processes are joined.
         """
         count = _over_processes(seen.tokens.clone())
-        mean = _over_processes(seen.tokens * seen.mean) / count
+        mean = _over_processes(seen.tokens * seen.mean) / count.clamp(min=1)
         squares = _over_processes(seen.tokens * (seen.var + (seen.mean - mean).square()))
         for running, new in ((self.running_mean, mean), (self.running_var, squares / (count - 1).clamp(min=1))):
-            running.lerp_(new.to(running.dtype), MOMENTUM)
+            # without a token there is nothing to learn
+            running.lerp_(new.to(running.dtype), MOMENTUM * (count > 0).to(running.dtype))
         self.steps_done += 1
 
     def _affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +192,9 @@ def joined(seen: Sequence[NormStatistics]) -> NormStatistics:
     counts = torch.stack([each.tokens for each in seen]).unsqueeze(-1)
     means, variances = torch.stack([each.mean for each in seen]), torch.stack([each.var for each in seen])
     count = counts.sum()
-    mean = (counts * means).sum(dim=0) / count
-    var = (counts * (variances + (means - mean).square())).sum(dim=0) / count
+    most = count.clamp(min=1)
+    mean = (counts * means).sum(dim=0) / most
+    var = (counts * (variances + (means - mean).square())).sum(dim=0) / most
     return NormStatistics(seen[0].number, mean, var, count)
 
 
