@@ -68,19 +68,11 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         # the order of the state dict
         self.latent_q, self.latent_q_norm = parts.latent_q, parts.latent_q_norm
         self.latent_kv, self.projections = parts.latent_kv, parts.projections
-        self.switch = parts.switch
-        self.qk_norms = parts.qk_norms
-        self.scores = parts.scores
-        self.keys = parts.keys
-        self.metrics = parts.metrics
-        self.sink = parts.sink
-        self.rows = parts.rows
-        self.weighting = parts.weighting
-        self.weights = parts.weights
-        self.values = parts.values
-        self.value_mix = parts.value_mix
-        self.out = parts.out
-        self.attend = parts.attend
+        self.switch, self.qk_norms = parts.switch, parts.qk_norms
+        self.scores, self.keys, self.metrics = parts.scores, parts.keys, parts.metrics
+        self.sink, self.rows, self.weighting = parts.sink, parts.rows, parts.weighting
+        self.weights, self.values, self.value_mix = parts.weights, parts.values, parts.value_mix
+        self.out, self.attend = parts.out, parts.attend
         self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
         self.subsampling = parts.subsampling
 
@@ -167,20 +159,12 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
             seq_len: number of tokens.
             reach: number of queries whose decay with distance any backend can host; None without a decay.
         """
-        core, shape = self.attend, self.shape
-        needs = core.needs if training else core.needs_in_evaluation
-        if bias is not None:
-            needs |= bias.needs
-        limited = self.max_attend_past is not None or self.max_attend_future is not None
-        if limited:
-            needs |= Needs.MASK
-        elif self.packed:
-            needs |= Needs.DOCUMENTS
-        if reach is not None and seq_len > reach:
-            needs |= Needs.DECAY
+        shape = self.shape
+        needs = _needs_of_pass(self, bias, training=training, decays=reach is not None and seq_len > reach)
         width = max(shape.dim_head, shape.value_dim_head)
+        limited = bool(needs & Needs.MASK)
         situation = situation._replace(width=width, queries=seq_len, skips=causal or limited)
-        backend, why = core.backends.choose(situation, needs)
+        backend, why = self.attend.backends.choose(situation, needs)
         seen = _seen_keys(seq_len, causal, self.max_attend_past, self.max_attend_future)
         flops = super().explain(situation).flops + 2 * seen * shape.heads * (shape.dim_head + shape.value_dim_head)
         cost = BranchCost(backend.name, why, flops)
@@ -419,6 +403,19 @@ def _record(result: AttentionOutput, heads: Heads, layer: LayerCall) -> Intermed
     if result.on_demand is not None:
         record.defer(result.on_demand)
     return record
+
+
+def _needs_of_pass(attention: Attention, bias: ScoreMod | None, *, training: bool, decays: bool) -> int:
+    """Return what an attention requires of a backend, with a bias of the stack and perhaps a decay with distance."""
+    core = attention.attend
+    needs = core.needs if training else core.needs_in_evaluation
+    if bias is not None:
+        needs |= bias.needs
+    if attention.max_attend_past is not None or attention.max_attend_future is not None:
+        needs |= Needs.MASK
+    elif attention.packed:
+        needs |= Needs.DOCUMENTS
+    return needs | Needs.DECAY if decays else needs
 
 
 def _seen_keys(count: int, causal: bool, past: int | None, future: int | None) -> int:

@@ -99,7 +99,7 @@ class HeavyFeedForward(Configured, ReadsReference, ReadsWholeRows):
     """
 
     reads = "chooses the best tokens of a whole row, which a causal stack does not know yet"
-    otherwise = "`ff_experts`"
+    otherwise = "`depth_routing = 'threshold'`"
 
     def __init__(self, dim: int, dim_out: int | None = None, mult: float = 4, **options: Any) -> None:
         super().__init__()

@@ -135,7 +135,7 @@ def _for_stack(fn: Attention, options: Options, *, shares_scores: bool, hides_fu
             "later ones; use an Encoder or a CrossAttender, or drop it."
         )
     if hides_future and fn.heavy is not None:
-        raise ConfigError(why_not_causal(instead="Use an Encoder, or drop it."))
+        raise ConfigError(why_not_causal(instead="Use an Encoder, or `depth_routing = 'threshold'`."))
     return fn
 
 
