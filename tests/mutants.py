@@ -46,6 +46,7 @@ BACKENDS = f"properties/test_backends.py -k '{FEW} or softmax or triangle'"
 TAUGHT = "test_test_time.py -k 'every_row_by_hand'"
 STEPS = "test_time/steps.py"
 EXPERTS, AUX = "test_experts.py", "properties/test_aux_losses.py"
+LATENT, CLIP = "test_latent.py test_latent_families.py", "test_caller_inputs.py -k clip"
 DIVIDED = "test_divided_experts.py -k two"
 SWITCH, POWER = "test_switch_head.py", "test_power_softmax.py"
 GATES = "test_recurrences.py test_mixers.py -k 'gates or weighted or rows_are_read'"
@@ -141,6 +142,29 @@ MUTATIONS = (
     Mutation("powers of hidden keys", r"masked_fill\(~mask, 0\.0\)", "clone()", POWER, "attention/weights/power.py"),
     Mutation("a small number is not scaled", r"EPSILON / largest.*", "EPSILON)", POWER),
     Mutation("one share of 1 too few", r"left - 1 <= \(below", "left - 2 <= (below", "test_soft_topk.py"),
+    # latents and clamped gates
+    Mutation(
+        "latents of keys have no norm", r"latent if self\.norm is None else self\.norm\(latent\)", "latent", LATENT
+    ),
+    Mutation("latents of queries have no norm", r"latent if self\.latent_q_norm is None else .*", "latent", LATENT),
+    Mutation(
+        "the shared part of latent keys is last", r"torch\.cat\(\(sub, k\), dim=-1\)", "torch.cat((k, sub), -1)", LATENT
+    ),
+    Mutation(
+        "a clip of latents halves the factor of what is shared",
+        r"\(factors\[:, None\]\.expand",
+        "(rest[:, None].expand",
+        CLIP,
+    ),
+    Mutation("latents of files keep their order of features", r"rolled\(theirs, count\)", "rolled(theirs, 0)", LATENT),
+    Mutation("latents of files have one factor of scores", r"(\+ 1\.0\)) \*\* 2 if scaling", r"\1 if scaling", LATENT),
+    Mutation("clamped gates have no shift of values", r"(up\.clamp\(-self\.limit, self\.limit\)) \+ 1", r"\1", LATENT),
+    Mutation(
+        "clamped gates have a lower bound",
+        r"gate\.clamp\(max=self\.limit\)",
+        "gate.clamp(-self.limit, self.limit)",
+        LATENT,
+    ),
     # dropouts: every one of them is deleted
     Mutation("dropout deleted", r"F\.dropout\(([\w.]+), [^()]*\)", r"\1", RANDOM),
     Mutation("dropout of fused attention deleted", r"dropout_p=[\w.]+", "dropout_p=0.0", RANDOM),
@@ -747,6 +771,34 @@ MUTATIONS = (
         "chosen",
         "test_mixer_goldens.py -k sparse",
         "recurrences/partitions.py",
+    ),
+    Mutation(
+        "a threshold leaves weights of hidden keys",
+        r"changed if mask is None else changed\.masked_fill\(~mask, 0\.0\)",
+        "changed",
+        "test_gin.py -k hidden_keys",
+        "attention/values/gin.py",
+    ),
+    Mutation(
+        "an own key that was drawn is seen twice",
+        r"apart = ~drawn if own_seen is None else own_seen & ~drawn",
+        "apart = torch.ones_like(drawn) if own_seen is None else own_seen",
+        "test_key_subsampling.py -k gathering_equals",
+        "attention/subsampling.py",
+    ),
+    Mutation(
+        "the own score is rounded to half precision",
+        r"\(score - coarse\)",
+        "(0 * coarse)",
+        "test_key_subsampling.py -k half_precision",
+        "attention/subsampling.py",
+    ),
+    Mutation(
+        "a causal block draws from the future",
+        r"if causal:\n                arrived",
+        "if False:\n                arrived",
+        "test_key_subsampling.py -k near_keys",
+        "attention/subsampling.py",
     ),
 )
 

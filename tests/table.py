@@ -715,7 +715,6 @@ SWITCHED = (
 
 LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
 NO_SWITCH = f"{LATENT_KEYS} attn_on_attn attn_project_out"
-NO_SWITCH = "attn_use_latent_kv attn_latent_rope_subheads attn_on_attn attn_project_out"
 NO_GIN = (
     "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
     f"attn_hybrid_fold_axial_dim attn_project_out cross_attn_kv_heads cross_attn_dim_context {SWITCHED}"

@@ -251,6 +251,8 @@ def test_gradients_and_checkpointing() -> None:
         ({"confidence": 0.5, "layers": (2, 1)}, "in ascending order"),
         ({"confidence": 0.5, "layers": ()}, "in ascending order"),
         ({"confidence": 0.5, "layers": 2}, "in ascending order"),
+        ({"confidence": 0.5, "head": 3}, "it must be a function of features"),
+        ({"confidence": 0.5, "norms": [torch.nn.Identity()]}, "they must be a mapping of blocks to norms"),
     ],
     ids=str,
 )

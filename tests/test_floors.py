@@ -92,6 +92,8 @@ HOUSE = (
     ("F6", ["layers.optional_inputs", "layers.batch_norms"]),
     ("F6", ["layers.edited_cache"]),
     ("F6", ["layers.runner"]),
+    ("F6", ["layers.block_steps"]),
+    ("F6", ["layers.routed_blocks"]),
     ("F6", ["layers.blockwise"]),
     ("F6", ["layers.layers"]),
     ("F6", ["layers.named_stacks"]),

@@ -319,6 +319,29 @@ def test_active_parameters_and_flops() -> None:
     assert "4 matrices a head for values and outputs, 1 used" in row.why
 
 
+def test_single_layers_may_have_one_matrix() -> None:
+    model = BASE.build(attn_switch_experts=(None, 8), attn_switch_entropy_weight=0.1)
+    plain, mixed = (row for row in model.explain().rows if "attention" in row.name)
+    assert plain.active == plain.parameters
+    assert mixed.active < mixed.parameters
+    _, record = model(tokens(2, 6), return_aux_loss=True)
+    assert [(each.maps, each.layer_index, each.step) for each in record.routing] == [
+        ("values", 2, 2),
+        ("outputs", 2, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "runs"), [({"weight_tie_layers": True}, 2), ({"layers_execute_order": (0, 1, 0, 1, 2, 3)}, 3)]
+)
+def test_attentions_that_run_again_have_records_again(options: dict[str, Any], runs: int) -> None:
+    model = model_of(attn_switch_entropy_weight=0.1, checkpoint_every=1, **options).train()
+    out, record = model(tokens(2, 6), return_aux_loss=True)
+    assert len(record.routing) == 2 * runs
+    (out.sum() + record.aux_loss).backward()
+    assert len(record.routing) == 2 * runs
+
+
 def test_muon_takes_the_stacks() -> None:
     model = model_of(attn_switch_queries_keys=True)
     names = {id(p): name for name, p in model.named_parameters()}

@@ -68,30 +68,13 @@ class Attention(Configured, SecondNames, PreparesForInference, ReadsReference, C
         # the order of the state dict
         self.latent_q, self.latent_q_norm = parts.latent_q, parts.latent_q_norm
         self.latent_kv, self.projections = parts.latent_kv, parts.projections
-        self.switch = parts.switch
-        self.qk_norms = parts.qk_norms
-        self.scores = parts.scores
-        self.keys = parts.keys
-        self.metrics = parts.metrics
-        self.sink = parts.sink
-        self.rows = parts.rows
-        self.weighting = parts.weighting
-        self.weights = parts.weights
-        self.values = parts.values
-        self.value_mix = parts.value_mix
-        self.out = parts.out
-        self.attend = parts.attend
+        self.switch, self.qk_norms = parts.switch, parts.qk_norms
+        self.scores, self.keys, self.metrics = parts.scores, parts.keys, parts.metrics
+        self.sink, self.rows, self.weighting = parts.sink, parts.rows, parts.weighting
+        self.weights, self.values, self.value_mix = parts.weights, parts.values, parts.value_mix
+        self.out, self.attend = parts.out, parts.attend
         self.heavy = parts.heavy and HeavyAttention(dim, parts.heavy, Attention(dim, **parts.heavy.keywords))
         self.subsampling = parts.subsampling
-
-    @property
-    def scale(self) -> float:
-        assert self.attend.scale is not None
-        return self.attend.scale
-
-    @property
-    def dropout(self) -> float:
-        return self.attend.dropout
 
     to_q = SecondName("projections.q")
     to_k = SecondName("projections.k")

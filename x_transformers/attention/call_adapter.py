@@ -94,6 +94,15 @@ class CallAdapter(HeadProjection):
     packed: bool
     attend: Attend
 
+    @property
+    def scale(self) -> float:
+        assert self.attend.scale is not None
+        return self.attend.scale
+
+    @property
+    def dropout(self) -> float:
+        return self.attend.dropout
+
     def run_call(self, given: AttentionInputs) -> Tensor | tuple[Tensor, Intermediates]:
         """Attend outside of a stack; see `Attention.forward`.
 

@@ -79,13 +79,14 @@ class KeySubsampling(nn.Module):
 
     def __init__(self, share: float, local: int | None, gathered: Attend | None) -> None:
         super().__init__()
-        self.share, self.local = Fraction(share).limit_denominator(10**6), local
-        self.gathered = gathered
+        # whole numbers, with which counts are exact
+        self.part, self.whole = Fraction(share).limit_denominator(10**6).as_integer_ratio()
+        self.local, self.gathered = local, gathered
 
     @property
     def draws(self) -> bool:
         """True if keys are drawn now."""
-        return self.training and self.share < 1
+        return self.training and self.part < self.whole
 
     def around(self, core: Attend) -> Attend | _Subsampled:
         """Return what attends: the core, or what draws keys before it attends."""
@@ -124,7 +125,7 @@ class KeySubsampling(nn.Module):
 
     def _count(self, keys: Any) -> Any:
         """Return the number of keys that are kept of so many, rounded up."""
-        return (keys * self.share.numerator + self.share.denominator - 1) // self.share.denominator
+        return (keys * self.part + self.whole - 1) // self.whole
 
 
 @dataclass(frozen=True, eq=False)

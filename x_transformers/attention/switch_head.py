@@ -192,7 +192,8 @@ class HeadSwitch(nn.Module):
         of_all = sum(stack.numel() for stack in stacks)
         used = of_all // self.experts * self.topk
         active = sum(p.numel() for p in attention.parameters()) - of_all + used
-        words = f"{cost.why}; {self.experts} matrices a head for values and outputs, {self.topk} used"
+        maps = "values and outputs" if len(stacks) == 2 else "all maps"
+        words = f"{cost.why}; {self.experts} matrices a head for {maps}, {self.topk} used"
         return BranchCost(cost.backend, words, cost.flops + 2 * used, active)
 
 

@@ -479,8 +479,8 @@ class BranchOutput(NamedTuple):
 
     Attributes:
         out: `(b, n, D)` the output, to be added to the residual stream.
-        record: the `Intermediates` of an attention, if scores or a cache were requested; the `RoutingRecord` of
-            experts, if losses or choices were.
+        record: the `Intermediates` of an attention, if scores or a cache were requested, or the routing of its maps;
+            the `RoutingRecord` of experts, if losses or choices were.
         carry: values for later sublayers.
     """
 

@@ -321,6 +321,11 @@ FEATURE = Feature(
             why="`residual_attn` and `cross_residual_attn` add the scores of the attention before, which tokens that "
             "passed its block by (`depth_routing`) do not have; drop one of the two.",
         ),
+        Rule(
+            when=lambda o: o.on("context_dropout") and o.on("value_residual"),
+            why="`cross_attn_tokens_dropout` leaves all cross-attentions the same part of the context with "
+            "`add_value_residual`, but routed blocks (`depth_routing`) draw their own; drop one of the three.",
+        ),
     ),
     warns=(
         Rule(

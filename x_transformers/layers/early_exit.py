@@ -54,6 +54,10 @@ class EarlyExit:
         if self.measure not in MEASURES:
             known = ", ".join(f'"{each}"' for each in MEASURES)
             raise InputError(f"the measure of exits is {shown(self.measure)}; it must be one of {known}.")
+        if self.head is not None and not callable(self.head):
+            raise InputError(f"the head of exits is {shown(self.head)}; it must be a function of features.")
+        if self.norms is not None and not isinstance(self.norms, Mapping):
+            raise InputError(f"the norms of exits are {shown(self.norms)}; they must be a mapping of blocks to norms.")
         if self.layers is not None and not _ascending(self.layers):
             raise InputError(
                 f"the layers of exits are {shown(self.layers)}; they must be numbers of blocks, counted from 1, in "

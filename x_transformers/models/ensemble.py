@@ -42,7 +42,7 @@ def ensemble(model: TransformerWrapper | ViTransformerWrapper, ids: Tensor, pass
         )
     if not accepts(int, passes) or passes < 1:
         raise InputError(f"`passes` is {passes!r}; it must be a whole number, at least 1.")
-    if not any(isinstance(part, KeySubsampling) and part.share < 1 for part in model.modules()):
+    if not any(isinstance(each, KeySubsampling) and each.part < each.whole for each in model.modules()):
         raise InputError(
             "every pass of this model sees all keys, so that all passes are equal; build it with `attn_subsample_keys`."
         )

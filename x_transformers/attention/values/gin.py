@@ -40,7 +40,7 @@ class GinOptions:
 
     @property
     def slices(self) -> MakeHeads | None:
-        """What is built instead of a map from the input to values; None if there is such a map."""
+        """Builder of what replaces the map from the input to values; None if there is such a map."""
         return (lambda dim, heads, width: InputSlices()) if self.gin else None
 
 
