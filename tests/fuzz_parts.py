@@ -28,6 +28,7 @@ from x_transformers import (
     XLAutoregressiveWrapper,
     XTransformer,
     XValAutoregressiveWrapper,
+    ensemble,
 )
 from x_transformers import x_transformers as names
 from x_transformers.continuous_autoencoder import (
@@ -39,6 +40,10 @@ from x_transformers.neo_mlp import RandomFourierEmbed
 from x_transformers.training.optimizers import Muon
 
 X = features(2, 6, 16)
+
+
+def normed() -> TransformerWrapper:
+    return net(lambda: decoder(use_prepbn=True)).train()
 
 
 def routed() -> TransformerWrapper:
@@ -162,6 +167,13 @@ CALLS: dict[str, Call] = {
     ),
     "TransformerWrapper.balance_experts_": Call(
         lambda: routed().balance_experts_, lambda: {"record": routed()(ids(), return_aux_loss=True)[1], "rate": 0.1}
+    ),
+    "Decoder.advance_norms": Call(
+        lambda: normed().attn_layers.advance_norms, lambda: {"record": normed()(ids(), return_aux_loss=True)[1]}
+    ),
+    "ensemble": Call(
+        lambda: ensemble,
+        lambda: {"model": net(lambda: decoder(attn_subsample_keys=0.5)), "ids": ids(), "passes": 2},
     ),
     "AutoregressiveWrapper.stream": Call(
         lambda: lambda **given: list(AutoregressiveWrapper(net()).eval().stream(**given)),

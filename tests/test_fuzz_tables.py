@@ -33,17 +33,18 @@ MACHINERY = """
 """State dicts, folders and configurations, whose hostile forms are in the tests of loading and of model files."""
 NO_CALL = {
     "a contract between parts, stack and model, which calls it itself": """
-        Attend.check_causality Attend.flash_attn Attend.of_parts Attend.run Attend.share_scores
-        Attention.check_causality Attention.explain Attention.parts Attention.prepare Attention.run
-        Attention.share_scores BranchFunction.begin_at BranchFunction.cache_streams BranchFunction.check_causality
-        BranchFunction.explain
-        CallAdapter.layer_call CallAdapter.run_call DPO.train FeedForward.prepare FeedForward.run
-        FullBandwidth.make_transforms HeadProjection.cache_streams HeadProjection.change_output
-        HeadProjection.extend_keys HeadProjection.project_heads LayerStack.attentions LayerStack.branches
+        AdvancesNorms.note_norms Attend.check_causality Attend.flash_attn Attend.of_parts Attend.run
+        Attend.share_scores Attention.check_causality Attention.explain Attention.parts Attention.prepare
+        Attention.run Attention.share_scores BranchFunction.begin_at BranchFunction.cache_streams
+        BranchFunction.check_causality BranchFunction.explain BranchFunction.remember CallAdapter.layer_call
+        CallAdapter.run_call DPO.train FeedForward.prepare FeedForward.run FullBandwidth.make_transforms
+        HeadProjection.cache_streams HeadProjection.change_output HeadProjection.extend_keys
+        HeadProjection.project_heads HeadProjection.remember LayerStack.attentions LayerStack.branches
         LayerStack.cache_streams LayerStack.may_show_scores LayerStack.order_of LayerStack.reaches
-        LayerStack.rotations_of Recirculation.mix Recirculation.mix_coefficients Recirculation.recirculate
-        SyntheticDataGenerator.forward SyntheticDataGenerator.init_ TPREncoder.readout TPREncoder.state
-        TransformerWrapper.init_ TransformerWrapper.logits_of XMLatentDecoder.init_latents
+        LayerStack.rotations_of LayerStack.router_of LayerStack.streams_of Recirculation.mix
+        Recirculation.mix_coefficients Recirculation.recirculate SyntheticDataGenerator.forward
+        SyntheticDataGenerator.init_ TPREncoder.readout TPREncoder.state TransformerWrapper.init_
+        TransformerWrapper.logits_of XMLatentDecoder.init_latents
     """,
     "no argument, or those of PyTorch": """
         Attention.muon_parameters AttentionLayers.compile_blocks AttentionLayers.mix_streams_as_reference
@@ -90,9 +91,9 @@ def test_every_public_constructor_is_in_a_table() -> None:
 
 
 def test_every_public_name_is_in_a_table() -> None:
-    # what reads files has tests of its own
-    others = {"AttentionLayers", "default_device", "load_pretrained"}
-    assert set(x_transformers.__all__) - others <= set(fuzz.CONSTRUCTORS)
+    # what reads files has tests of its own, and so has a dataclass of plain values
+    others = {"AttentionLayers", "EarlyExit", "default_device", "load_pretrained"}
+    assert set(x_transformers.__all__) - others <= {*fuzz.CONSTRUCTORS, *fuzz.CALLS}
 
 
 def test_every_public_method_is_in_a_table() -> None:

@@ -340,9 +340,8 @@ def _gather(t: Tensor, columns: Tensor, prefix: int) -> Tensor:
     rest = t[..., prefix:, :].transpose(1, 2)
     first = torch.arange(b, device=t.device)[:, None, None] * rest.shape[1]
     # whole rows by one index: their gradients are added row by row
-    kept = (
-        rest.flatten(0, 1).index_select(0, (columns + first).flatten()).view(b * blocks, count, g, -1).transpose(1, 2)
-    )
+    kept = rest.flatten(0, 1).index_select(0, (columns + first).flatten())
+    kept = kept.view(b * blocks, count, g, t.shape[-1]).transpose(1, 2)
     if not prefix:
         return kept
     return torch.cat((t[..., :prefix, :].repeat_interleave(blocks, dim=0), kept), dim=-2)
