@@ -98,7 +98,12 @@ def _loop(
     return out, borders
 
 
-@torch.library.custom_op("x_transformers::walk_chunks", mutates_args=())
+# PyTorch 2.6 reads no schema from `list[float]`
+@torch.library.custom_op(
+    "x_transformers::walk_chunks",
+    mutates_args=(),
+    schema="(str name, Tensor tokens, Tensor state, int chunk, int width, float[] numbers) -> (Tensor, Tensor)",
+)
 def walk_chunks(
     name: str, tokens: Tensor, state: Tensor, chunk: int, width: int, numbers: list[float]
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +118,12 @@ def _(name: str, tokens: Tensor, state: Tensor, chunk: int, width: int, numbers:
     return tokens.new_empty(b, h, n, width), tokens.new_empty(b, h, (n + chunk - 1) // chunk + 1, state.shape[-1])
 
 
-@torch.library.custom_op("x_transformers::walk_gradient", mutates_args=())
+@torch.library.custom_op(
+    "x_transformers::walk_gradient",
+    mutates_args=(),
+    schema="(str name, Tensor tokens, Tensor borders, Tensor of_out, Tensor of_borders, int chunk, float[] numbers) "
+    "-> (Tensor, Tensor)",
+)
 def walk_gradient(
     name: str,
     tokens: Tensor,
