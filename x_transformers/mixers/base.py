@@ -219,7 +219,8 @@ class Mixer(Configured, BranchFunction):
             for name, value in state.items():
                 states.put(name, value)
         carry = layer.carry
-        found = {key: t for key, t in zip(self.left_as, left, strict=False) if t is not None}
+        # PyTorch 2.6 does not trace `zip` over tuples of different lengths
+        found = {key: left[at] for at, key in enumerate(self.left_as[: len(left)]) if left[at] is not None}
         return BranchOutput(out, None, replace(carry, values={**carry.values, **found}) if found else carry)
 
     def _mix_rows(

@@ -195,8 +195,9 @@ class LearningMemory(Mixer):
         out, held = memorize(q, k, v, self._rates(written, row), held, row.live, self.rule, fresh=state is None)
         if self.to_gate is not None:
             out = out * self.to_gate(read).sigmoid().mT.unsqueeze(-1)
-        left = held._asdict()
-        return self.to_out(merge_heads(out).to(x.dtype)), {name: left[name].contiguous() for name in self.state_shapes}
+        # PyTorch 2.6 does not trace `_asdict`
+        left = {name: getattr(held, name).contiguous() for name in self.state_shapes}
+        return self.to_out(merge_heads(out).to(x.dtype)), left
 
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is written and what is read, `(b, n, D)`."""

@@ -80,7 +80,7 @@ class StateSpace(Mixer):
         # without a step there is no decay and nothing is written: a dead token has neither
         g, step = row.silence_heads(decay.mT), row.silence_heads(step.mT)
         out, states = self.recur(c, b, inner * step.unsqueeze(-1), g, x, row, held)
-        left |= states
+        left = {**left, **states}
         out = merge_heads(out + self.skip.view(-1, 1, 1) * inner)
         return self.to_out(self.norm(out * F.silu(self.to_gate(x))).to(x.dtype)), left
 
