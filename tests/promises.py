@@ -169,6 +169,7 @@ def running(model: TransformerWrapper) -> list[tuple[str, nn.Parameter]]:
     stack = model.attn_layers
     resting = [i for i in range(len(stack.layers)) if i not in stack.sequence.order]
     idle = tuple(f"attn_layers.{part}.{i}." for i in resting for part in ("layers", "skip_combines"))
+    idle += tuple(f"attn_layers.depth_routers.{i // stack.sequence.block}." for i in resting)
     return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(idle)]
 
 

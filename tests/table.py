@@ -499,6 +499,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", TIED, " ".join(HYBRIDS)),
     # with blocks of three, the order of the row runs no attention of a hybrid
     "order of execution": (TIED, "layers_execute_order", " ".join(HYBRIDS)),
+    # with blocks of three, the order of the row runs parts of blocks
+    "order of routed blocks": ("layers_execute_order", "depth_routing"),
     "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
@@ -716,8 +718,8 @@ SWITCHED = (
 LATENT_KEYS = "attn_use_latent_kv attn_latent_rope_subheads attn_latent_rope_dim attn_latent_norm"
 NO_SWITCH = f"{LATENT_KEYS} attn_on_attn attn_project_out"
 NO_GIN = (
-    "attn_kv_heads attn_one_kv_head attn_use_latent_kv attn_latent_rope_subheads attn_hybrid_module "
-    f"attn_hybrid_fold_axial_dim attn_project_out cross_attn_kv_heads cross_attn_dim_context {SWITCHED}"
+    f"attn_kv_heads attn_one_kv_head {LATENT_KEYS} attn_hybrid_module attn_hybrid_fold_axial_dim attn_project_out "
+    f"cross_attn_kv_heads cross_attn_dim_context {SWITCHED}"
 )
 
 REFUSED: dict[str, str] = {
