@@ -499,8 +499,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "list of layers": ("custom_layers", "sandwich_coef", "par_ratio", TIED, " ".join(HYBRIDS)),
     # with blocks of three, the order of the row runs no attention of a hybrid
     "order of execution": (TIED, "layers_execute_order", " ".join(HYBRIDS)),
-    # with blocks of three, the order of the row runs parts of blocks
+    # the order of the row runs whole blocks only if these have two sublayers, and whole groups only if three
     "order of routed blocks": ("layers_execute_order", "depth_routing"),
+    "order of parallel blocks": ("layers_execute_order", "parallel_blocks"),
+    # weights of a ReLU are often all zero, and a norm after the branch makes a unit vector of the rounding that is left
+    "norm of nothing": ("layer_integrate_use_softmax", "branch_norm", "sandwich_norm"),
+    # a whole row is mixed without a state, as encoders do
+    "routed mixers": ("mixer_hidden", "depth_routing"),
     "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
     "token mixer": ("mixer", *HYBRIDS),
     "positions of self-attention": (
@@ -737,13 +742,13 @@ REFUSED: dict[str, str] = {
         "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
         "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
         "unet_skips shift_tokens residual_attn cross_residual_attn attn_hybrid_module attn_hybrid_fold_axial_dim "
-        f"ff_rwkv mixer {' '.join(HYBRIDS)}"
+        f"ff_rwkv mixer {' '.join(each for each in HYBRIDS if each != 'mixer_hidden')}"
     ),
     "parallel_blocks": (
         "custom_layers sandwich_coef par_ratio pre_norm pre_and_post_norm gate_residual orthog_residual "
         "mv_split_residual num_residual_streams hyper_conn_reference_mix gated_multi_residual path_scales "
         "qkv_receive_diff_residuals resi_dual attn_aggregated_residuals integrate_layers layer_integrate_use_softmax "
-        "unet_skips layers_execute_order"
+        "unet_skips"
     ),
     "only_attn": "layers_execute_order custom_layers unet_skips ff_deep_embed",
     "ff_rwkv": (

@@ -41,7 +41,7 @@ NO_CALL = {
         HeadProjection.cache_streams HeadProjection.change_output HeadProjection.extend_keys
         HeadProjection.project_heads HeadProjection.remember LayerStack.attentions LayerStack.branches
         LayerStack.cache_streams LayerStack.may_show_scores LayerStack.order_of LayerStack.reaches
-        LayerStack.rotations_of LayerStack.router_of LayerStack.streams_of Recirculation.mix
+        LayerStack.rotations_of LayerStack.router_of LayerStack.kept_streams_of Recirculation.mix
         Recirculation.mix_coefficients Recirculation.recirculate SyntheticDataGenerator.forward
         SyntheticDataGenerator.init_ TPREncoder.readout TPREncoder.state TransformerWrapper.init_
         TransformerWrapper.logits_of XMLatentDecoder.init_latents

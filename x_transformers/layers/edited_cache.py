@@ -150,7 +150,7 @@ def _made_by_hand(
     for step, value in zip(steps, given, strict=True):
         attention: Any = stack.sublayers[step.layer].attention
         crosses = step.kind.is_cross_attention
-        entry = entry_of(value or (), PLAIN if crosses else tuple(stack.streams_of(step.layer)))
+        entry = entry_of(value or (), PLAIN if crosses else tuple(stack.kept_streams_of(step.layer)))
         if crosses:
             entry.states, entry.grown, entry.front = entry.grown, {}, None
         else:

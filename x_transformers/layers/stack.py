@@ -333,9 +333,9 @@ class LayerStack(nn.Module):
 
     def cache_streams(self) -> list[dict[str, Shape]]:
         """Return the growing streams of each executed sublayer, as `{name: (heads, width)}`."""
-        return [self.streams_of(index) for index in self.sequence.order]
+        return [self.kept_streams_of(index) for index in self.sequence.order]
 
-    def streams_of(self, index: int) -> dict[str, Shape]:
+    def kept_streams_of(self, index: int) -> dict[str, Shape]:
         """Return the growing streams of one built sublayer.
 
         Args:
