@@ -504,6 +504,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "order of parallel blocks": ("layers_execute_order", "parallel_blocks"),
     # weights of a ReLU are often all zero, and a norm after the branch makes a unit vector of the rounding that is left
     "norm of nothing": ("layer_integrate_use_softmax", "branch_norm", "sandwich_norm"),
+    # streams that are added up grow with depth, and a batch norm without statistics does not make them smaller
+    "growing streams": ("use_prepbn", "hyper_conn_reference_mix"),
     # a whole row is mixed without a state, as encoders do
     "routed mixers": ("mixer_hidden", "depth_routing"),
     "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),
