@@ -135,8 +135,9 @@ MACARON = Feature(
 
 
 def _tied_by(o: Options | Surroundings) -> str:
-    """Return the keyword that ties blocks, in backquotes."""
-    return "`weight_tie_layers`" if o["weight_tying"].weight_tie_layers else "`tie_blocks`"
+    """Return the keyword that ties blocks, and what it does."""
+    tying = o["weight_tying"]
+    return "`weight_tie_layers` repeats one block" if tying.weight_tie_layers else "`tie_blocks` repeats blocks"
 
 
 TYING = Feature(
@@ -152,7 +153,7 @@ TYING = Feature(
         Rule(
             when=lambda o, other=other: o.on(other),
             why=lambda o, keyword=keyword: (
-                f"{_tied_by(o)} repeats blocks, but `{keyword}` specifies another list of layers; keep one."
+                f"{_tied_by(o)}, but `{keyword}` specifies another list of layers; keep one."
             ),
         )
         for other, keyword in (
