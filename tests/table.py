@@ -505,7 +505,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     # weights of a ReLU are often all zero, and a norm after the branch makes a unit vector of the rounding that is left
     "norm of nothing": ("layer_integrate_use_softmax", "branch_norm", "sandwich_norm"),
     # streams that are added up grow with depth, and a batch norm without statistics does not make them smaller
-    "growing streams": ("use_prepbn", "hyper_conn_reference_mix"),
+    "growing streams": ("use_prepbn", "hyper_conn_reference_mix ff_relu_squared"),
     # a whole row is mixed without a state, as encoders do
     "routed mixers": ("mixer_hidden", "depth_routing"),
     "ties": ("weight_tie_layers tie_lora_rank tie_own_norms", "tie_blocks"),

@@ -40,7 +40,14 @@ WORDS = """
     polar memory_kv zero_kv hybrid qkv_views residual_keywords shift_tokens mv_split_residual context_dropout
     rwkv_channel_mix memory_tokens interspersed_memory_tokens recurrent_memory average_pool class_tokens attention_pool
 """
-APART = frozenset(WORDS.split()) | {"mixer", "layer_period", "mixer_parts", *(MIXERS.keys() - {"activator"})}
+APART = frozenset(WORDS.split()) | {
+    "depth_routing",
+    "key_subsampling",
+    "mixer",
+    "layer_period",
+    "mixer_parts",
+    *(MIXERS.keys() - {"activator"}),
+}
 """Features of which at least the first example is refused together with packing."""
 
 
