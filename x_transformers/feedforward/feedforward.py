@@ -227,7 +227,7 @@ class FeedForward(Configured, SecondNames, PreparesForInference, ReadsReference,
             names = {"proj": "up", "act": "activation", "mult_bias": "gate_scale"}
             into: nn.Module = GLUView(self, names, self.bound)
         else:
-            clamps = (Softclamp(self.bound),) if isinstance(self.bound, float | int) else ()
+            clamps = (Softclamp(self.bound),) if isinstance(self.bound, (float, int)) else ()
             into = PartsView(self, "up", *clamps, "activation")
         first = () if self.input_activation is None else ("input_activation",)
         norms = () if self.norm is None else ("norm",)

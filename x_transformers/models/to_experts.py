@@ -97,7 +97,7 @@ def _checked(fn: nn.Module, experts: int) -> FeedForward:
         raise ConfigError(
             f"`experts` is {experts}, which does not divide the inner width {inner} of a feedforward; choose a divisor."
         )
-    if fn.norm is not None or isinstance(fn.activation, SoLU | ParamWeights):
+    if fn.norm is not None or isinstance(fn.activation, (SoLU, ParamWeights)):
         raise ConfigError(
             "`ff_post_act_ln`, `ff_solu` and `ff_param_attention` normalize over all hidden units of a feedforward, "
             "which no expert sees; such a model cannot be cut."

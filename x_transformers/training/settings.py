@@ -129,7 +129,7 @@ class Settings:
 
 
 def settings_of_run(out: Path) -> dict[str, Any]:
-    """Return the settings that a run has recorded, which is nothing if there is no complete checkpoint.
+    """Return the settings that a run has recorded: nothing without a complete checkpoint, or in one of another program.
 
     Args:
         out: folder of the run.
@@ -140,12 +140,10 @@ def settings_of_run(out: Path) -> dict[str, Any]:
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
     if checkpoint is None or not (checkpoint / TRAINING).is_file():
         return {}
-    try:
-        found = unpack(read_sealed(checkpoint / TRAINING)["progress"]["settings"], _no_tensor)
-        known = {each.name for each in fields(Settings)}
-        return {name: value for name, value in found.items() if name in known} | {"set": tuple(found["set"].items())}
-    except (KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint of this command; pass another --out.") from error
+    found = unpack(read_sealed(checkpoint / TRAINING).get("progress", {}).get("settings", {}), _no_tensor)
+    known = {each.name for each in fields(Settings)}
+    found = {name: value for name, value in found.items() if name in known}
+    return {**found, "set": tuple(found["set"].items())} if "set" in found else found
 
 
 def _no_tensor(name: str) -> Any:
