@@ -13,6 +13,7 @@ from x_transformers.attention.backends.choice import BackendChoice
 from x_transformers.attention.base import (
     AttentionShape,
     KeyMod,
+    MakeMap,
     Parts,
     QKNorm,
     RowMod,
@@ -106,7 +107,7 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
     faults.raise_if_any("Attention")
     at_least(1, dim=dim, heads=heads)
 
-    head, latent, bias, switch = (parsed[name] for name in ("heads", "latent", "projection_bias", "switch_head"))
+    head = parsed["heads"]
     shape = AttentionShape(
         dim=dim,
         heads=heads,
@@ -115,44 +116,13 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
         value_dim_head=head.dim_head if head.value_dim_head is None else head.value_dim_head,
         causal=causal,
     )
-    make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
-    to_heads = None if make is None else (lambda dim, heads, width: make(dim, heads * width))
-    mixtures = switch.maps_to_heads(bias.qkv_bias)
     source = dim if parsed["context"].dim_context is None else parsed["context"].dim_context
+    make = parsed["param_tokens"].build if parsed.on("param_tokens") else None
     modules: dict[str, Any] = {}
     unrotated: tuple[int, int] | None = None
     with faults.catching():
-        sub = latent.latent_rope_subheads
-        shared = parsed["latent_rope"].latent_rope_dim or 0
-        unrotated = head.unrotated_heads(heads, shape.kv_heads)
-        if sub is not None:
-            # the last key heads, and the query heads that use them
-            unrotated = heads - sub * heads // shape.kv_heads, shape.kv_heads - sub
-        modules["latent_q"] = nn.Linear(dim, latent.dim_latent_q, bias=False) if latent.use_latent_q else None
-        modules["latent_q_norm"] = modules["latent_kv"] = None
-        if latent.use_latent_q:
-            modules["latent_q_norm"] = parsed["latent_norm"].build(latent.dim_latent_q)
-        if latent.use_latent_kv:
-            norm = parsed["latent_norm"].build(latent.dim_latent_kv)
-            given = {"bias": bias.qkv_bias, "shared": shared, "norm": norm}
-            modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub or 0, **given)
-        modules["projections"] = Projections(
-            dim=latent.dim_latent_q if latent.use_latent_q else dim,
-            dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
-            heads=heads,
-            key_heads=0 if shared == shape.dim_head else shape.kv_heads - (sub or 0),
-            kv_heads=shape.kv_heads,
-            dim_head=shape.dim_head,
-            key_dim_head=shape.dim_head - shared,
-            value_dim_head=shape.value_dim_head,
-            bias=bias.qkv_bias,
-            clip=parsed["qkv_clip"].qkv_clip,
-            makers=(
-                mixtures if switch.switch_queries_keys else to_heads,
-                parsed["gin"].slices or mixtures or to_heads,
-            ),
-        )
-        modules["switch"] = switch.build(shape, source)
+        unrotated = _unrotated_heads(parsed, shape)
+        modules |= _build_projections(parsed, shape, source, make)
     for name, slot in SLOTS.items():
         modules[name] = _build_slot(slot, parsed, shape, faults)
     modules["sink"] = next(iter(modules["sink"]), None)
@@ -167,9 +137,9 @@ def build_parts(dim: int, heads: int, causal: bool, options: Mapping[str, Any]) 
             heads * width,
             output,
             gated=gated,
-            bias=bias.out_bias,
+            bias=parsed["projection_bias"].out_bias,
             make=make,
-            experts=switch.switch_experts,
+            experts=parsed["switch_head"].switch_experts,
         )
     with faults.catching():
         modules["heavy"] = plan_heavy(parsed, heads, causal)
@@ -211,6 +181,58 @@ SLOTS = {
     "values": "values",
 }
 """Attributes of an attention that hold the parts of a slot, and the slots."""
+
+
+def _unrotated_heads(parsed: Any, shape: AttentionShape) -> tuple[int, int] | None:
+    """Return the numbers of query and key heads, from the first on, that are not rotated; None if all are."""
+    sub, unrotated = parsed["latent"].latent_rope_subheads, parsed["heads"].unrotated_heads(shape.heads, shape.kv_heads)
+    if sub is None:
+        return unrotated
+    # the last key heads, and the query heads that use them
+    return shape.heads - sub * shape.heads // shape.kv_heads, shape.kv_heads - sub
+
+
+def _build_projections(parsed: Any, shape: AttentionShape, source: int, make: MakeMap | None) -> dict[str, Any]:
+    """Build what makes queries, keys and values of the input: latents, the maps to heads, and the choice among these.
+
+    Args:
+        parsed: options by feature.
+        shape: of the attention.
+        source: width of the source of keys and values.
+        make: builds maps, if they are not linear.
+    """
+    latent, bias, switch = parsed["latent"], parsed["projection_bias"].qkv_bias, parsed["switch_head"]
+    sub, shared = latent.latent_rope_subheads or 0, parsed["latent_rope"].latent_rope_dim or 0
+    dim = shape.dim
+    modules: dict[str, Any] = {"latent_q": None, "latent_q_norm": None, "latent_kv": None}
+    if latent.use_latent_q:
+        dim = latent.dim_latent_q
+        modules["latent_q"] = nn.Linear(shape.dim, dim, bias=False)
+        modules["latent_q_norm"] = parsed["latent_norm"].build(dim)
+    if latent.use_latent_kv:
+        norm = parsed["latent_norm"].build(latent.dim_latent_kv)
+        given = {"bias": bias, "shared": shared, "norm": norm}
+        modules["latent_kv"] = LatentKeysValues(shape, source, latent.dim_latent_kv, sub, **given)
+    to_heads = None if make is None else (lambda dim, heads, width: make(dim, heads * width))
+    mixtures = switch.maps_to_heads(bias)
+    modules["projections"] = Projections(
+        dim=dim,
+        dim_context=latent.dim_latent_kv if latent.use_latent_kv else source,
+        heads=shape.heads,
+        key_heads=0 if shared == shape.dim_head else shape.kv_heads - sub,
+        kv_heads=shape.kv_heads,
+        dim_head=shape.dim_head,
+        key_dim_head=shape.dim_head - shared,
+        value_dim_head=shape.value_dim_head,
+        bias=bias,
+        clip=parsed["qkv_clip"].qkv_clip,
+        makers=(
+            mixtures if switch.switch_queries_keys else to_heads,
+            parsed["gin"].slices or mixtures or to_heads,
+        ),
+    )
+    modules["switch"] = switch.build(shape, source)
+    return modules
 
 
 def _build_slot(slot: str, parsed: Any, shape: AttentionShape, faults: Faults) -> Any:

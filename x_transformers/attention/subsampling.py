@@ -124,7 +124,7 @@ class KeySubsampling(nn.Module):
         return Kept(columns, torch.arange(most, device=device) < counts, height)
 
     def _count(self, keys: Any) -> Any:
-        """Return the number of keys that are kept of so many, rounded up."""
+        """Return the number of keys that are kept, `ceil(share * keys)`."""
         return (keys * self.part + self.whole - 1) // self.whole
 
 
